@@ -1,0 +1,30 @@
+"""Data sets for multi-task learning: one interface, three splits each, batches that resume bit for bit."""
+
+from torchmto.lab.data.base import (
+    SPLITS,
+    Batch,
+    DataBundle,
+    Kind,
+    MultiTaskDataset,
+    Split,
+    Task,
+    TensorData,
+    collate,
+    labelled_tasks,
+)
+from torchmto.lab.data.loading import BatchPlan, Loader
+
+__all__ = [
+    "SPLITS",
+    "Batch",
+    "BatchPlan",
+    "DataBundle",
+    "Kind",
+    "Loader",
+    "MultiTaskDataset",
+    "Split",
+    "Task",
+    "TensorData",
+    "collate",
+    "labelled_tasks",
+]

@@ -1,0 +1,372 @@
+"""What every data set of the lab offers: tasks, samples with targets, and three splits.
+
+A *batch* is ``{"input": Tensor, "targets": {task name: Tensor}}``. Target tensors by the task's kind (``B``
+samples, ``C = task.channels``), and how a missing value looks:
+
+==================  =====================  ==================================  ====================
+kind                target                 a model's output                    missing
+==================  =====================  ==================================  ====================
+classification      int64 ``[B]``          logits ``[B, C]``                   -1
+binary              float32 ``[B, C]``     logits ``[B, C]``, yes/no each      NaN
+regression          float32 ``[B, C]``     ``[B, C]``                          NaN
+segmentation        int64 ``[B, H, W]``    logits ``[B, C, H, W]``             255
+depth               float32 ``[B,1,H,W]``  ``[B, 1, H, W]``                    not finite, or <= 0
+normals             float32 ``[B,3,H,W]``  ``[B, 3, H, W]``, any length        the zero vector
+edges, saliency     float32 ``[B,1,H,W]``  logits ``[B, 1, H, W]`` for 0 or 1  255
+map                 float32 ``[B,C,H,W]``  ``[B, C, H, W]``, regression        NaN
+==================  =====================  ==================================  ====================
+
+A task without a label for a sample (disjoint data sets, partial labels) has its kind's missing value there,
+so the tensors of a batch always have the full batch size.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from torchmto.lab.data.loading import BatchPlan, Loader
+
+Kind = Literal[
+    "classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map"
+]
+KINDS: tuple[str, ...] = get_args(Kind)
+DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "edges", "saliency", "map"})
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+_MISSING: dict[str, float] = {
+    "classification": -1,
+    "binary": float("nan"),
+    "regression": float("nan"),
+    "segmentation": 255,
+    "depth": 0.0,
+    "normals": 0.0,
+    "edges": 255,
+    "saliency": 255,
+    "map": float("nan"),
+}
+
+
+class Batch(TypedDict):
+    """One or many samples: the model's input and one target per task."""
+
+    input: Tensor
+    targets: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: what a model has to put out, and how its targets are to be read.
+
+    Args:
+        name: The key in ``targets``, in losses and in tables.
+        kind: What the target is; see the table in this module's docstring.
+        channels: Number of outputs: classes, yes/no questions, or regressed numbers.
+        extra: Anything a plot or a metric may want, such as ``{"classes": (...), "unit": "m"}``.
+
+    Example:
+        >>> task = Task("segmentation", "segmentation", 13)
+        >>> task.ignore_index, task.dense
+        (255, True)
+    """
+
+    name: str
+    kind: Kind
+    channels: int
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"Parameter `kind` should be one of {', '.join(KINDS)}. Found `kind = {self.kind!r}`."
+            )
+        if self.channels < 1:
+            raise ValueError(f"Parameter `channels` should be positive. Found `channels = {self.channels}`.")
+
+    @property
+    def missing(self) -> float:
+        """The value that marks a missing target; NaN where the kind says NaN."""
+        return _MISSING[self.kind]
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The integer that marks a missing target, or None for kinds that mark it another way."""
+        return (
+            int(self.missing)
+            if self.kind in {"classification", "segmentation", "edges", "saliency"}
+            else None
+        )
+
+    @property
+    def dense(self) -> bool:
+        """Whether the target is a map over the pixels."""
+        return self.kind in DENSE_KINDS
+
+    def valid(self, target: Tensor) -> Tensor:
+        """Where ``target`` holds a label.
+
+        Args:
+            target: A batch of this task's targets.
+
+        Returns:
+            A bool tensor shaped like ``target``; for normals ``[B, 1, H, W]``.
+        """
+        match self.kind:
+            case "binary" | "regression" | "map":
+                return torch.isfinite(target)
+            case "depth":
+                return torch.isfinite(target) & (target > 0)
+            case "normals":
+                return (target != 0).any(dim=1, keepdim=True)
+            case _:
+                return target != int(self.missing)
+
+
+def labelled_tasks(batch: Batch, tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Names of the tasks with a label for at least one sample of the batch, in the order of ``tasks``."""
+    targets = batch["targets"]
+    return tuple(t.name for t in tasks if t.name in targets and bool(t.valid(targets[t.name]).any()))
+
+
+def collate(items: Sequence[Batch], tasks: Sequence[Task] | None = None) -> Batch:
+    """Stack samples into a batch; a task that a sample lacks gets its kind's missing value.
+
+    Args:
+        items: Samples as ``dataset[i]`` gives them, without batch dimension.
+        tasks: Needed only where samples lack keys; a task that no sample has is left out of the batch.
+
+    Returns:
+        The batch, each tensor with a leading dimension ``len(items)``.
+
+    Raises:
+        ValueError: If ``items`` is empty, or samples lack keys and ``tasks`` doesn't name them.
+
+    Example:
+        >>> a, b = Task("a", "classification", 3), Task("b", "regression", 1)
+        >>> first = Batch(input=torch.zeros(2), targets={"a": torch.tensor(1)})
+        >>> second = Batch(input=torch.ones(2), targets={"b": torch.tensor([0.5])})
+        >>> collate([first, second], (a, b))["targets"]["a"].tolist()
+        [1, -1]
+    """
+    if not items:
+        raise ValueError("Parameter `items` should hold at least one sample. Found none.")
+    missing = {task.name: task.missing for task in tasks or ()}
+    examples: dict[str, Tensor] = {}
+    for item in items:
+        examples |= {name: target for name, target in item["targets"].items() if name not in examples}
+    targets = {}
+    for name, example in examples.items():
+        column = [item["targets"].get(name) for item in items]
+        if any(target is None for target in column) and name not in missing:
+            raise ValueError(
+                f"Some samples lack task `{name}`. Pass `tasks` so that its missing value is known."
+            )
+        targets[name] = torch.stack(
+            [torch.full_like(example, missing[name]) if target is None else target for target in column]
+        )
+    return Batch(input=torch.stack([item["input"] for item in items]), targets=targets)
+
+
+class MultiTaskDataset(Dataset[Batch], ABC):
+    """A torch data set that fetches whole batches at once.
+
+    Subclasses implement ``__len__`` and ``batch``; images come as float32 in ``[0, 1]`` (``[B, channels, H,
+    W]``), vectors standardised with the statistics of the training split.
+
+    Args:
+        tasks: The tasks of every sample.
+    """
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tuple(tasks)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    @abstractmethod
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` (int64 ``[B]``), in that order."""
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Sample {index} of a data set with {len(self)} samples.")
+        batch = self.batch(torch.tensor([index % len(self)]))
+        return Batch(
+            input=batch["input"][0], targets={name: target[0] for name, target in batch["targets"].items()}
+        )
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        batch = self.batch(torch.as_tensor(indices, dtype=torch.int64))
+        return [
+            Batch(
+                input=batch["input"][i],
+                targets={name: target[i] for name, target in batch["targets"].items()},
+            )
+            for i in range(len(indices))
+        ]
+
+
+class TensorData(MultiTaskDataset):
+    """Samples held in memory in a compact type and converted batch by batch.
+
+    Args:
+        tasks: The tasks of every sample.
+        inputs: ``[N, ...]``. uint8 images become float32 in ``[0, 1]``, anything else float32.
+        targets: One ``[N, ...]`` tensor per task in any type; ``batch`` converts to the type its kind asks
+            for.
+
+    Raises:
+        ValueError: If the targets don't belong to the tasks, or lengths differ.
+    """
+
+    def __init__(self, tasks: Sequence[Task], inputs: Tensor, targets: Mapping[str, Tensor]) -> None:
+        super().__init__(tasks)
+        names = [task.name for task in self.tasks]
+        if sorted(names) != sorted(targets):
+            raise ValueError(f"Parameter `targets` should have the keys {names}. Found {sorted(targets)}.")
+        for name, target in targets.items():
+            if len(target) != len(inputs):
+                raise ValueError(f"Task `{name}` should have {len(inputs)} targets. Found {len(target)}.")
+        self.inputs = inputs
+        self.targets = dict(targets)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples ``indices``, converted to float32 and int64."""
+        return Batch(
+            input=as_input(self.inputs[indices]),
+            targets={task.name: as_target(task, self.targets[task.name][indices]) for task in self.tasks},
+        )
+
+
+def as_input(stored: Tensor) -> Tensor:
+    """A stored input as float32; uint8 images are scaled to ``[0, 1]``."""
+    return stored.float().div_(255) if stored.dtype == torch.uint8 else stored.float()
+
+
+def as_target(task: Task, stored: Tensor) -> Tensor:
+    """A batch of stored targets in the type its kind asks for; normals get unit length."""
+    if task.kind in {"classification", "segmentation"}:
+        return stored.long()
+    if task.kind == "normals":
+        return torch.nn.functional.normalize(stored.float(), dim=1)
+    return stored.float()
+
+
+Augment = Callable[[Batch, Sequence[Task], Tensor], Batch]
+
+
+@dataclass
+class DataBundle:
+    """A data set ready for multi-task training.
+
+    Args:
+        name: Registry name.
+        tasks: The tasks, in the order tables print them.
+        train: Samples to learn from.
+        validation: Samples for model selection; carved out of the official training split where there is no
+            own one.
+        test: Samples for the final figures only.
+        input_kind: ``"image"`` or ``"vector"``.
+        input_shape: Shape of one input: ``(channels, H, W)`` or ``(features,)``.
+        default_model: Name of a lab model that suits the data: ``"mlp"``, ``"convnet"`` (small conv net with
+            one head per task) or ``"segnet"`` (dense prediction).
+        citation: Whom to cite.
+        disjoint: Whether each sample has a label for one task only.
+        mean: Per-channel mean of the training images in ``[0, 1]``; None leaves inputs as they are.
+        std: Per-channel standard deviation, with ``mean``.
+        augment: Training augmentation ``(batch, tasks, sample keys) -> batch`` that suits the data, or None.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    train: MultiTaskDataset
+    validation: MultiTaskDataset
+    test: MultiTaskDataset
+    input_kind: Literal["image", "vector"]
+    input_shape: tuple[int, ...]
+    default_model: str
+    citation: str
+    disjoint: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment | None = None
+
+    def split(self, name: Split) -> MultiTaskDataset:
+        """The split called ``name``."""
+        if name not in SPLITS:
+            raise ValueError(
+                f"Parameter `name` should be one of {', '.join(SPLITS)}. Found `name = {name!r}`."
+            )
+        dataset: MultiTaskDataset = getattr(self, name)
+        return dataset
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """``[B, ...]`` inputs as a model should see them: ``(x - mean) / std`` per channel."""
+        if self.mean is None or self.std is None:
+            return inputs
+        return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """The inverse of `normalize`, for pictures."""
+        if self.mean is None or self.std is None:
+            return inputs
+        return inputs * _per_channel(self.std, inputs) + _per_channel(self.mean, inputs)
+
+    def loader(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: bool | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Loader:
+        """Normalised batches of one split; training is shuffled, augmented and drops a last short batch.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            batch_size: Samples per batch and rank.
+            seed: With epoch and position it decides order and augmentation.
+            augment: Whether to augment; by default the training split only, where the data set has an
+                augmentation.
+            workers: Threads that prepare batches ahead; 0 prepares each when it is asked for. Never changes a
+                batch.
+            rank: This process' number.
+            world_size: Number of processes.
+
+        Returns:
+            A `Loader`; ``loader.epoch(epoch, start)`` iterates.
+        """
+        dataset, training = self.split(split), split == "train"
+        plan = BatchPlan(
+            len(dataset),
+            batch_size,
+            seed=seed,
+            shuffle=training,
+            drop_last=training and len(dataset) >= batch_size * world_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        transform = self.augment if (training if augment is None else augment) else None
+
+        def fetch(indices: Tensor, keys: Tensor) -> Batch:
+            batch = dataset.batch(indices)
+            if transform is not None:
+                batch = transform(batch, self.tasks, keys)
+            return Batch(input=self.normalize(batch["input"]), targets=batch["targets"])
+
+        return Loader(fetch, plan, workers=workers)
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(1, -1, *[1] * (like.dim() - 2))
