@@ -13,12 +13,14 @@ from torchmto.lab.data.base import (
     labelled_tasks,
 )
 from torchmto.lab.data.loading import BatchPlan, Loader
+from torchmto.lab.data.registry import DatasetInfo, dataset_info, datasets, load_data
 
 __all__ = [
     "SPLITS",
     "Batch",
     "BatchPlan",
     "DataBundle",
+    "DatasetInfo",
     "Kind",
     "Loader",
     "MultiTaskDataset",
@@ -26,5 +28,8 @@ __all__ = [
     "Task",
     "TensorData",
     "collate",
+    "dataset_info",
+    "datasets",
     "labelled_tasks",
+    "load_data",
 ]
