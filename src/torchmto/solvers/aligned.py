@@ -1,0 +1,60 @@
+"""The mean of gradients made orthogonal and equally long."""
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmto.solvers.solution import Solution
+from torchmto.solvers.unit import check_weights, factor, unit_gramian
+
+Scale = Literal["min", "median", "rmse"]
+
+
+def aligned(
+    gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.ArrayLike | None = None
+) -> Solution:
+    r"""Weights :math:`\sqrt{\lambda} V \Lambda^{-1/2} V^\top u` over the numerical rank of the Gramian.
+
+    The gradients are replaced by the nearest set of orthogonal vectors of one length, which has condition
+    number 1. The eigenvectors V and eigenvalues :math:`\Lambda` come from a singular value decomposition of a
+    factor of the Gramian, which keeps the small eigenvalues accurate when the gradients' lengths differ by
+    orders of magnitude.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        scale: the common squared length: the smallest eigenvalue over the numerical rank (paper), the median
+            one, or the mean one.
+        preference: the weights u of the tasks, shape [K]; 1 each by default, so the update is a sum (TorchJD
+            takes the mean).
+
+    Returns:
+        The weights; the preference itself where all gradients are zero.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers, the preference doesn't fit it, or
+            the scale is unknown.
+
+    Source:
+        Senushkin et al., Independent component alignment for multi-task learning (Aligned-MTL), 2023,
+        algorithm 1.
+
+    >>> aligned([[1.0, 0.0], [0.0, 4.0]]).weights
+    array([1. , 0.5])
+    """
+    if scale not in get_args(Scale):
+        raise ValueError(f"Parameter `scale` should be one of {get_args(Scale)}. Found `scale = {scale!r}`.")
+    unit = unit_gramian(gramian)
+    preference = check_weights(preference, unit.num_tasks, 1.0)
+    if len(unit.live) == 0 or unit.num_tasks == 1:
+        return Solution(preference, converged=True, residual=0.0, iterations=0)
+    rows = factor(unit.live_cosines()) * unit.norms[unit.live]
+    _, lengths, directions = np.linalg.svd(rows, full_matrices=False)
+    if scale == "min":
+        length = lengths[-1]
+    elif scale == "median":
+        length = np.sqrt(np.median(lengths**2))
+    else:
+        length = np.sqrt((lengths**2).mean())
+    weights = ((directions @ preference[unit.live]) * (length / lengths)) @ directions
+    return Solution(unit.expand(weights), converged=True, residual=0.0, iterations=0)

@@ -1,0 +1,124 @@
+r"""Fair shares of the update: :math:`G w = w^{-1/\alpha}` with positive w."""
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmto.solvers.solution import Array, Solution
+from torchmto.solvers.unit import uniform, unit_gramian
+
+MAX_STEPS = 100
+RIDGE = 1e-6
+"""Added to the diagonal of the cosines where the equation has no solution."""
+
+
+def nash(gramian: npt.ArrayLike, *, tolerance: float = 1e-8) -> Solution:
+    r"""Weights of the Nash bargaining solution, :math:`G w = 1/w` with w > 0.
+
+    The same as :func:`fair` with ``alpha=1``, the case in which the update's direction doesn't depend on the
+    lengths of the gradients. See there for the algorithm and the fallback.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        tolerance: the residual up to which the solution counts as converged.
+
+    Returns:
+        The weights; they scale with the inverse of the gradients. Residual as in :func:`fair`.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers.
+
+    Source:
+        Navon et al., Multi-task learning as a bargaining game (Nash-MTL), 2022, equation 3 and claim 3.1.
+
+    >>> nash([[1.0, 0.0], [0.0, 4.0]]).weights
+    array([1. , 0.5])
+    """
+    return fair(gramian, alpha=1.0, tolerance=tolerance)
+
+
+def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8) -> Solution:
+    r"""Weights of the alpha-fair update, :math:`G w = w^{-1/\alpha}` with w > 0.
+
+    The solution is the minimum of a strictly convex function, :math:`w^\top G w / 2` minus a concave utility
+    of each weight, found by Newton steps with a line search on gradients of unit length.
+
+    There is no solution where a convex combination of the gradients vanishes: the weights grow without bound.
+    The fallback, reported as not converged, solves the equation with 1e-6 added to the squared length of
+    every unit gradient, which bounds the weights. Zero gradients take no part and get weight 0; if all are
+    zero the weights are 1/K.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        alpha: positive; 1 is proportional fairness, large values favour the worst-off task.
+        tolerance: the residual up to which the solution counts as converged.
+
+    Returns:
+        The weights. The residual is the largest relative error of :math:`(G w)_i = w_i^{-1/\alpha}`.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers or alpha isn't positive.
+
+    Source:
+        Ban and Ji, Fair resource allocation in multi-task learning (FairGrad), 2024, equation 8.
+
+    >>> fair([[8.0]], alpha=2.0).weights
+    array([0.25])
+    """
+    if not 0.0 < alpha < np.inf:
+        raise ValueError(f"Parameter `alpha` should be a positive float. Found `alpha = {alpha}`.")
+    unit = unit_gramian(gramian)
+    if len(unit.live) == 0:
+        return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)
+    cosines, norms = unit.live_cosines(), unit.norms[unit.live]
+    power = 1.0 / alpha
+    scale = np.exp(np.log(norms).mean())
+    demand = (norms / scale) ** (power - 1.0)
+    lengths, residual, iterations = _solve(cosines, demand, power)
+    converged = residual <= tolerance
+    if not converged:
+        lengths, _, extra = _solve(cosines + RIDGE * np.eye(len(cosines)), demand, power)
+        iterations += extra
+    weights = unit.expand(lengths * scale ** ((power - 1.0) / (power + 1.0)) / norms)
+    return Solution(weights, converged, residual, iterations)
+
+
+def _solve(cosines: Array, demand: Array, power: float) -> tuple[Array, float, int]:
+    """Positive x with ``cosines @ x = demand * x**-power``, its largest relative error, the steps taken."""
+    size = np.arange(len(demand))
+    x = demand ** (1.0 / (1.0 + power))
+    pull = demand * x ** (1.0 - power)
+    x = x * (pull.sum() / max(float(x @ cosines @ x), 1e-8 * float(x @ x))) ** (1.0 / (1.0 + power))
+    limit = 1e8 * x.max()
+    best, best_residual = x, np.inf
+    for step in range(MAX_STEPS + 1):
+        pull = demand * x ** (1.0 - power)
+        given = x * (cosines @ x)
+        residual = float(np.abs(given / pull - 1.0).max())
+        if residual < best_residual:
+            best, best_residual = x, residual
+        elif best_residual < 1e-6:
+            break
+        if residual <= 1e-13 or step == MAX_STEPS or x.max() > limit:
+            break
+        hessian = cosines * x * x[:, None]
+        hessian[size, size] += power * pull
+        try:
+            change = np.linalg.solve(hessian, pull - given)
+        except np.linalg.LinAlgError:
+            break
+        x = x * (1.0 + _step_size(cosines, demand, power, x, change) * change)
+    return best, best_residual, step
+
+
+def _step_size(cosines: Array, demand: Array, power: float, x: Array, change: Array) -> float:
+    """A step that keeps x positive and decreases the slope of the potential along the direction enough."""
+    size = min(1.0, 0.95 / max(float(-change.min()), 0.95))
+    direction = x * change
+    start = float(direction @ (cosines @ x - demand * x**-power))
+    for _ in range(40):
+        moved = x + size * direction
+        slope = float(direction @ (cosines @ moved - demand * moved**-power))
+        if slope <= 0.5 * abs(start):
+            break
+        size /= 2
+    return size

@@ -1,0 +1,102 @@
+"""Updates whose projections on all the gradients' directions are equal."""
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmto.solvers.solution import Array, Solution
+from torchmto.solvers.unit import UnitGramian, uniform, unit_gramian
+
+
+def imtl_g(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
+    r"""Weights with sum 1 whose update has equal projections on all unit gradients.
+
+    With unit gradients U the update is along :math:`U^\top (U U^\top)^{+} \mathbb{1}`. As the sum of the
+    weights fixes its sign, the common projection can be negative when gradients of unequal length conflict;
+    that is the method.
+
+    Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
+    weights are the least-squares solution; where that is zero, or its weights sum to zero, they are 1/K. Zero
+    gradients take no part and get weight 0; if all are zero the weights are 1/K.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        tolerance: the residual up to which the solution counts as converged.
+
+    Returns:
+        The weights. The residual is the largest deviation of a projection from their mean, relative to the
+        mean.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers.
+
+    Source:
+        Liu et al., Towards impartial multi-task learning (IMTL), 2021, equation 5.
+
+    >>> imtl_g([[1.0, 0.0], [0.0, 4.0]]).weights.round(4)
+    array([0.6667, 0.3333])
+    """
+    unit = unit_gramian(gramian)
+    if len(unit.live) == 0 or unit.num_tasks == 1:
+        return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)
+    coefficients, _, residual = _equalize(unit)
+    weights = coefficients / unit.norms[unit.live]
+    total = weights.sum()
+    if abs(total) <= 1e-12 * np.abs(weights).sum():
+        return Solution(uniform(unit.num_tasks), converged=False, residual=1.0, iterations=0)
+    return Solution(unit.expand(weights / total), residual <= tolerance, residual, iterations=0)
+
+
+def config(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
+    r"""Weights of the conflict-free direction with the length that the gradients agree on.
+
+    The direction is that of :math:`U^{+} \mathbb{1} = U^\top (U U^\top)^{+} \mathbb{1}` for unit gradients U,
+    on which all projections are equal; the length is :math:`\sum_i g_i \cdot \hat d`.
+
+    Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
+    direction is the least-squares one; where that is zero, so are the weights. Zero gradients take no part
+    and get weight 0; if all are zero the weights are 1/K.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        tolerance: the residual up to which the solution counts as converged.
+
+    Returns:
+        The weights. The residual is the largest deviation of a projection from their mean, relative to the
+        mean.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers.
+
+    Source:
+        Liu et al., ConFIG: towards conflict-free training of physics informed neural networks, 2024,
+        equations 2-4.
+
+    >>> config([[1.0, 0.0], [0.0, 4.0]]).weights
+    array([1.5 , 0.75])
+    """
+    unit = unit_gramian(gramian)
+    if len(unit.live) == 0 or unit.num_tasks == 1:
+        return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)
+    coefficients, projections, residual = _equalize(unit)
+    norms = unit.norms[unit.live]
+    squared_length = float(coefficients @ projections)
+    if squared_length <= 0.0:
+        return Solution(np.zeros(unit.num_tasks), converged=False, residual=residual, iterations=0)
+    weights = coefficients * ((norms @ projections) / squared_length) / norms
+    return Solution(unit.expand(weights), residual <= tolerance, residual, iterations=0)
+
+
+def _equalize(unit: UnitGramian) -> tuple[Array, Array, float]:
+    """Combination of live unit gradients nearest to equal projections, the projections, their deviation."""
+    cosines = unit.live_cosines()
+    size = len(cosines)
+    eigenvalues, vectors = np.linalg.eigh(cosines)
+    kept = eigenvalues > size * np.finfo(np.float64).eps * eigenvalues[-1]
+    vectors = vectors[:, kept]
+    share = vectors.sum(axis=0)
+    if float(share @ share) <= 1e-12 * size:
+        return np.zeros(size), np.zeros(size), 1.0
+    coefficients = vectors @ (share / eigenvalues[kept])
+    projections = cosines @ coefficients
+    mean = projections.mean()
+    return coefficients, projections, float(np.abs(projections / mean - 1.0).max())

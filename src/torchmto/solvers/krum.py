@@ -1,0 +1,51 @@
+"""The gradients that lie closest to the others."""
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmto.solvers.solution import Solution
+from torchmto.solvers.unit import check_gramian
+
+
+def krum(gramian: npt.ArrayLike, *, num_outliers: int = 1, num_selected: int = 1) -> Solution:
+    r"""Weights of the mean of the gradients whose nearest neighbours are closest (multi-Krum).
+
+    The score of a task is the sum of the squared distances from its gradient to the nearest K - f - 2 others,
+    with :math:`\|g_i - g_j\|^2 = G_{ii} + G_{jj} - 2 G_{ij}`. The m tasks with the lowest scores get 1/m
+    each; ties go to the first.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        num_outliers: the number f of gradients not to be trusted. With fewer than f + 3 tasks one neighbour
+            counts, where the paper's guarantee doesn't hold.
+        num_selected: the number m of gradients to average, K at most.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers or a count is out of range.
+
+    Source:
+        Blanchard et al., Machine learning with adversaries (Krum), 2017, sections 4 and 5.
+
+    >>> J = np.array([[1.0, 0.0], [1.1, 0.0], [0.9, 0.1], [-50.0, 9.0]])
+    >>> krum(J @ J.T, num_selected=3).weights.round(3)
+    array([0.333, 0.333, 0.333, 0.   ])
+    """
+    if num_outliers < 0:
+        raise ValueError(
+            f"Parameter `num_outliers` should be a non-negative int. Found `num_outliers = {num_outliers}`."
+        )
+    if num_selected < 1:
+        raise ValueError(
+            f"Parameter `num_selected` should be a positive int. Found `num_selected = {num_selected}`."
+        )
+    gramian = check_gramian(gramian)
+    size = len(gramian)
+    squares = gramian.diagonal()
+    distances = (squares + squares[:, None] - 2 * gramian).clip(min=0.0)
+    np.fill_diagonal(distances, np.inf)
+    neighbours = min(max(size - num_outliers - 2, 1), size - 1)
+    scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
+    selected = np.argsort(scores, kind="stable")[:num_selected]
+    weights = np.zeros(size)
+    weights[selected] = 1.0 / len(selected)
+    return Solution(weights, converged=True, residual=0.0, iterations=0)

@@ -1,0 +1,283 @@
+"""Gradients projected off each other, in the space of their coefficients.
+
+Every modified gradient is a combination of the original ones, so only the K x K matrix of combinations is
+kept, and all inner products come from the Gramian. The loops run over K tasks; each pass is vectorised over
+the other K.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from torchmto.solvers.solution import Array, Projection
+from torchmto.solvers.unit import check_gramian
+
+Order = npt.NDArray[np.intp]
+
+ANNIHILATED = 1e-10
+"""wPCGrad: a reference whose squared length has fallen to this share of its original counts as zero."""
+
+CONFLICT = 1e-9
+"""wPCGrad: a conflict is a cosine, of the original lengths, below minus this."""
+
+MAX_TARGET = 1.0 - 1e-12
+"""GradVac: bound of the cosine targets, whose formula has a pole at 1."""
+
+
+def identity_orders(num_tasks: int) -> Order:
+    """For every task the others in ascending order, shape [K, K - 1].
+
+    >>> identity_orders(3)
+    array([[1, 2],
+           [0, 2],
+           [0, 1]])
+    """
+    others = np.tile(np.arange(num_tasks), (num_tasks, 1))
+    return others[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, num_tasks - 1)
+
+
+def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
+    r"""Every gradient projected off the original gradients that it conflicts with; the weights of their sum.
+
+    For each task i, going through the others j in its order: if :math:`g_i' \cdot g_j < 0`, then
+    :math:`g_i' \leftarrow g_i' - (g_i' \cdot g_j) / \|g_j\|^2 \, g_j`, with :math:`g_j` as it was at first.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+            ascending by default.
+
+    Returns:
+        The weights and coefficients. Ones where all gradients are zero.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers or a row of orders isn't a
+            permutation of the other tasks.
+
+    Source:
+        Yu et al., Gradient surgery for multi-task learning (PCGrad), 2020, algorithm 1.
+
+    >>> pcgrad([[1.0, -1.0], [-1.0, 4.0]]).weights
+    array([2.  , 1.25])
+    """
+    gramian = check_gramian(gramian)
+    return _project_off_originals(gramian, _check_orders(orders, len(gramian)), None)
+
+
+def wpcgrad_pairwise(
+    gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None
+) -> Projection:
+    """In every conflicting pair one gradient stays and the other is projected off it.
+
+    Pairs conflict by the original gradients; like in PCGrad the projections of one gradient follow each
+    other, so one that is no longer needed when its turn comes is left out.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        keep: shape [K, K], true at (i, j) where i stays when i and j conflict. Of (i, j) and (j, i) one
+            should be true; the diagonal is ignored.
+        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+            ascending by default.
+
+    Returns:
+        The weights and coefficients. Ones where all gradients are zero.
+
+    Raises:
+        ValueError: if an argument's shape doesn't fit, the Gramian isn't finite, both or neither of a pair
+            stay, or a row of orders isn't a permutation of the other tasks.
+
+    Source:
+        Our own reading of Task weighting through gradient projection (arXiv 2409.01793): the text has the
+        sampled task of a pair stay intact.
+
+    >>> wpcgrad_pairwise([[1.0, -1.0], [-1.0, 4.0]], keep=[[False, True], [False, False]]).weights
+    array([2., 1.])
+    """
+    gramian = check_gramian(gramian)
+    keep = np.array(keep, dtype=bool)
+    if keep.shape != gramian.shape:
+        raise ValueError(f"Parameter `keep` should have the shape {gramian.shape}. Found {keep.shape}.")
+    np.fill_diagonal(keep, val=False)
+    if not (keep ^ keep.T ^ np.eye(len(keep), dtype=bool)).all():
+        raise ValueError(
+            "Parameter `keep` should name one of each pair. Found pairs of which both or neither stay."
+        )
+    return _project_off_originals(gramian, _check_orders(orders, len(gramian)), keep.T & (gramian < 0))
+
+
+def _project_off_originals(
+    gramian: Array, orders: Order, allowed: npt.NDArray[np.bool_] | None
+) -> Projection:
+    """The PCGrad loop; ``allowed[i, j]`` says whether i may be projected off j at all."""
+    size = len(gramian)
+    task = np.arange(size)
+    coefficients = np.eye(size)
+    products = gramian.copy()
+    squares = gramian.diagonal()
+    for other in orders.T:
+        dots = products[task, other]
+        conflict = (dots < 0) & (squares[other] > 0)
+        if allowed is not None:
+            conflict &= allowed[task, other]
+        hit = np.flatnonzero(conflict)
+        if len(hit) == 0:
+            continue
+        against = other[hit]
+        shift = dots[hit] / squares[against]
+        coefficients[hit, against] -= shift
+        products[hit] -= shift[:, None] * gramian[against]
+    return Projection.of(coefficients)
+
+
+class GradVacResult(NamedTuple):
+    """What GradVac returns: the projection, and the cosine targets for the next step, shape [K, K]."""
+
+    projection: Projection
+    targets: Array
+
+
+def gradvac(
+    gramian: npt.ArrayLike,
+    targets: npt.ArrayLike | None = None,
+    orders: npt.ArrayLike | None = None,
+    *,
+    beta: float = 0.01,
+) -> GradVacResult:
+    r"""Gradients turned towards each other until their cosines reach targets; the weights of their sum.
+
+    For each task i, going through the others j in its order, with c the cosine of :math:`g_i'` and the
+    original :math:`g_j`: if c is below the target :math:`\rho_{ij}`, then
+
+    .. math:: g_i' \leftarrow g_i' + g_j
+        \frac{\|g_i'\| (\rho \sqrt{1 - c^2} - c \sqrt{1 - \rho^2})}{\|g_j\| \sqrt{1 - \rho^2}}
+
+    and in any case :math:`\rho_{ij} \leftarrow (1 - \beta) \rho_{ij} + \beta c`. With targets of 0 it is
+    PCGrad. Targets are bounded by 1 - 1e-12, the pole of the formula. A zero gradient has no cosine: it
+    changes nothing, targets included.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        targets: cosine targets, shape [K, K]; 0 by default, as on the first step.
+        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+            ascending by default.
+        beta: share of a new cosine in the target (paper: 0.01; public codes: 0.5).
+
+    Returns:
+        The projection and the new targets (a new array). Weights of one where all gradients are zero.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers, targets or orders don't fit it, or
+            beta isn't in [0, 1].
+
+    Source:
+        Wang et al., Gradient vaccine, 2021, equations 2 and 3, algorithm 1.
+
+    >>> projection, targets = gradvac([[1.0, -1.0], [-1.0, 4.0]], beta=0.5)
+    >>> projection.weights, targets[0, 1]
+    (array([2.  , 1.25]), np.float64(-0.25))
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"Parameter `beta` should be a float in [0, 1]. Found `beta = {beta}`.")
+    gramian = check_gramian(gramian)
+    size = len(gramian)
+    orders = _check_orders(orders, size)
+    targets = np.zeros((size, size)) if targets is None else np.array(targets, dtype=np.float64)
+    if targets.shape != gramian.shape or not np.isfinite(targets).all():
+        raise ValueError(
+            f"Parameter `targets` should be finite, of shape {gramian.shape}. Found `{targets}`."
+        )
+    task = np.arange(size)
+    coefficients = np.eye(size)
+    products = gramian.copy()
+    norms = np.sqrt(gramian.diagonal())
+    lengths = norms.copy()
+    for other in orders.T:
+        denominator = lengths * norms[other]
+        seen = denominator > 0
+        cosine = np.zeros(size)
+        np.divide(products[task, other], denominator, out=cosine, where=seen)
+        cosine = cosine.clip(-1.0, 1.0)
+        target = targets[task, other]
+        hit = np.flatnonzero(seen & (cosine < target))
+        if len(hit) > 0:
+            against, c, rho = other[hit], cosine[hit], target[hit].clip(max=MAX_TARGET)
+            sine = np.sqrt(1.0 - rho**2)
+            shift = lengths[hit] / norms[against] * (rho * np.sqrt(1.0 - c**2) / sine - c)
+            coefficients[hit, against] += shift
+            products[hit] += shift[:, None] * gramian[against]
+            squares = np.einsum("nk,nk->n", coefficients[hit], products[hit])
+            lengths[hit] = np.sqrt(squares.clip(min=0.0))
+        targets[task, other] = np.where(seen, (1.0 - beta) * target + beta * cosine, target)
+    return GradVacResult(Projection.of(coefficients), targets)
+
+
+def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
+    r"""Going down an order, every later gradient is projected off those before it; the weights of the sum.
+
+    Each task i in turn is the reference: every later task j with :math:`g_j \cdot g_i < 0`, both as modified
+    so far, is projected on the normal plane of :math:`g_i`. The first gradient stays as it is, and at the end
+    no two conflict.
+
+    The latter holds in floating point because of two guards: a reference whose squared length has fallen to
+    1e-10 of its original is set to zero and skipped, and a conflict is
+    :math:`g_j \cdot g_i < -10^{-9} \|g_j\| \|g_i\|` with the original lengths.
+
+    Args:
+        gramian: inner products of the gradients, shape [K, K].
+        order: the tasks from first to last, a permutation of 0 ... K - 1, shape [K].
+
+    Returns:
+        The weights and coefficients. Ones where all gradients are zero.
+
+    Raises:
+        ValueError: if the Gramian isn't a square matrix of finite numbers or the order isn't a permutation.
+
+    Source:
+        Task weighting through gradient projection (wPCGrad), arXiv 2409.01793, algorithm 1, in our reading:
+        the text says that the sampled task stays intact, the printed algorithm loops over a sampled order.
+
+    >>> wpcgrad([[1.0, -1.0], [-1.0, 4.0]], order=[0, 1]).weights
+    array([2., 1.])
+    """
+    gramian = check_gramian(gramian)
+    size = len(gramian)
+    order = np.asarray(order)
+    if order.shape != (size,) or not np.array_equal(np.sort(order), np.arange(size)):
+        raise ValueError(
+            f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`."
+        )
+    coefficients = np.eye(size)
+    products = gramian[np.ix_(order, order)]
+    squares = products.diagonal().copy()
+    limits = -CONFLICT * np.sqrt(squares)
+    original = products.copy()
+    for reference in range(size):
+        square = float(coefficients[reference] @ products[reference])
+        if square <= ANNIHILATED * squares[reference]:
+            if squares[reference] > 0:
+                coefficients[reference] = 0.0
+            continue
+        later = slice(reference + 1, None)
+        dots = coefficients[later] @ products[reference]
+        hit = np.flatnonzero(dots < limits[later] * np.sqrt(squares[reference]))
+        if len(hit) == 0:
+            continue
+        shift = dots[hit, None] / square
+        hit += reference + 1
+        coefficients[hit] -= shift * coefficients[reference]
+        products[hit] = coefficients[hit] @ original
+    back = np.argsort(order)
+    return Projection.of(coefficients[np.ix_(back, back)])
+
+
+def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:
+    expected = identity_orders(size)
+    if orders is None:
+        return expected
+    array = np.asarray(orders)
+    if array.shape != expected.shape or not np.array_equal(np.sort(array, axis=1), expected):
+        raise ValueError(
+            f"Each row of `orders` should be a permutation of the other {size - 1} tasks. Found {orders}."
+        )
+    return array.astype(np.intp)
