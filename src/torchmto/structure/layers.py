@@ -1,0 +1,210 @@
+"""A shared conv or linear layer together with the norms that give its channels their priorities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from torchmto.structure.norms import SplitNorm
+from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, weighted_channels
+from torchmto.structure.strength import (
+    MEASURES,
+    Measure,
+    channels_first,
+    gradient_strength,
+    scaled_strength,
+    wide_dtype,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StructuredLayer:
+    """A layer whose output channels are grouped by the task that leads them.
+
+    Attributes:
+        name: path of the layer in the model; ``<path>.in_proj`` for the packed projections of an attention.
+        weight: the shared parameter.
+        bias: the shared bias, whose entries follow their channels; None if the layer has none.
+        norm_out: the norm that the layer's output goes through, if any.
+        norm_in: the norm that the layer's input comes from, if any.
+        groups: of a grouped convolution.
+        transposed: whether the output channels lie on dimension 1 of the weight (transposed convolutions).
+        spatial: whether the layer is a convolution, so that its channels are dimension 1 of its output.
+        source: how the pair was found: ``"explicit"``, ``"fx"``, ``"recorded"`` or ``"module order"``.
+    """
+
+    name: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    norm_out: nn.Module | None
+    norm_in: nn.Module | None
+    groups: int = 1
+    transposed: bool = False
+    spatial: bool = False
+    source: str = "explicit"
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of ``weight`` that holds the output channels (of one group)."""
+        return int(self.transposed)
+
+    @property
+    def num_channels(self) -> int:
+        """The number of output channels."""
+        return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
+
+    @property
+    def num_inputs(self) -> int:
+        """The number of input channels."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The weight and, if there is one, the bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def strengths(
+        self, tasks: Sequence[str], *, measure: Measure = "parameters", task_grads: Tensor | None = None
+    ) -> Tensor:
+        """Every task's strength of every output channel, from what the norms hold now.
+
+        Args:
+            tasks: T names. A norm that isn't split serves all of them.
+            measure: ``"parameters"``, the paper's; ``"gradients"`` or ``"saliency"``.
+            task_grads: ``[T, *weight.shape]``, needed by the other two measures.
+
+        Returns:
+            ``[T, C_out]``, without a graph.
+
+        Raises:
+            ValueError: an unknown measure, or missing gradients.
+        """
+        if measure not in MEASURES:
+            raise ValueError(
+                f"Parameter `measure` should be one of {list(MEASURES)}. Found `measure = {measure!r}`."
+            )
+        if measure == "parameters":
+            out_scale = None if self.norm_out is None else self._scales(self.norm_out, tasks, incoming=False)
+            in_scale = None if self.norm_in is None else self._scales(self.norm_in, tasks, incoming=True)
+            strength = scaled_strength(
+                self.weight, out_scale, in_scale, groups=self.groups, transposed=self.transposed
+            )
+            return strength.expand(len(tasks), -1)
+        if task_grads is None:
+            raise ValueError(f"Parameter `task_grads` is needed for `measure = {measure!r}`. Found None.")
+        grads = channels_first(task_grads, groups=self.groups, transposed=self.transposed, batch_dims=1)
+        weight = channels_first(self.weight, groups=self.groups, transposed=self.transposed)
+        return gradient_strength(grads, weight if measure == "saliency" else None)
+
+    def coefficients(
+        self, task_grads: Sequence[Tensor], top: Tensor, *, degenerate: Degenerate = "sum"
+    ) -> Tensor:
+        """Phase 2's multiplier of each task's gradient of each channel.
+
+        Args:
+            task_grads: for each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
+            top: int64 ``[C_out]``.
+            degenerate: see :func:`torchmto.structure.group_coefficients`.
+
+        Returns:
+            ``[T, C_out]``.
+        """
+        weight, *bias = task_grads
+        dots = channel_dots(
+            channels_first(weight, groups=self.groups, transposed=self.transposed, batch_dims=1), top
+        )
+        for grads in bias:
+            dots = dots + channel_dots(grads, top)
+        return group_coefficients(dots, top, degenerate=degenerate)
+
+    def combine(self, task_grads: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
+        """The layer's combined gradients: for each of :attr:`parameters` a tensor of its shape.
+
+        Args:
+            task_grads: for each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
+            coefficients: ``[T, C_out]`` from :meth:`coefficients`.
+        """
+        weight, *bias = task_grads
+        if self.transposed:
+            by_group = torch.unflatten(coefficients, 1, (self.groups, 1, -1))
+            per_weight = by_group.expand(-1, -1, self.num_inputs // self.groups, -1).flatten(1, 2)
+            combined = torch.einsum("tio,tio...->io...", per_weight.to(weight.dtype), weight.detach())
+        else:
+            combined = weighted_channels(weight, coefficients)
+        return [combined, *(weighted_channels(grads, coefficients) for grads in bias)]
+
+    def _scales(self, norm: nn.Module, tasks: Sequence[str], *, incoming: bool) -> Tensor:
+        copies = [norm.copy_for(task) if isinstance(norm, SplitNorm) else norm for task in tasks]
+        channels = self.num_inputs if incoming else self.num_channels
+        scales = [
+            norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming)
+            for norm in copies
+        ]
+        # A norm over the heads' width (as on queries and keys) serves every head.
+        return torch.stack([scale.repeat(channels // scale.shape[0]) for scale in scales])
+
+
+def norm_scale(
+    norm: nn.Module, device: torch.device, *, spatial: bool = True, with_variance: bool = True
+) -> Tensor:
+    """What a norm multiplies each channel by, as far as it differs between channels.
+
+    BatchNorm: ``gamma / sqrt(running_var + eps)``; GroupNorm and InstanceNorm the same with the tracked
+        variance of
+    the channel's group; LayerNorm, RMSNorm and others: ``gamma``, the scale per token or example being common
+    to all channels.
+
+    Args:
+        norm: one norm, not a split one.
+        device: where to put the result.
+        spatial: for a LayerNorm over several dimensions, whether the channel is the first or the last of
+            them.
+        with_variance: False gives ``gamma`` alone, the size of the channels that leave the norm.
+
+    Returns:
+        ``[C]``, in float64 where the device has it.
+    """
+    dtype = wide_dtype(device)
+    gamma = _gamma(norm)
+    scale = torch.ones(norm_channels(norm, spatial=spatial), device=device, dtype=dtype)
+    if gamma is not None:
+        wide = gamma.detach().to(device, dtype)
+        if wide.dim() > 1:
+            others = tuple(range(1, wide.dim())) if spatial else tuple(range(wide.dim() - 1))
+            wide = wide.square().mean(dim=others).sqrt()
+        scale = wide
+    if with_variance:
+        variance = getattr(norm, "running_var", None)
+        if variance is None:
+            variance = getattr(norm, "running_group_var", None)
+        if variance is not None:
+            wide_variance = (
+                variance.detach().to(device, dtype).repeat_interleave(scale.shape[0] // variance.shape[0])
+            )
+            scale = scale / (wide_variance + float(getattr(norm, "eps", 1e-5))).sqrt()
+    return scale
+
+
+def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
+    """How many channels a norm (or a split norm's copies) scales."""
+    if isinstance(norm, SplitNorm):
+        norm = norm.copy_for(norm.task_names[0])
+    if isinstance(norm, _NormBase):
+        return norm.num_features
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        shape = norm.normalized_shape
+        return shape[0] if spatial and len(shape) > 1 else shape[-1]
+    gamma = _gamma(norm)
+    return 0 if gamma is None else gamma.shape[0]
+
+
+def _gamma(norm: nn.Module) -> Tensor | None:
+    own = dict(norm.named_parameters(recurse=False))
+    named = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
+    if named is not None or isinstance(norm, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return named
+    return next(iter(own.values()), None)

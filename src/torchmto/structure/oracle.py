@@ -1,0 +1,146 @@
+"""Which task should lead a group of channels, measured instead of estimated."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchmto.structure.layers import StructuredLayer
+from torchmto.structure.norms import active_task, has_split_norms
+from torchmto.structure.preserve import undisturbed
+from torchmto.structure.strength import channels_first, wide_dtype
+
+Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
+ChannelGroup = tuple[StructuredLayer, Sequence[int]]
+
+
+class OraclePriority(NamedTuple):
+    """What :func:`oracle_priority` measured.
+
+    Attributes:
+        top: int64 ``[num_groups]``, the leading task of each group, -1 where the best two are equal.
+        decrease: ``[num_groups, T]``, by how much the weighted total loss fell with each task's step.
+    """
+
+    top: Tensor
+    decrease: Tensor
+
+
+def oracle_priority(
+    model: nn.Module,
+    closure: Closure,
+    groups: Sequence[ChannelGroup],
+    tasks: Sequence[str],
+    *,
+    weights: Mapping[str, float] | None = None,
+    step_size: float = 1e-3,
+) -> OraclePriority:
+    """Task priority by its definition: whose step on a channel group alone lowers the total loss most.
+
+    For a group of channels θ and each task m, θ is moved by ``-step_size * gradient of task m``, everything
+    else staying, and the weighted sum of all losses is computed again. Parameters, buffers and torch's random
+    state are afterwards exactly as before; every forward pass starts from the same random state and the same
+    buffers.
+
+    It costs a forward pass per (group, task), K of them where norms are split: an instrument to check
+    connection strengths against, not for training. Differences of losses drown in rounding for small steps in
+    float32; use a float64 copy of the model where it matters.
+
+    Args:
+        model: the model with split or plain norms.
+        closure: ``closure(tasks) -> {task: loss}``. With split norms it is called for one task at a time,
+            with that task's norms active.
+        groups: pairs of a layer from :func:`torchmto.structure.find_norm_pairs` and the indices of its output
+            channels. The bias entries of the channels belong to them.
+        tasks: T names.
+        weights: of the losses in the total; default 1 for every task.
+        step_size: of the gradient step, positive.
+
+    Returns:
+        :class:`OraclePriority`.
+
+    Raises:
+        ValueError: no tasks, a step size that isn't positive, or a channel that doesn't exist.
+
+    Source: Definition 3 of "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996).
+    """
+    if not tasks:
+        raise ValueError("Parameter `tasks` should name at least one task. Found none.")
+    if not step_size > 0:
+        raise ValueError(
+            f"Parameter `step_size` should be a positive float. Found `step_size = {step_size}`."
+        )
+    for layer, channels in groups:
+        if not all(0 <= channel < layer.num_channels for channel in channels):
+            raise ValueError(
+                f"Parameter `groups` should hold channels of {layer.name} below {layer.num_channels}. "
+                f"Found {list(channels)}."
+            )
+    factors = [1.0 if weights is None else float(weights[task]) for task in tasks]
+    parameters = list(dict.fromkeys(parameter for layer, _ in groups for parameter in layer.parameters))
+
+    with undisturbed(model), torch.enable_grad():
+        losses = _losses(model, closure, tasks)
+        gradients = [
+            dict(
+                zip(
+                    parameters,
+                    torch.autograd.grad(losses[task], parameters, retain_graph=True, allow_unused=True),
+                    strict=True,
+                )
+            )
+            for task in tasks
+        ]
+
+    def total() -> float:
+        with undisturbed(model), torch.no_grad():
+            measured = _losses(model, closure, tasks)
+            return sum(factor * float(measured[task]) for factor, task in zip(factors, tasks, strict=True))
+
+    before = total()
+    decrease = torch.zeros(len(groups), len(tasks), dtype=wide_dtype(torch.device("cpu")))
+    with torch.no_grad():
+        for row, (layer, channels) in enumerate(groups):
+            originals = [parameter.clone() for parameter in layer.parameters]
+            for column, task_gradients in enumerate(gradients):
+                try:
+                    _move(layer, list(channels), task_gradients, step_size)
+                    decrease[row, column] = before - total()
+                finally:
+                    for parameter, original in zip(layer.parameters, originals, strict=True):
+                        parameter.copy_(original)
+    largest = decrease.amax(dim=1, keepdim=True)
+    is_largest = largest - decrease <= 1e-12 * largest.abs()
+    top = torch.where(is_largest.sum(dim=1) == 1, decrease.argmax(dim=1), -1)
+    return OraclePriority(top, decrease)
+
+
+def _losses(model: nn.Module, closure: Closure, tasks: Sequence[str]) -> Mapping[str, Tensor]:
+    if not has_split_norms(model):
+        return closure(tuple(tasks))
+    losses: dict[str, Tensor] = {}
+    for task in tasks:
+        with active_task(task):
+            losses[task] = closure((task,))[task]
+    return losses
+
+
+def _move(
+    layer: StructuredLayer,
+    channels: list[int],
+    gradients: Mapping[nn.Parameter, Tensor | None],
+    step_size: float,
+) -> None:
+    chosen = torch.zeros(layer.num_channels, dtype=torch.bool, device=layer.weight.device)
+    chosen[channels] = True
+    for parameter in layer.parameters:
+        gradient = gradients[parameter]
+        if gradient is not None:
+            moved = chosen
+            if parameter is layer.weight:
+                index = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+                by_channel = channels_first(index, groups=layer.groups, transposed=layer.transposed)
+                moved = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+                moved[by_channel[chosen].flatten()] = True
+            parameter.sub_(step_size * gradient * moved.view(parameter.shape))

@@ -1,0 +1,127 @@
+"""Combining task gradients channel by channel so that the task that leads a channel keeps its gradient."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchmto.structure.strength import at_least_float32
+
+Degenerate = Literal["sum", "project"]
+
+
+def channel_dots(task_grads: Tensor, top: Tensor) -> Tensor:
+    """Inner products of every task's gradient with the leading task's, channel by channel.
+
+    Args:
+        task_grads: ``[T, C_out, ...]``.
+        top: int64 ``[C_out]``, the leading task of each channel, -1 for none.
+
+    Returns:
+        ``[T, C_out]``; zeros in channels nobody leads. Sums over the parameters of a layer (weight and bias)
+        are the layer's products.
+
+    Raises:
+        ValueError: shapes that don't fit.
+    """
+    if task_grads.dim() < 2 or top.shape != task_grads.shape[1:2]:
+        raise ValueError(
+            "Parameter `top` should hold one task per channel of `task_grads`. Found shapes "
+            f"{tuple(top.shape)} and {tuple(task_grads.shape)}."
+        )
+    grads = at_least_float32(task_grads.detach())
+    grads = grads.flatten(2) if grads.dim() > 2 else grads.unsqueeze(2)
+    channels = torch.arange(top.shape[0], device=top.device)
+    leading = grads[top.clamp(min=0), channels]
+    return torch.einsum("tcn,cn->tc", grads, leading) * (top >= 0)
+
+
+def group_coefficients(dots: Tensor, top: Tensor, *, degenerate: Degenerate = "sum") -> Tensor:
+    """What each task's gradient is multiplied by, from the products of :func:`channel_dots`.
+
+    Channels led by the same task form a group. In the group of task i, every conflicting task j loses its
+    component along i's gradient, ``G_ij -= <G_ii, G_ij> / ||G_ii||^2 G_ii``, and the rows are summed. G_ii
+    never changes, so the sum is ``(1 + sum_j max(0, -<G_ii, G_ij>) / ||G_ii||^2) G_ii + sum_j G_ij``: one
+    number per group.
+
+    Args:
+        dots: ``[T, C_out]`` from :func:`channel_dots`, summed over the layer's parameters.
+        top: int64 ``[C_out]``.
+        degenerate: where one task leads every channel of the layer, ``"sum"`` adds the gradients plainly, as
+            the paper's released code does; ``"project"`` applies the formula as printed.
+
+    Returns:
+        ``[T, C_out]``: 1, except for the leading task of each channel. A group whose leading gradient is zero
+        keeps 1.
+
+    Raises:
+        ValueError: ``degenerate`` is something else.
+    """
+    if degenerate not in ("sum", "project"):
+        raise ValueError(
+            f"Parameter `degenerate` should be 'sum' or 'project'. Found `degenerate = {degenerate!r}`."
+        )
+    num_tasks = dots.shape[0]
+    leads = top == torch.arange(num_tasks, device=top.device).unsqueeze(1)  # [T, C_out]
+    products = leads.to(dots.dtype) @ dots.T  # [i, j]: <G_ii, G_ij>
+    squared_norm = products.diagonal()
+    extra = (-products).clamp(min=0).sum(dim=1) / torch.where(squared_norm > 0, squared_norm, 1)
+    extra = torch.where(squared_norm > 0, extra, 0)
+    if degenerate == "sum":
+        extra = extra * ~leads.all(dim=1)
+    return 1 + leads * extra.unsqueeze(1)
+
+
+def priority_coefficients(task_grads: Tensor, top: Tensor, *, degenerate: Degenerate = "sum") -> Tensor:
+    """The numbers by which phase 2 multiplies each task's gradient of each channel before summing.
+
+    One pass over the gradients for the inner products; nothing of their size is kept but the leading rows.
+
+    Args:
+        task_grads: ``[T, C_out, ...]``.
+        top: int64 ``[C_out]``, the leading task of each channel, -1 for none.
+        degenerate: see :func:`group_coefficients`.
+
+    Returns:
+        ``[T, C_out]``.
+
+    Raises:
+        ValueError: shapes that don't fit, or an unknown ``degenerate``.
+    """
+    return group_coefficients(channel_dots(task_grads, top), top, degenerate=degenerate)
+
+
+def project_by_priority(task_grads: Tensor, top: Tensor, *, degenerate: Degenerate = "sum") -> Tensor:
+    """Phase 2 of connection strength for one layer: the gradient that conserves the tasks' priorities.
+
+    In the channels that task i leads, the gradients of tasks in conflict with i's (over the whole channel
+    group) are projected onto its normal plane; then all are summed. The result doesn't depend on the order of
+    the tasks.
+
+    Args:
+        task_grads: ``[T, C_out, ...]``, each task's gradient of the layer.
+        top: int64 ``[C_out]``, the leading task of each channel; channels with -1 are summed plainly.
+        degenerate: where one task leads every channel, ``"sum"`` (default, as released) or ``"project"`` (as
+            printed).
+
+    Returns:
+        ``[C_out, ...]``. Scale: sum of the tasks' gradients, homogeneous of degree 1.
+
+    Raises:
+        ValueError: shapes that don't fit, or an unknown ``degenerate``.
+
+    Source: "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996), phase 2.
+
+    Example:
+        >>> grads = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[-1.0, 1.0], [0.0, 1.0]]])
+        >>> project_by_priority(grads, torch.tensor([0, 1]))
+        tensor([[1., 1.],
+                [1., 1.]])
+    """
+    coefficients = priority_coefficients(task_grads, top, degenerate=degenerate)
+    return weighted_channels(task_grads, coefficients)
+
+
+def weighted_channels(task_grads: Tensor, coefficients: Tensor) -> Tensor:
+    """``sum_t coefficients[t, c] * task_grads[t, c, ...]`` in one pass: ``[C_out, ...]``."""
+    return torch.einsum("tc,tc...->c...", coefficients.to(task_grads.dtype), task_grads.detach())
