@@ -1,0 +1,106 @@
+"""Checks of arguments, all with one form of message: what the parameter should be, and what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from typing import Any
+
+
+def found(name: str, should: str, value: object) -> str:
+    """The message of every argument error.
+
+    Example:
+        >>> found("c", "a non-negative float", -5)
+        'Parameter `c` should be a non-negative float. Found `c = -5`.'
+    """
+    return f"Parameter `{name}` should be {should}. Found `{name} = {value!r}`."
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return ``value`` as a float if it is a finite number with minimum <= value <= maximum, above < value < below.
+
+    Raises:
+        TypeError: If ``value`` isn't a number.
+        ValueError: If it is out of range or not finite.
+    """
+    bounds = []
+    if minimum > -math.inf:
+        bounds.append(f">= {minimum:g}")
+    if above > -math.inf:
+        bounds.append(f"> {above:g}")
+    if maximum < math.inf:
+        bounds.append(f"<= {maximum:g}")
+    if below < math.inf:
+        bounds.append(f"< {below:g}")
+    should = "a non-negative float" if bounds == [">= 0"] else "a finite float"
+    should = "a positive float" if bounds == ["> 0"] else should
+    if should == "a finite float" and bounds:
+        should = f"a float {' and '.join(bounds)}"
+    if not _is_number(value):
+        raise TypeError(found(name, should, value))
+    if not (math.isfinite(value) and minimum <= value <= maximum and above < value < below):
+        raise ValueError(found(name, should, value))
+    return float(value)
+
+
+def check_integer(name: str, value: Any, *, minimum: int) -> int:
+    """Return ``value`` if it is an int >= ``minimum``.
+
+    Raises:
+        TypeError: If ``value`` isn't an int.
+        ValueError: If it is below ``minimum``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(found(name, f"an int >= {minimum}", value))
+    if value < minimum:
+        raise ValueError(found(name, f"an int >= {minimum}", value))
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if value not in choices:
+        raise ValueError(found(name, f"one of {', '.join(repr(choice) for choice in choices)}", value))
+    return str(value)
+
+
+def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of the tasks as a tuple: at least one, no name twice.
+
+    Raises:
+        TypeError: If a name isn't a string, or ``tasks`` is a single string.
+        ValueError: If there is no task, an empty name or a name twice.
+    """
+    if isinstance(tasks, str):
+        raise TypeError(found("tasks", "a sequence of task names", tasks))
+    names = tuple(tasks)
+    if not names:
+        raise ValueError(found("tasks", "a sequence of at least one task name", list(names)))
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(found("tasks", "a sequence of strings", list(names)))
+        if not name:
+            raise ValueError(found("tasks", "a sequence of non-empty names", list(names)))
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(
+            f"{found('tasks', 'a sequence of different names', list(names))} Task `{twice}` is there twice."
+        )
+    return names

@@ -1,0 +1,7 @@
+"""Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
+
+from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.roles import Roles, reached_parameters
+from torchmto.gradients.rows import Rows, gramian
+
+__all__ = ["Ranks", "Roles", "Rows", "gramian", "reached_parameters"]

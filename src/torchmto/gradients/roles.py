@@ -1,0 +1,133 @@
+"""The roles of parameters: shared by several tasks, or the head of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
+    """Walk the autograd graph of ``loss`` down to its leaves.
+
+    Args:
+        loss: A tensor that requires a gradient.
+
+    Returns:
+        The ``id`` of every leaf that the graph reaches, and whether the walk met a compiled region. A compiled region
+        hides which of its outputs depends on which parameter, so the leaves found are then only an upper bound.
+    """
+    if loss.grad_fn is None:
+        return {id(loss)}, False
+    leaves: set[int] = set()
+    compiled = False
+    visited = {loss.grad_fn}
+    stack = [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            leaves.add(id(variable))
+        compiled = compiled or node.name().startswith("CompiledFunction")
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                stack.append(following)
+    return leaves, compiled
+
+
+class Roles:
+    """Which tasks have reached which parameter.
+
+    A parameter is *shared* once a second task has reached it and never goes back; before, it belongs to the one task
+    that reached it (a head). With a single task every parameter it reaches counts as shared: there is nothing to
+    separate. If the shared parameters are given, they alone are shared.
+
+    Args:
+        num_tasks: K.
+        shared: The names of the shared parameters, or None to find them.
+
+    Attributes:
+        layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
+            ever appended.
+    """
+
+    def __init__(self, num_tasks: int, shared: Iterable[str] | None = None) -> None:
+        self.num_tasks = num_tasks
+        self.given = shared is not None
+        self.layout: list[str] = list(shared or ())
+        self._shared = set(self.layout)
+        self._reached: dict[str, set[int]] = {}
+        self.seen: set[int] = set()
+
+    def is_shared(self, name: str) -> bool:
+        """Whether parameter ``name`` is shared."""
+        return name in self._shared
+
+    def tasks_of(self, name: str) -> frozenset[int]:
+        """The tasks that have reached parameter ``name`` so far."""
+        return frozenset(self._reached.get(name, ()))
+
+    def observe(self, task: int, names: Iterable[str]) -> bool:
+        """Record that ``task`` has reached the parameters ``names``; return whether a parameter became shared."""
+        self.seen.add(task)
+        needed = 1 if self.num_tasks == 1 else 2
+        grown = False
+        for name in names:
+            tasks = self._reached.setdefault(name, set())
+            if task in tasks:
+                continue
+            tasks.add(task)
+            if not self.given and len(tasks) >= needed and name not in self._shared:
+                self._shared.add(name)
+                self.layout.append(name)
+                grown = True
+        return grown
+
+    def check(self) -> None:
+        """Raise if all tasks have been seen and share no parameter.
+
+        Raises:
+            ValueError: If no parameter is shared.
+        """
+        if len(self.seen) == self.num_tasks and not self.layout:
+            raise ValueError(
+                "The tasks share no parameters: no trainable parameter of the optimizer is reached by the losses of two "
+                "tasks. Give `shared=` if the shared parameters can't be found from the autograd graph."
+            )
+
+    def matrix(self, names: Iterable[str]) -> Tensor:
+        """What has been reached as a uint8 tensor [len(names) + 1, K]; the last row says which tasks were seen."""
+        rows = [
+            [int(task in self._reached.get(name, ())) for task in range(self.num_tasks)] for name in names
+        ]
+        rows.append([int(task in self.seen) for task in range(self.num_tasks)])
+        return torch.tensor(rows, dtype=torch.uint8)
+
+    def merge(self, names: list[str], matrix: Tensor) -> bool:
+        """Take over what other ranks have reached (:meth:`matrix`); return whether a parameter became shared."""
+        grown = False
+        for task in range(self.num_tasks):
+            if matrix[-1, task]:
+                reached = matrix[:-1, task].nonzero().flatten().tolist()
+                grown = self.observe(task, [names[i] for i in reached]) or grown
+        return grown
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything known, as plain lists and names."""
+        return {
+            "given": self.given,
+            "layout": list(self.layout),
+            "reached": {name: sorted(tasks) for name, tasks in self._reached.items()},
+            "seen": sorted(self.seen),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state."""
+        self.given = bool(state["given"])
+        self.layout = list(state["layout"])
+        self._shared = set(self.layout)
+        self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
+        self.seen = set(state["seen"])

@@ -1,0 +1,155 @@
+"""The gradients of K tasks with respect to the shared parameters, as the rows of one matrix."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of ``tensor`` fill one block of memory, in whatever order of dimensions."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 0 and span == tensor.numel()
+
+
+def _views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters."""
+    views = []
+    start = 0
+    for parameter in parameters:
+        if _is_dense(parameter):
+            offset = flat.storage_offset() + start
+            views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
+        else:
+            views.append(flat[start : start + parameter.numel()].view(parameter.shape))
+        start += parameter.numel()
+    return views
+
+
+def gramian(matrix: Tensor) -> Tensor:
+    """G = J Jᵀ of J [k, P], as a float64 CPU tensor [k, k].
+
+    The product runs in J's own precision on J's device. Where its squares over- or underflow there (norms beyond about
+    1e±19 in float32), the rows are scaled by their largest entry first.
+    """
+    product = (matrix @ matrix.T).to(device="cpu", dtype=torch.float64)
+    diagonal = product.diagonal()
+    tiny = torch.finfo(matrix.dtype).tiny * 1e8
+    if not bool(product.isfinite().all()) or bool((diagonal < tiny).any()):
+        largest = (
+            matrix.abs().amax(dim=1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
+        )
+        scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
+        scaled = matrix / scale
+        factors = scale.to(device="cpu", dtype=torch.float64)
+        product = (scaled @ scaled.T).to(device="cpu", dtype=torch.float64) * factors * factors.T
+    return product
+
+
+class Rows:
+    """One reused buffer J [K, P] with a view per task and parameter.
+
+    Rows are handed out in the order in which tasks first bring a gradient, so the rows of the present tasks are always
+    ``matrix[:k]``. Parameters a task doesn't reach are zero in its row. The buffer's dtype is the widest of the
+    parameters', float32 at least; gradients of other dtypes are converted as they are written.
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        self.num_tasks = num_tasks
+        self.parameters: list[Tensor] = []
+        self.position: dict[int, int] = {}
+        self.slices: list[slice] = []
+        self._buffer = torch.empty(num_tasks, 0)
+        self._combined: Tensor | None = None
+        self._row_views: list[list[Tensor]] = []
+        self.tasks: list[int] = []
+        self._filled: list[set[int]] = []
+
+    @property
+    def matrix(self) -> Tensor:
+        """The rows of the present tasks, [k, P]."""
+        return self._buffer[: len(self.tasks)]
+
+    def begin(self) -> None:
+        """Forget the last step's rows; the memory is kept."""
+        self.tasks = []
+        self._filled = []
+
+    def grow(self, parameters: Sequence[Tensor]) -> None:
+        """Append columns for ``parameters``; what the rows hold is kept, new columns are zero in existing rows."""
+        if not parameters:
+            return
+        old = self._buffer
+        self.parameters = [*self.parameters, *parameters]
+        self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
+        self.slices = []
+        start = 0
+        for parameter in self.parameters:
+            self.slices.append(slice(start, start + parameter.numel()))
+            start += parameter.numel()
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
+        buffer = torch.empty(self.num_tasks, start, dtype=dtype, device=self.parameters[0].device)
+        kept = len(self.tasks)
+        if kept:
+            buffer[:kept, : old.shape[1]] = old[:kept]
+            buffer[:kept, old.shape[1] :] = 0
+        self._buffer = buffer
+        self._combined = None
+        self._row_views = [_views(row, self.parameters) for row in buffer]
+
+    def row_of(self, task: int) -> int:
+        """The row of ``task``; a new zero row if it has none yet."""
+        if task not in self.tasks:
+            self.add(task, [])
+        return self.tasks.index(task)
+
+    def add(self, task: int, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add (parameter, gradient) pairs to the row of ``task``. Parameters must have a column."""
+        positions = [self.position[id(parameter)] for parameter, _ in gradients]
+        values = [gradient for _, gradient in gradients]
+        if task in self.tasks:
+            row = self.tasks.index(task)
+            views = self._row_views[row] if self._row_views else []
+            if values:
+                torch._foreach_add_([views[i] for i in positions], values)
+            self._filled[row].update(positions)
+            return
+        row = len(self.tasks)
+        views = self._row_views[row] if self._row_views else []
+        if len(positions) < len(views):
+            missing = set(range(len(views))).difference(positions)
+            torch._foreach_zero_([views[i] for i in sorted(missing)])
+        if values:
+            torch._foreach_copy_([views[i] for i in positions], values)
+        self.tasks.append(task)
+        self._filled.append(set(positions))
+
+    def sort(self) -> None:
+        """Bring the rows into the order of the tasks. A copy, needed only if micro-batches brought tasks unordered."""
+        order = sorted(range(len(self.tasks)), key=self.tasks.__getitem__)
+        if order != list(range(len(order))):
+            self._buffer[: len(order)] = self._buffer[order]
+            self._filled = [self._filled[i] for i in order]
+            self.tasks = [self.tasks[i] for i in order]
+
+    def reached(self) -> list[int]:
+        """Positions of the parameters that at least one present task reached, in order."""
+        return sorted(set().union(*self._filled)) if self._filled else []
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix."""
+        columns = self.matrix[:, self.slices[self.position[id(parameter)]]]
+        if _is_dense(parameter):
+            strides = (columns.stride(0), *parameter.stride())
+            return columns.as_strided((len(columns), *parameter.shape), strides, columns.storage_offset())
+        return columns.view(len(columns), *parameter.shape)
+
+    def combined(self) -> tuple[Tensor, list[Tensor]]:
+        """A reused vector [P] for the combined gradient and its views, one per parameter."""
+        if self._combined is None:
+            self._combined = self._buffer.new_empty(self._buffer.shape[1])
+            self._combined_views = _views(self._combined, self.parameters)
+        return self._combined, self._combined_views

@@ -1,0 +1,28 @@
+"""Every method, one file each: loss weightings, Gramian methods, combiners and procedures."""
+
+from torchmto.methods.method import (
+    Cost,
+    GradientCombiner,
+    GramianWeighting,
+    LossWeighting,
+    Method,
+    Procedure,
+    Properties,
+)
+from torchmto.methods.registry import load_all, make_method, method_class, methods, register
+
+load_all(__name__)
+
+__all__ = [
+    "Cost",
+    "GradientCombiner",
+    "GramianWeighting",
+    "LossWeighting",
+    "Method",
+    "Procedure",
+    "Properties",
+    "make_method",
+    "method_class",
+    "methods",
+    "register",
+]

@@ -1,0 +1,1 @@
+"""Combiners: rules that need the rows of the gradient matrix."""

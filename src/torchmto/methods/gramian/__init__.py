@@ -1,0 +1,1 @@
+"""Gramian methods: weights from the K x K inner products of the task gradients."""

@@ -1,0 +1,59 @@
+"""PCGrad: gradients projected off those they conflict with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:
+    """For every task the others in a random order, int64 [K, K - 1]."""
+    keys = torch.rand(num_tasks, num_tasks, generator=generator)
+    order = keys.argsort(dim=1)
+    others = order != torch.arange(num_tasks).unsqueeze(1)
+    return order[others].view(num_tasks, num_tasks - 1)
+
+
+@register("pcgrad")
+class PCGrad(GramianWeighting):
+    r"""Projecting conflicting gradients.
+
+    For every task i, the other tasks j in a random order of i's own: if :math:`\langle g_i', g_j \rangle < 0`, then
+    :math:`g_i' \leftarrow g_i' - \langle g_i', g_j \rangle / \|g_j\|^2 \, g_j`, with the *original* :math:`g_j`. The update
+    is :math:`\sum_i g_i'`. Computed on K x K coefficients.
+
+    Scale: sum. No eps, no self-projection (LibMTL has both). Heads: their own task's gradient. Random: one order per task
+    and step, from :attr:`generator`.
+
+    Args:
+        shuffle: Draw the orders at random, as in the paper; else go through the tasks in their given order.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, Algorithm 1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("pcgrad").weights(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+        tensor([2.0000, 1.2500])
+    """
+
+    source = "Yu et al., NeurIPS 2020, Algorithm 1"
+    properties = Properties(equivariant=False)
+
+    def __init__(self, *, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.shuffle = bool(shuffle)
+
+    def weights(
+        self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """Column sums of the projected gradients' coefficients, [k]."""
+        orders = random_orders(len(gramian), self.generator).numpy() if self.shuffle else None
+        return self.accept(solvers.pcgrad(self.as_array(gramian), orders), gramian)

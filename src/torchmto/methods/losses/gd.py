@@ -1,0 +1,30 @@
+"""Equal weights: the plain sum of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchmto.methods.method import LossWeighting
+from torchmto.methods.registry import register
+
+
+@register("gd")
+class GD(LossWeighting):
+    r"""Gradient descent on the plain sum of the losses, :math:`\sum_i l_i`.
+
+    Scale: sum. Heads: their own task's gradient. The baseline of every comparison.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("gd").objective(torch.tensor([1.0, 2.0]))
+        tensor(3.)
+    """
+
+    source = "equal weighting"
+    fixed = True
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The sum of the losses."""
+        return losses.sum()

@@ -1,0 +1,453 @@
+"""What every method has: declared state, a random generator, declared properties, and one step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_choice, check_integer
+from torchmto.problem import Losses, Network, Problem, StepInfo
+from torchmto.solvers.solution import Array, Projection, Solution
+
+SMALL = 100_000
+"""Elements up to which a state tensor is copied at the start of a step, so that an error can undo its change."""
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What a method promises; the test battery checks it and the documentation prints it.
+
+    Attributes:
+        homogeneity: The degree d with A(s J) = s^d A(J) for s > 0 (for loss weightings: of the update when all losses are
+            scaled by s); None if it isn't homogeneous.
+        equivariant: Permuting the tasks permutes the weights (random methods: in distribution, so False).
+        identity: With one task the update is that task's gradient, bit for bit.
+        pareto: Whether it converges to the Pareto set on convex problems.
+        nonconflicting: Whether the update never conflicts with a task's gradient.
+        uses_losses: Whether a Gramian method also looks at the losses.
+    """
+
+    homogeneity: float | None = 1.0
+    equivariant: bool = True
+    identity: bool = True
+    pareto: bool = True
+    nonconflicting: bool = False
+    uses_losses: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Passes per step with K tasks, one micro-batch and shared norms.
+
+    Attributes:
+        num_forward: Calls of the closure.
+        num_backward: Backward passes.
+        num_optimizer_steps: Optimizer steps.
+    """
+
+    num_forward: int
+    num_backward: int
+    num_optimizer_steps: int = 1
+
+
+class Method(ABC):
+    """A rule that decides how K task losses update one model.
+
+    State is declared with :meth:`add_state` and then lives in ordinary attributes; it is saved, loaded, moved and, after an
+    error, put back without further code. Learnable loss scales and inner methods are states too: whatever has a
+    ``state_dict``. Every random choice draws from :attr:`generator`.
+
+    Attributes:
+        name: The name it is registered under.
+        family: "loss weighting", "gramian", "combiner" or "procedure".
+        source: Where it comes from: authors, venue, year, equation.
+        properties: What it promises.
+        needs_closure: Whether it runs the model more than once per step.
+        needs_losses_after: Whether it needs the losses after the step.
+        generator: The random generator, seed 0 at construction.
+    """
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    properties: ClassVar[Properties] = Properties()
+    needs_closure: bool = False
+    needs_losses_after: bool = False
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self._states: list[str] = []
+        self.tasks: tuple[str, ...] = ()
+        self.num_tasks = 0
+
+    # ------------------------------------------------------------------ state
+
+    def add_state(self, name: str, value: Any) -> None:
+        """Declare the attribute ``name`` as state, with its initial value.
+
+        Values are tensors, numbers, strings, None, lists, tuples and dicts of these, or objects with a ``state_dict``.
+        Tensors with more than 100,000 elements must only be changed once a step's gradients are known to be finite
+        (that is, inside ``combine``), because they aren't copied to undo an error.
+        """
+        if name not in self._states:
+            self._states.append(name)
+        setattr(self, name, value)
+
+    def setup(self, num_tasks: int) -> None:
+        """Declare the states whose size depends on the number of tasks. Called once, before the first use."""
+
+    def ensure_setup(self, num_tasks: int) -> None:
+        """Call :meth:`setup` if it hasn't been called: for use without :class:`MultiTask`."""
+        if self.num_tasks == 0:
+            self.num_tasks = num_tasks
+            self.setup(num_tasks)
+        elif num_tasks > self.num_tasks:
+            raise ValueError(
+                f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}."
+            )
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Tell the method the names of its tasks, once, before the first step.
+
+        Raises:
+            ValueError: If it is bound to other tasks already, or its hyper-parameters don't fit them.
+        """
+        if self.tasks and self.tasks != tasks:
+            raise ValueError(
+                f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}."
+            )
+        self.tasks = tasks
+        self.ensure_setup(len(tasks))
+
+    def attach(self, network: Network) -> None:
+        """Look at the network before the first step. Most methods needn't."""
+
+    def seed(self, seed: int) -> None:
+        """Reseed every random choice, inner methods included."""
+        self.generator.manual_seed(seed)
+        for state in self._states:
+            value = getattr(self, state)
+            if isinstance(value, Method):
+                value.seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
+        state: dict[str, Any] = {"generator": self.generator.get_state()}
+        for name in self._states:
+            value = getattr(self, name)
+            if hasattr(value, "state_dict"):
+                value = value.state_dict()
+            elif isinstance(value, Tensor):
+                value = value.detach().clone()
+            else:
+                value = copy.deepcopy(value)
+            state[name] = value
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            ValueError: If the names of the states differ.
+        """
+        expected = {"generator", *self._states}
+        if set(state) != expected:
+            raise ValueError(
+                f"The state isn't one of method `{self.name}` with these hyper-parameters: it holds "
+                f"{sorted(state)}, expected {sorted(expected)}."
+            )
+        self.generator.set_state(state["generator"])
+        for name in self._states:
+            value = getattr(self, name)
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(state[name])
+            elif (
+                isinstance(value, Tensor)
+                and isinstance(state[name], Tensor)
+                and value.shape == state[name].shape
+            ):
+                with torch.no_grad():
+                    value.copy_(state[name])
+            else:
+                setattr(self, name, copy.deepcopy(state[name]))
+
+    def snapshot(self) -> dict[str, Any]:
+        """The small states, to undo a step that fails."""
+        kept: dict[str, Any] = {"generator": self.generator.get_state()}
+        for name in self._states:
+            value = getattr(self, name)
+            if isinstance(value, Method):
+                kept[name] = value.snapshot()
+            elif hasattr(value, "state_dict"):
+                kept[name] = copy.deepcopy(value.state_dict())
+            elif not isinstance(value, Tensor):
+                kept[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+            elif value.numel() <= SMALL:
+                kept[name] = value.detach().clone()
+        return kept
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Undo changes since :meth:`snapshot`."""
+        for name, value in kept.items():
+            current = getattr(self, name)
+            if name == "generator":
+                self.generator.set_state(value)
+            elif isinstance(current, Method):
+                current.restore(value)
+            elif hasattr(current, "load_state_dict"):
+                current.load_state_dict(value)
+            elif isinstance(current, Tensor) and current.shape == value.shape:
+                with torch.no_grad():
+                    current.copy_(value)
+            else:
+                setattr(self, name, value)
+
+    # ------------------------------------------------------------------ what a trainer tells the method
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Validation results, one number per task (``mt.report``). Most methods don't use them."""
+
+    def end_window(self) -> None:
+        """End of an averaging window, usually an epoch (``mt.end_window``). Most methods don't use it."""
+
+    # ------------------------------------------------------------------ the step
+
+    def cost(self, num_tasks: int) -> Cost:
+        """Passes per step with ``num_tasks`` tasks, shared norms and one micro-batch."""
+        return Cost(1, num_tasks, 1)
+
+    @abstractmethod
+    def step(self, problem: Problem) -> StepInfo:
+        """Take one step on ``problem`` and report what was done."""
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Update state once the step has been taken."""
+
+
+class GradientOptions(TypedDict, total=False):
+    """Options that all methods on per-task gradients share.
+
+    Attributes:
+        heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+    """
+
+    heads: str
+
+
+class WeightingOptions(GradientOptions, total=False):
+    """Options that all Gramian methods share.
+
+    Attributes:
+        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
+    """
+
+    refresh_every: int
+
+
+class LossWeighting(Method):
+    """Base of the methods that only combine losses: one forward, one backward.
+
+    A subclass implements :meth:`objective`. Its gradient with respect to the losses gives the weights; learnable
+    parameters inside the objective are updated in :meth:`after_step`.
+
+    Attributes:
+        fixed: Whether the weights depend neither on the losses nor on which tasks are present, so that micro-batches can
+            be done one after the other.
+    """
+
+    family = "loss weighting"
+    fixed: ClassVar[bool] = False
+
+    @abstractmethod
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The scalar to minimise, a differentiable function of the losses. Must not change state, random draws apart.
+
+        Args:
+            losses: Losses of the present tasks, [k].
+            indices: Which tasks they are, ascending; default the first k.
+        """
+
+    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weights of the losses in the update, [k]: the gradient of the objective."""
+        with torch.enable_grad():
+            values = losses.detach().requires_grad_()
+            (weights,) = torch.autograd.grad(self.objective(values, indices), values)
+        return weights
+
+    def cost(self, num_tasks: int) -> Cost:
+        """One forward and one backward, whatever the number of tasks."""
+        return Cost(1, 1, 1)
+
+    def step(self, problem: Problem) -> StepInfo:
+        """Forward, one backward of the weighted losses, optimizer step, then the method's own update."""
+        weights: dict[str, Tensor] = {}
+
+        def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
+            weights["last"] = self.loss_weights(values, indices)
+            return weights["last"]
+
+        losses = problem.backward(weigh, fixed=self.fixed)
+        problem.apply()
+        self.after_step(losses, problem)
+        return problem.info(weights=weights["last"], indices=losses.indices, records=self.records())
+
+    def records(self) -> Mapping[str, Any]:
+        """What to put into ``StepInfo.records``."""
+        return {}
+
+
+class GramianWeighting(Method):
+    """Base of the methods whose weights are a function of the Gramian G = J Jᵀ: K backwards.
+
+    A subclass implements :meth:`weights`, a plain function that can be called without a model. The update of the shared
+    parameters is ``weights @ J``.
+
+    Args:
+        heads: "unit" or "weighted".
+        refresh_every: Recompute the weights every n steps.
+    """
+
+    family = "gramian"
+
+    def __init__(self, *, heads: str = "unit", refresh_every: int = 1) -> None:
+        super().__init__()
+        self.heads = check_choice("heads", heads, ("unit", "weighted"))
+        self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
+        self.num_fallbacks = 0
+        self._warned = False
+        if refresh_every > 1:
+            self.add_state("_age", 0)
+            self.add_state("_kept_weights", {})
+
+    @abstractmethod
+    def weights(
+        self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None
+    ) -> Tensor:
+        """The weight of every present task's gradient in the update.
+
+        Args:
+            gramian: G = J Jᵀ of the present tasks, [k, k].
+            losses: Their losses, [k].
+            indices: Which tasks they are, ascending; default the first k.
+
+        Returns:
+            Weights [k], of the Gramian's dtype and device.
+        """
+
+    @staticmethod
+    def as_array(tensor: Tensor) -> Array:
+        """A tensor as the float64 array the solvers take."""
+        array: Array = tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
+        return array
+
+    def accept(self, solution: Solution | Projection, gramian: Tensor) -> Tensor:
+        """A solver's weights as a tensor like ``gramian``; a solve that fell back is counted, and warned of once."""
+        if isinstance(solution, Solution) and not solution.converged:
+            self.num_fallbacks += 1
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"Method `{self.name}`: a solve didn't converge (residual {solution.residual:.1e}); its documented "
+                    "fallback is used. StepInfo.num_fallbacks counts these; this warning isn't repeated.",
+                    stacklevel=2,
+                )
+        return torch.from_numpy(solution.weights).to(gramian)
+
+    def step(self, problem: Problem) -> StepInfo:
+        """Per-task gradients, weights from their Gramian, one combined step."""
+        if self.refresh_every > 1 and self._age % self.refresh_every:
+            info = self._reuse(problem)
+            if info is not None:
+                return info
+        gradients = problem.gradients()
+        self.num_fallbacks = 0
+        weights = self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        problem.combine(gradients, weights, heads=self.heads)
+        problem.apply()
+        if self.refresh_every > 1:
+            self._kept_weights = dict(zip(gradients.indices, weights.tolist(), strict=True))
+            self._age = 1
+        self.after_step(gradients.reduced, problem)
+        return problem.info(
+            weights=weights,
+            indices=gradients.indices,
+            gradients=gradients,
+            num_fallbacks=self.num_fallbacks,
+            records=self.records(),
+        )
+
+    def _reuse(self, problem: Problem) -> StepInfo | None:
+        """A step with the weights of an earlier one: a single backward. None if a task has no weight yet."""
+        kept: dict[int, float] = self._kept_weights
+        asked = {problem.tasks.index(name) for name in problem.asked}
+        if not asked <= set(kept):
+            return None
+
+        def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
+            return values.new_tensor([kept[i] for i in indices])
+
+        losses = problem.backward(weigh, fixed=True, heads=self.heads)
+        problem.apply()
+        self._age += 1
+        self.after_step(losses, problem)
+        return problem.info(
+            weights=weigh(losses.values, losses.indices), indices=losses.indices, records=self.records()
+        )
+
+    def records(self) -> Mapping[str, Any]:
+        """What to put into ``StepInfo.records``."""
+        return {}
+
+
+class GradientCombiner(Method):
+    """Base of the methods that combine the rows of J entry by entry or layer by layer: K backwards.
+
+    A subclass implements :meth:`combine`.
+
+    Args:
+        heads: "unit" or "weighted" (the latter for methods that have weights).
+    """
+
+    family = "combiner"
+
+    def __init__(self, *, heads: str = "unit") -> None:
+        super().__init__()
+        self.heads = check_choice("heads", heads, ("unit", "weighted"))
+
+    @abstractmethod
+    def combine(self, task_grads: Any) -> Tensor:
+        """The combined gradient of the shared parameters.
+
+        Args:
+            task_grads: The rows (:class:`~torchmto.problem.TaskGradients`): ``matrix`` [k, P], ``gramian``, ``losses``,
+                ``indices`` and per-parameter views. Their gradients are finite. The matrix may be changed in place.
+
+        Returns:
+            A vector [P].
+        """
+
+    def step(self, problem: Problem) -> StepInfo:
+        """Per-task gradients, their combination, one step."""
+        gradients = problem.gradients()
+        problem.combine(gradients, vector=self.combine(gradients), heads=self.heads)
+        problem.apply()
+        self.after_step(gradients.reduced, problem)
+        return problem.info(gradients=gradients, records=self.records())
+
+    def records(self) -> Mapping[str, Any]:
+        """What to put into ``StepInfo.records``."""
+        return {}
+
+
+class Procedure(Method):
+    """Base of the methods that take several forwards, backwards or optimizer steps per batch. They override ``step``."""
+
+    family = "procedure"
+    needs_closure = True

@@ -1,0 +1,317 @@
+"""Where the probabilities of tasks come from: fixed, from losses, from validation results, or from a loss weighting."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_integer, check_number, found
+from torchmto.methods.method import LossWeighting, Method
+from torchmto.methods.registry import make_method
+from torchmto.problem import Losses, Problem, StepInfo
+
+SUM_TOLERANCE = 1e-6
+
+
+class Priority(Method):
+    """A source of one non-negative score per task; probabilities are the scores of the present tasks, normalised.
+
+    It is a part of a method (it has state, hears reports and ends of windows) and not a method by itself.
+    """
+
+    family = "priority"
+
+    @abstractmethod
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """Scores of the present tasks, float64 [k]; any scale."""
+
+    def probabilities(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """Probabilities of the present tasks, float64 [k]; uniform where no score is positive."""
+        scores = self.scores(losses, indices).to(device="cpu", dtype=torch.float64).clamp_min(0)
+        largest = scores.max()
+        if not bool(largest > 0) or not bool(largest.isfinite()):
+            return torch.full_like(scores, 1 / len(scores))
+        scores = scores / largest
+        return scores / scores.sum()
+
+    def step(self, problem: Problem) -> StepInfo:
+        """A priority takes no steps.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("A priority is a part of a method, not a method.")
+
+
+class FixedPriority(Priority):
+    """Constant probabilities.
+
+    Args:
+        given: Task -> probability (missing tasks have 0), or a sequence in the order of the tasks.
+
+    Raises:
+        ValueError: If a probability is negative or they don't sum to 1.
+    """
+
+    def __init__(self, given: Mapping[str, float] | Sequence[float]) -> None:
+        super().__init__()
+        items = given.items() if isinstance(given, Mapping) else enumerate(given)
+        values = {key: check_number(f"priority[{key!r}]", value, minimum=0) for key, value in items}
+        if abs(sum(values.values()) - 1) > SUM_TOLERANCE:
+            raise ValueError(
+                f"{found('priority', 'probabilities that sum to 1', given)} The sum is {sum(values.values())}."
+            )
+        self._given = given
+        self._values = list(values.values())
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match probabilities with tasks."""
+        if isinstance(self._given, Mapping):
+            unknown = [name for name in self._given if name not in tasks]
+            if unknown:
+                raise ValueError(
+                    f"Unknown task `{unknown[0]}` in `priority`. The tasks are {', '.join(tasks)}."
+                )
+            self._values = [float(self._given.get(name, 0.0)) for name in tasks]
+        elif len(self._given) != len(tasks):
+            raise ValueError(
+                found("priority", f"a sequence of {len(tasks)} probabilities", list(self._given))
+            )
+        super().bind(tasks)
+
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """The given probabilities."""
+        if max(indices) >= len(self._values):
+            raise ValueError(found("priority", f"at least {max(indices) + 1} probabilities", self._given))
+        return torch.tensor([self._values[i] for i in indices], dtype=torch.float64)
+
+
+class LossPriority(Priority):
+    """p_i ∝ (mean loss of the previous window)^gamma; uniform in the first window.
+
+    Args:
+        gamma: The exponent.
+        relative: Divide each loss by its first window's mean first.
+        window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
+    """
+
+    def __init__(self, *, gamma: float, relative: bool, window: int | None) -> None:
+        super().__init__()
+        self.gamma = check_number("gamma", gamma)
+        self.relative = relative
+        self.window = None if window is None else check_integer("window", window, minimum=1)
+
+    def setup(self, num_tasks: int) -> None:
+        """Running sums, and the means of the first and the last window (NaN: not seen yet)."""
+        self.add_state("total", torch.zeros(num_tasks, dtype=torch.float64))
+        self.add_state("count", torch.zeros(num_tasks, dtype=torch.float64))
+        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.add_state("steps", 0)
+
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """(Mean loss)^gamma; a task not seen in any window gets the mean of the others."""
+        self.ensure_setup(max(indices) + 1)
+        chosen = list(indices)
+        means = self.last[chosen] / self.first[chosen] if self.relative else self.last[chosen]
+        known = ~means.isnan()
+        if not bool(known.any()):
+            return torch.ones(len(chosen), dtype=torch.float64)
+        means = means.clamp_min(0)
+        means = means / means[known].max().clamp_min(torch.finfo(torch.float64).tiny)
+        scores = means**self.gamma
+        return torch.where(known, scores, scores[known].mean())
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Add this step's losses to the window."""
+        values = losses.values.to(device="cpu", dtype=torch.float64)
+        self.total[list(losses.indices)] += values
+        self.count[list(losses.indices)] += 1
+        self.steps += 1
+        if self.window is not None and self.steps >= self.window:
+            self.end_window()
+
+    def end_window(self) -> None:
+        """Close the window; tasks absent from it keep their last mean."""
+        if self.num_tasks == 0:
+            return
+        seen = self.count > 0
+        mean = torch.where(seen, self.total / self.count.clamp_min(1), self.last)
+        self.first = torch.where(self.first.isnan(), mean, self.first)
+        self.last = mean
+        self.total = torch.zeros_like(self.total)
+        self.count = torch.zeros_like(self.count)
+        self.steps = 0
+
+
+class PerformancePriority(Priority):
+    """p_i ∝ (shortfall of a validation metric to its single-task baseline)^gamma; uniform before the first report.
+
+    The shortfall is relative: how far the metric is behind the baseline, divided by the baseline's absolute value, and 0
+    where the baseline is reached.
+
+    Args:
+        baseline: Task -> the single-task model's value.
+        higher_is_better: Task -> whether larger values are better (missing ones are True), or one bool for all.
+        gamma: The exponent.
+    """
+
+    def __init__(
+        self,
+        baseline: Mapping[str, float] | None,
+        *,
+        higher_is_better: Mapping[str, bool] | bool,
+        gamma: float,
+    ) -> None:
+        super().__init__()
+        if not isinstance(baseline, Mapping) or not baseline:
+            raise ValueError(
+                found(
+                    "baseline", "the single-task value of every task (for priority='performance')", baseline
+                )
+            )
+        for name, value in baseline.items():
+            if check_number(f"baseline[{name!r}]", value) == 0:
+                raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
+        self.baseline = dict(baseline)
+        self.higher_is_better = higher_is_better
+        self.gamma = check_number("gamma", gamma, minimum=0)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Check that every task has a baseline."""
+        if set(self.baseline) != set(tasks):
+            raise ValueError(
+                found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline)
+            )
+        super().bind(tasks)
+
+    def setup(self, num_tasks: int) -> None:
+        """The last shortfalls; NaN: not reported yet."""
+        self.add_state("shortfall", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Take over validation results."""
+        for name, value in performance.items():
+            better = self.higher_is_better
+            sign = 1.0 if (better if isinstance(better, bool) else better.get(name, True)) else -1.0
+            behind = sign * (self.baseline[name] - value) / abs(self.baseline[name])
+            self.shortfall[self.tasks.index(name)] = max(behind, 0.0)
+
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """Shortfall^gamma; a task without a report gets the mean of the others."""
+        self.ensure_setup(max(indices) + 1)
+        shortfall = self.shortfall[list(indices)]
+        known = ~shortfall.isnan()
+        if not bool(known.any()):
+            return torch.ones(len(shortfall), dtype=torch.float64)
+        scores = torch.where(shortfall > 0, shortfall**self.gamma, 0.0)
+        return torch.where(known, scores, scores[known].mean())
+
+
+class WeightingPriority(Priority):
+    """The weights of a loss weighting, normalised to sum 1."""
+
+    def __init__(self, weighting: LossWeighting) -> None:
+        super().__init__()
+        self.add_state("weighting", weighting)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Bind the loss weighting too."""
+        super().bind(tasks)
+        self.weighting.bind(tasks)
+
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """The weighting's weights for these losses."""
+        if losses is None:
+            return torch.ones(len(indices), dtype=torch.float64)
+        scores: Tensor = self.weighting.loss_weights(losses, indices)
+        return scores
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Pass on."""
+        self.weighting.after_step(losses, problem)
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Pass on."""
+        self.weighting.report(performance)
+
+    def end_window(self) -> None:
+        """Pass on."""
+        self.weighting.end_window()
+
+
+class CallablePriority(Priority):
+    """Probabilities from a function of the losses: losses [k] -> k non-negative scores."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+        """What the function returns.
+
+        Raises:
+            ValueError: If it isn't one finite, non-negative number per present task.
+        """
+        if losses is None:
+            return torch.ones(len(indices), dtype=torch.float64)
+        scores = torch.as_tensor(self.function(losses.detach()), dtype=torch.float64).cpu()
+        if scores.shape != (len(indices),) or not bool((scores.isfinite() & (scores >= 0)).all()):
+            raise ValueError(
+                found("priority(losses)", f"{len(indices)} finite, non-negative numbers", scores)
+            )
+        return scores
+
+
+PrioritySource = str | Mapping[str, float] | Sequence[float] | LossWeighting | Callable[[Tensor], Any]
+
+
+def make_priority(
+    priority: PrioritySource,
+    *,
+    gamma: float = 1.0,
+    window: int | None = None,
+    baseline: Mapping[str, float] | None = None,
+    higher_is_better: Mapping[str, bool] | bool = True,
+) -> Priority:
+    """The priority that an argument describes.
+
+    Args:
+        priority: "loss", "relative_loss", "performance", "uniform", a loss weighting (name or object), probabilities
+            (mapping or sequence), or a callable of the losses.
+        gamma: Exponent of losses or shortfalls.
+        window: Steps per window of the loss-based sources.
+        baseline: Single-task values, for "performance".
+        higher_is_better: Direction of the metrics, for "performance".
+    """
+    if isinstance(priority, str):
+        if priority in ("loss", "relative_loss"):
+            return LossPriority(gamma=gamma, relative=priority == "relative_loss", window=window)
+        if priority == "performance":
+            return PerformancePriority(baseline, higher_is_better=higher_is_better, gamma=gamma)
+        if priority == "uniform":
+            return CallablePriority(torch.ones_like)
+        try:
+            weighting = make_method(priority)
+        except ValueError:
+            weighting = None
+        if not isinstance(weighting, LossWeighting):
+            raise ValueError(
+                found(
+                    "priority",
+                    "'loss', 'relative_loss', 'performance', 'uniform', a loss weighting, probabilities or a callable",
+                    priority,
+                )
+            )
+        return WeightingPriority(weighting)
+    if isinstance(priority, LossWeighting):
+        return WeightingPriority(priority)
+    if isinstance(priority, Mapping | Sequence):
+        return FixedPriority(priority)
+    if callable(priority):
+        return CallablePriority(priority)
+    raise TypeError(found("priority", "a string, probabilities, a loss weighting or a callable", priority))

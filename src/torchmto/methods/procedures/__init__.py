@@ -1,0 +1,1 @@
+"""Procedures: several forwards, backwards or optimizer steps per batch."""

@@ -1,0 +1,48 @@
+"""Plain one-task-at-a-time updates."""
+
+from __future__ import annotations
+
+import torch
+
+from torchmto.methods.method import Cost, Procedure, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Problem, StepInfo
+
+
+@register("sequential")
+class Sequential(Procedure):
+    """One optimizer step per task and batch: forward of the task, backward, step; then the next task.
+
+    Parameters a sub-step doesn't reach keep ``.grad = None``, so an optimizer with moments leaves them alone. K forwards, K
+    backwards and K optimizer steps per batch: compare methods by the cost counters of ``StepInfo``.
+
+    Args:
+        shuffle: Draw a new order of the tasks for every batch; else the order in which they were given.
+
+    Source: phase 1 of Jeong & Yoon, CVPR 2024, without its task-specific norms.
+    """
+
+    source = "one task at a time; Jeong & Yoon, CVPR 2024, phase 1 without task-specific norms"
+    properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+
+    def __init__(self, *, shuffle: bool = False) -> None:
+        super().__init__()
+        self.shuffle = bool(shuffle)
+
+    def cost(self, num_tasks: int) -> Cost:
+        """K of everything."""
+        return Cost(num_tasks, num_tasks, num_tasks)
+
+    def step(self, problem: Problem) -> StepInfo:
+        """Update task after task."""
+        one_task_at_a_time(problem, self.generator if self.shuffle else None)
+        return problem.info()
+
+
+def one_task_at_a_time(problem: Problem, generator: torch.Generator | None = None) -> None:
+    """One plain sub-step per task of ``problem``, in the given order, or shuffled if there is a generator."""
+    order = list(problem.asked)
+    if generator is not None:
+        order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
+    for task in order:
+        problem.descend((task,))

@@ -1,0 +1,320 @@
+"""The user's handle: drives a model and its optimizer with a multi-task method."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmto.checks import check_choice, check_number, check_tasks, found
+from torchmto.gradients import Ranks
+from torchmto.methods import LossWeighting, Method, make_method
+from torchmto.problem import Network, Problem, StepInfo
+from torchmto.problem.losses import Source
+from torchmto.problem.noise import Noise
+from torchmto.problem.problem import SkippedError, Weigh
+
+STATE_VERSION = 1
+
+
+class MultiTask:
+    """Decides, at every step, how K task losses update one model.
+
+    Args:
+        model: Any module; nothing is subclassed. May be wrapped in ``DistributedDataParallel``.
+        optimizer: An ordinary optimizer. Its parameters that require a gradient are trained. Schedulers, hooks and
+            parameter groups keep working.
+        tasks: The names of the tasks.
+        method: A method's name, or a method from :func:`torchmto.make_method`.
+        shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
+            once a second task has reached it.
+        weights: Factors of the losses before any method sees them: task -> float (missing ones are 1), or a loss weighting
+            (a name or a method), whose weights are then used.
+        scaler: A ``torch.amp.GradScaler``. Gradients are unscaled before they are combined.
+        clip: Largest global norm of the gradient over all parameters, after combining, per optimizer step.
+        seed: Reseeds the method's random generator.
+        process_group: The processes that train together; default the default group if ``torch.distributed`` is initialised.
+        on_nonfinite: "raise": a NaN or infinite loss or gradient raises :class:`~torchmto.NonFiniteError`; "skip": the step
+            is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
+            scaler, non-finite gradients skip the step and lower the scale.
+        same_noise: Give all forwards of one batch the same random state.
+        stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
+            it may be asked for several tasks at once. Otherwise a model with split norms is run once per task.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the method has no such hyper-parameter.
+        ValueError: If an argument's value makes no sense.
+
+    Example:
+        >>> import torch, torchmto
+        >>> _ = torch.manual_seed(0)
+        >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleDict({"a": torch.nn.Linear(8, 1), "b": torch.nn.Linear(8, 1)})
+        >>> model = torch.nn.ModuleDict({"trunk": trunk, "heads": heads})
+        >>> mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=["a", "b"], method="pcgrad")
+        >>> x, y = torch.randn(16, 4), torch.randn(16, 1)
+        >>> info = mt.step(lambda tasks: {t: (heads[t](trunk(x)) - y).square().mean() for t in tasks})
+        >>> (info.num_forward, info.num_backward, info.num_optimizer_steps)
+        (1, 2, 1)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        tasks: Iterable[str],
+        method: str | Method,
+        shared: Iterable[Tensor] | None = None,
+        weights: Mapping[str, float] | str | LossWeighting | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        clip: float | None = None,
+        seed: int | None = None,
+        process_group: Any = None,
+        on_nonfinite: str = "raise",
+        same_noise: bool = False,
+        stacked: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(found("model", "a torch.nn.Module", type(model)))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(found("optimizer", "a torch.optim.Optimizer", type(optimizer)))
+        self.tasks = check_tasks(tasks)
+        self.clip = None if clip is None else check_number("clip", clip, above=0)
+        self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+        self.same_noise = bool(same_noise)
+        if isinstance(method, str):
+            method = make_method(method)
+        if not isinstance(method, Method):
+            raise TypeError(found("method", "a method's name or a torchmto method", method))
+        self.method = method
+        self.weights = self._check_weights(weights)
+        self.network = Network(
+            model,
+            optimizer,
+            num_tasks=len(self.tasks),
+            shared=shared,
+            scaler=scaler,
+            clip=self.clip,
+            ranks=Ranks(process_group),
+            stacked=bool(stacked),
+        )
+        method.bind(self.tasks)
+        method.attach(self.network)
+        if isinstance(self.weights, LossWeighting):
+            self.weights.bind(self.tasks)
+        if seed is not None:
+            for part in self._methods():
+                part.seed(seed)
+
+    def _check_weights(
+        self, weights: Mapping[str, float] | str | LossWeighting | None
+    ) -> dict[str, float] | LossWeighting | None:
+        if weights is None or isinstance(weights, LossWeighting):
+            return weights
+        if isinstance(weights, str):
+            made = make_method(weights)
+            if not isinstance(made, LossWeighting):
+                raise ValueError(found("weights", "a loss weighting", weights))
+            return made
+        if not isinstance(weights, Mapping):
+            raise TypeError(
+                found("weights", "a mapping of task names to floats, or a loss weighting", weights)
+            )
+        for name, value in weights.items():
+            if name not in self.tasks:
+                raise ValueError(
+                    f"Unknown task `{name}` in `weights`. The tasks are {', '.join(self.tasks)}."
+                )
+            check_number(f"weights[{name!r}]", value, minimum=0)
+        return {name: float(weights.get(name, 1.0)) for name in self.tasks}
+
+    def _methods(self) -> Iterator[Method]:
+        yield self.method
+        if isinstance(self.weights, LossWeighting):
+            yield self.weights
+
+    def _weigh(self) -> tuple[Weigh | None, bool]:
+        """The user's loss weights as a function, and whether they are fixed."""
+        if self.weights is None:
+            return None, True
+        if isinstance(self.weights, LossWeighting):
+            return self.weights.loss_weights, self.weights.fixed
+        factors = [self.weights[name] for name in self.tasks]
+
+        def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
+            return values.new_tensor([factors[i] for i in indices])
+
+        return weigh, True
+
+    # ------------------------------------------------------------------ the step
+
+    def step(
+        self,
+        losses: Source | Sequence[Source],
+        *,
+        tasks: Iterable[str] | None = None,
+        independent: Sequence[Source | Sequence[Source]] = (),
+    ) -> StepInfo:
+        """Take one step on one batch.
+
+        Args:
+            losses: A forward-only closure ``closure(tasks) -> {task: loss}``; or ready losses, for methods that need one
+                forward; or a list of either: micro-batches of one step. A loss may be ``(loss, count)``. Tasks without
+                labels in this batch are left out.
+            tasks: The tasks this step is about; default all.
+            independent: Further mini-batches drawn independently (same forms), for the methods that use them.
+
+        Returns:
+            What was done.
+
+        Raises:
+            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the tasks share no parameter,
+                or the method needs a closure.
+            NonFiniteError: If a loss or a gradient isn't finite, under ``on_nonfinite="raise"``.
+        """
+        asked = self.tasks if tasks is None else check_tasks(tasks)
+        unknown = [name for name in asked if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"Unknown task `{unknown[0]}`. The tasks are {', '.join(self.tasks)}.")
+        asked = tuple(name for name in self.tasks if name in asked)
+        sources = [self._micro_batches("losses", losses)]
+        sources += [self._micro_batches("independent", entry) for entry in independent]
+        network = self.network
+        network.refresh()
+        weigh, weigh_fixed = self._weigh()
+        repeats = self.method.needs_losses_after or self.method.needs_closure
+        problem = Problem(
+            network,
+            self.tasks,
+            sources,
+            asked=asked,
+            on_nonfinite=self.on_nonfinite,
+            weigh=weigh,
+            weigh_fixed=weigh_fixed,
+            noise=Noise(network.room, same=self.same_noise, keep=repeats),
+        )
+        with network.no_sync(), self._undoing(problem):
+            try:
+                info = self.method.step(problem)
+                if not problem.any_losses:
+                    problem.raise_empty()
+                if isinstance(self.weights, LossWeighting) and problem.first_losses is not None:
+                    self.weights.after_step(problem.first_losses, problem)
+            except SkippedError as skipped:
+                if problem.num_optimizer_steps == 0:
+                    self._undo(keep_buffers=skipped.overflow)
+                problem.note_skip(skipped.reason)
+                return problem.info()
+        return info
+
+    def _micro_batches(self, name: str, value: Any) -> list[Source]:
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        if not entries:
+            raise ValueError(f"Parameter `{name}` should hold at least one closure. Found an empty list.")
+        for entry in entries:
+            if isinstance(entry, Mapping):
+                if self.method.needs_closure or self.method.needs_losses_after:
+                    raise ValueError(
+                        f"Method `{self.method.name}` runs the model more than once per step, so it needs a closure: pass "
+                        "`mt.step(closure)` with `closure(tasks) -> losses` instead of ready losses."
+                    )
+            elif not callable(entry):
+                raise TypeError(
+                    "mt.step takes a closure, a mapping of losses, or a list of these. "
+                    f"Found {type(entry).__name__}: a single loss can't say which task it belongs to."
+                )
+        return entries
+
+    @contextlib.contextmanager
+    def _undoing(self, problem: Problem) -> Iterator[None]:
+        """After an error before the first optimizer step, put everything back."""
+        self.network.buffers.take()
+        self._kept = [(part, part.snapshot()) for part in self._methods()]
+        try:
+            yield
+        except BaseException:
+            if problem.num_optimizer_steps == 0:
+                self._undo(keep_buffers=False)
+            raise
+        finally:
+            self._kept = []
+
+    def _undo(self, *, keep_buffers: bool) -> None:
+        self.network.zero_grad()
+        if not keep_buffers:
+            self.network.buffers.restore()
+        for part, kept in self._kept:
+            part.restore(kept)
+
+    # ------------------------------------------------------------------ what a trainer tells the method
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Tell the method validation results: task -> performance. Used by dtp and wpcgrad with priority="performance".
+
+        Raises:
+            ValueError: If a task is unknown or a value isn't finite.
+        """
+        for name, value in performance.items():
+            if name not in self.tasks:
+                raise ValueError(
+                    f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks)}."
+                )
+            check_number(f"performance[{name!r}]", float(value))
+        for part in self._methods():
+            part.report({name: float(value) for name, value in performance.items()})
+
+    def end_window(self) -> None:
+        """Tell the method that an averaging window (usually an epoch) has ended. Used by dwa and wpcgrad."""
+        for part in self._methods():
+            part.end_window()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the step knows beyond model, optimizer and scaler; loads with ``torch.load(weights_only=True)``."""
+        state: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "tasks": list(self.tasks),
+            "method": self.method.name,
+            "method_state": self.method.state_dict(),
+            "roles": self.network.roles.state_dict(),
+        }
+        if isinstance(self.weights, LossWeighting):
+            state["weights"] = self.weights.name
+            state["weights_state"] = self.weights.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state. Everything is checked before anything changes.
+
+        Raises:
+            ValueError: If the state belongs to other tasks, another method or another version.
+        """
+        weights = self.weights.name if isinstance(self.weights, LossWeighting) else None
+        expected = {
+            "version": STATE_VERSION,
+            "tasks": list(self.tasks),
+            "method": self.method.name,
+            "weights": weights,
+        }
+        for key, value in expected.items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"The saved state has {key} = {state.get(key)!r}, but this MultiTask has {value!r}."
+                )
+        kept = [(part, part.state_dict()) for part in self._methods()]
+        try:
+            self.method.load_state_dict(state["method_state"])
+            if isinstance(self.weights, LossWeighting):
+                self.weights.load_state_dict(state["weights_state"])
+            self.network.load_roles(state["roles"])
+        except BaseException:
+            for part, before in kept:
+                part.load_state_dict(before)
+            raise
+
+
+__all__ = ["MultiTask"]

@@ -1,0 +1,44 @@
+"""What a step reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What one ``mt.step`` did.
+
+    Attributes:
+        losses: The loss of every present task, as the closure returned it (averaged over micro-batches and ranks; in
+            procedures the first value of the step).
+        weights: The weight of every present task's gradient in the update of the shared parameters, where the method
+            has one weight per task; else None.
+        skipped: Whether an optimizer step was left out (non-finite losses or gradients).
+        reason: Why it was left out; empty otherwise.
+        num_forward: Calls of the closure, micro-batches and extra forwards included.
+        num_backward: Backward passes.
+        num_optimizer_steps: Optimizer steps taken.
+        num_conflicts: Pairs of tasks whose gradients have a negative inner product; None if not computed.
+        cosines: Cosines between the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the
+            order of ``losses`` (0 where a gradient is zero); None if the method doesn't compute the Gramian.
+        num_fallbacks: Solves that didn't converge and used the method's documented fallback.
+        records: What the method records besides: phase, priority shares, groups, affinity, ...
+    """
+
+    losses: Mapping[str, float]
+    weights: Mapping[str, float] | None = None
+    skipped: bool = False
+    reason: str = ""
+    num_forward: int = 0
+    num_backward: int = 0
+    num_optimizer_steps: int = 0
+    num_conflicts: int | None = None
+    cosines: Tensor | None = None
+    num_fallbacks: int = 0
+    records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,0 +1,128 @@
+"""What a closure returns, checked; and the losses of a step, reduced."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
+"""A forward-only callable: the wanted tasks -> one scalar loss, or ``(loss, count)``, for each one this batch has."""
+
+Source = Closure | Mapping[str, Any]
+"""A closure, or the ready losses of one forward."""
+
+
+class NonFiniteError(ValueError):
+    """A loss or a gradient is NaN or infinite. Nothing was updated."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The losses of one call of a closure, by task index, with graph; and the counts behind them.
+
+    Attributes:
+        losses: Task index -> scalar loss, in the order of the tasks.
+        counts: Task index -> number of samples (or pixels, ...) the loss is the mean of; 1 where not given.
+        active: The task whose norms were active in the forward, or None.
+    """
+
+    losses: dict[int, Tensor]
+    counts: dict[int, float]
+    active: str | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of the present tasks, averaged over micro-batches and ranks, without graph.
+
+    Attributes:
+        indices: The present tasks, ascending.
+        values: Their losses as the methods see them (times the user's weights), float [k].
+        raw: Their losses as the closure returned them, float [k].
+        totals: Task index -> total count over micro-batches and ranks.
+        factors: The user's loss weights, float [k]; None for 1.
+    """
+
+    indices: tuple[int, ...]
+    values: Tensor
+    raw: Tensor
+    totals: dict[int, float]
+    factors: Tensor | None = None
+
+
+def _check_loss(task: str, loss: object, *, needs_graph: bool) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"The loss of task `{task}` should be a scalar tensor. Found {type(loss).__name__}.")
+    if loss.dim() != 0:
+        raise ValueError(
+            f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}."
+        )
+    if not loss.is_floating_point():
+        raise TypeError(
+            f"The loss of task `{task}` should be a floating-point tensor. Found dtype {loss.dtype}."
+        )
+    if needs_graph and not loss.requires_grad:
+        raise ValueError(
+            f"The loss of task `{task}` has no autograd graph, so it has no gradient. Was it computed under "
+            "torch.no_grad(), detached, or from frozen parameters only?"
+        )
+    return loss
+
+
+def parse(
+    result: object, tasks: Sequence[str], asked: Sequence[str], *, needs_graph: bool, active: str | None
+) -> Chunk:
+    """Check what a closure returned for the tasks ``asked`` and sort it by task.
+
+    Raises:
+        TypeError: If it isn't a mapping of scalar floating-point tensors.
+        ValueError: If it names an unknown task, or a loss isn't scalar or has no graph.
+    """
+    if not isinstance(result, Mapping):
+        raise TypeError(
+            f"A closure should return a mapping of task names to scalar losses. Found {type(result).__name__}."
+        )
+    unknown = [name for name in result if name not in tasks]
+    if unknown:
+        raise ValueError(f"Unknown task `{unknown[0]}` among the losses. The tasks are {', '.join(tasks)}.")
+    unasked = [name for name in result if name not in asked]
+    if unasked:
+        warnings.warn(
+            f"The closure returned a loss for task `{unasked[0]}`, which wasn't asked for; it is ignored. A closure gets "
+            "the tuple of wanted task names and may compute only those.",
+            stacklevel=2,
+        )
+    losses: dict[int, Tensor] = {}
+    counts: dict[int, float] = {}
+    for index, name in enumerate(tasks):
+        if name not in result or name not in asked:
+            continue
+        value: object = result[name]
+        count: object = 1.0
+        if isinstance(value, tuple):
+            if len(value) != 2:
+                raise ValueError(
+                    f"Task `{name}` should bring `loss` or `(loss, count)`. Found {len(value)} values."
+                )
+            value, count = value
+            count = float(count) if isinstance(count, int | float | Tensor) else count
+            if not isinstance(count, float) or not 0 <= count < float("inf"):
+                raise ValueError(
+                    f"The count of task `{name}` should be a non-negative number. Found {count!r}."
+                )
+            if count == 0:
+                continue
+        losses[index] = _check_loss(name, value, needs_graph=needs_graph)
+        counts[index] = float(count)
+    return Chunk(losses, counts, active)
+
+
+def stack(losses: Sequence[Tensor]) -> Tensor:
+    """Detached losses as one tensor [k] on the first one's device, float32 at least."""
+    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses) else torch.float32
+    return torch.stack([loss.detach().to(device=losses[0].device, dtype=dtype) for loss in losses])

@@ -1,0 +1,80 @@
+"""Random states of a step's forwards, so that a forward can be repeated with the same noise and leave no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from torchmto.problem.network import BufferSnapshot
+
+State = tuple[Tensor, list[Tensor]]
+
+
+def _get() -> State:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    return torch.get_rng_state(), cuda
+
+
+def _set(state: State) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
+
+
+class Noise:
+    """Saves the random state before each micro-batch's first forward and puts it back for repeats.
+
+    Args:
+        buffers: Room for copies of the model's buffers.
+        same: Give all forwards of a micro-batch the same random state (``same_noise=True``).
+        keep: Save states even if ``same`` is off, because the method repeats forwards.
+    """
+
+    def __init__(self, buffers: BufferSnapshot, *, same: bool, keep: bool) -> None:
+        self._buffers = buffers
+        self._same = same
+        self._keep = keep or same
+        self._states: dict[tuple[int, int], State] = {}
+        self._replaying = False
+
+    def before(self, key: tuple[int, int]) -> None:
+        """Called before the forward of micro-batch ``key``: (source, number)."""
+        if key in self._states:
+            if self._same or self._replaying:
+                _set(self._states[key])
+        elif self._keep:
+            self._states[key] = _get()
+
+    @contextlib.contextmanager
+    def extra(self) -> Iterator[None]:
+        """Forwards inside replay the step's own noise, where it was kept; buffers and random state are put back after."""
+        replaying, self._replaying = self._replaying, True
+        try:
+            with self.rehearsal():
+                yield
+        finally:
+            self._replaying = replaying
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Forwards inside leave no trace, so that running them again gives the same losses."""
+        with self.attempt() as undo:
+            try:
+                yield
+            finally:
+                undo()
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[Callable[[], None]]:
+        """Gives a function that puts buffers and random state back to where they were at the start."""
+        self._buffers.take()
+        state = _get()
+
+        def undo() -> None:
+            self._buffers.restore()
+            _set(state)
+
+        yield undo

@@ -1,0 +1,829 @@
+"""One step's work on a network: forwards, per-task gradients, weighted backwards, optimizer steps."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from torchmto.gradients import Rows, gramian, reached_parameters
+from torchmto.problem.info import StepInfo
+from torchmto.problem.losses import Chunk, Losses, NonFiniteError, Source, parse, stack
+from torchmto.problem.network import Network
+from torchmto.problem.noise import Noise
+from torchmto.structure import active_task
+
+Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""(losses [k], indices of the present tasks) -> one weight per present task, [k]."""
+
+
+class SkippedError(Exception):
+    """Raised inside a step to leave it out: under ``on_nonfinite="skip"``, or when the scaler found an overflow."""
+
+    def __init__(self, reason: str, *, overflow: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.overflow = overflow
+
+
+class TaskGradients:
+    """The present tasks' gradients: rows on the shared parameters, and each head's own.
+
+    Attributes:
+        indices: The present tasks, ascending; row i of everything below belongs to task ``indices[i]``.
+        losses: Their losses, [k].
+        gramian: G = J Jᵀ, float64 on the CPU, [k, k].
+        heads: Parameters outside the shared ones -> the gradient of each task that reached them.
+    """
+
+    def __init__(
+        self, rows: Rows, losses: Losses, gramian: Tensor, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]
+    ) -> None:
+        self.rows = rows
+        self.indices = losses.indices
+        self.losses = losses.values
+        self.reduced = losses
+        self.gramian = gramian
+        self.heads = heads
+
+    @property
+    def matrix(self) -> Tensor:
+        """J, the gradients of the present tasks on the shared parameters as rows, [k, P]. The live buffer, no copy."""
+        return self.rows.matrix
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The shared parameters, in the order of their columns."""
+        return self.rows.parameters
+
+    def has(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is one of the shared parameters."""
+        return id(parameter) in self.rows.position
+
+    def columns(self, parameter: Tensor) -> slice:
+        """The columns of one shared parameter."""
+        return self.rows.slices[self.rows.position[id(parameter)]]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The gradients of one shared parameter, a view [k, *parameter.shape] of the matrix."""
+        return self.rows.view(parameter)
+
+
+@dataclass
+class _Sums:
+    """Losses summed over chunks, weighted by their counts."""
+
+    totals: dict[int, float]
+    weighted: dict[int, Tensor]
+    chunks: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        for index, loss in chunk.losses.items():
+            count = chunk.counts[index]
+            value = stack([loss])[0]
+            if index in self.totals:
+                self.weighted[index] = self.weighted[index] + value * count
+                self.totals[index] += count
+            else:
+                self.weighted[index] = value * count if count != 1 else value
+                self.totals[index] = count
+
+
+class UnitHeads:
+    """Takes the tasks' weights out of the heads' gradients after a weighted backward.
+
+    The weighted sum multiplies a head's gradient by its task's weight; dividing by it gives the task's own gradient back.
+    Where that would lose precision (a weight a thousand times smaller than the largest, or zero) or where a parameter
+    outside the shared ones belongs to several tasks, its gradient comes from a backward of its own, which only runs
+    through the head.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _heads_of(self, task: int) -> list[tuple[Tensor, frozenset[int]]]:
+        roles, name = self._network.roles, self._network.name
+        candidates = [
+            (p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))
+        ]
+        return [(parameter, owners) for parameter, owners in candidates if task in owners]
+
+    @staticmethod
+    def _divisible(weights: Mapping[int, Tensor]) -> dict[int, float]:
+        values = {task: float(weight) for task, weight in weights.items()}
+        least = 1e-3 * max(abs(value) for value in values.values())
+        return {task: value for task, value in values.items() if abs(value) > least}
+
+    def before(
+        self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]
+    ) -> None:
+        """Compute, before the weighted backward, the gradients that can't be had by division."""
+        divisible = self._divisible(weights)
+        for task, seed in seeds.items():
+            wanted = [p for p, owners in self._heads_of(task) if len(owners) > 1 or task not in divisible]
+            if not wanted:
+                continue
+            gradients = torch.autograd.grad(
+                losses[task], wanted, seed.to(losses[task]), retain_graph=True, allow_unused=True
+            )
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    _, before = self._own.get(id(parameter), (parameter, None))
+                    self._own[id(parameter)] = (
+                        parameter,
+                        gradient.clone() if before is None else before + gradient,
+                    )
+
+    @torch.no_grad()
+    def finish(self, weights: Mapping[int, Tensor]) -> None:
+        """Replace or divide the heads' gradients."""
+        for task, value in self._divisible(weights).items() if weights else ():
+            for parameter, owners in self._heads_of(task):
+                if len(owners) == 1 and parameter.grad is not None and id(parameter) not in self._own:
+                    parameter.grad.div_(value)
+        for parameter, gradient in self._own.values():
+            parameter.grad = gradient
+
+
+class Problem:
+    """One step of multi-task training, as a method sees it.
+
+    A method asks it for losses, per-task gradients or a weighted backward, and tells it what to apply; only here are
+    closures called, gradients computed and optimizers stepped, so only here is anything counted.
+
+    Args:
+        network: The model, its optimizer and everything that lives longer than a step.
+        tasks: The names of all tasks.
+        sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
+        asked: The tasks this step is about.
+        on_nonfinite: "raise" or "skip".
+        weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
+        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
+        noise: Random states of the step's forwards, for those that are repeated.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        tasks: tuple[str, ...],
+        sources: Sequence[Sequence[Source]],
+        *,
+        asked: tuple[str, ...],
+        on_nonfinite: str = "raise",
+        weigh: Weigh | None = None,
+        weigh_fixed: bool = True,
+        noise: Noise,
+    ) -> None:
+        self.network = network
+        self.tasks = tasks
+        self.asked = asked
+        self.num_forward = 0
+        self.num_backward = 0
+        self.num_optimizer_steps = 0
+        self.skipped = False
+        self.reason = ""
+        self._sources = sources
+        self._on_nonfinite = on_nonfinite
+        self._weigh = weigh
+        self._weigh_fixed = weigh_fixed
+        self._noise = noise
+        self._consumed: set[int] = set()
+        self._recorded: dict[int, float] = {}
+        self._pending: Losses | None = None
+        self._scaled = False
+        self.first_losses: Losses | None = None
+
+    # ------------------------------------------------------------------ forwards
+
+    @property
+    def num_sources(self) -> int:
+        """How many independent batches this step has: 1, or more if ``mt.step(..., independent=)`` gave them."""
+        return len(self._sources)
+
+    def _names(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        if tasks is None:
+            return self.asked
+        return tuple(name for name in tasks if name in self.asked)
+
+    def _call(self, closure: Source, names: tuple[str, ...], *, grad: bool) -> Chunk:
+        """Run one closure (or read ready losses) for the tasks ``names``."""
+        if isinstance(closure, Mapping):
+            if id(closure) in self._consumed:
+                raise ValueError(
+                    "This method runs the model more than once per step, so it needs a closure: pass "
+                    "`mt.step(closure)` with `closure(tasks) -> losses` instead of ready losses."
+                )
+            self._consumed.add(id(closure))
+            self.num_forward += 1
+            return parse(
+                {name: loss for name, loss in closure.items() if name in names or name not in self.tasks},
+                self.tasks,
+                names,
+                needs_graph=grad,
+                active=None,
+            )
+        active = names[0] if len(names) == 1 else None
+        with contextlib.ExitStack() as contexts:
+            if active is not None:
+                contexts.enter_context(active_task(active))
+            contexts.enter_context(torch.set_grad_enabled(grad))
+            result = closure(names)
+        self.num_forward += 1
+        return parse(result, self.tasks, names, needs_graph=grad, active=active)
+
+    def _groups(self, closure: Source, names: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Task-specific norms need one forward per task."""
+        if self.network.split and not isinstance(closure, Mapping):
+            return [(name,) for name in names]
+        return [names]
+
+    def _forward(self, names: tuple[str, ...], source: int, *, grad: bool = True) -> Iterator[Chunk]:
+        for number, closure in enumerate(self._sources[source]):
+            for group in self._groups(closure, names):
+                self._noise.before((source, number))
+                chunk = self._call(closure, group, grad=grad)
+                if grad:
+                    self._observe(chunk, closure, group)
+                yield chunk
+
+    def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
+        """Find the roles of the parameters that tasks seen for the first time reach."""
+        roles = self.network.roles
+        new = [index for index in chunk.losses if index not in roles.seen]
+        if not new:
+            return
+        found = {index: reached_parameters(chunk.losses[index]) for index in new}
+        if any(compiled for _, compiled in found.values()):
+            self.network.compiled = True
+            if not roles.given:
+                found = self._probe_eagerly(closure, names, new)
+        by_id = {id(p): self.network.name(p) for p in self.network.parameters}
+        for index, (leaves, _) in found.items():
+            roles.observe(index, [name for key, name in by_id.items() if key in leaves])
+        if self.network.ranks.size == 1:
+            roles.check()
+
+    def _probe_eagerly(
+        self, closure: Source, names: tuple[str, ...], new: list[int]
+    ) -> dict[int, tuple[set[int], bool]]:
+        """Roles of a compiled model: its graph shows one opaque node, so the forward is run once without compiling."""
+        if isinstance(closure, Mapping):
+            raise ValueError(
+                "The model is compiled, which hides which parameters a loss reaches. Give `shared=`, or pass a closure so "
+                "that they can be found by one eager forward."
+            )
+        with self._noise.extra(), torch.compiler.set_stance("force_eager"):
+            self._noise.before((0, 0))
+            chunk = self._call(closure, names, grad=True)
+        return {index: reached_parameters(chunk.losses[index]) for index in new}
+
+    def losses(self, tasks: Sequence[str] | None = None, *, source: int = 0) -> Losses:
+        """The losses of ``tasks`` by an extra forward without gradient that leaves no trace.
+
+        The random state is replayed, so dropout masks are those of the step's own forward, and the model's buffers are put
+        back. Averaged over micro-batches and ranks.
+        """
+        sums = _Sums({}, {})
+        with self._noise.extra():
+            for chunk in self._forward(self._names(tasks), source, grad=False):
+                sums.add(chunk)
+        return self._reduce(sums)
+
+    # ------------------------------------------------------------------ reduction
+
+    @property
+    def _device(self) -> torch.device:
+        parameters = self.network.parameters
+        return parameters[0].device if parameters else torch.device("cpu")
+
+    def _reduce(self, sums: _Sums) -> Losses:
+        """Average losses over chunks and ranks; agree on the roles of the parameters."""
+        ranks = self.network.ranks
+        count = len(self.tasks)
+        if ranks.size > 1:
+            vector = torch.zeros(2 * count + 1, dtype=torch.float64, device=self._device)
+            for index, total in sums.totals.items():
+                vector[index] = total
+                vector[count + index] = sums.weighted[index]
+            vector[-1] = float(self.network.agree_needed())
+            values = ranks.sum_(vector).tolist()
+            if values[-1]:
+                self.network.agree()
+                self.network.roles.check()
+            sums = _Sums(
+                {i: values[i] for i in range(count) if values[i] > 0},
+                {i: vector[count + i] for i in range(count) if values[i] > 0},
+            )
+        losses = self._average(sums)
+        if not self.any_losses:
+            self.first_losses = losses
+        return losses
+
+    def _average(self, sums: _Sums) -> Losses:
+        """Divide summed losses by their counts and apply the user's loss weights."""
+        indices = tuple(sorted(sums.totals))
+        if not indices:
+            empty = torch.zeros(0, device=self._device)
+            return Losses((), empty, empty, {})
+        raw = stack(
+            [sums.weighted[i] / sums.totals[i] if sums.totals[i] != 1 else sums.weighted[i] for i in indices]
+        )
+        if self._weigh is None:
+            return Losses(indices, raw, raw, sums.totals)
+        factors = self._weigh(raw, indices).detach().to(raw)
+        return Losses(indices, raw * factors, raw, sums.totals, factors)
+
+    @property
+    def any_losses(self) -> bool:
+        """Whether any loss has been seen in this step."""
+        return self.first_losses is not None and bool(self.first_losses.indices)
+
+    def _require(self, losses: Losses) -> None:
+        if not losses.indices:
+            self.raise_empty()
+
+    def raise_empty(self) -> NoReturn:
+        """Raise the error of a batch without any loss."""
+        raise ValueError(
+            f"Empty batch: no loss was returned for any of the tasks {', '.join(self.asked)}. A step needs the loss of "
+            "at least one task."
+        )
+
+    # ------------------------------------------------------------------ finite checks
+
+    def _check_losses(self, losses: Losses, values: Sequence[float]) -> None:
+        for index, value in zip(losses.indices, values, strict=True):
+            if value - value != 0:
+                self._not_finite(f"The loss of task `{self.tasks[index]}` is {value}.")
+        for index, value in zip(losses.indices, values, strict=True):
+            self._recorded.setdefault(index, value)
+
+    def _not_finite(self, message: str) -> NoReturn:
+        self.network.zero_grad()
+        if self._on_nonfinite == "skip":
+            raise SkippedError(message)
+        raise NonFiniteError(
+            f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out."
+        )
+
+    def _gradient_not_finite(self, message: str) -> NoReturn:
+        scaler = self.network.scaler
+        if scaler is None:
+            self._not_finite(message)
+        self.network.zero_grad()
+        parameter = self.network.parameters[0]
+        parameter.grad = torch.full_like(parameter, float("inf"))
+        scaler.unscale_(self.network.optimizer)
+        scaler.step(self.network.optimizer)
+        scaler.update()
+        self.network.zero_grad()
+        raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)
+
+    # ------------------------------------------------------------------ per-task gradients
+
+    def gradients(
+        self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0
+    ) -> TaskGradients:
+        """Forward, then one backward per task: the rows of J, the Gramian and the heads' gradients.
+
+        Micro-batches and ranks are averaged here, before any combination; gradients are unscaled.
+
+        Args:
+            tasks: The tasks whose gradients are wanted; default all this step asks for.
+            forward: The tasks the closure is asked for, if more.
+            source: Which independent batch.
+
+        Raises:
+            ValueError: If no task is present, or all tasks have been seen and share no parameter.
+            NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
+        """
+        network = self.network
+        names = self._names(tasks)
+        wanted = {self.tasks.index(name) for name in names}
+        rows = network.rows_of(source)
+        rows.begin()
+        heads: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        sums = _Sums({}, {})
+        averaged = len(self._sources[source]) > 1 or network.ranks.size > 1
+        for chunk in self._forward(names if forward is None else self._names(forward), source):
+            network.lay_out(rows)
+            todo = [index for index in chunk.losses if index in wanted]
+            counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
+            for index in todo:
+                loss = chunk.losses[index]
+                with self._active(chunk):
+                    gradients = torch.autograd.grad(
+                        loss,
+                        network.parameters,
+                        grad_outputs=self._seed(loss, counts[index]),
+                        retain_graph=index != todo[-1],
+                        allow_unused=True,
+                    )
+                self.num_backward += 1
+                self._place(rows, heads, index, gradients)
+                del gradients
+            sums.add(Chunk({i: chunk.losses[i] for i in todo}, counts))
+        losses = self._reduce(sums)
+        self._require(losses)
+        network.lay_out(rows)
+        network.reduce_rows(rows, heads, losses.indices)
+        self._rescale(rows, heads, losses)
+        matrix_gramian = gramian(rows.matrix)
+        self._check_losses(losses, losses.raw.tolist())
+        self._check_gradients(losses, matrix_gramian, heads)
+        return TaskGradients(rows, losses, matrix_gramian, heads)
+
+    def _active(self, chunk: Chunk) -> contextlib.AbstractContextManager[Any]:
+        """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
+        return contextlib.nullcontext() if chunk.active is None else active_task(chunk.active)
+
+    def _seed(self, loss: Tensor, factor: float | Tensor) -> Tensor | None:
+        """The cotangent of a loss: its factor times the scaler's scale; None for 1."""
+        scale = self.network.scale(loss.device)
+        if scale is None and isinstance(factor, float) and factor == 1:
+            return None
+        seed = torch.ones_like(loss) * factor
+        return seed if scale is None else seed * scale.to(seed)
+
+    def _place(
+        self,
+        rows: Rows,
+        heads: dict[int, tuple[Tensor, dict[int, Tensor]]],
+        task: int,
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        """Write one task's gradients: shared ones into its row, others to its head; follow parameters that turn shared."""
+        network = self.network
+        shared: list[tuple[Tensor, Tensor]] = []
+        others: list[tuple[Tensor, Tensor]] = []
+        for parameter, gradient in zip(network.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            if id(parameter) in rows.position:
+                shared.append((parameter, gradient))
+            elif not network.compiled or task in network.roles.tasks_of(network.name(parameter)):
+                others.append((parameter, gradient))
+        grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
+        if grown:
+            network.lay_out(rows)
+            for parameter, held in [heads[key] for key in list(heads) if key in rows.position]:
+                for other, gradient in held.items():
+                    rows.row_of(other)
+                    rows.add(other, [(parameter, gradient)])
+                del heads[id(parameter)]
+            shared += [pair for pair in others if id(pair[0]) in rows.position]
+            others = [pair for pair in others if id(pair[0]) not in rows.position]
+        rows.add(task, shared)
+        for parameter, gradient in others:
+            _, held = heads.setdefault(id(parameter), (parameter, {}))
+            # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
+            held[task] = held[task] + gradient if task in held else gradient.clone()
+
+    def _rescale(
+        self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]], losses: Losses
+    ) -> None:
+        """Turn sums into means, undo the scaler's scale and apply the user's loss weights, in one factor per task."""
+        factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
+        scale = self.network.scale(self._device)
+        if scale is not None:
+            factors = factors / scale.to(factors)
+        if losses.factors is not None:
+            factors = factors * losses.factors.to(factors)
+        if bool((factors == 1).all()):
+            return
+        rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
+        by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
+        for parameter, held in heads.values():
+            heads[id(parameter)] = (
+                parameter,
+                {task: g * by_task[task] for task, g in held.items() if task in by_task},
+            )
+
+    def _check_gradients(
+        self, losses: Losses, matrix_gramian: Tensor, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]
+    ) -> None:
+        finite = matrix_gramian.diagonal().isfinite().tolist()
+        for index, good in zip(losses.indices, finite, strict=True):
+            if not good:
+                self._gradient_not_finite(f"The gradient of task `{self.tasks[index]}` isn't finite.")
+        own = [gradient for _, held in heads.values() for gradient in held.values()]
+        if own and not bool(torch.nn.utils.get_total_norm(own).isfinite()):
+            self._gradient_not_finite("The gradient of a head isn't finite.")
+
+    def combine(
+        self,
+        gradients: TaskGradients,
+        weights: Tensor | None = None,
+        *,
+        vector: Tensor | None = None,
+        heads: str = "unit",
+    ) -> None:
+        """Set ``.grad``: ``weights @ J`` or a ready ``vector`` on the shared parameters, own gradients on the heads.
+
+        Args:
+            gradients: What :meth:`gradients` returned.
+            weights: One weight per present task, [k].
+            vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
+            heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+        """
+        network = self.network
+        network.zero_grad()
+        rows = gradients.rows
+        flat, views = rows.combined()
+        if weights is not None and not bool(weights.isfinite().all()):
+            self._not_finite("A method's weights aren't finite.")
+        if vector is not None:
+            flat.copy_(vector)
+        else:
+            assert weights is not None, "either weights or a vector"
+            if len(weights) == 1 and float(weights[0]) == 1:
+                flat.copy_(rows.matrix[0])
+            else:
+                torch.mv(rows.matrix.T, weights.to(flat), out=flat)
+        present = set(gradients.indices)
+        positions = rows.reached() if network.ranks.size == 1 else network.owned(rows, present)
+        network.set_gradients(
+            [(rows.parameters[i], views[i]) for i in positions if rows.parameters[i].requires_grad]
+        )
+        by_task = dict.fromkeys(gradients.indices, 1.0)
+        if heads == "weighted" and weights is not None:
+            by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
+        for parameter, held in gradients.heads.values():
+            total: Tensor | None = None
+            for task, gradient in held.items():
+                part = gradient if by_task[task] == 1 else gradient * by_task[task]
+                total = part if total is None else total + part
+            if total is not None:
+                network.set_gradients([(parameter, total)])
+        self._scaled = False
+        self._pending = None
+
+    # ------------------------------------------------------------------ one weighted backward
+
+    def backward(
+        self,
+        weigh: Weigh,
+        *,
+        tasks: Sequence[str] | None = None,
+        forward: Sequence[str] | None = None,
+        source: int = 0,
+        fixed: bool = False,
+        heads: str = "weighted",
+    ) -> Losses:
+        """Forward and one backward of the weighted sum of the losses into ``.grad``.
+
+        With several micro-batches the weights need all their losses first. So unless the weights are ``fixed`` (independent
+        of the losses and of which tasks are present) and every micro-batch brings the same tasks and counts, the losses are
+        read by a forward without gradient, and then every micro-batch is run again, with the same random state.
+
+        Args:
+            weigh: (losses [k], indices) -> weights [k].
+            tasks: The tasks whose losses are summed; default all this step asks for.
+            forward: The tasks the closure is asked for, if more.
+            source: Which independent batch.
+            fixed: Whether ``weigh`` gives the same weights whatever the losses and the present tasks.
+            heads: "weighted": heads get their gradient times the task's weight, as the sum says; "unit": without it.
+
+        Returns:
+            The reduced losses of all tasks the closure was asked for.
+        """
+        network = self.network
+        network.zero_grad()
+        names = self._names(tasks)
+        asked = names if forward is None else self._names(forward)
+        wanted = {self.tasks.index(name) for name in names}
+        micro_batches = self._sources[source]
+        self._scaled = network.scaler is not None
+        unit = UnitHeads(network) if heads == "unit" else None
+        held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
+        if not held and fixed and self._weigh_fixed:
+            losses = self._backward_evenly(weigh, asked, wanted, source, unit)
+            if losses is not None:
+                self._pending = losses
+                return losses
+        single = len(micro_batches) == 1 and network.ranks.size == 1
+        sums = _Sums({}, {})
+        chunks: list[Chunk] = []
+        if held:
+            for chunk in self._forward(asked, source):
+                counts = dict.fromkeys(chunk.counts, 1.0) if single else chunk.counts
+                chunks.append(Chunk(chunk.losses, counts, chunk.active))
+                sums.add(chunks[-1])
+        else:
+            with self._noise.rehearsal():
+                for chunk in self._forward(asked, source, grad=False):
+                    sums.add(chunk)
+        losses = self._reduce(sums)
+        weights, factors = self._weights_by_task(weigh, losses, wanted)
+        for chunk in chunks if held else self._forward(asked, source):
+            shares = {
+                i: factors[i] * (chunk.counts[i] / losses.totals[i])
+                for i in chunk.losses
+                if i in weights and chunk.counts[i]
+            }
+            self._backward_chunk(chunk, weights, shares, unit)
+        if unit is not None:
+            unit.finish(weights)
+        network.reduce_gradients()
+        self._pending = losses
+        return losses
+
+    def _weights_by_task(
+        self, weigh: Weigh, losses: Losses, wanted: set[int]
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """The method's weight and the user's factor of every present wanted task."""
+        present = [position for position, index in enumerate(losses.indices) if index in wanted]
+        indices = tuple(losses.indices[position] for position in present)
+        if not indices:
+            return {}, {}
+        weights = weigh(losses.values[present], indices).detach().to(losses.values)
+        factors = torch.ones_like(weights) if losses.factors is None else losses.factors[present].to(weights)
+        return dict(zip(indices, weights.unbind(), strict=True)), dict(
+            zip(indices, factors.unbind(), strict=True)
+        )
+
+    def _backward_chunk(
+        self,
+        chunk: Chunk,
+        weights: Mapping[int, Tensor],
+        shares: Mapping[int, Tensor],
+        unit: UnitHeads | None,
+    ) -> None:
+        """Backward of the sum of weight times share times loss."""
+        if not shares:
+            return
+        scale = self.network.scale(next(iter(chunk.losses.values())).device)
+        parts = {
+            index: share if scale is None else share * scale.to(share) for index, share in shares.items()
+        }
+        with self._active(chunk):
+            if unit is not None:
+                unit.before(chunk.losses, weights, parts)
+            torch.autograd.backward(
+                [chunk.losses[index] for index in parts],
+                [(weights[index] * part).to(chunk.losses[index]) for index, part in parts.items()],
+                inputs=self.network.parameters,
+            )
+        self.num_backward += 1
+
+    def _backward_evenly(
+        self, weigh: Weigh, asked: tuple[str, ...], wanted: set[int], source: int, unit: UnitHeads | None
+    ) -> Losses | None:
+        """One pass over micro-batches that all bring the same tasks and counts; None (and nothing done) if they don't."""
+        network = self.network
+        share = 1.0 / (len(self._sources[source]) * network.ranks.size)
+        first: list[tuple[dict[int, float], str | None]] = []
+        all_weights: dict[int, Tensor] = {}
+        sums = _Sums({}, {})
+        even = True
+        per_source = len(self._groups(self._sources[source][0], asked))
+        with self._noise.attempt() as undo:
+            for number, chunk in enumerate(self._forward(asked, source)):
+                if number < per_source:
+                    first.append((dict(chunk.counts), chunk.active))
+                even = even and (chunk.counts, chunk.active) == first[number % per_source]
+                if not even and network.ranks.size == 1:
+                    break
+                own = _Sums({}, {})
+                own.add(chunk)
+                weights, factors = self._weights_by_task(weigh, self._average(own), wanted)
+                all_weights.update(weights)
+                self._backward_chunk(
+                    chunk, weights, {i: factor * share for i, factor in factors.items()}, unit
+                )
+                sums.add(chunk)
+            counts = [entry.get(index, 0.0) for entry, _ in first for index in range(len(self.tasks))]
+            even = network.ranks.equal(counts if even else None, self._device)
+            if not even:
+                network.zero_grad()
+                undo()
+                return None
+        losses = self._reduce(sums)
+        if unit is not None:
+            unit.finish(all_weights)
+        network.reduce_gradients()
+        return losses
+
+    # ------------------------------------------------------------------ the optimizer step
+
+    def apply(self) -> bool:
+        """Check, unscale, clip and take one optimizer step; return whether it was taken.
+
+        Raises:
+            ValueError: If no task was present.
+            NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
+        """
+        network, scaler = self.network, self.network.scaler
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._require(pending)
+        if not network.gradients():
+            if pending is not None:
+                self._check_losses(pending, pending.raw.tolist())
+            return False
+        norm = None
+        if pending is not None or network.clip is not None or scaler is not None:
+            norm = network.norm()
+        if pending is not None:
+            assert norm is not None
+            *values, total = torch.cat([pending.raw, norm.to(pending.raw).reshape(1)]).tolist()
+            self._check_losses(pending, values)
+            if total - total != 0:
+                self._gradient_not_finite("The gradient isn't finite.")
+        if scaler is not None:
+            assert norm is not None
+            scale = network.scale(norm.device)
+            if self._scaled:
+                norm = norm / scale
+            else:
+                torch._foreach_mul_(network.gradients(), scale)
+            scaler.unscale_(network.optimizer)
+        if norm is not None:
+            network.clip_gradients(norm)
+        if scaler is not None:
+            scaler.step(network.optimizer)
+            scaler.update()
+        else:
+            network.optimizer.step()
+        self.num_optimizer_steps += 1
+        return True
+
+    def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:
+        """One plain sub-step of a procedure: forward, backward of the tasks' summed losses, optimizer step.
+
+        A sub-step none of whose tasks is present takes no optimizer step. Non-finite values under ``on_nonfinite="skip"``
+        leave out this sub-step alone.
+
+        Args:
+            tasks: The tasks whose losses are summed.
+            forward: The tasks the closure is asked for, if more.
+
+        Returns:
+            The losses of the sub-step's forward (all tasks of ``forward``), before its optimizer step.
+        """
+        losses = self.backward(
+            lambda values, _: torch.ones_like(values), tasks=tasks, forward=forward, fixed=True
+        )
+        try:
+            if losses.indices:
+                self.apply()
+        except SkippedError as skipped:
+            self.note_skip(skipped.reason)
+        return losses
+
+    def note_skip(self, reason: str) -> None:
+        """Record that an optimizer step was left out."""
+        self.skipped = True
+        self.reason = reason
+
+    # ------------------------------------------------------------------ the report
+
+    def info(
+        self,
+        *,
+        weights: Tensor | None = None,
+        gradients: TaskGradients | None = None,
+        num_fallbacks: int = 0,
+        records: Mapping[str, Any] | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> StepInfo:
+        """What this step did, as a :class:`StepInfo`.
+
+        Args:
+            weights: One weight per present task, [k].
+            gradients: The task gradients, if computed: their conflicts are reported.
+            num_fallbacks: Solves that used a fallback.
+            records: What the method records besides.
+            indices: The tasks the weights belong to; default the present tasks.
+        """
+        names = {index: self.tasks[index] for index in sorted(self._recorded)}
+        by_name = None
+        if weights is not None:
+            owners = tuple(names) if indices is None else tuple(indices)
+            by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
+        cosines = None
+        conflicts = None
+        if gradients is not None:
+            norms = gradients.gramian.diagonal().clamp_min(0).sqrt()
+            product = torch.outer(norms, norms)
+            cosines = torch.where(product > 0, gradients.gramian / product.where(product > 0, 1.0), 0.0)
+            conflicts = int((cosines.triu(1) < 0).sum())
+        return StepInfo(
+            losses=MappingProxyType({name: self._recorded[index] for index, name in names.items()}),
+            weights=None if by_name is None else MappingProxyType(by_name),
+            skipped=self.skipped,
+            reason=self.reason,
+            num_forward=self.num_forward,
+            num_backward=self.num_backward,
+            num_optimizer_steps=self.num_optimizer_steps,
+            num_conflicts=conflicts,
+            cosines=cosines,
+            num_fallbacks=num_fallbacks,
+            records=MappingProxyType(dict(records or {})),
+        )
