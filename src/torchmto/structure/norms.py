@@ -165,9 +165,9 @@ class SplitNorm(nn.Module):
             raise AttributeError(
                 f"`{name}` of a split norm differs between tasks: read it inside `active_task(name)`."
             )
-        if callable(value):  # noqa: TRY004 - a method would act on one copy only
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return value
+        if not callable(value):  # a method would act on one copy only
+            return value
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def extra_repr(self) -> str:
         """The tasks."""
