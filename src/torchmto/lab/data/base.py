@@ -241,9 +241,33 @@ class TensorData(MultiTaskDataset):
     def batch(self, indices: Tensor) -> Batch:
         """The samples ``indices``, converted to float32 and int64."""
         return Batch(
-            input=as_input(self.inputs[indices]),
-            targets={task.name: as_target(task, self.targets[task.name][indices]) for task in self.tasks},
+            input=as_input(self.inputs.index_select(0, indices)),
+            targets={
+                task.name: as_target(task, self.targets[task.name].index_select(0, indices))
+                for task in self.tasks
+            },
         )
+
+
+class Subset(MultiTaskDataset):
+    """Some samples of another data set, without a copy.
+
+    Args:
+        dataset: Where the samples are.
+        indices: Which of them, int64 ``[N]``.
+    """
+
+    def __init__(self, dataset: MultiTaskDataset, indices: Tensor) -> None:
+        super().__init__(dataset.tasks)
+        self.dataset = dataset
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples ``indices`` of this subset."""
+        return self.dataset.batch(self.indices[indices])
 
 
 def as_input(stored: Tensor) -> Tensor:
@@ -256,7 +280,8 @@ def as_target(task: Task, stored: Tensor) -> Tensor:
     if task.kind in {"classification", "segmentation"}:
         return stored.long()
     if task.kind == "normals":
-        return torch.nn.functional.normalize(stored.float(), dim=1)
+        normals = stored.float()
+        return normals * normals.square().sum(dim=1, keepdim=True).clamp(min=1e-12).rsqrt()
     return stored.float()
 
 

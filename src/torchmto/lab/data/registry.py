@@ -9,7 +9,7 @@ from typing import Any
 
 from torchmto.lab.data.base import DataBundle
 
-_MODULES = ("digits",)
+_MODULES = ("digits", "nyuv2")
 _registry: dict[str, "DatasetInfo"] = {}
 
 

@@ -1,0 +1,183 @@
+"""Augmentation of an image together with all that is known about its pixels.
+
+Every random number is drawn from the sample's key (see `loading.sample_keys`), so a sample's augmentation
+depends on ``(seed, epoch, index)`` and on nothing else: not on its batch, the process or what was drawn
+before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from torchmto.lab.data.base import Batch, Task
+from torchmto.lab.data.loading import uniform
+
+
+def hflip(batch: Batch, tasks: Sequence[Task], chosen: Tensor) -> Batch:
+    """Mirror the chosen samples left to right; the x component of their normals changes its sign.
+
+    Args:
+        batch: Images and targets; targets of tasks that aren't dense stay as they are.
+        tasks: The tasks of the batch.
+        chosen: bool ``[B]``.
+
+    Returns:
+        A new batch.
+    """
+
+    def mirror(values: Tensor) -> Tensor:
+        return torch.where(chosen.view(-1, *[1] * (values.dim() - 1)), values.flip(-1), values)
+
+    targets = dict(batch["targets"])
+    for task in tasks:
+        if task.dense and task.name in targets:
+            targets[task.name] = mirror(targets[task.name])
+            if task.kind == "normals":
+                sign = torch.where(chosen, -1.0, 1.0)[:, None, None]
+                normals = targets[task.name]
+                targets[task.name] = torch.cat([normals[:, :1] * sign[:, None], normals[:, 1:]], dim=1)
+    return Batch(input=mirror(batch["input"]), targets=targets)
+
+
+def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) -> Batch:
+    """Enlarge a window of each sample to the full frame.
+
+    An object that looks ``factor`` times larger is ``factor`` times nearer, so depth is divided by it
+    (disparity, which a depth task declares by ``extra={"inverse": True}``, is multiplied). Images are
+    interpolated linearly; targets take the nearest pixel, so nothing is blended across a boundary or with
+    missing values.
+
+    Args:
+        batch: Images and targets, all ``[..., H, W]``.
+        tasks: The tasks of the batch.
+        factor: ``[B]``, at least 1.
+        corner: ``[B, 2]`` place of the window (x, y), from 0 (left, top) to 1 (right, bottom).
+
+    Returns:
+        A new batch of the same shapes.
+    """
+    from kornia.geometry.transform import warp_affine  # noqa: PLC0415 - half a second, and only needed here
+
+    image = batch["input"]
+    height, width = image.shape[-2:]
+    room = image.new_tensor([width - 1, height - 1]) * (factor - 1)[:, None]
+    matrix = image.new_zeros(len(image), 2, 3)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = factor
+    matrix[:, :, 2] = -corner * room
+
+    def warp(values: Tensor, mode: str) -> Tensor:
+        warped: Tensor = warp_affine(
+            values, matrix, (height, width), mode, padding_mode="border", align_corners=True
+        )
+        return warped
+
+    dense = [task for task in tasks if task.dense and task.name in batch["targets"]]
+    targets = dict(batch["targets"])
+    if dense:
+        maps = [targets[t.name] if targets[t.name].dim() == 4 else targets[t.name][:, None] for t in dense]
+        warped = warp(torch.cat([m.to(image.dtype) for m in maps], dim=1), "nearest")
+        for task, new in zip(dense, torch.split(warped, [m.shape[1] for m in maps], dim=1), strict=True):
+            old = targets[task.name]
+            targets[task.name] = new.reshape(old.shape).to(old.dtype)
+            if task.kind == "depth":
+                scale = factor.view(-1, 1, 1, 1)
+                inverse = bool(task.extra.get("inverse", False))
+                targets[task.name] = targets[task.name] * scale if inverse else targets[task.name] / scale
+    return Batch(input=warp(image, "bilinear"), targets=targets)
+
+
+def shift(images: Tensor, offset: Tensor) -> Tensor:
+    """Move images by whole pixels and fill with black.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        offset: int64 ``[B, 2]``: pixels to the right and down.
+
+    Returns:
+        The moved images, same shape.
+    """
+    height, width = images.shape[-2:]
+    reach = int(offset.abs().max()) if len(offset) else 0
+    padded = functional.pad(images, (reach, reach, reach, reach))
+    rows = torch.arange(height) + (reach - offset[:, 1:])
+    columns = torch.arange(width) + (reach - offset[:, :1])
+    sample = torch.arange(len(images))[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Multiply brightness, contrast and, in colour, saturation of images in ``[0, 1]``; factors ``[B]``."""
+    from kornia import enhance  # noqa: PLC0415 - half a second, and only needed here
+
+    images = enhance.adjust_brightness_accumulative(images, brightness)
+    images = enhance.adjust_contrast_with_mean_subtraction(images, contrast)
+    if images.shape[1] == 3:
+        images = enhance.adjust_saturation_with_gray_subtraction(images, saturation)
+    return images.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class JointAugment:
+    """Random flip, zoom and colours for images with dense targets; random flip, shift and colours for others.
+
+    Args:
+        flip: Probability of a mirror image.
+        zoom: Largest enlargement; the factor is uniform in ``[1, zoom]``. Dense targets are zoomed along.
+        shift: Largest shift in pixels; only for data sets without dense targets.
+        color: Brightness, contrast and saturation change by at most this share.
+
+    Example:
+        >>> task = Task("depth", "depth", 1)
+        >>> batch = Batch(input=torch.rand(2, 3, 4, 4), targets={"depth": torch.ones(2, 1, 4, 4)})
+        >>> JointAugment(zoom=2.0)(batch, [task], torch.arange(2))["input"].shape
+        torch.Size([2, 3, 4, 4])
+    """
+
+    flip: float = 0.5
+    zoom: float = 1.0
+    shift: int = 0
+    color: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"Parameter `flip` should be in [0, 1]. Found `flip = {self.flip}`.")
+        if self.zoom < 1:
+            raise ValueError(f"Parameter `zoom` should be at least 1. Found `zoom = {self.zoom}`.")
+        if self.shift < 0:
+            raise ValueError(f"Parameter `shift` should be non-negative. Found `shift = {self.shift}`.")
+        if not 0 <= self.color < 1:
+            raise ValueError(f"Parameter `color` should be in [0, 1). Found `color = {self.color}`.")
+
+    def __call__(self, batch: Batch, tasks: Sequence[Task], keys: Tensor) -> Batch:
+        """Augment a batch.
+
+        Args:
+            batch: Images in ``[0, 1]`` and targets.
+            tasks: The tasks of the batch.
+            keys: int64 ``[B]``, one per sample.
+
+        Returns:
+            A new batch.
+
+        Raises:
+            ValueError: If images would be shifted away from their dense targets.
+        """
+        if self.shift and any(task.dense for task in tasks):
+            raise ValueError(f"Parameter `shift` should be 0 for dense tasks. Found `shift = {self.shift}`.")
+        if self.flip:
+            batch = hflip(batch, tasks, uniform(keys, 0) < self.flip)
+        if self.zoom > 1:
+            corner = torch.stack([uniform(keys, 2), uniform(keys, 3)], dim=1)
+            batch = zoom(batch, tasks, uniform(keys, 1, 1.0, self.zoom), corner)
+        image = batch["input"]
+        if self.shift:
+            draws = [uniform(keys, draw, -self.shift, self.shift + 1).floor().long() for draw in (4, 5)]
+            image = shift(image, torch.stack(draws, dim=1))
+        if self.color:
+            factors = [uniform(keys, draw, 1 - self.color, 1 + self.color) for draw in (6, 7, 8)]
+            image = color_jitter(image, *factors)
+        return Batch(input=image, targets=batch["targets"])

@@ -1,0 +1,252 @@
+"""Data sets in files: clear errors, archives that can't write elsewhere, samples read when needed."""
+
+import importlib
+import shutil
+import tarfile
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from torchmto.lab.data.base import Batch, MultiTaskDataset, Task, as_input, as_target
+from torchmto.lab.data.registry import dataset_info
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+def require(path: Path | None, dataset: str) -> Path:
+    """``path`` itself if it exists.
+
+    Args:
+        path: A file or folder of the data set.
+        dataset: Registry name, for the message.
+
+    Raises:
+        ValueError: If no path was given.
+        FileNotFoundError: If there is nothing at the path; the message says where to get the data.
+    """
+    info = dataset_info(dataset)
+    if path is None:
+        raise ValueError(
+            f"The data set `{dataset}` needs a path: `{dataset}:PATH`,"
+            f" where PATH is {' or '.join(info.layouts)}."
+            f" Get it from {info.source}."
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"The data set `{dataset}` needs `{path}`, which doesn't exist. Get it from {info.source}."
+        )
+    return path
+
+
+def unknown_layout(path: Path, dataset: str) -> ValueError:
+    """The error for a path that is there but isn't laid out in a known way."""
+    info = dataset_info(dataset)
+    return ValueError(
+        f"The data set `{dataset}` should be {' or '.join(info.layouts)}."
+        f" Found `{path}`, which is none of these."
+        f" Get it from {info.source}."
+    )
+
+
+def need_package(module: str) -> ModuleType:
+    """Import an optional package, or say how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"This data set needs the package `{module.partition('.')[0]}`: pip install 'torchmto[lab]'"
+        ) from error
+
+
+def load_array(path: Path, dataset: str) -> NDArray[Any]:
+    """A ``.npy`` file as an array; pickled objects are refused."""
+    try:
+        array: NDArray[Any] = np.load(require(path, dataset), allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"`{path}` isn't a plain NumPy array: {error}") from error
+    return array
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
+    """The arrays ``keys`` of a ``.npz`` file; pickled objects are refused."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = stored.files
+            arrays = [stored[key] for key in keys if key in found]
+    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"`{path}` isn't a readable `.npz` file: {error}") from error
+    if len(arrays) < len(keys):
+        missing = next(key for key in keys if key not in found)
+        raise ValueError(f"`{path}` should have an array `{missing}`. Found {', '.join(found) or 'none'}.")
+    return arrays
+
+
+def load_picture(path: Path, dataset: str) -> NDArray[Any]:
+    """A PNG or JPEG as its pixel values ``[H, W]`` or ``[H, W, C]``; palettes give their indices."""
+    image = need_package("PIL.Image")
+    with image.open(require(path, dataset), formats=("PNG", "JPEG")) as picture:
+        array: NDArray[Any] = np.asarray(picture)
+    return array
+
+
+def load_rgb(path: Path, dataset: str) -> Tensor:
+    """A picture as uint8 ``[1, 3, H, W]``."""
+    image = need_package("PIL.Image")
+    with image.open(require(path, dataset), formats=("PNG", "JPEG")) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+
+
+def read_lines(path: Path, dataset: str) -> list[str]:
+    """The lines of a text file that aren't blank, stripped."""
+    lines = require(path, dataset).read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def extract(archive: Path) -> Path:
+    """Unpack a tar archive beside itself, once, into ``NAME.extracted``.
+
+    Only plain files and folders inside the target are written: no links, devices, absolute paths or ``..``.
+    The folder appears under its name only when everything is unpacked.
+
+    Args:
+        archive: A ``.tar``, ``.tar.gz`` or ``.tgz`` file.
+
+    Returns:
+        The folder with the contents.
+
+    Raises:
+        ValueError: If the archive is damaged or holds anything else, or more than the disk has room for.
+    """
+    target = archive.with_name(f"{archive.name}.extracted")
+    if target.is_dir():
+        return target
+    with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{archive.name}.") as scratch:
+        room = shutil.disk_usage(scratch).free
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    room -= member.size
+                    if room < 0:
+                        raise ValueError(f"`{archive}` needs more room than there is on its disk.")
+                    _extract_member(tar, member, Path(scratch), archive)
+        except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+            raise ValueError(f"`{archive}` isn't a readable tar archive: {error}") from error
+        contents = Path(scratch) / "contents"
+        contents.mkdir(exist_ok=True)
+        contents.rename(target)
+    return target
+
+
+def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, archive: Path) -> None:
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
+        raise ValueError(f"`{archive}` wants to write outside its folder: `{member.name}`.")
+    path = scratch / "contents" / name
+    if member.isdir():
+        path.mkdir(parents=True, exist_ok=True)
+    elif member.isreg():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = tar.extractfile(member)
+        assert source is not None
+        with source, path.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+    else:
+        raise ValueError(f"`{archive}` holds `{member.name}`, which is neither a file nor a folder.")
+
+
+def find_root(folder: Path, marker: str) -> Path | None:
+    """``folder``, or the first folder directly in it, that contains ``marker``."""
+    for candidate in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        if (candidate / marker).exists():
+            return candidate
+    return None
+
+
+def validation_split(
+    size: int, fraction: float, seed: int, block: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Training and validation samples out of an official training split.
+
+    Args:
+        size: Number of samples.
+        fraction: Share of the validation part.
+        seed: Decides which.
+        block: Neighbouring samples that stay together, for sets stored scene by scene.
+
+    Returns:
+        Sorted indices of the training and of the validation part.
+
+    Raises:
+        ValueError: If a part would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"Parameter `validation` should be in (0, 1). Found `validation = {fraction}`.")
+    starts = np.random.default_rng(seed).permutation(np.arange(0, size, block))
+    held_out = np.zeros(size, dtype=bool)
+    for start in starts:
+        if held_out.sum() >= max(1, round(size * fraction)):
+            break
+        held_out[start : start + block] = True
+    if held_out.all():
+        raise ValueError(f"{size} samples are too few to carve a validation split out of them.")
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+class FileData(MultiTaskDataset):
+    """Samples read from files when they are first needed, and kept in memory while there is room.
+
+    Args:
+        tasks: The tasks of every sample.
+        names: What identifies each sample, such as its file's stem.
+        read: ``name -> (image, {task: target})``, each with a leading dimension of 1, in compact types and
+            all of one size; called from several threads.
+        memory_bytes: How much to keep; 0 reads files every time.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        names: Iterable[str],
+        read: Callable[[str], Sample],
+        memory_bytes: int = 2 << 30,
+    ) -> None:
+        super().__init__(tasks)
+        self.names = list(names)
+        self.read = read
+        self.memory_bytes = memory_bytes
+        self._kept: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _sample(self, index: int) -> Sample:
+        sample = self._kept.get(index)
+        if sample is None:
+            sample = self.read(self.names[index])
+            if len(self._kept) < self.memory_bytes // max(1, _nbytes(sample[0], sample[1])):
+                self._kept[index] = sample
+        return sample
+
+    def batch(self, indices: Tensor) -> Batch:
+        """The samples ``indices``."""
+        samples = [self._sample(int(index)) for index in indices]
+        return Batch(
+            input=as_input(torch.cat([image for image, _ in samples])),
+            targets={
+                task.name: as_target(task, torch.cat([targets[task.name] for _, targets in samples]))
+                for task in self.tasks
+            },
+        )
+
+
+def _nbytes(image: Tensor, targets: Mapping[str, Tensor]) -> int:
+    return image.nbytes + sum(target.nbytes for target in targets.values())

@@ -1,0 +1,180 @@
+"""NYUv2: indoor scenes with segmentation, depth, surface normals and edges, in three layouts."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchmto.lab.data.augment import JointAugment
+from torchmto.lab.data.base import DataBundle, MultiTaskDataset, Subset, Task, TensorData
+from torchmto.lab.data.dense import image_bundle, label_edges, resize_image, resize_target
+from torchmto.lab.data.files import (
+    FileData,
+    Sample,
+    extract,
+    find_root,
+    load_array,
+    load_picture,
+    load_rgb,
+    read_lines,
+    read_npz,
+    require,
+    unknown_layout,
+    validation_split,
+)
+from torchmto.lab.data.mtan import mtan_image, mtan_labels, mtan_map, mtan_names
+from torchmto.lab.data.registry import register
+
+CITATION = "Silberman, Hoiem, Kohli and Fergus, Indoor segmentation and support inference, ECCV 2012"
+_BLOCK = 20  # neighbouring images of the official order often show one room
+
+
+@register(
+    "nyuv2",
+    "indoor scenes: segmentation (13 or 40 classes), depth in metres, normals, edges; 795 + 654 images",
+    source="https://github.com/lorenmt/mtan (folders of .npy) or "
+    "https://github.com/prismformore/Multi-Task-Transformer (NYUDv2.tgz)",
+    layouts=(
+        "a `.npz` with rgb_train, seg13_train, ...",
+        "a folder with train/ and val/ (MTAN)",
+        "NYUDv2.tgz or its folder (InvPT, MTI-Net)",
+    ),
+)
+def load(
+    path: Path | None,
+    seed: int = 0,
+    *,
+    classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    validation: float = 0.1,
+) -> DataBundle:
+    """NYUv2 from any of its usual layouts.
+
+    - ``.npz``: ``rgb_* [N, H, W, 3]`` uint8, ``seg13_*`` and ``seg40_* [N, H, W]`` (0 = void), ``depth_m_*``
+    metres,
+      ``normal_* [N, H, W, 3]`` int8; ``*`` is ``train`` and ``test``. Edges are the boundaries of the 40
+      classes.
+    - MTAN: ``{train,val}/{image,label,depth,normal}/{0,1,...}.npy`` with 13 classes, -1 for void. Edges are
+    the
+      boundaries of these labels.
+    - InvPT and MTI-Net: ``gt_sets/{train,val}.txt`` with ``images/*.jpg``, ``segmentation/*.png`` (40
+    classes, 0 =
+      void), ``depth``, ``normals`` and ``edge/*.npy``, in a folder or a tar archive, which is unpacked beside
+      itself.
+
+    The official test images are the test split. The validation split is carved out of the official training
+    images in runs of 20 neighbours, since neighbours often show the same room.
+
+    Args:
+        path: File or folder.
+        seed: Decides the validation split.
+        classes: 13 or 40, where the layout has both (``.npz``; 13 by default); else what the layout has.
+        size: Height and width to resize to; the stored size by default (folders: 288 x 384 for MTAN's files,
+            448 x 576 for InvPT's).
+        validation: Share of the training images held out for validation.
+
+    Returns:
+        The data set, with tasks ``segmentation``, ``depth``, ``normals`` and ``edges``.
+    """
+    path = require(path, "nyuv2")
+    train: MultiTaskDataset
+    test: MultiTaskDataset
+    if path.is_file() and path.suffix == ".npz":
+        train, test = _load_npz(path, size, classes or 13)
+    else:
+        folder = extract(path) if path.is_file() else path
+        if (folder / "train" / "image").is_dir():
+            train, test = (_mtan(folder / split, size or (288, 384)) for split in ("train", "val"))
+        elif (root := find_root(folder, "gt_sets")) is not None:
+            train, test = (_invpt(root, split, size or (448, 576)) for split in ("train", "val"))
+        else:
+            raise unknown_layout(path, "nyuv2")
+    found = train.tasks[0].channels
+    if classes not in {None, found}:
+        raise ValueError(
+            f"Parameter `classes` should be {found} for this layout. Found `classes = {classes}`."
+        )
+    kept, held_out = validation_split(len(train), validation, seed, _BLOCK)
+    return image_bundle(
+        "nyuv2",
+        Subset(train, torch.from_numpy(kept)),
+        Subset(train, torch.from_numpy(held_out)),
+        test,
+        augment=JointAugment(zoom=1.5, color=0.2),
+        citation=CITATION,
+    )
+
+
+def _tasks(classes: int) -> tuple[Task, ...]:
+    return (
+        Task("segmentation", "segmentation", classes),
+        Task("depth", "depth", 1, {"unit": "m"}),
+        Task("normals", "normals", 3),
+        Task("edges", "edges", 1),
+    )
+
+
+def _load_npz(path: Path, size: tuple[int, int] | None, classes: int) -> tuple[TensorData, TensorData]:
+    if classes not in {13, 40}:
+        raise ValueError(f"Parameter `classes` should be 13 or 40. Found `classes = {classes}`.")
+    tasks = _tasks(classes)
+    wanted = ("rgb", f"seg{classes}", "seg40", "depth_m", "normal")
+
+    def split(name: str) -> TensorData:
+        arrays = read_npz(path, [f"{key}_{name}" for key in wanted])
+        rgb, labels, all_labels, depth, normals = (torch.from_numpy(array) for array in arrays)
+        image = rgb.permute(0, 3, 1, 2).contiguous()
+        targets = {
+            "segmentation": labels - 1,  # uint8: void wraps to 255
+            "depth": depth[:, None],
+            "normals": normals.permute(0, 3, 1, 2).contiguous(),
+        }
+        edges = all_labels - 1
+        if size is not None:
+            image = resize_image(image, size)
+            edges = resize_target(tasks[0], edges, size)
+            targets = {task.name: resize_target(task, targets[task.name], size) for task in tasks[:3]}
+        return TensorData(tasks, image, {**targets, "edges": label_edges(edges)})
+
+    return split("train"), split("test")
+
+
+def _mtan(folder: Path, size: tuple[int, int]) -> FileData:
+    tasks = _tasks(13)
+    load = partial(load_array, dataset="nyuv2")
+
+    def read(name: str) -> Sample:
+        image = mtan_image(load(folder / "image" / name))
+        labels = mtan_labels(load(folder / "label" / name))
+        targets = {
+            "segmentation": labels,
+            "depth": mtan_map(load(folder / "depth" / name)),
+            "normals": mtan_map(load(folder / "normal" / name)),
+        }
+        targets = {task.name: resize_target(task, targets[task.name], size) for task in tasks[:3]}
+        return resize_image(image, size), {**targets, "edges": label_edges(targets["segmentation"])}
+
+    return FileData(tasks, mtan_names(folder, ("image", "label", "depth", "normal"), "nyuv2"), read)
+
+
+def _invpt(root: Path, split: str, size: tuple[int, int]) -> FileData:
+    tasks = _tasks(40)
+
+    def read(name: str) -> Sample:
+        def array(kind: str) -> Tensor:
+            values = load_array(root / kind / f"{name}.npy", "nyuv2").astype(np.float16)
+            return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)[None]
+
+        labels = load_picture(root / "segmentation" / f"{name}.png", "nyuv2").astype(np.uint8)
+        targets = {
+            "segmentation": torch.from_numpy(labels - np.uint8(1))[None],  # void wraps to 255
+            "depth": array("depth"),
+            "normals": array("normals"),
+            "edges": (array("edge") > 0).to(torch.uint8),
+        }
+        resized = {task.name: resize_target(task, targets[task.name], size) for task in tasks}
+        return resize_image(load_rgb(root / "images" / f"{name}.jpg", "nyuv2"), size), resized
+
+    return FileData(tasks, read_lines(root / "gt_sets" / f"{split}.txt", "nyuv2"), read)
