@@ -11,9 +11,7 @@ from torchmto.solvers.unit import check_weights, factor, unit_gramian
 Scale = Literal["min", "median", "rmse"]
 
 
-def aligned(
-    gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.ArrayLike | None = None
-) -> Solution:
+def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.ArrayLike | None = None) -> Solution:
     r"""Weights :math:`\sqrt{\lambda} V \Lambda^{-1/2} V^\top u` over the numerical rank of the Gramian.
 
     The gradients are replaced by the nearest set of orthogonal vectors of one length, which has condition
@@ -24,7 +22,7 @@ def aligned(
     Args:
         gramian: inner products of the gradients, shape [K, K].
         scale: the common squared length: the smallest eigenvalue over the numerical rank (paper), the median
-            one, or the mean one.
+            one (of two middle ones the smaller), or the mean one.
         preference: the weights u of the tasks, shape [K]; 1 each by default, so the update is a sum (TorchJD
             takes the mean).
 
@@ -53,7 +51,7 @@ def aligned(
     if scale == "min":
         length = lengths[-1]
     elif scale == "median":
-        length = np.sqrt(np.median(lengths**2))
+        length = lengths[len(lengths) // 2]
     else:
         length = np.sqrt((lengths**2).mean())
     weights = ((directions @ preference[unit.live]) * (length / lengths)) @ directions

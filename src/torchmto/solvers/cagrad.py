@@ -11,9 +11,7 @@ MAX_STEPS = 60
 EPS = np.finfo(np.float64).eps
 
 
-def cagrad(
-    gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tolerance: float = 1e-9
-) -> Solution:
+def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tolerance: float = 1e-9) -> Solution:
     r"""Weights of the conflict-averse direction around the mean gradient.
 
     With the mean gradient :math:`g_0`, the direction d maximises :math:`\min_i g_i \cdot d` over the ball
@@ -105,9 +103,7 @@ class _Ball:
 
     def _reach_zero(self) -> Array:
         """The nearest direction that conflicts with no task."""
-        multipliers = (
-            None if self.projections.min() >= 0 else nonnegative_least_squares(self.columns, -self.center)
-        )
+        multipliers = None if self.projections.min() >= 0 else nonnegative_least_squares(self.columns, -self.center)
         return np.zeros_like(self.projections) if multipliers is None else multipliers
 
     def _reach(self, level: float) -> Array | None:
@@ -130,9 +126,7 @@ class _Ball:
         active = self.columns[:, support]
         margins, projections = self.margins[support], self.projections[support]
         try:
-            by_margin, by_projection = np.linalg.solve(
-                active.T @ active, np.stack([margins, projections], axis=1)
-            ).T
+            by_margin, by_projection = np.linalg.solve(active.T @ active, np.stack([margins, projections], axis=1)).T
         except np.linalg.LinAlgError:
             return None
         square, linear = margins @ by_margin, margins @ by_projection

@@ -8,9 +8,7 @@ from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import check_weights, factor, unit_gramian
 
 
-def dual_cone(
-    gramian: npt.ArrayLike, preference: npt.ArrayLike | None = None, *, tolerance: float = 1e-9
-) -> Solution:
+def dual_cone(gramian: npt.ArrayLike, preference: npt.ArrayLike | None = None, *, tolerance: float = 1e-9) -> Solution:
     r"""Weights of the direction nearest to :math:`u^\top J` that conflicts with no gradient.
 
     The projection of :math:`u^\top J` on the dual cone :math:`\{d : J d \ge 0\}` is :math:`w^\top J` for the
@@ -51,9 +49,7 @@ def dual_cone(
     return Solution(preference + added, residual <= tolerance, residual, int(np.count_nonzero(multipliers)))
 
 
-def upgrad(
-    gramian: npt.ArrayLike, preference: npt.ArrayLike | None = None, *, tolerance: float = 1e-9
-) -> Solution:
+def upgrad(gramian: npt.ArrayLike, preference: npt.ArrayLike | None = None, *, tolerance: float = 1e-9) -> Solution:
     r"""Weights of the mean of the gradients' projections on the dual cone.
 
     Every gradient is projected on :math:`\{d : J d \ge 0\}` by itself, and the projections are combined with

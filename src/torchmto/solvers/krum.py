@@ -35,9 +35,7 @@ def krum(gramian: npt.ArrayLike, *, num_outliers: int = 1, num_selected: int = 1
             f"Parameter `num_outliers` should be a non-negative int. Found `num_outliers = {num_outliers}`."
         )
     if num_selected < 1:
-        raise ValueError(
-            f"Parameter `num_selected` should be a positive int. Found `num_selected = {num_selected}`."
-        )
+        raise ValueError(f"Parameter `num_selected` should be a positive int. Found `num_selected = {num_selected}`.")
     gramian = check_gramian(gramian)
     size = len(gramian)
     squares = gramian.diagonal()

@@ -5,13 +5,13 @@ kept, and all inner products come from the Gramian. The loops run over K tasks; 
 the other K.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Array, Projection
-from torchmto.solvers.unit import check_gramian
+from torchmto.solvers.unit import UnitGramian, unit_gramian
 
 Order = npt.NDArray[np.intp]
 
@@ -61,13 +61,11 @@ def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Proje
     >>> pcgrad([[1.0, -1.0], [-1.0, 4.0]]).weights
     array([2.  , 1.25])
     """
-    gramian = check_gramian(gramian)
-    return _project_off_originals(gramian, _check_orders(orders, len(gramian)), None)
+    unit = unit_gramian(gramian)
+    return _project_off_originals(unit, _check_orders(orders, unit.num_tasks), allowed=None)
 
 
-def wpcgrad_pairwise(
-    gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None
-) -> Projection:
+def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
     """In every conflicting pair one gradient stays and the other is projected off it.
 
     Pairs conflict by the original gradients; like in PCGrad the projections of one gradient follow each
@@ -94,40 +92,60 @@ def wpcgrad_pairwise(
     >>> wpcgrad_pairwise([[1.0, -1.0], [-1.0, 4.0]], keep=[[False, True], [False, False]]).weights
     array([2., 1.])
     """
-    gramian = check_gramian(gramian)
+    unit = unit_gramian(gramian)
     keep = np.array(keep, dtype=bool)
-    if keep.shape != gramian.shape:
-        raise ValueError(f"Parameter `keep` should have the shape {gramian.shape}. Found {keep.shape}.")
+    if keep.shape != unit.cosines.shape:
+        raise ValueError(f"Parameter `keep` should have the shape {unit.cosines.shape}. Found {keep.shape}.")
     np.fill_diagonal(keep, val=False)
     if not (keep ^ keep.T ^ np.eye(len(keep), dtype=bool)).all():
-        raise ValueError(
-            "Parameter `keep` should name one of each pair. Found pairs of which both or neither stay."
-        )
-    return _project_off_originals(gramian, _check_orders(orders, len(gramian)), keep.T & (gramian < 0))
+        raise ValueError("Parameter `keep` should name one of each pair. Found pairs of which both or neither stay.")
+    orders = _check_orders(orders, unit.num_tasks)
+    return _project_off_originals(unit, orders, allowed=keep.T & (unit.cosines < 0))
 
 
-def _project_off_originals(
-    gramian: Array, orders: Order, allowed: npt.NDArray[np.bool_] | None
-) -> Projection:
-    """The PCGrad loop; ``allowed[i, j]`` says whether i may be projected off j at all."""
-    size = len(gramian)
-    task = np.arange(size)
-    coefficients = np.eye(size)
-    products = gramian.copy()
-    squares = gramian.diagonal()
-    for other in orders.T:
-        dots = products[task, other]
-        conflict = (dots < 0) & (squares[other] > 0)
-        if allowed is not None:
-            conflict &= allowed[task, other]
-        hit = np.flatnonzero(conflict)
-        if len(hit) == 0:
-            continue
-        against = other[hit]
-        shift = dots[hit] / squares[against]
-        coefficients[hit, against] -= shift
-        products[hit] -= shift[:, None] * gramian[against]
-    return Projection.of(coefficients)
+def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArray[np.bool_] | None) -> Projection:
+    """The PCGrad loop on unit gradients; ``allowed[i, j]`` says whether i may be projected off j at all."""
+    turns = _Turns(unit, orders)
+    shifts = np.zeros(turns.shape)
+    active = None if allowed is None else turns.pick(allowed)
+    for turn in range(len(shifts)):
+        conflict = np.minimum(turns.products[turn], 0.0)
+        if active is not None:
+            conflict *= active[turn]
+        turns.add(turn, -conflict)
+        shifts[turn] = -conflict
+    return _projection(unit, turns.coefficients(shifts))
+
+
+class _Turns:
+    """Inner products of the modified unit gradients, one row per turn and one column per task.
+
+    In turn t task i meets the original unit gradient of ``orders[i, t]``; row t of ``products`` holds what it finds.
+    """
+
+    def __init__(self, unit: UnitGramian, orders: Order):
+        self.task = np.arange(unit.num_tasks)
+        self.others = orders.T
+        self.shape = self.others.shape
+        self.products = self.pick(unit.cosines)
+        self._between = unit.cosines[self.others[:, None], self.others]
+
+    def pick(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The entries (i, j) of a K x K matrix where task i meets task j."""
+        return matrix[self.task, self.others]
+
+    def add(self, turn: int, shift: Array) -> None:
+        """Add to every gradient its multiple of the one it meets in this turn; only later turns are kept up."""
+        self.products[turn + 1 :] += shift * self._between[turn, turn + 1 :]
+
+    def coefficients(self, shifts: Array) -> Array:
+        """The combinations of unit gradients that the shifts amount to, shape [K, K]."""
+        return self.place(shifts, np.eye(len(self.task)))
+
+    def place(self, values: Array, matrix: Array) -> Array:
+        """The K x K matrix with the values put where task i meets task j."""
+        matrix[self.task, self.others] = values
+        return matrix
 
 
 class GradVacResult(NamedTuple):
@@ -179,37 +197,34 @@ def gradvac(
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"Parameter `beta` should be a float in [0, 1]. Found `beta = {beta}`.")
-    gramian = check_gramian(gramian)
-    size = len(gramian)
-    orders = _check_orders(orders, size)
-    targets = np.zeros((size, size)) if targets is None else np.array(targets, dtype=np.float64)
-    if targets.shape != gramian.shape or not np.isfinite(targets).all():
-        raise ValueError(
-            f"Parameter `targets` should be finite, of shape {gramian.shape}. Found `{targets}`."
-        )
-    task = np.arange(size)
-    coefficients = np.eye(size)
-    products = gramian.copy()
-    norms = np.sqrt(gramian.diagonal())
-    lengths = norms.copy()
-    for other in orders.T:
-        denominator = lengths * norms[other]
-        seen = denominator > 0
-        cosine = np.zeros(size)
-        np.divide(products[task, other], denominator, out=cosine, where=seen)
-        cosine = cosine.clip(-1.0, 1.0)
-        target = targets[task, other]
-        hit = np.flatnonzero(seen & (cosine < target))
-        if len(hit) > 0:
-            against, c, rho = other[hit], cosine[hit], target[hit].clip(max=MAX_TARGET)
-            sine = np.sqrt(1.0 - rho**2)
-            shift = lengths[hit] / norms[against] * (rho * np.sqrt(1.0 - c**2) / sine - c)
-            coefficients[hit, against] += shift
-            products[hit] += shift[:, None] * gramian[against]
-            squares = np.einsum("nk,nk->n", coefficients[hit], products[hit])
-            lengths[hit] = np.sqrt(squares.clip(min=0.0))
-        targets[task, other] = np.where(seen, (1.0 - beta) * target + beta * cosine, target)
-    return GradVacResult(Projection.of(coefficients), targets)
+    unit = unit_gramian(gramian)
+    orders = _check_orders(orders, unit.num_tasks)
+    shape = unit.cosines.shape
+    targets = np.zeros(shape) if targets is None else np.array(targets, dtype=np.float64)
+    if targets.shape != shape or not np.isfinite(targets).all():
+        raise ValueError(f"Parameter `targets` should be finite, of shape {shape}. Found `{targets}`.")
+    turns = _Turns(unit, orders)
+    bounded = targets.clip(-MAX_TARGET, MAX_TARGET)
+    bounded[unit.norms == 0] = bounded[:, unit.norms == 0] = 0.0
+    cotangents = turns.pick(bounded / np.sqrt(1.0 - bounded**2))
+    shifts, squares = np.zeros(turns.shape), np.ones(turns.shape)
+    square = np.ones(unit.num_tasks)
+    for turn in range(len(shifts)):
+        # The formula above with the lengths multiplied out: it is positive exactly where c is below the target.
+        squares[turn] = square
+        product = turns.products[turn]
+        perpendicular = np.maximum(square - product * product, 0.0)
+        shift = np.maximum(cotangents[turn] * np.sqrt(perpendicular) - product, 0.0)
+        turns.add(turn, shift)
+        shifts[turn] = shift
+        product = product + shift
+        square = perpendicular + product * product
+    cosines = np.divide(turns.products, np.sqrt(squares), out=np.zeros(turns.shape), where=squares > 0)
+    observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
+    observed[unit.norms == 0] = targets[unit.norms == 0]
+    observed[:, unit.norms == 0] = targets[:, unit.norms == 0]
+    projection = _projection(unit, turns.coefficients(shifts))
+    return GradVacResult(projection, (1.0 - beta) * targets + beta * observed)
 
 
 def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
@@ -240,35 +255,37 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
     >>> wpcgrad([[1.0, -1.0], [-1.0, 4.0]], order=[0, 1]).weights
     array([2., 1.])
     """
-    gramian = check_gramian(gramian)
-    size = len(gramian)
+    unit = unit_gramian(gramian)
+    size = unit.num_tasks
     order = np.asarray(order)
     if order.shape != (size,) or not np.array_equal(np.sort(order), np.arange(size)):
-        raise ValueError(
-            f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`."
-        )
-    coefficients = np.eye(size)
-    products = gramian[np.ix_(order, order)]
-    squares = products.diagonal().copy()
-    limits = -CONFLICT * np.sqrt(squares)
-    original = products.copy()
-    for reference in range(size):
-        square = float(coefficients[reference] @ products[reference])
-        if square <= ANNIHILATED * squares[reference]:
-            if squares[reference] > 0:
-                coefficients[reference] = 0.0
+        raise ValueError(f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`.")
+    # Per modified unit gradient: its coefficients, then its inner products with the original ones.
+    state = np.hstack([np.eye(size), unit.cosines[np.ix_(order, order)]])
+    zero = unit.norms[order] == 0
+    for position in range(size):
+        reference = state[position]
+        products = reference[size:]
+        square = float(reference[:size] @ products)
+        if zero[position]:
             continue
-        later = slice(reference + 1, None)
-        dots = coefficients[later] @ products[reference]
-        hit = np.flatnonzero(dots < limits[later] * np.sqrt(squares[reference]))
-        if len(hit) == 0:
+        if square <= ANNIHILATED:
+            state[position] = 0.0
             continue
-        shift = dots[hit, None] / square
-        hit += reference + 1
-        coefficients[hit] -= shift * coefficients[reference]
-        products[hit] = coefficients[hit] @ original
+        later = state[position + 1 :]
+        dots = later[:, :size] @ products
+        later -= (np.where(dots < -CONFLICT, dots, 0.0) / square)[:, None] * reference
     back = np.argsort(order)
-    return Projection.of(coefficients[np.ix_(back, back)])
+    return _projection(unit, state[np.ix_(back, back)])
+
+
+def _projection(unit: UnitGramian, coefficients: Array) -> Projection:
+    """From combinations of unit gradients to combinations of the gradients as they are."""
+    inverse = np.divide(1.0, unit.norms, out=np.zeros(unit.num_tasks), where=unit.norms > 0)
+    scaled = coefficients * unit.norms[:, None] * inverse
+    task = np.arange(unit.num_tasks)
+    scaled[task, task] = coefficients[task, task]
+    return Projection.of(scaled)
 
 
 def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:
@@ -277,7 +294,5 @@ def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:
         return expected
     array = np.asarray(orders)
     if array.shape != expected.shape or not np.array_equal(np.sort(array, axis=1), expected):
-        raise ValueError(
-            f"Each row of `orders` should be a permutation of the other {size - 1} tasks. Found {orders}."
-        )
+        raise ValueError(f"Each row of `orders` should be a permutation of the other {size - 1} tasks. Found {orders}.")
     return array.astype(np.intp)

@@ -24,9 +24,7 @@ def simplex_projection(values: npt.ArrayLike) -> Array:
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(
-            f"Parameter `values` should be a vector of finite numbers. Found `values = {values}`."
-        )
+        raise ValueError(f"Parameter `values` should be a vector of finite numbers. Found `values = {values}`.")
     shifted = values - values.max()
     descending = np.sort(shifted)[::-1]
     thresholds = (np.cumsum(descending) - 1.0) / np.arange(1, len(values) + 1)

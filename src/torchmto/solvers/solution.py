@@ -43,6 +43,4 @@ class Projection(Solution):
     @classmethod
     def of(cls, coefficients: Array) -> "Projection":
         """The sum of the modified gradients, which needs no iteration and has no error to certify."""
-        return cls(
-            coefficients.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=coefficients
-        )
+        return cls(coefficients.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=coefficients)

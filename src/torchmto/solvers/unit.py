@@ -39,9 +39,7 @@ class UnitGramian:
 
     def live_cosines(self) -> Array:
         """Cosines between the gradients that aren't zero."""
-        return (
-            self.cosines if len(self.live) == self.num_tasks else self.cosines[np.ix_(self.live, self.live)]
-        )
+        return self.cosines if len(self.live) == self.num_tasks else self.cosines[np.ix_(self.live, self.live)]
 
     def expand(self, live_values: Array, fill: float = 0.0) -> Array:
         """Values of the live tasks put in their places, ``fill`` at the zero gradients."""
@@ -72,17 +70,13 @@ def check_gramian(gramian: npt.ArrayLike) -> Array:
     return array
 
 
-def check_weights(
-    weights: npt.ArrayLike | None, num_tasks: int, default: float, name: str = "preference"
-) -> Array:
+def check_weights(weights: npt.ArrayLike | None, num_tasks: int, default: float, name: str = "preference") -> Array:
     """One finite weight per task; ``default`` for each of them where ``weights`` is None."""
     if weights is None:
         return np.full(num_tasks, default)
     array = np.asarray(weights, dtype=np.float64)
     if array.shape != (num_tasks,) or not np.isfinite(array).all():
-        raise ValueError(
-            f"Parameter `{name}` should be {num_tasks} finite numbers. Found `{name} = {weights}`."
-        )
+        raise ValueError(f"Parameter `{name}` should be {num_tasks} finite numbers. Found `{name} = {weights}`.")
     return array
 
 
