@@ -324,7 +324,7 @@ def test_stacked_inputs_per_task_and_structured_outputs():
     outputs = stacked(trunk)(inputs, TASKS, factor=3)
     assert torch.equal(outputs["seg"]["b"][0], 3 * torch.ones(2, 2))
     assert torch.equal(outputs["depth"]["b"][0], torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="Missing: .'depth'"):
+    with pytest.raises(ValueError, match=r"Missing: .'depth'"):
         stacked(trunk)({"seg": torch.ones(2, 2)}, TASKS)
     with pytest.raises(ValueError, match="one size"):
         stacked(trunk)({"seg": torch.ones(2, 2), "depth": torch.ones(3, 2)}, TASKS)
@@ -344,8 +344,12 @@ def test_hugging_face_backbones(kind):
         x = torch.randn(2, 3, 32, 32)
     else:
         config = transformers.ViTConfig(
-            **{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
-            **{"image_size": 16, "patch_size": 8},
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=8,
         )
         x = torch.randn(2, 3, 16, 16)
     plain = (transformers.AutoBackbone if kind == "resnet" else transformers.AutoModel).from_config(config).eval()

@@ -73,15 +73,12 @@ class ProximalAffinity:
             if not isinstance(name, str):
                 raise TypeError(f"Parameter `tasks` should hold names. Found {name!r}.")
         if not names or len(set(names)) < len(names):
-            raise ValueError(
-                f"Parameter `tasks` should name at least one task, each once. Found {list(names)}."
-            )
+            raise ValueError(f"Parameter `tasks` should name at least one task, each once. Found {list(names)}.")
         if not 0 < decay <= 1:
             raise ValueError(f"Parameter `decay` should be in (0, 1]. Found `decay = {decay}`.")
         if attribution not in ("actor", "official"):
             raise ValueError(
-                "Parameter `attribution` should be 'actor' or 'official'. "
-                f"Found `attribution = {attribution!r}`."
+                f"Parameter `attribution` should be 'actor' or 'official'. Found `attribution = {attribution!r}`."
             )
         _check_normalization(normalization)
         self.tasks = names
@@ -154,8 +151,7 @@ class ProximalAffinity:
         """
         if cluster not in ("affinity_propagation", "correlation"):
             raise ValueError(
-                "Parameter `cluster` should be 'affinity_propagation' or 'correlation'. "
-                f"Found `cluster = {cluster!r}`."
+                f"Parameter `cluster` should be 'affinity_propagation' or 'correlation'. Found `cluster = {cluster!r}`."
             )
         # Not at the top of the module: affinity propagation brings scikit-learn, which is slow to import.
         from torchmto.solvers.clustering import (  # noqa: PLC0415
@@ -168,17 +164,31 @@ class ProximalAffinity:
         if own.size > 1:
             X = _normalized(self._matrix[np.ix_(own, own)], self.normalization)
             found: list[list[int]] | None
-            found = (
-                correlation_groups(X)
-                if cluster == "correlation"
-                else affinity_propagation_groups(X, random_state)
-            )
+            found = correlation_groups(X) if cluster == "correlation" else affinity_propagation_groups(X, random_state)
             parts = None if found is None else [[int(own[index]) for index in part] for part in found]
         if parts is not None:
             alone = [[index] for index in range(len(self.tasks)) if index not in own]
             ordered = sorted(sorted(part) for part in (*parts, *alone))
             self._groups = [[self.tasks[index] for index in part] for part in ordered]
         return [list(group) for group in self._groups]
+
+    def heterogeneous_groups(self) -> list[list[str]]:
+        """The opposite of :meth:`groups`: tasks of low mutual affinity together, a baseline of the paper's ablation.
+
+        Our reading: the partition that maximises the summed negated normalised affinity inside groups. A task whose
+        own affinity isn't positive stays alone.
+
+        Returns:
+            A partition of the tasks; names and groups in the tasks' order.
+        """
+        from torchmto.solvers.clustering import correlation_groups  # noqa: PLC0415
+
+        own = np.flatnonzero(np.diagonal(self._matrix) > 0)
+        parts = [[int(index)] for index in range(len(self.tasks)) if index not in own]
+        if own.size:
+            negated = -_normalized(self._matrix[np.ix_(own, own)], self.normalization)
+            parts += [[int(own[index]) for index in part] for part in correlation_groups(negated)]
+        return [[self.tasks[index] for index in part] for part in sorted(sorted(part) for part in parts)]
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, in types that ``torch.load(weights_only=True)`` accepts."""
@@ -201,25 +211,15 @@ class ProximalAffinity:
             ValueError: a state of other tasks, or one that doesn't fit. Nothing has changed then.
         """
         if list(state["tasks"]) != list(self.tasks):
-            raise ValueError(
-                f"The state belongs to the tasks {list(state['tasks'])}, not to {list(self.tasks)}."
-            )
+            raise ValueError(f"The state belongs to the tasks {list(state['tasks'])}, not to {list(self.tasks)}.")
         matrix = torch.as_tensor(state["matrix"], dtype=torch.float64, device="cpu").numpy()
         if matrix.shape != self._matrix.shape:
-            raise ValueError(
-                f"The state's matrix should have shape {self._matrix.shape}. Found {matrix.shape}."
-            )
+            raise ValueError(f"The state's matrix should have shape {self._matrix.shape}. Found {matrix.shape}.")
         groups = [[str(name) for name in part] for part in state["groups"]]
         if sorted(name for part in groups for name in part) != sorted(self.tasks):
-            raise ValueError(
-                f"The state's groups should be a partition of {list(self.tasks)}. Found {groups}."
-            )
+            raise ValueError(f"The state's groups should be a partition of {list(self.tasks)}. Found {groups}.")
         group = state["before_group"]
-        before = (
-            None
-            if group is None
-            else (self._checked_group(group), self._checked_losses(state["before_losses"]))
-        )
+        before = None if group is None else (self._checked_group(group), self._checked_losses(state["before_losses"]))
         self._matrix, self._groups, self._before = matrix.copy(), groups, before
 
     def _credit(self, group: Sequence[str], before: Mapping[str, float], after: Mapping[str, float]) -> None:
@@ -227,9 +227,7 @@ class ProximalAffinity:
         for index, task in enumerate(self.tasks):
             if task in before and task in after and before[task] > 0:
                 change[index] = 1 - after[task] / before[task]
-        sources = [
-            index for index, task in enumerate(self.tasks) if task in group and not math.isnan(change[index])
-        ]
+        sources = [index for index, task in enumerate(self.tasks) if task in group and not math.isnan(change[index])]
         if not sources:
             return
         inside = np.zeros(len(self.tasks), dtype=bool)
@@ -241,7 +239,8 @@ class ProximalAffinity:
         is_self = np.arange(len(self.tasks)) == np.asarray(sources)[:, None]
         keeps = np.isnan(target) | (is_self & (own < 0))
         rows = self._matrix[sources]
-        self._matrix[sources] = np.where(keeps, rows, (1 - self.decay) * rows + self.decay * value)
+        moved = (1 - self.decay) * rows + (self.decay * value).astype(rows.dtype)
+        self._matrix[sources] = np.where(keeps, rows, moved)
 
     def _checked_group(self, group: Iterable[str]) -> list[str]:
         if isinstance(group, str):
@@ -260,9 +259,7 @@ class ProximalAffinity:
         values = _to_floats(losses)
         for task, value in values.items():
             if not math.isfinite(value):
-                raise ValueError(
-                    f"Parameter `losses` should hold finite numbers. Found {value} for task {task!r}."
-                )
+                raise ValueError(f"Parameter `losses` should hold finite numbers. Found {value} for task {task!r}.")
         return values
 
 
@@ -294,9 +291,7 @@ def normalized_affinity(matrix: Tensor, normalization: Normalization = "paper") 
         raise ValueError(f"Parameter `matrix` should have shape [K, K]. Found {tuple(matrix.shape)}.")
     values = matrix.detach().cpu().double().numpy()
     if not bool((np.diagonal(values) > 0).all()):
-        raise ValueError(
-            f"Parameter `matrix` should have a positive diagonal. Found {np.diagonal(values).tolist()}."
-        )
+        raise ValueError(f"Parameter `matrix` should have a positive diagonal. Found {np.diagonal(values).tolist()}.")
     return torch.from_numpy(_normalized(values, normalization))
 
 
@@ -311,8 +306,7 @@ def _normalized(matrix: _Matrix, normalization: Normalization) -> _Matrix:
 def _check_normalization(normalization: str) -> None:
     if normalization not in ("paper", "official"):
         raise ValueError(
-            "Parameter `normalization` should be 'paper' or 'official'. "
-            f"Found `normalization = {normalization!r}`."
+            f"Parameter `normalization` should be 'paper' or 'official'. Found `normalization = {normalization!r}`."
         )
 
 
@@ -323,9 +317,7 @@ def _to_floats(losses: Mapping[str, float | Tensor]) -> dict[str, float]:
     for task, loss in losses.items():
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
-                raise ValueError(
-                    f"The loss of task {task!r} should be one number. Found shape {tuple(loss.shape)}."
-                )
+                raise ValueError(f"The loss of task {task!r} should be one number. Found shape {tuple(loss.shape)}.")
             by_device.setdefault(loss.device, {})[task] = loss.detach().reshape(())
         else:
             values[task] = float(loss)

@@ -76,7 +76,8 @@ def _is_opaque(module: nn.Module) -> bool:
 
 
 def _mixes_channels(module: nn.Module) -> bool:
-    return is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
+    softmax = isinstance(module, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax))
+    return softmax or is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 class _Tracer(fx.Tracer):
@@ -130,17 +131,13 @@ def _trace(module: nn.Module) -> fx.Graph | None:
 
 def _nodes_of(root: nn.Module, graph: fx.Graph) -> list[Node]:
     nodes: dict[fx.Node, Node] = {}
-    constants: set[fx.Node] = (
-        set()
-    )  # parameters, shapes and what is computed from them: no branch of the dataflow
+    constants: set[fx.Node] = set()  # parameters, shapes and what is computed from them: no branch of the dataflow
     for traced in graph.nodes:
         if traced.op == "placeholder":
             nodes[traced] = Node("input")
             continue
         module = root.get_submodule(traced.target) if traced.op == "call_module" else None
-        sources = (
-            _data_inputs(module, traced.args, traced.kwargs) if module is not None else traced.all_input_nodes
-        )
+        sources = _data_inputs(module, traced.args, traced.kwargs) if module is not None else traced.all_input_nodes
         sources = [source for source in sources if isinstance(source, fx.Node) and source not in constants]
         name = traced.target if isinstance(traced.target, str) else getattr(traced.target, "__name__", "")
         asks_shape = name in ("size", "dim", "numel") or (name == "getattr" and traced.args[1] in _PROPERTIES)
@@ -231,9 +228,7 @@ def record_dataflow(model: nn.Module) -> Iterator[Recording]:
         The recording, to be given to :func:`torchmto.structure.find_norm_pairs`.
     """
     recording = Recording()
-    inner_copies = {
-        copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()
-    }
+    inner_copies = {copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()}
     handles = []
     for module in model.modules():
         if module not in inner_copies and (is_layer(module) or isinstance_of_norm(module)):

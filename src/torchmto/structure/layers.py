@@ -82,15 +82,11 @@ class StructuredLayer:
             ValueError: an unknown measure, or missing gradients.
         """
         if measure not in MEASURES:
-            raise ValueError(
-                f"Parameter `measure` should be one of {list(MEASURES)}. Found `measure = {measure!r}`."
-            )
+            raise ValueError(f"Parameter `measure` should be one of {list(MEASURES)}. Found `measure = {measure!r}`.")
         if measure == "parameters":
             out_scale = None if self.norm_out is None else self._scales(self.norm_out, tasks, incoming=False)
             in_scale = None if self.norm_in is None else self._scales(self.norm_in, tasks, incoming=True)
-            strength = scaled_strength(
-                self.weight, out_scale, in_scale, groups=self.groups, transposed=self.transposed
-            )
+            strength = scaled_strength(self.weight, out_scale, in_scale, groups=self.groups, transposed=self.transposed)
             return strength.expand(len(tasks), -1)
         if task_grads is None:
             raise ValueError(f"Parameter `task_grads` is needed for `measure = {measure!r}`. Found None.")
@@ -98,9 +94,7 @@ class StructuredLayer:
         weight = channels_first(self.weight, groups=self.groups, transposed=self.transposed)
         return gradient_strength(grads, weight if measure == "saliency" else None)
 
-    def coefficients(
-        self, task_grads: Sequence[Tensor], top: Tensor, *, degenerate: Degenerate = "sum"
-    ) -> Tensor:
+    def coefficients(self, task_grads: Sequence[Tensor], top: Tensor, *, degenerate: Degenerate = "sum") -> Tensor:
         """Phase 2's multiplier of each task's gradient of each channel.
 
         Args:
@@ -112,9 +106,7 @@ class StructuredLayer:
             ``[T, C_out]``.
         """
         weight, *bias = task_grads
-        dots = channel_dots(
-            channels_first(weight, groups=self.groups, transposed=self.transposed, batch_dims=1), top
-        )
+        dots = channel_dots(channels_first(weight, groups=self.groups, transposed=self.transposed, batch_dims=1), top)
         for grads in bias:
             dots = dots + channel_dots(grads, top)
         return group_coefficients(dots, top, degenerate=degenerate)
@@ -139,16 +131,13 @@ class StructuredLayer:
         copies = [norm.copy_for(task) if isinstance(norm, SplitNorm) else norm for task in tasks]
         channels = self.num_inputs if incoming else self.num_channels
         scales = [
-            norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming)
-            for norm in copies
+            norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming) for norm in copies
         ]
         # A norm over the heads' width (as on queries and keys) serves every head.
         return torch.stack([scale.repeat(channels // scale.shape[0]) for scale in scales])
 
 
-def norm_scale(
-    norm: nn.Module, device: torch.device, *, spatial: bool = True, with_variance: bool = True
-) -> Tensor:
+def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, with_variance: bool = True) -> Tensor:
     """What a norm multiplies each channel by, as far as it differs between channels.
 
     BatchNorm: ``gamma / sqrt(running_var + eps)``; GroupNorm and InstanceNorm the same with the tracked
@@ -180,9 +169,7 @@ def norm_scale(
         if variance is None:
             variance = getattr(norm, "running_group_var", None)
         if variance is not None:
-            wide_variance = (
-                variance.detach().to(device, dtype).repeat_interleave(scale.shape[0] // variance.shape[0])
-            )
+            wide_variance = variance.detach().to(device, dtype).repeat_interleave(scale.shape[0] // variance.shape[0])
             scale = scale / (wide_variance + float(getattr(norm, "eps", 1e-5))).sqrt()
     return scale
 

@@ -102,9 +102,7 @@ class SplitNorm(nn.Module):
             groups = _groups_without_scale(task_copy)
             if groups:
                 reference = next(task_copy.parameters())
-                task_copy.register_buffer(
-                    "running_group_var", torch.ones_like(reference[:1]).detach().repeat(groups)
-                )
+                task_copy.register_buffer("running_group_var", torch.ones_like(reference[:1]).detach().repeat(groups))
             self.add_module(task, task_copy)
 
     def copy_for(self, task: str) -> nn.Module:
@@ -132,9 +130,7 @@ class SplitNorm(nn.Module):
         if len(tasks) == 1:
             return self._normalize(tasks[0], args, kwargs)
         if not args:
-            raise RuntimeError(
-                "Several tasks are active: a split norm takes its input as a positional argument then."
-            )
+            raise RuntimeError("Several tasks are active: a split norm takes its input as a positional argument then.")
         stacked, *rest = args
         if stacked.shape[0] % len(tasks):
             raise RuntimeError(
@@ -162,9 +158,7 @@ class SplitNorm(nn.Module):
         active = copies.get(_Active.tasks[0]) if len(_Active.tasks) == 1 else None
         value = getattr(active if active is not None else next(iter(copies.values())), name)
         if active is None and isinstance(value, Tensor):
-            raise AttributeError(
-                f"`{name}` of a split norm differs between tasks: read it inside `active_task(name)`."
-            )
+            raise AttributeError(f"`{name}` of a split norm differs between tasks: read it inside `active_task(name)`.")
         if not callable(value):  # a method would act on one copy only
             return value
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
@@ -219,13 +213,9 @@ def split_norms(
     """
     names = _checked_names(tasks, "tasks")
     wanted = _wanted_paths(model, modules)
-    unwanted = tuple(
-        _checked_path(model, path) for path in ([exclude] if isinstance(exclude, str) else exclude)
-    )
+    unwanted = tuple(_checked_path(model, path) for path in ([exclude] if isinstance(exclude, str) else exclude))
     if is_norm(model):
-        raise ValueError(
-            "Parameter `model` is itself a norm, which can't be replaced in place. Wrap it in a module."
-        )
+        raise ValueError("Parameter `model` is itself a norm, which can't be replaced in place. Wrap it in a module.")
 
     places: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in model.named_modules(remove_duplicate=False):
@@ -235,9 +225,7 @@ def split_norms(
                 continue
             if isinstance(child, SplitNorm):
                 if child.task_names != names:
-                    raise ValueError(
-                        f"The norm {full!r} is already split for the tasks {list(child.task_names)}."
-                    )
+                    raise ValueError(f"The norm {full!r} is already split for the tasks {list(child.task_names)}.")
             elif not isinstance(module, SplitNorm) and is_norm(child) and _has_state(child):
                 _check_key_parts(names, child)
                 places.append((module, child_name, child))
@@ -346,9 +334,7 @@ def _wanted_paths(model: nn.Module, modules: Iterable[nn.Module | str] | None) -
         elif id(module) in paths:
             wanted.append(paths[id(module)])
         else:
-            raise ValueError(
-                f"Parameter `modules` should hold modules of the model. Found a {type(module).__name__}."
-            )
+            raise ValueError(f"Parameter `modules` should hold modules of the model. Found a {type(module).__name__}.")
     return tuple(wanted)
 
 

@@ -68,9 +68,7 @@ def oracle_priority(
     if not tasks:
         raise ValueError("Parameter `tasks` should name at least one task. Found none.")
     if not step_size > 0:
-        raise ValueError(
-            f"Parameter `step_size` should be a positive float. Found `step_size = {step_size}`."
-        )
+        raise ValueError(f"Parameter `step_size` should be a positive float. Found `step_size = {step_size}`.")
     for layer, channels in groups:
         if not all(0 <= channel < layer.num_channels for channel in channels):
             raise ValueError(

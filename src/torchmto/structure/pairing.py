@@ -90,16 +90,12 @@ class _Search:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        copies = {
-            copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()
-        }
+        copies = {copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()}
         inner = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         self.modules = {
             module: path
             for path, module in model.named_modules()
-            if module not in copies
-            and module not in inner
-            and (is_layer(module) or isinstance_of_norm(module))
+            if module not in copies and module not in inner and (is_layer(module) or isinstance_of_norm(module))
         }
         self.layers = [module for module in self.modules if is_layer(module)]
         self.found: dict[tuple[nn.Module, str], StructuredLayer] = {}
@@ -111,19 +107,13 @@ class _Search:
             for part in _parts(layer):
                 structured = self.found.get((layer, part))
                 if structured is None:
-                    logger.info(
-                        "%s: no norm found, its gradients are summed plainly", self._name(layer, part)
-                    )
+                    logger.info("%s: no norm found, its gradients are summed plainly", self._name(layer, part))
                 elif id(structured.weight) in chosen:
-                    logger.info(
-                        "%s: shares its weight with %s", structured.name, chosen[id(structured.weight)].name
-                    )
+                    logger.info("%s: shares its weight with %s", structured.name, chosen[id(structured.weight)].name)
                 else:
                     chosen[id(structured.weight)] = structured
                     norms = [("out", structured.norm_out), ("in", structured.norm_in)]
-                    described = ", ".join(
-                        f"{side} {self.modules[norm]}" for side, norm in norms if norm is not None
-                    )
+                    described = ", ".join(f"{side} {self.modules[norm]}" for side, norm in norms if norm is not None)
                     logger.info("%s: %s (%s)", structured.name, described, structured.source)
         return list(chosen.values())
 
@@ -139,9 +129,7 @@ class _Search:
                 if (layer, part) in self.found:
                     continue
                 norm_out = None if part == "in_proj" else self._following(node, layer, part)
-                norm_in = (
-                    None if part == "out_proj" or norm_out is not None else self._preceding(node, layer, part)
-                )
+                norm_in = None if part == "out_proj" or norm_out is not None else self._preceding(node, layer, part)
                 self._add(layer, part, norm_out, norm_in, source)
         if whole:
             self.settled.update(layer for _, layer in layer_nodes)
@@ -246,9 +234,7 @@ class _Search:
             norm_out=norm_out,
             norm_in=norm_in,
             groups=int(getattr(layer, "groups", 1)) if isinstance(layer, CONVOLUTIONS) else 1,
-            transposed=bool(getattr(layer, "transposed", False))
-            if isinstance(layer, CONVOLUTIONS)
-            else False,
+            transposed=bool(getattr(layer, "transposed", False)) if isinstance(layer, CONVOLUTIONS) else False,
             spatial=isinstance(layer, CONVOLUTIONS),
             source=source,
         )

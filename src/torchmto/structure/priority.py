@@ -58,9 +58,7 @@ def group_coefficients(dots: Tensor, top: Tensor, *, degenerate: Degenerate = "s
         ValueError: ``degenerate`` is something else.
     """
     if degenerate not in ("sum", "project"):
-        raise ValueError(
-            f"Parameter `degenerate` should be 'sum' or 'project'. Found `degenerate = {degenerate!r}`."
-        )
+        raise ValueError(f"Parameter `degenerate` should be 'sum' or 'project'. Found `degenerate = {degenerate!r}`.")
     num_tasks = dots.shape[0]
     leads = top == torch.arange(num_tasks, device=top.device).unsqueeze(1)  # [T, C_out]
     products = leads.to(dots.dtype) @ dots.T  # [i, j]: <G_ii, G_ij>

@@ -52,9 +52,7 @@ def stacked(trunk: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
         if isinstance(inputs, Mapping):
             missing = [task for task in tasks if task not in inputs]
             if missing:
-                raise ValueError(
-                    f"Parameter `inputs` should hold an input for every task. Missing: {missing}."
-                )
+                raise ValueError(f"Parameter `inputs` should hold an input for every task. Missing: {missing}.")
             parts = [inputs[task] for task in tasks]
         else:
             parts = [inputs] * len(tasks)
@@ -68,10 +66,7 @@ def stacked(trunk: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
                 return {tasks[0]: trunk(parts[0], **kwargs)}
         with active_tasks(tasks):
             output = trunk(torch.cat(parts), **kwargs)
-        return {
-            task: tree_map(lambda leaf, i=i: _part(leaf, i, len(tasks)), output)
-            for i, task in enumerate(tasks)
-        }
+        return {task: tree_map(lambda leaf, i=i: _part(leaf, i, len(tasks)), output) for i, task in enumerate(tasks)}
 
     return run
 

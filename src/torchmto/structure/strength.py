@@ -9,9 +9,7 @@ Measure = Literal["parameters", "gradients", "saliency"]
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
 
 
-def connection_strength(
-    weight: Tensor, gamma: Tensor, running_var: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def connection_strength(weight: Tensor, gamma: Tensor, running_var: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Strength of every output channel of a conv or linear layer that a norm follows, for one task.
 
     ``S[p] = sum_q,m,n weight[p,q,m,n]^2 * gamma[p]^2 / (running_var[p] + eps)``
@@ -109,11 +107,7 @@ def gradient_strength(task_grads: Tensor, weight: Tensor | None = None) -> Tenso
 
     Source: not in the paper, whose strength is parameter magnitude; offered for comparison.
     """
-    grads = (
-        at_least_float32(task_grads.detach()).flatten(2)
-        if task_grads.dim() > 2
-        else task_grads.detach()[..., None]
-    )
+    grads = at_least_float32(task_grads.detach()).flatten(2) if task_grads.dim() > 2 else task_grads.detach()[..., None]
     if weight is None:
         strength = torch.einsum("tcn,tcn->tc", grads, grads)
     else:
@@ -140,9 +134,7 @@ def normalized_strength(strengths: Tensor) -> Tensor:
                 [0.5000, 0.5000]])
     """
     if strengths.dim() != 2 or strengths.shape[1] == 0:
-        raise ValueError(
-            f"Parameter `strengths` should have shape [T, C_out]. Found {tuple(strengths.shape)}."
-        )
+        raise ValueError(f"Parameter `strengths` should have shape [T, C_out]. Found {tuple(strengths.shape)}.")
     strengths = at_least_float32(strengths)
     # The largest entry first, so that a sum neither overflows nor underflows.
     largest = strengths.amax(dim=1, keepdim=True)
@@ -168,9 +160,7 @@ def top_priority(normalized: Tensor) -> Tensor:
         tensor([ 0, -1,  1])
     """
     if normalized.dim() != 2 or normalized.shape[0] == 0:
-        raise ValueError(
-            f"Parameter `normalized` should have shape [T, C_out]. Found {tuple(normalized.shape)}."
-        )
+        raise ValueError(f"Parameter `normalized` should have shape [T, C_out]. Found {tuple(normalized.shape)}.")
     if normalized.shape[0] == 1:
         return torch.zeros(normalized.shape[1], dtype=torch.int64, device=normalized.device)
     largest, tasks = normalized.topk(2, dim=0)
@@ -178,9 +168,7 @@ def top_priority(normalized: Tensor) -> Tensor:
     return torch.where(leads, tasks[0], torch.full_like(tasks[0], -1))
 
 
-def channels_first(
-    tensor: Tensor, *, groups: int = 1, transposed: bool = False, batch_dims: int = 0
-) -> Tensor:
+def channels_first(tensor: Tensor, *, groups: int = 1, transposed: bool = False, batch_dims: int = 0) -> Tensor:
     """A weight with its output channels in front: ``[..., C_out, C_in / groups, ...]``.
 
     A view, except for a transposed convolution in groups, whose output channels don't lie on one dimension.

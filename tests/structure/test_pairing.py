@@ -1,0 +1,361 @@
+"""Which norm each layer is paired with, on the architectures people use."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torchmto.structure import active_task, find_norm_pairs, record_dataflow, split_norms
+
+TASKS = ("a", "b")
+
+
+def described(model, layers):
+    paths = {module: path for path, module in model.named_modules()}
+    return {
+        layer.name: (
+            "out " + paths[layer.norm_out] if layer.norm_out is not None else "in " + paths[layer.norm_in],
+            layer.source,
+        )
+        for layer in layers
+    }
+
+
+def pairs_of(model, **options):
+    return {name: pair for name, (pair, _) in described(model, find_norm_pairs(model, **options)).items()}
+
+
+class Block(nn.Module):
+    """A residual block whose modules are registered in an order that isn't the data's."""
+
+    def __init__(self, dynamic: bool = False) -> None:
+        super().__init__()
+        self.bn2 = nn.BatchNorm2d(4)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.bn_short = nn.BatchNorm2d(4)
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.short = nn.Conv2d(2, 4, 1)
+        self.dynamic = dynamic
+
+    def forward(self, x):
+        if self.dynamic and x.sum() > 1e9:  # torch.fx can't trace this
+            return x
+        y = self.conv2(F.relu(self.bn1(self.conv1(x))))
+        return F.relu(self.bn2(y) + self.bn_short(self.short(x)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int = 2, qk_norm: bool = False) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.heads = heads
+        self.q_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(self.q_norm(q), k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class PreNormBlock(nn.Module):
+    def __init__(self, width: int = 8, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = Attention(width) if attention is None else attention
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x):
+        y = self.ln1(x)
+        if isinstance(self.attention, nn.MultiheadAttention):
+            y = self.attention(y, y, y, need_weights=False)[0]
+        else:
+            y = self.attention(y)
+        x = x + self.drop(y)
+        return x + self.drop(self.fc2(F.gelu(self.fc1(self.ln2(x)))))
+
+
+class MultiTask(nn.Module):
+    """``heads[task]`` keeps torch.fx from tracing the whole."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict({task: nn.Linear(4, 1) for task in TASKS})
+
+    def forward(self, x, task):
+        return self.heads[task](self.trunk(x).mean((2, 3)))
+
+
+BLOCK = {"conv1": "out bn1", "conv2": "out bn2", "short": "out bn_short"}
+PRE_NORM = {
+    **{f"attention.{name}": "in ln1" for name in "qkv"},
+    "attention.out": "out ln2",
+    "fc1": "in ln2",
+}
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("how", ["fx", "recorded"])
+def test_residual_block(how, split):
+    model = Block(dynamic=how == "recorded")
+    if split:
+        split_norms(model, TASKS)
+    x = torch.randn(2, 2, 6, 6)
+
+    def forward():
+        with active_task("a"):
+            model(x)
+
+    found = described(model, find_norm_pairs(model, forward=None if how == "fx" else forward))
+    assert found == {name: (pair, how) for name, pair in BLOCK.items()}
+
+
+def test_order_of_modules_is_the_last_resort_and_only_for_what_no_graph_holds():
+    chain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(2), nn.LayerNorm(9), nn.Linear(9, 5))
+
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(chain)
+
+        def forward(self, x):
+            if x.sum() > 1e9:
+                return x
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Opaque()
+    expected = {"layers.0": ("out layers.1", "module order"), "layers.4": ("in layers.3", "module order")}
+    assert described(model, find_norm_pairs(model)) == expected
+    seen = described(model, find_norm_pairs(model, forward=lambda: model(torch.randn(2, 3, 5, 5))))
+    assert {name: pair for name, (pair, _) in seen.items()} == {name: pair for name, (pair, _) in expected.items()}
+    assert {source for _, source in seen.values()} == {"recorded"}
+    unrelated = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Softmax(1), nn.BatchNorm1d(4))
+    assert find_norm_pairs(unrelated) == []
+
+
+def test_heads_keep_the_whole_from_tracing_but_not_the_trunk():
+    model = MultiTask(Block())
+    found = described(model, find_norm_pairs(model))
+    assert found == {
+        f"trunk.{name}": (f"{pair.split()[0]} trunk.{pair.split()[1]}", "fx") for name, pair in BLOCK.items()
+    }
+
+
+def test_pre_norm_transformer_blocks():
+    block = PreNormBlock()
+    assert pairs_of(block) == PRE_NORM
+    assert pairs_of(block, forward=lambda: block(torch.randn(2, 3, 8))) == PRE_NORM
+    stack = nn.Sequential(PreNormBlock(), PreNormBlock(), nn.LayerNorm(8))
+    found = pairs_of(stack)
+    assert found["0.fc2"] == "out 1.ln1"
+    assert found["1.fc2"] == "out 2"
+    assert len(found) == 12
+
+
+def test_query_norms_over_one_head_serve_all_heads():
+    block = PreNormBlock(attention=Attention(8, qk_norm=True))
+    assert pairs_of(block) == PRE_NORM | {"attention.q": "out attention.q_norm"}
+    nn.init.uniform_(block.attention.q_norm.weight)
+    layer = next(layer for layer in find_norm_pairs(block) if layer.name == "attention.q")
+    expected = layer.weight.square().sum(1) * block.attention.q_norm.weight.repeat(2).square()
+    torch.testing.assert_close(layer.strengths(["a"])[0].float(), expected.detach())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_packed_attention(batch_first):
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    block = split_norms(PreNormBlock(attention=attention), TASKS)
+    expected = {
+        "attention.in_proj": "in ln1",
+        "attention.out_proj": "out ln2",
+        "fc1": "in ln2",
+    }
+
+    def forward():
+        with active_task("a"):
+            block(torch.randn(3, 3, 8))
+
+    assert pairs_of(block) == expected
+    assert pairs_of(block, forward=forward) == expected
+    nn.init.uniform_(block.ln1.b.weight)
+    layer = find_norm_pairs(block, forward=forward)[0]
+    assert layer.weight is attention.in_proj_weight
+    assert layer.bias is attention.in_proj_bias
+    strengths = layer.strengths(TASKS)
+    assert strengths.shape == (2, 24)
+    expected_b = attention.in_proj_weight.square() @ block.ln1.b.weight.square()
+    torch.testing.assert_close(strengths[1].float(), expected_b.detach())
+
+
+def test_cross_attention_has_no_single_norm():
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x, memory):
+            return self.attention(self.norm(x), memory, memory)[0]
+
+    model = Cross()
+    x = torch.randn(2, 3, 8)
+    assert pairs_of(model) == {}
+    assert pairs_of(model, forward=lambda: model(x, torch.randn(2, 4, 8))) == {}
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torch_encoder_layers_in_evaluation_too(norm_first):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, norm_first=norm_first, batch_first=True).eval()
+    found = pairs_of(layer, forward=lambda: layer(torch.randn(2, 3, 8)))
+    if norm_first:
+        assert found == {
+            "self_attn.in_proj": "in norm1",
+            "self_attn.out_proj": "out norm2",
+            "linear1": "in norm2",
+        }
+    else:  # linear1's input is norm1's output, and linear2 goes through the sum into norm2
+        assert found == {"self_attn.out_proj": "out norm1", "linear1": "in norm1", "linear2": "out norm2"}
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), (2, 2, 8)),
+        (nn.Conv3d(2, 4, 1), nn.BatchNorm3d(4), (2, 2, 3, 3, 3)),
+        (nn.Conv2d(4, 4, 3, groups=4), nn.GroupNorm(2, 4), (2, 4, 5, 5)),
+        (nn.ConvTranspose2d(4, 6, 2, groups=2), nn.InstanceNorm2d(6, affine=True), (2, 4, 5, 5)),
+        (nn.ConvTranspose1d(4, 6, 2), nn.BatchNorm1d(6), (2, 4, 5)),
+        (nn.Conv2d(3, 4, 3), nn.LayerNorm([4, 3, 3]), (2, 3, 5, 5)),
+        (nn.Linear(3, 4), nn.RMSNorm(4), (2, 3)),
+        (nn.Linear(3, 4), nn.BatchNorm1d(4), (2, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_kind_of_layer(layer, norm, shape):
+    model = split_norms(nn.Sequential(layer, nn.ReLU(), norm), TASKS)
+    with active_task("a"):
+        channels = model(torch.randn(shape)).shape[1]
+    (found,) = find_norm_pairs(model)
+    assert found.norm_out is model[2]
+    assert found.num_channels == channels
+    assert found.bias is layer.bias
+    strengths = found.strengths(TASKS)
+    assert strengths.shape == (2, channels)
+    assert (strengths > 0).all()
+    with torch.no_grad():
+        model[2].b.weight.mul_(2)
+    torch.testing.assert_close(found.strengths(TASKS), strengths * torch.tensor([[1.0], [4.0]]), check_dtype=False)
+
+
+def test_explicit_pairs():
+    model = Block()
+    found = find_norm_pairs(model, pairs=[("conv1", "bn1"), ("bn1", "conv2"), ("conv2", "bn2")])
+    assert [(layer.name, layer.norm_in, layer.norm_out) for layer in found] == [
+        ("conv1", None, model.bn1),
+        ("conv2", model.bn1, model.bn2),
+    ]
+    for pairs, message in [
+        ([("conv1", "missing")], "no module 'missing'"),
+        ([("conv1", "conv2")], "one conv or linear layer and one norm"),
+        ([("bn1", "conv1")], "don't fit"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_norm_pairs(model, pairs=pairs)
+    with pytest.raises(ValueError, match="exclude each other"), record_dataflow(model) as recording:
+        find_norm_pairs(model, forward=lambda: None, recording=recording)
+
+
+def test_shared_weights_parametrized_weights_and_plain_models():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
+    tied[2].weight = tied[0].weight
+    assert pairs_of(tied) == {"0": "out 1"}
+    normalized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    assert find_norm_pairs(nn.Sequential(normalized, nn.LayerNorm(4))) == []
+    assert find_norm_pairs(nn.Sequential(nn.Linear(4, 4), nn.ReLU())) == []
+    assert find_norm_pairs(nn.Linear(4, 4)) == []
+
+
+def test_searching_leaves_the_model_alone():
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(dynamic=True)
+            self.features = None
+
+        def forward(self, x):
+            self.features = F.dropout(x)
+            return self.block(self.features)
+
+    model = Caching()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    find_norm_pairs(model)
+    assert model.features is None
+    x = torch.ones(2, 2, 6, 6)
+    find_norm_pairs(model, forward=lambda: model(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_recording_of_the_training_step_itself():
+    model = Block(dynamic=True)
+    x = torch.randn(2, 2, 6, 6)
+    torch.manual_seed(0)
+    expected = copy.deepcopy(model)(x)
+    with record_dataflow(model) as recording:
+        output = model(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert pairs_of(model, recording=recording) == BLOCK
+
+
+def test_what_was_used_is_logged(caplog):
+    with caplog.at_level(logging.INFO, logger="torchmto.structure"):
+        find_norm_pairs(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 2, 1)))
+    assert "0: out 1 (fx)" in caplog.text
+    assert "3: no norm found" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
+def test_hugging_face_backbones(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind == "resnet":
+        config = transformers.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 2], layer_type="basic")
+        x = torch.randn(2, 3, 32, 32)
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=16,
+            patch_size=8,
+        )
+        x = torch.randn(2, 3, 16, 16)
+    model = split_norms(transformers.AutoModel.from_config(config), TASKS)
+
+    def forward():
+        with active_task("a"):
+            model(x)
+
+    layers = find_norm_pairs(model, forward=forward)
+    count = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules())
+    if kind == "resnet":
+        assert len(layers) == count
+        assert all(layer.norm_out is not None for layer in layers)
+    else:  # all but the pooler, and the patches' projection goes through a sum into the first norm
+        assert len(layers) >= count - 1
+    for layer in layers:
+        assert layer.strengths(TASKS).shape == (2, layer.num_channels)
