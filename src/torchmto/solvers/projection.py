@@ -109,42 +109,43 @@ def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArra
     shifts = np.zeros(turns.shape)
     active = None if allowed is None else turns.pick(allowed)
     for turn in range(len(shifts)):
-        conflict = np.minimum(turns.products[turn], 0.0)
+        conflict = np.minimum(turns.products(turn), 0.0)
         if active is not None:
             conflict *= active[turn]
         turns.add(turn, -conflict)
         shifts[turn] = -conflict
-    return _projection(unit, turns.coefficients(shifts))
+    return _projection(unit, turns.place(shifts, np.eye(unit.num_tasks)))
 
 
 class _Turns:
-    """Inner products of the modified unit gradients, one row per turn and one column per task.
+    """Inner products of the modified unit gradients with the original ones, kept up over the turns.
 
-    In turn t task i meets the original unit gradient of ``orders[i, t]``; row t of ``products`` holds what it finds.
+    In turn t task i meets the original unit gradient of ``orders[i, t]``. Arrays over the turns have the shape
+    [K - 1, K]: one row per turn, one column per task.
     """
 
     def __init__(self, unit: UnitGramian, orders: Order):
-        self.task = np.arange(unit.num_tasks)
-        self.others = orders.T
+        self.others = np.ascontiguousarray(orders.T)
         self.shape = self.others.shape
-        self.products = self.pick(unit.cosines)
-        self._between = unit.cosines[self.others[:, None], self.others]
+        self._places = self.others + unit.num_tasks * np.arange(unit.num_tasks)
+        self._originals = unit.cosines
+        self._products = unit.cosines.copy()
+
+    def products(self, turn: int) -> Array:
+        """The inner products of every gradient with the one that it meets in this turn, shape [K]."""
+        return np.asarray(self._products.take(self._places[turn]))
+
+    def add(self, turn: int, shift: Array) -> None:
+        """Add to every gradient its multiple of the one it meets in this turn."""
+        self._products += shift[:, None] * self._originals.take(self.others[turn], axis=0)
 
     def pick(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The entries (i, j) of a K x K matrix where task i meets task j."""
-        return matrix[self.task, self.others]
-
-    def add(self, turn: int, shift: Array) -> None:
-        """Add to every gradient its multiple of the one it meets in this turn; only later turns are kept up."""
-        self.products[turn + 1 :] += shift * self._between[turn, turn + 1 :]
-
-    def coefficients(self, shifts: Array) -> Array:
-        """The combinations of unit gradients that the shifts amount to, shape [K, K]."""
-        return self.place(shifts, np.eye(len(self.task)))
+        return matrix.take(self._places)
 
     def place(self, values: Array, matrix: Array) -> Array:
         """The K x K matrix with the values put where task i meets task j."""
-        matrix[self.task, self.others] = values
+        matrix.put(self._places, values)
         return matrix
 
 
@@ -207,23 +208,23 @@ def gradvac(
     bounded = targets.clip(-MAX_TARGET, MAX_TARGET)
     bounded[unit.norms == 0] = bounded[:, unit.norms == 0] = 0.0
     cotangents = turns.pick(bounded / np.sqrt(1.0 - bounded**2))
-    shifts, squares = np.zeros(turns.shape), np.ones(turns.shape)
+    shifts, products, squares = (np.zeros(turns.shape) for _ in range(3))
     square = np.ones(unit.num_tasks)
     for turn in range(len(shifts)):
         # The formula above with the lengths multiplied out: it is positive exactly where c is below the target.
-        squares[turn] = square
-        product = turns.products[turn]
+        product = turns.products(turn)
+        products[turn], squares[turn] = product, square
         perpendicular = np.maximum(square - product * product, 0.0)
         shift = np.maximum(cotangents[turn] * np.sqrt(perpendicular) - product, 0.0)
         turns.add(turn, shift)
         shifts[turn] = shift
         product = product + shift
         square = perpendicular + product * product
-    cosines = np.divide(turns.products, np.sqrt(squares), out=np.zeros(turns.shape), where=squares > 0)
+    cosines = np.divide(products, np.sqrt(squares), out=np.zeros(turns.shape), where=squares > 0)
     observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
     observed[unit.norms == 0] = targets[unit.norms == 0]
     observed[:, unit.norms == 0] = targets[:, unit.norms == 0]
-    projection = _projection(unit, turns.coefficients(shifts))
+    projection = _projection(unit, turns.place(shifts, np.eye(unit.num_tasks)))
     return GradVacResult(projection, (1.0 - beta) * targets + beta * observed)
 
 
