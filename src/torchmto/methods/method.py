@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer
-from torchmto.problem import Losses, Network, Problem, StepInfo
+from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
 from torchmto.solvers.solution import Array, Projection, Solution
 
 SMALL = 100_000
@@ -109,9 +109,7 @@ class Method(ABC):
             self.num_tasks = num_tasks
             self.setup(num_tasks)
         elif num_tasks > self.num_tasks:
-            raise ValueError(
-                f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}."
-            )
+            raise ValueError(f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}.")
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Tell the method the names of its tasks, once, before the first step.
@@ -120,9 +118,7 @@ class Method(ABC):
             ValueError: If it is bound to other tasks already, or its hyper-parameters don't fit them.
         """
         if self.tasks and self.tasks != tasks:
-            raise ValueError(
-                f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}."
-            )
+            raise ValueError(f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}.")
         self.tasks = tasks
         self.ensure_setup(len(tasks))
 
@@ -168,11 +164,7 @@ class Method(ABC):
             value = getattr(self, name)
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(state[name])
-            elif (
-                isinstance(value, Tensor)
-                and isinstance(state[name], Tensor)
-                and value.shape == state[name].shape
-            ):
+            elif isinstance(value, Tensor) and isinstance(state[name], Tensor) and value.shape == state[name].shape:
                 with torch.no_grad():
                     value.copy_(state[name])
             else:
@@ -327,9 +319,7 @@ class GramianWeighting(Method):
             self.add_state("_kept_weights", {})
 
     @abstractmethod
-    def weights(
-        self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None
-    ) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weight of every present task's gradient in the update.
 
         Args:
@@ -360,6 +350,10 @@ class GramianWeighting(Method):
                 )
         return torch.from_numpy(solution.weights).to(gramian)
 
+    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+        """The weights of this step's gradients; overridden by methods that look at more than their Gramian."""
+        return self.weights(gradients.gramian, gradients.losses, gradients.indices)
+
     def step(self, problem: Problem) -> StepInfo:
         """Per-task gradients, weights from their Gramian, one combined step."""
         if self.refresh_every > 1 and self._age % self.refresh_every:
@@ -368,7 +362,7 @@ class GramianWeighting(Method):
                 return info
         gradients = problem.gradients()
         self.num_fallbacks = 0
-        weights = self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        weights = self.step_weights(problem, gradients)
         problem.combine(gradients, weights, heads=self.heads)
         problem.apply()
         if self.refresh_every > 1:
@@ -413,6 +407,9 @@ class GradientCombiner(Method):
 
     Args:
         heads: "unit" or "weighted" (the latter for methods that have weights).
+
+    Attributes:
+        head_weights: What ``heads="weighted"`` multiplies the heads' gradients with, [k]; set by :meth:`combine`, None for 1.
     """
 
     family = "combiner"
@@ -420,6 +417,7 @@ class GradientCombiner(Method):
     def __init__(self, *, heads: str = "unit") -> None:
         super().__init__()
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
+        self.head_weights: Tensor | None = None
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:
@@ -436,7 +434,8 @@ class GradientCombiner(Method):
     def step(self, problem: Problem) -> StepInfo:
         """Per-task gradients, their combination, one step."""
         gradients = problem.gradients()
-        problem.combine(gradients, vector=self.combine(gradients), heads=self.heads)
+        vector = self.combine(gradients)
+        problem.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
         problem.apply()
         self.after_step(gradients.reduced, problem)
         return problem.info(gradients=gradients, records=self.records())

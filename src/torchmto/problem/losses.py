@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,18 +54,27 @@ class Losses:
     totals: dict[int, float]
     factors: Tensor | None = None
 
+    def only(self, tasks: Collection[int]) -> Losses:
+        """The losses of some tasks."""
+        chosen = [position for position, index in enumerate(self.indices) if index in tasks]
+        if len(chosen) == len(self.indices):
+            return self
+        return Losses(
+            tuple(self.indices[position] for position in chosen),
+            self.values[chosen],
+            self.raw[chosen],
+            {index: total for index, total in self.totals.items() if index in tasks},
+            None if self.factors is None else self.factors[chosen],
+        )
+
 
 def _check_loss(task: str, loss: object, *, needs_graph: bool) -> Tensor:
     if not isinstance(loss, Tensor):
         raise TypeError(f"The loss of task `{task}` should be a scalar tensor. Found {type(loss).__name__}.")
     if loss.dim() != 0:
-        raise ValueError(
-            f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}."
-        )
+        raise ValueError(f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}.")
     if not loss.is_floating_point():
-        raise TypeError(
-            f"The loss of task `{task}` should be a floating-point tensor. Found dtype {loss.dtype}."
-        )
+        raise TypeError(f"The loss of task `{task}` should be a floating-point tensor. Found dtype {loss.dtype}.")
     if needs_graph and not loss.requires_grad:
         raise ValueError(
             f"The loss of task `{task}` has no autograd graph, so it has no gradient. Was it computed under "
@@ -106,15 +115,11 @@ def parse(
         count: object = 1.0
         if isinstance(value, tuple):
             if len(value) != 2:
-                raise ValueError(
-                    f"Task `{name}` should bring `loss` or `(loss, count)`. Found {len(value)} values."
-                )
+                raise ValueError(f"Task `{name}` should bring `loss` or `(loss, count)`. Found {len(value)} values.")
             value, count = value
             count = float(count) if isinstance(count, int | float | Tensor) else count
             if not isinstance(count, float) or not 0 <= count < float("inf"):
-                raise ValueError(
-                    f"The count of task `{name}` should be a non-negative number. Found {count!r}."
-                )
+                raise ValueError(f"The count of task `{name}` should be a non-negative number. Found {count!r}.")
             if count == 0:
                 continue
         losses[index] = _check_loss(name, value, needs_graph=needs_graph)

@@ -10,34 +10,79 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from torchmto.checks import found
 from torchmto.gradients import Ranks, Roles, Rows
 from torchmto.structure import has_split_norms
 
 
 class BufferSnapshot:
-    """A copy of a model's buffers that can be put back; only buffers that changed since the last copy are copied."""
+    """A copy of a model's buffers that can be put back, buffers that a forward replaced by new tensors included.
+
+    Batch-norm kernels write running statistics without raising the tensors' version counters, so small buffers are copied
+    every time. Large ones are copied only if their version counter says that they changed.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._kept: dict[tuple[int, str], _KeptBuffer] = {}
 
+    @torch.no_grad()
     def take(self) -> None:
-        """Copy every buffer that changed since it was copied last."""
-        current: dict[int, tuple[Tensor, int, Tensor]] = {}
-        for buffer in self._model.buffers():
-            kept = self._copies.get(id(buffer))
-            if kept is None or kept[0] is not buffer or kept[1] != buffer._version:  # noqa: SLF001 - no public name
-                kept = (buffer, buffer._version, buffer.detach().clone())  # noqa: SLF001
-            current[id(buffer)] = kept
-        self._copies = current
+        """Copy the buffers."""
+        current: dict[tuple[int, str], _KeptBuffer] = {}
+        again: list[_KeptBuffer] = []
+        for module in self._model.modules():
+            for name, buffer in module._buffers.items():  # noqa: SLF001 - the public name hides in which module it is
+                if buffer is None:
+                    continue
+                kept = self._kept.get((id(module), name))
+                if kept is None or not kept.fits(module, buffer):
+                    kept = _KeptBuffer(module, name, buffer, buffer.detach().clone())
+                elif kept.may_have_changed():
+                    again.append(kept)
+                current[id(module), name] = kept
+        if again:
+            torch._foreach_copy_([kept.copy for kept in again], [kept.buffer for kept in again])
+        for kept in current.values():
+            kept.version = kept.buffer._version  # noqa: SLF001 - no public name
+        self._kept = current
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the copies back into the buffers that changed since."""
-        for key, (buffer, version, copy) in self._copies.items():
-            if buffer._version != version:  # noqa: SLF001
-                buffer.copy_(copy)
-                self._copies[key] = (buffer, buffer._version, copy)  # noqa: SLF001
+        """Put the copies back."""
+        changed = [kept for kept in self._kept.values() if kept.may_have_changed()]
+        if changed:
+            torch._foreach_copy_([kept.buffer for kept in changed], [kept.copy for kept in changed])
+        for kept in self._kept.values():
+            kept.version = kept.buffer._version  # noqa: SLF001
+            if kept.module._buffers.get(kept.name) is not kept.buffer:  # noqa: SLF001
+                kept.module._buffers[kept.name] = kept.buffer  # noqa: SLF001
+
+
+class _KeptBuffer:
+    """One buffer of one module, and its copy."""
+
+    SMALL = 100_000
+
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> None:
+        self.module = module
+        self.name = name
+        self.buffer = buffer
+        self.copy = copy
+        self.version = buffer._version  # noqa: SLF001
+
+    def fits(self, module: nn.Module, buffer: Tensor) -> bool:
+        """Whether this is still the buffer of that place, and of the same kind."""
+        same = self.module is module and self.buffer is buffer
+        return same and (buffer.shape, buffer.dtype, buffer.device) == (
+            self.copy.shape,
+            self.copy.dtype,
+            self.copy.device,
+        )
+
+    def may_have_changed(self) -> bool:
+        """Whether the buffer can differ from what it was when the version was noted."""
+        return self.buffer.numel() <= self.SMALL or self.buffer._version != self.version  # noqa: SLF001
 
 
 class Network:
@@ -91,6 +136,8 @@ class Network:
         if isinstance(shared, Tensor):
             raise TypeError("Parameter `shared` should be an iterable of parameters. Found a single tensor.")
         given = list(shared)
+        if not all(isinstance(p, Tensor) for p in given):
+            raise TypeError(found("shared", "an iterable of parameters", given))
         unknown = [p for p in given if id(p) not in self._names]
         if unknown:
             raise ValueError(
@@ -99,17 +146,13 @@ class Network:
             )
         names = list(dict.fromkeys(self._names[id(p)] for p in given))
         if not names:
-            raise ValueError(
-                "Parameter `shared` should hold at least one parameter. Found none: no shared parameters."
-            )
+            raise ValueError("Parameter `shared` should hold at least one parameter. Found none: no shared parameters.")
         return names
 
     def refresh(self) -> None:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(everything) != len(self._known) or any(
-            a is not b for a, b in zip(everything, self._known, strict=True)
-        ):
+        if len(everything) != len(self._known) or any(a is not b for a, b in zip(everything, self._known, strict=True)):
             names = {id(p): name for name, p in self.model.named_parameters()}
             self._names = {}
             for g, group in enumerate(self.optimizer.param_groups):
@@ -132,12 +175,16 @@ class Network:
             self.rows.append(Rows(self.num_tasks))
         return self.rows[source]
 
-    def lay_out(self, rows: Rows) -> None:
-        """Give every shared parameter its columns in a gradient matrix."""
-        if len(rows.parameters) == len(self.roles.layout):
-            return
-        by_name = {self._names[id(p)]: p for p in self._known}
-        rows.grow([by_name[name] for name in self.roles.layout[len(rows.parameters) :]])
+    def lay_out(self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]) -> None:
+        """Give every shared parameter its columns; gradients of parameters that turned shared move from the heads there."""
+        if len(rows.parameters) < len(self.roles.layout):
+            by_name = {self._names[id(p)]: p for p in self._known}
+            rows.grow([by_name[name] for name in self.roles.layout[len(rows.parameters) :]])
+        for key in [key for key in heads if key in rows.position]:
+            parameter, held = heads.pop(key)
+            for task, gradient in held.items():
+                rows.row_of(task)
+                rows.add(task, [(parameter, gradient)])
 
     def load_roles(self, state: Mapping[str, Any]) -> None:
         """Take over saved roles; the columns of the gradient matrices are laid out anew."""
@@ -146,9 +193,7 @@ class Network:
         known = set(self._names.values())
         missing = [name for name in roles.layout if name not in known]
         if missing:
-            raise ValueError(
-                f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train."
-            )
+            raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train.")
         self.roles = roles
         self.rows = []
 
@@ -186,11 +231,6 @@ class Network:
     ) -> None:
         """Bring rows into the order of the tasks, and sum rows and heads' gradients over the ranks."""
         if self.ranks.size > 1:
-            moved = [key for key in heads if key in rows.position]
-            for parameter, held in [heads.pop(key) for key in moved]:
-                for task, gradient in held.items():
-                    rows.row_of(task)
-                    rows.add(task, [(parameter, gradient)])
             for task in tasks:
                 rows.row_of(task)
         rows.sort()
@@ -211,9 +251,7 @@ class Network:
         if self.ranks.size == 1 or not self.parameters:
             return
         device = self.parameters[0].device
-        reached = torch.tensor(
-            [p.grad is not None for p in self.parameters], dtype=torch.uint8, device=device
-        )
+        reached = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.uint8, device=device)
         for parameter, needed in zip(self.parameters, self.ranks.max_(reached).tolist(), strict=True):
             if needed:
                 if parameter.grad is None:

@@ -49,32 +49,38 @@ class Noise:
             self._states[key] = _get()
 
     @contextlib.contextmanager
-    def extra(self) -> Iterator[None]:
-        """Forwards inside replay the step's own noise, where it was kept; buffers and random state are put back after."""
-        replaying, self._replaying = self._replaying, True
+    def extra(self, *, replay: bool = True) -> Iterator[None]:
+        """Forwards inside leave the buffers as they were.
+
+        Args:
+            replay: They replay the step's own noise, where it was kept, and the random state is put back; else they draw new
+                noise.
+        """
+        replaying, self._replaying = self._replaying, replay
         try:
-            with self.rehearsal():
+            with self.rehearsal(keep_random_state=not replay):
                 yield
         finally:
             self._replaying = replaying
 
     @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def rehearsal(self, *, keep_random_state: bool = False) -> Iterator[None]:
         """Forwards inside leave no trace, so that running them again gives the same losses."""
         with self.attempt() as undo:
             try:
                 yield
             finally:
-                undo()
+                undo(keep_random_state)
 
     @contextlib.contextmanager
-    def attempt(self) -> Iterator[Callable[[], None]]:
+    def attempt(self) -> Iterator[Callable[..., None]]:
         """Gives a function that puts buffers and random state back to where they were at the start."""
         self._buffers.take()
         state = _get()
 
-        def undo() -> None:
+        def undo(keep_random_state: bool = False) -> None:
             self._buffers.restore()
-            _set(state)
+            if not keep_random_state:
+                _set(state)
 
         yield undo

@@ -39,15 +39,23 @@ class TaskGradients:
         losses: Their losses, [k].
         gramian: G = J Jᵀ, float64 on the CPU, [k, k].
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
+        reduced: The losses of the rows' tasks, with counts.
+        all_losses: The losses of all tasks of the forward, more where more were asked for.
     """
 
     def __init__(
-        self, rows: Rows, losses: Losses, gramian: Tensor, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]
+        self,
+        rows: Rows,
+        losses: Losses,
+        gramian: Tensor,
+        heads: dict[int, tuple[Tensor, dict[int, Tensor]]],
+        everything: Losses,
     ) -> None:
         self.rows = rows
         self.indices = losses.indices
         self.losses = losses.values
         self.reduced = losses
+        self.all_losses = everything
         self.gramian = gramian
         self.heads = heads
 
@@ -109,9 +117,7 @@ class UnitHeads:
 
     def _heads_of(self, task: int) -> list[tuple[Tensor, frozenset[int]]]:
         roles, name = self._network.roles, self._network.name
-        candidates = [
-            (p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))
-        ]
+        candidates = [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
         return [(parameter, owners) for parameter, owners in candidates if task in owners]
 
     @staticmethod
@@ -120,9 +126,7 @@ class UnitHeads:
         least = 1e-3 * max(abs(value) for value in values.values())
         return {task: value for task, value in values.items() if abs(value) > least}
 
-    def before(
-        self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]
-    ) -> None:
+    def before(self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]) -> None:
         """Compute, before the weighted backward, the gradients that can't be had by division."""
         divisible = self._divisible(weights)
         for task, seed in seeds.items():
@@ -198,6 +202,7 @@ class Problem:
         self._pending: Losses | None = None
         self._scaled = False
         self.first_losses: Losses | None = None
+        self.last_losses: dict[str, float] = {}
 
     # ------------------------------------------------------------------ forwards
 
@@ -283,14 +288,19 @@ class Problem:
             chunk = self._call(closure, names, grad=True)
         return {index: reached_parameters(chunk.losses[index]) for index in new}
 
-    def losses(self, tasks: Sequence[str] | None = None, *, source: int = 0) -> Losses:
-        """The losses of ``tasks`` by an extra forward without gradient that leaves no trace.
+    def losses(self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool = True) -> Losses:
+        """The losses of ``tasks`` by an extra forward without gradient that leaves the model's buffers as they were.
 
-        The random state is replayed, so dropout masks are those of the step's own forward, and the model's buffers are put
-        back. Averaged over micro-batches and ranks.
+        Averaged over micro-batches and ranks.
+
+        Args:
+            tasks: Default all this step asks for.
+            source: Which independent batch.
+            replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
+                state back; else draw new noise (unless ``same_noise`` is on).
         """
         sums = _Sums({}, {})
-        with self._noise.extra():
+        with self._noise.extra(replay=replay):
             for chunk in self._forward(self._names(tasks), source, grad=False):
                 sums.add(chunk)
         return self._reduce(sums)
@@ -331,9 +341,7 @@ class Problem:
         if not indices:
             empty = torch.zeros(0, device=self._device)
             return Losses((), empty, empty, {})
-        raw = stack(
-            [sums.weighted[i] / sums.totals[i] if sums.totals[i] != 1 else sums.weighted[i] for i in indices]
-        )
+        raw = stack([sums.weighted[i] / sums.totals[i] if sums.totals[i] != 1 else sums.weighted[i] for i in indices])
         if self._weigh is None:
             return Losses(indices, raw, raw, sums.totals)
         factors = self._weigh(raw, indices).detach().to(raw)
@@ -361,6 +369,7 @@ class Problem:
         for index, value in zip(losses.indices, values, strict=True):
             if value - value != 0:
                 self._not_finite(f"The loss of task `{self.tasks[index]}` is {value}.")
+        self.last_losses = {self.tasks[i]: value for i, value in zip(losses.indices, values, strict=True)}
         for index, value in zip(losses.indices, values, strict=True):
             self._recorded.setdefault(index, value)
 
@@ -368,9 +377,7 @@ class Problem:
         self.network.zero_grad()
         if self._on_nonfinite == "skip":
             raise SkippedError(message)
-        raise NonFiniteError(
-            f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out."
-        )
+        raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
 
     def _gradient_not_finite(self, message: str) -> NoReturn:
         scaler = self.network.scaler
@@ -412,7 +419,7 @@ class Problem:
         sums = _Sums({}, {})
         averaged = len(self._sources[source]) > 1 or network.ranks.size > 1
         for chunk in self._forward(names if forward is None else self._names(forward), source):
-            network.lay_out(rows)
+            network.lay_out(rows, heads)
             todo = [index for index in chunk.losses if index in wanted]
             counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
             for index in todo:
@@ -428,16 +435,17 @@ class Problem:
                 self.num_backward += 1
                 self._place(rows, heads, index, gradients)
                 del gradients
-            sums.add(Chunk({i: chunk.losses[i] for i in todo}, counts))
-        losses = self._reduce(sums)
+            sums.add(Chunk(chunk.losses, counts))
+        everything = self._reduce(sums)
+        losses = everything.only(wanted)
         self._require(losses)
-        network.lay_out(rows)
+        network.lay_out(rows, heads)
         network.reduce_rows(rows, heads, losses.indices)
         self._rescale(rows, heads, losses)
         matrix_gramian = gramian(rows.matrix)
-        self._check_losses(losses, losses.raw.tolist())
+        self._check_losses(everything, everything.raw.tolist())
         self._check_gradients(losses, matrix_gramian, heads)
-        return TaskGradients(rows, losses, matrix_gramian, heads)
+        return TaskGradients(rows, losses, matrix_gramian, heads, everything)
 
     def _active(self, chunk: Chunk) -> contextlib.AbstractContextManager[Any]:
         """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
@@ -471,12 +479,7 @@ class Problem:
                 others.append((parameter, gradient))
         grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
         if grown:
-            network.lay_out(rows)
-            for parameter, held in [heads[key] for key in list(heads) if key in rows.position]:
-                for other, gradient in held.items():
-                    rows.row_of(other)
-                    rows.add(other, [(parameter, gradient)])
-                del heads[id(parameter)]
+            network.lay_out(rows, heads)
             shared += [pair for pair in others if id(pair[0]) in rows.position]
             others = [pair for pair in others if id(pair[0]) not in rows.position]
         rows.add(task, shared)
@@ -485,9 +488,7 @@ class Problem:
             # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
             held[task] = held[task] + gradient if task in held else gradient.clone()
 
-    def _rescale(
-        self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]], losses: Losses
-    ) -> None:
+    def _rescale(self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]], losses: Losses) -> None:
         """Turn sums into means, undo the scaler's scale and apply the user's loss weights, in one factor per task."""
         factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
         scale = self.network.scale(self._device)
@@ -539,7 +540,8 @@ class Problem:
         if weights is not None and not bool(weights.isfinite().all()):
             self._not_finite("A method's weights aren't finite.")
         if vector is not None:
-            flat.copy_(vector)
+            if vector is not flat:
+                flat.copy_(vector)
         else:
             assert weights is not None, "either weights or a vector"
             if len(weights) == 1 and float(weights[0]) == 1:
@@ -548,9 +550,7 @@ class Problem:
                 torch.mv(rows.matrix.T, weights.to(flat), out=flat)
         present = set(gradients.indices)
         positions = rows.reached() if network.ranks.size == 1 else network.owned(rows, present)
-        network.set_gradients(
-            [(rows.parameters[i], views[i]) for i in positions if rows.parameters[i].requires_grad]
-        )
+        network.set_gradients([(rows.parameters[i], views[i]) for i in positions if rows.parameters[i].requires_grad])
         by_task = dict.fromkeys(gradients.indices, 1.0)
         if heads == "weighted" and weights is not None:
             by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
@@ -644,9 +644,7 @@ class Problem:
             return {}, {}
         weights = weigh(losses.values[present], indices).detach().to(losses.values)
         factors = torch.ones_like(weights) if losses.factors is None else losses.factors[present].to(weights)
-        return dict(zip(indices, weights.unbind(), strict=True)), dict(
-            zip(indices, factors.unbind(), strict=True)
-        )
+        return dict(zip(indices, weights.unbind(), strict=True)), dict(zip(indices, factors.unbind(), strict=True))
 
     def _backward_chunk(
         self,
@@ -659,9 +657,7 @@ class Problem:
         if not shares:
             return
         scale = self.network.scale(next(iter(chunk.losses.values())).device)
-        parts = {
-            index: share if scale is None else share * scale.to(share) for index, share in shares.items()
-        }
+        parts = {index: share if scale is None else share * scale.to(share) for index, share in shares.items()}
         with self._active(chunk):
             if unit is not None:
                 unit.before(chunk.losses, weights, parts)
@@ -694,9 +690,7 @@ class Problem:
                 own.add(chunk)
                 weights, factors = self._weights_by_task(weigh, self._average(own), wanted)
                 all_weights.update(weights)
-                self._backward_chunk(
-                    chunk, weights, {i: factor * share for i, factor in factors.items()}, unit
-                )
+                self._backward_chunk(chunk, weights, {i: factor * share for i, factor in factors.items()}, unit)
                 sums.add(chunk)
             counts = [entry.get(index, 0.0) for entry, _ in first for index in range(len(self.tasks))]
             even = network.ranks.equal(counts if even else None, self._device)
@@ -767,9 +761,7 @@ class Problem:
         Returns:
             The losses of the sub-step's forward (all tasks of ``forward``), before its optimizer step.
         """
-        losses = self.backward(
-            lambda values, _: torch.ones_like(values), tasks=tasks, forward=forward, fixed=True
-        )
+        losses = self.backward(lambda values, _: torch.ones_like(values), tasks=tasks, forward=forward, fixed=True)
         try:
             if losses.indices:
                 self.apply()

@@ -1,0 +1,160 @@
+"""Task groups as a method: order, tracking, groupings, costs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import torchmto
+
+TASKS = ("a", "b", "c", "d")
+
+
+def setup(seed=0, tasks=TASKS, noise=0.0, **options):
+    torch.manual_seed(seed)
+    model = nn.ModuleDict(
+        {
+            "trunk": nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(noise)),
+            "heads": nn.ModuleDict({t: nn.Linear(8, 1) for t in tasks}),
+        }
+    ).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = torch.randn(16, 5, dtype=torch.float64)
+    y = {t: torch.randn(16, 1, dtype=torch.float64) for t in tasks}
+
+    def losses(net, asked):
+        features = net["trunk"](x)
+        return {t: (net["heads"][t](features) - y[t]).square().mean() for t in asked}
+
+    mt = torchmto.MultiTask(model, optimizer, tasks=tasks, method=torchmto.make_method("task_groups", **options))
+    return model, mt, losses
+
+
+def test_groups_are_updated_one_after_the_other_and_tracked():
+    groups = [["a", "c"], ["b"], ["d"]]
+    model, mt, losses = setup(groups=groups, measure_last=True, decay=0.1)
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.05)
+    affinity = torchmto.ProximalAffinity(TASKS, decay=0.1)
+    for _ in range(5):
+        info = mt.step(lambda asked: losses(model, asked))
+        affinity.new_batch()
+        for group in info.records["order"]:
+            values = losses(expected, TASKS)
+            affinity.update(group, {t: float(v) for t, v in values.items()})
+            optimizer.zero_grad()
+            sum(values[t] for t in group).backward()
+            optimizer.step()
+        affinity.finish({t: float(v) for t, v in losses(expected, TASKS).items()})
+        assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (4, 3, 3)
+        assert sorted(info.records["order"]) == sorted(groups)
+        torch.testing.assert_close(info.records["affinity"], affinity.matrix, rtol=1e-12, atol=0)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_heads_outside_a_group_are_left_alone():
+    model, mt, losses = setup(groups="per_task")
+    before = copy.deepcopy(model["heads"]["a"].state_dict())
+    mt.step(lambda asked: {t: v for t, v in losses(model, asked).items() if t != "a"})
+    assert all(torch.equal(v, before[k]) for k, v in model["heads"]["a"].state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("grouping", "sizes"),
+    [("joint", [4]), ("per_task", [1, 1, 1, 1]), ("random", [2, 2]), ([["a", "b", "c"], ["d"]], [3, 1])],
+)
+def test_baseline_groupings(grouping, sizes):
+    model, mt, losses = setup(groups=grouping)
+    info = mt.step(lambda asked: losses(model, asked))
+    assert [len(group) for group in info.records["groups"]] == sizes
+    assert info.num_optimizer_steps == len(sizes) == mt.method.cost(4).num_optimizer_steps
+    assert info.num_forward == mt.method.cost(4).num_forward
+
+
+@pytest.mark.parametrize("grouping", ["adaptive", "heterogeneous"])
+@pytest.mark.parametrize("cluster", ["affinity_propagation", "correlation"])
+def test_groups_form_after_the_warmup(grouping, cluster):
+    model, mt, losses = setup(groups=grouping, warmup=6, cluster=cluster)
+    for step in range(12):
+        info = mt.step(lambda asked: losses(model, asked))
+        assert sorted(t for group in info.records["groups"] for t in group) == sorted(TASKS)
+        if step < 6:
+            assert info.records["groups"] == [[t] for t in TASKS]
+    assert len(info.records["groups"]) < len(TASKS)
+
+
+@pytest.mark.parametrize(("single", "forwards", "steps"), [("measure", 2, 1), ("twice", 2, 2), ("once", 1, 1)])
+def test_a_single_group_stays_measurable(single, forwards, steps):
+    model, mt, losses = setup(warmup=0, single=single)
+    mt.method.current = [list(TASKS)]
+    mt.method.regroup_every = 1000
+    before = mt.method.affinity.matrix
+    info = mt.step(lambda asked: losses(model, asked))
+    assert (info.num_forward, info.num_optimizer_steps) == (forwards, steps)
+    assert torch.equal(mt.method.affinity.matrix, before) == (single == "once")
+
+
+def test_official_attribution_updates_a_single_group_twice():
+    assert torchmto.make_method("task_groups", attribution="official").single == "twice"
+
+
+def test_noise_floor():
+    model, mt, losses = setup(noise_floor=True)
+    quiet = mt.step(lambda asked: losses(model, asked))
+    assert all(value == 0 for value in quiet.records["noise_floor"].values())
+    model, mt, losses = setup(noise_floor=True, noise=0.5)
+    noisy = mt.step(lambda asked: losses(model, asked))
+    assert all(value != 0 for value in noisy.records["noise_floor"].values())
+    assert noisy.num_forward == 5
+
+
+def test_a_gramian_method_inside_the_groups():
+    model, mt, losses = setup(groups=[["a", "b", "c"], ["d"]], inner="pcgrad")
+    info = mt.step(lambda asked: losses(model, asked))
+    assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (2, 4, 2)
+    assert bool((info.records["affinity"] != 0).any())
+
+
+def test_same_noise_makes_affinities_repeatable():
+    model, mt, losses = setup(noise=0.5, groups="per_task")
+    mt.same_noise = True
+    seen = []
+
+    def closure(asked):
+        seen.append(torch.get_rng_state())
+        return losses(model, asked)
+
+    mt.step(closure)
+    assert all(torch.equal(state, seen[0]) for state in seen)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"groups": "best"}, "one of 'adaptive'"),
+        ({"groups": [["a"], ["a", "b"]]}, "a partition"),
+        ({"groups": [["a"], []]}, "a partition"),
+        ({"decay": 0.0}, "decay"),
+        ({"attribution": "next"}, "attribution"),
+        ({"warmup": -1}, "an int >= 0"),
+        ({"inner": "gd"}, "a Gramian method"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        torchmto.make_method("task_groups", **options)
+
+
+def test_wrong_groups_are_named_when_tasks_are_known():
+    with pytest.raises(ValueError, match="Unknown task `z`"):
+        setup(groups=[["a", "b"], ["c", "d", "z"]])
+    with pytest.raises(ValueError, match="a partition of all tasks"):
+        setup(groups=[["a", "b"], ["c"]])
+
+
+def test_ready_losses_are_refused():
+    model, mt, losses = setup()
+    with pytest.raises(ValueError, match="needs a closure"):
+        mt.step(losses(model, TASKS))
