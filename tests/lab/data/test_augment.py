@@ -131,9 +131,7 @@ def test_a_sample_is_augmented_alike_in_any_batch():
     batch, augment = make_batch(), JointAugment(zoom=2.0, color=0.3)
     keys = sample_keys(1, 2, torch.arange(4))
     together = augment(batch, TASKS, keys)
-    alone = Batch(
-        input=batch["input"][2:3], targets={name: target[2:3] for name, target in batch["targets"].items()}
-    )
+    alone = Batch(input=batch["input"][2:3], targets={name: target[2:3] for name, target in batch["targets"].items()})
     alone = augment(alone, TASKS, keys[2:3])
     torch.testing.assert_close(alone["input"][0], together["input"][2])
     assert torch.equal(alone["targets"]["segmentation"][0], together["targets"]["segmentation"][2])

@@ -85,9 +85,7 @@ def small():
 
 
 def test_a_data_set_works_with_a_plain_torch_loader(small):
-    loader = torch.utils.data.DataLoader(
-        small, batch_size=4, collate_fn=lambda items: collate(items, small.tasks)
-    )
+    loader = torch.utils.data.DataLoader(small, batch_size=4, collate_fn=lambda items: collate(items, small.tasks))
     batches = list(loader)
     assert [len(batch["input"]) for batch in batches] == [4, 4, 2]
     expected = small.batch(torch.tensor([4, 5, 6, 7]))
@@ -117,9 +115,7 @@ def test_targets_have_to_fit_the_tasks(small):
 def test_every_sample_comes_once_per_epoch(size, batch_size, world, epoch, shuffle):
     seen = []
     for rank in range(world):
-        plan = BatchPlan(
-            size, batch_size, seed=3, shuffle=shuffle, drop_last=False, rank=rank, world_size=world
-        )
+        plan = BatchPlan(size, batch_size, seed=3, shuffle=shuffle, drop_last=False, rank=rank, world_size=world)
         batches = [plan.indices(epoch, position) for position in range(len(plan))]
         assert all(0 < len(batch) <= batch_size for batch in batches)
         seen += [int(i) for batch in batches for i in batch]
@@ -127,9 +123,7 @@ def test_every_sample_comes_once_per_epoch(size, batch_size, world, epoch, shuff
 
 
 @settings(max_examples=20)
-@given(
-    size=st.integers(6, 40), batch_size=st.integers(1, 3), world=st.integers(1, 2), epoch=st.integers(0, 3)
-)
+@given(size=st.integers(6, 40), batch_size=st.integers(1, 3), world=st.integers(1, 2), epoch=st.integers(0, 3))
 def test_ranks_get_equal_and_disjoint_batches_when_the_last_is_dropped(size, batch_size, world, epoch):
     plans = [BatchPlan(size, batch_size, rank=rank, world_size=world) for rank in range(world)]
     assert len({len(plan) for plan in plans}) == 1

@@ -37,9 +37,7 @@ def test_compact_types_stay():
     assert resized.dtype == torch.int8
     assert resized.unique().tolist() == [0, 127]
     depth = torch.full((1, 1, 8, 8), 2.5, dtype=torch.float16)
-    assert torch.equal(
-        resize_target(DEPTH, depth, (3, 5)), torch.full((1, 1, 3, 5), 2.5, dtype=torch.float16)
-    )
+    assert torch.equal(resize_target(DEPTH, depth, (3, 5)), torch.full((1, 1, 3, 5), 2.5, dtype=torch.float16))
 
 
 def test_edges_of_a_square():

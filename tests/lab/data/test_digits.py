@@ -22,9 +22,7 @@ def source_windows(bundle, images):
         patches = set()
         for y in range(5):
             for x in (*range(4), *range(5, 9)):
-                patches |= {
-                    p.tobytes() for p in np.ascontiguousarray(canvas[:, y : y + DIGIT, x : x + DIGIT])
-                }
+                patches |= {p.tobytes() for p in np.ascontiguousarray(canvas[:, y : y + DIGIT, x : x + DIGIT])}
         found[split] = {i for i, image in enumerate(images) if image.tobytes() in patches}
     return found
 

@@ -69,9 +69,7 @@ def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) ->
     matrix[:, :, 2] = -corner * room
 
     def warp(values: Tensor, mode: str) -> Tensor:
-        warped: Tensor = warp_affine(
-            values, matrix, (height, width), mode, padding_mode="border", align_corners=True
-        )
+        warped: Tensor = warp_affine(values, matrix, (height, width), mode, padding_mode="border", align_corners=True)
         return warped
 
     dense = [task for task in tasks if task.dense and task.name in batch["targets"]]

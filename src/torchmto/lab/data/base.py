@@ -31,9 +31,7 @@ from torch.utils.data import Dataset
 
 from torchmto.lab.data.loading import BatchPlan, Loader
 
-Kind = Literal[
-    "classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map"
-]
+Kind = Literal["classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map"]
 KINDS: tuple[str, ...] = get_args(Kind)
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "edges", "saliency", "map"})
 Split = Literal["train", "validation", "test"]
@@ -81,9 +79,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(
-                f"Parameter `kind` should be one of {', '.join(KINDS)}. Found `kind = {self.kind!r}`."
-            )
+            raise ValueError(f"Parameter `kind` should be one of {', '.join(KINDS)}. Found `kind = {self.kind!r}`.")
         if self.channels < 1:
             raise ValueError(f"Parameter `channels` should be positive. Found `channels = {self.channels}`.")
 
@@ -95,11 +91,7 @@ class Task:
     @property
     def ignore_index(self) -> int | None:
         """The integer that marks a missing target, or None for kinds that mark it another way."""
-        return (
-            int(self.missing)
-            if self.kind in {"classification", "segmentation", "edges", "saliency"}
-            else None
-        )
+        return int(self.missing) if self.kind in {"classification", "segmentation", "edges", "saliency"} else None
 
     @property
     def dense(self) -> bool:
@@ -162,9 +154,7 @@ def collate(items: Sequence[Batch], tasks: Sequence[Task] | None = None) -> Batc
     for name, example in examples.items():
         column = [item["targets"].get(name) for item in items]
         if any(target is None for target in column) and name not in missing:
-            raise ValueError(
-                f"Some samples lack task `{name}`. Pass `tasks` so that its missing value is known."
-            )
+            raise ValueError(f"Some samples lack task `{name}`. Pass `tasks` so that its missing value is known.")
         targets[name] = torch.stack(
             [torch.full_like(example, missing[name]) if target is None else target for target in column]
         )
@@ -196,9 +186,7 @@ class MultiTaskDataset(Dataset[Batch], ABC):
         if not -len(self) <= index < len(self):
             raise IndexError(f"Sample {index} of a data set with {len(self)} samples.")
         batch = self.batch(torch.tensor([index % len(self)]))
-        return Batch(
-            input=batch["input"][0], targets={name: target[0] for name, target in batch["targets"].items()}
-        )
+        return Batch(input=batch["input"][0], targets={name: target[0] for name, target in batch["targets"].items()})
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
         batch = self.batch(torch.as_tensor(indices, dtype=torch.int64))
@@ -243,8 +231,7 @@ class TensorData(MultiTaskDataset):
         return Batch(
             input=as_input(self.inputs.index_select(0, indices)),
             targets={
-                task.name: as_target(task, self.targets[task.name].index_select(0, indices))
-                for task in self.tasks
+                task.name: as_target(task, self.targets[task.name].index_select(0, indices)) for task in self.tasks
             },
         )
 
@@ -327,9 +314,7 @@ class DataBundle:
     def split(self, name: Split) -> MultiTaskDataset:
         """The split called ``name``."""
         if name not in SPLITS:
-            raise ValueError(
-                f"Parameter `name` should be one of {', '.join(SPLITS)}. Found `name = {name!r}`."
-            )
+            raise ValueError(f"Parameter `name` should be one of {', '.join(SPLITS)}. Found `name = {name!r}`.")
         dataset: MultiTaskDataset = getattr(self, name)
         return dataset
 

@@ -18,9 +18,7 @@ def resize_image(images: Tensor, size: tuple[int, int]) -> Tensor:
         return images
 
     def resize(chunk: Tensor) -> Tensor:
-        resized = functional.interpolate(
-            chunk.float(), size, mode="bilinear", antialias=True, align_corners=False
-        )
+        resized = functional.interpolate(chunk.float(), size, mode="bilinear", antialias=True, align_corners=False)
         return resized.round_().clamp_(0, 255).to(images.dtype)
 
     return _chunked(resize, images)

@@ -158,9 +158,7 @@ class Loader:
         workers: Number of threads; 0 fetches in the calling thread.
     """
 
-    def __init__(
-        self, fetch: "Callable[[Tensor, Tensor], Batch]", plan: BatchPlan, *, workers: int = 0
-    ) -> None:
+    def __init__(self, fetch: "Callable[[Tensor, Tensor], Batch]", plan: BatchPlan, *, workers: int = 0) -> None:
         if workers < 0:
             raise ValueError(f"Parameter `workers` should be non-negative. Found `workers = {workers}`.")
         self.fetch = fetch

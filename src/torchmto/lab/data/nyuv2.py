@@ -93,9 +93,7 @@ def load(
             raise unknown_layout(path, "nyuv2")
     found = train.tasks[0].channels
     if classes not in {None, found}:
-        raise ValueError(
-            f"Parameter `classes` should be {found} for this layout. Found `classes = {classes}`."
-        )
+        raise ValueError(f"Parameter `classes` should be {found} for this layout. Found `classes = {classes}`.")
     kept, held_out = validation_split(len(train), validation, seed, _BLOCK)
     return image_bundle(
         "nyuv2",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torchmto.lab.data.base import DataBundle
 
-_MODULES = ("digits", "nyuv2")
+_MODULES = ("digits", "rooms", "nyuv2", "cifar100")
 _registry: dict[str, "DatasetInfo"] = {}
 
 
