@@ -1,0 +1,182 @@
+"""HRNet: branches at four resolutions that keep exchanging what they see."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from torchmto.lab.models.base import Trunk
+from torchmto.lab.models.blocks import ConvNorm, init_convs
+
+__all__ = ["HRNetTrunk"]
+
+
+class _Residual(nn.Module, ABC):
+    """Convolutions with norm and ReLUs between, plus a shortcut."""
+
+    expansion: int
+    downsample: nn.Module | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return functional.relu(self.convolutions(x) + shortcut)
+
+    @abstractmethod
+    def convolutions(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+
+
+class BasicBlock(_Residual):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = None if inputs == width else ConvNorm(inputs, width, 1, relu=False)
+
+    def convolutions(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
+
+
+class Bottleneck(_Residual):
+    """A 3x3 convolution between two 1x1, the last four times as wide."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = None if inputs == outputs else ConvNorm(inputs, outputs, 1, relu=False)
+
+    def convolutions(self, x: Tensor) -> Tensor:
+        """What is added to the shortcut."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
+
+
+class _Exchange(nn.Module):
+    """Every branch becomes the sum of all branches at its resolution."""
+
+    def __init__(self, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks))) for width in widths]
+        )
+        self.fuse_layers = nn.ModuleList(
+            [
+                nn.ModuleList([_path(widths, source, target) for source in range(len(widths))])
+                for target in range(len(widths))
+            ]
+        )
+
+    def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
+        xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
+        fused = []
+        for target, paths in enumerate(self.fuse_layers):
+            assert isinstance(paths, nn.ModuleList)
+            size = xs[target].shape[-2:]
+            total: Any = 0
+            for path, x in zip(paths, xs, strict=True):
+                y = path(x)
+                total = total + (y if y.shape[-2:] == size else functional.interpolate(y, size))
+            fused.append(functional.relu(total))
+        return fused
+
+
+def _path(widths: Sequence[int], source: int, target: int) -> nn.Module:
+    """From one branch to another, up to the nearest-neighbour upsampling that a finer target still needs."""
+    if source == target:
+        return nn.Identity()
+    if source > target:
+        return ConvNorm(widths[source], widths[target], 1, relu=False)
+    steps = target - source
+    return nn.Sequential(
+        *(ConvNorm(widths[source], widths[source], stride=2) for _ in range(steps - 1)),
+        ConvNorm(widths[source], widths[target], stride=2, relu=False),
+    )
+
+
+class HRNetTrunk(Trunk):
+    """HRNet with feature maps at 1/4, 1/8, 1/16 and 1/32 of the input.
+
+    Modules are named as in the authors' release, so their weights load once saved as safetensors.
+
+    Args:
+        inputs: Channels of the image.
+        width: Channels of the finest branch; the others have 2, 4 and 8 times as many.
+        modules: Exchange units in stages 2, 3 and 4.
+        blocks: Residual blocks per branch and unit, and in stage 1.
+        stem: Channels of the first two convolutions, and of stage 1's bottlenecks.
+
+    Source: Wang et al., Deep High-Resolution Representation Learning for Visual Recognition, PAMI 2020.
+    """
+
+    def __init__(
+        self,
+        inputs: int = 3,
+        *,
+        width: int = 18,
+        modules: Sequence[int] = (1, 4, 3),
+        blocks: int = 4,
+        stem: int = 64,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, stem, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.conv2 = nn.Conv2d(stem, stem, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(stem)
+        wide = stem * Bottleneck.expansion
+        self.layer1 = nn.Sequential(*(Bottleneck(stem if i == 0 else wide, stem) for i in range(blocks)))
+        widths = [width * 2**i for i in range(4)]
+        self.transition1 = nn.ModuleList(
+            [ConvNorm(wide, widths[0]), nn.Sequential(ConvNorm(wide, widths[1], stride=2))]
+        )
+        self.stage2 = _stage(widths[:2], modules[0], blocks)
+        self.transition2 = _one_more(widths[:3])
+        self.stage3 = _stage(widths[:3], modules[1], blocks)
+        self.transition3 = _one_more(widths)
+        self.stage4 = _stage(widths, modules[2], blocks)
+        self.channels = tuple(widths)
+        init_convs(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[B, inputs, H, W]`` to four feature maps, fine to coarse."""
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn2(self.conv2(x)))
+        x = self.layer1(x)
+        xs = self.stage2([transition(x) for transition in self.transition1])
+        xs = self.stage3([*xs, self.transition2[-1](xs[-1])])
+        xs = self.stage4([*xs, self.transition3[-1](xs[-1])])
+        return tuple(xs)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The residual blocks."""
+        for module in self.modules():
+            if isinstance(module, _Residual):
+                yield module
+
+
+def _stage(widths: Sequence[int], modules: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(_Exchange(widths, blocks) for _ in range(modules)))
+
+
+def _one_more(widths: Sequence[int]) -> nn.ModuleList:
+    """The branches go on as they are, and a coarser one starts from the last of them."""
+    new = nn.Sequential(ConvNorm(widths[-2], widths[-1], stride=2))
+    return nn.ModuleList([*(nn.Identity() for _ in widths[:-1]), new])

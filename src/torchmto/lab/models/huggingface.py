@@ -1,0 +1,217 @@
+"""Backbones of Hugging Face transformers: built from a configuration or from local files, never downloaded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchmto.lab.models.base import Trunk
+from torchmto.lab.models.weights import load_weights
+
+__all__ = ["BACKBONES", "VITS", "HuggingFaceTrunk", "ViTTrunk", "local_backbone", "named_backbone", "vit"]
+
+# name -> (model type, configuration)
+BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet18": ("resnet", {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}),
+    "resnet34": ("resnet", {"layer_type": "basic", "depths": [3, 4, 6, 3], "hidden_sizes": [64, 128, 256, 512]}),
+    "resnet50": (
+        "resnet",
+        {"layer_type": "bottleneck", "depths": [3, 4, 6, 3], "hidden_sizes": [256, 512, 1024, 2048]},
+    ),
+    "swin_tiny": ("swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}),
+    "convnext_tiny": ("convnext", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}),
+}
+VITS: dict[str, dict[str, int]] = {
+    f"vit_{size}": {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+    }
+    for size, width, layers in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
+}
+STAGES = 4
+
+
+def _transformers() -> Any:
+    try:
+        import transformers  # noqa: PLC0415  takes seconds to import
+    except ImportError as error:
+        raise ImportError("This model needs transformers: pip install 'torchmto[lab]'") from error
+    return transformers
+
+
+class HuggingFaceTrunk(Trunk):
+    """The feature maps of an ``AutoBackbone``.
+
+    Args:
+        backbone: What ``AutoBackbone`` gives.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = tuple(backbone.channels)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[B, channels, H, W]`` to feature maps, fine to coarse."""
+        return tuple(self.backbone(x).feature_maps)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The innermost repeated blocks."""
+        yield from _repeated(self.backbone)
+
+
+class ViTTrunk(Trunk):
+    """A vision transformer's patches as four maps of one size, from four evenly spaced layers.
+
+    The last has passed the final LayerNorm, the others come as they leave their layer.
+
+    Args:
+        vit: A ``ViTModel``.
+    """
+
+    def __init__(self, vit: nn.Module) -> None:
+        super().__init__()
+        self.vit = vit
+        config: Any = vit.config
+        layers = config.num_hidden_layers
+        if layers % STAGES:
+            raise ValueError(f"A ViT should have a multiple of {STAGES} layers. Found `num_hidden_layers = {layers}`.")
+        self.channels = (config.hidden_size,) * STAGES
+        self.every = layers // STAGES
+        self.patch = config.patch_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """``[B, channels, H, W]`` to four maps ``[B, hidden_size, H / patch, W / patch]``."""
+        output = self.vit(pixel_values=x, output_hidden_states=True)
+        after_layers = output.hidden_states[-self.every * STAGES :]
+        inner = after_layers[self.every - 1 :: self.every][:-1]
+        height, width = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+
+        def as_map(tokens: Tensor) -> Tensor:
+            patches = tokens[:, 1:]  # the first token is the class token
+            return patches.transpose(1, 2).reshape(len(x), -1, height, width)
+
+        return tuple(as_map(tokens) for tokens in (*inner, output.last_hidden_state))
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """The transformer layers."""
+        yield from _repeated(self.vit)
+
+
+def named_backbone(
+    name: str,
+    input_shape: Sequence[int],
+    *,
+    weights: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> HuggingFaceTrunk:
+    """A backbone of `BACKBONES` with four feature maps at 1/4, 1/8, 1/16 and 1/32 of the input.
+
+    Args:
+        name: A key of `BACKBONES`.
+        input_shape: ``(channels, H, W)``.
+        weights: A ``.safetensors`` file for this configuration, or a folder as Hugging Face lays it out, which then
+            also gives the configuration; random weights if None.
+        config: Entries that replace those of the configuration.
+
+    Returns:
+        The trunk.
+    """
+    transformers = _transformers()
+    if weights is not None and Path(weights).is_dir():
+        return local_backbone(weights)
+    kind, entries = BACKBONES[name]
+    entries = {"num_channels": input_shape[0], **entries, **(config or {})}
+    if kind == "swin":
+        entries.setdefault("image_size", tuple(input_shape[1:]))
+    if kind == "resnet":
+        entries.setdefault("embedding_size", 64)
+    settings = transformers.AutoConfig.for_model(kind, **entries, out_features=_stage_names())
+    backbone = transformers.AutoBackbone.from_config(settings)
+    if weights is not None:
+        load_weights(backbone, weights, prefixes=(f"{kind}.",))
+    return HuggingFaceTrunk(backbone)
+
+
+def local_backbone(folder: str | Path) -> HuggingFaceTrunk:
+    """A backbone from a local folder with ``config.json`` and ``model.safetensors``; runs no code from there.
+
+    Raises:
+        FileNotFoundError: If one of the files is missing.
+    """
+    transformers = _transformers()
+    for file in ("config.json", "model.safetensors"):
+        if not (Path(folder) / file).is_file():
+            raise FileNotFoundError(
+                f"{Path(folder) / file} is missing. Save it with `model.save_pretrained({str(folder)!r})`."
+            )
+    config = transformers.AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, out_features=_stage_names()
+    )
+    # `AutoBackbone.from_pretrained` looks the folder's name up on the hub; the class it would choose doesn't.
+    chosen = type(transformers.AutoBackbone.from_config(config))
+    return HuggingFaceTrunk(
+        chosen.from_pretrained(str(folder), config=config, local_files_only=True, use_safetensors=True)
+    )
+
+
+def vit(
+    name: str,
+    input_shape: Sequence[int],
+    *,
+    patch: int = 16,
+    weights: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> ViTTrunk:
+    """A vision transformer of `VITS`.
+
+    Args:
+        name: A key of `VITS`.
+        input_shape: ``(channels, H, W)``, both sides multiples of ``patch``.
+        patch: Side of a patch in pixels.
+        weights: A folder as Hugging Face lays it out, or a ``.safetensors`` file; random weights if None. Position
+            embeddings made for another image size aren't interpolated.
+        config: Entries that replace those of the configuration.
+
+    Returns:
+        The trunk.
+    """
+    transformers = _transformers()
+    channels, height, width = input_shape
+    if height % patch or width % patch:
+        raise ValueError(
+            f"A ViT's input should have sides that are multiples of `patch = {patch}`. Found {height} x {width}."
+        )
+    entries = {
+        "num_channels": channels,
+        "image_size": (height, width),
+        "patch_size": patch,
+        **VITS[name],
+        **(config or {}),
+    }
+    if weights is not None and Path(weights).is_dir():
+        model = transformers.ViTModel.from_pretrained(
+            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True
+        )
+        return ViTTrunk(model)
+    model = transformers.ViTModel(transformers.ViTConfig(**entries), add_pooling_layer=False)
+    if weights is not None:
+        load_weights(model, weights, prefixes=("vit.",))
+    return ViTTrunk(model)
+
+
+def _stage_names() -> list[str]:
+    return [f"stage{i}" for i in range(1, STAGES + 1)]
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """Elements of module lists that hold no module list themselves and aren't single layers."""
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList):
+            for block in child:
+                inside = list(block.modules())[1:]
+                if inside and not any(isinstance(inner, nn.ModuleList) for inner in inside):
+                    yield block

@@ -1,0 +1,292 @@
+"""Every ready-made model keeps the same promises, here at toy sizes."""
+
+import subprocess
+import sys
+from copy import deepcopy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from torchmto.lab.data.base import Task
+from torchmto.lab.models import MultiTaskModel, build_model, checkpoint_blocks, load_weights, models, with_decoders
+from torchmto.structure import active_task, has_split_norms, split_norms
+
+VECTOR = (Task("digit", "classification", 4), Task("size", "regression", 2), Task("round", "binary", 1))
+DENSE = (Task("seg", "segmentation", 5), Task("depth", "depth", 1), Task("normal", "normals", 3))
+MIXED = (Task("seg", "segmentation", 5), Task("digit", "classification", 4))
+IMAGE = (3, 32, 32)
+TINY_HRNET = {"width": 2, "modules": (1, 1, 1), "blocks": 1, "stem": 4, "decoder_width": 8}
+TINY_RESNET = {"config": {"hidden_sizes": [4, 4, 8, 8], "depths": [1] * 4, "embedding_size": 4}, "decoder_width": 8}
+TINY_SWIN = {
+    "config": {"embed_dim": 4, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 2, "drop_path_rate": 0.0},
+    "decoder_width": 8,
+}
+TINY_CONVNEXT = {"config": {"hidden_sizes": [4, 4, 8, 8], "depths": [1] * 4}, "decoder_width": 8}
+TINY_VIT = {
+    "patch": 8,
+    "config": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2},
+    "decoder_width": 8,
+}
+CASES = {
+    "mlp": ("mlp", VECTOR, (6,), {"widths": (8, 7)}),
+    "mlp batch": ("mlp", VECTOR, (6,), {"widths": (8, 7), "norm": "batch"}),
+    "convnet": ("convnet", VECTOR, (1, 8, 8), {"widths": (4, 6)}),
+    "convnet mixed": ("convnet", MIXED, (3, 9, 12), {"widths": (4, 6)}),
+    "segnet": ("segnet", DENSE, (3, 33, 40), {"width": 2}),
+    "segnet mixed": ("segnet", MIXED, IMAGE, {"width": 2}),
+    "hrnet mti": ("hrnet18", DENSE, IMAGE, TINY_HRNET),
+    "hrnet mlp": ("hrnet18", MIXED, (3, 35, 41), {**TINY_HRNET, "decoder": "mlp"}),
+    "resnet deeplab": ("resnet18", DENSE, IMAGE, {**TINY_RESNET, "decoder": "deeplab"}),
+    "resnet": ("resnet18", MIXED, IMAGE, TINY_RESNET),
+    "resnet bottleneck": ("resnet50", VECTOR, IMAGE, {"config": TINY_RESNET["config"]}),
+    "swin": ("swin_tiny", MIXED, IMAGE, TINY_SWIN),
+    "convnext": ("convnext_tiny", MIXED, IMAGE, TINY_CONVNEXT),
+    "vit": ("vit_tiny", MIXED, (3, 32, 24), TINY_VIT),
+    "vit fpn": ("vit_tiny", DENSE, (3, 16, 24), {**TINY_VIT, "decoder": "fpn"}),
+    "cross stitch": ("cross_stitch", MIXED, (1, 8, 8), {"widths": (4, 6)}),
+    "cross stitch vector": ("cross_stitch", VECTOR, (6,), {"widths": (4, 6)}),
+}
+FAMILIES = pytest.mark.parametrize("case", CASES)
+
+
+def build(case, **extra):
+    name, tasks, shape, options = CASES[case]
+    torch.manual_seed(0)
+    return build_model(name, tasks, shape, **options, **extra), tasks, torch.randn(3, *shape)
+
+
+def jitter(model, seed=1):
+    """Make the tasks' norms differ, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.rand(parameter.shape, generator=generator))
+    return model
+
+
+def total(outputs):
+    return sum(output.square().mean() for output in outputs.values())
+
+
+def close(a, b):
+    return all(torch.allclose(a[key], b[key], rtol=1e-3, atol=1e-4) for key in a) and list(a) == list(b)
+
+
+@FAMILIES
+def test_outputs(case):
+    model, tasks, x = build(case)
+    runs = []
+    model.trunk.register_forward_hook(lambda *_: runs.append(1))
+    outputs = model.eval()(x)
+    assert list(outputs) == [task.name for task in tasks]
+    assert len(runs) == 1
+    for task in tasks:
+        size = x.shape[-2:] if task.dense else ()
+        assert outputs[task.name].shape == (3, task.channels, *size)
+    names = [task.name for task in tasks][::-1][:2]
+    assert close(model(x, names), {name: outputs[name] for name in names})
+    assert model(x, ()) == {}
+    with pytest.raises(ValueError, match="Found 'unknown'"):
+        model(x, ("unknown",))
+
+
+@FAMILIES
+def test_every_parameter_learns(case):
+    model, _, x = build(case)
+    total(model(x)).backward()
+    idle = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    # MTI-Net's first predictions have losses of their own; transformers' SwinBackbone leaves its last norm out.
+    assert {name for name in idle if ".predict." not in name and ".swin.layernorm." not in name} == set()
+
+
+@FAMILIES
+@pytest.mark.parametrize("training", [True, False])
+def test_task_norms(case, training):
+    model, tasks, x = build(case, task_norms=True)
+    assert has_split_norms(model.trunk)
+    assert not has_split_norms(model.heads)
+    jitter(model).train(training)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    alone = deepcopy(model)
+    together = model(x)
+    separate = {task.name: alone(x, (task.name,))[task.name] for task in tasks}
+    assert close(together, separate)
+    assert close(model.trunk.state_dict(), alone.trunk.state_dict())
+    with active_task(tasks[0].name):
+        assert close(alone.eval()(x, (tasks[0].name,)), {tasks[0].name: model.eval()(x)[tasks[0].name]})
+    copies = [key for key in model.state_dict() if f".{tasks[0].name}." in key and key.startswith("trunk")]
+    assert copies
+
+
+@FAMILIES
+def test_norms_can_be_split_everywhere(case):
+    model, tasks, x = build(case)
+    split_norms(model, [task.name for task in tasks])
+    outputs = jitter(model).eval()(x)
+    assert close(outputs, {task.name: model(x, (task.name,))[task.name] for task in tasks})
+
+
+@pytest.mark.parametrize(
+    "case", ["mlp", "convnet mixed", "segnet", "hrnet mlp", "resnet", "swin", "convnext", "vit", "cross stitch"]
+)
+@pytest.mark.parametrize("task_norms", [True, False])
+def test_gradient_checkpointing_changes_nothing(case, task_norms):
+    plain, tasks, x = build(case, task_norms=task_norms)
+    model, *_ = build(case, task_norms=task_norms, gradient_checkpointing=True)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    model = deepcopy(model)  # as an exponential moving average does; must not run the original's layers
+    for m in (plain, jitter(model), jitter(plain)):
+        m.train()
+    model.load_state_dict(plain.state_dict())
+    for names in ([tasks[0].name], None):
+        results = []
+        for m in (plain, model):
+            m.zero_grad()
+            torch.manual_seed(0)  # dropout
+            loss = total(m(x, names))
+            if task_norms:
+                with active_task(tasks[-1].name):  # whatever is active in the backward pass must not matter
+                    loss.backward()
+            else:
+                loss.backward()
+            results.append({name: p.grad.clone() for name, p in m.named_parameters() if p.grad is not None})
+        assert close(*results)
+        assert close(plain.state_dict(), model.state_dict())
+
+
+def test_checkpointing_saves_activations():
+    model, _, x = build("hrnet mlp")
+
+    def stored(model):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            total(model(x))
+        return sum(sizes)
+
+    before = stored(model)
+    checkpoint_blocks(model.trunk.blocks())
+    assert stored(model) < 0.7 * before
+
+
+@pytest.mark.parametrize("case", ["hrnet mlp", "resnet", "swin", "convnext", "vit"])
+def test_safetensors_round_trip(case, tmp_path):
+    model, tasks, x = build(case)
+    jitter(model)
+    inner = getattr(model.trunk, "backbone", getattr(model.trunk, "vit", model.trunk))
+    prefix = {"resnet": "resnet.", "swin": "swin.", "convnext": "convnext.", "vit": "vit."}.get(case, "")
+    state = {prefix + key: value for key, value in inner.state_dict().items()}
+    save_file({**state, "classifier.weight": torch.zeros(2)}, tmp_path / "trunk.safetensors")
+    name, tasks, shape, options = CASES[case]
+    other = build_model(name, tasks, shape, **options, weights=tmp_path / "trunk.safetensors")
+    other.heads.load_state_dict(model.heads.state_dict())
+    assert close(model.eval()(x), other.eval()(x))
+
+
+@pytest.mark.parametrize("case", ["resnet", "vit"])
+def test_local_folder(case, tmp_path):
+    model, tasks, x = build(case)
+    jitter(model)
+    inner = getattr(model.trunk, "backbone", getattr(model.trunk, "vit", None))
+    inner.save_pretrained(tmp_path)
+    name, tasks, shape, _ = CASES[case]
+    extra = {"patch": 8} if case == "vit" else {}
+    other = build_model(name, tasks, shape, weights=tmp_path, decoder_width=8, **extra)
+    other.heads.load_state_dict(model.heads.state_dict())
+    assert close(model.eval()(x), other.eval()(x))
+    if case == "resnet":
+        generic = build_model("backbone", tasks, shape, weights=tmp_path, decoder_width=8)
+        generic.heads.load_state_dict(model.heads.state_dict())
+        assert close(model(x), generic.eval()(x))
+        (tmp_path / "model.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+            build_model("backbone", tasks, shape, weights=tmp_path)
+
+
+def test_bad_weights_change_nothing(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    before = deepcopy(layer.state_dict())
+    save_file({"weight": torch.zeros(3, 2)}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"1 keys are missing \(bias\)"):
+        load_weights(layer, tmp_path / "part.safetensors")
+    save_file({"weight": torch.zeros(3, 2), "bias": torch.zeros(4)}, tmp_path / "shape.safetensors")
+    with pytest.raises(ValueError, match=r"bias \(4,\) instead of \(3,\)"):
+        load_weights(layer, tmp_path / "shape.safetensors")
+    torch.save({"weight": torch.zeros(3, 2)}, tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="Only safetensors"):
+        load_weights(layer, tmp_path / "pickle.pt")
+    with pytest.raises(FileNotFoundError, match="no weights"):
+        load_weights(layer, tmp_path / "absent")
+    assert close(before, layer.state_dict())
+    save_file({"x.weight": torch.ones(3, 2), "x.bias": torch.ones(3), "y": torch.ones(1)}, tmp_path / "ok.safetensors")
+    assert load_weights(layer, tmp_path / "ok.safetensors", prefixes=("x.",)) == ["y"]
+    assert layer.bias.sum() == 3
+
+
+def test_hrnet_has_the_released_names_and_size():
+    model = build_model("hrnet18", DENSE, IMAGE)
+    keys = set(model.trunk.state_dict())
+    assert {
+        "conv2.weight",
+        "layer1.0.downsample.1.running_var",
+        "layer1.3.conv3.weight",
+        "transition1.1.0.0.weight",
+        "stage2.0.fuse_layers.0.1.1.bias",
+        "transition3.3.0.0.weight",
+        "stage3.3.branches.2.3.bn2.weight",
+        "stage4.2.fuse_layers.3.0.1.0.weight",
+    } <= keys
+    assert sum(p.numel() for p in model.trunk.parameters()) == 9_562_260
+
+
+def test_importable_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = sys.modules['safetensors'] = None\n"
+        "from torchmto.lab.data.base import Task\n"
+        "from torchmto.lab.models import build_model\n"
+        "tasks = [Task('seg', 'segmentation', 2)]\n"
+        "build_model('segnet', tasks, (3, 32, 32), width=1)\n"
+        "try: build_model('resnet18', tasks, (3, 32, 32))\n"
+        "except ImportError as error: assert \"pip install 'torchmto[lab]'\" in str(error), error\n"
+        "else: raise SystemExit('no error')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("resnet", DENSE, IMAGE), {}, ValueError, "one of mlp, convnet"),
+        (("mlp", DENSE, (4,)), {}, ValueError, "no output maps"),
+        (("mlp", VECTOR, (4,)), {"width": 3}, TypeError, "options widths, norm, dropout. Found width"),
+        (("mlp", VECTOR, (4,)), {"norm": "group"}, ValueError, "'layer', 'batch' or None"),
+        (("mlp", VECTOR, (4,)), {"widths": ()}, ValueError, "at least one width"),
+        (("mlp", VECTOR * 2, (4,)), {}, ValueError, "twice"),
+        (("mlp", (), (4,)), {}, ValueError, "at least one"),
+        (("mlp", [Task("a.b", "regression", 1)], (4,)), {}, ValueError, "'a.b'"),
+        (("mlp", [Task("items", "regression", 1)], (4,)), {}, ValueError, "'items'"),
+        (("segnet", DENSE, (3, 16, 64)), {}, ValueError, "at least 32"),
+        (("vit_tiny", DENSE, (3, 30, 32)), {}, ValueError, "multiples of `patch = 16`"),
+        (("hrnet18", DENSE, IMAGE), {**TINY_HRNET, "decoder": "unet"}, ValueError, "mlp, fpn, deeplab, mti"),
+        (("hrnet18", MIXED, IMAGE), {**TINY_HRNET, "decoder": "mti"}, ValueError, "aren't dense"),
+    ],
+)
+def test_errors(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        build_model(*arguments, **options)
+
+
+def test_any_modules_make_a_model():
+    trunk, heads = torch.nn.Linear(2, 3), {task.name: torch.nn.Linear(3, task.channels) for task in VECTOR}
+    model = MultiTaskModel(trunk, heads, VECTOR)
+    assert model(torch.zeros(1, 2))["size"].shape == (1, 2)
+    with pytest.raises(ValueError, match="one head for each"):
+        MultiTaskModel(trunk, heads, VECTOR[:2])
+
+
+def test_every_model_is_tested():
+    same_code = {"resnet34", "vit_small", "vit_base", "vit_large", "backbone"}
+    assert {case[0] for case in CASES.values()} | same_code == set(models())
+    assert callable(with_decoders)
