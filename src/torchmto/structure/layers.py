@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from torchmto.structure.norms import SplitNorm
-from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, weighted_channels
+from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import (
     MEASURES,
     Measure,
@@ -122,7 +122,8 @@ class StructuredLayer:
         if self.transposed:
             by_group = torch.unflatten(coefficients, 1, (self.groups, 1, -1))
             per_weight = by_group.expand(-1, -1, self.num_inputs // self.groups, -1).flatten(1, 2)
-            combined = torch.einsum("tio,tio...->io...", per_weight.to(weight.dtype), weight.detach())
+            kernel = [1] * (weight.dim() - 3)
+            combined = sum_of_products(weight, per_weight.reshape(*per_weight.shape, *kernel))
         else:
             combined = weighted_channels(weight, coefficients)
         return [combined, *(weighted_channels(grads, coefficients) for grads in bias)]

@@ -29,11 +29,12 @@ def channel_dots(task_grads: Tensor, top: Tensor) -> Tensor:
             "Parameter `top` should hold one task per channel of `task_grads`. Found shapes "
             f"{tuple(top.shape)} and {tuple(task_grads.shape)}."
         )
-    grads = at_least_float32(task_grads.detach())
-    grads = grads.flatten(2) if grads.dim() > 2 else grads.unsqueeze(2)
+    grads = task_grads.detach()
     channels = torch.arange(top.shape[0], device=top.device)
-    leading = grads[top.clamp(min=0), channels]
-    return torch.einsum("tcn,cn->tc", grads, leading) * (top >= 0)
+    leading = at_least_float32(grads[top.clamp(min=0), channels])
+    # One task after the other: the only temporary is of one task's size.
+    dots = torch.stack([(row * leading).reshape(top.shape[0], -1).sum(1) for row in grads])
+    return dots * (top >= 0)
 
 
 def group_coefficients(dots: Tensor, top: Tensor, *, degenerate: Degenerate = "sum") -> Tensor:
@@ -122,4 +123,14 @@ def project_by_priority(task_grads: Tensor, top: Tensor, *, degenerate: Degenera
 
 def weighted_channels(task_grads: Tensor, coefficients: Tensor) -> Tensor:
     """``sum_t coefficients[t, c] * task_grads[t, c, ...]`` in one pass: ``[C_out, ...]``."""
-    return torch.einsum("tc,tc...->c...", coefficients.to(task_grads.dtype), task_grads.detach())
+    num_tasks, num_channels, *rest = task_grads.shape
+    return sum_of_products(task_grads, coefficients.reshape(num_tasks, num_channels, *[1] * len(rest)))
+
+
+def sum_of_products(task_grads: Tensor, coefficients: Tensor) -> Tensor:
+    """``sum_t coefficients[t] * task_grads[t]`` for broadcastable rows, without a temporary of T rows."""
+    rows, factors = task_grads.detach(), coefficients.to(task_grads.dtype)
+    total = rows[0] * factors[0]
+    for row, factor in zip(rows[1:], factors[1:], strict=True):
+        total.addcmul_(row, factor)
+    return total

@@ -47,7 +47,7 @@ def connection_strength(weight: Tensor, gamma: Tensor, running_var: Tensor | Non
     if eps < 0:
         raise ValueError(f"Parameter `eps` should be a non-negative float. Found `eps = {eps}`.")
     weight, gamma = weight.detach(), gamma.detach()
-    strength = at_least_float32(weight).flatten(1).square().sum(1) if weight.dim() > 1 else weight.square()
+    strength = _squared_norm(at_least_float32(weight).reshape(weight.shape[0], -1))
     strength = strength * at_least_float32(gamma).square()
     return strength if running_var is None else strength / (at_least_float32(running_var.detach()) + eps)
 
@@ -78,18 +78,15 @@ def scaled_strength(
         ``[T, C_out]`` in float64 (float32 on devices without it), so that tasks with equal scales have
         exactly or nearly (to 1e-15) equal strengths; T is 1 if no scale is given.
     """
-    by_channel = channels_first(weight.detach(), groups=groups, transposed=transposed)
-    squares = (
-        at_least_float32(by_channel).square().flatten(2).sum(2)
-        if by_channel.dim() > 2
-        else (at_least_float32(by_channel).square())
-    )
+    by_channel = at_least_float32(channels_first(weight.detach(), groups=groups, transposed=transposed))
     wide = wide_dtype(weight.device)
     if in_scale is None:
-        strength = squares.sum(1).to(wide).unsqueeze(0)
+        strength = _squared_norm(by_channel.flatten(1)).to(wide).unsqueeze(0)
     else:
+        kernels = by_channel.flatten(2) if by_channel.dim() > 2 else by_channel.unsqueeze(2)
+        squares = _squared_norm(kernels).to(wide)
         inputs = torch.unflatten(in_scale.detach().to(wide).square(), 1, (groups, -1))
-        weights = torch.unflatten(squares.to(wide), 0, (groups, -1))
+        weights = torch.unflatten(squares, 0, (groups, -1))
         strength = torch.einsum("tgi,goi->tgo", inputs, weights).flatten(1)
     return strength if out_scale is None else strength * out_scale.detach().to(wide).square()
 
@@ -107,12 +104,12 @@ def gradient_strength(task_grads: Tensor, weight: Tensor | None = None) -> Tenso
 
     Source: not in the paper, whose strength is parameter magnitude; offered for comparison.
     """
-    grads = at_least_float32(task_grads.detach()).flatten(2) if task_grads.dim() > 2 else task_grads.detach()[..., None]
+    grads = at_least_float32(task_grads.detach()).reshape(*task_grads.shape[:2], -1)
     if weight is None:
-        strength = torch.einsum("tcn,tcn->tc", grads, grads)
+        strength = _squared_norm(grads)
     else:
         magnitudes = at_least_float32(weight.detach()).reshape(weight.shape[0], -1).abs()
-        strength = torch.einsum("tcn,cn->tc", grads.abs(), magnitudes)
+        strength = torch.stack([(row.abs() * magnitudes).sum(1) for row in grads])
     return strength.to(wide_dtype(strength.device))
 
 
@@ -187,6 +184,12 @@ def channels_first(tensor: Tensor, *, groups: int = 1, transposed: bool = False,
         return tensor
     by_group = torch.unflatten(tensor, batch_dims, (groups, -1)).transpose(batch_dims + 1, batch_dims + 2)
     return by_group.flatten(batch_dims, batch_dims + 1)
+
+
+def _squared_norm(tensor: Tensor) -> Tensor:
+    """Over the last dimension, without a temporary of the tensor's size."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=-1)
+    return norm.square()
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
