@@ -120,14 +120,10 @@ class MultiTask:
                 raise ValueError(found("weights", "a loss weighting", weights))
             return made
         if not isinstance(weights, Mapping):
-            raise TypeError(
-                found("weights", "a mapping of task names to floats, or a loss weighting", weights)
-            )
+            raise TypeError(found("weights", "a mapping of task names to floats, or a loss weighting", weights))
         for name, value in weights.items():
             if name not in self.tasks:
-                raise ValueError(
-                    f"Unknown task `{name}` in `weights`. The tasks are {', '.join(self.tasks)}."
-                )
+                raise ValueError(f"Unknown task `{name}` in `weights`. The tasks are {', '.join(self.tasks)}.")
             check_number(f"weights[{name!r}]", value, minimum=0)
         return {name: float(weights.get(name, 1.0)) for name in self.tasks}
 
@@ -181,11 +177,12 @@ class MultiTask:
             raise ValueError(f"Unknown task `{unknown[0]}`. The tasks are {', '.join(self.tasks)}.")
         asked = tuple(name for name in self.tasks if name in asked)
         sources = [self._micro_batches("losses", losses)]
+        if not isinstance(independent, list | tuple):
+            raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
         network = self.network
         network.refresh()
         weigh, weigh_fixed = self._weigh()
-        repeats = self.method.needs_losses_after or self.method.needs_closure
         problem = Problem(
             network,
             self.tasks,
@@ -194,15 +191,17 @@ class MultiTask:
             on_nonfinite=self.on_nonfinite,
             weigh=weigh,
             weigh_fixed=weigh_fixed,
-            noise=Noise(network.room, same=self.same_noise, keep=repeats),
+            noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
         )
         with network.no_sync(), self._undoing(problem):
             try:
                 info = self.method.step(problem)
                 if not problem.any_losses:
                     problem.raise_empty()
-                if isinstance(self.weights, LossWeighting) and problem.first_losses is not None:
-                    self.weights.after_step(problem.first_losses, problem)
+                if problem.skipped and problem.num_optimizer_steps == 0:
+                    self._undo(keep_buffers=problem.overflowed)
+                elif isinstance(self.weights, LossWeighting):
+                    self.weights.after_step(problem.unweighted(), problem)
             except SkippedError as skipped:
                 if problem.num_optimizer_steps == 0:
                     self._undo(keep_buffers=skipped.overflow)
@@ -210,15 +209,20 @@ class MultiTask:
                 return problem.info()
         return info
 
+    def _repeats(self) -> bool:
+        """Whether a step runs the model more than once."""
+        return any(part.repeats for part in self._methods())
+
     def _micro_batches(self, name: str, value: Any) -> list[Source]:
         entries = list(value) if isinstance(value, list | tuple) else [value]
         if not entries:
             raise ValueError(f"Parameter `{name}` should hold at least one closure. Found an empty list.")
         for entry in entries:
             if isinstance(entry, Mapping):
-                if self.method.needs_closure or self.method.needs_losses_after:
+                repeats = next((part for part in self._methods() if part.repeats), None)
+                if repeats is not None:
                     raise ValueError(
-                        f"Method `{self.method.name}` runs the model more than once per step, so it needs a closure: pass "
+                        f"Method `{repeats.name}` runs the model more than once per step, so it needs a closure: pass "
                         "`mt.step(closure)` with `closure(tasks) -> losses` instead of ready losses."
                     )
             elif not callable(entry):
@@ -231,7 +235,7 @@ class MultiTask:
     @contextlib.contextmanager
     def _undoing(self, problem: Problem) -> Iterator[None]:
         """After an error before the first optimizer step, put everything back."""
-        self.network.buffers.take()
+        self.network.mark()
         self._kept = [(part, part.snapshot()) for part in self._methods()]
         try:
             yield
@@ -243,9 +247,7 @@ class MultiTask:
             self._kept = []
 
     def _undo(self, *, keep_buffers: bool) -> None:
-        self.network.zero_grad()
-        if not keep_buffers:
-            self.network.buffers.restore()
+        self.network.undo(keep_buffers=keep_buffers)
         for part, kept in self._kept:
             part.restore(kept)
 
@@ -257,19 +259,35 @@ class MultiTask:
         Raises:
             ValueError: If a task is unknown or a value isn't finite.
         """
+        if not isinstance(performance, Mapping):
+            raise TypeError(found("performance", "a mapping of task names to floats", performance))
+        values: dict[str, float] = {}
         for name, value in performance.items():
             if name not in self.tasks:
-                raise ValueError(
-                    f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks)}."
-                )
-            check_number(f"performance[{name!r}]", float(value))
-        for part in self._methods():
-            part.report({name: float(value) for name, value in performance.items()})
+                raise ValueError(f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks)}.")
+            # Metrics often are tensors or numpy scalars.
+            number = value.item() if hasattr(value, "item") else value
+            values[name] = check_number(f"performance[{name!r}]", number)
+        with self._restoring():
+            for part in self._methods():
+                part.report(values)
 
     def end_window(self) -> None:
         """Tell the method that an averaging window (usually an epoch) has ended. Used by dwa and wpcgrad."""
-        for part in self._methods():
-            part.end_window()
+        with self._restoring():
+            for part in self._methods():
+                part.end_window()
+
+    @contextlib.contextmanager
+    def _restoring(self) -> Iterator[None]:
+        """After an error, put the methods' states back."""
+        kept = [(part, part.snapshot()) for part in self._methods()]
+        try:
+            yield
+        except BaseException:
+            for part, before in kept:
+                part.restore(before)
+            raise
 
     # ------------------------------------------------------------------ state
 
@@ -302,9 +320,7 @@ class MultiTask:
         }
         for key, value in expected.items():
             if state.get(key) != value:
-                raise ValueError(
-                    f"The saved state has {key} = {state.get(key)!r}, but this MultiTask has {value!r}."
-                )
+                raise ValueError(f"The saved state has {key} = {state.get(key)!r}, but this MultiTask has {value!r}.")
         kept = [(part, part.state_dict()) for part in self._methods()]
         try:
             self.method.load_state_dict(state["method_state"])

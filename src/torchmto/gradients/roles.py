@@ -61,6 +61,27 @@ class Roles:
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
         self.seen: set[int] = set()
+        self._journal: list[tuple[str, int]] = []
+        self._mark: tuple[int, frozenset[int]] = (len(self.layout), frozenset())
+
+    def mark(self) -> None:
+        """Remember the present state for :meth:`undo`."""
+        self._journal = []
+        self._mark = (len(self.layout), frozenset(self.seen))
+
+    def undo(self) -> bool:
+        """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
+        for name, task in self._journal:
+            self._reached[name].discard(task)
+            if not self._reached[name]:
+                del self._reached[name]
+        size, seen = self._mark
+        shrunk = len(self.layout) > size
+        self._shared.difference_update(self.layout[size:])
+        del self.layout[size:]
+        self.seen = set(seen)
+        self._journal = []
+        return shrunk
 
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
@@ -80,6 +101,7 @@ class Roles:
             if task in tasks:
                 continue
             tasks.add(task)
+            self._journal.append((name, task))
             if not self.given and len(tasks) >= needed and name not in self._shared:
                 self._shared.add(name)
                 self.layout.append(name)
@@ -100,9 +122,7 @@ class Roles:
 
     def matrix(self, names: Iterable[str]) -> Tensor:
         """What has been reached as a uint8 tensor [len(names) + 1, K]; the last row says which tasks were seen."""
-        rows = [
-            [int(task in self._reached.get(name, ())) for task in range(self.num_tasks)] for name in names
-        ]
+        rows = [[int(task in self._reached.get(name, ())) for task in range(self.num_tasks)] for name in names]
         rows.append([int(task in self.seen) for task in range(self.num_tasks)])
         return torch.tensor(rows, dtype=torch.uint8)
 
@@ -131,3 +151,4 @@ class Roles:
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
         self.seen = set(state["seen"])
+        self.mark()

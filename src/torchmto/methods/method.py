@@ -133,17 +133,26 @@ class Method(ABC):
             if isinstance(value, Method):
                 value.seed(seed)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a step of this method, or of one inside it, runs the model more than once."""
+        inner = (getattr(self, state) for state in self._states)
+        return (
+            self.needs_closure
+            or self.needs_losses_after
+            or any(isinstance(value, Method) and value.repeats for value in inner)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
         state: dict[str, Any] = {"generator": self.generator.get_state()}
         for name in self._states:
             value = getattr(self, name)
-            if hasattr(value, "state_dict"):
-                value = value.state_dict()
-            elif isinstance(value, Tensor):
+            if isinstance(value, Tensor):
                 value = value.detach().clone()
             else:
-                value = copy.deepcopy(value)
+                # An optimizer's state_dict holds its live tensors.
+                value = copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
             state[name] = value
         return state
 
@@ -266,6 +275,12 @@ class LossWeighting(Method):
             indices: Which tasks they are, ascending; default the first k.
         """
 
+    def present(self, losses: Tensor, indices: Sequence[int] | None = None) -> list[int]:
+        """The tasks these losses belong to, for an :meth:`objective` that has state per task; sets it up if need be."""
+        chosen = list(range(len(losses)) if indices is None else indices)
+        self.ensure_setup(max(chosen) + 1)
+        return chosen
+
     def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the losses in the update, [k]: the gradient of the objective."""
         with torch.enable_grad():
@@ -279,16 +294,18 @@ class LossWeighting(Method):
 
     def step(self, problem: Problem) -> StepInfo:
         """Forward, one backward of the weighted losses, optimizer step, then the method's own update."""
-        weights: dict[str, Tensor] = {}
+        used: dict[int, Tensor] = {}
 
         def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
-            weights["last"] = self.loss_weights(values, indices)
-            return weights["last"]
+            weights = self.loss_weights(values, indices)
+            used.update(zip(indices, weights.unbind(), strict=True))
+            return weights
 
         losses = problem.backward(weigh, fixed=self.fixed)
         problem.apply()
         self.after_step(losses, problem)
-        return problem.info(weights=weights["last"], indices=losses.indices, records=self.records())
+        weights = torch.stack([used[index] for index in losses.indices])
+        return problem.info(weights=weights, indices=losses.indices, records=self.records())
 
     def records(self) -> Mapping[str, Any]:
         """What to put into ``StepInfo.records``."""
@@ -314,6 +331,8 @@ class GramianWeighting(Method):
         self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
         self.num_fallbacks = 0
         self._warned = False
+        self._age: int
+        self._kept_weights: dict[int, float]
         if refresh_every > 1:
             self.add_state("_age", 0)
             self.add_state("_kept_weights", {})
@@ -330,6 +349,10 @@ class GramianWeighting(Method):
         Returns:
             Weights [k], of the Gramian's dtype and device.
         """
+
+    def gramian_of(self, gradients: TaskGradients) -> Tensor:
+        """The Gramian that :meth:`weights` gets, float64 on the CPU; that of all shared parameters unless overridden."""
+        return gradients.gramian
 
     @staticmethod
     def as_array(tensor: Tensor) -> Array:

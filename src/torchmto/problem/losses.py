@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,8 +84,11 @@ def _check_loss(task: str, loss: object, *, needs_graph: bool) -> Tensor:
 
 def parse(
     result: object, tasks: Sequence[str], asked: Sequence[str], *, needs_graph: bool, active: str | None
-) -> Chunk:
+) -> tuple[Chunk, str | None]:
     """Check what a closure returned for the tasks ``asked`` and sort it by task.
+
+    Returns:
+        The losses asked for, and a task whose loss nobody asked for, or None.
 
     Raises:
         TypeError: If it isn't a mapping of scalar floating-point tensors.
@@ -99,13 +101,7 @@ def parse(
     unknown = [name for name in result if name not in tasks]
     if unknown:
         raise ValueError(f"Unknown task `{unknown[0]}` among the losses. The tasks are {', '.join(tasks)}.")
-    unasked = [name for name in result if name not in asked]
-    if unasked:
-        warnings.warn(
-            f"The closure returned a loss for task `{unasked[0]}`, which wasn't asked for; it is ignored. A closure gets "
-            "the tuple of wanted task names and may compute only those.",
-            stacklevel=2,
-        )
+    unasked = next((name for name in result if name not in asked), None)
     losses: dict[int, Tensor] = {}
     counts: dict[int, float] = {}
     for index, name in enumerate(tasks):
@@ -124,7 +120,7 @@ def parse(
                 continue
         losses[index] = _check_loss(name, value, needs_graph=needs_graph)
         counts[index] = float(count)
-    return Chunk(losses, counts, active)
+    return Chunk(losses, counts, active), unasked
 
 
 def stack(losses: Sequence[Tensor]) -> Tensor:

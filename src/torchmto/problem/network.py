@@ -128,6 +128,8 @@ class Network:
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
+        self.walked: set[int] = set()
+        self.warned_unasked = False
         self._agreed: list[tuple[str, frozenset[int]]] = []
 
     def _given_names(self, shared: Iterable[Tensor] | None) -> list[str] | None:
@@ -196,6 +198,21 @@ class Network:
             raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train.")
         self.roles = roles
         self.rows = []
+        self.walked = set()
+
+    def mark(self) -> None:
+        """Remember buffers and roles for :meth:`undo`."""
+        self.buffers.take()
+        self.roles.mark()
+
+    def undo(self, *, keep_buffers: bool) -> None:
+        """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients."""
+        self.zero_grad()
+        if not keep_buffers:
+            self.buffers.restore()
+        if self.roles.undo():
+            self.rows = []
+        self.walked &= self.roles.seen
 
     def owned(self, rows: Rows, tasks: set[int]) -> list[int]:
         """Positions of the shared parameters that some of the ``tasks`` have reached, by the roles all ranks agree on."""

@@ -38,15 +38,22 @@ class Noise:
         self._same = same
         self._keep = keep or same
         self._states: dict[tuple[int, int], State] = {}
+        self._states_of: dict[tuple[tuple[int, int], tuple[str, ...]], State] = {}
         self._replaying = False
 
-    def before(self, key: tuple[int, int]) -> None:
-        """Called before the forward of micro-batch ``key``: (source, number)."""
-        if key in self._states:
-            if self._same or self._replaying:
-                _set(self._states[key])
-        elif self._keep:
-            self._states[key] = _get()
+    def before(self, key: tuple[int, int], names: tuple[str, ...]) -> None:
+        """Called before the forward of micro-batch ``key``, (source, number), for the tasks ``names``.
+
+        A repeat gets the state of the first forward for the same tasks, or else of the micro-batch's first forward.
+        """
+        known = self._states.get(key)
+        if known is not None and self._same:
+            _set(known)
+        elif known is not None and self._replaying:
+            _set(self._states_of.get((key, names), known))
+        elif self._keep and not self._replaying and (key, names) not in self._states_of:
+            self._states_of[key, names] = _get()
+            self._states.setdefault(key, self._states_of[key, names])
 
     @contextlib.contextmanager
     def extra(self, *, replay: bool = True) -> Iterator[None]:

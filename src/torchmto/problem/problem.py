@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -192,6 +193,7 @@ class Problem:
         self.num_optimizer_steps = 0
         self.skipped = False
         self.reason = ""
+        self.overflowed = False
         self._sources = sources
         self._on_nonfinite = on_nonfinite
         self._weigh = weigh
@@ -226,13 +228,14 @@ class Problem:
                 )
             self._consumed.add(id(closure))
             self.num_forward += 1
-            return parse(
+            chunk, _ = parse(
                 {name: loss for name, loss in closure.items() if name in names or name not in self.tasks},
                 self.tasks,
                 names,
                 needs_graph=grad,
                 active=None,
             )
+            return chunk
         active = names[0] if len(names) == 1 else None
         with contextlib.ExitStack() as contexts:
             if active is not None:
@@ -240,7 +243,15 @@ class Problem:
             contexts.enter_context(torch.set_grad_enabled(grad))
             result = closure(names)
         self.num_forward += 1
-        return parse(result, self.tasks, names, needs_graph=grad, active=active)
+        chunk, unasked = parse(result, self.tasks, names, needs_graph=grad, active=active)
+        if unasked is not None and not self.network.warned_unasked:
+            self.network.warned_unasked = True
+            warnings.warn(
+                f"The closure returned a loss for task `{unasked}`, which wasn't asked for; it is ignored. A closure gets the "
+                "tuple of wanted task names and may compute only those. This warning isn't repeated.",
+                stacklevel=2,
+            )
+        return chunk
 
     def _groups(self, closure: Source, names: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Task-specific norms need one forward per task."""
@@ -251,7 +262,7 @@ class Problem:
     def _forward(self, names: tuple[str, ...], source: int, *, grad: bool = True) -> Iterator[Chunk]:
         for number, closure in enumerate(self._sources[source]):
             for group in self._groups(closure, names):
-                self._noise.before((source, number))
+                self._noise.before((source, number), group)
                 chunk = self._call(closure, group, grad=grad)
                 if grad:
                     self._observe(chunk, closure, group)
@@ -260,14 +271,15 @@ class Problem:
     def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
         """Find the roles of the parameters that tasks seen for the first time reach."""
         roles = self.network.roles
-        new = [index for index in chunk.losses if index not in roles.seen]
+        new = [index for index in chunk.losses if index not in self.network.walked]
         if not new:
             return
         found = {index: reached_parameters(chunk.losses[index]) for index in new}
         if any(compiled for _, compiled in found.values()):
             self.network.compiled = True
-            if not roles.given:
+            if not (roles.given and isinstance(closure, Mapping)):
                 found = self._probe_eagerly(closure, names, new)
+        self.network.walked.update(new)
         by_id = {id(p): self.network.name(p) for p in self.network.parameters}
         for index, (leaves, _) in found.items():
             roles.observe(index, [name for key, name in by_id.items() if key in leaves])
@@ -284,7 +296,7 @@ class Problem:
                 "that they can be found by one eager forward."
             )
         with self._noise.extra(), torch.compiler.set_stance("force_eager"):
-            self._noise.before((0, 0))
+            self._noise.before((0, 0), names)
             chunk = self._call(closure, names, grad=True)
         return {index: reached_parameters(chunk.losses[index]) for index in new}
 
@@ -352,6 +364,14 @@ class Problem:
         """Whether any loss has been seen in this step."""
         return self.first_losses is not None and bool(self.first_losses.indices)
 
+    def unweighted(self) -> Losses:
+        """End the user's loss weighting for this step, and return the losses it weighted: the first of every task."""
+        self._weigh = None
+        indices = tuple(sorted(self._recorded))
+        like = torch.zeros(0, device=self._device) if self.first_losses is None else self.first_losses.raw
+        values = like.new_tensor([self._recorded[index] for index in indices])
+        return Losses(indices, values, values, dict.fromkeys(indices, 1.0))
+
     def _require(self, losses: Losses) -> None:
         if not losses.indices:
             self.raise_empty()
@@ -390,6 +410,7 @@ class Problem:
         scaler.step(self.network.optimizer)
         scaler.update()
         self.network.zero_grad()
+        self.overflowed = True
         raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)
 
     # ------------------------------------------------------------------ per-task gradients
@@ -459,6 +480,11 @@ class Problem:
         seed = torch.ones_like(loss) * factor
         return seed if scale is None else seed * scale.to(seed)
 
+    def _reaches(self, task: int, parameter: Tensor) -> bool:
+        """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
+        network = self.network
+        return not network.compiled or task in network.roles.tasks_of(network.name(parameter))
+
     def _place(
         self,
         rows: Rows,
@@ -471,11 +497,11 @@ class Problem:
         shared: list[tuple[Tensor, Tensor]] = []
         others: list[tuple[Tensor, Tensor]] = []
         for parameter, gradient in zip(network.parameters, gradients, strict=True):
-            if gradient is None:
+            if gradient is None or not self._reaches(task, parameter):
                 continue
             if id(parameter) in rows.position:
                 shared.append((parameter, gradient))
-            elif not network.compiled or task in network.roles.tasks_of(network.name(parameter)):
+            else:
                 others.append((parameter, gradient))
         grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
         if grown:
@@ -664,7 +690,7 @@ class Problem:
             torch.autograd.backward(
                 [chunk.losses[index] for index in parts],
                 [(weights[index] * part).to(chunk.losses[index]) for index, part in parts.items()],
-                inputs=self.network.parameters,
+                inputs=[p for p in self.network.parameters if any(self._reaches(index, p) for index in parts)],
             )
         self.num_backward += 1
 
@@ -675,7 +701,11 @@ class Problem:
         network = self.network
         share = 1.0 / (len(self._sources[source]) * network.ranks.size)
         first: list[tuple[dict[int, float], str | None]] = []
-        all_weights: dict[int, Tensor] = {}
+        # Fixed weights don't depend on the losses, so those of all tasks are known before the first forward.
+        indices = tuple(sorted(wanted))
+        ones = torch.ones(len(indices), dtype=torch.float64, device=self._device)
+        shape = Losses(indices, ones, ones, {}, None if self._weigh is None else self._weigh(ones, indices))
+        all_weights, all_factors = self._weights_by_task(weigh, shape, wanted)
         sums = _Sums({}, {})
         even = True
         per_source = len(self._groups(self._sources[source][0], asked))
@@ -686,11 +716,8 @@ class Problem:
                 even = even and (chunk.counts, chunk.active) == first[number % per_source]
                 if not even and network.ranks.size == 1:
                     break
-                own = _Sums({}, {})
-                own.add(chunk)
-                weights, factors = self._weights_by_task(weigh, self._average(own), wanted)
-                all_weights.update(weights)
-                self._backward_chunk(chunk, weights, {i: factor * share for i, factor in factors.items()}, unit)
+                shares = {i: all_factors[i] * share for i in chunk.losses if i in wanted}
+                self._backward_chunk(chunk, all_weights, shares, unit)
                 sums.add(chunk)
             counts = [entry.get(index, 0.0) for entry, _ in first for index in range(len(self.tasks))]
             even = network.ranks.equal(counts if even else None, self._device)
@@ -733,6 +760,7 @@ class Problem:
         if scaler is not None:
             assert norm is not None
             scale = network.scale(norm.device)
+            assert scale is not None
             if self._scaled:
                 norm = norm / scale
             else:

@@ -1,0 +1,387 @@
+"""Every misuse: its message, and that nothing has changed."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torchmto
+from toy import Toy, batch, closure, make, same, state
+from torch import nn
+
+TASKS = ("a", "b", "c")
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
+
+
+def started(method="pcgrad", *, scaler=None, **options):
+    """A MultiTask with batch norm that has taken two steps, and its model."""
+    torch.manual_seed(0)
+    model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+    mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method, scaler=scaler, **options)
+    for seed in range(2):
+        mt.step(closure(model, batch(TASKS, seed=seed)))
+    return model, mt
+
+
+def good(model):
+    return closure(model, batch(TASKS))(TASKS)
+
+
+def with_loss(change):
+    """Closure factory: the loss of task b is changed."""
+
+    def factory(model):
+        def losses(tasks):
+            result = closure(model, batch(TASKS))(tasks)
+            if "b" in result:
+                result["b"] = change(result["b"])
+            return result
+
+        return losses
+
+    return factory
+
+
+def returns(change):
+    """Closure factory: the result is changed as a whole, after a forward."""
+    return lambda model: lambda tasks: change(closure(model, batch(TASKS))(tasks))
+
+
+STEPS = {
+    "unknown task": (returns(lambda r: {**r, "x": r["a"]} if "a" in r else r), ValueError, "Unknown task `x`"),
+    "not scalar": (with_loss(lambda loss: loss.expand(3)), ValueError, r"task `b` should be a scalar.*\[3\]"),
+    "without graph": (with_loss(lambda loss: loss.detach()), ValueError, "task `b` has no autograd graph"),
+    "not a tensor": (with_loss(lambda loss: 1.0), TypeError, "task `b` should be a scalar tensor. Found float"),
+    "integer": (with_loss(lambda loss: torch.tensor(3)), TypeError, "task `b`.*floating-point.*int64"),
+    "empty batch": (returns(lambda r: {}), ValueError, "Empty batch"),
+    "all counts zero": (returns(lambda r: {k: (v, 0) for k, v in r.items()}), ValueError, "Empty batch"),
+    "not a mapping": (returns(lambda r: list(r.values())), TypeError, "should return a mapping.*list"),
+    "negative count": (with_loss(lambda loss: (loss, -1)), ValueError, "count of task `b`.*-1"),
+    "infinite count": (with_loss(lambda loss: (loss, float("inf"))), ValueError, "count of task `b`"),
+    "three values": (with_loss(lambda loss: (loss, 1, 2)), ValueError, "3 values"),
+    "NaN loss": (with_loss(lambda loss: loss * float("nan")), torchmto.NonFiniteError, "loss of task `b` is nan"),
+    "infinite loss": (with_loss(lambda loss: loss * float("inf")), torchmto.NonFiniteError, "loss of task `b` is inf"),
+    "NaN gradient": (
+        with_loss(lambda loss: loss + (loss - loss.detach()).sqrt() * 0),
+        torchmto.NonFiniteError,
+        "gradient",
+    ),
+    "norm of one sample": (
+        lambda model: closure(model, batch(TASKS, size=1)),
+        ValueError,
+        "more than 1 value per channel",
+    ),
+    "error in the closure": (returns(lambda r: 1 / 0), ZeroDivisionError, ""),
+    "no closure at all": (lambda model: torch.zeros(()), TypeError, "takes a closure"),
+    "no micro-batch": (lambda model: [], ValueError, "at least one closure"),
+    "nested list": (lambda model: [[closure(model, batch(TASKS))]], TypeError, "takes a closure"),
+}
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+@pytest.mark.parametrize("case", list(STEPS))
+def test_a_bad_step_raises_and_changes_nothing(case, method):
+    factory, error, message = STEPS[case]
+    model, mt = started(method)
+    if method == "sequential":
+        mt.method.order = None
+        # Earlier sub-steps of a procedure stand, so the bad task comes first.
+        bad = lambda model: lambda tasks: factory(model)(("b",) if tasks == ("a",) else tasks)  # noqa: E731
+        if case in ("unknown task", "no closure at all", "no micro-batch", "nested list"):
+            bad = factory
+        elif case in (
+            "not scalar",
+            "without graph",
+            "not a tensor",
+            "integer",
+            "negative count",
+            "infinite count",
+            "three values",
+            "NaN loss",
+            "infinite loss",
+            "NaN gradient",
+        ):
+            torch.manual_seed(0)
+            model = Toy(("b", "a", "c"), norm=nn.BatchNorm1d(5))
+            mt = torchmto.MultiTask(model, sgd(model), tasks=("b", "a", "c"), method=method)
+            mt.step(closure(model, batch(TASKS)))
+            bad = factory
+    else:
+        bad = factory
+    before = state(mt)
+    with pytest.raises(error, match=message):
+        mt.step(bad(model))
+    assert same(state(mt), before)
+    assert all(p.grad is None for p in model.parameters()) or case in (
+        "no closure at all",
+        "no micro-batch",
+        "nested list",
+    )
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+@pytest.mark.parametrize("case", ["NaN loss", "infinite loss", "NaN gradient"])
+def test_nonfinite_steps_are_skipped_on_request(case, method):
+    """Training goes on as if the bad batch had never been there."""
+    factory, _, message = STEPS[case]
+    runs = []
+    for bad in (True, False):
+        model, mt = started(method, on_nonfinite="skip")
+        before = state(mt)
+        if bad:
+            if method == "sequential":
+                info = mt.step(lambda tasks: {t: factory(model)(("b",))["b"] for t in tasks})
+            else:
+                info = mt.step(factory(model))
+            assert info.skipped
+            assert info.num_optimizer_steps == 0
+            assert "isn't finite" in info.reason or "loss of task" in info.reason
+            assert same(state(mt), before)
+        mt.step(closure(model, batch(TASKS, seed=9)))
+        runs.append(state(mt))
+    assert same(*runs)
+
+
+def test_a_procedure_skips_only_the_bad_sub_step():
+    model, mt = started("sequential", on_nonfinite="skip")
+    info = mt.step(STEPS["NaN loss"][0](model))
+    assert (info.num_forward, info.num_optimizer_steps, info.skipped) == (3, 2, True)
+    assert set(info.losses) == {"a", "c"}
+
+
+def test_an_error_after_the_first_sub_step_leaves_that_step():
+    model, mt = started("sequential")
+    before = state(mt)
+    with pytest.raises(torchmto.NonFiniteError):
+        mt.step(STEPS["NaN loss"][0](model))
+    assert not same(state(mt)["model"], before["model"])
+
+
+def test_no_shared_parameters():
+    model = nn.ModuleDict({task: nn.Linear(4, 1) for task in TASKS}).double()
+    for method in ("gd", "pcgrad", "sequential"):
+        mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method)
+        before = state(mt)
+        x, targets = batch(TASKS)
+        with pytest.raises(ValueError, match="share no parameters.*`shared=`"):
+            mt.step(lambda tasks: {t: (model[t](x) - targets[t]).square().mean() for t in tasks})  # noqa: B023
+        if method != "sequential":
+            assert same(state(mt), before)
+
+
+def test_after_an_error_the_next_step_is_what_it_would_have_been():
+    for method in ("gd", "pcgrad", "wpcgrad"):
+        runs = []
+        for bad in (False, True):
+            model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+            mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method)
+            if bad:
+                for case in ("NaN loss", "without graph", "NaN gradient", "unknown task"):
+                    with pytest.raises((ValueError, TypeError)):
+                        mt.step(STEPS[case][0](model))
+            for seed in range(3):
+                mt.step(closure(model, batch(TASKS, seed=seed)))
+            runs.append(state(mt))
+        assert same(*runs)
+
+
+def test_ready_losses_given_to_a_procedure():
+    model, mt = started("sequential")
+    before = state(mt)
+    with pytest.raises(ValueError, match=r"needs a closure: pass `mt.step\(closure\)`"):
+        mt.step({t: l.detach().requires_grad_() for t, l in good(Toy(TASKS)).items()})
+    assert same(state(mt), before)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"),
+    [
+        ([], ValueError, "at least one task"),
+        (["a", "a"], ValueError, "Task `a` is there twice"),
+        (["a", ""], ValueError, "non-empty"),
+        (["a", 3], TypeError, "sequence of strings"),
+        ("abc", TypeError, "sequence of task names"),
+    ],
+)
+def test_tasks_are_checked(tasks, error, message):
+    model = Toy(TASKS)
+    with pytest.raises(error, match=message):
+        torchmto.MultiTask(model, sgd(model), tasks=tasks, method="gd")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "message"),
+    [
+        (["x"], ValueError, "Unknown task `x`. The tasks are a, b, c."),
+        (["a", "a"], ValueError, "twice"),
+        ([], ValueError, "at least one task"),
+        ("a", TypeError, "sequence of task names"),
+    ],
+)
+def test_the_steps_tasks_are_checked(tasks, error, message):
+    model, mt = started()
+    before = state(mt)
+    with pytest.raises(error, match=message):
+        mt.step(closure(model, batch(TASKS)), tasks=tasks)
+    assert same(state(mt), before)
+
+
+CONSTRUCTION = {
+    "unknown method": ({"method": "pcgard"}, ValueError, "Unknown method `pcgard`. The methods are .*pcgrad"),
+    "method of a wrong type": ({"method": 3}, TypeError, "Parameter `method`"),
+    "clip": ({"clip": -1.0}, ValueError, "Parameter `clip` should be a positive float. Found `clip = -1.0`."),
+    "clip of a wrong type": ({"clip": "1"}, TypeError, "Parameter `clip`"),
+    "on_nonfinite": ({"on_nonfinite": "ignore"}, ValueError, "one of 'raise', 'skip'"),
+    "weights of an unknown task": ({"weights": {"x": 1.0}}, ValueError, "Unknown task `x` in `weights`"),
+    "negative weight": ({"weights": {"a": -1.0}}, ValueError, "non-negative"),
+    "weights of a wrong type": ({"weights": 3.0}, TypeError, "Parameter `weights`"),
+    "weights by a Gramian method": (
+        {"weights": "pcgrad"},
+        ValueError,
+        "Parameter `weights` should be a loss weighting",
+    ),
+    "weights by an unknown method": ({"weights": "nope"}, ValueError, "Unknown method `nope`"),
+    "shared: a tensor": ({"shared": torch.zeros(2)}, TypeError, "Parameter `shared`.*iterable"),
+    "shared: foreign": ({"shared": [nn.Parameter(torch.zeros(2))]}, ValueError, "that the optimizer trains"),
+    "shared: not tensors": ({"shared": ["trunk.0.weight"]}, TypeError, "Parameter `shared`"),
+    "shared: none": ({"shared": []}, ValueError, "at least one parameter"),
+    "process group": ({"process_group": object()}, ValueError, "isn't initialised"),
+    "unknown option": ({"wieghts": {}}, TypeError, "wieghts"),
+}
+
+
+@pytest.mark.parametrize("case", list(CONSTRUCTION))
+def test_construction_is_checked(case):
+    options, error, message = CONSTRUCTION[case]
+    model = Toy(TASKS)
+    with pytest.raises(error, match=message):
+        torchmto.MultiTask(model, sgd(model), **{"tasks": TASKS, "method": "gd", **options})
+
+
+def test_model_and_optimizer_are_checked():
+    model = Toy(TASKS)
+    with pytest.raises(TypeError, match="Parameter `model`"):
+        torchmto.MultiTask(lambda x: x, sgd(model), tasks=TASKS, method="gd")
+    with pytest.raises(TypeError, match="Parameter `optimizer`"):
+        torchmto.MultiTask(model, model.parameters(), tasks=TASKS, method="gd")
+
+
+GIVEN = {"static": {"weights": [1.0, 1.0, 1.0]}, "constant": {"weights": [1.0, 1.0, 1.0]}}
+"""What the methods that can't be constructed without arguments need."""
+
+
+def test_unknown_hyper_parameters():
+    for name in torchmto.methods():
+        with pytest.raises(TypeError, match=f"Method `{name}`.*unknown_option"):
+            torchmto.make_method(name, **GIVEN.get(name, {}), unknown_option=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"heads": "own"}, ValueError, "Parameter `heads` should be one of 'unit', 'weighted'"),
+        ({"refresh_every": 0}, ValueError, "Parameter `refresh_every` should be an int >= 1"),
+        ({"refresh_every": 2.0}, TypeError, "Parameter `refresh_every`"),
+    ],
+)
+def test_options_of_gramian_methods(options, error, message):
+    with pytest.raises(error, match=message):
+        torchmto.make_method("pcgrad", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"priority": {"a": 0.5, "b": 0.4}}, ValueError, "sum to 1.*The sum is 0.9"),
+        ({"priority": [0.5, 0.6]}, ValueError, "sum to 1"),
+        ({"priority": {"a": 1.5, "b": -0.5}}, ValueError, "non-negative"),
+        ({"priority": {"a": float("nan"), "b": 1.0}}, ValueError, "non-negative"),
+        ({"priority": {"a": "1"}}, TypeError, "non-negative"),
+        ({"priority": "los"}, ValueError, "Parameter `priority`"),
+        ({"priority": "pcgrad"}, ValueError, "Parameter `priority`"),
+        ({"priority": 3}, TypeError, "Parameter `priority`"),
+        ({"priority": "performance"}, ValueError, "Parameter `baseline`"),
+        ({"priority": "performance", "baseline": {"a": 0.0}}, ValueError, "different from 0"),
+        ({"mode": "both"}, ValueError, "Parameter `mode`"),
+        ({"gamma": "x"}, TypeError, "Parameter `gamma`"),
+        ({"window": 0}, ValueError, "Parameter `window`"),
+    ],
+)
+def test_options_of_wpcgrad(options, error, message):
+    with pytest.raises(error, match=message):
+        torchmto.make_method("wpcgrad", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"priority": {"a": 0.5, "x": 0.5}}, "Unknown task `x` in `priority`"),
+        ({"priority": [0.5, 0.5]}, "sequence of 3 probabilities"),
+        ({"priority": "performance", "baseline": {"a": 1.0}}, "exactly the tasks"),
+    ],
+)
+def test_priorities_must_fit_the_tasks(options, message):
+    method = torchmto.make_method("wpcgrad", **options)
+    with pytest.raises(ValueError, match=message):
+        make(method)
+
+
+def test_a_priority_function_must_return_probabilities():
+    for result in ([1.0], [1.0, -1.0, 1.0], [float("nan")] * 3):
+        model, _, mt = make(torchmto.make_method("wpcgrad", priority=lambda losses: result))  # noqa: B023
+        before = state(mt)
+        with pytest.raises(ValueError, match="finite, non-negative"):
+            mt.step(closure(model, batch(TASKS)))
+        assert same(state(mt), before)
+
+
+def test_reports_are_checked():
+    model, _, mt = make(torchmto.make_method("wpcgrad", priority="performance", baseline=dict.fromkeys(TASKS, 0.5)))
+    mt.report({"a": 0.4})
+    before = state(mt)
+    for performance, error, message in (
+        ({"b": 0.1, "x": 0.5}, ValueError, "Unknown task `x`"),
+        ({"b": 0.1, "c": float("nan")}, ValueError, r"performance\['c'\]"),
+        ({"b": 0.1, "c": None}, TypeError, r"performance\['c'\]"),
+        ({"b": 0.1, "c": "0.5"}, TypeError, r"performance\['c'\]"),
+        ([0.1], TypeError, "Parameter `performance`"),
+    ):
+        with pytest.raises(error, match=message):
+            mt.report(performance)
+        assert same(state(mt), before)
+    mt.report({"b": torch.tensor(0.1)})
+    mt.end_window()
+
+
+def test_independent_batches_are_checked():
+    model, mt = started("gd")
+    one = closure(model, batch(TASKS))
+    for independent, error, message in (
+        ((3,), TypeError, "takes a closure"),
+        (([],), ValueError, "Parameter `independent`"),
+        (one, TypeError, "Parameter `independent`"),
+    ):
+        before = state(mt)
+        with pytest.raises(error, match=message):
+            mt.step(one, independent=independent)
+        assert same(state(mt), before)
+
+
+def test_an_unasked_loss_is_ignored_and_warned_of_once():
+    model, _, mt = make("gd")
+    other = copy.deepcopy(model)
+    everything = closure(model, batch(TASKS))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            mt.step(lambda tasks: everything(TASKS), tasks=["a"])
+    assert len([w for w in caught if "wasn't asked for" in str(w.message)]) == 1
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        closure(other, batch(TASKS))(("a",))["a"].backward()
+        optimizer.step()
+    assert same(dict(model.state_dict()), dict(other.state_dict()))

@@ -1,0 +1,122 @@
+"""Tiny models, batches and closures for the tests of the step and of the methods, and what a step must leave untouched."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchmto
+
+
+class Toy(nn.Module):
+    """A trunk (linear, optional norm and dropout) and one linear head per task."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+        width: int = 5,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.trunk = nn.Sequential(nn.Linear(4, width), nn.Identity() if norm is None else norm, nn.Tanh())
+            self.dropout = nn.Dropout(dropout)
+            self.heads = nn.ModuleDict({task: nn.Linear(width, 1) for task in tasks})
+        self.to(dtype)
+
+    def forward(self, x: Tensor, tasks: Iterable[str] | None = None) -> dict[str, Tensor]:
+        features = self.dropout(self.trunk(x))
+        return {task: self.heads[task](features) for task in (self.heads if tasks is None else tasks)}
+
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+def batch(tasks: Sequence[str], *, size: int = 8, seed: int = 1, dtype: torch.dtype = torch.float64) -> Batch:
+    """Random inputs and one random target per task. Losses differ between the tasks, and are never 0."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    targets = {
+        task: (i + 1) * torch.randn(size, 1, generator=generator, dtype=torch.float64) for i, task in enumerate(tasks)
+    }
+    return x.to(dtype), {task: y.to(dtype) for task, y in targets.items()}
+
+
+def closure(
+    model: nn.Module, data: Batch, *, only: Sequence[str] | None = None, count: bool = False
+) -> Callable[[tuple[str, ...]], dict[str, Any]]:
+    """The squared errors of the tasks asked for (those of ``only`` that are), with their counts if wanted."""
+    x, targets = data
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Any]:
+        present = [task for task in tasks if only is None or task in only]
+        outputs = model(x, present)
+        values = {task: (outputs[task] - targets[task]).square().mean() for task in present}
+        return {task: (value, len(x)) for task, value in values.items()} if count else values
+
+    return losses
+
+
+def flat(model: nn.Module) -> Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten().double() for p in model.parameters()]).clone()
+
+
+def flat_grad(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """All gradients in one vector, zero where there is none."""
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double() for p in parameters]
+    ).clone()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal, bit for bit."""
+    if isinstance(a, Tensor):
+        return (
+            isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and a.shape == b.shape
+            and bool(torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan()))
+        )
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    both_nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+    return bool(a == b) or both_nan
+
+
+def state(mt: torchmto.MultiTask) -> dict[str, Any]:
+    """A deep copy of everything that an error must leave as it was."""
+    network = mt.network
+    scaler = network.scaler
+    return copy.deepcopy(
+        {
+            "model": dict(network.model.state_dict()),
+            "optimizer": network.optimizer.state_dict(),
+            "mt": mt.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+    )
+
+
+def make(
+    method: str | torchmto.Method = "gd",
+    tasks: Sequence[str] = ("a", "b", "c"),
+    *,
+    model: nn.Module | None = None,
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
+    **options: Any,
+) -> tuple[Toy, torch.optim.Optimizer, torchmto.MultiTask]:
+    """A model, its optimizer and the MultiTask that drives them."""
+    model = Toy(tasks) if model is None else model
+    made = torch.optim.SGD(model.parameters(), lr=0.05) if optimizer is None else optimizer(model.parameters())
+    return model, made, torchmto.MultiTask(model, made, tasks=tasks, method=method, **options)
