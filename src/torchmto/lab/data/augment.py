@@ -102,9 +102,9 @@ def shift(images: Tensor, offset: Tensor) -> Tensor:
     padded = functional.pad(images, (reach, reach, reach, reach))
     rows = torch.arange(height) + (reach - offset[:, 1:])
     columns = torch.arange(width) + (reach - offset[:, :1])
-    sample = torch.arange(len(images))[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2).contiguous()
+    pixels = rows[:, :, None] * padded.shape[-1] + columns[:, None, :]
+    index = pixels.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return padded.flatten(2).gather(2, index).view_as(images)
 
 
 def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:

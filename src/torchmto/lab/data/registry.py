@@ -9,7 +9,7 @@ from typing import Any
 
 from torchmto.lab.data.base import DataBundle
 
-_MODULES = ("digits", "rooms", "nyuv2", "cifar100")
+_MODULES = ("digits", "rooms", "nyuv2", "cifar100", "tabular")
 _registry: dict[str, "DatasetInfo"] = {}
 
 
@@ -53,7 +53,11 @@ def register(
 def _known() -> dict[str, DatasetInfo]:
     for module in _MODULES:
         importlib.import_module(f"torchmto.lab.data.{module}")
-    return _registry
+
+    def place(info: DatasetInfo) -> int:
+        return _MODULES.index(info.load.__module__.rpartition(".")[2])
+
+    return {info.name: info for info in sorted(_registry.values(), key=place)}
 
 
 def datasets() -> tuple[str, ...]:
