@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import uniform, unit_gramian
+from torchmto.solvers.unit import factor, uniform, unit_gramian
 
-MAX_STEPS = 100
+MAX_STEPS = 60
 RIDGE = 1e-6
 """Added to the diagonal of the cosines where the equation has no solution."""
 
@@ -69,7 +69,9 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     unit = unit_gramian(gramian)
     if len(unit.live) == 0:
         return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)
-    cosines, norms = unit.live_cosines(), unit.norms[unit.live]
+    norms = unit.norms[unit.live]
+    columns = factor(unit.live_cosines())
+    cosines = columns.T @ columns
     power = 1.0 / alpha
     scale = np.exp(np.log(norms).mean())
     demand = (norms / scale) ** (power - 1.0)
@@ -115,7 +117,7 @@ def _step_size(cosines: Array, demand: Array, power: float, x: Array, change: Ar
     size = min(1.0, 0.95 / max(float(-change.min()), 0.95))
     direction = x * change
     start = float(direction @ (cosines @ x - demand * x**-power))
-    for _ in range(40):
+    for _ in range(20):
         moved = x + size * direction
         slope = float(direction @ (cosines @ moved - demand * moved**-power))
         if slope <= 0.5 * abs(start):

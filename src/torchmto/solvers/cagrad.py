@@ -5,13 +5,12 @@ import numpy.typing as npt
 
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import factor, uniform, unit_gramian
+from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
 
 MAX_STEPS = 60
-EPS = np.finfo(np.float64).eps
 
 
-def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tolerance: float = 1e-9) -> Solution:
+def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tolerance: float = 1e-8) -> Solution:
     r"""Weights of the conflict-averse direction around the mean gradient.
 
     With the mean gradient :math:`g_0`, the direction d maximises :math:`\min_i g_i \cdot d` over the ball

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import check_weights, factor, unit_gramian
+from torchmto.solvers.unit import EPS, check_weights, factor, unit_gramian
 
 
 def dual_cone(gramian: npt.ArrayLike, preference: npt.ArrayLike | None = None, *, tolerance: float = 1e-9) -> Solution:
@@ -94,13 +94,13 @@ def project_on_dual_cone(cosines: Array, targets: Array) -> tuple[Array, float]:
         length. A problem that reaches its iteration limit keeps multipliers of 0.
     """
     multipliers = np.zeros_like(targets)
-    slack = targets @ cosines
     columns = factor(cosines)
-    for index in np.flatnonzero((slack < 0).any(axis=1)):
-        solution = nonnegative_least_squares(columns, -(columns @ targets[index]))
+    directions = targets @ columns.T
+    for index in np.flatnonzero((directions @ columns < 0).any(axis=1)):
+        solution = nonnegative_least_squares(columns, -directions[index])
         if solution is not None:
             multipliers[index] = solution
-    lengths = np.sqrt(np.einsum("nk,nk->n", slack, targets).clip(min=0.0))
-    rounding = np.sqrt(np.finfo(np.float64).eps) * np.abs(targets).sum(axis=1)
-    conflict = -(slack + multipliers @ cosines).min(axis=1, initial=0.0)
+    lengths = np.linalg.norm(directions, axis=1)
+    rounding = np.sqrt(EPS) * np.abs(targets).sum(axis=1)
+    conflict = -((directions + multipliers @ columns.T) @ columns).min(axis=1, initial=0.0)
     return multipliers, float((conflict / np.maximum(lengths, rounding)).max(initial=0.0))

@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import UnitGramian, uniform, unit_gramian
+from torchmto.solvers.unit import UnitGramian, positive_eigenvalues, uniform, unit_gramian
 
 
 def imtl_g(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
@@ -90,13 +90,11 @@ def _equalize(unit: UnitGramian) -> tuple[Array, Array, float]:
     """Combination of live unit gradients nearest to equal projections, the projections, their deviation."""
     cosines = unit.live_cosines()
     size = len(cosines)
-    eigenvalues, vectors = np.linalg.eigh(cosines)
-    kept = eigenvalues > size * np.finfo(np.float64).eps * eigenvalues[-1]
-    vectors = vectors[:, kept]
+    eigenvalues, vectors = positive_eigenvalues(cosines)
     share = vectors.sum(axis=0)
     if float(share @ share) <= 1e-12 * size:
         return np.zeros(size), np.zeros(size), 1.0
-    coefficients = vectors @ (share / eigenvalues[kept])
+    coefficients = vectors @ (share / eigenvalues)
     projections = cosines @ coefficients
     mean = projections.mean()
     return coefficients, projections, float(np.abs(projections / mean - 1.0).max())

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import UnitGramian, check_gramian, factor, uniform, unit_gramian
+from torchmto.solvers.unit import check_gramian, factor, uniform, unit_gramian
 
 
 def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
@@ -44,11 +44,12 @@ def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
         return Solution(zero / zero.sum(), converged=True, residual=0.0, iterations=0)
     if num_tasks == 1:
         return Solution(np.ones(1), converged=True, residual=0.0, iterations=0)
+    columns = factor(unit.cosines)
     if num_tasks == 2:
         weights, iterations = _two_tasks(check_gramian(gramian)), 0
     else:
-        weights, iterations = _active_set(unit)
-    residual = _kkt_residual(unit, weights)
+        weights, iterations = _active_set(columns, unit.norms)
+    residual = _kkt_residual(columns, unit.norms, weights)
     return Solution(weights, converged=residual <= tolerance, residual=residual, iterations=iterations)
 
 
@@ -59,22 +60,20 @@ def _two_tasks(gramian: Array) -> Array:
     return weights / total if total > 1e-15 * np.trace(gramian) else uniform(2)
 
 
-def _active_set(unit: UnitGramian) -> tuple[Array, int]:
+def _active_set(columns: Array, norms: Array) -> tuple[Array, int]:
     """Non-negative least squares on unit columns; an iteration limit returns the shortest gradient."""
-    columns = factor(unit.cosines)
-    shortest = unit.norms.min()
-    system = np.vstack([columns, shortest / unit.norms])
+    shares = norms.min() / norms
+    system = np.vstack([columns, shares])
     target = np.zeros(len(system))
     target[-1] = 1.0
     multipliers = nonnegative_least_squares(system, target)
     if multipliers is None:
-        multipliers = (unit.norms == shortest).astype(np.float64)
-    weights = multipliers * (shortest / unit.norms)
+        multipliers = (shares == 1.0).astype(np.float64)
+    weights = multipliers * shares
     return weights / weights.sum(), int(np.count_nonzero(multipliers))
 
 
-def _kkt_residual(unit: UnitGramian, weights: Array) -> float:
-    shortest = unit.norms.min()
-    scaled = weights * unit.norms / shortest
-    projections = unit.cosines @ scaled
-    return float(max(0.0, ((scaled @ projections) * (shortest / unit.norms) - projections).max()))
+def _kkt_residual(columns: Array, norms: Array, weights: Array) -> float:
+    shares = norms.min() / norms
+    point = columns @ (weights / shares)
+    return float(max(0.0, ((point @ point) * shares - point @ columns).max()))

@@ -261,23 +261,22 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
     order = np.asarray(order)
     if order.shape != (size,) or not np.array_equal(np.sort(order), np.arange(size)):
         raise ValueError(f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`.")
-    # Per modified unit gradient: its coefficients, then its inner products with the original ones.
-    state = np.hstack([np.eye(size), unit.cosines[np.ix_(order, order)]])
-    zero = unit.norms[order] == 0
-    for position in range(size):
-        reference = state[position]
-        products = reference[size:]
-        square = float(reference[:size] @ products)
-        if zero[position]:
-            continue
+    cosines = unit.cosines[order][:, order]
+    coefficients = np.eye(size)
+    for position in np.flatnonzero(unit.norms[order]):
+        reference = coefficients[position]
+        products = cosines @ reference
+        square = float(reference @ products)
         if square <= ANNIHILATED:
-            state[position] = 0.0
+            reference[:] = 0.0
             continue
-        later = state[position + 1 :]
-        dots = later[:, :size] @ products
-        later -= (np.where(dots < -CONFLICT, dots, 0.0) / square)[:, None] * reference
+        later = coefficients[position + 1 :]
+        dots = later @ products
+        dots[dots >= -CONFLICT] = 0.0
+        dots /= square
+        later -= dots[:, None] * reference
     back = np.argsort(order)
-    return _projection(unit, state[np.ix_(back, back)])
+    return _projection(unit, coefficients[back][:, back])
 
 
 def _projection(unit: UnitGramian, coefficients: Array) -> Projection:

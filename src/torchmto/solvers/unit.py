@@ -14,6 +14,8 @@ from scipy.linalg.lapack import dpstrf
 
 from torchmto.solvers.solution import Array
 
+EPS = float(np.finfo(np.float64).eps)
+
 ZERO_NORM = 1e-12
 """A gradient shorter than this share of the root of the trace counts as zero."""
 
@@ -103,15 +105,28 @@ def factor(cosines: Array) -> Array:
     """Unit columns in the fewest dimensions that have these cosines, shape [rank, K].
 
     Cholesky with pivoting. It stops where what is left of every gradient is rounding error (squared length
-    below K times the machine precision), so the number of rows is the numerical rank.
+    below K times the machine precision), so the number of rows is the numerical rank. A matrix with negative
+    eigenvalues, such as a Gramian taken in single precision, isn't one of cosines: the nearest that is takes
+    its place, without the eigenvalues that are no larger than the negative ones.
     """
     size = len(cosines)
     if size == 0:
         return np.zeros((0, 0))
-    triangle, pivots, rank, _ = dpstrf(cosines, lower=0, tol=size * np.finfo(np.float64).eps)
+    triangle, pivots, rank, _ = dpstrf(cosines, lower=0, tol=size * EPS)
     columns = np.empty((rank, size))
     columns[:, pivots - 1] = np.triu(triangle)[:rank]
-    return columns
+    if np.abs(columns.T @ columns - cosines).max() <= 4 * size * EPS:
+        return columns
+    eigenvalues, vectors = positive_eigenvalues(cosines)
+    columns = np.sqrt(eigenvalues)[:, None] * vectors.T
+    return np.asarray(columns / np.linalg.norm(columns, axis=0))
+
+
+def positive_eigenvalues(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues above the rounding error, of which negative ones tell the size, and their vectors as columns."""
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    kept = eigenvalues > max(len(matrix) * EPS * eigenvalues[-1], -eigenvalues[0])
+    return eigenvalues[kept], vectors[:, kept]
 
 
 def uniform(num_tasks: int) -> Array:
