@@ -73,14 +73,10 @@ class FixedPriority(Priority):
         if isinstance(self._given, Mapping):
             unknown = [name for name in self._given if name not in tasks]
             if unknown:
-                raise ValueError(
-                    f"Unknown task `{unknown[0]}` in `priority`. The tasks are {', '.join(tasks)}."
-                )
+                raise ValueError(f"Unknown task `{unknown[0]}` in `priority`. The tasks are {', '.join(tasks)}.")
             self._values = [float(self._given.get(name, 0.0)) for name in tasks]
         elif len(self._given) != len(tasks):
-            raise ValueError(
-                found("priority", f"a sequence of {len(tasks)} probabilities", list(self._given))
-            )
+            raise ValueError(found("priority", f"a sequence of {len(tasks)} probabilities", list(self._given)))
         super().bind(tasks)
 
     def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
@@ -98,6 +94,12 @@ class LossPriority(Priority):
         relative: Divide each loss by its first window's mean first.
         window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
     """
+
+    total: Tensor
+    count: Tensor
+    first: Tensor
+    last: Tensor
+    steps: int
 
     def __init__(self, *, gamma: float, relative: bool, window: int | None) -> None:
         super().__init__()
@@ -160,6 +162,8 @@ class PerformancePriority(Priority):
         gamma: The exponent.
     """
 
+    shortfall: Tensor
+
     def __init__(
         self,
         baseline: Mapping[str, float] | None,
@@ -170,9 +174,7 @@ class PerformancePriority(Priority):
         super().__init__()
         if not isinstance(baseline, Mapping) or not baseline:
             raise ValueError(
-                found(
-                    "baseline", "the single-task value of every task (for priority='performance')", baseline
-                )
+                found("baseline", "the single-task value of every task (for priority='performance')", baseline)
             )
         for name, value in baseline.items():
             if check_number(f"baseline[{name!r}]", value) == 0:
@@ -184,9 +186,7 @@ class PerformancePriority(Priority):
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Check that every task has a baseline."""
         if set(self.baseline) != set(tasks):
-            raise ValueError(
-                found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline)
-            )
+            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline))
         super().bind(tasks)
 
     def setup(self, num_tasks: int) -> None:
@@ -214,6 +214,8 @@ class PerformancePriority(Priority):
 
 class WeightingPriority(Priority):
     """The weights of a loss weighting, normalised to sum 1."""
+
+    weighting: LossWeighting
 
     def __init__(self, weighting: LossWeighting) -> None:
         super().__init__()
@@ -261,9 +263,7 @@ class CallablePriority(Priority):
             return torch.ones(len(indices), dtype=torch.float64)
         scores = torch.as_tensor(self.function(losses.detach()), dtype=torch.float64).cpu()
         if scores.shape != (len(indices),) or not bool((scores.isfinite() & (scores >= 0)).all()):
-            raise ValueError(
-                found("priority(losses)", f"{len(indices)} finite, non-negative numbers", scores)
-            )
+            raise ValueError(found("priority(losses)", f"{len(indices)} finite, non-negative numbers", scores))
         return scores
 
 
@@ -310,7 +310,7 @@ def make_priority(
         return WeightingPriority(weighting)
     if isinstance(priority, LossWeighting):
         return WeightingPriority(priority)
-    if isinstance(priority, Mapping | Sequence):
+    if isinstance(priority, Mapping | list | tuple):
         return FixedPriority(priority)
     if callable(priority):
         return CallablePriority(priority)

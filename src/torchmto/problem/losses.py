@@ -108,7 +108,7 @@ def parse(
         if name not in result or name not in asked:
             continue
         value: object = result[name]
-        count: object = 1.0
+        count: Any = 1.0
         if isinstance(value, tuple):
             if len(value) != 2:
                 raise ValueError(f"Task `{name}` should bring `loss` or `(loss, count)`. Found {len(value)} values.")

@@ -12,7 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_choice
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.priority import PrioritySource, make_priority
+from torchmto.methods.priority import Priority, PrioritySource, make_priority
 from torchmto.methods.registry import register
 from torchmto.problem import Losses, Problem
 
@@ -86,6 +86,7 @@ class WPCGrad(GramianWeighting):
 
     source = "Bohn et al., 2024, arXiv 2409.01793"
     properties = Properties(equivariant=False, uses_losses=True)
+    priority: Priority
 
     def __init__(
         self,

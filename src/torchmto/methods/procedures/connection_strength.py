@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -150,6 +150,9 @@ class ConnectionStrength(Procedure):
 
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+    second: Method
+    num_steps: int
+    drawn: int
 
     def __init__(
         self,
@@ -227,7 +230,7 @@ class ConnectionStrength(Procedure):
         if self.schedule == "sequence":
             return 1 if self.progress < self.switch else 2
         if self.draw == "epoch" and self.drawn:
-            return cast(int, self.drawn)
+            return self.drawn
         uniform = float(torch.rand((), generator=self.generator, dtype=torch.float64))
         self.drawn = 1 if uniform >= self.progress else 2
         return self.drawn

@@ -66,6 +66,10 @@ class TaskGroups(Procedure):
 
     source = "Jeong & Yoon, ICLR 2025, arXiv 2502.11986"
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+    inner: GramianWeighting | None
+    num_batches: int
+    affinity: ProximalAffinity
+    current: list[list[str]]
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class TaskGroups(Procedure):
         self.grouping = groups
         self.warmup = check_integer("warmup", warmup, minimum=0)
         self.cluster = cast(
-            Literal["affinity_propagation", "correlation"],
+            "Literal['affinity_propagation', 'correlation']",
             check_choice("cluster", cluster, ("affinity_propagation", "correlation")),
         )
         self.measure_last = bool(measure_last)
@@ -208,8 +212,8 @@ class TaskGroups(Procedure):
 
     def _regroup(self) -> list[list[str]]:
         if self.grouping == "adaptive":
-            return cast(list[list[str]], self.affinity.groups(self.random_state, self.cluster))
-        return cast(list[list[str]], self.affinity.heterogeneous_groups())
+            return self.affinity.groups(self.random_state, self.cluster)
+        return self.affinity.heterogeneous_groups()
 
     def _random_groups(self) -> list[list[str]]:
         count = self.num_groups or math.ceil(self.num_tasks / 2)
