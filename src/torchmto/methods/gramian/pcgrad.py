@@ -51,9 +51,7 @@ class PCGrad(GramianWeighting):
         super().__init__(**options)
         self.shuffle = bool(shuffle)
 
-    def weights(
-        self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None
-    ) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         orders = random_orders(len(gramian), self.generator).numpy() if self.shuffle else None
         return self.accept(solvers.pcgrad(self.as_array(gramian), orders), gramian)

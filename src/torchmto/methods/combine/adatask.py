@@ -1,0 +1,129 @@
+"""AdaTask: Adam with moments of its own for every task."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.combine.columns import fitted, pieces
+from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Network, TaskGradients
+
+
+@register("adatask")
+class AdaTask(GradientCombiner):
+    r"""Task-wise adaptive learning rates: the shared parameters move by the sum of the tasks' own Adam steps.
+
+    With moments :math:`m_i, v_i` of every task's gradient, bias-corrected by the steps in which the task was present:
+    :math:`\sum_i \hat m_i / (\sqrt{\hat v_i} + \epsilon)`, so a task with large gradients doesn't set the learning
+    rate of the others.
+
+    The optimizer: this method is one, so the optimizer given to ``MultiTask`` should be ``torch.optim.SGD`` without
+    momentum. Its learning rate is Adam's, its weight decay AdamW's; schedulers and parameter groups work as usual.
+    Any other is warned of, as it would adapt a second time. Heads then need Adam too: with ``adam_heads`` their
+    gradients become their Adam direction in the same way, so the whole is Adam with separate moments for the shared
+    parameters, as in the paper.
+
+    Scale: sum of K directions with entries of about 1, whatever the losses' scale: not homogeneous because of eps.
+    Memory: two more K x P matrices; absent tasks keep their moments. ``clip`` bounds the Adam direction, not the
+    gradient. Heads: their own task's gradient. Not random. The paper's AdaGrad and RMSProp variants aren't offered.
+
+    Args:
+        betas: Decays of the two moments, in [0, 1).
+        eps: Added to the root of the second moment.
+        adam_heads: Take Adam's direction for the heads as well.
+        **options: ``heads``.
+
+    Source: Yang et al., AdaTask, AAAI 2023, Algorithm 1 (Adam).
+    """
+
+    source = "Yang et al., AAAI 2023, Algorithm 1"
+    properties = Properties(homogeneity=None, identity=False, pareto=False)
+    first: Tensor
+    second: Tensor
+    times: Tensor
+    head_moments: dict[str, list[Tensor]]
+    head_times: dict[str, int]
+
+    def __init__(
+        self,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_heads: bool = True,
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        super().__init__(**options)
+        first, second = betas
+        self.betas = (
+            check_number("betas[0]", first, minimum=0, below=1),
+            check_number("betas[1]", second, minimum=0, below=1),
+        )
+        self.eps = check_number("eps", eps, minimum=0)
+        self.adam_heads = bool(adam_heads)
+        self._network: Network | None = None
+        self.add_state("head_moments", {})
+        self.add_state("head_times", {})
+
+    def setup(self, num_tasks: int) -> None:
+        """Moments of every task's gradient, and counts of steps."""
+        self.add_state("first", torch.zeros(num_tasks, 0))
+        self.add_state("second", torch.zeros(num_tasks, 0))
+        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
+
+    def attach(self, network: Network) -> None:
+        """Check that the optimizer doesn't adapt the learning rates a second time."""
+        self._network = network
+        optimizer = network.optimizer
+        if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+            warnings.warn(
+                "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
+                f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def combine(self, task_grads: TaskGradients) -> Tensor:
+        """Update the moments; the sum of the tasks' Adam directions, [P]."""
+        matrix = task_grads.matrix
+        self.ensure_setup(len(matrix))
+        self.first = fitted(self.first, self.num_tasks, matrix)
+        self.second = fitted(self.second, self.num_tasks, matrix)
+        self.times[list(task_grads.indices)] += 1
+        combined = torch.zeros_like(matrix[0])
+        for row, task in zip(matrix, task_grads.indices, strict=True):
+            first, second, times = self.first[task], self.second[task], int(self.times[task])
+            for piece in pieces(len(combined)):
+                combined[piece] += self._direction(first[piece], second[piece], row[piece], times)
+        if self.adam_heads and self._network is not None:
+            self._turn_heads(task_grads, self._network)
+        return combined
+
+    def _direction(self, first: Tensor, second: Tensor, gradient: Tensor, times: int) -> Tensor:
+        """Update two moments in place; Adam's direction after that."""
+        decay, decay_second = self.betas
+        first.mul_(decay).add_(gradient, alpha=1 - decay)
+        second.mul_(decay_second).addcmul_(gradient, gradient, value=1 - decay_second)
+        root = (second / (1 - decay_second**times)).sqrt_().add_(self.eps)
+        direction = first / (1 - decay**times)
+        # 0/0 of an entry that never had a gradient, with eps = 0.
+        return direction.div_(root).nan_to_num_(nan=0.0) if self.eps == 0 else direction.div_(root)
+
+    def _turn_heads(self, task_grads: TaskGradients, network: Network) -> None:
+        """Replace the heads' gradients by their Adam directions."""
+        for key, (parameter, held) in list(task_grads.heads.items()):
+            if not held:
+                continue
+            name = network.name(parameter)
+            tasks = list(held)
+            gradient = held[tasks[0]] if len(held) == 1 else torch.stack(list(held.values())).sum(0)
+            moments = self.head_moments.setdefault(name, [torch.zeros_like(gradient), torch.zeros_like(gradient)])
+            moments[:] = [moment.to(gradient) for moment in moments]
+            self.head_times[name] = self.head_times.get(name, 0) + 1
+            direction = self._direction(moments[0], moments[1], gradient, self.head_times[name])
+            task_grads.heads[key] = (parameter, {tasks[0]: direction})

@@ -1,0 +1,36 @@
+"""Memory of gradient rows across steps, and passes over their columns in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+PIECE = 1 << 20
+"""Columns per piece: temporary matrices have at most K times this many entries."""
+
+
+def pieces(num_columns: int) -> Iterator[slice]:
+    """Slices that cover the columns one after the other.
+
+    Example:
+        >>> list(pieces(3))
+        [slice(0, 3, None)]
+    """
+    for start in range(0, num_columns, PIECE):
+        yield slice(start, min(start + PIECE, num_columns))
+
+
+def fitted(memory: Tensor, num_tasks: int, matrix: Tensor) -> Tensor:
+    """A memory [K, P] of past gradients that fits the matrix J [k, P]: its dtype, device and number of columns.
+
+    Columns of the gradient matrix are only ever appended, as parameters become shared; a memory of fewer columns gets
+    zeros in the new ones.
+    """
+    width = matrix.shape[1]
+    if memory.shape == (num_tasks, width) and memory.dtype == matrix.dtype and memory.device == matrix.device:
+        return memory
+    grown = matrix.new_zeros(num_tasks, width)
+    known = min(width, memory.shape[1])
+    grown[:, :known] = memory[:, :known].to(matrix)
+    return grown

@@ -1,0 +1,86 @@
+"""GradDrop: per entry one sign is picked, and gradients of the other sign are dropped."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.combine.columns import pieces
+from torchmto.methods.gramian.task_values import TaskFloats, TaskValues
+from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import TaskGradients
+
+
+@register("graddrop")
+class GradDrop(GradientCombiner):
+    r"""Gradient sign dropout.
+
+    Per entry, the sign purity is :math:`P = \frac12 (1 + \sum_i g_i / \sum_i |g_i|)`; positive values are kept with
+    probability P and negative ones otherwise, by one draw for all tasks. The update is the sum of
+    :math:`(\ell_i + (1 - \ell_i) M_i) g_i` with M the kept entries and :math:`\ell_i` the leak.
+
+    Scale: sum. On the gradients of the shared parameters, as in TorchJD; the paper drops gradients of the shared
+    representation, per sample and after multiplication by its sign. No eps: entries where all gradients are 0 stay 0.
+    Two public libraries give ``leak`` opposite meanings; here, as in the paper, it is the share of the raw gradient
+    that leaks through: 0 is GradDrop, 1 the plain sum. Heads: their own task's gradient. Random: P numbers per step
+    from :attr:`generator`; on another device than the CPU, from a generator there that :attr:`generator` seeds every
+    step.
+
+    Args:
+        leak: One number in [0, 1] for all tasks, or one per task.
+        **options: ``heads``.
+
+    Source: Chen et al., Just Pick a Sign, NeurIPS 2020, Algorithm 1.
+    """
+
+    source = "Chen et al., NeurIPS 2020, Algorithm 1"
+    properties = Properties(pareto=False)
+
+    def __init__(self, *, leak: float | TaskFloats = 0.0, **options: Unpack[GradientOptions]) -> None:
+        super().__init__(**options)
+        self._leaks: TaskValues | None = None
+        self.leak = leak
+        if isinstance(leak, int | float):
+            check_number("leak", leak, minimum=0, maximum=1)
+        else:
+            self._leaks = TaskValues("leak", leak)
+            for value in self._leaks.values:
+                check_number("leak", value, minimum=0, maximum=1)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the leaks with the tasks."""
+        if self._leaks is not None:
+            self._leaks.bind(tasks)
+        super().bind(tasks)
+
+    def _leak_of(self, task_grads: TaskGradients) -> Tensor:
+        size = len(task_grads.matrix)
+        leaks = [self.leak] * size if self._leaks is None else self._leaks.of(size, task_grads.indices)
+        return torch.tensor(leaks, dtype=torch.float64).to(task_grads.matrix).unsqueeze(1)
+
+    def _generator_on(self, device: torch.device) -> torch.Generator:
+        if device.type == "cpu":
+            return self.generator
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        return torch.Generator(device=device).manual_seed(seed)
+
+    @torch.no_grad()
+    def combine(self, task_grads: TaskGradients) -> Tensor:
+        """The sum of what is kept or leaks through, [P]."""
+        matrix = task_grads.matrix
+        leak = self._leak_of(task_grads)
+        generator = self._generator_on(matrix.device)
+        combined = torch.empty_like(matrix[0])
+        for piece in pieces(matrix.shape[1]):
+            rows = matrix[:, piece]
+            positive = rows.clamp_min(0).sum(0)
+            purity = positive / (positive - rows.clamp_max(0).sum(0))
+            drawn = torch.rand(purity.shape, generator=generator, dtype=matrix.dtype, device=matrix.device)
+            # An entry without any gradient has no purity (0/0); whatever is picked there, 0 stays 0.
+            kept = (rows > 0) == (drawn < purity)
+            torch.sum(rows * (leak + (1 - leak) * kept), dim=0, out=combined[piece])
+        return combined

@@ -1,0 +1,52 @@
+"""Trimmed mean: entry by entry the mean without the extremes."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_integer
+from torchmto.methods.combine.columns import pieces
+from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import TaskGradients
+
+
+@register("trimmed_mean")
+class TrimmedMean(GradientCombiner):
+    """For every entry the mean over the tasks without the b largest and b smallest values.
+
+    Made for distributed learning with faulty workers; as a multi-task method it ignores outlying gradient entries.
+    With 2b tasks or fewer, b is reduced to the largest number that leaves a value: two tasks give the mean.
+
+    Scale: mean. Heads: their own task's gradient. Not random.
+
+    Args:
+        num_trimmed: The number b.
+        **options: ``heads``.
+
+    Source: Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, Definition 2.
+    """
+
+    source = "Yin et al., ICML 2018, Definition 2"
+    properties = Properties(pareto=False)
+
+    def __init__(self, *, num_trimmed: int = 1, **options: Unpack[GradientOptions]) -> None:
+        super().__init__(**options)
+        self.num_trimmed = check_integer("num_trimmed", num_trimmed, minimum=0)
+
+    @torch.no_grad()
+    def combine(self, task_grads: TaskGradients) -> Tensor:
+        """The trimmed mean of every column, [P]."""
+        matrix = task_grads.matrix
+        size = len(matrix)
+        trimmed = min(self.num_trimmed, (size - 1) // 2)
+        combined = torch.empty_like(matrix[0])
+        for piece in pieces(matrix.shape[1]):
+            kept = matrix[:, piece]
+            if trimmed:
+                kept = kept.sort(dim=0).values[trimmed : size - trimmed]
+            torch.mean(kept, dim=0, out=combined[piece])
+        return combined

@@ -1,0 +1,42 @@
+"""ConFIG: the direction on which all gradients project equally, as long as they agree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.methods.method import GramianWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("config")
+class ConFIG(GramianWeighting):
+    r"""Conflict-free inverse gradients.
+
+    The direction is that of :math:`U^{+} \mathbb{1} = U^\top (U U^\top)^{+} \mathbb{1}` for unit gradients U, on
+    which all projections are equal; the length is :math:`\sum_i g_i \cdot \hat d`. Where linearly dependent gradients
+    allow no equal projections, the direction is the least-squares one (counted as a fallback); zero gradients take no
+    part.
+
+    Scale: that of the sum. No eps. Heads: their own task's gradient. Not random. Without the paper's momentum
+    variant.
+
+    Args:
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Liu et al., ConFIG, ICLR 2025, equations 2-4.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("config").weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([1.5000, 0.7500])
+    """
+
+    source = "Liu et al., ICLR 2025, equations 2-4"
+    properties = Properties(nonconflicting=True)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """The weights of the update, [k]; they can be negative."""
+        return self.accept(solvers.config(self.as_array(gramian)), gramian)

@@ -1,0 +1,54 @@
+"""Fixed weights of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.methods.gramian.task_values import TaskFloats, TaskValues
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("constant")
+class Constant(GramianWeighting):
+    r"""The update :math:`\sum_i w_i g_i` with fixed weights.
+
+    Costs K backwards, so that conflicts are reported and the heads can do without the weights; ``static`` gives the
+    same update of the shared parameters for one backward, with weighted heads.
+
+    Scale: the weights are used as they are given. Heads: their own task's gradient. Not random.
+
+    Args:
+        weights: Task -> non-negative weight, or a sequence in the order of the tasks.
+        **options: ``heads``, ``refresh_every``.
+
+    Raises:
+        ValueError: If a weight is negative or not finite, or (when the tasks are known) a task has none.
+
+    Source: constant weights.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("constant", weights=[1.0, 10.0]).weights(torch.eye(2))
+        tensor([ 1., 10.])
+    """
+
+    source = "constant weights"
+    properties = Properties(equivariant=False, identity=False)
+
+    def __init__(self, *, weights: TaskFloats, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.given = TaskValues("weights", weights)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the weights with the tasks."""
+        self.given.bind(tasks)
+        super().bind(tasks)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """The present tasks' weights, [k]."""
+        return torch.tensor(self.given.of(len(gramian), indices), dtype=torch.float64).to(gramian)

@@ -1,0 +1,109 @@
+"""CR-MOGM: any weighting, smoothed over the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number, found
+from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.methods.registry import make_method, register
+from torchmto.problem import Losses, Problem, TaskGradients
+
+
+@register("cr_mogm")
+class CRMOGM(GramianWeighting):
+    r"""Correlation-reduced multi-objective gradient manipulation: :math:`w_t = \alpha w_{t-1} + (1 - \alpha) \hat w_t`.
+
+    :math:`\hat w_t` are the weights of another method. Weights that follow one mini-batch are correlated with its
+    gradients, which biases the update; the running mean has less of that.
+
+    Scale, losses, randomness and pairs of batches: those of the other method, whose ``heads`` and ``refresh_every``
+    are replaced by this method's. The mean starts at the average of the first weights for every task: 1/K for methods
+    on the simplex, as in the paper. Heads: their own task's gradient. The declared properties are those with
+    ``mgda``.
+
+    Args:
+        method: A Gramian method, by name or as an object.
+        alpha: Share of the past, in [0, 1). The paper only asks that it tend to 1; 0.9 is our choice.
+        **options: ``heads``, ``refresh_every``.
+
+    Raises:
+        TypeError: If ``method`` isn't a Gramian method.
+
+    Source: Zhou et al., On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond, NeurIPS
+    2022, Algorithm 1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("cr_mogm", method="mgda", alpha=0.5).weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([0.6250, 0.3750])
+    """
+
+    source = "Zhou et al., NeurIPS 2022, Algorithm 1"
+    smoothed: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        *,
+        method: str | GramianWeighting = "mgda",
+        alpha: float = 0.9,
+        **options: Unpack[WeightingOptions],
+    ) -> None:
+        super().__init__(**options)
+        inner = make_method(method) if isinstance(method, str) else method
+        if not isinstance(inner, GramianWeighting):
+            raise TypeError(found("method", "a Gramian method", method))
+        self.alpha = check_number("alpha", alpha, minimum=0, below=1)
+        self.inner = inner
+        self.add_state("inner", inner)
+
+    def setup(self, num_tasks: int) -> None:
+        """The smoothed weights [K] and which tasks have some."""
+        self.add_state("smoothed", torch.zeros(num_tasks, dtype=torch.float64))
+        self.add_state("seen", torch.zeros(num_tasks, dtype=torch.bool))
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Bind the other method first."""
+        self.inner.bind(tasks)
+        super().bind(tasks)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """The smoothed weights, [k]. Moves those of the present tasks."""
+        self.inner.num_fallbacks = 0
+        return self._smooth(self.inner.weights(gramian, losses, indices), indices)
+
+    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+        """The other method's weights of this step, smoothed."""
+        self.inner.num_fallbacks = 0
+        return self._smooth(self.inner.step_weights(problem, gradients), gradients.indices)
+
+    def _smooth(self, weights: Tensor, indices: Sequence[int] | None) -> Tensor:
+        self.num_fallbacks += self.inner.num_fallbacks
+        self.ensure_setup(len(weights))
+        present = torch.arange(len(weights)) if indices is None else torch.tensor(list(indices))
+        new = weights.to(device="cpu", dtype=torch.float64)
+        old = torch.where(self.seen[present], self.smoothed[present], new.mean())
+        self.smoothed[present] = new + self.alpha * (old - new)
+        self.seen[present] = True
+        return self.smoothed[present].to(weights)
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Tell the other method."""
+        self.inner.after_step(losses, problem)
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Tell the other method validation results."""
+        self.inner.report(performance)
+
+    def end_window(self) -> None:
+        """Tell the other method that a window has ended."""
+        self.inner.end_window()
+
+    def records(self) -> Mapping[str, Any]:
+        """What the other method records."""
+        return self.inner.records()

@@ -1,0 +1,81 @@
+"""Methods whose weights come from two independent mini-batches."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.problem import Problem, TaskGradients
+
+
+class DoubleSampling(GramianWeighting):
+    r"""Base of methods that move a point of the simplex by :math:`G_{12} = J_1 J_2^\top` of two batches.
+
+    With ``mt.step(closure, independent=(c2, c3))`` the two matrices come from c2 and c3, and the weights apply to the
+    gradients of ``closure``, the third sample. With one more batch they come from ``closure`` and it. Without, the
+    same batch is reused, which biases the weights; that is warned of once. A further batch costs a forward and K
+    backwards.
+
+    A subclass implements :meth:`move` and :meth:`row_weights`.
+    """
+
+    shares: Tensor
+
+    def __init__(self, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self._warned_of_reuse = False
+
+    def setup(self, num_tasks: int) -> None:
+        """A point of the simplex [K], uniform at first."""
+        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
+
+    @abstractmethod
+    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+        """Move the shares of the tasks ``indices`` by their cross-Gramian [k, k]."""
+
+    @abstractmethod
+    def row_weights(self, indices: Sequence[int]) -> Tensor:
+        """The weights of the present tasks' gradients, from their shares, float64 [k]."""
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Move the shares by a Gramian or cross-Gramian (which needs no symmetry); the weights after that, [k]."""
+        self.ensure_setup(len(gramian))
+        present = tuple(range(len(gramian))) if indices is None else tuple(indices)
+        self.move(gramian, present)
+        return self.row_weights(present).to(gramian)
+
+    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+        """Weights for the gradients of the step's own batch, with the cross-Gramian of the independent ones."""
+        if problem.num_sources == 1:
+            if not self._warned_of_reuse:
+                self._warned_of_reuse = True
+                warnings.warn(
+                    f"Method `{self.name}` needs independent mini-batches, `mt.step(closure, independent=(c2, c3))`. "
+                    "Without them the same batch is reused, which biases its weights; this warning isn't repeated.",
+                    stacklevel=2,
+                )
+            return super().step_weights(problem, gradients)
+        first = gradients if problem.num_sources == 2 else problem.gradients(source=1)
+        second = problem.gradients(source=1 if problem.num_sources == 2 else 2)
+        common = [i for i in first.indices if i in second.indices and i in gradients.indices]
+        if common:
+            self.move(cross_gramian(first, second, common), common)
+        return self.row_weights(gradients.indices).to(gradients.gramian)
+
+
+def cross_gramian(first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
+    """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k].
+
+    Columns that only one batch knows, because a parameter became shared in between, are left out.
+    """
+    width = min(first.matrix.shape[1], second.matrix.shape[1])
+    product = first.matrix[:, :width] @ second.matrix[:, :width].T
+    rows = [first.indices.index(task) for task in tasks]
+    columns = [second.indices.index(task) for task in tasks]
+    return product.to(device="cpu", dtype=torch.float64)[rows][:, columns]

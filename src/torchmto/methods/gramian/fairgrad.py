@@ -1,0 +1,49 @@
+"""FairGrad: alpha-fair shares of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_number
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("fairgrad")
+class FairGrad(GramianWeighting):
+    r"""Weights with :math:`G w = w^{-1/\alpha}`, w > 0: the update that is alpha-fair to the tasks' decreases.
+
+    alpha = 1 is Nash-MTL without its clipping; a large alpha favours the task that gains least. The update scales
+    with the gradients to the power :math:`(1 - \alpha)/(1 + \alpha)`. Solved exactly by Newton steps (the released
+    code runs a non-linear least-squares solver); where a convex combination of the gradients vanishes there is no
+    solution, and 1e-6 is added to every squared unit length (counted as a fallback).
+
+    Scale: see above. No eps. Heads: their own task's gradient; the released code weights them too
+    (``heads="weighted"``). Not random.
+
+    Args:
+        alpha: Positive. 2 in the paper's experiments; 1 is the class default of the released code.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Ban & Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024, equation 8.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("fairgrad").weights(torch.tensor([[8.0]]))
+        tensor([0.2500])
+    """
+
+    source = "Ban & Ji, ICML 2024, equation 8"
+    properties = Properties(homogeneity=-1 / 3, identity=False, nonconflicting=True)
+
+    def __init__(self, *, alpha: float = 2.0, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.alpha = check_number("alpha", alpha, above=0)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Positive weights (0 for a zero gradient), [k]."""
+        return self.accept(solvers.fair(self.as_array(gramian), self.alpha), gramian)

@@ -1,0 +1,41 @@
+"""IMTL-G: an update with equal projections on all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.methods.method import GramianWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("imtl_g")
+class IMTLG(GramianWeighting):
+    r"""Impartial multi-task learning, gradient part: the update projects equally on all unit gradients.
+
+    The weights have sum 1. They can be negative, and where gradients of very different length conflict even the common projection can
+    be. Where linearly dependent gradients allow no equal projections, the weights are the least-squares ones, or 1/K
+    if these are 0; both are counted as fallbacks. Zero gradients take no part and have weight 0.
+
+    Scale: the weights sum to 1. No eps. Heads: their own task's gradient. Not random. The loss part is the loss
+    weighting ``imtl_l``; the paper's full method is ``MultiTask(..., method="imtl_g", weights="imtl_l")``.
+
+    Args:
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021, equation 5.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("imtl_g").weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([0.6667, 0.3333])
+    """
+
+    source = "Liu et al., ICLR 2021, equation 5"
+    properties = Properties(pareto=False)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Weights with sum 1, [k]."""
+        return self.accept(solvers.imtl_g(self.as_array(gramian)), gramian)

@@ -1,0 +1,50 @@
+"""Krum: the gradients that lie closest to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_integer
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("krum")
+class Krum(GramianWeighting):
+    r"""(Multi-)Krum: the mean of the m gradients whose nearest K - f - 2 others are closest.
+
+    Made for distributed learning with faulty workers; as a multi-task method it ignores outlying tasks.
+
+    Scale: mean of the selected gradients. With fewer than f + 3 tasks one neighbour counts, where the paper's
+    guarantee doesn't hold. Ties go to the first task. Heads: their own task's gradient. Not random.
+
+    Args:
+        num_outliers: The number f of gradients not to be trusted.
+        num_selected: The number m of gradients to average; at most all.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Blanchard et al., Machine Learning with Adversaries, NeurIPS 2017, sections 4 and 5.
+
+    Example:
+        >>> import torch, torchmto
+        >>> J = torch.tensor([[1.0, 0.0], [1.1, 0.0], [0.9, 0.1], [-50.0, 9.0]])
+        >>> torchmto.make_method("krum", num_selected=2).weights(J @ J.T)
+        tensor([0.5000, 0.5000, 0.0000, 0.0000])
+    """
+
+    source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
+    properties = Properties(pareto=False)
+
+    def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.num_outliers = check_integer("num_outliers", num_outliers, minimum=0)
+        self.num_selected = check_integer("num_selected", num_selected, minimum=1)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """1/m for the selected tasks, 0 for the others, [k]."""
+        solution = solvers.krum(self.as_array(gramian), num_outliers=self.num_outliers, num_selected=self.num_selected)
+        return self.accept(solution, gramian)

@@ -1,0 +1,78 @@
+"""MGDA: the shortest convex combination of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_choice
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("mgda")
+class MGDA(GramianWeighting):
+    r"""Multiple-gradient descent: the weights on the simplex that minimise :math:`\|\sum_i w_i g_i\|`.
+
+    Solved exactly (closed form for two tasks, active set otherwise), where public codes run a fixed number of
+    Frank-Wolfe steps. With ``normalize``, the minimum is over :math:`g_i / s_i` with :math:`s_i = \|g_i\|` ("l2"),
+    :math:`l_i` ("loss") or :math:`l_i \|g_i\|` ("loss+"); s = 1 where it would be 0. As in the released code the
+    weights then apply to the gradients as they are; LibMTL updates with the normalised ones
+    (``normalize_update=True``).
+
+    Scale: the weights sum to 1. No eps. Heads: their own task's gradient; the released code weights the loss and so
+    the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
+
+    Args:
+        normalize: "none" (paper), "l2", "loss" or "loss+".
+        normalize_update: Whether the update uses the normalised gradients too.
+        **options: ``heads``, ``refresh_every``.
+
+    Raises:
+        ValueError: If ``normalize`` needs losses and there are none, or one is negative (when the weights are
+            computed).
+
+    Source: Désidéri, 2012; Sener & Koltun, NeurIPS 2018, equation 4 (normalisations: its released code).
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("mgda").weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([0.7500, 0.2500])
+    """
+
+    source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
+    properties = Properties(nonconflicting=True)
+
+    def __init__(
+        self, *, normalize: str = "none", normalize_update: bool = False, **options: Unpack[WeightingOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.normalize = check_choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
+        self.normalize_update = bool(normalize_update)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
+        if self.normalize == "none":
+            return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
+        sizes = self._sizes(gramian, losses)
+        scaled = gramian / sizes / sizes.unsqueeze(1)
+        weights = self.accept(solvers.min_norm(self.as_array(scaled)), gramian)
+        return weights / sizes if self.normalize_update else weights
+
+    def _sizes(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
+        """What each gradient is divided by, [k]."""
+        norms = gramian.diagonal().clamp_min(0).sqrt()
+        if self.normalize == "l2":
+            sizes = norms
+        elif losses is None or bool((losses < 0).any()):
+            raise ValueError(
+                f"Method `mgda` with normalize={self.normalize!r} needs non-negative losses. "
+                f"Found {None if losses is None else losses.tolist()}."
+            )
+        else:
+            sizes = losses.to(norms) if self.normalize == "loss" else losses.to(norms) * norms
+        return torch.where(sizes > 0, sizes, torch.ones_like(sizes))

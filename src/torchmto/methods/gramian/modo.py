@@ -1,0 +1,64 @@
+"""MoDo: one double-sampling step on the simplex per training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_number
+from torchmto.methods.gramian.double_sampling import DoubleSampling
+from torchmto.methods.gramian.task_values import set_shares, shares_of
+from torchmto.methods.method import Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("modo")
+class MoDo(DoubleSampling):
+    r"""Multi-objective gradient with double sampling.
+
+    Every step moves the weights by :math:`w \leftarrow \Pi_\Delta(w - \gamma (G_{12} + \rho I) w)`, where
+    :math:`G_{12} = J_1 J_2^\top` of two independent mini-batches makes the step unbiased; the update is :math:`w^\top
+    J_3` with the new w.
+
+    Scale: the weights sum to 1. The learning rate is meant for gradients as they are, so the method isn't
+    homogeneous. Independent batches: see :class:`~torchmto.methods.gramian.double_sampling.DoubleSampling`. Heads:
+    their own task's gradient, of the step's own batch (LibMTL averages all three). Not random.
+
+    Args:
+        gamma: Learning rate of the weights.
+        rho: Pull towards equal weights.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Chen et al., Three-Way Trade-Off in Multi-Objective Learning, NeurIPS 2023, Algorithm 1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("modo", gamma=0.1, rho=0.0).weights(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        tensor([0.5500, 0.4500])
+    """
+
+    source = "Chen et al., NeurIPS 2023, Algorithm 1"
+    properties = Properties(homogeneity=None)
+
+    def __init__(self, *, gamma: float = 1e-3, rho: float = 0.1, **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.gamma = check_number("gamma", gamma, above=0)
+        self.rho = check_number("rho", rho, minimum=0)
+
+    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+        """Take one step on the simplex."""
+        solution = solvers.modo(
+            self.as_array(cross_gramian),
+            shares_of(self.shares, indices).numpy(),
+            regularization=self.rho,
+            learning_rate=self.gamma,
+        )
+        set_shares(self.shares, indices, torch.from_numpy(solution.weights))
+
+    def row_weights(self, indices: Sequence[int]) -> Tensor:
+        """The shares themselves."""
+        return shares_of(self.shares, indices)

@@ -1,0 +1,73 @@
+"""Nash-MTL: the update as a bargain between the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_integer, check_number
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("nash_mtl")
+class NashMTL(GramianWeighting):
+    r"""Nash bargaining: :math:`G \alpha = 1/\alpha`, :math:`\alpha > 0`; the update is :math:`\alpha^\top J`.
+
+    Its direction doesn't depend on the lengths of the gradients, and its length is :math:`\sqrt{K}` whatever they are
+    (less if some are zero); ``max_norm`` bounds it by 1, as the released code does by clipping. So the learning rate
+    alone sets the step.
+
+    Solved exactly as a strictly convex problem, where the released code takes 20 steps of a sequence of convex
+    programs from the last solution: a warm start isn't needed. Where a convex combination of the gradients vanishes
+    there is no solution; 1e-6 is then added to every squared unit length (counted as a fallback; the released code
+    keeps its last weights).
+
+    Scale: see above. No eps. Heads: their own task's gradient; the released code weights them too
+    (``heads="weighted"``, by weights that include the clipping). Not random.
+
+    Args:
+        max_norm: Largest norm of the update of the shared parameters; 0 for no bound.
+        update_every: The paper's name for ``refresh_every``.
+        **options: ``heads``, ``refresh_every``.
+
+    Raises:
+        ValueError: If ``update_every`` and ``refresh_every`` are both given and differ.
+
+    Source: Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022, equation 3, claim 3.1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("nash_mtl", max_norm=0.0).weights(torch.tensor([[1.0, 0.0], [0.0, 4.0]]))
+        tensor([1.0000, 0.5000])
+    """
+
+    source = "Navon et al., ICML 2022, equation 3, claim 3.1"
+    properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
+
+    def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:
+        every = check_integer("update_every", update_every, minimum=1)
+        if every > 1 and options.setdefault("refresh_every", every) != every:
+            raise ValueError(
+                f"Parameters `update_every` and `refresh_every` mean the same. Found {every} and "
+                f"{options['refresh_every']}."
+            )
+        super().__init__(**options)
+        self.max_norm = check_number("max_norm", max_norm, minimum=0)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Positive weights (0 for a zero gradient), [k]."""
+        weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
+        if self.max_norm == 0:
+            return weights
+        lengths = gramian.diagonal().clamp_min(0).sqrt() * weights
+        largest = lengths.max()
+        if not bool(largest > 0):
+            return weights
+        # Squares of the weights or of G alone could overflow; the products of both can't.
+        scaled = weights / largest
+        norm = largest * (scaled @ (gramian @ scaled)).clamp_min(0).sqrt()
+        return weights * (self.max_norm / norm).clamp_max(1) if bool(norm > 0) else weights

@@ -1,0 +1,48 @@
+"""Random weights of the gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_choice
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("random")
+class Random(GramianWeighting):
+    r"""Random gradient weighting: :math:`w = K \, \mathrm{softmax}(z)` with z standard normal, drawn anew every step.
+
+    ``rlw`` is the same on the losses for one backward, with weighted heads.
+
+    Scale: sum, the weights are 1 on average; ``scale="mean"`` leaves out the factor K. Heads: their own task's
+    gradient. Random: K numbers per step from :attr:`generator`.
+
+    Args:
+        scale: "sum" or "mean".
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("random").weights(torch.eye(3)).sum()
+        tensor(3.)
+    """
+
+    source = "Lin et al., TMLR 2022"
+    properties = Properties(equivariant=False, pareto=False)
+
+    def __init__(self, *, scale: str = "sum", **options: Unpack[WeightingOptions]) -> None:
+        super().__init__(**options)
+        self.scale = check_choice("scale", scale, ("sum", "mean"))
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Positive weights, [k]."""
+        size = len(gramian)
+        drawn = torch.randn(size, generator=self.generator, dtype=torch.float64).softmax(0).to(gramian)
+        return drawn * size if self.scale == "sum" else drawn

@@ -1,0 +1,80 @@
+"""SDMGrad: stochastic steps towards a common direction near the mean gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_integer, check_number
+from torchmto.methods.gramian.double_sampling import DoubleSampling
+from torchmto.methods.gramian.task_values import set_shares, shares_of
+from torchmto.methods.method import WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("sdmgrad")
+class SDMGrad(DoubleSampling):
+    r"""Stochastic direction-oriented multi-objective gradient descent.
+
+    Steps on the simplex along :math:`G_{12} (w + \lambda u)`, u = 1/K, where :math:`G_{12} = J_1 J_2^\top` of two
+    independent mini-batches makes them unbiased; the update is :math:`(w + \lambda u)^\top J_3 / (1 + \lambda)`. As
+    in the released code :math:`G_{12}` is first divided by the squared mean of its diagonal's roots, the steps have
+    momentum, and w goes on from step to step (state).
+
+    Scale: the weights sum to 1. No eps. Independent batches: see
+    :class:`~torchmto.methods.gramian.double_sampling.DoubleSampling`. Heads: their own task's gradient, of the step's
+    own batch. Not random.
+
+    Args:
+        lam: The pull :math:`\lambda` towards the mean gradient.
+        num_steps: Steps on the simplex per training step.
+        lr: Their learning rate.
+        momentum: Their momentum, from rest in every training step.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Xiao et al., Direction-oriented Multi-objective Learning, NeurIPS 2023, Algorithm 1 (steps: its released
+    code).
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("sdmgrad").weights(torch.eye(2))
+        tensor([0.5000, 0.5000])
+    """
+
+    source = "Xiao et al., NeurIPS 2023, Algorithm 1"
+
+    def __init__(
+        self,
+        *,
+        lam: float = 0.3,
+        num_steps: int = 20,
+        lr: float = 5.0,
+        momentum: float = 0.5,
+        **options: Unpack[WeightingOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.lam = check_number("lam", lam, minimum=0)
+        self.num_steps = check_integer("num_steps", num_steps, minimum=1)
+        self.lr = check_number("lr", lr, above=0)
+        self.momentum = check_number("momentum", momentum, minimum=0, below=1)
+
+    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+        """Take the steps on the simplex."""
+        solution = solvers.sdmgrad(
+            self.as_array(cross_gramian),
+            shares_of(self.shares, indices).numpy(),
+            regularization=self.lam,
+            steps=self.num_steps,
+            learning_rate=self.lr,
+            momentum=self.momentum,
+        )
+        moved = solvers.sdmgrad_simplex(solution.weights, self.lam).clip(min=0.0)
+        set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
+
+    def row_weights(self, indices: Sequence[int]) -> Tensor:
+        """Shares mixed with the mean."""
+        return (shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)

@@ -1,0 +1,61 @@
+"""UPGrad: every gradient made free of conflict by itself, then averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_choice
+from torchmto.methods.gramian.task_values import Preference, TaskFloats
+from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.registry import register
+
+
+@register("upgrad")
+class UPGrad(GramianWeighting):
+    r"""Unconflicting projection of gradients: the mean of the gradients' projections on :math:`\{d : J d \ge 0\}`.
+
+    Solved exactly on unit gradients, without the regularisation of G that public codes add (which lets the update
+    conflict with tasks of small gradients), and at any scale (below a norm of 1e-2 or so they return the mean).
+
+    Scale: mean, as in the paper. No eps. Heads: their own task's gradient. Not random.
+
+    Args:
+        scale: "mean" or "sum"; without effect if there is a preference.
+        preference: How much each projection counts: task -> non-negative float, or a sequence in the order of the
+            tasks.
+        **options: ``heads``, ``refresh_every``.
+
+    Source: Quinton & Rey, Jacobian Descent for Multi-Objective Optimization, 2024 (arXiv 2406.16232), section 3.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("upgrad").weights(torch.tensor([[1.0, -1.0], [-1.0, 4.0]]))
+        tensor([1.0000, 0.6250])
+    """
+
+    source = "Quinton & Rey, 2024, arXiv 2406.16232"
+    properties = Properties(nonconflicting=True)
+
+    def __init__(
+        self,
+        *,
+        scale: str = "mean",
+        preference: TaskFloats | None = None,
+        **options: Unpack[WeightingOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.preference = Preference(preference, check_choice("scale", scale, ("mean", "sum")))
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the preference with the tasks."""
+        self.preference.bind(tasks)
+        super().bind(tasks)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Weights of at least the preference, [k]."""
+        preference = self.preference.of(len(gramian), indices)
+        return self.accept(solvers.upgrad(self.as_array(gramian), preference), gramian)

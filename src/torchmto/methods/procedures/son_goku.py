@@ -1,0 +1,126 @@
+"""SON-GOKU: conflicting tasks take turns, in groups from a colouring of the conflict graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_integer, check_number
+from torchmto.gradients import gramian
+from torchmto.methods.combine.columns import fitted
+from torchmto.methods.method import Cost, Procedure, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Problem, StepInfo
+
+
+def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
+    """Groups without conflict by greedy colouring (Welsh-Powell) of the conflict graph.
+
+    Two tasks conflict if the cosine of their gradients is below minus the threshold. Tasks are coloured in the order
+    of falling number of conflicts, ties by index, each with the first colour that no conflicting task has.
+
+    Args:
+        gramian: Inner products of the tasks' gradients, [K, K].
+        threshold: In [0, 1].
+
+    Returns:
+        Groups of task indices, ascending in each group, one group per colour.
+
+    Example:
+        >>> colour_conflicts(torch.tensor([[1.0, -0.5, 0.2], [-0.5, 1.0, 0.3], [0.2, 0.3, 1.0]]))
+        [[0, 2], [1]]
+    """
+    norms = gramian.diagonal().clamp_min(0).sqrt()
+    conflicts = gramian < -threshold * torch.outer(norms, norms)
+    conflicts.fill_diagonal_(fill_value=False)
+    table = conflicts.tolist()
+    order = sorted(range(len(table)), key=lambda task: -sum(table[task]))
+    groups: list[list[int]] = []
+    for task in order:
+        free = next((group for group in groups if not any(table[task][other] for other in group)), None)
+        if free is None:
+            groups.append([task])
+        else:
+            free.append(task)
+    return [sorted(group) for group in groups]
+
+
+@register("son_goku")
+class SonGoku(Procedure):
+    r"""Graph colouring of tasks: only one group of tasks that don't conflict is trained per step.
+
+    The tasks' gradients are tracked by :math:`\tilde g_i \leftarrow \beta \tilde g_i + (1 - \beta) g_i`. Every
+    ``refresh_every`` steps (and in the first) a graph is drawn with an edge where :math:`-\cos(\tilde g_i, \tilde
+    g_j) > \tau`, and coloured greedily. The groups of one colour take turns, one per step: the update is the plain
+    sum of the group's gradients, and heads of other tasks don't move. A group none of whose tasks is in the batch is
+    passed over.
+
+    Read from the paper's abstract and summaries: interference, tracking, periodic greedy colouring and one group per
+    step are the paper's; the defaults, the order of the turns and no warm-up are our choices. All K gradients are
+    computed in every step, to track them. Scale: sum over the group. Memory: one more K x P matrix. Heads: their own
+    task's gradient. Not random.
+
+    Args:
+        beta: Share of the past in the tracked gradients, in [0, 1).
+        tau: The threshold :math:`\tau`, in [0, 1].
+        refresh_every: Steps between colourings.
+
+    Source: Patapati & Srinivasan, Graph Coloring for Multi-Task Learning, 2025 (arXiv 2509.16959).
+    """
+
+    source = "Patapati & Srinivasan, 2025, arXiv 2509.16959"
+    properties = Properties(equivariant=False, pareto=False)
+    needs_closure = False
+    tracked: Tensor
+    groups: list[list[int]]
+    turn: int
+    num_steps: int
+
+    def __init__(self, *, beta: float = 0.9, tau: float = 0.0, refresh_every: int = 50) -> None:
+        super().__init__()
+        self.beta = check_number("beta", beta, minimum=0, below=1)
+        self.tau = check_number("tau", tau, minimum=0, maximum=1)
+        self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
+
+    def setup(self, num_tasks: int) -> None:
+        """Tracked gradients, the groups and whose turn it is."""
+        self.add_state("tracked", torch.zeros(num_tasks, 0))
+        self.add_state("groups", [])
+        self.add_state("turn", 0)
+        self.add_state("num_steps", 0)
+
+    def cost(self, num_tasks: int) -> Cost:
+        """K backwards: the gradients of the waiting tasks are tracked as well."""
+        return Cost(1, num_tasks, 1)
+
+    def step(self, problem: Problem) -> StepInfo:
+        """Track all gradients; update by those of one group."""
+        gradients = problem.gradients()
+        present = gradients.indices
+        with torch.no_grad():
+            self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
+            for row, task in zip(gradients.matrix, present, strict=True):
+                self.tracked[task].mul_(self.beta).add_(row, alpha=1 - self.beta)
+        if self.num_steps % self.refresh_every == 0:
+            self.groups = colour_conflicts(gramian(self.tracked), self.tau)
+            self.turn = 0
+        self.num_steps += 1
+        while not set(self.groups[self.turn % len(self.groups)]) & set(present):
+            self.turn += 1
+        group = self.groups[self.turn % len(self.groups)]
+        self.turn = (self.turn + 1) % len(self.groups)
+        weights = torch.tensor([float(task in group) for task in present], dtype=torch.float64)
+        for key, (parameter, held) in list(gradients.heads.items()):
+            gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
+        problem.combine(gradients, weights)
+        problem.apply()
+        names = problem.tasks
+        return problem.info(
+            weights=weights,
+            indices=present,
+            gradients=gradients,
+            records={
+                "groups": [[names[task] for task in entry] for entry in self.groups],
+                "active": [names[task] for task in group if task in present],
+            },
+        )
