@@ -202,6 +202,7 @@ class Problem:
         self._consumed: set[int] = set()
         self._recorded: dict[int, float] = {}
         self._pending: Losses | None = None
+        self._loss_weights: dict[int, Tensor] = {}
         self._scaled = False
         self.first_losses: Losses | None = None
         self.last_losses: dict[str, float] = {}
@@ -357,6 +358,7 @@ class Problem:
         if self._weigh is None:
             return Losses(indices, raw, raw, sums.totals)
         factors = self._weigh(raw, indices).detach().to(raw)
+        self._loss_weights = dict(zip(indices, factors.unbind(), strict=True))
         return Losses(indices, raw * factors, raw, sums.totals, factors)
 
     @property
@@ -392,6 +394,13 @@ class Problem:
         self.last_losses = {self.tasks[i]: value for i, value in zip(losses.indices, values, strict=True)}
         for index, value in zip(losses.indices, values, strict=True):
             self._recorded.setdefault(index, value)
+
+    def _check_weights(self, losses: Losses) -> None:
+        """Name a loss whose weight isn't finite: a method of logarithms has met a loss that isn't positive."""
+        for index, weight in self._loss_weights.items():
+            if index in losses.indices and not bool(weight.isfinite()):
+                loss = losses.raw[losses.indices.index(index)].item()
+                self._not_finite(f"The weight of task `{self.tasks[index]}` isn't finite; its loss is {loss:g}.")
 
     def _not_finite(self, message: str) -> NoReturn:
         self.network.zero_grad()
@@ -538,6 +547,7 @@ class Problem:
         finite = matrix_gramian.diagonal().isfinite().tolist()
         for index, good in zip(losses.indices, finite, strict=True):
             if not good:
+                self._check_weights(losses)
                 self._gradient_not_finite(f"The gradient of task `{self.tasks[index]}` isn't finite.")
         own = [gradient for _, held in heads.values() for gradient in held.values()]
         if own and not bool(torch.nn.utils.get_total_norm(own).isfinite()):
@@ -670,6 +680,7 @@ class Problem:
             return {}, {}
         weights = weigh(losses.values[present], indices).detach().to(losses.values)
         factors = torch.ones_like(weights) if losses.factors is None else losses.factors[present].to(weights)
+        self._loss_weights = dict(zip(indices, (weights * factors).unbind(), strict=True))
         return dict(zip(indices, weights.unbind(), strict=True)), dict(zip(indices, factors.unbind(), strict=True))
 
     def _backward_chunk(
@@ -756,6 +767,7 @@ class Problem:
             *values, total = torch.cat([pending.raw, norm.to(pending.raw).reshape(1)]).tolist()
             self._check_losses(pending, values)
             if total - total != 0:
+                self._check_weights(pending)
                 self._gradient_not_finite("The gradient isn't finite.")
         if scaler is not None:
             assert norm is not None

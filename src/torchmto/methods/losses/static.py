@@ -37,9 +37,7 @@ class Static(LossWeighting):
     def __init__(self, *, weights: Mapping[str, float] | Sequence[float]) -> None:
         super().__init__()
         if isinstance(weights, str) or not isinstance(weights, Mapping | Sequence):
-            raise TypeError(
-                found("weights", "a mapping of task names to floats, or a sequence of floats", weights)
-            )
+            raise TypeError(found("weights", "a mapping of task names to floats, or a sequence of floats", weights))
         items = weights.items() if isinstance(weights, Mapping) else enumerate(weights)
         checked = {key: check_number(f"weights[{key!r}]", value, minimum=0) for key, value in items}
         self.given = weights
@@ -49,9 +47,7 @@ class Static(LossWeighting):
         """Match the weights with the tasks."""
         if isinstance(self.given, Mapping):
             if set(self.given) != set(tasks):
-                raise ValueError(
-                    found("weights", f"a mapping with exactly the tasks {list(tasks)}", dict(self.given))
-                )
+                raise ValueError(found("weights", f"a mapping with exactly the tasks {list(tasks)}", dict(self.given)))
             self._values = [float(self.given[name]) for name in tasks]
         elif len(self.given) != len(tasks):
             raise ValueError(found("weights", f"a sequence of {len(tasks)} weights", list(self.given)))

@@ -1,0 +1,56 @@
+"""COSMOS: a weighted sum with a reward for the preferred direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.losses.per_task import Preference
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("cosmos")
+class COSMOS(LossWeighting):
+    r"""A weighted sum minus a cosine, :math:`r^\top l - \lambda \frac{r^\top l}{\|r\| \|l\|}`.
+
+    The cosine pulls the vector of losses towards the direction of the preference r. Only the objective: the paper also
+    draws r anew for every batch and gives it to the model as an input. Scale: mean (r sums to 1 over the present
+    tasks). Weights can be negative. Heads: times the task's weight.
+
+    Args:
+        preference: r, task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
+        penalty: The coefficient of the cosine. The paper's values go from 0.01 to 8 and depend on the data set.
+
+    Source: Ruchte & Grabocka, Scalable Pareto Front Approximation for Deep Multi-Objective Learning, ICDM 2021, Eq. 5.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("cosmos").objective(torch.tensor([3.0, 3.0]))
+        tensor(2.0000)
+    """
+
+    source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
+    properties = Properties(homogeneity=None, identity=False, pareto=False)
+
+    def __init__(
+        self, *, preference: Mapping[str, float] | Sequence[float] | None = None, penalty: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.preference = Preference(preference)
+        self.penalty = check_number("penalty", penalty, minimum=0)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the preference with the tasks."""
+        self.preference.bind(tasks)
+        super().bind(tasks)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted sum minus the cosine."""
+        r = self.preference.of(self.present(losses, indices)).to(losses)
+        dot = (r * losses).sum()
+        cosine: Tensor = dot / (torch.linalg.vector_norm(r) * torch.linalg.vector_norm(losses))
+        return dot - self.penalty * cosine

@@ -1,0 +1,95 @@
+"""Dynamic task prioritization."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number, found
+from torchmto.methods.losses.per_task import Numbers, PerTask, by_task
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+LEAST = 1e-6
+"""Smallest performance: its weight would be infinite at 0."""
+
+
+@register("dtp")
+class DTP(LossWeighting):
+    r"""Harder tasks weigh more: :math:`w_i = -(1 - \kappa_i)^{\gamma_i} \log \kappa_i`, a focal loss of performance.
+
+    :math:`\kappa_i \in [0, 1]` is a moving average of the task's performance (accuracy, mIoU, ...; higher is better),
+    told by ``mt.report({task: value})`` after each validation: :math:`\kappa \leftarrow \alpha\,\mathrm{value} + (1 -
+    \alpha)\,\kappa`, starting with the first value. A task weighs 1 before its first report, and 0 at performance 1.
+    Values below 1e-6 count as 1e-6. Scale: sum. Heads: times the task's weight. Only the weights of tasks: the paper's
+    weights of single samples (a focal loss inside a task) belong to the user's loss.
+
+    Args:
+        gamma: The focusing exponent: one for all tasks, or one per task (mapping or sequence).
+        alpha: Share of a new report in the moving average. The paper doesn't give one; 1 would be the last report
+            alone.
+
+    Raises:
+        ValueError: From ``mt.report``, if a performance is outside [0, 1].
+
+    Source: Guo et al., Dynamic Task Prioritization for Multitask Learning, ECCV 2018, Section 3.
+
+    Example:
+        >>> import torch, torchmto
+        >>> method = torchmto.make_method("dtp")
+        >>> method.bind(("easy", "hard"))
+        >>> method.report({"easy": 0.9, "hard": 0.5})
+        >>> method.loss_weights(torch.tensor([1.0, 1.0]))
+        tensor([0.0105, 0.3466])
+    """
+
+    source = "Guo et al., ECCV 2018, Section 3"
+    properties = Properties(identity=False)
+    fixed = True
+    performance: Tensor
+
+    def __init__(self, *, gamma: Numbers = 1.0, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.gamma = PerTask("gamma", gamma, minimum=0)
+        self.alpha = check_number("alpha", alpha, above=0, maximum=1)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the exponents with the tasks."""
+        self.gamma.bind(tasks)
+        super().bind(tasks)
+
+    def setup(self, num_tasks: int) -> None:
+        """The averaged performances; NaN: not reported yet."""
+        self.add_state("performance", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+
+    def _weights(self, chosen: Sequence[int]) -> Tensor:
+        kappa = self.performance[list(chosen)]
+        focal = -((1 - kappa) ** self.gamma.of(chosen)) * kappa.clamp_min(LEAST).log()
+        return torch.where(kappa.isnan(), 1.0, focal)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted sum of the losses."""
+        return (self._weights(self.present(losses, indices)).to(losses) * losses).sum()
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Average in validation results."""
+        for name, value in performance.items():
+            if name not in self.tasks:
+                raise ValueError(
+                    f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks) or 'not known yet'}."
+                )
+            if not 0 <= value <= 1:
+                raise ValueError(found(f"performance[{name!r}]", "in [0, 1]: method `dtp` needs shares", value))
+        for name, value in performance.items():
+            i = self.tasks.index(name)
+            old = self.performance[i]
+            self.performance[i] = value if old.isnan() else self.alpha * value + (1 - self.alpha) * old
+
+    def records(self) -> Mapping[str, Any]:
+        """The averaged performances that have been reported."""
+        averages = by_task(self, self.performance)
+        return {"performance": {name: value for name, value in averages.items() if not math.isnan(value)}}

@@ -1,0 +1,73 @@
+"""Dynamic weight average."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.losses.window import LossWindow, check_window
+from torchmto.methods.method import LossWeighting
+from torchmto.methods.registry import register
+from torchmto.problem import Losses, Problem
+
+
+@register("dwa")
+class DWA(LossWeighting):
+    r"""Weights from how fast each loss has fallen: :math:`w = K\,\mathrm{softmax}(r / T)`.
+
+    :math:`r_i` is the task's mean loss over the last window divided by that over the window before: tasks that stagnate
+    weigh more. A window is an epoch (``mt.end_window()``), or ``window`` steps. The weights are 1 until two windows
+    have ended; a task that wasn't present in two windows has r = 1, and a window without a task leaves its means as
+    they are. K is the number of present tasks. Scale: sum. Heads: times the task's weight.
+
+    Args:
+        temperature: T; large values make the weights alike.
+        window: Steps per window; None: a window ends at ``mt.end_window()``. Some codes use 25 steps.
+
+    Source: Liu et al., End-to-End Multi-Task Learning with Attention, CVPR 2019, Eq. 7.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("dwa").loss_weights(torch.tensor([1.0, 2.0]))
+        tensor([1., 1.])
+    """
+
+    source = "Liu et al., CVPR 2019, Eq. 7"
+    means: LossWindow
+    last: Tensor
+    before: Tensor
+
+    def __init__(self, *, temperature: float = 2.0, window: int | None = None) -> None:
+        super().__init__()
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.window = check_window(window)
+
+    def setup(self, num_tasks: int) -> None:
+        """The mean losses of the last window and of the one before; NaN: not seen yet."""
+        self.add_state("means", LossWindow(num_tasks, self.window))
+        self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.add_state("before", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted sum of the losses."""
+        chosen = self.present(losses, indices)
+        rates = self.last[chosen] / self.before[chosen]
+        rates = torch.where(rates.isfinite(), rates, 1.0)
+        return ((rates / self.temperature).softmax(0) * len(chosen)).to(losses).mul(losses).sum()
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Add the step's losses to the window."""
+        if self.means.add(losses):
+            self.end_window()
+
+    def end_window(self) -> None:
+        """Compare with the window before from now on."""
+        if self.num_tasks == 0:
+            return
+        means = self.means.close()
+        seen = ~means.isnan()
+        self.before = torch.where(seen, self.last, self.before)
+        self.last = torch.where(seen, means, self.last)

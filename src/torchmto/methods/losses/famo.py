@@ -1,0 +1,103 @@
+"""FAMO: fast adaptive multi-task optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.losses.learnable import LearnableScales
+from torchmto.methods.losses.per_task import Numbers, PerTask, by_task, safe_log
+from torchmto.methods.method import Cost, LossWeighting, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Losses, Problem
+
+
+@register("famo")
+class FAMO(LossWeighting):
+    r"""Lowers all losses at about the same relative rate, with one backward per step.
+
+    With :math:`z = \mathrm{softmax}(\xi)` over the present tasks and :math:`D_i = l_i - b_i + \epsilon`, the objective
+    is :math:`c \sum_i z_i \log D_i`, :math:`c = 1 / \sum_i (z_i / D_i)` constant, so the weights :math:`c z_i / D_i`
+    sum to 1. After the optimizer step the losses of the same batch are computed again, and the logits :math:`\xi` take
+    one step of Adam along :math:`(\mathrm{diag}(z) - z z^\top)(\log D^\mathrm{before} - \log D^\mathrm{after})`: a task
+    that improved more than others loses weight. Logits of absent tasks stay.
+
+    Scale: mean (weights sum to 1). Heads: times the task's weight. Cost: one more forward per step, without gradient,
+    with the random state of the step's own forward and without moving norm buffers; so it needs a closure. The released
+    code also clips the shared gradient to norm 1 (use ``clip=``), and its default decay is 0.01. Losses must be larger
+    than ``min_losses``; another loss makes the step non-finite.
+
+    Args:
+        lr: Adam's learning rate for the logits.
+        gamma: Adam's weight decay for the logits, a pull to uniform weights.
+        min_losses: The losses' lower bounds b: one number, or one per task (mapping or sequence).
+        eps: Keeps the logarithm finite at the lower bound.
+
+    Source: Liu et al., FAMO: Fast Adaptive Multitask Optimization, NeurIPS 2023, Algorithm 1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("famo").loss_weights(torch.tensor([1.0, 3.0]))
+        tensor([0.7500, 0.2500])
+    """
+
+    source = "Liu et al., NeurIPS 2023, Algorithm 1"
+    properties = Properties(homogeneity=None, identity=False)
+    needs_losses_after = True
+    logits: LearnableScales
+
+    def __init__(self, *, lr: float = 0.025, gamma: float = 1e-3, min_losses: Numbers = 0.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.lr = check_number("lr", lr, above=0)
+        self.gamma = check_number("gamma", gamma, minimum=0)
+        self.min_losses = PerTask("min_losses", min_losses)
+        self.eps = check_number("eps", eps, minimum=0)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the lower bounds with the tasks."""
+        self.min_losses.bind(tasks)
+        super().bind(tasks)
+
+    def setup(self, num_tasks: int) -> None:
+        """One logit per task."""
+        self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, weight_decay=self.gamma))
+
+    def cost(self, num_tasks: int) -> Cost:
+        """Two forwards and one backward."""
+        return Cost(2, 1, 1)
+
+    def _log_distance(self, losses: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        distance = losses - self.min_losses.of(chosen).to(losses) + self.eps
+        return distance, safe_log(distance)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted sum of the logarithms, scaled so that the weights sum to 1."""
+        chosen = self.present(losses, indices)
+        z = self.logits.of(chosen).softmax(0).to(losses)
+        distance, logarithm = self._log_distance(losses, chosen)
+        return (z * logarithm).sum() / (z / distance.detach()).sum()
+
+    @torch.no_grad()
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Measure the losses again and move the logits."""
+        again = problem.losses([problem.tasks[i] for i in losses.indices])
+        rows = {task: row for row, task in enumerate(losses.indices)}
+        both = [task for task in again.indices if task in rows]
+        before = losses.values[[rows[task] for task in both]].to("cpu", torch.float64)
+        after = again.raw[[again.indices.index(task) for task in both]].to("cpu", torch.float64)
+        if losses.factors is not None:
+            # The factors of the step: a random weighting in front would draw new ones for the second forward.
+            after = after * losses.factors[[rows[task] for task in both]].to(after)
+        gain = self._log_distance(before, both)[1] - self._log_distance(after, both)[1]
+        if not both or not bool(gain.isfinite().all()):
+            return
+        z = self.logits.of(both).softmax(0)
+        self.logits.step(z * (gain - (z * gain).sum()), both)
+
+    def records(self) -> Mapping[str, Any]:
+        """The logits after the step."""
+        return {"logits": by_task(self, self.logits.values)}

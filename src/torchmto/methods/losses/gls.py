@@ -1,0 +1,36 @@
+"""Geometric loss strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("gls")
+class GLS(LossWeighting):
+    r"""The geometric mean of the losses, :math:`(\prod_i l_i)^{1/K} = \exp(\frac1K \sum_i \log l_i)`.
+
+    Over the present tasks; computed from logarithms, so that products of many losses don't under- or overflow. The
+    weights are :math:`L / (K l_i)` with the geometric mean L: invariant to a common scale of the losses. Scale: mean.
+    Heads: times the task's weight. Losses must be positive; another loss makes the step non-finite. Where a loss tends
+    to 0, the mean has a kink and a constant learning rate doesn't settle.
+
+    Source: Chennupati et al., MultiNet++, CVPR Workshops 2019.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("gls").objective(torch.tensor([1.0, 4.0]))
+        tensor(2.)
+    """
+
+    source = "Chennupati et al., CVPR Workshops 2019"
+    properties = Properties(identity=False, pareto=False)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The geometric mean."""
+        return safe_log(losses).mean().exp()

@@ -1,0 +1,80 @@
+"""Improvable gap balancing, first version."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_integer
+from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.losses.window import LossWindow, check_window
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Losses, Problem
+
+
+@register("igb")
+class IGB(LossWeighting):
+    r"""Tasks with more room to improve weigh more: :math:`\sum_i w_i \log l_i`, :math:`w = K\,\mathrm{softmax}(l / b)`.
+
+    The base :math:`b_i` is the task's mean loss over one early window, so :math:`l_i / b_i` is the share of the
+    improvable gap that is left, the ideal loss taken as 0. The weights are constants in the derivative, and 1 until the
+    base is known. A task that the base window hasn't seen has a gap of 1 until the end of its first window. K is the
+    number of present tasks. This is the paper's first version (IGBv1); the second one learns the weights by
+    reinforcement learning. Scale: sum. Heads: times the task's weight. Losses must be positive; another loss makes the
+    step non-finite.
+
+    Args:
+        base_window: The number, from 1, of the window whose means are the base.
+        window: Steps per window; None: a window ends at ``mt.end_window()``.
+
+    Source: Dai et al., Improvable Gap Balancing for Multi-Task Learning, UAI 2023 (arXiv 2307.15429), IGBv1, as in its
+    released code.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("igb").loss_weights(torch.tensor([0.5, 4.0]))
+        tensor([2.0000, 0.2500])
+    """
+
+    source = "Dai et al., UAI 2023, IGBv1"
+    properties = Properties(homogeneity=0.0, identity=False, pareto=False)
+    means: LossWindow
+    base: Tensor
+    windows: int
+
+    def __init__(self, *, base_window: int = 2, window: int | None = None) -> None:
+        super().__init__()
+        self.base_window = check_integer("base_window", base_window, minimum=1)
+        self.window = check_window(window)
+
+    def setup(self, num_tasks: int) -> None:
+        """The base losses (NaN: not known yet) and the number of windows so far."""
+        self.add_state("means", LossWindow(num_tasks, self.window))
+        self.add_state("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.add_state("windows", 0)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted sum of the logarithms."""
+        chosen = self.present(losses, indices)
+        base = self.base[chosen].to(losses)
+        gaps = torch.where(base.isnan(), 1.0, losses.detach() / base)
+        return (len(losses) * gaps.softmax(0) * safe_log(losses)).sum()
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Add the step's losses to the window."""
+        if self.means.add(losses):
+            self.end_window()
+
+    def end_window(self) -> None:
+        """Take the base window's means as the base; a window without steps doesn't count."""
+        if self.num_tasks == 0:
+            return
+        means = self.means.close()
+        if bool(means.isnan().all()):
+            return
+        self.windows += 1
+        if self.windows >= self.base_window:
+            self.base = torch.where(self.base.isnan(), means, self.base)

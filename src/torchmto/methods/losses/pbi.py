@@ -1,0 +1,67 @@
+"""Penalty-based boundary intersection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.losses.per_task import Numbers, PerTask, Preference
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("pbi")
+class PBI(LossWeighting):
+    r"""The distance along a preferred direction plus a penalty on the distance to it, :math:`d_1 + \theta d_2`.
+
+    :math:`d_1 = (l - z)^\top \hat w` and :math:`d_2 = \|(l - z) - d_1 \hat w\|` with the unit vector :math:`\hat w`
+    along the preference. Scale: unit norm (without penalty and preference the weights are :math:`1 / \sqrt K`). Weights
+    can be negative. Heads: times the task's weight.
+
+    Args:
+        preference: The direction, task -> positive weight or a sequence. None: the diagonal.
+        theta: The penalty; the paper uses 5.
+        reference: The ideal point z, below the losses: one number, or one per task (mapping or sequence).
+
+    Source: Zhang & Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, IEEE TEVC 2007, Section
+    II-C.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("pbi", theta=2.0, preference=[1.0, 1e-30]).objective(torch.tensor([3.0, 4.0]))
+        tensor(11.)
+    """
+
+    source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
+    properties = Properties(pareto=False)
+
+    def __init__(
+        self,
+        *,
+        preference: Mapping[str, float] | Sequence[float] | None = None,
+        theta: float = 5.0,
+        reference: Numbers = 0.0,
+    ) -> None:
+        super().__init__()
+        self.preference = Preference(preference)
+        self.theta = check_number("theta", theta, minimum=0)
+        self.reference = PerTask("reference", reference)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match preference and reference with the tasks."""
+        self.preference.bind(tasks)
+        self.reference.bind(tasks)
+        super().bind(tasks)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The two distances."""
+        chosen = self.present(losses, indices)
+        direction = self.preference.of(chosen)
+        direction = (direction / torch.linalg.vector_norm(direction)).to(losses)
+        gap = losses - self.reference.of(chosen).to(losses)
+        along = (gap * direction).sum()
+        across: Tensor = torch.linalg.vector_norm(gap - along * direction)
+        return along + self.theta * across

@@ -1,0 +1,36 @@
+"""Random loss weighting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("rlw")
+class RLW(LossWeighting):
+    r"""Random weights in every step: :math:`\sum_i w_i l_i` with :math:`w = K\,\mathrm{softmax}(z)`, z standard normal.
+
+    K is the number of present tasks. Scale: sum (the paper's weights sum to 1, its code's to K). Heads: times the
+    task's weight. Random: one draw per step from :attr:`generator`.
+
+    Source: Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022.
+
+    Example:
+        >>> import torch, torchmto
+        >>> weights = torchmto.make_method("rlw").loss_weights(torch.tensor([1.0, 2.0, 3.0]))
+        >>> round(weights.sum().item(), 4)
+        3.0
+    """
+
+    source = "Lin et al., TMLR 2022"
+    properties = Properties(equivariant=False, pareto=False)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The sum of the losses times freshly drawn weights."""
+        draw = torch.randn(len(losses), generator=self.generator, dtype=torch.float64)
+        return (len(losses) * draw.softmax(0).to(losses) * losses).sum()

@@ -1,0 +1,35 @@
+"""Scale-invariant sum: the logarithms of the losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("si")
+class ScaleInvariant(LossWeighting):
+    r"""The sum of the losses' logarithms, :math:`\sum_i \log l_i`: every gradient is divided by its loss.
+
+    Multiplying a loss by a constant changes nothing. Scale: sum. Heads: times the task's weight :math:`1 / l_i`, as the
+    sum says. Losses must be positive; another loss makes the step non-finite. Where a loss tends to 0 its weight
+    explodes, so on problems that a task solves perfectly it doesn't settle.
+
+    Source: a baseline of Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("si").loss_weights(torch.tensor([0.5, 4.0]))
+        tensor([2.0000, 0.2500])
+    """
+
+    source = "Navon et al., ICML 2022 (baseline)"
+    properties = Properties(homogeneity=0.0, identity=False, pareto=False)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The sum of the logarithms."""
+        return safe_log(losses).sum()

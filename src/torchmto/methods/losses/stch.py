@@ -1,0 +1,85 @@
+"""Smooth Tchebycheff scalarisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_integer, check_number
+from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.losses.window import LossWindow, check_window
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+from torchmto.problem import Losses, Problem
+
+
+@register("stch")
+class STCH(LossWeighting):
+    r"""A smooth maximum of the losses' logarithms, :math:`\mu \log \sum_i \exp(f_i / \mu)`, after a warm-up.
+
+    :math:`f_i = \log(l_i / n_i)`, where the nadir :math:`n_i` is the task's mean loss over the last warm-up window.
+    During the warm-up the objective is :math:`\sum_i \log l_i`. Preferences are 1 and the ideal point is 0, as in the
+    released multi-task code. A window is an epoch (``mt.end_window()``), or ``window`` steps; without either, the
+    warm-up never ends. A task that the warm-up hasn't seen has f = 0 until the end of its first window. Scale: the
+    weights are a softmax divided by the losses, not multiplied by K (LibMTL multiplies). Heads: times the task's
+    weight. Losses must be positive; another loss makes the step non-finite.
+
+    Args:
+        mu: Smoothing: towards 0 the objective becomes the maximum.
+        warmup: Warm-up windows.
+        window: Steps per window; None: a window ends at ``mt.end_window()``.
+
+    Source: Lin et al., Smooth Tchebycheff Scalarization for Multi-Objective Optimization, ICML 2024.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("stch").objective(torch.tensor([1.0, 1.0]))
+        tensor(0.)
+    """
+
+    source = "Lin et al., ICML 2024"
+    properties = Properties(homogeneity=0.0, identity=False, pareto=False)
+    means: LossWindow
+    nadir: Tensor
+    windows: int
+
+    def __init__(self, *, mu: float = 1.0, warmup: int = 4, window: int | None = None) -> None:
+        super().__init__()
+        self.mu = check_number("mu", mu, above=0)
+        self.warmup = check_integer("warmup", warmup, minimum=1)
+        self.window = check_window(window)
+
+    def setup(self, num_tasks: int) -> None:
+        """The nadir (NaN: not known yet) and the number of windows so far."""
+        self.add_state("means", LossWindow(num_tasks, self.window))
+        self.add_state("nadir", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+        self.add_state("windows", 0)
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The sum of logarithms in the warm-up, then the smooth maximum."""
+        chosen = self.present(losses, indices)
+        if self.windows < self.warmup:
+            return safe_log(losses).sum()
+        nadir = self.nadir[chosen].to(losses)
+        nadir = torch.where(nadir.isnan(), losses.detach(), nadir)
+        return self.mu * torch.logsumexp((safe_log(losses) - nadir.log()) / self.mu, 0)
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Add the step's losses to the window."""
+        if self.means.add(losses):
+            self.end_window()
+
+    def end_window(self) -> None:
+        """Take the window's means as the nadir while the warm-up lasts; a window without steps doesn't count."""
+        if self.num_tasks == 0:
+            return
+        means = self.means.close()
+        seen = ~means.isnan()
+        if not bool(seen.any()):
+            return
+        if self.windows >= self.warmup:
+            seen = seen & self.nadir.isnan()
+        self.nadir = torch.where(seen, means, self.nadir)
+        self.windows += 1

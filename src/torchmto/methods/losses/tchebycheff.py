@@ -1,0 +1,88 @@
+"""Tchebycheff scalarisations: the largest weighted loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from torchmto.methods.losses.per_task import Numbers, PerTask, Preference
+from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.registry import register
+
+
+@register("tchebycheff")
+class Tchebycheff(LossWeighting):
+    r"""The largest weighted loss, :math:`\max_i \lambda_i |l_i - z_i|`.
+
+    Only the worst task has a gradient; tasks that tie share it evenly. For the smooth form see ``stch``. Scale: the
+    weight of the worst task is its preference (which sum to 1 over the present tasks). Heads: times the task's weight,
+    so the heads of all other tasks get a zero gradient.
+
+    Args:
+        preference: Task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
+        reference: The ideal point z: one number, or one per task (mapping or sequence).
+
+    Source: Zhang & Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, IEEE TEVC 2007, Section
+    II-B.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("tchebycheff").loss_weights(torch.tensor([1.0, 3.0]))
+        tensor([0.0000, 0.5000])
+    """
+
+    source = "Zhang & Li, IEEE TEVC 2007, Section II-B"
+    properties = Properties(pareto=False)
+
+    def __init__(
+        self,
+        *,
+        preference: Mapping[str, float] | Sequence[float] | None = None,
+        reference: Numbers = 0.0,
+    ) -> None:
+        super().__init__()
+        self.preference = Preference(preference)
+        self.reference = PerTask("reference", reference)
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match preference and reference with the tasks."""
+        self.preference.bind(tasks)
+        self.reference.bind(tasks)
+        super().bind(tasks)
+
+    def _scaled(self, preference: Tensor) -> Tensor:
+        return preference
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The largest weighted distance to the reference."""
+        chosen = self.present(losses, indices)
+        scale = self._scaled(self.preference.of(chosen)).to(losses)
+        return (scale * (losses - self.reference.of(chosen).to(losses)).abs()).amax()
+
+
+@register("mtchebycheff")
+class ModifiedTchebycheff(Tchebycheff):
+    r"""The largest loss divided by its preference, :math:`\max_i |l_i - z_i| / \lambda_i`.
+
+    Minimal where the losses are in proportion to the preference, if the Pareto front has such a point, while the
+    optimum of ``tchebycheff`` has them in inverse proportion. Scale: the weight of the worst task is the inverse of its
+    preference (K if all are alike).
+
+    Args:
+        preference: Task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
+        reference: The ideal point z: one number, or one per task (mapping or sequence).
+
+    Source: Ma et al., On Tchebycheff Decomposition Approaches for Multiobjective Evolutionary Optimization, IEEE TEVC
+    2018.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("mtchebycheff", preference=[0.2, 0.8]).objective(torch.tensor([1.0, 3.0]))
+        tensor(5.)
+    """
+
+    source = "Ma et al., IEEE TEVC 2018"
+
+    def _scaled(self, preference: Tensor) -> Tensor:
+        return 1 / preference
