@@ -263,7 +263,7 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
         raise ValueError(f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`.")
     cosines = unit.cosines[order][:, order]
     coefficients = np.eye(size)
-    for position in np.flatnonzero(unit.norms[order]):
+    for position in np.flatnonzero(unit.norms[order]).tolist():
         reference = coefficients[position]
         products = cosines @ reference
         square = float(reference @ products)
