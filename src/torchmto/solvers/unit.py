@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg.lapack import dpstrf
 
 from torchmto.solvers.solution import Array
 
@@ -112,6 +111,8 @@ def factor(cosines: Array) -> Array:
     size = len(cosines)
     if size == 0:
         return np.zeros((0, 0))
+    from scipy.linalg.lapack import dpstrf  # noqa: PLC0415 - slow to import
+
     triangle, pivots, rank, _ = dpstrf(cosines, lower=0, tol=size * EPS)
     columns = np.empty((rank, size))
     columns[:, pivots - 1] = np.triu(triangle)[:rank]

@@ -214,7 +214,10 @@ class ConnectionStrength(Procedure):
             )
 
     def cost(self, num_tasks: int) -> Cost:
-        """K forwards and backwards; K optimizer steps in phase 1, one in phase 2. Phase 2 needs a single forward without split norms."""
+        """K forwards and backwards; K optimizer steps in phase 1, one in phase 2.
+
+        Phase 2 needs a single forward where norms aren't split.
+        """
         if self.schedule == "phase2":
             return self.second.cost(num_tasks)
         return Cost(num_tasks, num_tasks, num_tasks)
