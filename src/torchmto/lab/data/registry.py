@@ -9,7 +9,7 @@ from typing import Any
 
 from torchmto.lab.data.base import DataBundle
 
-_MODULES = ("digits", "rooms", "nyuv2", "cifar100", "tabular")
+_MODULES = ("digits", "rooms", "nyuv2", "cifar100", "tabular", "multimnist")
 _registry: dict[str, "DatasetInfo"] = {}
 
 
