@@ -68,6 +68,7 @@ class Method(ABC):
         name: The name it is registered under.
         family: "loss weighting", "gramian", "combiner" or "procedure".
         source: Where it comes from: authors, venue, year, equation.
+        use: When to use it, in one sentence.
         properties: What it promises.
         needs_closure: Whether it runs the model more than once per step.
         needs_losses_after: Whether it needs the losses after the step.
@@ -77,6 +78,7 @@ class Method(ABC):
     name: ClassVar[str] = ""
     family: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    use: ClassVar[str] = ""
     properties: ClassVar[Properties] = Properties()
     needs_closure: bool = False
     needs_losses_after: bool = False
@@ -349,10 +351,6 @@ class GramianWeighting(Method):
         Returns:
             Weights [k], of the Gramian's dtype and device.
         """
-
-    def gramian_of(self, gradients: TaskGradients) -> Tensor:
-        """The Gramian that :meth:`weights` gets, float64 on the CPU; that of all shared parameters unless overridden."""
-        return gradients.gramian
 
     @staticmethod
     def as_array(tensor: Tensor) -> Array:
