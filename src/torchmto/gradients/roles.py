@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+_PASS_THROUGH = "_DDPSink"
+"""A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
+
+
 def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
     """Walk the autograd graph of ``loss`` down to its leaves.
 
@@ -23,18 +27,24 @@ def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
         return {id(loss)}, False
     leaves: set[int] = set()
     compiled = False
-    visited = {loss.grad_fn}
-    stack = [loss.grad_fn]
+    start = (loss.grad_fn, loss.output_nr)
+    visited: set[object] = {start[0]}
+    stack = [start]
     while stack:
-        node = stack.pop()
+        node, output = stack.pop()
         variable = getattr(node, "variable", None)
         if variable is not None:
             leaves.add(id(variable))
-        compiled = compiled or node.name().startswith("CompiledFunction")
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                stack.append(following)
+        name = node.name()
+        compiled = compiled or name.startswith("CompiledFunction")
+        following = node.next_functions
+        if name.startswith(_PASS_THROUGH) and output < len(following):
+            following = following[output : output + 1]
+        for edge in following:
+            key = edge if edge[0] is not None and edge[0].name().startswith(_PASS_THROUGH) else edge[0]
+            if edge[0] is not None and key not in visited:
+                visited.add(key)
+                stack.append(edge)
     return leaves, compiled
 
 

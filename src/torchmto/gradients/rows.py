@@ -15,6 +15,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and span == tensor.numel()
 
 
+def _kind(parameter: Tensor) -> tuple[object, ...]:
+    """What the memory of a gradient matrix depends on."""
+    return parameter.dtype, parameter.device, parameter.stride()
+
+
 def _views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters."""
     views = []
@@ -39,9 +44,7 @@ def gramian(matrix: Tensor) -> Tensor:
     diagonal = product.diagonal()
     tiny = torch.finfo(matrix.dtype).tiny * 1e8
     if not bool(product.isfinite().all()) or bool((diagonal < tiny).any()):
-        largest = (
-            matrix.abs().amax(dim=1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
-        )
+        largest = matrix.abs().amax(dim=1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
         scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         scaled = matrix / scale
         factors = scale.to(device="cpu", dtype=torch.float64)
@@ -65,6 +68,7 @@ class Rows:
         self._buffer = torch.empty(num_tasks, 0)
         self._combined: Tensor | None = None
         self._row_views: list[list[Tensor]] = []
+        self._kinds: list[tuple[object, ...]] = []
         self.tasks: list[int] = []
         self._filled: list[set[int]] = []
 
@@ -74,9 +78,13 @@ class Rows:
         return self._buffer[: len(self.tasks)]
 
     def begin(self) -> None:
-        """Forget the last step's rows; the memory is kept."""
+        """Forget the last step's rows; the memory is kept, unless the parameters have changed type, place or layout."""
         self.tasks = []
         self._filled = []
+        if [_kind(parameter) for parameter in self.parameters] != self._kinds:
+            parameters, self.parameters = self.parameters, []
+            self._buffer = self._buffer[:, :0]
+            self.grow(parameters)
 
     def grow(self, parameters: Sequence[Tensor]) -> None:
         """Append columns for ``parameters``; what the rows hold is kept, new columns are zero in existing rows."""
@@ -99,6 +107,7 @@ class Rows:
         self._buffer = buffer
         self._combined = None
         self._row_views = [_views(row, self.parameters) for row in buffer]
+        self._kinds = [_kind(parameter) for parameter in self.parameters]
 
     def row_of(self, task: int) -> int:
         """The row of ``task``; a new zero row if it has none yet."""

@@ -396,11 +396,11 @@ class Problem:
             self._recorded.setdefault(index, value)
 
     def _check_weights(self, losses: Losses) -> None:
-        """Name a loss whose weight isn't finite: a method of logarithms has met a loss that isn't positive."""
-        for index, weight in self._loss_weights.items():
-            if index in losses.indices and not bool(weight.isfinite()):
-                loss = losses.raw[losses.indices.index(index)].item()
-                self._not_finite(f"The weight of task `{self.tasks[index]}` isn't finite; its loss is {loss:g}.")
+        """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
+        if not all(bool(weight.isfinite()) for weight in self._loss_weights.values()):
+            values = zip(losses.indices, losses.raw.tolist(), strict=True)
+            named = ", ".join(f"`{self.tasks[index]}` {value:g}" for index, value in values)
+            self._not_finite(f"The method's loss weights aren't finite. The losses are {named}.")
 
     def _not_finite(self, message: str) -> NoReturn:
         self.network.zero_grad()

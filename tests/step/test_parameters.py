@@ -1,0 +1,419 @@
+"""Which parameters are shared, and parameters of every kind: tied, frozen, grouped, laid out, compiled, checkpointed, wrapped."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchmto
+from toy import Toy, batch, closure, flat, make, same
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchmto.structure import split_norms
+
+TASKS = ("a", "b", "c")
+GRADIENT_METHODS = ("pcgrad", "wpcgrad")
+
+
+def naive_rows(model, losses, shared):
+    """J by one autograd call per task."""
+    rows = []
+    for loss in losses.values():
+        grads = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(shared, grads, strict=True)])
+        )
+    return torch.stack(rows)
+
+
+def capture(mt):
+    """The rows and losses of the next steps, as the method sees them."""
+    seen = []
+    inner = mt.method.weights
+
+    def weights(gramian, losses=None, indices=None):
+        seen.append((gramian.clone(), mt.network.rows[0].matrix.clone()))
+        return inner(gramian, losses, indices)
+
+    mt.method.weights = weights
+    return seen
+
+
+def layout(mt):
+    return mt.state_dict()["roles"]["layout"]
+
+
+def test_rows_are_the_tasks_gradients():
+    model, _, mt = make("pcgrad")
+    seen = capture(mt)
+    shared = list(model.trunk.parameters())
+    expected = naive_rows(model, closure(model, batch(TASKS))(TASKS), shared)
+    mt.step(closure(model, batch(TASKS)))
+    gramian, rows = seen[0]
+    torch.testing.assert_close(rows, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gramian, expected @ expected.T, rtol=1e-12, atol=1e-14)
+    assert layout(mt) == ["trunk.0.weight", "trunk.0.bias"]
+
+
+def test_shared_given():
+    """What is given alone is shared: the trunk's bias becomes everybody's head, and gets the sum."""
+    model = Toy(TASKS)
+    _, _, mt = make("wpcgrad", model=model, shared=(p for p in [model.trunk[0].weight]))
+    losses = closure(model, batch(TASKS))(TASKS)
+    expected = torch.autograd.grad(sum(losses.values()), model.trunk[0].bias)[0]
+    mt.step(closure(model, batch(TASKS)))
+    assert layout(mt) == ["trunk.0.weight"]
+    torch.testing.assert_close(model.trunk[0].bias.grad, expected)
+
+
+def test_a_parameter_outside_the_optimizer_gets_no_gradient():
+    model = Toy(TASKS)
+    optimizer = torch.optim.SGD([*model.trunk.parameters(), *model.heads["a"].parameters()], lr=0.1)
+    for method in ("gd", "pcgrad", "sequential"):
+        mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method)
+        before = copy.deepcopy(model.heads["b"].state_dict())
+        mt.step(closure(model, batch(TASKS)))
+        assert same(dict(before), dict(model.heads["b"].state_dict()))
+        assert model.heads["b"].weight.grad is None
+
+
+def test_tied_parameters():
+    """A head's weight that is the trunk's: one parameter, shared, counted once."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.trunk = nn.Linear(4, 4)
+            self.heads = nn.ModuleDict({t: nn.Linear(4, 4) for t in TASKS})
+            self.heads["a"].weight = self.trunk.weight
+            self.double()
+
+        def forward(self, x, tasks):
+            return {t: self.heads[t](self.trunk(x).tanh()).sum(1, keepdim=True) for t in tasks}
+
+    model = Tied()
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, method="pcgrad")
+    seen = capture(mt)
+    expected = naive_rows(model, closure(model, batch(TASKS))(TASKS), [model.trunk.weight, model.trunk.bias])
+    mt.step(closure(model, batch(TASKS)))
+    torch.testing.assert_close(seen[0][1], expected)
+
+
+def test_frozen_parameters_and_frozen_in_between():
+    for method in ("gd", "pcgrad", "sequential"):
+        model = Toy(TASKS)
+        model.trunk[0].bias.requires_grad_(False)
+        _, _, mt = make(method, model=model, optimizer=lambda ps: torch.optim.Adam(ps, lr=0.01))
+        data = closure(model, batch(TASKS))
+        mt.step(data)
+        assert model.trunk[0].bias.grad is None
+        model.trunk[0].bias.requires_grad_(True)
+        before = flat(model.trunk)
+        mt.step(data)
+        assert not torch.equal(flat(model.trunk)[-5:], before[-5:])
+        model.trunk[0].weight.requires_grad_(False)
+        model.heads["a"].weight.requires_grad_(False)
+        weight, head = model.trunk[0].weight.clone(), model.heads["a"].weight.clone()
+        mt.step(data)
+        assert torch.equal(model.trunk[0].weight, weight)
+        assert torch.equal(model.heads["a"].weight, head)
+        assert model.trunk[0].weight.grad is None
+        model.trunk[0].weight.requires_grad_(True)
+        mt.step(data)
+        assert not torch.equal(model.trunk[0].weight, weight)
+
+
+def test_param_groups_and_add_param_group():
+    for method in ("gd", "pcgrad", "sequential"):
+        model = Toy(TASKS)
+        optimizer = torch.optim.SGD(
+            [{"params": model.heads["c"].parameters(), "lr": 0.0}, {"params": model.trunk[0].weight}], lr=0.1
+        )
+        mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method)
+        start = copy.deepcopy(dict(model.state_dict()))
+        mt.step(closure(model, batch(TASKS)))
+        moved = {k for k, v in model.state_dict().items() if not torch.equal(v, start[k])}
+        assert moved == {"trunk.0.weight"}
+        optimizer.add_param_group({"params": [model.trunk[0].bias, *model.heads["a"].parameters()]})
+        mt.step(closure(model, batch(TASKS)))
+        moved = {k for k, v in model.state_dict().items() if not torch.equal(v, start[k])}
+        assert moved == {"trunk.0.weight", "trunk.0.bias", "heads.a.weight", "heads.a.bias"}
+        if method == "pcgrad":
+            assert set(layout(mt)) == {"trunk.0.weight", "trunk.0.bias"}
+
+
+def test_a_parameter_that_becomes_shared_in_mid_run():
+    """From then on it has columns; the step in which it happens is already right."""
+    model, _, mt = make("pcgrad")
+    seen = capture(mt)
+    data = batch(TASKS)
+    mt.step(closure(model, data))
+    assert "heads.a.weight" not in layout(mt)
+
+    def crossing(tasks):
+        losses = closure(model, data)(tasks)
+        if "c" in losses:
+            losses["c"] = losses["c"] + model(data[0], ["a"])["a"].square().mean()
+        return losses
+
+    shared = [*model.trunk.parameters(), *model.heads["a"].parameters()]
+    expected = naive_rows(model, crossing(TASKS), shared)
+    mt.step(crossing)
+    assert layout(mt)[:2] == ["trunk.0.weight", "trunk.0.bias"]
+    assert set(layout(mt)[2:]) == {"heads.a.weight", "heads.a.bias"}
+    torch.testing.assert_close(seen[1][0], expected @ expected.T)
+    mt.step(closure(model, data))
+    assert seen[2][1].shape == expected.shape
+
+
+class Conv(nn.Module):
+    """Convolutions, for memory formats."""
+
+    def __init__(self, tasks=TASKS):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Conv2d(3, 4, 3)
+        self.heads = nn.ModuleDict({t: nn.Conv2d(4, 1, 3) for t in tasks})
+        self.double()
+
+    def forward(self, x, tasks):
+        return {t: self.heads[t](self.trunk(x).tanh()).mean((2, 3)) for t in tasks}
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 6, 6, generator=generator, dtype=torch.float64)
+    return x, {t: torch.randn(4, 1, generator=generator, dtype=torch.float64) * (i + 1) for i, t in enumerate(TASKS)}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+def test_channels_last_and_transposed_parameters(method, late):
+    """The layout of parameters, at the start or changed later, doesn't matter."""
+    runs = []
+    for changed in (False, True):
+        model = Conv()
+        x, targets = images()
+        if changed and not late:
+            model.to(memory_format=torch.channels_last)
+        mt = torchmto.MultiTask(
+            model, torch.optim.Adam(model.parameters(), lr=0.01), tasks=TASKS, method=method
+        )
+        mt.step(closure(model, (x, targets)))
+        if changed and late:
+            model.to(memory_format=torch.channels_last)
+            assert not model.trunk.weight.is_contiguous()
+        for _ in range(2):
+            mt.step(closure(model, (x, targets)))
+        if method == "pcgrad":
+            view = mt.network.rows[0].view(model.trunk.weight)
+            columns = mt.network.rows[0].slices[mt.network.rows[0].position[id(model.trunk.weight)]]
+            rows = naive_rows(model, closure(model, (x, targets))(TASKS), [model.trunk.weight])
+            mt.step(closure(model, (x, targets)))
+            torch.testing.assert_close(
+                mt.network.rows[0].view(model.trunk.weight), rows.view(3, *model.trunk.weight.shape)
+            )
+            assert view.shape[1:] == model.trunk.weight.shape
+            assert columns.stop - columns.start == model.trunk.weight.numel()
+        runs.append(flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
+
+
+def test_parameters_of_strange_memory():
+    """A transposed parameter, one of a single element, an empty one and a scalar."""
+
+    class Strange(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.transposed = nn.Parameter(torch.randn(4, 3).double().T)
+            self.scalar = nn.Parameter(torch.ones(()).double())
+            self.one = nn.Parameter(torch.ones(1, 1).double())
+            self.empty = nn.Parameter(torch.zeros(0, 3).double())
+            self.strided = nn.Parameter(torch.randn(6, 4).double()[::2])
+
+        def forward(self, x, tasks):
+            features = x @ (self.transposed.T @ (self.transposed + self.strided))
+            extra = self.empty.sum()
+            return {
+                t: (features * (i + 1)).sin().sum(1, keepdim=True) * self.scalar + self.one * i + extra
+                for i, t in enumerate(tasks)
+            }
+
+    for method in ("gd", "pcgrad", "sequential"):
+        model = Strange()
+        mt = torchmto.MultiTask(
+            model, torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), tasks=TASKS, method=method, clip=1.0
+        )
+        for _ in range(2):
+            mt.step(closure(model, batch(TASKS)))
+        assert torch.isfinite(flat(model)).all()
+        if method == "pcgrad":
+            shared = [mt.network.model.get_parameter(name) for name in layout(mt)]
+            expected = naive_rows(model, closure(model, batch(TASKS))(TASKS), shared)
+            seen = capture(mt)
+            mt.step(closure(model, batch(TASKS)))
+            torch.testing.assert_close(seen[0][0], expected @ expected.T)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "wpcgrad", "sequential"])
+def test_moving_the_model_to_another_dtype_in_mid_run(method):
+    model, _, mt = make(method, model=Toy(TASKS, dtype=torch.float32))
+    mt.step(closure(model, batch(TASKS, dtype=torch.float32)))
+    model.double()
+    mt.step(closure(model, batch(TASKS)))
+    assert model.trunk[0].weight.dtype == torch.float64
+    if method == "pcgrad":
+        rows = naive_rows(model, closure(model, batch(TASKS))(TASKS), list(model.trunk.parameters()))
+        seen = capture(mt)
+        mt.step(closure(model, batch(TASKS)))
+        torch.testing.assert_close(seen[0][1], rows, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "wpcgrad", "sequential"])
+def test_bfloat16_parameters_beside_float32_ones(method):
+    model = Toy(TASKS, dtype=torch.float32)
+    model.heads["a"].to(torch.bfloat16)
+    model.trunk[0].bias.data = model.trunk[0].bias.data.to(torch.bfloat16)
+
+    def losses(tasks):
+        x, targets = batch(TASKS, dtype=torch.float32)
+        features = (x @ model.trunk[0].weight.T + model.trunk[0].bias.float()).tanh()
+        result = {}
+        for task in tasks:
+            head = model.heads[task]
+            out = head(features.to(head.weight.dtype))
+            result[task] = (out - targets[task].to(out.dtype)).square().mean()
+        return result
+
+    _, _, mt = make(method, model=model, clip=1.0)
+    for _ in range(3):
+        info = mt.step(losses)
+    assert info.num_optimizer_steps >= 1
+    assert model.heads["a"].weight.grad is None or model.heads["a"].weight.grad.dtype == torch.bfloat16
+    assert {p.dtype for p in model.parameters()} == {torch.float32, torch.bfloat16}
+    assert torch.isfinite(flat(model)).all()
+
+
+# ---------------------------------------------------------------------- compiled, checkpointed, wrapped
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+def test_a_compiled_model(method, shared, fresh_compiler):
+    """Roles come from one eager probe; other tasks' heads keep no gradient, so Adam leaves them alone."""
+    runs = []
+    for compiled in (False, True):
+        model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        x, targets = batch(TASKS)
+
+        def losses(tasks):
+            outputs = run(x)  # noqa: B023 - all heads run, whatever is asked
+            return {t: (outputs[t] - targets[t]).square().mean() for t in tasks if t != "b" or step}  # noqa: B023
+
+        mt = torchmto.MultiTask(
+            run,
+            torch.optim.Adam(model.parameters(), lr=0.01),
+            tasks=TASKS,
+            method=method,
+            shared=list(model.trunk.parameters()) if shared else None,
+        )
+        for step in range(3):
+            mt.step(losses)
+            if step == 0:
+                assert model.heads["b"].weight.grad is None
+                kept = mt.state_dict()
+        prefix = "_orig_mod." if compiled else ""
+        assert layout(mt) == [f"{prefix}trunk.0.weight", f"{prefix}trunk.0.bias", f"{prefix}trunk.1.weight",
+                              f"{prefix}trunk.1.bias"]
+        mt.load_state_dict(kept)
+        mt.step(losses)
+        runs.append((flat(model), dict(model.named_buffers())))
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=1e-9, atol=1e-10)
+    for name, buffer in runs[0][1].items():
+        torch.testing.assert_close(buffer, runs[1][1][name])
+
+
+def test_ready_losses_of_a_compiled_model_need_shared(fresh_compiler):
+    model = Toy(TASKS)
+    run = torch.compile(model, backend="aot_eager")
+    _, _, mt = make("pcgrad", model=model)
+    x, targets = batch(TASKS)
+
+    def losses():
+        outputs = run(x)
+        return {t: (outputs[t] - targets[t]).square().mean() for t in TASKS}
+
+    with pytest.raises(ValueError, match="compiled.*`shared=`"):
+        mt.step(losses())
+    _, _, mt = make("pcgrad", model=model, shared=model.trunk.parameters())
+    assert mt.step(losses()).num_optimizer_steps == 1
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+def test_checkpointing_with_split_norms(method):
+    """The forward that runs again inside the backward must use the same task's norms."""
+    runs = []
+    for checkpointed in (False, True):
+        model = split_norms(Toy(TASKS, norm=nn.BatchNorm1d(5)), TASKS).double()
+        with torch.no_grad():
+            for i, task in enumerate(TASKS):
+                model.get_parameter(f"trunk.1.{task}.weight").fill_(i + 1.0)
+        if checkpointed:
+            trunk = model.trunk
+            inner = trunk.forward
+            trunk.forward = lambda x, inner=inner: checkpoint(inner, x.requires_grad_(), use_reentrant=False)
+        options = {"refresh_every": 2, "heads": "unit"} if method == "pcgrad" else {}
+        mt = torchmto.MultiTask(
+            model,
+            torch.optim.Adam(model.parameters(), lr=0.01),
+            tasks=TASKS,
+            method=torchmto.make_method(method, **options),
+        )
+        data = batch(TASKS)
+        for step in range(4):
+            mt.step(closure(model, (data[0].clone(), data[1])))
+            if step == 2:
+                mt.step([closure(model, (data[0][:4].clone(), {t: y[:4] for t, y in data[1].items()}))] * 2)
+        runs.append(flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential", "task_groups"])
+def test_distributed_data_parallel(method, one_process):
+    """The wrapper, with or without being given to MultiTask, changes nothing."""
+    runs = []
+    for wrap, give in ((False, False), (True, True), (True, False)):
+        model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+        wrapper = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if wrap else model
+        mt = torchmto.MultiTask(
+            wrapper if give else model,
+            torch.optim.SGD(model.parameters(), lr=0.05),
+            tasks=TASKS,
+            method=method,
+            process_group=dist.group.WORLD,
+        )
+        for seed in range(3):
+            mt.step(closure(wrapper, batch(TASKS, seed=seed), only=("a", "c") if seed == 1 else TASKS))
+        assert not torchmto.make_method(method).needs_closure or mt.network.ranks.size == 1
+        if not torchmto.make_method(method).needs_closure:
+            mt.step(closure(wrapper, batch(TASKS))(TASKS))
+        runs.append(flat(model))
+    assert same(runs[0], runs[1])
+    assert same(runs[0], runs[2])
