@@ -65,9 +65,7 @@ def binary_cross_entropy(prediction: Tensor, target: Tensor, valid: Tensor) -> L
     return _weighted_binary(prediction, target, valid)
 
 
-def balanced_cross_entropy(
-    prediction: Tensor, target: Tensor, valid: Tensor, *, positive_weight: float = 0.95
-) -> Loss:
+def balanced_cross_entropy(prediction: Tensor, target: Tensor, valid: Tensor, *, positive_weight: float = 0.95) -> Loss:
     """Binary cross-entropy in which positives weigh ``positive_weight`` and negatives the rest.
 
     Edges cover a few percent of an image; unweighted, "no edge anywhere" is nearly optimal.
@@ -88,9 +86,7 @@ def balanced_cross_entropy(
     return _weighted_binary(prediction, target, valid, weight)
 
 
-def focal(
-    prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2.0, alpha: float | None = None
-) -> Loss:
+def focal(prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2.0, alpha: float | None = None) -> Loss:
     r"""Mean focal loss :math:`-\alpha_t (1 - p_t)^\gamma \log p_t` of yes/no answers, from logits.
 
     Args:

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchmto.lab.data.base import Task
+from torchmto.lab.edge_matching import matched_pixels, thin
 
 try:
     from torchmetrics import Metric
@@ -322,7 +323,7 @@ class OdsF(_ScoreCounts):
 
     Source: Martin et al., Learning to Detect Natural Image Boundaries, PAMI 2004. Deviations: the benchmark's
     code thins the predicted edges and matches pixels one to one; here thick edges go unpunished inside the
-    tolerance. So figures compare methods under this code, not with tables made by that one.
+    tolerance. It is fast and ranks methods; `BenchmarkOdsF` is for figures to set beside published ones.
     """
 
     predicted: Tensor
@@ -353,6 +354,55 @@ class OdsF(_ScoreCounts):
         return _f_measure(precision, recall, 1.0).max()
 
 
+class BenchmarkOdsF(Metric):
+    """ODS F-measure of edges as the benchmark computes it: predictions thinned, pixels matched one to one.
+
+    At each threshold the predicted edges are thinned, and matched with the labelled ones within the tolerance so
+    that each pixel is used once. Runs on the CPU, about a second per small image: for a final evaluation.
+    ``Task(..., extra={"edge_matching": "one_to_one"})`` puts it in the place of `OdsF`.
+
+    Args:
+        task: An edge task.
+        tolerance: In units of the image's diagonal.
+        thresholds: Number of thresholds, evenly spaced inside (0, 1).
+
+    Source: Martin et al., Learning to Detect Natural Image Boundaries, PAMI 2004. Deviations: the matching is the
+    largest, where the benchmark's code weighs size against summed distance; Zhang and Suen's thinning.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    predicted: Tensor
+    matched: Tensor
+    labelled: Tensor
+
+    def __init__(self, task: Task, tolerance: float = 0.0075, thresholds: int = 99, **options: Any) -> None:
+        super().__init__(**options)
+        self.task, self.tolerance, self.thresholds = task, tolerance, thresholds
+        for name, size in (("predicted", thresholds), ("matched", thresholds), ("labelled", 1)):
+            self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add a batch."""
+        valid = self.task.valid(target)
+        scores = torch.where(valid, prediction.float().sigmoid(), -1.0)[:, 0].cpu().numpy()
+        edges = (target == 1)[:, 0].cpu().numpy()
+        radius = self.tolerance * (edges.shape[1] ** 2 + edges.shape[2] ** 2) ** 0.5
+        predicted, matched = [], []
+        for k in range(1, self.thresholds + 1):
+            kept = [thin(score >= k / (self.thresholds + 1)) for score in scores]
+            predicted.append(sum(int(mask.sum()) for mask in kept))
+            matched.append(sum(matched_pixels(mask, edge, radius) for mask, edge in zip(kept, edges, strict=True)))
+        self.predicted += torch.tensor(predicted, device=target.device)
+        self.matched += torch.tensor(matched, device=target.device)
+        self.labelled += int(edges.sum())
+
+    def compute(self) -> Tensor:
+        """The F-measure at the best threshold."""
+        precision = self.matched / self.predicted.clamp(min=1)
+        return _f_measure(precision, self.matched / self.labelled.clamp(min=1), 1.0).max()
+
+
 def _f_measure(precision: Tensor, recall: Tensor, beta_squared: float) -> Tensor:
     divisor = beta_squared * precision + recall
     return torch.where(divisor > 0, (1 + beta_squared) * precision * recall / divisor, 0.0)
@@ -377,15 +427,17 @@ MetricFactory = Callable[[Task], Metric]
 
 def _multiclass(metric: type[Metric], **options: Any) -> MetricFactory:
     def make(task: Task) -> Metric:
-        return metric(
-            num_classes=task.channels, ignore_index=task.ignore_index, validate_args=False, **options
-        )
+        return metric(num_classes=task.channels, ignore_index=task.ignore_index, validate_args=False, **options)
 
     return make
 
 
 def _mean(error: PixelError, *, root: bool = False) -> MetricFactory:
     return partial(MaskedMean, error=error, root=root)
+
+
+def _edges(task: Task) -> Metric:
+    return BenchmarkOdsF(task) if task.extra.get("edge_matching") == "one_to_one" else OdsF(task)
 
 
 def _answers(metric: type[Metric]) -> MetricFactory:
@@ -428,7 +480,7 @@ _METRICS: dict[str, dict[str, tuple[MetricFactory, bool]]] = {
         "within_22.5": (_mean(partial(within_angle, threshold=22.5)), True),
         "within_30": (_mean(partial(within_angle, threshold=30.0)), True),
     },
-    "edges": {"odsF": (OdsF, True)},
+    "edges": {"odsF": (_edges, True)},
     "saliency": {"mIoU": (SaliencyIoU, True), "maxF": (MaxF, True)},
     "map": {
         "rmse": (_mean(squared_error, root=True), False),

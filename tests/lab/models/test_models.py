@@ -187,15 +187,18 @@ def test_safetensors_round_trip(case, tmp_path):
 
 @pytest.mark.parametrize("case", ["resnet", "vit"])
 def test_local_folder(case, tmp_path):
-    model, tasks, x = build(case)
-    jitter(model)
+    name, tasks, _, options = CASES[case]
+    shape, x = IMAGE, torch.randn(3, *IMAGE)
+    model = jitter(build_model(name, tasks, shape, **options))
     inner = getattr(model.trunk, "backbone", getattr(model.trunk, "vit", None))
     inner.save_pretrained(tmp_path)
-    name, tasks, shape, _ = CASES[case]
     extra = {"patch": 8} if case == "vit" else {}
     other = build_model(name, tasks, shape, weights=tmp_path, decoder_width=8, **extra)
     other.heads.load_state_dict(model.heads.state_dict())
     assert close(model.eval()(x), other.eval()(x))
+    if case == "vit":
+        larger = build_model(name, tasks, (3, 48, 32), weights=tmp_path, patch=8, decoder_width=8)
+        assert larger(torch.randn(2, 3, 48, 32))["seg"].shape == (2, 5, 48, 32)
     if case == "resnet":
         generic = build_model("backbone", tasks, shape, weights=tmp_path, decoder_width=8)
         generic.heads.load_state_dict(model.heads.state_dict())

@@ -66,7 +66,8 @@ class HuggingFaceTrunk(Trunk):
 class ViTTrunk(Trunk):
     """A vision transformer's patches as four maps of one size, from four evenly spaced layers.
 
-    The last has passed the final LayerNorm, the others come as they leave their layer.
+    The last has passed the final LayerNorm, the others come as they leave their layer. Position embeddings made for
+    another, square, image size are interpolated.
 
     Args:
         vit: A ``ViTModel``.
@@ -82,10 +83,16 @@ class ViTTrunk(Trunk):
         self.channels = (config.hidden_size,) * STAGES
         self.every = layers // STAGES
         self.patch = config.patch_size
+        size = config.image_size
+        self.made_for = (size, size) if isinstance(size, int) else tuple(size)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, channels, H, W]`` to four maps ``[B, hidden_size, H / patch, W / patch]``."""
-        output = self.vit(pixel_values=x, output_hidden_states=True)
+        output = self.vit(
+            pixel_values=x,
+            output_hidden_states=True,
+            interpolate_pos_encoding=tuple(x.shape[-2:]) != self.made_for,
+        )
         after_layers = output.hidden_states[-self.every * STAGES :]
         inner = after_layers[self.every - 1 :: self.every][:-1]
         height, width = x.shape[-2] // self.patch, x.shape[-1] // self.patch
@@ -172,8 +179,8 @@ def vit(
         name: A key of `VITS`.
         input_shape: ``(channels, H, W)``, both sides multiples of ``patch``.
         patch: Side of a patch in pixels.
-        weights: A folder as Hugging Face lays it out, or a ``.safetensors`` file; random weights if None. Position
-            embeddings made for another image size aren't interpolated.
+        weights: A folder as Hugging Face lays it out, which then also gives the configuration, or a
+            ``.safetensors`` file for this one; random weights if None.
         config: Entries that replace those of the configuration.
 
     Returns:
