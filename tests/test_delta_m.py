@@ -39,18 +39,9 @@ ABLATION = {
     "mixed": ((0.565, 41.10, 19.54), 15.00),
 }
 ROWS = [
-    *(
-        (f"NYUD-v2 {name}", row, NYUD_BASELINE, NYUD_DIRECTIONS, printed)
-        for name, (row, printed) in NYUD.items()
-    ),
-    *(
-        (f"PASCAL {name}", row, PASCAL_BASELINE, PASCAL_DIRECTIONS, printed)
-        for name, (row, printed) in PASCAL.items()
-    ),
-    *(
-        (f"ablation {name}", row, NYUD_BASELINE, NYUD_DIRECTIONS, printed)
-        for name, (row, printed) in ABLATION.items()
-    ),
+    *((f"NYUD-v2 {name}", row, NYUD_BASELINE, NYUD_DIRECTIONS, printed) for name, (row, printed) in NYUD.items()),
+    *((f"PASCAL {name}", row, PASCAL_BASELINE, PASCAL_DIRECTIONS, printed) for name, (row, printed) in PASCAL.items()),
+    *((f"ablation {name}", row, NYUD_BASELINE, NYUD_DIRECTIONS, printed) for name, (row, printed) in ABLATION.items()),
 ]
 
 

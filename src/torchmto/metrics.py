@@ -75,19 +75,14 @@ def _in_order(
     """The entries of ``given`` in the order of ``names``, or as they are where there are no names."""
     if isinstance(given, str | bytes) or isinstance(given, Mapping) != (names is not None):
         kind = "sequence" if names is None else "mapping from task to number"
-        raise TypeError(
-            f"Parameter `{parameter}` should be a {kind}, as `values` is. Found `{parameter} = {given!r}`."
-        )
+        raise TypeError(f"Parameter `{parameter}` should be a {kind}, as `values` is. Found `{parameter} = {given!r}`.")
     if isinstance(given, Mapping):
         assert names is not None
         if set(given) != set(names):
             raise ValueError(
-                f"Parameter `{parameter}` should have the tasks {sorted(names)}. "
-                f"Found the tasks {sorted(given)}."
+                f"Parameter `{parameter}` should have the tasks {sorted(names)}. Found the tasks {sorted(given)}."
             )
         return [given[name] for name in names]
     if length is not None and len(given) != length:
-        raise ValueError(
-            f"Parameter `{parameter}` should have {length} entries, as `values` has. Found {len(given)}."
-        )
+        raise ValueError(f"Parameter `{parameter}` should have {length} entries, as `values` has. Found {len(given)}.")
     return list(given)
