@@ -1,6 +1,7 @@
 """Small files in the layouts data sets are published in, written by the tests."""
 
 import numpy as np
+import scipy.io
 from PIL import Image
 
 GENERATOR = np.random.default_rng(0)
@@ -38,9 +39,7 @@ def write_mtan(root, counts, *, height=12, width=16, labels=("label",), normals=
             save_array(folder / "image" / name, rgb(height, width) / 255.0)
             for label in labels:
                 classes = 19 if label == "label_19" else 13 if label == "label" else 7
-                save_array(
-                    folder / label / name, GENERATOR.integers(-1, classes, (height, width)).astype(float)
-                )
+                save_array(folder / label / name, GENERATOR.integers(-1, classes, (height, width)).astype(float))
             save_array(folder / "depth" / name, GENERATOR.random((height, width, 1)).astype(np.float32) + 1)
             if normals:
                 save_array(folder / "normal" / name, unit_normals(height, width))
@@ -55,11 +54,83 @@ def write_invpt_nyud(root, names, height=12, width=16):
             save_picture(root / "images" / f"{name}.jpg", rgb(height, width))
             labels = GENERATOR.integers(0, 41, (height, width), dtype=np.uint8)
             save_picture(root / "segmentation" / f"{name}.png", labels)
-            save_array(
-                root / "depth" / f"{name}.npy", GENERATOR.random((height, width)).astype(np.float32) + 1
-            )
+            save_array(root / "depth" / f"{name}.npy", GENERATOR.random((height, width)).astype(np.float32) + 1)
             save_array(root / "normals" / f"{name}.npy", unit_normals(height, width))
-            save_array(
-                root / "edge" / f"{name}.npy", (GENERATOR.random((height, width)) < 0.2).astype(np.float32)
-            )
+            save_array(root / "edge" / f"{name}.npy", (GENERATOR.random((height, width)) < 0.2).astype(np.float32))
     return root
+
+
+def save_mat(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scipy.io.savemat(path, content)
+
+
+def struct_array(items):
+    """A MATLAB struct array 1 x N, as the human parts are stored."""
+    array = np.empty((1, len(items)), dtype=[(key, object) for key in items[0]])
+    for k, item in enumerate(items):
+        for key, value in item.items():
+            array[0, k][key] = value
+    return array
+
+
+def write_pascal(root, names, height=20, width=30):
+    """InvPT's PASCALContext folder. Every second image has a person with two parts beside an object without any."""
+    number = 0
+    for split, members in names.items():
+        save_text(root / "ImageSets" / "Context" / f"{split}.txt", members)
+        for name in members:
+            save_picture(root / "JPEGImages" / f"{name}.jpg", rgb(height, width))
+            semantic = GENERATOR.integers(0, 21, (height, width), dtype=np.uint8)
+            semantic[0] = 255
+            folder = "VOC12" if number % 3 else "pascal-context"
+            save_picture(root / "semseg" / folder / f"{name}.png", semantic)
+            context = np.full((height, width), 284, dtype=np.uint16)
+            context[:, width // 2 :] = 420  # a tree, where normals aren't trusted
+            save_mat(root / "pascal-context" / "trainval" / f"{name}.mat", {"LabelMap": context})
+            save_picture(root / "normals_distill" / f"{name}.png", rgb(height, width))
+            saliency = GENERATOR.integers(0, 256, (height, width), dtype=np.uint8)
+            save_picture(root / "sal_distill" / f"{name}.png", saliency)
+            mask = np.zeros((height, width), dtype=np.uint8)
+            head, foot = mask.copy(), mask.copy()
+            head[2:4, 3:6], foot[8:10, 3:6] = 1, 1
+            parts = struct_array([{"part_name": "hair", "mask": head}, {"part_name": "lfoot", "mask": foot}])
+            chair = {"class": "chair", "class_ind": 9, "mask": mask, "parts": np.zeros((0, 0))}
+            person = {"class": "person", "class_ind": 15, "mask": head | foot, "parts": parts}
+            objects = struct_array([chair, person] if number % 2 == 0 else [chair])
+            anno = struct_array([{"imname": name, "objects": objects}])
+            save_mat(root / "human_parts" / f"{name}.mat", {"anno": anno})
+            number += 1
+    return root
+
+
+def write_taskonomy(folder_of, buildings, views=2, size=16):
+    """``folder_of(domain, building)`` says where a building's pictures of a domain go."""
+    eight_bit = ("reshading", "segment_unsup2d", "segment_unsup25d")
+    sixteen_bit = ("edge_occlusion", "edge_texture", "keypoints2d", "keypoints3d", "depth_euclidean", "depth_zbuffer")
+    for building in buildings:
+        for view in range(views):
+            for domain in ("rgb", "normal", "principal_curvature", *eight_bit, *sixteen_bit):
+                path = folder_of(domain, building) / f"point_{view}_view_0_domain_{domain}.png"
+                if domain in sixteen_bit:
+                    values = GENERATOR.integers(0, 60000, (size, size), dtype=np.uint16)
+                    values[0, 0] = 65535
+                    save_picture(path, values)
+                else:
+                    picture = rgb(size, size)
+                    picture[0, 0] = 127
+                    save_picture(path, picture[..., 0] if domain in eight_bit else picture)
+
+
+def write_celeba(root, count=12, attributes=("5_o_Clock_Shadow", "Smiling", "Young"), official=True):
+    """CelebA's official files, in sub-folders as on its download page or all in one."""
+    image, anno, evaluation = ("Img", "Anno", "Eval") if official else ("", "", "")
+    names = [f"{i + 1:06d}.jpg" for i in range(count)]
+    for name in names:
+        save_picture(root / image / "img_align_celeba" / name, rgb(30, 20))
+    signs = GENERATOR.choice([-1, 1], (count, len(attributes)))
+    rows = [f"{name}  {' '.join(f'{s:2d}' for s in row)}" for name, row in zip(names, signs, strict=True)]
+    save_text(root / anno / "list_attr_celeba.txt", [str(count), " ".join(attributes), *rows])
+    parts = [f"{name} {min(i * 3 // count, 2)}" for i, name in enumerate(names)]
+    save_text(root / evaluation / "list_eval_partition.txt", parts)
+    return signs

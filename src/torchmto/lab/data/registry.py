@@ -9,7 +9,18 @@ from typing import Any
 
 from torchmto.lab.data.base import DataBundle
 
-_MODULES = ("digits", "rooms", "nyuv2", "cifar100", "tabular", "multimnist")
+_MODULES = (
+    "digits",
+    "rooms",
+    "nyuv2",
+    "cityscapes",
+    "pascal_context",
+    "taskonomy",
+    "cifar100",
+    "celeba",
+    "multimnist",
+    "tabular",
+)
 _registry: dict[str, "DatasetInfo"] = {}
 
 

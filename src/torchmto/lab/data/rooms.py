@@ -201,10 +201,8 @@ def _rotation(yaw: Tensor, pitch: Tensor) -> Tensor:
 
 def _solid(draws: _Draws, kind: int, width: Tensor, depth: Tensor) -> _Solid:
     """A box or ball on the floor, in front of the camera."""
-    if kind == BOX:
-        half = draws.point((0.2, 0.6), (0.15, 0.7), (0.2, 0.6))
-    else:
-        half = draws.uniform(0.25, 0.55).expand(3, -1, -1)
+    ball = kind == BALL
+    half = draws.uniform(0.25, 0.55).expand(3, -1, -1) if ball else draws.point((0.2, 0.6), (0.15, 0.7), (0.2, 0.6))
     x = draws.uniform(-1, 1) * (width / 2 - 0.6)
     z = 1.8 + draws.uniform(0, 1) * (depth - 2.4)
     return _Solid(
