@@ -15,8 +15,8 @@ from torchmto.methods.registry import register
 class IMTLG(GramianWeighting):
     r"""Impartial multi-task learning, gradient part: the update projects equally on all unit gradients.
 
-    The weights have sum 1. They can be negative, and where gradients of very different length conflict even the common projection can
-    be. Where linearly dependent gradients allow no equal projections, the weights are the least-squares ones, or 1/K
+    The weights have sum 1. They can be negative, and where gradients of very different length conflict even the
+    common projection can be. Where linearly dependent gradients allow no equal projections, the weights are the least-squares ones, or 1/K
     if these are 0; both are counted as fallbacks. Zero gradients take no part and have weight 0.
 
     Scale: the weights sum to 1. No eps. Heads: their own task's gradient. Not random. The loss part is the loss
