@@ -110,5 +110,10 @@ def test_bundle():
         "edges": (5, 1, 16, 24),
     }
     assert not torch.equal(bundle.train.batch(torch.arange(4))["input"], bundle.test.batch(torch.arange(4))["input"])
+    straight = list(bundle.loader("train", 3, seed=2).epoch(1))
+    resumed = list(bundle.loader("train", 3, seed=2, workers=2).epoch(1, start=1))
+    for one, other in zip(straight[1:], resumed, strict=True):
+        assert torch.equal(one["input"], other["input"])
+        assert all(torch.equal(one["targets"][task.name], other["targets"][task.name]) for task in bundle.tasks)
     with pytest.raises(ValueError, match="`size` should be at least 8 x 8"):
         load_data("rooms", size=(4, 4))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchmto.lab.data.base import Batch, Task
+from torchmto.lab.data.files import need_package
 from torchmto.lab.data.loading import uniform
 
 
@@ -149,6 +150,8 @@ class JointAugment:
             raise ValueError(f"Parameter `shift` should be non-negative. Found `shift = {self.shift}`.")
         if not 0 <= self.color < 1:
             raise ValueError(f"Parameter `color` should be in [0, 1). Found `color = {self.color}`.")
+        if self.zoom > 1 or self.color:
+            need_package("kornia")
 
     def __call__(self, batch: Batch, tasks: Sequence[Task], keys: Tensor) -> Batch:
         """Augment a batch.
