@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Ranks
@@ -193,7 +194,7 @@ class MultiTask:
             weigh_fixed=weigh_fixed,
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
         )
-        with network.no_sync(), self._undoing(problem):
+        with network.no_sync(), self._keeping_graphs(), self._undoing(problem):
             try:
                 info = self.method.step(problem)
                 if not problem.any_losses:
@@ -231,6 +232,16 @@ class MultiTask:
                     f"Found {type(entry).__name__}: a single loss can't say which task it belongs to."
                 )
         return entries
+
+    @contextlib.contextmanager
+    def _keeping_graphs(self) -> Iterator[None]:
+        """A compiled backward must not give away the buffers of a graph that other tasks' backwards go through."""
+        before = functorch_config.donated_buffer
+        functorch_config.donated_buffer = before and isinstance(self.method, LossWeighting)
+        try:
+            yield
+        finally:
+            functorch_config.donated_buffer = before
 
     @contextlib.contextmanager
     def _undoing(self, problem: Problem) -> Iterator[None]:

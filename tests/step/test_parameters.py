@@ -417,3 +417,19 @@ def test_distributed_data_parallel(method, one_process):
         runs.append(flat(model))
     assert same(runs[0], runs[1])
     assert same(runs[0], runs[2])
+
+
+def test_a_compiled_model_whose_first_batch_has_one_task(fresh_compiler):
+    """That batch needs one backward, after which a compiled backward may give its buffers away: the next ones mustn't fail."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.Softmax(1), nn.Linear(8, 3)).double()
+    run = torch.compile(trunk, backend="aot_eager")
+    x, targets = batch(TASKS)
+
+    def losses(tasks):
+        out = run(x)
+        return {t: (out[:, i : i + 1] - targets[t]).square().mean() for i, t in enumerate(TASKS) if t in tasks}
+
+    mt = torchmto.MultiTask(run, torch.optim.SGD(trunk.parameters(), lr=0.1), tasks=TASKS, method="pcgrad")
+    mt.step(losses, tasks=["b"])
+    assert mt.step(losses).num_backward == 3
