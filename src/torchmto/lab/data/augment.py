@@ -60,17 +60,17 @@ def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) ->
     Returns:
         A new batch of the same shapes.
     """
-    from kornia.geometry.transform import warp_affine  # noqa: PLC0415 - half a second, and only needed here
+    from kornia.geometry.transform import remap  # noqa: PLC0415 - half a second, and only needed here
 
     image = batch["input"]
     height, width = image.shape[-2:]
-    room = image.new_tensor([width - 1, height - 1]) * (factor - 1)[:, None]
-    matrix = image.new_zeros(len(image), 2, 3)
-    matrix[:, 0, 0] = matrix[:, 1, 1] = factor
-    matrix[:, :, 2] = -corner * room
+    start, step = corner * (1 - 1 / factor)[:, None], (1 / factor)[:, None]
+    columns = start[:, :1] * (width - 1) + step * torch.arange(width)
+    rows = start[:, 1:] * (height - 1) + step * torch.arange(height)
+    map_x, map_y = (m.expand(-1, height, width) for m in (columns[:, None, :], rows[:, :, None]))
 
     def warp(values: Tensor, mode: str) -> Tensor:
-        warped: Tensor = warp_affine(values, matrix, (height, width), mode, padding_mode="border", align_corners=True)
+        warped: Tensor = remap(values, map_x, map_y, mode, padding_mode="border", align_corners=True)
         return warped
 
     dense = [task for task in tasks if task.dense and task.name in batch["targets"]]
