@@ -34,6 +34,7 @@ class COSMOS(LossWeighting):
     """
 
     source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
+    use = "One model for a chosen preference between tasks on a Pareto front."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def __init__(

@@ -36,6 +36,7 @@ class DWA(LossWeighting):
     """
 
     source = "Liu et al., CVPR 2019, Eq. 7"
+    use = "A cheap first adaptive weighting: one backward, two windows of losses."
     means: LossWindow
     last: Tensor
     before: Tensor

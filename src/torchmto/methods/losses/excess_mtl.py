@@ -36,6 +36,7 @@ class ExcessMTL(Method):
 
     family = "combiner"
     source = "He et al., ICML 2024, Algorithm 1"
+    use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
     properties = Properties()
     weights: Tensor
     first: Tensor

@@ -46,6 +46,7 @@ class FAMO(LossWeighting):
     """
 
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
+    use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
     properties = Properties(homogeneity=None, identity=False)
     needs_losses_after = True
     logits: LearnableScales

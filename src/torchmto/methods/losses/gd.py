@@ -23,6 +23,7 @@ class GD(LossWeighting):
     """
 
     source = "equal weighting"
+    use = "Always, first: the baseline to beat, and often enough the answer."
     fixed = True
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:

@@ -29,6 +29,7 @@ class GLS(LossWeighting):
     """
 
     source = "Chennupati et al., CVPR Workshops 2019"
+    use = "Positive losses on different scales, without any hyper-parameter."
     properties = Properties(identity=False, pareto=False)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:

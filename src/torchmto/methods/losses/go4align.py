@@ -81,6 +81,7 @@ class GO4Align(LossWeighting):
     """
 
     source = "Shen et al., NeurIPS 2024"
+    use = "Tasks that learn in step with each other and should share a weight."
     properties = Properties(homogeneity=None, pareto=False)
     shares: Tensor
 

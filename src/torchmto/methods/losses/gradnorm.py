@@ -53,6 +53,7 @@ class GradNorm(GramianWeighting):
     """
 
     source = "Chen et al., ICML 2018, Algorithm 1"
+    use = "Losses on different scales that train at different rates."
     properties = Properties(uses_losses=True)
     scales: LearnableScales
     first: Tensor

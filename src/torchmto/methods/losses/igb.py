@@ -40,6 +40,7 @@ class IGB(LossWeighting):
     """
 
     source = "Dai et al., UAI 2023, IGBv1"
+    use = "Losses on different scales, when tasks far from their start value should catch up."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     means: LossWindow
     base: Tensor

@@ -37,6 +37,7 @@ class IMTLL(LossWeighting):
     """
 
     source = "Liu et al., ICLR 2021, Eq. 6"
+    use = "Losses on different scales, with learnable scales and one backward."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     fixed = True
     scales: LearnableScales

@@ -2,57 +2,70 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
 
 class LearnableScales:
-    """One learnable number per task, moved by an Adam of its own.
+    """One learnable number per task, moved by Adam.
 
-    They belong to the method and not to the model: the model's optimizer would apply its weight decay to them. Every
-    number is a parameter by itself, because Adam moves the entries of a vector whose gradient is zero: so the numbers
-    and moments of absent tasks stay as they are. They live on the CPU in float64; a step transfers K numbers.
+    They belong to the method and not to the model: the model's optimizer would apply its weight decay to them. Adam is
+    written out for one reason: ``torch.optim.Adam`` moves the entries of a vector whose gradient is zero, while here the
+    numbers, moments and step counts of absent tasks stay as they are. With all tasks present both agree. The numbers
+    live on the CPU in float64; a step transfers K of them.
 
     Args:
         num_tasks: K.
-        lr: Adam's learning rate.
+        lr: Adam's learning rate; betas 0.9 and 0.999, eps 1e-8.
         initial: Initial value of all numbers.
-        weight_decay: Adam's weight decay (added to the gradient).
+        weight_decay: Times the number, added to its gradient.
+
+    Example:
+        >>> import torch
+        >>> scales = LearnableScales(3, lr=0.1)
+        >>> scales.step(torch.tensor([2.0, -5.0]), indices=(0, 2))
+        >>> scales.values
+        tensor([-0.1000,  0.0000,  0.1000], dtype=torch.float64)
     """
 
     def __init__(self, num_tasks: int, *, lr: float, initial: float = 0.0, weight_decay: float = 0.0) -> None:
-        self._scales = [torch.full((), initial, dtype=torch.float64, requires_grad=True) for _ in range(num_tasks)]
-        self._adam = torch.optim.Adam(self._scales, lr=lr, weight_decay=weight_decay)
-
-    @property
-    def values(self) -> Tensor:
-        """The numbers of all tasks, [K]."""
-        return torch.stack(self._scales).detach()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.values = torch.full((num_tasks,), initial, dtype=torch.float64)
+        self._means = torch.zeros_like(self.values)
+        self._squares = torch.zeros_like(self.values)
+        self._steps = torch.zeros_like(self.values)
 
     def of(self, indices: Sequence[int]) -> Tensor:
         """The numbers of the tasks ``indices``, [k]."""
-        return torch.stack([self._scales[i] for i in indices]).detach()
-
-    def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
-        """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
-        for i, entry in zip(indices, gradient.detach().to("cpu", torch.float64), strict=True):
-            self._scales[i].grad = entry
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        return self.values[list(indices)]
 
     @torch.no_grad()
+    def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
+        """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
+        where = list(indices)
+        slope = gradient.detach().to("cpu", torch.float64) + self.weight_decay * self.values[where]
+        steps = self._steps[where] + 1
+        means = torch.lerp(self._means[where], slope, 1 - BETAS[0])
+        squares = torch.lerp(self._squares[where], slope.square(), 1 - BETAS[1])
+        size = (squares / (1 - BETAS[1] ** steps)).sqrt() + EPS
+        self.values[where] -= self.lr * means / (1 - BETAS[0] ** steps) / size
+        self._steps[where], self._means[where], self._squares[where] = steps, means, squares
+
     def assign(self, values: Tensor, indices: Sequence[int]) -> None:
         """Set the numbers of the tasks ``indices``; the moments stay."""
-        for i, value in zip(indices, values, strict=True):
-            self._scales[i].copy_(value)
+        self.values[list(indices)] = values
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the numbers and of Adam's state."""
-        return {"values": self.values, "optimizer": copy.deepcopy(self._adam.state_dict())}
+        named = {"values": self.values, "means": self._means, "squares": self._squares, "steps": self._steps}
+        return {name: tensor.clone() for name, tensor in named.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -60,9 +73,11 @@ class LearnableScales:
         Raises:
             ValueError: If it has another number of tasks.
         """
-        if len(state["values"]) != len(self._scales):
+        if len(state["values"]) != len(self.values):
             raise ValueError(
-                f"The saved state has {len(state['values'])} scales, but there are {len(self._scales)} tasks."
+                f"The saved state has {len(state['values'])} scales, but there are {len(self.values)} tasks."
             )
-        self._adam.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.assign(state["values"], range(len(self._scales)))
+        self.values.copy_(state["values"])
+        self._means.copy_(state["means"])
+        self._squares.copy_(state["squares"])
+        self._steps.copy_(state["steps"])

@@ -36,6 +36,7 @@ class PBI(LossWeighting):
     """
 
     source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
+    use = "A chosen preference direction in loss space."
     properties = Properties(pareto=False)
 
     def __init__(
@@ -64,4 +65,5 @@ class PBI(LossWeighting):
         gap = losses - self.reference.of(chosen).to(losses)
         along = (gap * direction).sum()
         across: Tensor = torch.linalg.vector_norm(gap - along * direction)
-        return along + self.theta * across
+        value: Tensor = along + self.theta * across
+        return value

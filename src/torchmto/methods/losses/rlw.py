@@ -28,6 +28,7 @@ class RLW(LossWeighting):
     """
 
     source = "Lin et al., TMLR 2022"
+    use = "A control: what random loss weights achieve, at one backward."
     properties = Properties(equivariant=False, pareto=False)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:

@@ -28,6 +28,7 @@ class ScaleInvariant(LossWeighting):
     """
 
     source = "Navon et al., ICML 2022 (baseline)"
+    use = "Positive losses on different scales: scale-invariant and free."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:

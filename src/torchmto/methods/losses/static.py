@@ -31,6 +31,7 @@ class Static(LossWeighting):
     """
 
     source = "constant weights"
+    use = "Weights known from a paper or a search."
     properties = Properties(equivariant=False, identity=False)
     fixed = True
 

@@ -40,6 +40,7 @@ class STCH(LossWeighting):
     """
 
     source = "Lin et al., ICML 2024"
+    use = "The worst task counts most, smoothly, at one backward."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     means: LossWindow
     nadir: Tensor

@@ -33,6 +33,7 @@ class Tchebycheff(LossWeighting):
     """
 
     source = "Zhang & Li, IEEE TEVC 2007, Section II-B"
+    use = "The worst weighted loss is all that counts."
     properties = Properties(pareto=False)
 
     def __init__(
@@ -67,7 +68,7 @@ class ModifiedTchebycheff(Tchebycheff):
 
     Minimal where the losses are in proportion to the preference, if the Pareto front has such a point, while the
     optimum of ``tchebycheff`` has them in inverse proportion. Scale: the weight of the worst task is the inverse of its
-    preference (K if all are alike).
+    preference (K if all are alike). Heads: only the worst task's gets a gradient.
 
     Args:
         preference: Task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
@@ -83,6 +84,7 @@ class ModifiedTchebycheff(Tchebycheff):
     """
 
     source = "Ma et al., IEEE TEVC 2018"
+    use = "The worst task, relative to its preference, is all that counts."
 
     def _scaled(self, preference: Tensor) -> Tensor:
         return 1 / preference

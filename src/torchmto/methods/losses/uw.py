@@ -39,6 +39,7 @@ class UW(LossWeighting):
     """
 
     source = "Kendall et al., CVPR 2018, Eq. 7"
+    use = "Losses on different scales; the most used learnable weighting."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     fixed = True
     scales: LearnableScales
