@@ -22,9 +22,7 @@ def register(name: str) -> Callable[[_M], _M]:
 
     def decorate(cls: _M) -> _M:
         if name in _REGISTRY:
-            raise ValueError(
-                f"A method named `{name}` is already registered: {_REGISTRY[name].__qualname__}."
-            )
+            raise ValueError(f"A method named `{name}` is already registered: {_REGISTRY[name].__qualname__}.")
         cls.name = name
         _REGISTRY[name] = cls
         return cls

@@ -40,6 +40,7 @@ class DBMTL(GradientCombiner):
     """
 
     source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
+    use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
     properties = Properties(homogeneity=0.0, identity=False, uses_losses=True)
     tracked: Tensor
     times: Tensor

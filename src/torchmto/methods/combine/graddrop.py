@@ -38,6 +38,7 @@ class GradDrop(GradientCombiner):
     """
 
     source = "Chen et al., NeurIPS 2020, Algorithm 1"
+    use = "Many conflicting tasks; random sign dropout as a regulariser."
     properties = Properties(pareto=False)
 
     def __init__(self, *, leak: float | TaskFloats = 0.0, **options: Unpack[GradientOptions]) -> None:

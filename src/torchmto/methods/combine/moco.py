@@ -48,6 +48,7 @@ class MoCo(GradientCombiner):
     """
 
     source = "Fernando et al., ICLR 2023, Algorithm 1"
+    use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
     properties = Properties(homogeneity=None, identity=False)
     tracked: Tensor
     shares: Tensor

@@ -31,6 +31,7 @@ class TrimmedMean(GradientCombiner):
     """
 
     source = "Yin et al., ICML 2018, Definition 2"
+    use = "Gradients of some tasks may be outliers, entry by entry."
     properties = Properties(pareto=False)
 
     def __init__(self, *, num_trimmed: int = 1, **options: Unpack[GradientOptions]) -> None:

@@ -41,6 +41,7 @@ class AlignedMTL(GramianWeighting):
     """
 
     source = "Senushkin et al., CVPR 2023, Algorithm 1"
+    use = "Gradients of very different size that should be orthogonalised without favouring any."
     properties = Properties(pareto=False)
 
     def __init__(

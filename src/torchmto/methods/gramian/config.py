@@ -20,6 +20,9 @@ class ConFIG(GramianWeighting):
     allow no equal projections, the direction is the least-squares one (counted as a fallback); zero gradients take no
     part.
 
+    With three tasks or more it can stop short of the Pareto set: where some combination of the unit gradients whose
+    weights sum to 1 vanishes, even with negative weights, no direction projects equally on all.
+
     Scale: that of the sum. No eps. Heads: their own task's gradient. Not random. Without the paper's momentum
     variant.
 
@@ -35,7 +38,8 @@ class ConFIG(GramianWeighting):
     """
 
     source = "Liu et al., ICLR 2025, equations 2-4"
-    properties = Properties(nonconflicting=True)
+    use = "When every update has to help every task at an equal rate."
+    properties = Properties(pareto=False, nonconflicting=True)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""

@@ -38,6 +38,7 @@ class Constant(GramianWeighting):
     """
 
     source = "constant weights"
+    use = "Known trade-offs; a control for methods that adapt."
     properties = Properties(equivariant=False, identity=False)
 
     def __init__(self, *, weights: TaskFloats, **options: Unpack[WeightingOptions]) -> None:

@@ -44,6 +44,7 @@ class CRMOGM(GramianWeighting):
     """
 
     source = "Zhou et al., NeurIPS 2022, Algorithm 1"
+    use = "Any weighting whose weights jump from batch to batch: smooths them."
     smoothed: Tensor
     seen: Tensor
 

@@ -38,6 +38,7 @@ class DualProj(GramianWeighting):
     """
 
     source = "Lopez-Paz & Ranzato, NeurIPS 2017, equation 11"
+    use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 
     def __init__(

@@ -38,6 +38,7 @@ class FairGrad(GramianWeighting):
     """
 
     source = "Ban & Ji, ICML 2024, equation 8"
+    use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
     properties = Properties(homogeneity=-1 / 3, identity=False, nonconflicting=True)
 
     def __init__(self, *, alpha: float = 2.0, **options: Unpack[WeightingOptions]) -> None:

@@ -44,6 +44,7 @@ class GradVac(GramianWeighting):
     """
 
     source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
+    use = "Related tasks whose gradients should stay as aligned as they usually are."
     properties = Properties(equivariant=False)
     targets: Tensor
 

@@ -16,8 +16,8 @@ class IMTLG(GramianWeighting):
     r"""Impartial multi-task learning, gradient part: the update projects equally on all unit gradients.
 
     The weights have sum 1. They can be negative, and where gradients of very different length conflict even the
-    common projection can be. Where linearly dependent gradients allow no equal projections, the weights are the least-squares ones, or 1/K
-    if these are 0; both are counted as fallbacks. Zero gradients take no part and have weight 0.
+    common projection can be. Where linearly dependent gradients allow no equal projections, the weights are the
+    least-squares ones, or 1/K if these are 0; both are counted as fallbacks. Zero gradients take no part and have weight 0.
 
     Scale: the weights sum to 1. No eps. Heads: their own task's gradient. Not random. The loss part is the loss
     weighting ``imtl_l``; the paper's full method is ``MultiTask(..., method="imtl_g", weights="imtl_l")``.
@@ -34,6 +34,7 @@ class IMTLG(GramianWeighting):
     """
 
     source = "Liu et al., ICLR 2021, equation 5"
+    use = "When the update should make equal progress along every unit gradient."
     properties = Properties(pareto=False)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:

@@ -37,6 +37,7 @@ class Krum(GramianWeighting):
     """
 
     source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
+    use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
 
     def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:

@@ -45,6 +45,7 @@ class MGDA(GramianWeighting):
     """
 
     source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
+    use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
 
     def __init__(

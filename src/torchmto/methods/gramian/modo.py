@@ -42,6 +42,7 @@ class MoDo(DoubleSampling):
     """
 
     source = "Chen et al., NeurIPS 2023, Algorithm 1"
+    use = "Generalisation-minded multi-objective training with independent mini-batches."
     properties = Properties(homogeneity=None)
 
     def __init__(self, *, gamma: float = 1e-3, rho: float = 0.1, **options: Unpack[WeightingOptions]) -> None:

@@ -46,6 +46,7 @@ class NashMTL(GramianWeighting):
     """
 
     source = "Navon et al., ICML 2022, equation 3, claim 3.1"
+    use = "Tasks on different scales that should bargain for a proportionally fair update."
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
 
     def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:

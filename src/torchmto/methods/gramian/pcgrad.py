@@ -45,6 +45,7 @@ class PCGrad(GramianWeighting):
     """
 
     source = "Yu et al., NeurIPS 2020, Algorithm 1"
+    use = "The standard gradient surgery; a baseline whenever gradients conflict."
     properties = Properties(equivariant=False)
 
     def __init__(self, *, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:

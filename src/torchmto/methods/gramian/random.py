@@ -35,6 +35,7 @@ class Random(GramianWeighting):
     """
 
     source = "Lin et al., TMLR 2022"
+    use = "A control: what random gradient weights achieve."
     properties = Properties(equivariant=False, pareto=False)
 
     def __init__(self, *, scale: str = "sum", **options: Unpack[WeightingOptions]) -> None:

@@ -46,6 +46,7 @@ class SDMGrad(DoubleSampling):
     """
 
     source = "Xiao et al., NeurIPS 2023, Algorithm 1"
+    use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
 
     def __init__(
         self,

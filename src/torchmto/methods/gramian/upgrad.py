@@ -38,6 +38,7 @@ class UPGrad(GramianWeighting):
     """
 
     source = "Quinton & Rey, 2024, arXiv 2406.16232"
+    use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 
     def __init__(

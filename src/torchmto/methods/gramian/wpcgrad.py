@@ -85,6 +85,7 @@ class WPCGrad(GramianWeighting):
     """
 
     source = "Bohn et al., 2024, arXiv 2409.01793"
+    use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
     properties = Properties(equivariant=False, uses_losses=True)
     priority: Priority
 
@@ -103,9 +104,7 @@ class WPCGrad(GramianWeighting):
         self.mode = check_choice("mode", mode, ("order", "pairwise", "pcgrad"))
         self.add_state(
             "priority",
-            make_priority(
-                priority, gamma=gamma, window=window, baseline=baseline, higher_is_better=higher_is_better
-            ),
+            make_priority(priority, gamma=gamma, window=window, baseline=baseline, higher_is_better=higher_is_better),
         )
         self._drawn: dict[str, Any] = {}
 
@@ -114,9 +113,7 @@ class WPCGrad(GramianWeighting):
         self.priority.bind(tasks)
         super().bind(tasks)
 
-    def weights(
-        self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None
-    ) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         num_tasks = len(gramian)
         present = tuple(range(num_tasks)) if indices is None else tuple(indices)

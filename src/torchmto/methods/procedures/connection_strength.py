@@ -105,8 +105,8 @@ class ConnectionStrength(Procedure):
 
     The model's norms are task-specific (:func:`torchmto.structure.split_norms`, called before the optimizer is built), all
     other layers shared. How strongly task t uses output channel p of a layer is
-    :math:`S[t,p] = \sum_q W[p,q]^2 \gamma[t,p]^2 / (\sigma^2[t,p] + \epsilon)`, divided by its sum over the layer's channels; the
-    task with the largest share leads the channel.
+    :math:`S[t,p] = \sum_q W[p,q]^2 \gamma[t,p]^2 / (\sigma^2[t,p] + \epsilon)`, divided by its sum over the layer's
+    channels; the task with the largest share leads the channel.
 
     *Phase 1* learns priorities: forward, backward and optimizer step for one task after the other. *Phase 2* conserves them:
     per layer, channels are grouped by the task i that leads them; where the gradient of another task j conflicts with i's over
@@ -149,6 +149,7 @@ class ConnectionStrength(Procedure):
     """
 
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
+    use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     second: Method
     num_steps: int

@@ -16,6 +16,8 @@ class Sequential(Procedure):
     Parameters a sub-step doesn't reach keep ``.grad = None``, so an optimizer with moments leaves them alone. K forwards, K
     backwards and K optimizer steps per batch: compare methods by the cost counters of ``StepInfo``.
 
+    Scale: each task's own gradient. Heads: their own task's gradient, once per batch. Random: the order, if shuffled.
+
     Args:
         shuffle: Draw a new order of the tasks for every batch; else the order in which they were given.
 
@@ -23,6 +25,7 @@ class Sequential(Procedure):
     """
 
     source = "one task at a time; Jeong & Yoon, CVPR 2024, phase 1 without task-specific norms"
+    use = "The strongest simple baseline of the papers' ablations; K optimizer steps per batch, so compare by cost."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
 
     def __init__(self, *, shuffle: bool = False) -> None:

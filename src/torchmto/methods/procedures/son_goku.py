@@ -69,6 +69,7 @@ class SonGoku(Procedure):
     """
 
     source = "Patapati & Srinivasan, 2025, arXiv 2509.16959"
+    use = "Many tasks of which only some conflict: trains compatible sets in turn."
     properties = Properties(equivariant=False, pareto=False)
     needs_closure = False
     tracked: Tensor

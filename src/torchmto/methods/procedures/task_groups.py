@@ -65,6 +65,9 @@ class TaskGroups(Procedure):
     """
 
     source = "Jeong & Yoon, ICLR 2025, arXiv 2502.11986"
+    use = (
+        "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
+    )
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     inner: GramianWeighting | None
     num_batches: int
