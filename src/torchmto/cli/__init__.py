@@ -1,0 +1,109 @@
+"""The command line. Each verb is one module here with ``add_arguments(parser)`` and ``run(args) -> int``.
+
+The first line of a verb's docstring is its help. A module may also define ``make_parser(prog)`` to bring its own
+kind of `argparse.ArgumentParser`. Only the module of the verb that was asked for is imported.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable.
+"""
+
+import argparse
+import ast
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchmto._version import __version__
+from torchmto.cli._errors import INTERRUPTED, UsageError
+
+__all__ = ["main"]
+
+DONE, FAILED, WRONG_USAGE = 0, 1, 2
+
+
+def verbs() -> list[str]:
+    """Names of all verbs."""
+    return sorted(entry.name for entry in pkgutil.iter_modules(__path__) if not entry.name.startswith("_"))
+
+
+def _help(verb: str) -> str:
+    """The first line of a verb's docstring, read without importing it."""
+    source = (Path(__path__[0]) / f"{verb}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def _overview() -> str:
+    width = max(map(len, verbs()))
+    lines = [f"  {verb:<{width}}  {_help(verb)}" for verb in verbs()]
+    return "\n".join(
+        [
+            "usage: torchmto VERB [options]        (torchmto VERB --help tells the options)",
+            "",
+            *lines,
+            "",
+            "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: The arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        print(_overview())
+        return DONE if arguments else WRONG_USAGE
+    if arguments[0] in {"-V", "--version"}:
+        print(f"torchmto {__version__}")
+        return DONE
+    verb = arguments[0]
+    if verb not in verbs():
+        print(f"torchmto: unknown verb {verb!r}; there are {', '.join(verbs())}", file=sys.stderr)
+        return WRONG_USAGE
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Also where a shell started the program in the background and so had it ignore Ctrl-C.
+        signal.signal(number, signal.default_int_handler)
+    return _run(verb, arguments[1:])
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        module = importlib.import_module(f"torchmto.cli.{verb}")
+        prog = f"torchmto {verb}"
+        if hasattr(module, "make_parser"):
+            parser: argparse.ArgumentParser = module.make_parser(prog)
+        else:
+            parser = argparse.ArgumentParser(
+                prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            )
+        module.add_arguments(parser)
+        code: int = module.run(parser.parse_args(arguments))
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILED
+    except UsageError as error:
+        print(f"torchmto {verb}: {error}", file=sys.stderr)
+        return WRONG_USAGE
+    except KeyboardInterrupt as interrupt:
+        hint = str(interrupt) or "Interrupted."
+        print(f"\ntorchmto {verb}: {hint}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe had seen enough; Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except ImportError as error:
+        print(f"torchmto {verb}: {error}", file=sys.stderr)
+        return FAILED
+    except Exception:  # noqa: BLE001  the last stop: every other failure has one exit code, and shows where it was
+        traceback.print_exc()
+        return FAILED
+    return code

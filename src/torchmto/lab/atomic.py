@@ -1,0 +1,100 @@
+"""Files that are either there as a whole or not at all, and tell whether they are still what was written."""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+__all__ = ["BrokenFileError", "canonical", "plain", "read_json", "write_bytes", "write_json"]
+
+
+class BrokenFileError(ValueError):
+    """A file isn't what was once written, or was never written by this package."""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)  # mkstemp's files are for the owner's eyes only
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON knows it: tensors and tuples become lists, numbers that aren't finite None.
+
+    Example:
+        >>> plain({"a": (1, float("nan")), 2: True})
+        {'a': [1, None], '2': True}
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Sequence):
+        return [plain(entry) for entry in value]
+    return str(value)
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value, whatever the order of its keys."""
+    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _checksum(content: Any) -> str:
+    return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+
+def write_json(path: Path, kind: str, version: int, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that `read_json` can check.
+
+    Args:
+        path: Where to.
+        kind: What the file is.
+        version: Of its schema.
+        content: What goes in.
+    """
+    content = plain(content)
+    document = {"kind": kind, "schema_version": version, "sha256": _checksum(content), "content": content}
+    write_bytes(path, (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """The content of a file of `write_json`.
+
+    Raises:
+        BrokenFileError: If it is damaged, or another kind of file, or of another version.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BrokenFileError(f"{path} is broken: it isn't JSON ({error}).") from error
+    if not isinstance(document, dict) or document.get("kind") != kind:
+        raise BrokenFileError(f"{path} isn't a file of this program ({kind}).")
+    if document.get("schema_version") != version:
+        raise BrokenFileError(
+            f"{path} has version {document.get('schema_version')!r} of its format; this torchmto reads version {version}."
+        )
+    content = document.get("content")
+    if not isinstance(content, dict) or document.get("sha256") != _checksum(content):
+        raise BrokenFileError(f"{path} is broken: its checksum doesn't match its content.")
+    return content

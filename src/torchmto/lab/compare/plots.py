@@ -1,0 +1,141 @@
+"""PNG plots of a comparison: learning curves, priority shares, affinities, groups."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchmto.lab.compare.experiment import Experiment
+from torchmto.lab.compare.folder import run_key
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plots"]
+
+Result = Mapping[str, Any]
+_COLUMN = 3.6
+"""Width of one panel in inches."""
+
+
+def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, bytes]:
+    """The plots there is something to show in, as file name -> PNG.
+
+    Args:
+        experiment: What was compared.
+        summary: Its figures.
+        results: Every run by its key.
+    """
+    tasks = list(summary["tasks"])
+    runs = {
+        method: [results[run_key(config)] for config in experiment.method_runs() if config.method == method]
+        for method in experiment.methods
+    }
+    baselines: dict[str, list[Result]] = {task: [] for task in tasks}
+    for config in experiment.single_task_runs(tasks):
+        baselines[config.tasks[0]].append(results[run_key(config)])
+
+    figures = {"learning_curves": _learning_curves(summary, runs, baselines)}
+    for method, seeds in runs.items():
+        slug = "".join(letter if letter.isalnum() else "_" for letter in method)[:60].strip("_")
+        if list(_traced(seeds[0], "priority_shares")):
+            figures[f"priority_shares-{slug}"] = _priority_shares(method, tasks, seeds)
+        if list(_traced(seeds[0], "affinity")):
+            figures[f"affinity-{slug}"] = _affinity(method, tasks, seeds)
+        if list(_traced(seeds[0], "groups")):
+            figures[f"groups-{slug}"] = _groups(method, tasks, seeds)
+    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
+
+
+def _figure(columns: int, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure  # noqa: PLC0415  without pyplot no display is needed
+
+    figure = Figure(figsize=(_COLUMN * max(columns, 1.4), height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _png(figure: "Figure") -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _traced(run: Result, name: str) -> Iterator[tuple[int, Any]]:
+    """(step, value) of everything the method recorded under a name."""
+    for point in run["trace"]:
+        if name in point["records"]:
+            yield point["step"], point["records"][name]
+
+
+def _learning_curves(
+    summary: Mapping[str, Any], runs: Mapping[str, Sequence[Result]], baselines: Mapping[str, Sequence[Result]]
+) -> "Figure":
+    tasks = summary["tasks"]
+    figure, axes = _figure(len(tasks), 3.4)
+    for axis, (task, about) in zip(axes, tasks.items(), strict=True):
+        metric = about["primary_metric"]
+
+        def curve(seeds: Sequence[Result], task: str = task, metric: str = metric) -> tuple[Any, Any]:
+            values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
+            mean = np.array(values, dtype=float).mean(axis=0)
+            return np.arange(1, len(mean) + 1), mean
+
+        axis.plot(*curve(baselines[task]), color="black", linestyle="--", label="single-task")
+        for method, seeds in runs.items():
+            axis.plot(*curve(seeds), label=method)
+        axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def _priority_shares(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    figure, (axis,) = _figure(1)
+    for task in tasks:
+        series = [[value.get(task, np.nan) for _, value in _traced(run, "priority_shares")] for run in seeds]
+        steps = [step for step, _ in _traced(seeds[0], "priority_shares")]
+        length = min(len(values) for values in series)
+        array = np.array([values[:length] for values in series], dtype=float)
+        axis.plot(steps[:length], array.mean(axis=0), label=task)
+        axis.fill_between(steps[:length], array.min(axis=0), array.max(axis=0), alpha=0.2)
+    axis.set(title=method, xlabel="step", ylabel="share of channels led", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    last = [list(_traced(run, "affinity"))[-1][1] for run in seeds]
+    matrix = np.array(last, dtype=float).mean(axis=0)
+    figure, (axis,) = _figure(1, 3.4)
+    limit = float(np.nanmax(np.abs(matrix))) or 1.0
+    image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    for row, column in np.ndindex(*matrix.shape) if len(tasks) <= 12 else ():
+        shade = "white" if abs(matrix[row, column]) > 0.6 * limit else "black"
+        axis.text(column, row, f"{matrix[row, column]:.1e}", ha="center", va="center", fontsize=7, color=shade)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.set(title=f"{method}: affinity at the end", xlabel="effect on", ylabel="step of")
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    return figure
+
+
+def _groups(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    figure, axes = _figure(len(seeds), 0.8 + 0.3 * max(len(tasks), 4))
+    for seed, (axis, run) in enumerate(zip(axes, seeds, strict=True)):
+        points = list(_traced(run, "groups"))
+        picture = np.full((len(tasks), len(points)), np.nan)
+        for column, (_, groups) in enumerate(points):
+            for number, group in enumerate(sorted(groups, key=lambda members: min(tasks.index(m) for m in members))):
+                for member in group:
+                    picture[tasks.index(member), column] = number
+        edges = [0, *(step for step, _ in points)]
+        axis.pcolormesh(edges, range(len(tasks) + 1), picture, cmap="tab10", vmin=-0.5, vmax=9.5)
+        axis.set_yticks([row + 0.5 for row in range(len(tasks))], tasks)
+        axis.invert_yaxis()
+        axis.set(title=f"seed {seed}", xlabel="step")
+    figure.suptitle(f"{method}: tasks of one colour are one group")
+    return figure

@@ -1,0 +1,230 @@
+"""Running the grid: in this process or in several, with nothing lost when it is interrupted."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import lru_cache, partial
+from queue import Empty
+from typing import Any, Protocol
+
+import torch
+
+from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.compare.experiment import Experiment
+from torchmto.lab.compare.folder import RunFolder, run_key, run_label
+from torchmto.lab.compare.single import train_and_measure
+from torchmto.lab.data import DataBundle, load_data
+from torchmto.lab.training import RunConfig, chosen_tasks, primary_values
+
+__all__ = ["FailedRunsError", "Watcher", "compare", "default_jobs"]
+
+Result = dict[str, Any]
+
+
+class FailedRunsError(RuntimeError):
+    """Some runs failed; the others are finished and saved."""
+
+
+class Watcher(Protocol):
+    """Who wants to know how far the grid is."""
+
+    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
+        """All runs of the grid, and those that an earlier call finished."""
+
+    def advance(self, config: RunConfig, batches: int) -> None:
+        """A run has done so many batches."""
+
+    def finish(self, config: RunConfig, result: Result) -> None:
+        """A run is finished and saved."""
+
+
+class Silence:
+    """A watcher that shows nothing."""
+
+    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
+        """Nothing."""
+
+    def advance(self, config: RunConfig, batches: int) -> None:
+        """Nothing."""
+
+    def finish(self, config: RunConfig, result: Result) -> None:
+        """Nothing."""
+
+
+def default_jobs(device: str) -> int:
+    """Runs at a time: one on an accelerator, else one per core, at most four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if device == "cpu" else 1
+
+
+def compare(
+    experiment: Experiment, folder: RunFolder, bundle: DataBundle, *, jobs: int = 1, watcher: Watcher | None = None
+) -> dict[str, Result]:
+    """Run what isn't finished yet: first all single-task baselines, then the methods.
+
+    Args:
+        experiment: What to run.
+        folder: Where finished runs are and go.
+        bundle: The data.
+        jobs: Runs at a time, each in its own process if there are several.
+        watcher: Is told how far the grid is.
+
+    Returns:
+        The result of every run by `run_key`.
+
+    Raises:
+        FolderError: If the folder's files are broken, foreign or in use; nothing is changed.
+        FailedRunsError: If runs failed; the others are finished first.
+        KeyboardInterrupt: On Ctrl-C; finished runs stay.
+    """
+    watcher = watcher or Silence()
+    tasks = chosen_tasks(bundle, experiment.run.tasks)
+    singles = experiment.single_task_runs([task.name for task in tasks])
+    methods = experiment.method_runs()
+    with folder.locked():
+        results = folder.load([*singles, *methods])
+        watcher.plan([*singles, *methods], [c for c in [*singles, *methods] if run_key(c) in results])
+
+        def baseline(seed: int) -> dict[str, float]:
+            values: dict[str, float] = {}
+            for config in singles:
+                if config.seed == seed:
+                    (task,) = chosen_tasks(bundle, config.tasks)
+                    values |= primary_values(results[run_key(config)]["validation"], (task,))
+            return values
+
+        def save(config: RunConfig, result: Result) -> None:
+            folder.save(config, result)
+            results[run_key(config)] = plain(result)
+            watcher.finish(config, result)
+
+        for stage, needs_baseline in ((singles, False), (methods, True)):
+            todo = [
+                (config, baseline(config.seed) if needs_baseline else None)
+                for config in stage
+                if run_key(config) not in results
+            ]
+            if not todo:
+                continue
+            failures = _in_turn(todo, bundle, watcher, save) if jobs == 1 else _at_once(todo, jobs, watcher, save)
+            if failures:
+                raise FailedRunsError("\n".join(f"{run_label(config)}: {text}" for config, text in failures))
+    return results
+
+
+Todo = Sequence[tuple[RunConfig, Mapping[str, float] | None]]
+Failures = list[tuple[RunConfig, str]]
+_EXPECTED = (RuntimeError, ValueError, ArithmeticError, OSError)
+"""What may go wrong in one run and leave the others alone: a loss that isn't finite, memory, a file."""
+
+
+def _in_turn(todo: Todo, bundle: DataBundle, watcher: Watcher, save: Callable[[RunConfig, Result], None]) -> Failures:
+    failures: Failures = []
+    for config, baseline in todo:
+        try:
+            result = train_and_measure(config, bundle, baseline=baseline, on_step=partial(watcher.advance, config))
+        except _EXPECTED as error:
+            traceback.print_exc()
+            failures.append((config, str(error)))
+            continue
+        save(config, result)
+    return failures
+
+
+# --------------------------------------------------------------------------------------- several processes
+
+_progress: Any = None
+"""In a worker: the queue that takes (key of the run, batches done)."""
+
+
+def _at_once(todo: Todo, jobs: int, watcher: Watcher, save: Callable[[RunConfig, Result], None]) -> Failures:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    threads = max(1, torch.get_num_threads() // jobs)
+    others = set(multiprocessing.active_children())
+    configs = {run_key(config): config for config, _ in todo}
+    failures: Failures = []
+    pool = ProcessPoolExecutor(
+        min(jobs, len(todo)), mp_context=context, initializer=_start_worker, initargs=(queue, threads, os.getpid())
+    )
+    try:
+        futures = _submit(pool, todo)
+        pending: set[Future[Result]] = set(futures)
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            _drain(queue, configs, watcher)
+            for future in done:
+                try:
+                    save(futures[future], future.result())
+                except _EXPECTED as error:  # a worker that was killed is a RuntimeError too
+                    traceback.print_exc()
+                    failures.append((futures[future], str(error)))
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        queue.close()
+        queue.cancel_join_thread()
+    pool.shutdown()
+    return failures
+
+
+def _submit(pool: ProcessPoolExecutor, todo: Todo) -> dict[Future[Result], RunConfig]:
+    """Hand out the work. Workers inherit a blocked SIGINT: Ctrl-C is for this process, which ends them."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return {pool.submit(_work, config, baseline): config for config, baseline in todo}
+    finally:
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _drain(queue: Any, configs: Mapping[str, RunConfig], watcher: Watcher) -> None:
+    while True:
+        try:
+            key, batches = queue.get_nowait()
+        except Empty:
+            return
+        watcher.advance(configs[key], batches)
+
+
+def _start_worker(queue: Any, threads: int, parent: int) -> None:
+    global _progress  # noqa: PLW0603  the only way to hand a queue to a pool's workers
+    _progress = queue
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@lru_cache(maxsize=1)
+def _load(data: str, seed: int, options: str) -> DataBundle:
+    return load_data(data, seed, **json.loads(options))
+
+
+def _work(config: RunConfig, baseline: Mapping[str, float] | None) -> Result:
+    key = run_key(config)
+    told = time.monotonic()
+
+    def on_step(batches: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 0.2:
+            told = time.monotonic()
+            _progress.put((key, batches))
+
+    bundle = _load(config.data, config.data_seed, canonical(config.data_options))
+    return train_and_measure(config, bundle, baseline=baseline, on_step=on_step)

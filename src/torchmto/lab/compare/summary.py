@@ -1,0 +1,134 @@
+"""From finished runs to the figures of a comparison: means over seeds, Δm with its confidence interval, costs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from torchmto.lab.compare.experiment import Experiment
+from torchmto.lab.compare.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.data import DataBundle, Task
+from torchmto.lab.metrics import higher_is_better, primary_metric
+from torchmto.lab.training import chosen_tasks, primary_values
+from torchmto.lab.versions import versions
+from torchmto.metrics import delta_m
+
+__all__ = ["confidence95", "summarize"]
+
+Result = Mapping[str, Any]
+_PASSES = ("num_forward", "num_backward", "num_optimizer_steps")
+
+
+def summarize(experiment: Experiment, bundle: DataBundle, results: Mapping[str, Result]) -> dict[str, Any]:
+    """What goes into results.json.
+
+    Δm compares each run with the single-task runs of the same seed, on the test split, over one metric per task. All
+    costs are per batch; single-task costs are summed over the tasks (memory: the largest). Seconds are means over seeds,
+    memory the median.
+
+    Args:
+        experiment: What was compared.
+        bundle: The data.
+        results: Every run by its key.
+
+    Returns:
+        ``schema_version``, ``tasks``, ``methods``, ``single_task``, ``versions`` and ``config``.
+    """
+    tasks = chosen_tasks(bundle, experiment.run.tasks)
+    names = [task.name for task in tasks]
+    singles: list[list[Result]] = [[] for _ in range(experiment.seeds)]
+    for config in experiment.single_task_runs(names):
+        singles[config.seed].append(results[run_key(config)])
+    tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
+
+    methods: dict[str, Any] = {}
+    for method in experiment.methods:
+        runs = [results[run_key(config)] for config in experiment.method_runs() if config.method == method]
+        methods[method] = {
+            **_delta_m([run["test"] for run in runs], tests, tasks),
+            "tasks": _over_seeds([run["test"] for run in runs], tasks),
+            "cost": _mean_cost([run["cost"] for run in runs]),
+            "selected_epochs": [run["selected_epoch"] for run in runs],
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "primary_metric": primary_metric(task)[0],
+                "metrics": {name: {"higher_is_better": higher_is_better(task, name)} for name in tests[0][task.name]},
+            }
+            for task in tasks
+        },
+        "methods": methods,
+        "single_task": {
+            "tasks": _over_seeds(tests, tasks),
+            "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),
+        },
+        "versions": versions(),
+        "config": experiment.settings,
+    }
+
+
+def confidence95(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value.
+
+    Example:
+        >>> round(confidence95([1.0, 2.0, 3.0]), 4)
+        2.4841
+    """
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit  # noqa: PLC0415  what scipy.stats uses, without its second of import
+
+    return float(stdtrit(len(values) - 1, 0.975)) * std(values) / math.sqrt(len(values))
+
+
+def std(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+def _delta_m(
+    tests: Sequence[Mapping[str, Any]], singles: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
+) -> dict[str, Any]:
+    higher = {task.name: primary_metric(task)[1] for task in tasks}
+    try:
+        per_seed = [
+            delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
+            for test, single in zip(tests, singles, strict=True)
+        ]
+    except (ValueError, TypeError) as error:
+        return {"delta_m": None, "reason": str(error)}
+    mean = sum(per_seed) / len(per_seed)
+    return {"delta_m": {"mean": mean, "ci95": confidence95(per_seed), "per_seed": per_seed}}
+
+
+def _over_seeds(tests: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for task in tasks:
+        figures[task.name] = {}
+        for metric in tests[0][task.name]:
+            values = [test[task.name][metric] for test in tests]
+            known = None not in values
+            figures[task.name][metric] = {
+                "mean": sum(values) / len(values) if known else None,
+                "std": std(values) if known else None,
+            }
+    return figures
+
+
+def _mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # The median, because the first run of a process also pays for libraries that load on first use.
+    mean = {name: sum(cost[name] for cost in costs) / len(costs) for name in (*_PASSES, "seconds_per_batch")}
+    peaks = [cost["peak_memory_bytes"] for cost in costs]
+    return {**mean, "peak_memory_bytes": None if None in peaks else median(peaks)}
+
+
+def _summed(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    total = {name: sum(cost[name] for cost in costs) for name in (*_PASSES, "seconds_per_batch")}
+    peaks = [cost["peak_memory_bytes"] for cost in costs]
+    return {**total, "peak_memory_bytes": None if None in peaks else max(peaks)}

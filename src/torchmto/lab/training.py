@@ -1,0 +1,293 @@
+"""One training run in plain PyTorch: what is trained, an epoch, an evaluation.
+
+`build_run` turns a `RunConfig` into model, optimizer and `torchmto.MultiTask`; `train_epoch` takes the steps;
+`evaluate` measures. Everything that needs more (devices, checkpoints, logs) builds on these pieces.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchmto import MultiTask, StepInfo
+from torchmto.lab.data import Batch, DataBundle, Loader, Split, Task, labelled_tasks, load_data
+from torchmto.lab.losses import TaskLoss, task_loss
+from torchmto.lab.metrics import primary_metric, task_metrics
+from torchmto.lab.models import build_model
+from torchmto.lab.specs import parse_method
+from torchmto.structure import active_task, has_split_norms
+
+__all__ = [
+    "Run",
+    "RunConfig",
+    "build_run",
+    "check_device",
+    "chosen_tasks",
+    "evaluate",
+    "make_closure",
+    "primary_values",
+    "train_epoch",
+    "train_step",
+]
+
+TASK_NORM_METHODS = frozenset({"connection_strength"})
+"""Methods that by definition train a model with one copy of every norm per task."""
+
+Metrics = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the outcome of one run.
+
+    Args:
+        data: ``NAME`` or ``NAME:PATH`` of a data set.
+        data_options: Options of the data set, such as ``{"train": 1000}``.
+        data_seed: Decides splits and generated samples.
+        tasks: Names of the tasks to train; empty for all. One name makes a single-task baseline.
+        model: Name of a lab model; None for the data set's default.
+        model_options: The model's options.
+        method: A method as text, see `torchmto.lab.specs.parse_method`.
+        epochs: Passes over the training split.
+        batch_size: Samples per batch.
+        learning_rate: Of Adam, at the start; it falls to zero along a cosine, one step per batch whatever the method does.
+        weight_decay: Decoupled from the gradient (AdamW).
+        seed: Decides initial weights, order of the samples, dropout and the method's random choices.
+        device: ``"cpu"``, ``"cuda"``, ...
+    """
+
+    data: str = "digits"
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    data_seed: int = 0
+    tasks: tuple[str, ...] = ()
+    model: str | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "gd"
+    epochs: int = 5
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass
+class Run:
+    """The parts of a run that change while it trains, and what they work on.
+
+    Attributes:
+        config: What was asked for.
+        bundle: The data.
+        tasks: The tasks being trained.
+        model: The network, ``model(x, names) -> {name: output}``.
+        optimizer: Adam.
+        scheduler: One step per batch.
+        multitask: The method at work.
+        losses: Task -> loss.
+        loader: Training batches.
+    """
+
+    config: RunConfig
+    bundle: DataBundle
+    tasks: tuple[Task, ...]
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    multitask: MultiTask
+    losses: dict[str, TaskLoss]
+    loader: Loader
+
+    @property
+    def total_steps(self) -> int:
+        """Batches in the whole run."""
+        return self.config.epochs * len(self.loader)
+
+
+def chosen_tasks(bundle: DataBundle, names: Sequence[str]) -> tuple[Task, ...]:
+    """The tasks called ``names``, in the order of the data set; all if there are no names.
+
+    Raises:
+        ValueError: If the data set has no such task.
+    """
+    known = [task.name for task in bundle.tasks]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"The data set `{bundle.name}` has the tasks {', '.join(known)}. Found {name!r}.")
+    return tuple(task for task in bundle.tasks if not names or task.name in names)
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError if there is no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"Parameter `device` should be a device of this machine. Found {device!r} ({error})."
+        ) from error
+
+
+def build_run(
+    config: RunConfig, bundle: DataBundle | None = None, *, baseline: Mapping[str, float] | None = None
+) -> Run:
+    """Model, optimizer and method of a run, freshly initialised from its seed.
+
+    Runs with one seed start from the same shared weights and see the same batches, whatever the method.
+
+    Args:
+        config: What to build.
+        bundle: The data, if it is loaded already.
+        baseline: Single-task value of every task's primary metric, for ``wpcgrad(priority=performance)``.
+
+    Returns:
+        The run, before its first step.
+
+    Raises:
+        ValueError: If the configuration makes no sense.
+        TypeError: If the method or the model has no such option.
+    """
+    if bundle is None:
+        bundle = load_data(config.data, config.data_seed, **config.data_options)
+    tasks = chosen_tasks(bundle, config.tasks)
+    names = [task.name for task in tasks]
+    spec = parse_method(config.method)
+    loader = bundle.loader("train", config.batch_size, seed=config.seed)
+    total_steps = config.epochs * len(loader)
+
+    more: dict[str, Any] = {}
+    if spec.takes("total_steps"):
+        more["total_steps"] = total_steps
+    if spec.hyperparameters.get("priority") == "performance" and spec.takes("baseline") and baseline is not None:
+        more["baseline"] = {name: baseline[name] for name in names}
+        more["higher_is_better"] = {task.name: primary_metric(task)[1] for task in tasks}
+    method = spec.make(**more)
+
+    torch.manual_seed(config.seed)
+    model = build_model(
+        config.model or bundle.default_model,
+        tasks,
+        bundle.input_shape,
+        task_norms=spec.name in TASK_NORM_METHODS,
+        **config.model_options,
+    ).to(config.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    return Run(
+        config,
+        bundle,
+        tasks,
+        model,
+        optimizer,
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total_steps, 1)),
+        MultiTask(model, optimizer, tasks=names, method=method, seed=config.seed),
+        {task.name: task_loss(task) for task in tasks},
+        loader,
+    )
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    """The batch with all tensors on ``device``."""
+    targets = {name: target.to(device, non_blocking=True) for name, target in batch["targets"].items()}
+    return Batch(input=batch["input"].to(device, non_blocking=True), targets=targets)
+
+
+def make_closure(
+    model: nn.Module, losses: Mapping[str, TaskLoss], batch: Batch, labelled: Sequence[str]
+) -> Callable[[tuple[str, ...]], dict[str, tuple[Tensor, Tensor]]]:
+    """The forward-only closure that `torchmto.MultiTask.step` calls.
+
+    Args:
+        model: ``model(x, names) -> {name: output}``.
+        losses: Task -> loss.
+        batch: On the model's device.
+        labelled: The tasks that have a label in this batch; the others are left out.
+    """
+
+    def closure(names: tuple[str, ...]) -> dict[str, tuple[Tensor, Tensor]]:
+        present = [name for name in names if name in labelled]
+        if not present:
+            return {}
+        outputs = model(batch["input"], present)
+        values = {name: losses[name](outputs[name], batch["targets"][name], labelled=True) for name in present}
+        return {name: value for name, value in values.items() if value is not None}
+
+    return closure
+
+
+def train_step(run: Run, batch: Batch) -> StepInfo:
+    """One step of the method on one batch, and one of the scheduler."""
+    labelled = labelled_tasks(batch, run.tasks)
+    closure = make_closure(run.model, run.losses, to_device(batch, run.config.device), labelled)
+    info = run.multitask.step(closure)
+    run.scheduler.step()
+    return info
+
+
+def train_epoch(run: Run, epoch: int, on_step: Callable[[StepInfo, float], None] | None = None) -> None:
+    """One pass over the training split; at its end the method is told that a window has ended.
+
+    Args:
+        run: Changed in place.
+        epoch: Its number, which with the seed decides the batches.
+        on_step: Called after every step with what was done and the seconds it took, data loading not included.
+    """
+    run.model.train()
+    device = torch.device(run.config.device)
+    for batch in run.loader.epoch(epoch):
+        began = time.perf_counter()
+        info = train_step(run, batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if on_step is not None:
+            on_step(info, time.perf_counter() - began)
+    run.multitask.end_window()
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    bundle: DataBundle,
+    split: Split,
+    *,
+    tasks: Sequence[Task] | None = None,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+) -> Metrics:
+    """Every metric of every task on one split. Where norms are split, tasks run one after the other.
+
+    Args:
+        model: ``model(x, names) -> {name: output}``; left in the mode it was in.
+        bundle: The data.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        tasks: The tasks to measure; all of the data set by default.
+        batch_size: Samples per batch.
+        device: Where the model is.
+
+    Returns:
+        Task -> metric -> value.
+    """
+    tasks = bundle.tasks if tasks is None else tasks
+    names = [task.name for task in tasks]
+    metrics = {task.name: {key: m.to(device) for key, m in task_metrics(task).items()} for task in tasks}
+    passes = [[name] for name in names] if has_split_norms(model) else [names]
+    training = model.training
+    model.eval()
+    try:
+        for batch in bundle.loader(split, batch_size, augment=False):
+            placed = to_device(batch, device)
+            for group in passes:
+                with active_task(group[0]):  # only split norms look at it, and then a group is one task
+                    outputs = model(placed["input"], group)
+                for name in group:
+                    for metric in metrics[name].values():
+                        metric.update(outputs[name], placed["targets"][name])
+    finally:
+        model.train(training)
+    return {name: {key: float(m.compute()) for key, m in entries.items()} for name, entries in metrics.items()}
+
+
+def primary_values(metrics: Metrics, tasks: Sequence[Task]) -> dict[str, float]:
+    """Each task's one metric that stands for it in Δm, out of what `evaluate` returns."""
+    return {task.name: metrics[task.name][primary_metric(task)[0]] for task in tasks}
