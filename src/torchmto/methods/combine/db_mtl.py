@@ -21,6 +21,8 @@ class DBMTL(GradientCombiner):
     / t^\sigma`, t the steps in which the task was present, and rescaled to the longest: the update is :math:`\sum_i
     (\max_j \|\hat g_j\| / \|\hat g_i\|) \hat g_i`.
 
+    No promise about the Pareto set: the update doesn't shrink with the losses, and grows where one nears 0.
+
     Scale: sum of vectors as long as the longest; multiplying all losses by one number changes nothing. The tracked
     gradients start at 0, as in the released code, so with ``sigma=0`` the first updates are short by 1 - beta. No eps
     (1e-8 in the logarithm and the norms there). A loss of 0 or a gradient of 0 contributes 0. Memory: one more K x P
@@ -41,7 +43,7 @@ class DBMTL(GradientCombiner):
 
     source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
-    properties = Properties(homogeneity=0.0, identity=False, uses_losses=True)
+    properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)
     tracked: Tensor
     times: Tensor
 

@@ -22,6 +22,9 @@ class FairGrad(GramianWeighting):
     code runs a non-linear least-squares solver); where a convex combination of the gradients vanishes there is no
     solution, and 1e-6 is added to every squared unit length (counted as a fallback).
 
+    With alpha > 1 the update grows as the gradients shrink or cancel, so near the Pareto set it only settles if the
+    learning rate falls.
+
     Scale: see above. No eps. Heads: their own task's gradient; the released code weights them too
     (``heads="weighted"``). Not random.
 
@@ -39,7 +42,7 @@ class FairGrad(GramianWeighting):
 
     source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
-    properties = Properties(homogeneity=-1 / 3, identity=False, nonconflicting=True)
+    properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
 
     def __init__(self, *, alpha: float = 2.0, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
