@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
+from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Ranks
@@ -42,6 +43,8 @@ class MultiTask:
             is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
             scaler, non-finite gradients skip the step and lower the scale.
         same_noise: Give all forwards of one batch the same random state.
+        shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
+            them. The update is the same. Refused for methods that need whole rows.
         stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
             it may be asked for several tasks at once. Otherwise a model with split norms is run once per task.
 
@@ -76,6 +79,7 @@ class MultiTask:
         process_group: Any = None,
         on_nonfinite: str = "raise",
         same_noise: bool = False,
+        shard_gradients: bool = False,
         stacked: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -92,6 +96,8 @@ class MultiTask:
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self.method = method
         self.weights = self._check_weights(weights)
+        if process_group is None and isinstance(model, DistributedDataParallel):
+            process_group = model.process_group
         self.network = Network(
             model,
             optimizer,
@@ -101,7 +107,11 @@ class MultiTask:
             clip=self.clip,
             ranks=Ranks(process_group),
             stacked=bool(stacked),
+            shard_gradients=bool(shard_gradients),
         )
+        reason = method.needs_whole_rows()
+        if shard_gradients and reason:
+            raise ValueError(f"Method `{method.name}` doesn't work with shard_gradients=True: it {reason}.")
         method.bind(self.tasks)
         method.attach(self.network)
         if isinstance(self.weights, LossWeighting):
@@ -193,6 +203,7 @@ class MultiTask:
             weigh=weigh,
             weigh_fixed=weigh_fixed,
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
+            fingerprint=self._fingerprint(),
         )
         with network.no_sync(), self._keeping_graphs(), self._undoing(problem):
             try:
@@ -209,6 +220,13 @@ class MultiTask:
                 problem.note_skip(skipped.reason)
                 return problem.info()
         return info
+
+    def _fingerprint(self) -> str:
+        """The methods and their random states, which must be the same on all ranks."""
+        if self.network.ranks.size == 1:
+            return ""
+        states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods()]
+        return ", ".join(states)
 
     def _repeats(self) -> bool:
         """Whether a step runs the model more than once."""
@@ -322,6 +340,8 @@ class MultiTask:
         Raises:
             ValueError: If the state belongs to other tasks, another method or another version.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(found("state", "what `mt.state_dict()` returned", type(state)))
         weights = self.weights.name if isinstance(self.weights, LossWeighting) else None
         expected = {
             "version": STATE_VERSION,
@@ -332,15 +352,24 @@ class MultiTask:
         for key, value in expected.items():
             if state.get(key) != value:
                 raise ValueError(f"The saved state has {key} = {state.get(key)!r}, but this MultiTask has {value!r}.")
+        needed = ("method_state", "roles", *(("weights_state",) if weights is not None else ()))
+        missing = [key for key in needed if key not in state]
+        if missing:
+            raise ValueError(f"The saved state isn't complete: it has no {missing[0]}.")
         kept = [(part, part.state_dict()) for part in self._methods()]
+        loading = "method_state"
         try:
             self.method.load_state_dict(state["method_state"])
             if isinstance(self.weights, LossWeighting):
+                loading = "weights_state"
                 self.weights.load_state_dict(state["weights_state"])
+            loading = "roles"
             self.network.load_roles(state["roles"])
-        except BaseException:
+        except BaseException as error:
             for part, before in kept:
                 part.load_state_dict(before)
+            if isinstance(error, KeyError | TypeError | AttributeError | RuntimeError):
+                raise ValueError(f"The saved state's {loading} doesn't fit: {error!r}.") from error
             raise
 
 

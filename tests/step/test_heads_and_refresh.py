@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
-import torchmto
-from toy import Toy, batch, closure, flat, make, same
 from torch import nn
+
+import torchmto
 from torchmto.methods import GramianWeighting
+from toy import Toy, batch, closure, flat, make, same
 
 TASKS = ("a", "b", "c")
 
 
 def fixed(weights, **options):
     """A Gramian method with given weights."""
+
     class Given(GramianWeighting):
         name = "given"
         calls = 0
@@ -176,16 +178,14 @@ def test_clip_with_expanded_and_aliased_gradients(method):
 
     model = Sums()
     start = copy.deepcopy(model)
-    mt = torchmto.MultiTask(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), tasks=TASKS, method=method, clip=0.1
-    )
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=1.0), tasks=TASKS, method=method, clip=0.1)
     for _ in range(2):
         mt.step(lambda tasks: {t: (model.trunk + model.heads[t] + model.more[t]).sum() for t in tasks})
     moved = {n: p.detach() - start.get_parameter(n) for n, p in model.named_parameters()}
     for t in TASKS:
         assert same(moved[f"heads.{t}"], moved[f"more.{t}"])
     if method != "sequential":
-        total = torch.cat([m for m in moved.values()])
+        total = torch.cat(list(moved.values()))
         assert float(total.norm()) == pytest.approx(0.2, rel=1e-4)
         torch.testing.assert_close(moved["trunk"], 3 * moved["heads.a"])
     assert flat(model).isfinite().all()

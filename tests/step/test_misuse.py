@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
+
 import torchmto
 from toy import Toy, batch, closure, make, same, state
-from torch import nn
 
 TASKS = ("a", "b", "c")
 
@@ -126,14 +127,14 @@ def test_a_bad_step_raises_and_changes_nothing(case, method):
 @pytest.mark.parametrize("case", ["NaN loss", "infinite loss", "NaN gradient"])
 def test_nonfinite_steps_are_skipped_on_request(case, method):
     """Training goes on as if the bad batch had never been there."""
-    factory, _, message = STEPS[case]
+    factory, _, _ = STEPS[case]
     runs = []
     for bad in (True, False):
         model, mt = started(method, on_nonfinite="skip")
         before = state(mt)
         if bad:
             if method == "sequential":
-                info = mt.step(lambda tasks: {t: factory(model)(("b",))["b"] for t in tasks})
+                info = mt.step(lambda tasks: {t: factory(model)(("b",))["b"] for t in tasks})  # noqa: B023
             else:
                 info = mt.step(factory(model))
             assert info.skipped
@@ -166,7 +167,7 @@ def test_no_shared_parameters():
         mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method)
         before = state(mt)
         x, targets = batch(TASKS)
-        with pytest.raises(ValueError, match="share no parameters.*`shared=`"):
+        with pytest.raises(ValueError, match=r"share no parameters.*`shared=`"):
             mt.step(lambda tasks: {t: (model[t](x) - targets[t]).square().mean() for t in tasks})  # noqa: B023
         if method != "sequential":
             assert same(state(mt), before)
@@ -189,7 +190,7 @@ def test_after_an_error_the_next_step_is_what_it_would_have_been():
 
 
 def test_ready_losses_given_to_a_procedure():
-    model, mt = started("sequential")
+    _, mt = started("sequential")
     before = state(mt)
     with pytest.raises(ValueError, match=r"needs a closure: pass `mt.step\(closure\)`"):
         mt.step({t: l.detach().requires_grad_() for t, l in good(Toy(TASKS)).items()})
@@ -339,7 +340,7 @@ def test_a_priority_function_must_return_probabilities():
 
 
 def test_reports_are_checked():
-    model, _, mt = make(torchmto.make_method("wpcgrad", priority="performance", baseline=dict.fromkeys(TASKS, 0.5)))
+    _, _, mt = make(torchmto.make_method("wpcgrad", priority="performance", baseline=dict.fromkeys(TASKS, 0.5)))
     mt.report({"a": 0.4})
     before = state(mt)
     for performance, error, message in (

@@ -1,15 +1,16 @@
-"""Which parameters are shared, and parameters of every kind: tied, frozen, grouped, laid out, compiled, checkpointed, wrapped."""
+"""Which parameters are shared, and parameters: tied, frozen, grouped, laid out, compiled, checkpointed, wrapped."""
 
 import copy
 
 import pytest
 import torch
 import torch.distributed as dist
-import torchmto
-from toy import Toy, batch, closure, flat, make, same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+import torchmto
 from torchmto.structure import split_norms
+from toy import Toy, batch, closure, flat, make, same
 
 TASKS = ("a", "b", "c")
 GRADIENT_METHODS = ("pcgrad", "wpcgrad")
@@ -197,9 +198,7 @@ def test_channels_last_and_transposed_parameters(method, late):
         x, targets = images()
         if changed and not late:
             model.to(memory_format=torch.channels_last)
-        mt = torchmto.MultiTask(
-            model, torch.optim.Adam(model.parameters(), lr=0.01), tasks=TASKS, method=method
-        )
+        mt = torchmto.MultiTask(model, torch.optim.Adam(model.parameters(), lr=0.01), tasks=TASKS, method=method)
         mt.step(closure(model, (x, targets)))
         if changed and late:
             model.to(memory_format=torch.channels_last)
@@ -333,8 +332,12 @@ def test_a_compiled_model(method, shared, fresh_compiler):
                 assert model.heads["b"].weight.grad is None
                 kept = mt.state_dict()
         prefix = "_orig_mod." if compiled else ""
-        assert layout(mt) == [f"{prefix}trunk.0.weight", f"{prefix}trunk.0.bias", f"{prefix}trunk.1.weight",
-                              f"{prefix}trunk.1.bias"]
+        assert layout(mt) == [
+            f"{prefix}trunk.0.weight",
+            f"{prefix}trunk.0.bias",
+            f"{prefix}trunk.1.weight",
+            f"{prefix}trunk.1.bias",
+        ]
         mt.load_state_dict(kept)
         mt.step(losses)
         runs.append((flat(model), dict(model.named_buffers())))
@@ -353,7 +356,7 @@ def test_ready_losses_of_a_compiled_model_need_shared(fresh_compiler):
         outputs = run(x)
         return {t: (outputs[t] - targets[t]).square().mean() for t in TASKS}
 
-    with pytest.raises(ValueError, match="compiled.*`shared=`"):
+    with pytest.raises(ValueError, match=r"compiled.*`shared=`"):
         mt.step(losses())
     _, _, mt = make("pcgrad", model=model, shared=model.trunk.parameters())
     assert mt.step(losses()).num_optimizer_steps == 1

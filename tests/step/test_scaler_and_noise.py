@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-import torchmto
-from toy import Toy, batch, closure, flat, make, same, state
 from torch import nn
+
+import torchmto
 from torchmto.structure import split_norms
+from toy import Toy, batch, closure, flat, make, same, state
 
 TASKS = ("a", "b", "c")
 
@@ -86,9 +87,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(method, where, on_nonfi
     calls = []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    mt = torchmto.MultiTask(
-        model, optimizer, tasks=TASKS, method=method, scaler=scaler(), on_nonfinite=on_nonfinite
-    )
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, scaler=scaler(), on_nonfinite=on_nonfinite)
     mt.step(closure(model, batch(TASKS, dtype=torch.float32)))
     before = state(mt)
     info = mt.step(overflowing(model, where))
@@ -101,8 +100,10 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale(method, where, on_nonfi
     assert same(before["mt"], now["mt"])
     assert same(before["optimizer"], now["optimizer"])
     running = [k for k in before["model"] if "running" in k or "tracked" in k]
-    assert same({k: v for k, v in before["model"].items() if k not in running},
-                {k: v for k, v in now["model"].items() if k not in running})
+    assert same(
+        {k: v for k, v in before["model"].items() if k not in running},
+        {k: v for k, v in now["model"].items() if k not in running},
+    )
     info = mt.step(closure(model, batch(TASKS, dtype=torch.float32)))
     assert not info.skipped
     assert len(calls) == 2
@@ -231,7 +232,6 @@ def test_an_error_puts_every_kind_of_buffer_back(norm):
 
 def test_same_noise():
     """Off: every forward of a batch has its own dropout masks. On: all have the same; the next batch has others."""
-    x, _ = batch(TASKS)
     for same_noise in (False, True):
         torch.manual_seed(0)
         model, _, mt = make("sequential", model=noisy(), same_noise=same_noise)

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-import torchmto
-from toy import Toy, batch, closure, flat, make, same
 from torch import nn
+
+import torchmto
 from torchmto.structure import split_norms
+from toy import Toy, batch, closure, flat, make, same
 
 TASKS = ("a", "b", "c")
 
@@ -34,7 +35,7 @@ def tensors(state):
 
 
 def test_ready_losses_replace_sum_and_backward():
-    model, optimizer, mt = make("gd")
+    model, _, mt = make("gd")
     other = copy.deepcopy(model)
     plain = torch.optim.SGD(other.parameters(), lr=0.05)
     for seed in range(3):
@@ -61,9 +62,7 @@ def test_micro_batches_equal_one_batch(method, ready):
         pytest.skip("procedures need closures")
     data = batch(TASKS)
     whole, _, _ = after(method, lambda m: closure(m, data))
-    parts, info, _ = after(
-        method, lambda m: [closure(m, d)(TASKS) if ready else closure(m, d) for d in halves(data)]
-    )
+    parts, _, _ = after(method, lambda m: [closure(m, d)(TASKS) if ready else closure(m, d) for d in halves(data)])
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=1e-13)
 
 
@@ -139,9 +138,7 @@ def test_zero_weights_and_unit_heads_over_micro_batches_of_split_norms():
     for parts in (False, True):
         copied = copy.deepcopy(model)
         method = torchmto.make_method("pcgrad", refresh_every=2)
-        mt = torchmto.MultiTask(
-            copied, torch.optim.SGD(copied.parameters(), lr=0.0), tasks=TASKS, method=method
-        )
+        mt = torchmto.MultiTask(copied, torch.optim.SGD(copied.parameters(), lr=0.0), tasks=TASKS, method=method)
         data = batch(TASKS)
         mt.step(closure(copied, data))
         method._kept_weights = {0: 1e-9, 1: 0.0, 2: 1.0}
@@ -207,10 +204,10 @@ def test_weights_by_a_loss_weighting(method, weighting):
     """With gd it is the loss weighting itself; with the others it hears of every task's raw loss."""
     if weighting not in torchmto.methods():
         pytest.skip(f"no {weighting}")
-    one, info, mt = after(method, lambda m: closure(m, batch(TASKS)), weights=weighting, steps=3)
+    one, _, mt = after(method, lambda m: closure(m, batch(TASKS)), weights=weighting, steps=3)
     assert torch.isfinite(one).all()
     if method == "gd":
-        two, other, reference = after(weighting, lambda m: closure(m, batch(TASKS)), steps=3)
+        two, _, reference = after(weighting, lambda m: closure(m, batch(TASKS)), steps=3)
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
         for mine, its in zip(tensors(mt.weights.state_dict()), tensors(reference.method.state_dict()), strict=True):
             torch.testing.assert_close(mine, its, rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -223,7 +220,7 @@ def test_a_method_inside_that_runs_the_model_again_needs_a_closure():
         pytest.skip("no famo")
     for options in ({"method": "gd", "weights": "famo"}, {"method": torchmto.make_method("wpcgrad", priority="famo")}):
         model, _, mt = make(**options)
-        with pytest.raises(ValueError, match="Method `(famo|wpcgrad)` runs the model more than once.*closure"):
+        with pytest.raises(ValueError, match=r"Method `(famo|wpcgrad)` runs the model more than once.*closure"):
             mt.step(closure(model, batch(TASKS))(TASKS))
         mt.step(closure(model, batch(TASKS)))
 

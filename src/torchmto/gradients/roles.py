@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-_PASS_THROUGH = "_DDPSink"
+_SINK = "_DDPSink"
 """A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
 
 
@@ -27,9 +26,8 @@ def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
         return {id(loss)}, False
     leaves: set[int] = set()
     compiled = False
-    start = (loss.grad_fn, loss.output_nr)
-    visited: set[object] = {start[0]}
-    stack = [start]
+    visited: set[object] = {loss.grad_fn}
+    stack = [(loss.grad_fn, loss.output_nr)]
     while stack:
         node, output = stack.pop()
         variable = getattr(node, "variable", None)
@@ -38,13 +36,15 @@ def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
         name = node.name()
         compiled = compiled or name.startswith("CompiledFunction")
         following = node.next_functions
-        if name.startswith(_PASS_THROUGH) and output < len(following):
+        if name.startswith(_SINK) and output < len(following):
             following = following[output : output + 1]
-        for edge in following:
-            key = edge if edge[0] is not None and edge[0].name().startswith(_PASS_THROUGH) else edge[0]
-            if edge[0] is not None and key not in visited:
+        for next_node, position in following:
+            if next_node is None:
+                continue
+            key = (next_node, position) if next_node.name().startswith(_SINK) else next_node
+            if key not in visited:
                 visited.add(key)
-                stack.append(edge)
+                stack.append((next_node, position))
     return leaves, compiled
 
 
@@ -62,6 +62,7 @@ class Roles:
     Attributes:
         layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
             ever appended.
+        changes: How often something was learnt or forgotten.
     """
 
     def __init__(self, num_tasks: int, shared: Iterable[str] | None = None) -> None:
@@ -71,6 +72,7 @@ class Roles:
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
         self.seen: set[int] = set()
+        self.changes = 0
         self._journal: list[tuple[str, int]] = []
         self._mark: tuple[int, frozenset[int]] = (len(self.layout), frozenset())
 
@@ -81,6 +83,7 @@ class Roles:
 
     def undo(self) -> bool:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
+        self.changes += 1
         for name, task in self._journal:
             self._reached[name].discard(task)
             if not self._reached[name]:
@@ -103,6 +106,7 @@ class Roles:
 
     def observe(self, task: int, names: Iterable[str]) -> bool:
         """Record that ``task`` has reached the parameters ``names``; return whether a parameter became shared."""
+        self.changes += task not in self.seen
         self.seen.add(task)
         needed = 1 if self.num_tasks == 1 else 2
         grown = False
@@ -111,6 +115,7 @@ class Roles:
             if task in tasks:
                 continue
             tasks.add(task)
+            self.changes += 1
             self._journal.append((name, task))
             if not self.given and len(tasks) >= needed and name not in self._shared:
                 self._shared.add(name)
@@ -161,4 +166,5 @@ class Roles:
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
         self.seen = set(state["seen"])
+        self.changes += 1
         self.mark()

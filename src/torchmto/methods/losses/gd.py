@@ -16,6 +16,8 @@ class GD(LossWeighting):
 
     Scale: sum. Heads: their own task's gradient. The baseline of every comparison.
 
+    Source: equal weighting, as old as multi-task learning (Caruana, Multitask Learning, 1997).
+
     Example:
         >>> import torch, torchmto
         >>> torchmto.make_method("gd").objective(torch.tensor([1.0, 2.0]))

@@ -24,6 +24,8 @@ class Static(LossWeighting):
     Raises:
         ValueError: If a weight is negative or not finite, or (when the tasks are known) a task has none.
 
+    Source: constant weights, tuned by hand or by search.
+
     Example:
         >>> import torch, torchmto
         >>> torchmto.make_method("static", weights=[1.0, 10.0]).objective(torch.tensor([2.0, 3.0]))

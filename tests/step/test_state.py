@@ -1,0 +1,103 @@
+"""Saving and loading: what doesn't fit is refused with a clear message and changes nothing."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+import torchmto
+from toy import batch, closure, make, same, state
+
+TASKS = ("a", "b", "c")
+
+
+def started(method="wpcgrad", **options):
+    model, _, mt = make(method, **options)
+    mt.step(closure(model, batch(TASKS)))
+    return model, mt
+
+
+def test_a_state_loads_with_weights_only():
+    for method in ("gd", "pcgrad", "wpcgrad", "sequential", "task_groups", "connection_strength"):
+        _, mt = started(method)
+        file = io.BytesIO()
+        torch.save(mt.state_dict(), file)
+        file.seek(0)
+        assert same(torch.load(file, weights_only=True), mt.state_dict())
+
+
+CHANGES = {
+    "other tasks": (lambda s: {**s, "tasks": ["a", "b", "d"]}, "tasks"),
+    "another order of tasks": (lambda s: {**s, "tasks": ["b", "a", "c"]}, "tasks"),
+    "another method": (lambda s: {**s, "method": "gd"}, "method"),
+    "another version": (lambda s: {**s, "version": 99}, "version"),
+    "no version": (lambda s: {k: v for k, v in s.items() if k != "version"}, "version"),
+    "weights": (lambda s: {**s, "weights": "uw", "weights_state": {}}, "weights"),
+    "method state missing": (lambda s: {k: v for k, v in s.items() if k != "method_state"}, "method_state"),
+    "roles missing": (lambda s: {k: v for k, v in s.items() if k != "roles"}, "roles"),
+    "a state too many": (lambda s: {**s, "method_state": {**s["method_state"], "x": 1}}, "x"),
+    "a state too few": (lambda s: {**s, "method_state": {"generator": s["method_state"]["generator"]}}, "priority"),
+    "an inner state too few": (
+        lambda s: {**s, "method_state": {**s["method_state"], "priority": {}}},
+        "LossPriority|priority|state",
+    ),
+    "a foreign parameter": (
+        lambda s: {**s, "roles": {**s["roles"], "layout": ["trunk.9.weight"]}},
+        "trunk.9.weight",
+    ),
+    "broken roles": (lambda s: {**s, "roles": {}}, "roles"),
+}
+
+
+@pytest.mark.parametrize("case", list(CHANGES))
+def test_a_state_that_does_not_fit(case):
+    change, message = CHANGES[case]
+    model, mt = started()
+    _, other = started()
+    other.step(closure(other.network.model, batch(TASKS)))
+    foreign = change(copy.deepcopy(other.state_dict()))
+    before = state(mt)
+    with pytest.raises(ValueError, match=message):
+        mt.load_state_dict(foreign)
+    assert same(state(mt), before)
+    mt.step(closure(model, batch(TASKS)))
+
+
+def test_something_else_than_a_state():
+    _, mt = started()
+    before = state(mt)
+    with pytest.raises(TypeError, match="state"):
+        mt.load_state_dict([1, 2])
+    assert same(state(mt), before)
+
+
+def test_a_method_is_bound_to_one_set_of_tasks():
+    method = torchmto.make_method("wpcgrad")
+    make(method)
+    with pytest.raises(ValueError, match="already bound to the tasks"):
+        make(method, ("a", "b"))
+
+
+def test_seed():
+    """`seed=` reseeds every random choice, of inner methods too; by default it is 0."""
+    runs = []
+    for seed in (None, 0, 1):
+        model, _, mt = make("rlw" if "rlw" in torchmto.methods() else "wpcgrad", seed=seed)
+        mt.step(closure(model, batch(TASKS)))
+        runs.append(state(mt)["model"])
+    assert same(runs[0], runs[1])
+    assert not same(runs[0], runs[2])
+    method = torchmto.make_method("wpcgrad", priority="rlw")
+    make(method, seed=5)
+    assert method.generator.initial_seed() == method.priority.weighting.generator.initial_seed() == 5
+
+
+def test_roles_given_on_loading_follow_the_saved_ones():
+    model, mt = started("pcgrad")
+    saved = mt.state_dict()
+    _, _, other = make("pcgrad", model=model)
+    other.load_state_dict(saved)
+    info = other.step(closure(model, batch(TASKS), only=("b",)))
+    assert list(info.losses) == ["b"]
+    assert other.network.rows[0].matrix.shape == (1, 25)
