@@ -1,4 +1,4 @@
-"""Writes the generated pages of the documentation: one per method, their index, and the list of public names.
+"""Writes the generated pages of the documentation: one per method, their index, the list of public names, README's table.
 
 Run ``python docs/generate.py`` after adding a method or changing a docstring; a test compares the pages with the code.
 """
@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torchmto
 from torchmto import metrics, solvers, structure
+from torchmto.cli.methods import markdown as table
 from torchmto.methods import Method, method_class
 
 DOCS = Path(__file__).resolve().parent
+README = DOCS.parent / "README.md"
 FAMILIES = {
     "loss weighting": "Loss weightings: one forward, one backward",
     "gramian": "Gramian methods: weights from the K x K inner products of the task gradients",
@@ -156,11 +158,20 @@ def api() -> str:
     return "\n".join(lines)
 
 
+def readme() -> str:
+    """The project's README with the table of methods as it is now."""
+    text = README.read_text(encoding="utf-8")
+    return re.sub(
+        r"(?<=<!-- methods -->\n).*?(?=\n<!-- /methods -->)", lambda _: table("docs/methods"), text, flags=re.DOTALL
+    )
+
+
 def pages() -> dict[Path, str]:
     """Every generated page: path -> text."""
     made = {DOCS / "methods" / f"{name}.md": page(name) for name in torchmto.methods()}
     made[DOCS / "methods" / "README.md"] = index()
     made[DOCS / "api.md"] = api()
+    made[README] = readme()
     return made
 
 

@@ -8,13 +8,15 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable.
 
 import argparse
 import ast
+import contextlib
 import importlib
 import os
 import pkgutil
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchmto._version import __version__
@@ -70,10 +72,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in verbs():
         print(f"torchmto: unknown verb {verb!r}; there are {', '.join(verbs())}", file=sys.stderr)
         return WRONG_USAGE
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Also where a shell started the program in the background and so had it ignore Ctrl-C.
+    with _interruptible():
+        return _run(verb, arguments[1:])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, also where a shell that started us in the background blocked that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in former:
         signal.signal(number, signal.default_int_handler)
-    return _run(verb, arguments[1:])
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _run(verb: str, arguments: list[str]) -> int:

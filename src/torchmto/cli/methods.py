@@ -9,7 +9,7 @@ _COLUMNS = ("method", "family", "forwards", "backwards", "steps", "source")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torchmto methods`."""
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table, as in the README")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,10 +35,12 @@ def rows() -> list[list[str]]:
     return table
 
 
-def markdown() -> str:
-    """The table as Markdown."""
+def markdown(pages: str = "") -> str:
+    """The table as Markdown, with links to the methods' pages if their folder is given."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---|---|---:|---:|---:|---|"]
-    lines += [f"| `{row[0]}` | " + " | ".join(row[1:]) + " |" for row in rows()]
+    for name, *cells in rows():
+        title = f"[{name}]({pages}/{name}.md)" if pages else name
+        lines.append("| " + " | ".join([title, *cells]) + " |")
     return "\n".join(lines)
 
 

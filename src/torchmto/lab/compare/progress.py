@@ -76,6 +76,8 @@ class ProgressBars:
     def advance(self, config: RunConfig, batches: int) -> None:
         """Move the run's bar and the grid's."""
         key = run_key(config)
+        if batches <= self._done.get(key, 0):  # a report may be overtaken by the run's end
+            return
         if key not in self._bars:
             self._bars[key] = self._progress.add_task(run_label(config), total=self._batches)
         self._progress.update(self._bars[key], completed=batches)

@@ -1,5 +1,6 @@
 """Running the grid: in this process or in several, with nothing lost when it is interrupted."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -7,11 +8,11 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import lru_cache, partial
 from queue import Empty
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -104,97 +105,129 @@ def compare(
             results[run_key(config)] = plain(result)
             watcher.finish(config, result)
 
-        for stage, needs_baseline in ((singles, False), (methods, True)):
-            todo = [
-                (config, baseline(config.seed) if needs_baseline else None)
-                for config in stage
-                if run_key(config) not in results
-            ]
-            if not todo:
-                continue
-            failures = _in_turn(todo, bundle, watcher, save) if jobs == 1 else _at_once(todo, jobs, watcher, save)
-            if failures:
-                raise FailedRunsError("\n".join(f"{run_label(config)}: {text}" for config, text in failures))
+        with Workers(jobs) if jobs > 1 else OneByOne(bundle) as engine:
+            for stage, needs_baseline in ((singles, False), (methods, True)):
+                todo = [
+                    (config, baseline(config.seed) if needs_baseline else None)
+                    for config in stage
+                    if run_key(config) not in results
+                ]
+                failures = engine.run(todo, watcher, save)
+                if failures:
+                    raise FailedRunsError("\n".join(f"{run_label(config)}: {text}" for config, text in failures))
     return results
 
 
 Todo = Sequence[tuple[RunConfig, Mapping[str, float] | None]]
+Save = Callable[[RunConfig, Result], None]
 Failures = list[tuple[RunConfig, str]]
 _EXPECTED = (RuntimeError, ValueError, ArithmeticError, OSError)
-"""What may go wrong in one run and leave the others alone: a loss that isn't finite, memory, a file."""
+"""What may go wrong in one run and leave the others alone: a loss that isn't finite, memory, a file, a killed worker."""
 
 
-def _in_turn(todo: Todo, bundle: DataBundle, watcher: Watcher, save: Callable[[RunConfig, Result], None]) -> Failures:
-    failures: Failures = []
-    for config, baseline in todo:
-        try:
-            result = train_and_measure(config, bundle, baseline=baseline, on_step=partial(watcher.advance, config))
-        except _EXPECTED as error:
-            traceback.print_exc()
-            failures.append((config, str(error)))
-            continue
-        save(config, result)
-    return failures
+class OneByOne:
+    """Runs in this process, one after the other.
+
+    Args:
+        bundle: The data.
+    """
+
+    def __init__(self, bundle: DataBundle) -> None:
+        self._bundle = bundle
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def run(self, todo: Todo, watcher: Watcher, save: Save) -> Failures:
+        """Do all runs; returns those that failed."""
+        failures: Failures = []
+        for config, baseline in todo:
+            try:
+                result = train_and_measure(
+                    config, self._bundle, baseline=baseline, on_step=partial(watcher.advance, config)
+                )
+            except _EXPECTED as error:
+                traceback.print_exc()
+                failures.append((config, str(error)))
+            else:
+                save(config, result)
+        return failures
 
 
-# --------------------------------------------------------------------------------------- several processes
+class Workers:
+    """Runs in several processes, which share the cores evenly.
 
-_progress: Any = None
-"""In a worker: the queue that takes (key of the run, batches done)."""
+    Args:
+        jobs: How many.
+    """
 
+    def __init__(self, jobs: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._queue = context.Queue()
+        self._others = set(multiprocessing.active_children())
+        self._pool = ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(self._queue, max(1, torch.get_num_threads() // jobs), os.getpid()),
+        )
 
-def _at_once(todo: Todo, jobs: int, watcher: Watcher, save: Callable[[RunConfig, Result], None]) -> Failures:
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    threads = max(1, torch.get_num_threads() // jobs)
-    others = set(multiprocessing.active_children())
-    configs = {run_key(config): config for config, _ in todo}
-    failures: Failures = []
-    pool = ProcessPoolExecutor(
-        min(jobs, len(todo)), mp_context=context, initializer=_start_worker, initargs=(queue, threads, os.getpid())
-    )
-    try:
-        futures = _submit(pool, todo)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+        self._queue.close()
+        self._queue.cancel_join_thread()
+
+    def run(self, todo: Todo, watcher: Watcher, save: Save) -> Failures:
+        """Do all runs; returns those that failed."""
+        configs = {run_key(config): config for config, _ in todo}
+        failures: Failures = []
+        futures = self._submit(todo)
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            _drain(queue, configs, watcher)
+            for key, batches in self._reports():
+                if key in configs:
+                    watcher.advance(configs[key], batches)
             for future in done:
                 try:
-                    save(futures[future], future.result())
-                except _EXPECTED as error:  # a worker that was killed is a RuntimeError too
+                    result = future.result()
+                except _EXPECTED as error:
                     traceback.print_exc()
                     failures.append((futures[future], str(error)))
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
-    finally:
-        queue.close()
-        queue.cancel_join_thread()
-    pool.shutdown()
-    return failures
+                else:
+                    save(futures[future], result)
+        return failures
 
-
-def _submit(pool: ProcessPoolExecutor, todo: Todo) -> dict[Future[Result], RunConfig]:
-    """Hand out the work. Workers inherit a blocked SIGINT: Ctrl-C is for this process, which ends them."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return {pool.submit(_work, config, baseline): config for config, baseline in todo}
-    finally:
-        if hasattr(signal, "pthread_sigmask"):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-def _drain(queue: Any, configs: Mapping[str, RunConfig], watcher: Watcher) -> None:
-    while True:
+    def _submit(self, todo: Todo) -> dict[Future[Result], RunConfig]:
+        """Hand out the work. Workers inherit a blocked SIGINT: Ctrl-C is for this process, which ends them."""
+        can_block = hasattr(signal, "pthread_sigmask")
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            key, batches = queue.get_nowait()
-        except Empty:
-            return
-        watcher.advance(configs[key], batches)
+            return {self._pool.submit(_work, config, baseline): config for config, baseline in todo}
+        finally:
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _reports(self) -> Iterator[tuple[str, int]]:
+        with contextlib.suppress(Empty):
+            while True:
+                yield self._queue.get_nowait()
+
+
+# --------------------------------------------------------------------------------------- inside a worker
+
+_progress: Any = None
+"""The queue that takes (key of the run, batches done)."""
 
 
 def _start_worker(queue: Any, threads: int, parent: int) -> None:

@@ -1,0 +1,55 @@
+# make demo   compare six methods with single-task models on the built-in digits
+# make test   style, types, tests and the examples in the documentation
+#
+# Both set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.PHONY: help setup demo test docs clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+DEMO_OUT ?= runs/demo
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted set-up is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@python=
+	for candidate in $${PYTHON:-} python3 python3.14 python3.13 python3.12 python3.11; do
+	    if command -v "$$candidate" > /dev/null && \
+	        "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+	        python=$$candidate
+	        break
+	    fi
+	done
+	if [ -z "$$python" ]; then
+	    echo "Python 3.11 or newer is needed. Install it, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2
+	    exit 1
+	fi
+	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	@$(BIN)/torchmto compare --out $(DEMO_OUT)
+
+test: $(STAMP)
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+# Rewrites the generated pages and the README's table of methods from the code.
+docs: $(STAMP)
+	@$(BIN)/python docs/generate.py
+
+clean:
+	@rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
