@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto import MultiTask, StepInfo
+from torchmto.checks import check_choice
 from torchmto.lab.data import Batch, DataBundle, Loader, Split, Task, labelled_tasks, load_data
 from torchmto.lab.losses import TaskLoss, task_loss
 from torchmto.lab.metrics import primary_metric, task_metrics
@@ -36,6 +37,9 @@ __all__ = [
 TASK_NORM_METHODS = frozenset({"connection_strength"})
 """Methods that by definition train a model with one copy of every norm per task."""
 
+OWN_OPTIMIZER_METHODS = frozenset({"adatask"})
+"""Methods that adapt step sizes themselves, and so are given plain SGD."""
+
 Metrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
@@ -54,8 +58,12 @@ class RunConfig:
         method: A method as text, see `torchmto.lab.specs.parse_method`.
         epochs: Passes over the training split.
         batch_size: Samples per batch.
-        learning_rate: Of Adam, at the start; it falls to zero along a cosine, one step per batch whatever the method does.
-        weight_decay: Decoupled from the gradient (AdamW).
+        learning_rate: At the start; it falls to zero along a cosine, one step per batch whatever the method does.
+        weight_decay: Of the optimizer; decoupled from the gradient in AdamW.
+        optimizer: ``"adamw"`` or ``"sgd"``. AdaTask, which is Adam itself, always gets plain SGD.
+        momentum: Of SGD.
+        loss_weights: Factors of the losses before the method sees them, by task, or the name of a loss weighting.
+        head_rate: Factor of the heads' learning rate.
         seed: Decides initial weights, order of the samples, dropout and the method's random choices.
         device: ``"cpu"``, ``"cuda"``, ...
     """
@@ -71,6 +79,10 @@ class RunConfig:
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    loss_weights: Mapping[str, float] | str | None = None
+    head_rate: float = 1.0
     seed: int = 0
     device: str = "cpu"
 
@@ -84,7 +96,7 @@ class Run:
         bundle: The data.
         tasks: The tasks being trained.
         model: The network, ``model(x, names) -> {name: output}``.
-        optimizer: Adam.
+        optimizer: Of all parameters.
         scheduler: One step per batch.
         multitask: The method at work.
         losses: Task -> loss.
@@ -173,7 +185,7 @@ def build_run(
         task_norms=spec.name in TASK_NORM_METHODS,
         **config.model_options,
     ).to(config.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(config, model, spec.name)
     return Run(
         config,
         bundle,
@@ -181,10 +193,27 @@ def build_run(
         model,
         optimizer,
         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(total_steps, 1)),
-        MultiTask(model, optimizer, tasks=names, method=method, seed=config.seed),
+        MultiTask(model, optimizer, tasks=names, method=method, weights=config.loss_weights, seed=config.seed),
         {task.name: task_loss(task) for task in tasks},
         loader,
     )
+
+
+def build_optimizer(config: RunConfig, model: nn.Module, method: str) -> torch.optim.Optimizer:
+    """The optimizer of a run, with the heads in a group of their own where their learning rate differs."""
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if config.head_rate != 1:
+        heads = set(model.get_submodule("heads").parameters())
+        groups = [
+            {"params": [p for p in model.parameters() if p not in heads]},
+            {"params": [p for p in model.parameters() if p in heads], "lr": config.learning_rate * config.head_rate},
+        ]
+    decay = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if method in OWN_OPTIMIZER_METHODS:
+        return torch.optim.SGD(groups, **decay)
+    if check_choice("optimizer", config.optimizer, ("adamw", "sgd")) == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, **decay)
+    return torch.optim.AdamW(groups, **decay)
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:

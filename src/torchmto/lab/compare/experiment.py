@@ -58,9 +58,8 @@ class Experiment:
 
     def single_task_runs(self, tasks: Sequence[str]) -> list[RunConfig]:
         """One baseline per seed and task."""
-        return [
-            replace(self.run, tasks=(task,), method="gd", seed=seed) for seed in range(self.seeds) for task in tasks
-        ]
+        plain = replace(self.run, method="gd", loss_weights=None, head_rate=1.0)
+        return [replace(plain, tasks=(task,), seed=seed) for seed in range(self.seeds) for task in tasks]
 
     def method_runs(self) -> list[RunConfig]:
         """One run per seed and method."""
