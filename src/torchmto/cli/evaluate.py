@@ -1,45 +1,38 @@
-"""``torchmto evaluate``: the metrics of a trained run's weights on one split."""
+"""Evaluate the weights of a training run on one split."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from torchmto.cli.settings import DONE, guarded, merged, parse, settings_parser
+from jsonargparse import Namespace
 
-SUMMARY = "evaluate a run's weights on the validation or test split"
+from torchmto.cli._settings import SettingsParser, make_settings_parser, merged, reported
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the verb.
+def make_parser(prog: str) -> SettingsParser:
+    """A parser that knows all settings."""
+    return make_settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
 
-    Args:
-        argv: The arguments after the verb.
 
-    Returns:
-        0 done, 1 failed, 2 wrong usage.
-    """
-    parser = settings_parser("evaluate", "Evaluate a run's weights. Settings other than the run's own may be given.")
+def add_arguments(parser: SettingsParser) -> None:
+    """The options of `torchmto evaluate` besides the settings."""
+    parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument(
-        "--weights", type=str, default="best", help="best, last, untrained, or a checkpoint of the run's model."
+        "--weights", type=str, default="best", help="best, last, untrained, or a checkpoint of a run with this model."
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
-    args, given = parse(parser, argv)
-    out = Path(args.out)
 
-    def action() -> int:
-        from torchmto.cli.tables import metric_table  # noqa: PLC0415 - `--help` needs no torch
-        from torchmto.lab.trainer.folder import RunFolder, write_json  # noqa: PLC0415
-        from torchmto.lab.trainer.inference import evaluate_run  # noqa: PLC0415
 
-        folder = RunFolder(out)
-        results = evaluate_run(merged(folder.read_settings().as_dict(), given), folder, args.weights, args.split)
-        print(metric_table(results | {"test": results["metrics"]}).replace("   test", args.split.rjust(7), 1))
-        path = out / f"evaluation-{args.split}.json"
-        write_json(path, results)
-        print(json.dumps({"weights": results["weights"], "file": str(path)}))
-        return DONE
+def run(args: Namespace) -> int:
+    """Evaluate, print the table and write it."""
+    from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
+    from torchmto.lab.trainer.inference import evaluate_run  # noqa: PLC0415
 
-    return guarded(action, "")
+    with reported():
+        folder = RunFolder(args.out)
+        results = evaluate_run(merged(folder.read_settings(), args.given), folder, args.weights, args.split)
+        path = folder.write_json(f"evaluation-{args.split}.json", results)
+    print(f"{args.split} split, {results['weights']}")
+    print(metric_table(results))
+    print(f"Written to {path}")
+    return 0

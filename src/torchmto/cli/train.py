@@ -1,48 +1,43 @@
-"""``torchmto train``: one training run, or the rest of one."""
+"""Train a model with a multi-task method; an interrupted run goes on with --resume."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+import shlex
 from pathlib import Path
 
-from torchmto.cli.settings import DONE, command, guarded, merged, parse, settings_of, settings_parser
+from jsonargparse import Namespace
 
-SUMMARY = "train a model with a multi-task method; interrupted runs go on with --resume"
+from torchmto.cli._settings import SettingsParser, make_settings_parser, merged, reported
+from torchmto.lab.trainer.config import TrainConfig
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the verb.
+def make_parser(prog: str) -> SettingsParser:
+    """A parser that knows all settings."""
+    return make_settings_parser(prog, __doc__ or "")
 
-    Args:
-        argv: The arguments after the verb.
 
-    Returns:
-        0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable.
-    """
-    parser = settings_parser("train", "Train a model with a multi-task method.")
+def add_arguments(parser: SettingsParser) -> None:
+    """The options of `torchmto train` besides the settings."""
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, by its own settings.")
-    parser.add_argument("--checkpoint", type=str | None, metavar="FILE", help="Go on from this checkpoint.")
-    args, given = parse(parser, argv)
-    out = Path(args.out)
+    parser.add_argument("--checkpoint", type=Path | None, metavar="FILE", help="Go on from this checkpoint.")
 
-    def action() -> int:
-        from torchmto.cli.tables import metric_table  # noqa: PLC0415 - `--help` needs no torch
-        from torchmto.lab.trainer import TrainConfig, train  # noqa: PLC0415
-        from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
 
-        resume = bool(args.resume or args.checkpoint)
-        if not resume or args.config:
-            config = TrainConfig.from_dict(settings_of(args))
+def run(args: Namespace) -> int:
+    """Train, and print what came out."""
+    from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.trainer import train  # noqa: PLC0415
+    from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
+
+    resume = args.resume or args.checkpoint is not None
+    with reported(shlex.join(["torchmto", "train", "--resume", "--out", str(args.out)])):
+        if resume and not args.config:
+            config = merged(RunFolder(args.out).read_settings(), args.given)
         else:
-            config = merged(RunFolder(out).read_settings().as_dict(), given)
-        checkpoint = None if args.checkpoint is None else Path(args.checkpoint)
-        results = train(config, out, resume=resume, checkpoint=checkpoint, say=_say)
-        print(metric_table(results))
-        print(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
-        print(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {out / 'results.json'}")
-        return DONE
-
-    return guarded(action, command("train", "--resume", "--out", args.out))
+            config = TrainConfig.from_dict(args.settings)
+        results = train(config, args.out, resume=resume, checkpoint=args.checkpoint, say=_say)
+    print(metric_table(results))
+    print(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
+    print(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
+    return 0
 
 
 def _say(line: str) -> None:

@@ -8,7 +8,7 @@ from torchmto.lab.models.hrnet import HRNetTrunk
 from torchmto.lab.models.huggingface import HuggingFaceTrunk, ViTTrunk
 from torchmto.lab.models.mlp import MLPTrunk
 from torchmto.lab.models.mtinet import MTINet
-from torchmto.lab.models.registry import build_model, models, with_decoders
+from torchmto.lab.models.registry import build_model, model_options, models, with_decoders
 from torchmto.lab.models.rotograd import RotoGrad
 from torchmto.lab.models.weights import load_weights
 
@@ -27,6 +27,7 @@ __all__ = [
     "build_model",
     "checkpoint_blocks",
     "load_weights",
+    "model_options",
     "models",
     "with_decoders",
 ]

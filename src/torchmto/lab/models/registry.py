@@ -21,7 +21,7 @@ from torchmto.lab.models.mtinet import MTINet
 from torchmto.lab.models.weights import load_weights
 from torchmto.structure import split_norms
 
-__all__ = ["build_model", "models"]
+__all__ = ["build_model", "model_options", "models"]
 
 Builder = Callable[..., MultiTaskModel]
 
@@ -135,6 +135,25 @@ def models() -> tuple[str, ...]:
     return tuple(_BUILDERS)
 
 
+def model_options(name: str) -> dict[str, Any]:
+    """The options of a model and their defaults; an option without default has ``inspect.Parameter.empty``.
+
+    Args:
+        name: One of `models`.
+
+    Raises:
+        ValueError: If the name is unknown.
+
+    Example:
+        >>> sorted(model_options("cross_stitch"))
+        ['own', 'widths']
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"Parameter `name` should be one of {', '.join(_BUILDERS)}. Found `name = {name!r}`.")
+    parameters = inspect.signature(_BUILDERS[name]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 def build_model(
     name: str,
     tasks: Sequence[Task],
@@ -185,15 +204,11 @@ def build_model(
         >>> sum(p.numel() for p in model.parameters())
         2408
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"Parameter `name` should be one of {', '.join(_BUILDERS)}. Found `name = {name!r}`.")
+    known = list(model_options(name))
     names = check_tasks(task.name for task in tasks)
-    builder = _BUILDERS[name]
-    parameters = inspect.signature(builder).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.")
-    model = builder(tuple(tasks), tuple(input_shape), **options)
+    model = _BUILDERS[name](tuple(tasks), tuple(input_shape), **options)
     if task_norms:
         split_norms(model.trunk, names)
     if gradient_checkpointing:

@@ -1,0 +1,53 @@
+"""Where a run was made: versions, revision, machine."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchmto.lab.versions import versions
+
+
+def environment() -> dict[str, Any]:
+    """Package versions, the revision of the git repository in the current folder (if any), and the machine.
+
+    Example:
+        >>> environment()["versions"]["torch"] == torch.__version__
+        True
+    """
+    return {
+        "versions": versions() | {"torch": torch.__version__},  # torch's own string names the build, such as +cpu
+        "git": git_revision(Path.cwd()),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "arguments": sys.argv,
+    }
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit checked out in ``folder``, with ``-dirty`` if tracked files differ from it; None outside a repository."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        described = subprocess.run(  # noqa: S603 - fixed arguments
+            [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return described.stdout.strip() or None
+
+
+__all__ = ["environment", "git_revision"]

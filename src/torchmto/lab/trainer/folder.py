@@ -1,0 +1,115 @@
+"""The folder of a run: settings, environment, checkpoints, figures, results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from torch import nn
+
+from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.trainer.config import ConfigError, TrainConfig
+from torchmto.lab.trainer.environment import environment
+
+
+class RunFolder:
+    """What a run leaves behind.
+
+    ========================  ====================================================================
+    ``config.yaml``           the resolved settings
+    ``environment.json``      package versions, git revision, machine; a list, one entry per start
+    ``checkpoints/``          ``step-*.ckpt`` and ``best.ckpt``
+    ``metrics.csv``           figures over steps: ``step,name,value``
+    ``records.jsonl``         groups, affinities, priority shares by layer, at the end of each epoch
+    ``tensorboard/``          the same figures for TensorBoard
+    ``results.json``          validation and test metrics of the best weights, costs
+    ``model.safetensors``     the best weights
+    ========================  ====================================================================
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.settings = path / "config.yaml"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.settings.exists() or self.checkpoints.exists()
+
+    @contextlib.contextmanager
+    def locked(self, *, must_exist: bool = False) -> Iterator[None]:
+        """Keep other processes from training in this folder; the lock goes with the process, however it ends.
+
+        Raises:
+            ConfigError: If another process holds it, or the folder should exist and doesn't.
+        """
+        if must_exist and not self.path.is_dir():
+            raise ConfigError(f"There is no run in `{self.path}` to resume.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise ConfigError(f"Parameter `out` should be a folder. Found the file `{self.path}`.") from error
+        with (self.path / ".lock").open("a") as file:
+            _lock(file, self.path)
+            yield
+
+    def write_settings(self, config: TrainConfig, *, resumed: bool) -> None:
+        """Save the settings and where the run is made."""
+        path = self.path / "environment.json"
+        starts: list[Any] = []
+        if resumed and path.exists():
+            with contextlib.suppress(ValueError):
+                starts = list(json.loads(path.read_text()))
+        starts.append(environment() | {"seed": config.seed, "split_seed": config.data.split_seed})
+        write_bytes(self.settings, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True).encode())
+        write_bytes(path, json.dumps(starts, indent=1).encode())
+
+    def read_settings(self) -> TrainConfig:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: If there is no run.
+        """
+        if not self.settings.is_file():
+            raise ConfigError(f"There is no run in `{self.path}`: `{self.settings}` is missing.")
+        values = yaml.safe_load(self.settings.read_text())
+        if not isinstance(values, dict):
+            raise ConfigError(f"`{self.settings}` should hold settings.")
+        return TrainConfig.from_dict(values)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a JSON file into the folder; numbers that aren't finite become null."""
+        path = self.path / name
+        write_bytes(path, (json.dumps(plain(content), indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+    def write_results(self, results: Mapping[str, Any], model: nn.Module) -> None:
+        """Save the results and the model's weights."""
+        from safetensors.torch import save  # noqa: PLC0415
+
+        # Copies, since the format has no tensors that share memory.
+        weights = save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()})
+        write_bytes(self.path / "model.safetensors", weights)
+        self.write_json("results.json", results)
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows, where two runs in one folder go unnoticed
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise ConfigError(f"Another process is training in `{folder}`.") from error
+
+
+__all__ = ["RunFolder"]
