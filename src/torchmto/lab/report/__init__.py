@@ -1,0 +1,6 @@
+"""One self-contained HTML page that shows what runs found."""
+
+from torchmto.lab.report.page import REPORT_NAME, page, write_report
+from torchmto.lab.report.studies import ReportError, read_studies
+
+__all__ = ["REPORT_NAME", "ReportError", "page", "read_studies", "write_report"]

@@ -1,0 +1,689 @@
+"use strict";
+/* Draws the report from the JSON in #report-data. Text from runs only ever reaches the page through textContent, and
+   Plotly, whose labels know some HTML, through `safe`. */
+
+const report = JSON.parse(document.getElementById("report-data").textContent);
+
+// ------------------------------------------------------------------------------------------------ small helpers
+
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const short = (text, length = 26) => (String(text).length > length ? `${String(text).slice(0, length - 1)}…` : String(text));
+const isNumber = (value) => typeof value === "number" && Number.isFinite(value);
+const own = (object, key) => (object && Object.hasOwn(object, key) ? object[key] : undefined);
+const dig = (object, ...keys) => keys.reduce(own, object);
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+
+function number(value, digits = 4) {
+  if (!isNumber(value)) return "–";
+  const size = Math.abs(value);
+  if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2).replace("-", "−").replace("e+", "e");
+  const text = Number.isInteger(value) ? String(value) : value.toPrecision(Math.max(digits, Math.floor(Math.log10(size)) + 1));
+  return text.replace("-", "−");
+}
+const signed = (value, digits = 2) => (isNumber(value) ? `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}` : "–");
+
+const COSTS = [
+  ["seconds_per_batch", "time per batch", "ms", 1e3],
+  ["num_forward", "forwards per batch", "", 1],
+  ["num_backward", "backwards per batch", "", 1],
+  ["num_optimizer_steps", "optimizer steps per batch", "", 1],
+  ["peak_memory_bytes", "peak memory", "MiB", 1 / 1048576],
+];
+
+// ------------------------------------------------------------------------------------------------------- colours
+
+const METHOD_COLOURS = {
+  light: ["#0b62b8", "#c4510a", "#1d7d4c", "#8a3ffc", "#b0185f", "#8a6d00", "#007d8a", "#5a6470", "#d12f2f", "#3f51b5"],
+  dark: ["#6cb2ff", "#ff9d57", "#5fd38d", "#c6a0ff", "#ff7eb6", "#e5c445", "#4fd1dc", "#b3bdc8", "#ff8178", "#9fa8ff"],
+};
+const TASK_COLOURS = {
+  light: ["#33658a", "#e07a1f", "#3b8b5a", "#b5446e", "#7d5ba6", "#9c7a1c", "#17888f", "#8b5e3c", "#6a7480", "#c23b3b"],
+  dark: ["#7fb4de", "#f7a65b", "#7ecf9e", "#ec8fb3", "#bba0e4", "#dcc163", "#62cdd3", "#d0a482", "#b4bec9", "#f28c8c"],
+};
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+const mode = () => (darkness.matches ? "dark" : "light");
+const touch = matchMedia("(pointer: coarse)");
+
+function colour(palettes, index) {
+  const palette = palettes[mode()];
+  return index < palette.length ? palette[index] : `hsl(${Math.round((index * 137.5) % 360)} 55% ${darkness.matches ? 68 : 42}%)`;
+}
+
+function faded(text, alpha) {
+  const probe = el("span", { style: `color:${text}` });
+  document.body.append(probe);
+  const [red, green, blue] = getComputedStyle(probe).color.match(/[\d.]+/g);
+  probe.remove();
+  return `rgba(${red},${green},${blue},${alpha})`;
+}
+
+const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+function diverging() {
+  const middle = darkness.matches ? "#20262e" : "#f7f7f7";
+  return darkness.matches
+    ? [[0, "#ff8a5c"], [0.5, middle], [1, "#5aa9ff"]]
+    : [[0, "#b3400f"], [0.25, "#f0a884"], [0.5, middle], [0.75, "#8cbbe6"], [1, "#0b62b8"]];
+}
+
+// -------------------------------------------------------------------------------------------------------- charts
+
+let charts = [];
+
+/** A figure that is drawn again when the theme or the choice of methods changes; `figure()` gives {data, layout}. */
+function chart(caption, height, figure, label) {
+  const box = el("div", { class: "chart", style: `height:${height}px` });
+  const node = el("figure", { role: "group", "aria-label": label }, caption ? el("figcaption", {}, caption) : null, box);
+  charts.push(() => {
+    const { data, layout = {} } = figure();
+    const text = { color: variable("--ink"), size: 12, family: getComputedStyle(document.body).fontFamily };
+    const axis = { gridcolor: variable("--line"), zerolinecolor: variable("--soft"), linecolor: variable("--line"), automargin: true };
+    const { xaxis = {}, yaxis = {}, ...rest } = layout;
+    Plotly.react(
+      box,
+      data,
+      {
+        height, font: text, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: false,
+        margin: { l: 48, r: 12, t: 10, b: 44 }, hoverlabel: { align: "left", namelength: 60 },
+        dragmode: touch.matches ? false : "zoom", ...rest,
+        xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis },
+      },
+      { responsive: true, displayModeBar: false },
+    );
+  });
+  return node;
+}
+
+const redraw = () => charts.forEach((draw) => draw());
+darkness.addEventListener("change", () => start());
+
+const title = (text) => ({ title: { text: safe(text), standoff: 8 } });
+
+function select(label, options, value, change) {
+  const node = el("select", { onchange: (event) => change(options[event.target.selectedIndex][0]) });
+  options.forEach(([key, text]) => node.append(el("option", { selected: key === value }, text)));
+  return el("label", {}, label, node);
+}
+
+function legend(names, palettes) {
+  const chips = names.map((name, index) =>
+    el("span", { class: "chip plain" }, el("span", { class: "swatch", style: `background:${colour(palettes, index)}` }), name),
+  );
+  return el("div", { class: "chips", role: "list" }, ...chips.map((chip) => (chip.setAttribute("role", "listitem"), chip)));
+}
+
+// --------------------------------------------------------------------------------------------- the state of a page
+
+let study = report.studies[0];
+let hidden = new Set();
+let table = { key: "delta_m", down: true, filter: "", metrics: "primary" };
+
+const tasksOf = () => study.task_names;
+const taskInfo = (task) => own(study.results.tasks, task);
+const primary = (task) => taskInfo(task).primary_metric;
+const higher = (task, metric) => dig(taskInfo(task), "metrics", metric, "higher_is_better");
+const method = (name) => own(study.results.methods, name);
+const methodColour = (name) => colour(METHOD_COLOURS, study.method_names.indexOf(name));
+const methodDash = (name) => DASHES[Math.floor(study.method_names.indexOf(name) / 10) % DASHES.length];
+const shown = () => study.method_names.filter((name) => !hidden.has(name));
+const runsOf = (name) => study.runs.filter((run) => run.task === null && run.method === name);
+const single = (task, metric) => dig(study.results.single_task, "tasks", task, metric, "mean");
+const direction = (task, metric) => (higher(task, metric) ? "↑" : "↓");
+
+function change(task, metric, value) {
+  const base = single(task, metric);
+  if (!isNumber(base) || !isNumber(value) || base === 0) return null;
+  return ((higher(task, metric) ? 1 : -1) * (value - base) * 100) / Math.abs(base);
+}
+
+// --------------------------------------------------------------------------------------------------------- table
+
+function columns() {
+  const list = [{ key: "delta_m", name: "Δm", unit: "%", up: true, value: (name) => dig(method(name), "delta_m", "mean") }];
+  for (const task of tasksOf()) {
+    const metrics = table.metrics === "all" ? study.metric_names[tasksOf().indexOf(task)] : [primary(task)];
+    for (const metric of metrics) {
+      list.push({
+        key: `${task}\n${metric}`, name: task, sub: `${metric} ${direction(task, metric)}`, up: higher(task, metric), task, metric,
+        value: (name) => dig(method(name), "tasks", task, metric, "mean"),
+      });
+    }
+  }
+  for (const [key, name, unit, factor] of COSTS) {
+    list.push({ key, name, unit, factor, up: false, cost: true, value: (row) => dig(method(row), "cost", key) });
+  }
+  return list.filter((column) => column.key === "delta_m" || [...study.method_names].some((name) => isNumber(column.value(name))));
+}
+
+function sortBy(list) {
+  const column = list.find((entry) => entry.key === table.key);
+  const rows = shown().filter((name) => name.toLowerCase().includes(table.filter.toLowerCase()));
+  const flip = table.down ? -1 : 1;
+  if (!column) return rows.sort((a, b) => flip * a.localeCompare(b));
+  return rows.sort((a, b) => {
+    const [first, second] = [column.value(a), column.value(b)];
+    if (isNumber(first) && isNumber(second)) return flip * (first - second);
+    return isNumber(second) - isNumber(first); // rows without a value come last, whatever the order
+  });
+}
+
+function cell(column, name, best) {
+  const value = column.value(name);
+  const node = el("td", { "data-value": isNumber(value) ? String(value) : "", title: isNumber(value) ? String(value) : null });
+  if (isNumber(value) && value === best) node.classList.add("best");
+  if (column.key === "delta_m") {
+    const about = method(name).delta_m;
+    if (!about) {
+      node.append("–", el("small", {}, method(name).reason ?? "no single-task values"));
+      return node;
+    }
+    node.append(signed(value));
+    node.append(el("small", {}, isNumber(about.ci95) ? `± ${about.ci95.toFixed(2)}` : "one seed"));
+    return node;
+  }
+  node.append(number(isNumber(value) ? value * (column.factor ?? 1) : null, column.cost ? 3 : 4));
+  if (column.task === undefined) return node;
+  const std = dig(method(name), "tasks", column.task, column.metric, "std");
+  const relative = change(column.task, column.metric, value);
+  const small = el("small", {}, study.seeds > 1 && isNumber(std) ? `± ${number(std, 2)} ` : "");
+  if (relative !== null) small.append(el("span", { class: relative < 0 ? "down" : "up" }, `${relative < 0 ? "▼" : "▲"} ${Math.abs(relative).toFixed(1)} %`));
+  node.append(small);
+  return node;
+}
+
+function drawTable(holder) {
+  const list = columns();
+  const heading = (key, name, sub) => {
+    const current = table.key === key;
+    const button = el(
+      "button",
+      { type: "button", onclick: () => sortOn(key, holder) },
+      name, " ", el("span", { class: "mark", "aria-hidden": "true" }, current ? (table.down ? "▼" : "▲") : "↕"),
+      sub ? el("small", {}, sub) : null,
+    );
+    return el("th", { scope: "col", "data-key": key, "aria-sort": current ? (table.down ? "descending" : "ascending") : "none" }, button);
+  };
+  const head = el("tr", {}, heading("name", "method"), ...list.map((column) => heading(column.key, column.name, column.sub ?? column.unit)));
+  const rows = sortBy(list);
+  const best = list.map((column) => {
+    const values = study.method_names.map(column.value).filter(isNumber);
+    return column.cost || values.length < 2 ? null : (column.up ? Math.max : Math.min)(...values);
+  });
+  const body = el(
+    "tbody", {},
+    ...rows.map((name) =>
+      el("tr", { "data-method": name }, el("th", { scope: "row" }, name), ...list.map((column, index) => cell(column, name, best[index]))),
+    ),
+  );
+  const foot = el("tfoot");
+  if (study.results.single_task) {
+    const base = study.results.single_task;
+    foot.append(
+      el("tr", {}, el("th", { scope: "row" }, "single-task models"),
+        ...list.map((column) => {
+          if (column.key === "delta_m") return el("td", {}, "0");
+          const value = column.task === undefined ? own(base.cost, column.key) : single(column.task, column.metric);
+          const std = column.task === undefined ? null : dig(base, "tasks", column.task, column.metric, "std");
+          return el("td", { "data-value": isNumber(value) ? String(value) : "" }, number(isNumber(value) ? value * (column.factor ?? 1) : null, column.cost ? 3 : 4),
+            study.seeds > 1 && isNumber(std) ? el("small", {}, `± ${number(std, 2)}`) : null);
+        }),
+      ),
+    );
+  }
+  holder.replaceChildren(el("table", {}, el("thead", {}, head), body, foot));
+  document.getElementById("row-count").textContent = `${rows.length} of ${study.method_names.length} methods`;
+}
+
+function sortOn(key, holder) {
+  const column = columns().find((entry) => entry.key === key);
+  table.down = table.key === key ? !table.down : Boolean(column && column.up);
+  table.key = key;
+  drawTable(holder);
+  [...holder.querySelectorAll("th[data-key]")].find((node) => node.dataset.key === key)?.querySelector("button").focus();
+}
+
+function tableSection(card) {
+  const holder = el("div", { class: "scroll", id: "comparison", tabindex: "0", role: "region", "aria-label": "Comparison of methods" });
+  const search = el("input", { type: "search", id: "filter", placeholder: "name contains …", value: table.filter,
+    oninput: (event) => { table.filter = event.target.value; drawTable(holder); } });
+  card.append(
+    el("div", { class: "controls" },
+      el("label", {}, "filter", search),
+      select("metrics", [["primary", "one per task"], ["all", "all"]], table.metrics, (value) => { table.metrics = value; drawTable(holder); }),
+      el("output", { id: "row-count", "aria-live": "polite" })),
+    holder,
+  );
+  charts.push(() => drawTable(holder));
+}
+
+// ------------------------------------------------------------------------------------------------ Δm and trade-offs
+
+function deltaSection(card) {
+  const known = study.method_names.filter((name) => isNumber(dig(method(name), "delta_m", "mean")));
+  card.append(
+    chart(null, 90 + 38 * known.length, () => {
+      const names = known.filter((name) => !hidden.has(name)).sort((a, b) => method(a).delta_m.mean - method(b).delta_m.mean);
+      const data = names.map((name, row) => {
+        const { mean: middle, ci95 } = method(name).delta_m;
+        return {
+          type: "scatter", mode: "markers", x: [middle], y: [row], name: safe(name),
+          error_x: { type: "data", array: [ci95 ?? 0], visible: isNumber(ci95), color: methodColour(name), thickness: 2, width: 5 },
+          marker: { size: 11, color: methodColour(name) },
+          hovertemplate: `Δm %{x:.3f} %${isNumber(ci95) ? ` ± ${ci95.toFixed(3)}` : ""}<extra>%{fullData.name}</extra>`,
+        };
+      });
+      names.forEach((name, row) => {
+        const values = method(name).delta_m.per_seed;
+        data.push({
+          type: "scatter", mode: "markers", x: values, y: values.map(() => row), name: safe(name), customdata: values.map((_, seed) => seed),
+          marker: { size: 7, symbol: "line-ns-open", color: methodColour(name), line: { width: 1.5 } },
+          hovertemplate: "seed %{customdata}: %{x:.3f} %<extra>%{fullData.name}</extra>",
+        });
+      });
+      return {
+        data,
+        layout: {
+          xaxis: { ...title("Δm, %: to the right is better than single-task models"), zeroline: true },
+          yaxis: { tickvals: names.map((_, row) => row), ticktext: names.map((name) => safe(short(name))), range: [-0.6, names.length - 0.4], zeroline: false },
+        },
+      };
+    }, "Δm of every method with its confidence interval"),
+  );
+}
+
+function pairsOf(names) {
+  return names.flatMap((first, index) => names.slice(index + 1).map((second) => [first, second]));
+}
+
+function tradeoff(first, second) {
+  const value = (name, task) => dig(method(name), "tasks", task, primary(task), "mean");
+  const label = (task) => `${task}: ${primary(task)} ${direction(task, primary(task))}`;
+  return chart(el("span", {}, `${first} / ${second}`), 300, () => {
+    const data = shown().map((name) => {
+      const spread = (task) => dig(method(name), "tasks", task, primary(task), "std") ?? 0;
+      const bars = (task) => ({ type: "data", array: [spread(task)], visible: study.seeds > 1, color: faded(methodColour(name), 0.5), thickness: 1, width: 3 });
+      return {
+        type: "scatter", mode: "markers", name: safe(name), x: [value(name, first)], y: [value(name, second)], error_x: bars(first), error_y: bars(second),
+        marker: { size: 11, color: methodColour(name) }, hovertemplate: "%{x:.4~g}, %{y:.4~g}<extra>%{fullData.name}</extra>",
+      };
+    });
+    const base = [single(first, primary(first)), single(second, primary(second))];
+    if (base.every(isNumber)) {
+      data.push({ type: "scatter", mode: "markers", name: "single-task models", x: [base[0]], y: [base[1]],
+        marker: { size: 12, symbol: "star-diamond", color: variable("--ink") }, hovertemplate: "%{x:.4~g}, %{y:.4~g}<extra>%{fullData.name}</extra>" });
+    }
+    const axis = (task) => ({ ...title(label(short(task, 22)).replace(task, short(task, 22))), autorange: higher(task, primary(task)) ? true : "reversed", zeroline: false });
+    return { data, layout: { xaxis: axis(first), yaxis: axis(second) } };
+  }, `Trade-off between ${first} and ${second}`);
+}
+
+function tradeoffSection(card) {
+  const names = tasksOf();
+  const pairs = pairsOf(names);
+  const grid = el("div", { class: "grid" });
+  if (pairs.length <= 6) {
+    grid.append(...pairs.map(([first, second]) => tradeoff(first, second)));
+  } else {
+    let chosen = [names[0], names[1]];
+    const build = () => { forget(grid); grid.replaceChildren(tradeoff(...chosen)); keep(grid); };
+    const options = names.map((name) => [name, name]);
+    card.append(el("div", { class: "controls" },
+      select("across", options, chosen[0], (value) => { chosen = [value, chosen[1]]; build(); }),
+      select("upwards", options, chosen[1], (value) => { chosen = [chosen[0], value]; build(); })));
+    grid.append(tradeoff(...chosen));
+    grid.charts = [charts.at(-1)];
+  }
+  card.append(grid);
+}
+
+/** Charts that are replaced: `forget` takes a holder's from the list of those to redraw, `keep` draws its new ones. */
+function forget(holder) {
+  charts = charts.filter((draw) => !(holder.charts ?? []).includes(draw));
+  holder.before = charts.length;
+}
+function keep(holder) {
+  holder.charts = charts.slice(holder.before);
+  holder.charts.forEach((draw) => draw());
+}
+
+// ------------------------------------------------------------------------------------------------------ over time
+
+function curveOptions() {
+  const options = [];
+  if (study.runs.some((run) => run.history.some((point) => point.validation))) options.push(["primary", "validation, one metric per task"], ["loss", "training loss"]);
+  else options.push(["loss", "training loss"]);
+  return options;
+}
+
+function curve(runs, pick) {
+  const steps = new Map();
+  for (const run of runs) {
+    for (const point of run.history) {
+      const value = pick(point);
+      if (isNumber(value)) steps.set(point.at, [...(steps.get(point.at) ?? []), value]);
+    }
+  }
+  const at = [...steps.keys()].sort((a, b) => a - b);
+  return { x: at, y: at.map((step) => mean(steps.get(step))), low: at.map((step) => Math.min(...steps.get(step))), high: at.map((step) => Math.max(...steps.get(step))), many: runs.length > 1 };
+}
+
+function lines({ x, y, low, high, many }, name, line) {
+  const hover = { hovertemplate: `${safe(study.history_unit)} %{x}: %{y:.4~g}<extra>%{fullData.name}</extra>` };
+  const marker = x.length < 40 ? "lines+markers" : "lines";
+  const main = { type: "scatter", mode: marker, x, y, name: safe(name), line, marker: { size: 5 }, ...hover };
+  if (!many) return [main];
+  const band = { type: "scatter", mode: "lines", x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()], fill: "toself",
+    fillcolor: faded(line.color, 0.13), line: { width: 0 }, hoverinfo: "skip" };
+  return [band, main];
+}
+
+function curvesSection(card) {
+  const options = curveOptions();
+  let kind = options[0][0];
+  let first = 0;
+  const grid = el("div", { class: "grid" });
+  const build = () => {
+    forget(grid);
+    grid.replaceChildren(...tasksOf().slice(first, first + 6).map((task) => {
+      const metric = primary(task);
+      const pick = kind === "loss" ? (point) => dig(point.losses, task) : (point) => dig(point.validation, task, metric);
+      const note = kind === "loss" ? "training loss ↓" : `validation ${metric} ${direction(task, metric)}`;
+      return chart(el("span", {}, task, " ", el("small", {}, note)), 260, () => {
+        const data = shown().flatMap((name) => lines(curve(runsOf(name), pick), name, { color: methodColour(name), width: 2, dash: methodDash(name) }));
+        const base = study.runs.filter((run) => run.task === task);
+        if (base.length) data.push(...lines(curve(base, pick), "single-task model", { color: variable("--soft"), width: 2, dash: "dash" }));
+        return { data, layout: { xaxis: title(study.history_unit), yaxis: { zeroline: false } } };
+      }, `Learning curves of ${task}`);
+    }));
+    keep(grid);
+  };
+  const pages = [];
+  for (let start = 0; start < tasksOf().length; start += 6) pages.push([start, tasksOf().slice(start, start + 6).map((task) => short(task, 14)).join(", ")]);
+  card.append(el("div", { class: "controls" },
+    select("curves", options, kind, (value) => { kind = value; build(); }),
+    pages.length > 1 ? select("tasks", pages, 0, (value) => { first = value; build(); }) : null), grid);
+  charts.push(build);
+}
+
+/** Methods and runs whose trace has something: [[label, run]]. */
+function tracedRuns(has) {
+  return study.method_names.flatMap((name) =>
+    runsOf(name).filter((run) => run.trace.some(has)).map((run) => [study.seeds > 1 ? `${name}, seed ${run.seed}` : name, run]),
+  );
+}
+
+/** A section that shows one run at a time: a select of runs, and what `fill(holder, run)` makes of the chosen one. */
+function perRun(card, has, fill) {
+  const runs = tracedRuns(has);
+  const holder = el("div");
+  const build = (run) => { forget(holder); holder.replaceChildren(); fill(holder, run, run.trace.filter(has)); keep(holder); };
+  card.append(el("div", { class: "controls" }, select("run", runs.map(([label, run]) => [run, label]), runs[0][1], build)), holder);
+  charts.push(() => { if (!holder.childElementCount) build(runs[0][1]); });
+}
+
+const record = (name) => (point) => own(point.records, name);
+const unequal = (point) => point.weights && new Set(Object.values(point.weights)).size > 1;
+
+function taskSeries(points, pick, ylabel, label, extra = {}) {
+  return chart(null, 300, () => ({
+    data: tasksOf().map((task, index) => ({
+      type: "scatter", mode: "lines", name: safe(task), x: points.map((point) => point.step), y: points.map((point) => pick(point, task) ?? null),
+      line: { color: colour(TASK_COLOURS, index), width: 2, dash: DASHES[Math.floor(index / 10) % 5] }, hovertemplate: "step %{x}: %{y:.4~g}<extra>%{fullData.name}</extra>",
+    })),
+    layout: { xaxis: title("step"), yaxis: { ...title(ylabel), ...extra } },
+  }), label);
+}
+
+/** A heat map of one moment, with a slider over all moments. */
+function slider(holder, points, { rows, columns: labels, matrix, limit, bipolar, height, label, xlabel, ylabel, unit, id }) {
+  let index = points.length - 1;
+  const output = el("output", {}, "");
+  const input = el("input", { type: "range", min: 0, max: points.length - 1, step: 1, value: index, "aria-label": `${label}: moment`,
+    oninput: (event) => { index = Number(event.target.value); say(); draw(); } });
+  if (id) input.id = id;
+  const say = () => {
+    output.textContent = `step ${points[index].step} (${index + 1} of ${points.length})`;
+    input.setAttribute("aria-valuetext", output.textContent);
+  };
+  say();
+  const figure = chart(null, height, () => {
+    const z = matrix(points[index]);
+    const many = rows.length * labels.length > 150;
+    return {
+      data: [{
+        type: "heatmap", z, x: labels.map((_, i) => i), y: rows.map((_, i) => i), zmin: bipolar ? -limit : 0, zmax: limit, xgap: 1, ygap: 1,
+        colorscale: bipolar ? diverging() : [[0, darkness.matches ? "#20262e" : "#f7f7f7"], [1, variable("--accent")]],
+        customdata: rows.map((row) => labels.map((column) => `${safe(row)} → ${safe(column)}`)), hovertemplate: `%{customdata}<br>${unit} %{z:.3~g}<extra></extra>`,
+        text: z.map((row) => row.map((value) => (isNumber(value) ? number(value, 2) : ""))), texttemplate: many ? "" : "%{text}",
+        colorbar: { thickness: 12, outlinewidth: 0, tickformat: ".2~g" },
+      }],
+      layout: {
+        xaxis: { ...title(xlabel), tickvals: labels.map((_, i) => i), ticktext: labels.map((name) => safe(short(name, 18))), showgrid: false, zeroline: false },
+        yaxis: { ...title(ylabel), tickvals: rows.map((_, i) => i), ticktext: rows.map((name) => safe(short(name, 28))), autorange: "reversed", showgrid: false, zeroline: false },
+      },
+    };
+  }, label);
+  const draw = charts.at(-1);
+  holder.append(el("div", { class: "controls" }, el("label", { class: "slide" }, el("span", {}, "moment: ", output), input)), figure);
+}
+
+function sharesSection(card) {
+  card.append(legend(tasksOf(), TASK_COLOURS));
+  perRun(card, record("priority_shares"), (holder, run, points) => {
+    holder.append(taskSeries(points, (point, task) => dig(point.records, "priority_shares", task), "share of channels led", "Share of channels that each task leads", { range: [0, 1] }));
+    const layered = points.filter((point) => point.layers);
+    if (!layered.length) return;
+    const layers = layered.at(-1).layers.map(([name]) => name);
+    holder.append(el("h3", {}, "By layer"));
+    slider(holder, layered, {
+      rows: layers, columns: tasksOf(), limit: 1, height: 110 + 26 * layers.length, label: "Share of each layer's channels that a task leads", xlabel: "task", ylabel: "", unit: "share", id: "layer-slider",
+      matrix: (point) => { const found = new Map(point.layers); return layers.map((name) => tasksOf().map((task) => own(found.get(name), task) ?? null)); },
+    });
+  });
+}
+
+function weightsSection(card) {
+  card.append(legend(tasksOf(), TASK_COLOURS));
+  perRun(card, unequal, (holder, run, points) =>
+    holder.append(taskSeries(points, (point, task) => own(point.weights, task), "weight of the task's gradient", "Weights of the tasks over time")));
+}
+
+function affinitySection(card) {
+  perRun(card, record("affinity"), (holder, run, points) => {
+    const limit = Math.max(...points.flatMap((point) => point.records.affinity.flat().filter(isNumber).map(Math.abs)), 1e-12);
+    const size = 90 + Math.min(40, Math.max(22, 340 / tasksOf().length)) * tasksOf().length;
+    slider(holder, points, {
+      rows: tasksOf(), columns: tasksOf(), limit, bipolar: true, height: Math.max(280, size), label: "Affinity between tasks", xlabel: "effect on", ylabel: "step of", unit: "affinity", id: "affinity-slider",
+      matrix: (point) => point.records.affinity,
+    });
+    const floors = points.map((point) => own(point.records, "noise_floor")).filter(Boolean);
+    if (floors.length) {
+      const sizes = tasksOf().map((task) => floors.map((floor) => own(floor, task)).filter(isNumber).map(Math.abs)).filter((list) => list.length);
+      holder.append(el("p", { class: "note" }, `Noise floor: a step that changes nothing moves the losses by ${number(mean(sizes.map(mean)), 2)} on average; affinities of one batch below that say nothing.`));
+    }
+  });
+}
+
+function groupsSection(card) {
+  card.append(el("p", { class: "note" }, "A group has the colour of its first task."), legend(tasksOf(), TASK_COLOURS));
+  perRun(card, record("groups"), (holder, run, points) => {
+    const names = tasksOf();
+    const scale = () => names.flatMap((_, index) => [[index / names.length, colour(TASK_COLOURS, index)], [(index + 1) / names.length, colour(TASK_COLOURS, index)]]);
+    holder.append(chart(null, 110 + 26 * names.length, () => {
+      const groupOf = (point, task) => point.records.groups.find((group) => group.includes(task)) ?? [];
+      return {
+        data: [{
+          type: "heatmap", showscale: false, ygap: 2, zmin: 0, zmax: names.length, colorscale: scale(), x: points.map((point) => point.step), y: names.map((_, index) => index),
+          z: names.map((task) => points.map((point) => { const members = groupOf(point, task).map((name) => names.indexOf(name)).filter((index) => index >= 0); return members.length ? Math.min(...members) + 0.5 : null; })),
+          customdata: names.map((task) => points.map((point) => safe(groupOf(point, task).join(", ")))), hovertemplate: "step %{x}: %{customdata}<extra></extra>",
+        }],
+        layout: { xaxis: title("step"), yaxis: { tickvals: names.map((_, index) => index), ticktext: names.map((name) => safe(short(name))), autorange: "reversed", showgrid: false, zeroline: false } },
+      };
+    }, "Groups of tasks over time"));
+    holder.append(chart(el("span", {}, "number of groups"), 170, () => ({
+      data: [{ type: "scatter", mode: "lines", line: { shape: "hv", width: 2, color: variable("--accent") }, x: points.map((point) => point.step), y: points.map((point) => point.records.groups.length), hovertemplate: "step %{x}: %{y} groups<extra></extra>" }],
+      layout: { xaxis: title("step"), yaxis: { rangemode: "tozero", dtick: Math.max(1, Math.ceil(names.length / 5)) } },
+    }), "Number of groups over time"));
+  });
+}
+
+function cosineOf(point, first, second) {
+  const [row, column] = [point.names.indexOf(first), point.names.indexOf(second)];
+  return row < 0 || column < 0 ? null : dig(point.cosines, row, column) ?? null;
+}
+
+const conflictShares = () => study.runs.some((run) => run.task === null && run.history.some((point) => isNumber(point.conflict_share)));
+
+function conflictsSection(card) {
+  if (conflictShares()) {
+    card.append(chart(el("span", {}, "share of pairs in conflict ", el("small", {}, "mean over each epoch")), 260, () => ({
+      data: shown().flatMap((name) => { const series = curve(runsOf(name), (point) => point.conflict_share); return series.x.length ? lines(series, name, { color: methodColour(name), width: 2, dash: methodDash(name) }) : []; }),
+      layout: { xaxis: title(study.history_unit), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" } },
+    }), "Share of task pairs with conflicting gradients"));
+  }
+  const has = (point) => point.cosines || isNumber(point.mean_cosine);
+  if (!tracedRuns(has).length) return;
+  card.append(el("h3", {}, "Cosines between the tasks' gradients"));
+  perRun(card, has, (holder, run, points) => {
+    const pairs = pairsOf(tasksOf());
+    const detailed = points.some((point) => point.cosines);
+    const x = points.map((point) => point.step);
+    const every = points.map((point) => pairs.map(([first, second]) => cosineOf(point, first, second)).filter(isNumber));
+    const series = detailed && pairs.length <= 10
+      ? pairs.map((pair) => [pair.join(" / "), points.map((point) => cosineOf(point, ...pair))])
+      : detailed
+        ? [["mean", every.map((list) => (list.length ? mean(list) : null))], ["lowest", every.map((list) => (list.length ? Math.min(...list) : null))], ["highest", every.map((list) => (list.length ? Math.max(...list) : null))]]
+        : [["mean of all pairs", points.map((point) => point.mean_cosine ?? null)]];
+    holder.append(legend(series.map(([name]) => name), TASK_COLOURS), chart(null, 300, () => ({
+      data: series.map(([name, y], index) => ({ type: "scatter", mode: "lines", name: safe(name), x, y, line: { width: 2, color: colour(TASK_COLOURS, index) }, hovertemplate: "step %{x}: %{y:.3f}<extra>%{fullData.name}</extra>" })),
+      layout: { xaxis: title("step"), yaxis: { ...title("cosine"), range: [-1.05, 1.05] } },
+    }), "Cosines between gradients over time"));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- costs and settings
+
+function costSection(card) {
+  const available = COSTS.filter(([key]) => study.method_names.some((name) => isNumber(dig(method(name), "cost", key))));
+  const grid = el("div", { class: "grid" });
+  grid.append(...available.map(([key, name, unit, factor]) => chart(el("span", {}, name, unit ? el("small", {}, ` ${unit}`) : null), 70 + 28 * study.method_names.length, () => {
+    const names = shown().filter((entry) => isNumber(dig(method(entry), "cost", key))).toReversed();
+    const values = names.map((entry) => method(entry).cost[key] * factor);
+    return {
+      data: [{ type: "bar", orientation: "h", x: values, y: names.map((_, row) => row), marker: { color: names.map(methodColour) }, text: values.map((value) => number(value, 3)), textposition: "auto",
+        customdata: names.map(safe), hovertemplate: "%{customdata}: %{x:.4~g}<extra></extra>" }],
+      layout: { xaxis: { rangemode: "tozero" }, yaxis: { tickvals: names.map((_, row) => row), ticktext: names.map((entry) => safe(short(entry, 22))), showgrid: false }, bargap: 0.3, margin: { l: 48, r: 12, t: 6, b: 30 } },
+    };
+  }, `Costs: ${name}`)));
+  const timed = study.method_names.filter((name) => isNumber(dig(method(name), "cost", "seconds_per_batch")) && isNumber(dig(method(name), "delta_m", "mean")));
+  if (timed.length > 1) {
+    grid.append(chart(el("span", {}, "Δm for the time"), 70 + 28 * Math.max(8, study.method_names.length), () => ({
+      data: timed.filter((name) => !hidden.has(name)).map((name) => ({
+        type: "scatter", mode: "markers", name: safe(name), x: [method(name).cost.seconds_per_batch * 1e3], y: [method(name).delta_m.mean], marker: { size: 11, color: methodColour(name) },
+        error_y: { type: "data", array: [method(name).delta_m.ci95 ?? 0], visible: isNumber(method(name).delta_m.ci95), color: faded(methodColour(name), 0.6), thickness: 1 },
+        hovertemplate: "%{x:.3~g} ms, Δm %{y:.2f} %<extra>%{fullData.name}</extra>",
+      })),
+      layout: { xaxis: { ...title("ms per batch"), rangemode: "tozero" }, yaxis: title("Δm, %") },
+    }), "Δm against time per batch"));
+  }
+  card.append(grid);
+}
+
+function flat(value, prefix = "") {
+  if (value !== null && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length) {
+    return Object.entries(value).flatMap(([key, entry]) => flat(entry, prefix ? `${prefix}.${key}` : key));
+  }
+  return [[prefix, typeof value === "string" ? value : JSON.stringify(value)]];
+}
+
+function pairsTable(label, value) {
+  return el("div", {}, el("h3", {}, label), el("div", { class: "scroll" }, el("table", { class: "pairs" }, el("tbody", {},
+    ...flat(value).map(([key, text]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, text)))))));
+}
+
+function settingsSection(card) {
+  card.append(el("div", { class: "grid" }, ...study.settings.map(([label, value]) => pairsTable(label, value)), pairsTable("Versions", study.results.versions ?? {})));
+}
+
+// -------------------------------------------------------------------------------------------------------- the page
+
+const some = (has) => () => tracedRuns(has).length > 0;
+const SECTIONS = [
+  ["table", "Comparison", "Means over seeds ± standard deviation; Δm ± 95 % confidence interval. Small arrows: change to the single-task models. Bold: best mean, which alone doesn't make a difference significant. Click a heading to sort; hover a value for all its digits.", () => true, tableSection],
+  ["delta", "Δm", "Mean relative change of the tasks' primary metrics to single-task models of the same seed. Dots: mean; bars: 95 % confidence interval over seeds; ticks: single seeds.", () => study.method_names.some((name) => isNumber(dig(method(name), "delta_m", "mean"))), deltaSection],
+  ["curves", "Learning curves", "Mean over seeds, with the range from the lowest to the highest seed.", () => study.runs.some((run) => run.history.length), curvesSection],
+  ["tradeoffs", "Trade-offs", "Each pair of tasks, one point per method, bars: standard deviation over seeds. Axes are turned so that up and right is better.", () => tasksOf().length > 1, tradeoffSection],
+  ["shares", "Priorities", "Which share of the structured layers' output channels each task leads.", some(record("priority_shares")), sharesSection],
+  ["weights", "Task weights", "The weight of each task's gradient (or loss) in the update, at the steps where weights differ.", some(unequal), weightsSection],
+  ["affinity", "Affinity", "How much one task's (or its group's) step lowers each task's loss, as a moving average. Blue helps, orange harms.", some(record("affinity")), affinitySection],
+  ["groups", "Groups", "Tasks updated together.", some(record("groups")), groupsSection],
+  ["conflicts", "Conflicts", "Two tasks are in conflict where the cosine between their gradients on the shared parameters is negative.", () => conflictShares() || tracedRuns((point) => point.cosines || isNumber(point.mean_cosine)).length > 0, conflictsSection],
+  ["costs", "Costs", "Per batch. Methods that take several optimizer steps per batch get more updates out of the same data: compare with that in mind.", () => study.method_names.some((name) => method(name).cost), costSection],
+  ["settings", "Settings", "What was run, and with which versions.", () => true, settingsSection],
+];
+
+function summary() {
+  const parts = [`${study.method_names.length} method${study.method_names.length === 1 ? "" : "s"}, ${tasksOf().length} tasks, ${study.seeds} seed${study.seeds === 1 ? "" : "s"}. ${study.about}`];
+  const ranked = study.method_names.filter((name) => isNumber(dig(method(name), "delta_m", "mean"))).sort((a, b) => method(b).delta_m.mean - method(a).delta_m.mean);
+  if (ranked.length > 1) {
+    const text = (name) => `${name} (${signed(method(name).delta_m.mean)}${isNumber(method(name).delta_m.ci95) ? ` ± ${method(name).delta_m.ci95.toFixed(2)}` : ""} %)`;
+    const { mean: top, ci95 } = method(ranked[0]).delta_m;
+    parts.push(`Highest mean Δm: ${text(ranked[0])}.`);
+    if (isNumber(ci95)) {
+      const close = ranked.slice(1).filter((name) => method(name).delta_m.mean + method(name).delta_m.ci95 >= top - ci95);
+      parts.push(close.length ? `Its interval overlaps that of ${close.length} other${close.length === 1 ? "" : "s"}, so the order among them isn't settled.` : "No other interval reaches it.");
+    } else parts.push("One seed tells nothing about the spread.");
+  }
+  return parts.join(" ");
+}
+
+function chips() {
+  const box = el("fieldset", { class: "chips", id: "methods" }, el("legend", {}, "methods shown in the table and all charts"));
+  for (const name of study.method_names) {
+    const input = el("input", { type: "checkbox", checked: !hidden.has(name), onchange: (event) => { if (event.target.checked) hidden.delete(name); else hidden.add(name); redraw(); } });
+    box.append(el("label", { class: "chip" }, input, el("span", { class: "swatch", style: `background:${methodColour(name)}` }), name));
+  }
+  return box;
+}
+
+/** Builds the page of the chosen study, at the start and when the study or the theme changes. */
+function start() {
+  charts = [];
+  const content = document.getElementById("content");
+  content.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.purge(plot));
+  content.replaceChildren();
+  document.getElementById("title").textContent = study.title;
+  document.getElementById("summary").textContent = summary();
+  const chooser = document.getElementById("chooser");
+  chooser.replaceChildren();
+  if (report.studies.length > 1) {
+    const options = report.studies.map((entry) => [entry, entry.title]);
+    chooser.append(el("div", { class: "controls" }, select("folder", options, study, (entry) => { study = entry; hidden = new Set(); start(); })));
+  }
+  if (study.method_names.length > 1) chooser.append(chips());
+  for (const note of study.notes) chooser.append(el("p", { class: "note warning" }, note));
+  const links = el("ul");
+  for (const [id, name, about, available, build] of SECTIONS) {
+    if (!available()) continue;
+    const card = el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title` }, name), el("p", { class: "about" }, about));
+    content.append(card);
+    build(card);
+    links.append(el("li", {}, el("a", { href: `#${id}` }, name)));
+  }
+  document.getElementById("contents").replaceChildren(links);
+  redraw();
+}
+
+start();

@@ -1,0 +1,151 @@
+"""The page: template, style, script, Plotly and the data in one HTML file."""
+
+import base64
+import hashlib
+import html
+import json
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from torchmto._version import __version__
+from torchmto.lab.atomic import write_bytes
+from torchmto.lab.report.studies import Study, read_studies
+
+__all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
+
+REPORT_NAME = "report.html"
+MAX_BYTES = 8_000_000
+"""Largest page."""
+_FEWEST_POINTS = 8
+
+
+def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+    """Write one page that shows all these folders.
+
+    Args:
+        folders: Folders of ``torchmto compare`` or ``torchmto train``.
+        out: The file; by default ``report.html`` in each folder.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ReportError: If a folder holds no finished run.
+        ImportError: If Plotly is missing.
+    """
+    text = page(read_studies(folders)).encode()
+    targets = [folder / REPORT_NAME for folder in folders] if out is None else [out]
+    for target in targets:
+        write_bytes(target, text)
+    return targets
+
+
+def page(studies: Sequence[Study]) -> str:
+    """The HTML page.
+
+    Nothing in it is loaded from elsewhere, and its content security policy forbids all scripts but its own two. Where the
+    page would grow beyond `MAX_BYTES`, curves and time lines are thinned, and the page says so; tables never are.
+
+    Args:
+        studies: From `read_studies`.
+    """
+    assets = files("torchmto.lab.report")
+    template, style, script = (assets.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
+    plotly = _inline(_plotly())
+    script = _inline(script)
+    room = MAX_BYTES - len((template + style + script + plotly).encode()) - 10_000
+    return Template(template).substitute(
+        title=html.escape("torchmto: " + ", ".join(study["title"] for study in studies)),
+        version=html.escape(__version__),
+        style=style,
+        data=_fitting(studies, room),
+        plotly=plotly,
+        script=script,
+        script_hashes=" ".join(_csp_hash(text) for text in (plotly, script)),
+    )
+
+
+def _plotly() -> str:
+    """Plotly's script, which its Python package brings along."""
+    try:
+        from plotly.offline import get_plotlyjs  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError("The report needs plotly: pip install 'torchmto[lab]'") from error
+    text: str = get_plotlyjs()
+    return text
+
+
+def _inline(script: str) -> str:
+    """A script as it may stand inside ``<script>``: line ends as HTML reads them, and no end tag within."""
+    return script.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _csp_hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _embedded(studies: Sequence[Study]) -> str:
+    """JSON that can't end the ``<script>`` it stands in."""
+    text = json.dumps({"studies": studies}, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    # Half of a surrogate pair can't be written as UTF-8.
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _fitting(studies: Sequence[Study], room: int) -> str:
+    """The JSON of the studies, thinned until it has at most ``room`` bytes.
+
+    Raises:
+        ValueError: If even the tables are too large.
+    """
+    text = _embedded(studies)
+    if len(text.encode()) <= room:
+        return text
+    note = "To keep this page small, curves show six digits and fewer points than were recorded; all are in the runs' files."
+    thinned = [{**study, "runs": _rounded(study["runs"]), "notes": [*study["notes"], note]} for study in studies]
+    longest = max(len(run[part]) for study in studies for run in study["runs"] for part in ("history", "trace"))
+    points = longest
+    while len((text := _embedded(thinned)).encode()) > room:
+        points //= 2
+        if points < _FEWEST_POINTS:
+            bare = [{**study, "runs": [], "notes": [*study["notes"], "There are too many runs to show their curves."]} for study in studies]
+            text = _embedded(bare)
+            if len(text.encode()) > room:
+                raise ValueError("There are too many methods and tasks for one page; report on fewer folders at a time.")
+            break
+        for study in thinned:
+            study["runs"] = [
+                {**run, "history": _spread(run["history"], points), "trace": _spread(run["trace"], points)}
+                for run in study["runs"]
+            ]
+    return text
+
+
+def _spread(points: list[Any], count: int) -> list[Any]:
+    """About ``count`` points, evenly spread, the first and the last among them.
+
+    Example:
+        >>> _spread(list(range(10)), 4)
+        [0, 3, 6, 9]
+    """
+    if len(points) <= count:
+        return points
+    return [points[round(index * (len(points) - 1) / (count - 1))] for index in range(count)]
+
+
+def _rounded(value: Any) -> Any:
+    """``value`` with six significant digits in all its floats."""
+    match value:
+        case float():
+            return float(f"{value:.6g}") if math.isfinite(value) else None
+        case dict():
+            return {key: _rounded(entry) for key, entry in value.items()}
+        case list():
+            return [_rounded(entry) for entry in value]
+        case _:
+            return value
