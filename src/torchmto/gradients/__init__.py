@@ -3,5 +3,6 @@
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.roles import Roles, reached_parameters
 from torchmto.gradients.rows import Rows, gramian
+from torchmto.gradients.sharded import ShardedRows
 
-__all__ = ["Ranks", "Roles", "Rows", "gramian", "reached_parameters"]
+__all__ = ["Ranks", "Roles", "Rows", "ShardedRows", "gramian", "reached_parameters"]

@@ -1,10 +1,29 @@
-"""Reduction of small and large tensors across the ranks of a process group."""
+"""Collectives over the ranks of a process group, and how many bytes they send."""
 
 from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are sent in buffers of about this size, so that the first are under way while the next are filled."""
+
+
+class Pending(Protocol):
+    """A collective that was started."""
+
+    def wait(self) -> Any:
+        """Return once its result is there."""
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing was started."""
 
 
 class Ranks:
@@ -12,6 +31,12 @@ class Ranks:
 
     Args:
         group: The process group; None is the default group, if ``torch.distributed`` is initialised.
+
+    Attributes:
+        rank: This process' place in the group.
+        size: How many processes there are, N.
+        bytes_sent: What this process has sent: ``2 S (N-1)/N`` for the sum of S bytes, half of it to scatter a sum or to
+            gather S bytes. That is the volume of the ring algorithm, the least possible.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -19,31 +44,111 @@ class Ranks:
         if group is not None and not self.active:
             raise ValueError("Parameter `process_group` was given, but torch.distributed isn't initialised.")
         self.group = group
+        self.rank = dist.get_rank(group) if self.active else 0
         self.size = dist.get_world_size(group) if self.active else 1
+        if self.rank < 0:
+            raise ValueError("Parameter `process_group` should be a group that this process belongs to.")
+        self.bytes_sent = 0.0
+
+    def _count(self, tensor: Tensor, passes: int) -> None:
+        self.bytes_sent += passes * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace ``tensor`` by its sum over the ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group)
+        """Replace ``tensor`` by its sum over the ranks, which is the same on all of them bit for bit."""
+        self.start_sum(tensor).wait()
         return tensor
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        """Begin :meth:`sum_` of a contiguous tensor, which mustn't be touched until it is done."""
+        if self.size == 1 or tensor.numel() == 0:
+            return _Done()
+        self._count(tensor, 2)
+        work: Pending = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
+        return work
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its elementwise maximum over the ranks."""
-        if self.size > 1:
+        if self.size > 1 and tensor.numel():
+            self._count(tensor, 2)
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether ``flag`` is true on any rank."""
+    def first(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The first rank's ``tensor``, so that all ranks go on with the same bits whatever their processors are."""
         if self.size == 1:
-            return flag
-        return bool(self.max_(torch.tensor(int(flag), dtype=torch.int32, device=device)).item())
+            return tensor
+        sent = tensor.to(device).contiguous().clone()
+        self.bytes_sent += sent.numel() * sent.element_size() * (self.size - 1) / self.size
+        dist.broadcast(sent, group=self.group, group_src=0)
+        return sent.to(tensor)
 
-    def equal(self, values: list[float] | None, device: torch.device) -> bool:
-        """Whether all ranks hold the same list of numbers (of one length everywhere); None differs from everything."""
+    def start_scatter(self, piece: Tensor, whole: Tensor) -> Pending:
+        """Begin to sum ``whole`` [N * n] over the ranks into ``piece`` [n], of which rank r gets the r-th part."""
         if self.size == 1:
-            return values is not None
-        if self.any(values is None, device):
-            return False
-        own = torch.tensor(values, dtype=torch.float64, device=device)
-        return bool((self.max_(torch.stack([own, -own])).sum(0) == 0).all())
+            piece.copy_(whole)
+            return _Done()
+        self._count(whole, 1)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        work: Pending = scatter(piece, whole, group=self.group, async_op=True)
+        return work
+
+    def gather_(self, whole: Tensor, piece: Tensor) -> Tensor:
+        """Fill ``whole`` [N * n] with the ranks' ``piece`` [n] in order."""
+        if self.size == 1:
+            return whole.copy_(piece)
+        self._count(whole, 1)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(whole, piece, group=self.group)
+        return whole
+
+    def objects(self, value: object) -> list[Any]:
+        """Every rank's ``value``: a small object; for messages and errors, not for every step."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def sum_all_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over the ranks in place, in few large buffers instead of one by one.
+
+        All ranks bring tensors of the same sizes and types in the same order.
+        """
+        if self.size == 1:
+            return
+        started = [
+            (bucket, flat, self.start_sum(flat))
+            for bucket in _buckets(tensors)
+            for flat in [torch.cat([tensor.reshape(-1) for tensor in bucket])]
+        ]
+        for bucket, flat, work in started:
+            work.wait()
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(
+                list(bucket), [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
+            )
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one type and device each, of about BUCKET_BYTES together, in order."""
+    full: list[list[Tensor]] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.device
+        bucket, size = open_buckets.get(kind, ([], 0))
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+        if size >= BUCKET_BYTES:
+            full.append(bucket)
+            open_buckets.pop(kind, None)
+        else:
+            open_buckets[kind] = bucket, size
+    return full + [bucket for bucket, _ in open_buckets.values()]
+
+
+def fingerprint(value: object) -> int:
+    """A number below 2**20 made from ``repr(value)``; sums of its square over 4096 ranks are exact in float64."""
+    return zlib.crc32(repr(value).encode()) & 0xFFFFF
+
+
+def all_equal(total: float, squares: float, size: int) -> bool:
+    """Whether ``size`` integers are equal, given their sum and the sum of their squares."""
+    return size * squares == total * total

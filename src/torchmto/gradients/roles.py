@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +134,11 @@ class Roles:
                 "The tasks share no parameters: no trainable parameter of the optimizer is reached by the losses of two "
                 "tasks. Give `shared=` if the shared parameters can't be found from the autograd graph."
             )
+
+    def sort(self, start: int, names: Sequence[str]) -> None:
+        """Bring the columns from number ``start`` on, which nothing was written to yet, into the order of ``names``."""
+        order = {name: i for i, name in enumerate(names)}
+        self.layout[start:] = sorted(self.layout[start:], key=lambda name: order.get(name, len(order)))
 
     def matrix(self, names: Iterable[str]) -> Tensor:
         """What has been reached as a uint8 tensor [len(names) + 1, K]; the last row says which tasks were seen."""

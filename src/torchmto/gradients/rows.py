@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def _kind(parameter: Tensor) -> tuple[object, ...]:
     return parameter.dtype, parameter.device, parameter.stride()
 
 
-def _views(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters."""
     views = []
     start = 0
@@ -106,7 +106,7 @@ class Rows:
             buffer[:kept, old.shape[1] :] = 0
         self._buffer = buffer
         self._combined = None
-        self._row_views = [_views(row, self.parameters) for row in buffer]
+        self._row_views = [views_of(row, self.parameters) for row in buffer]
         self._kinds = [_kind(parameter) for parameter in self.parameters]
 
     def row_of(self, task: int) -> int:
@@ -136,6 +136,16 @@ class Rows:
         self.tasks.append(task)
         self._filled.append(set(positions))
 
+    def put(self, task: int, parameter: Tensor, gradient: Tensor) -> None:
+        """Add one parameter's gradient to the row of ``task``, a new zero row if it has none yet."""
+        self.row_of(task)
+        self.add(task, [(parameter, gradient)])
+
+    def fill(self, positions: Iterable[int]) -> None:
+        """Note that parameters were reached by a present task, on this rank or another."""
+        if self._filled:
+            self._filled[0].update(positions)
+
     def sort(self) -> None:
         """Bring the rows into the order of the tasks. A copy, needed only if micro-batches brought tasks unordered."""
         order = sorted(range(len(self.tasks)), key=self.tasks.__getitem__)
@@ -160,5 +170,5 @@ class Rows:
         """A reused vector [P] for the combined gradient and its views, one per parameter."""
         if self._combined is None:
             self._combined = self._buffer.new_empty(self._buffer.shape[1])
-            self._combined_views = _views(self._combined, self.parameters)
+            self._combined_views = views_of(self._combined, self.parameters)
         return self._combined, self._combined_views

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,22 @@ class Method(ABC):
             value = getattr(self, state)
             if isinstance(value, Method):
                 value.seed(seed)
+
+    def random_checksum(self) -> int:
+        """A checksum of the random generators' states, inner methods included."""
+        checksum = zlib.crc32(self.generator.get_state().numpy().tobytes())
+        for value in self._inner():
+            checksum = zlib.crc32(value.random_checksum().to_bytes(4, "little"), checksum)
+        return checksum
+
+    def _inner(self) -> list[Method]:
+        """The methods inside this one."""
+        values = (getattr(self, state) for state in self._states)
+        return [value for value in values if isinstance(value, Method)]
+
+    def needs_whole_rows(self) -> str:
+        """Why the method can't work where every rank holds some columns of the gradient matrix only; empty if it can."""
+        return next((reason for reason in (value.needs_whole_rows() for value in self._inner()) if reason), "")
 
     @property
     def repeats(self) -> bool:
@@ -439,6 +456,10 @@ class GradientCombiner(Method):
         super().__init__()
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
         self.head_weights: Tensor | None = None
+
+    def needs_whole_rows(self) -> str:
+        """Combiners look at the rows themselves."""
+        return "combines the rows entry by entry or layer by layer, or tracks them in its state"
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Ranks, Roles, Rows
+from torchmto.gradients import Ranks, Roles, Rows, ShardedRows
+from torchmto.gradients.ranks import Pending
+from torchmto.problem.exchange import raise_together
 from torchmto.structure import has_split_norms
+
+Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
+"""The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
 
 
 class BufferSnapshot:
@@ -97,6 +103,7 @@ class Network:
         clip: The largest allowed global norm of the gradient, or None.
         ranks: The processes that train together.
         stacked: The closure runs several tasks through split norms by itself.
+        shard_gradients: Every rank holds a part of the gradient matrix' columns only.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class Network:
         clip: float | None = None,
         ranks: Ranks,
         stacked: bool = False,
+        shard_gradients: bool = False,
     ) -> None:
         self.wrapper = model
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -123,14 +131,18 @@ class Network:
         self.refresh()
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
-        self.rows: list[Rows] = []
+        self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
         self.walked: set[int] = set()
         self.warned_unasked = False
-        self._agreed: list[tuple[str, frozenset[int]]] = []
+        self.shard_gradients = shard_gradients and ranks.size > 1
+        self._started: list[Pending] = []
+        self._agreed: dict[str, frozenset[int]] = {}
+        self._agreed_changes = 0
+        self._agreed_columns = len(self.roles.layout)
 
     def _given_names(self, shared: Iterable[Tensor] | None) -> list[str] | None:
         if shared is None:
@@ -171,22 +183,26 @@ class Network:
         """The names of the parameters trained now, in the optimizer's order."""
         return [self._names[id(p)] for p in self.parameters]
 
-    def rows_of(self, source: int) -> Rows:
+    def rows_of(self, source: int) -> Rows | ShardedRows:
         """The gradient matrix of one independent batch."""
         while len(self.rows) <= source:
-            self.rows.append(Rows(self.num_tasks))
+            rows = ShardedRows(self.num_tasks, self.ranks) if self.shard_gradients else Rows(self.num_tasks)
+            self.rows.append(rows)
         return self.rows[source]
 
-    def lay_out(self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]) -> None:
-        """Give every shared parameter its columns; gradients of parameters that turned shared move from the heads there."""
-        if len(rows.parameters) < len(self.roles.layout):
+    def lay_out(self, rows: Rows | ShardedRows, heads: Heads) -> None:
+        """Give every shared parameter its columns; gradients of parameters that turned shared move from the heads there.
+
+        Among several ranks only parameters that all of them know to be shared get columns.
+        """
+        layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self._agreed_columns]
+        if len(rows.parameters) < len(layout):
             by_name = {self._names[id(p)]: p for p in self._known}
-            rows.grow([by_name[name] for name in self.roles.layout[len(rows.parameters) :]])
+            rows.grow([by_name[name] for name in layout[len(rows.parameters) :]])
         for key in [key for key in heads if key in rows.position]:
             parameter, held = heads.pop(key)
             for task, gradient in held.items():
-                rows.row_of(task)
-                rows.add(task, [(parameter, gradient)])
+                rows.put(task, parameter, gradient)
 
     def load_roles(self, state: Mapping[str, Any]) -> None:
         """Take over saved roles; the columns of the gradient matrices are laid out anew."""
@@ -199,6 +215,9 @@ class Network:
         self.roles = roles
         self.rows = []
         self.walked = set()
+        self._agreed = {}
+        self._agreed_changes = 0
+        self._agreed_columns = len(roles.layout)
 
     def mark(self) -> None:
         """Remember buffers and roles for :meth:`undo`."""
@@ -212,68 +231,145 @@ class Network:
             self.buffers.restore()
         if self.roles.undo():
             self.rows = []
+            self._agreed_columns = min(self._agreed_columns, len(self.roles.layout))
         self.walked &= self.roles.seen
-
-    def owned(self, rows: Rows, tasks: set[int]) -> list[int]:
-        """Positions of the shared parameters that some of the ``tasks`` have reached, by the roles all ranks agree on."""
-        reached = [self.roles.tasks_of(self.name(p)) for p in rows.parameters]
-        return [i for i, owners in enumerate(reached) if owners & tasks]
 
     # ------------------------------------------------------------------ across ranks
 
-    def _roles_now(self) -> list[tuple[str, frozenset[int]]]:
-        return [
-            *((name, self.roles.tasks_of(name)) for name in self.names()),
-            ("", frozenset(self.roles.seen)),
-        ]
+    @property
+    def fingerprint(self) -> str:
+        """What the ranks must have in common for their collectives to fit."""
+        return f"{len(self.parameters)} parameters, {self._agreed_columns} of them known to be shared"
 
     def agree_needed(self) -> bool:
         """Whether this rank knows of roles that the ranks haven't agreed on."""
-        return self._roles_now() != self._agreed
+        return self.roles.changes != self._agreed_changes
 
     def agree(self) -> None:
         """Share with all ranks which task reaches which parameter. Called by all ranks together."""
         names = self.names()
-        matrix = self.ranks.max_(self.roles.matrix(names).to(self.parameters[0].device))
-        order = {name: i for i, name in enumerate(names)}
+        matrix = self.ranks.max_(self.roles.matrix(names).to(self.device))
         self.roles.merge(names, matrix.cpu())
         # Ranks may have found shared parameters in different orders.
-        laid_out = max((len(rows.parameters) for rows in self.rows), default=0)
-        self.roles.layout[laid_out:] = sorted(self.roles.layout[laid_out:], key=order.__getitem__)
-        self._agreed = self._roles_now()
+        self.roles.sort(self._agreed_columns, names)
+        self._agreed = {name: self.roles.tasks_of(name) for name in names}
+        self._agreed_changes = self.roles.changes
+        self._agreed_columns = len(self.roles.layout)
+        self.roles.check()
 
     @torch.no_grad()
-    def reduce_rows(
-        self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]], tasks: tuple[int, ...]
+    def start_row(self, rows: Rows | ShardedRows, task: int) -> None:
+        """Begin to sum one task's row over the ranks, zeros where a rank hasn't the task, while backwards go on."""
+        if isinstance(rows, ShardedRows):
+            rows.scatter(task)
+        else:
+            row = rows.row_of(task)
+            self._started.append(self.ranks.start_sum(rows.matrix[row]))
+
+    def finish_rows(self, rows: Rows | ShardedRows) -> None:
+        """Wait for the sums that were started."""
+        started, self._started = self._started, []
+        for work in started:
+            work.wait()
+        if isinstance(rows, ShardedRows):
+            rows.wait()
+
+    @torch.no_grad()
+    def reduce_heads(
+        self, rows: Rows | ShardedRows, heads: Heads, tasks: tuple[int, ...], failure: Exception | None = None
     ) -> None:
-        """Bring rows into the order of the tasks, and sum rows and heads' gradients over the ranks."""
-        if self.ranks.size > 1:
-            for task in tasks:
-                rows.row_of(task)
-        rows.sort()
+        """Sum the heads' gradients over the ranks, all in one buffer, and say which shared parameters were reached.
+
+        What a backward has newly found out about the roles of parameters is agreed on here, and parameters that turned
+        shared get their columns.
+
+        Args:
+            rows: The gradient matrix, already summed.
+            heads: Parameter -> task -> gradient, of this rank; of all ranks afterwards.
+            tasks: The tasks that at least one rank brought.
+            failure: What this rank's backward raised.
+
+        Raises:
+            RuntimeError: If another rank failed; this rank's own failure is raised as it is.
+        """
+        disagree = self.agree_needed()
+        pairs = self._pairs(rows, tasks)
+        failed, disagree = self._sum_heads(rows, heads, pairs, (failure is not None, disagree))
+        if failed:
+            raise_together(self.ranks, failure)
+        if disagree:
+            self.agree()
+            known = {(id(parameter), task) for parameter, task in pairs}
+            new = [pair for pair in self._pairs(rows, tasks) if (id(pair[0]), pair[1]) not in known]
+            self._sum_heads(rows, heads, new, (False, False))
+        self.lay_out(rows, heads)
+
+    def _pairs(self, rows: Rows | ShardedRows, tasks: tuple[int, ...]) -> list[tuple[Tensor, int]]:
+        """Parameters without columns and the tasks among ``tasks`` that reach them, as far as all ranks know."""
+        return [
+            (parameter, task)
+            for parameter in self.parameters
+            if id(parameter) not in rows.position
+            for task in tasks
+            if task in self._agreed.get(self._names[id(parameter)], ())
+        ]
+
+    def _sum_heads(
+        self,
+        rows: Rows | ShardedRows,
+        heads: Heads,
+        pairs: Sequence[tuple[Tensor, int]],
+        flags: tuple[bool, bool],
+    ) -> tuple[bool, bool]:
+        columns = len(rows.parameters)
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p, _ in pairs), torch.float32)
+        num_marks = 2 + columns + len(pairs)
+        flat = torch.zeros(num_marks + sum(p.numel() for p, _ in pairs), dtype=dtype, device=self.device)
+        parts = torch.split(flat[num_marks:], [p.numel() for p, _ in pairs])
+        reached = set(rows.reached())
+        marks = [float(flag) for flag in flags] + [float(position in reached) for position in range(columns)]
+        for (parameter, task), part in zip(pairs, parts, strict=True):
+            gradient = heads.get(id(parameter), (parameter, {}))[1].get(task)
+            marks.append(float(gradient is not None))
+            if gradient is not None:
+                part.view(parameter.shape).copy_(gradient)
+        flat[:num_marks] = torch.tensor(marks)
+        marks = self.ranks.sum_(flat)[:num_marks].tolist()
+        rows.fill(position for position in range(columns) if marks[2 + position])
+        for (parameter, task), part, mark in zip(pairs, parts, marks[2 + columns :], strict=True):
+            if mark:
+                _, held = heads.setdefault(id(parameter), (parameter, {}))
+                held[task] = part.view(parameter.shape)
+        for key, (parameter, held) in heads.items():
+            heads[key] = parameter, dict(sorted(held.items()))
+        return bool(marks[0]), bool(marks[1])
+
+    @torch.no_grad()
+    def reduce_gradients(self, failure: Exception | None = None) -> None:
+        """Sum ``.grad`` over the ranks, in few buffers; a parameter that no rank reached keeps None.
+
+        Args:
+            failure: What this rank's backward raised.
+
+        Raises:
+            RuntimeError: If another rank failed; this rank's own failure is raised as it is.
+        """
         if self.ranks.size == 1:
             return
-        self.ranks.sum_(rows.matrix)
-        present = set(tasks)
-        for parameter in self.parameters:
-            if id(parameter) in rows.position:
-                continue
-            for task in sorted(self.roles.tasks_of(self.name(parameter)) & present):
-                _, held = heads.setdefault(id(parameter), (parameter, {}))
-                held[task] = self.ranks.sum_(held.get(task, torch.zeros_like(parameter)).contiguous())
+        marks = [failure is not None, *(p.grad is not None for p in self.parameters)]
+        failed, *needed = self.ranks.max_(torch.tensor(marks, dtype=torch.uint8, device=self.device)).tolist()
+        if failed:
+            raise_together(self.ranks, failure)
+        reached = [p for p, mark in zip(self.parameters, needed, strict=True) if mark]
+        for parameter in reached:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.ranks.sum_all_([p.grad for p in reached if p.grad is not None])
 
-    @torch.no_grad()
-    def reduce_gradients(self) -> None:
-        """Sum ``.grad`` over the ranks; a parameter that no rank reached keeps None."""
-        if self.ranks.size == 1 or not self.parameters:
-            return
-        device = self.parameters[0].device
-        reached = torch.tensor([p.grad is not None for p in self.parameters], dtype=torch.uint8, device=device)
-        for parameter, needed in zip(self.parameters, self.ranks.max_(reached).tolist(), strict=True):
-            if needed:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                self.ranks.sum_(parameter.grad)
+    @property
+    def device(self) -> torch.device:
+        """Where the first trained parameter is."""
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
 
     def zero_grad(self) -> None:
         """Set every gradient to None."""
@@ -282,6 +378,8 @@ class Network:
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
         if isinstance(self.wrapper, DistributedDataParallel):
+            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
+            self.wrapper.require_forward_param_sync = False
             return self.wrapper.no_sync()
         return contextlib.nullcontext()
 

@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, gramian, reached_parameters
+from torchmto.gradients import Rows, ShardedRows, gramian, reached_parameters
+from torchmto.problem.exchange import Exchange
 from torchmto.problem.info import StepInfo
 from torchmto.problem.losses import Chunk, Losses, NonFiniteError, Source, parse, stack
-from torchmto.problem.network import Network
+from torchmto.problem.network import Heads, Network
 from torchmto.problem.noise import Noise
 from torchmto.structure import active_task
 
@@ -46,10 +47,10 @@ class TaskGradients:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | ShardedRows,
         losses: Losses,
         gramian: Tensor,
-        heads: dict[int, tuple[Tensor, dict[int, Tensor]]],
+        heads: Heads,
         everything: Losses,
     ) -> None:
         self.rows = rows
@@ -80,6 +81,7 @@ class TaskGradients:
 
     def view(self, parameter: Tensor) -> Tensor:
         """The gradients of one shared parameter, a view [k, *parameter.shape] of the matrix."""
+        assert isinstance(self.rows, Rows), "methods that need whole rows are refused where rows are divided"
         return self.rows.view(parameter)
 
 
@@ -91,6 +93,12 @@ class _Sums:
     weighted: dict[int, Tensor]
     chunks: int = 0
 
+    def merge(self, other: _Sums) -> None:
+        for index, total in other.totals.items():
+            known = index in self.totals
+            self.weighted[index] = self.weighted[index] + other.weighted[index] if known else other.weighted[index]
+            self.totals[index] = self.totals[index] + total if known else total
+
     def add(self, chunk: Chunk) -> None:
         for index, loss in chunk.losses.items():
             count = chunk.counts[index]
@@ -101,6 +109,11 @@ class _Sums:
             else:
                 self.weighted[index] = value * count if count != 1 else value
                 self.totals[index] = count
+
+
+def _shape(micro_batches: Sequence[Source], chunks: Sequence[Chunk]) -> list[object]:
+    """The number of micro-batches, and the tasks and counts of each chunk: what must be the same for equal shares."""
+    return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
 
 
 class UnitHeads:
@@ -171,6 +184,7 @@ class Problem:
         weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
         noise: Random states of the step's forwards, for those that are repeated.
+        fingerprint: What must be the same on all ranks, besides the tasks.
     """
 
     def __init__(
@@ -184,6 +198,7 @@ class Problem:
         weigh: Weigh | None = None,
         weigh_fixed: bool = True,
         noise: Noise,
+        fingerprint: str = "",
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -206,6 +221,9 @@ class Problem:
         self._scaled = False
         self.first_losses: Losses | None = None
         self.last_losses: dict[str, float] = {}
+        about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
+        self._exchange = Exchange(network.ranks, len(tasks), about)
+        self._doing = ""
 
     # ------------------------------------------------------------------ forwards
 
@@ -263,10 +281,15 @@ class Problem:
     def _forward(self, names: tuple[str, ...], source: int, *, grad: bool = True) -> Iterator[Chunk]:
         for number, closure in enumerate(self._sources[source]):
             for group in self._groups(closure, names):
-                self._noise.before((source, number), group)
-                chunk = self._call(closure, group, grad=grad)
-                if grad:
-                    self._observe(chunk, closure, group)
+                try:
+                    self._noise.before((source, number), group)
+                    chunk = self._call(closure, group, grad=grad)
+                    if grad:
+                        self._observe(chunk, closure, group)
+                except Exception as error:
+                    if self.network.ranks.size > 1:
+                        self._tell(_Sums({}, {}), failure=error)
+                    raise
                 yield chunk
 
     def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
@@ -282,9 +305,12 @@ class Problem:
                 found = self._probe_eagerly(closure, names, new)
         self.network.walked.update(new)
         by_id = {id(p): self.network.name(p) for p in self.network.parameters}
+        columns = len(roles.layout)
         for index, (leaves, _) in found.items():
             roles.observe(index, [name for key, name in by_id.items() if key in leaves])
         if self.network.ranks.size == 1:
+            # As several ranks do it, whose methods then draw the same random numbers for the same columns.
+            roles.sort(columns, list(by_id.values()))
             roles.check()
 
     def _probe_eagerly(
@@ -313,6 +339,7 @@ class Problem:
                 state back; else draw new noise (unless ``same_noise`` is on).
         """
         sums = _Sums({}, {})
+        self._doing = "losses"
         with self._noise.extra(replay=replay):
             for chunk in self._forward(self._names(tasks), source, grad=False):
                 sums.add(chunk)
@@ -322,27 +349,33 @@ class Problem:
 
     @property
     def _device(self) -> torch.device:
-        parameters = self.network.parameters
-        return parameters[0].device if parameters else torch.device("cpu")
+        return self.network.device
+
+    def _tell(
+        self, sums: _Sums, *, counts: Sequence[object] | None = None, failure: Exception | None = None
+    ) -> tuple[_Sums, bool]:
+        """Sum losses over the ranks and agree on roles; also, whether all ranks have the same ``counts``."""
+        network = self.network
+        told = self._exchange(
+            sums.totals,
+            sums.weighted,
+            doing=self._doing,
+            device=self._device,
+            disagree=network.agree_needed(),
+            counts=counts,
+            failure=failure,
+        )
+        if told.disagree:
+            network.agree()
+        return _Sums(told.totals, told.weighted), told.even
 
     def _reduce(self, sums: _Sums) -> Losses:
-        """Average losses over chunks and ranks; agree on the roles of the parameters."""
-        ranks = self.network.ranks
-        count = len(self.tasks)
-        if ranks.size > 1:
-            vector = torch.zeros(2 * count + 1, dtype=torch.float64, device=self._device)
-            for index, total in sums.totals.items():
-                vector[index] = total
-                vector[count + index] = sums.weighted[index]
-            vector[-1] = float(self.network.agree_needed())
-            values = ranks.sum_(vector).tolist()
-            if values[-1]:
-                self.network.agree()
-                self.network.roles.check()
-            sums = _Sums(
-                {i: values[i] for i in range(count) if values[i] > 0},
-                {i: vector[count + i] for i in range(count) if values[i] > 0},
-            )
+        """Average losses over chunks and ranks."""
+        if self.network.ranks.size > 1:
+            sums, _ = self._tell(sums)
+        return self._reduced(sums)
+
+    def _reduced(self, sums: _Sums) -> Losses:
         losses = self._average(sums)
         if not self.any_losses:
             self.first_losses = losses
@@ -444,38 +477,111 @@ class Problem:
         names = self._names(tasks)
         wanted = {self.tasks.index(name) for name in names}
         rows = network.rows_of(source)
+        network.finish_rows(rows)
         rows.begin()
-        heads: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        heads: Heads = {}
+        asked = names if forward is None else self._names(forward)
+        collect = self._collect if network.ranks.size == 1 else self._collect_from_ranks
+        sums = collect(asked, wanted, source, rows, heads)
+        everything = self._reduced(sums)
+        losses = everything.only(wanted)
+        self._require(losses)
+        self._rescale(rows, heads, losses)
+        matrix_gramian = self._gramian(rows.matrix)
+        self._check_losses(everything, everything.raw.tolist())
+        self._check_gradients(losses, matrix_gramian, heads)
+        return TaskGradients(rows, losses, matrix_gramian, heads, everything)
+
+    def _collect(
+        self, asked: tuple[str, ...], wanted: set[int], source: int, rows: Rows | ShardedRows, heads: Heads
+    ) -> _Sums:
+        """Forwards and one backward per task, on one process; gradients are sums over the micro-batches."""
+        network = self.network
         sums = _Sums({}, {})
-        averaged = len(self._sources[source]) > 1 or network.ranks.size > 1
-        for chunk in self._forward(names if forward is None else self._names(forward), source):
+        averaged = len(self._sources[source]) > 1
+        for chunk in self._forward(asked, source):
             network.lay_out(rows, heads)
             todo = [index for index in chunk.losses if index in wanted]
             counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
             for index in todo:
-                loss = chunk.losses[index]
-                with self._active(chunk):
-                    gradients = torch.autograd.grad(
-                        loss,
-                        network.parameters,
-                        grad_outputs=self._seed(loss, counts[index]),
-                        retain_graph=index != todo[-1],
-                        allow_unused=True,
-                    )
-                self.num_backward += 1
+                gradients = self._gradients_of(chunk, index, counts[index], last=index == todo[-1])
                 self._place(rows, heads, index, gradients)
                 del gradients
             sums.add(Chunk(chunk.losses, counts))
-        everything = self._reduce(sums)
-        losses = everything.only(wanted)
-        self._require(losses)
         network.lay_out(rows, heads)
-        network.reduce_rows(rows, heads, losses.indices)
-        self._rescale(rows, heads, losses)
-        matrix_gramian = gramian(rows.matrix)
-        self._check_losses(everything, everything.raw.tolist())
-        self._check_gradients(losses, matrix_gramian, heads)
-        return TaskGradients(rows, losses, matrix_gramian, heads, everything)
+        rows.sort()
+        return sums
+
+    def _collect_from_ranks(
+        self, asked: tuple[str, ...], wanted: set[int], source: int, rows: Rows | ShardedRows, heads: Heads
+    ) -> _Sums:
+        """Forwards and one backward per task, on several processes; gradients are sums over micro-batches and ranks.
+
+        With one micro-batch a task's row is on its way while the next task's backward runs. Rows that are divided among the
+        ranks travel after every micro-batch, others once, after the last.
+        """
+        network = self.network
+        micro_batches = self._sources[source]
+        streamed = len(micro_batches) == 1 or isinstance(rows, ShardedRows)
+        number = f" by {len(micro_batches)} micro-batches" if isinstance(rows, ShardedRows) else ""
+        self._doing = f"gradients {sorted(wanted)} of batch {source}{number}"
+        sums = _Sums({}, {})
+        failure: Exception | None = None
+        for position, chunk in enumerate(self._forward(asked, source)):
+            todo = [index for index in chunk.losses if index in wanted]
+            last = todo[-1] if todo else None
+            own = _Sums({}, {})
+            own.add(chunk)
+            if streamed:
+                own, _ = self._tell(own)
+                todo = [index for index in own.totals if index in wanted]
+            if position == 0:
+                network.lay_out(rows, heads)
+            for index in todo:
+                if failure is None and index in chunk.losses:
+                    try:
+                        gradients = self._gradients_of(chunk, index, chunk.counts[index], last=index == last)
+                        self._place(rows, heads, index, gradients)
+                        del gradients
+                    except Exception as error:  # noqa: BLE001 - raised on all ranks, once they have met again
+                        failure = error
+                if streamed:
+                    network.start_row(rows, index)
+            sums.merge(own)
+        if not streamed:
+            sums, _ = self._tell(sums, failure=failure)
+            network.lay_out(rows, heads)
+            for index in sums.totals:
+                if index in wanted:
+                    network.start_row(rows, index)
+        network.finish_rows(rows)
+        rows.sort()
+        network.reduce_heads(rows, heads, tuple(index for index in sums.totals if index in wanted), failure)
+        return sums
+
+    def _gradients_of(self, chunk: Chunk, index: int, factor: float, *, last: bool) -> tuple[Tensor | None, ...]:
+        """One task's backward: ``factor`` times the gradients of all trained parameters."""
+        loss = chunk.losses[index]
+        with self._active(chunk):
+            gradients: tuple[Tensor | None, ...] = torch.autograd.grad(
+                loss,
+                self.network.parameters,
+                grad_outputs=self._seed(loss, factor),
+                retain_graph=not last,
+                allow_unused=True,
+            )
+        self.num_backward += 1
+        return gradients
+
+    def _gramian(self, matrix: Tensor) -> Tensor:
+        """The Gramian of the rows; every rank computes that of its part of the columns, and they are summed."""
+        ranks = self.network.ranks
+        if ranks.size == 1:
+            return gramian(matrix)
+        if not self.network.shard_gradients:
+            width = matrix.shape[1]
+            matrix = matrix[:, width * ranks.rank // ranks.size : width * (ranks.rank + 1) // ranks.size]
+        return ranks.sum_(gramian(matrix).to(self._device)).cpu()
 
     def _active(self, chunk: Chunk) -> contextlib.AbstractContextManager[Any]:
         """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
@@ -496,8 +602,8 @@ class Problem:
 
     def _place(
         self,
-        rows: Rows,
-        heads: dict[int, tuple[Tensor, dict[int, Tensor]]],
+        rows: Rows | ShardedRows,
+        heads: Heads,
         task: int,
         gradients: Sequence[Tensor | None],
     ) -> None:
@@ -513,7 +619,7 @@ class Problem:
             else:
                 others.append((parameter, gradient))
         grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
-        if grown:
+        if grown and network.ranks.size == 1:
             network.lay_out(rows, heads)
             shared += [pair for pair in others if id(pair[0]) in rows.position]
             others = [pair for pair in others if id(pair[0]) not in rows.position]
@@ -523,7 +629,7 @@ class Problem:
             # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
             held[task] = held[task] + gradient if task in held else gradient.clone()
 
-    def _rescale(self, rows: Rows, heads: dict[int, tuple[Tensor, dict[int, Tensor]]], losses: Losses) -> None:
+    def _rescale(self, rows: Rows | ShardedRows, heads: Heads, losses: Losses) -> None:
         """Turn sums into means, undo the scaler's scale and apply the user's loss weights, in one factor per task."""
         factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
         scale = self.network.scale(self._device)
@@ -541,9 +647,7 @@ class Problem:
                 {task: g * by_task[task] for task, g in held.items() if task in by_task},
             )
 
-    def _check_gradients(
-        self, losses: Losses, matrix_gramian: Tensor, heads: dict[int, tuple[Tensor, dict[int, Tensor]]]
-    ) -> None:
+    def _check_gradients(self, losses: Losses, matrix_gramian: Tensor, heads: Heads) -> None:
         finite = matrix_gramian.diagonal().isfinite().tolist()
         for index, good in zip(losses.indices, finite, strict=True):
             if not good:
@@ -573,6 +677,8 @@ class Problem:
         network.zero_grad()
         rows = gradients.rows
         flat, views = rows.combined()
+        if weights is not None:
+            weights = network.ranks.first(weights, self._device)
         if weights is not None and not bool(weights.isfinite().all()):
             self._not_finite("A method's weights aren't finite.")
         if vector is not None:
@@ -584,9 +690,11 @@ class Problem:
                 flat.copy_(rows.matrix[0])
             else:
                 torch.mv(rows.matrix.T, weights.to(flat), out=flat)
-        present = set(gradients.indices)
-        positions = rows.reached() if network.ranks.size == 1 else network.owned(rows, present)
-        network.set_gradients([(rows.parameters[i], views[i]) for i in positions if rows.parameters[i].requires_grad])
+        if isinstance(rows, ShardedRows):
+            rows.gather()
+        network.set_gradients(
+            [(rows.parameters[i], views[i]) for i in rows.reached() if rows.parameters[i].requires_grad]
+        )
         by_task = dict.fromkeys(gradients.indices, 1.0)
         if heads == "weighted" and weights is not None:
             by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
@@ -638,11 +746,14 @@ class Problem:
         self._scaled = network.scaler is not None
         unit = UnitHeads(network) if heads == "unit" else None
         held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
+        self._doing = f"one gradient {sorted(wanted)} of batch {source}"
+        several = network.ranks.size > 1
+        known: Losses | None = None
         if not held and fixed and self._weigh_fixed:
-            losses = self._backward_evenly(weigh, asked, wanted, source, unit)
-            if losses is not None:
-                self._pending = losses
-                return losses
+            known, done = self._backward_evenly(weigh, asked, wanted, source, unit)
+            if known is not None and done:
+                self._pending = known
+                return known
         single = len(micro_batches) == 1 and network.ranks.size == 1
         sums = _Sums({}, {})
         chunks: list[Chunk] = []
@@ -651,22 +762,31 @@ class Problem:
                 counts = dict.fromkeys(chunk.counts, 1.0) if single else chunk.counts
                 chunks.append(Chunk(chunk.losses, counts, chunk.active))
                 sums.add(chunks[-1])
-        else:
+        elif known is None:
             with self._noise.rehearsal():
                 for chunk in self._forward(asked, source, grad=False):
                     sums.add(chunk)
-        losses = self._reduce(sums)
+        if known is None and several:
+            sums, _ = self._tell(sums, counts=_shape(self._sources[source], chunks))
+        losses = self._reduced(sums) if known is None else known
         weights, factors = self._weights_by_task(weigh, losses, wanted)
+        failure: Exception | None = None
         for chunk in chunks if held else self._forward(asked, source):
             shares = {
                 i: factors[i] * (chunk.counts[i] / losses.totals[i])
                 for i in chunk.losses
                 if i in weights and chunk.counts[i]
             }
-            self._backward_chunk(chunk, weights, shares, unit)
-        if unit is not None:
+            try:
+                self._backward_chunk(chunk, weights, shares, unit)
+            except Exception as error:
+                if not several:
+                    raise
+                failure = error
+                break
+        if unit is not None and failure is None:
             unit.finish(weights)
-        network.reduce_gradients()
+        network.reduce_gradients(failure)
         self._pending = losses
         return losses
 
@@ -707,40 +827,54 @@ class Problem:
 
     def _backward_evenly(
         self, weigh: Weigh, asked: tuple[str, ...], wanted: set[int], source: int, unit: UnitHeads | None
-    ) -> Losses | None:
-        """One pass over micro-batches that all bring the same tasks and counts; None (and nothing done) if they don't."""
+    ) -> tuple[Losses | None, bool]:
+        """One pass over micro-batches that all bring the same tasks and counts, on all ranks.
+
+        Returns:
+            The losses, as far as they are known; and whether the gradients are computed. If not, nothing has happened.
+        """
         network = self.network
+        several = network.ranks.size > 1
         share = 1.0 / (len(self._sources[source]) * network.ranks.size)
-        first: list[tuple[dict[int, float], str | None]] = []
         # Fixed weights don't depend on the losses, so those of all tasks are known before the first forward.
         indices = tuple(sorted(wanted))
         ones = torch.ones(len(indices), dtype=torch.float64, device=self._device)
         shape = Losses(indices, ones, ones, {}, None if self._weigh is None else self._weigh(ones, indices))
         all_weights, all_factors = self._weights_by_task(weigh, shape, wanted)
         sums = _Sums({}, {})
-        even = True
+        chunks: list[Chunk] = []
+        failure: Exception | None = None
         per_source = len(self._groups(self._sources[source][0], asked))
         with self._noise.attempt() as undo:
-            for number, chunk in enumerate(self._forward(asked, source)):
-                if number < per_source:
-                    first.append((dict(chunk.counts), chunk.active))
-                even = even and (chunk.counts, chunk.active) == first[number % per_source]
-                if not even and network.ranks.size == 1:
+            even = True
+            for chunk in self._forward(asked, source):
+                first = chunks[len(chunks) % per_source] if len(chunks) >= per_source else chunk
+                even = even and (chunk.counts, chunk.active) == (first.counts, first.active)
+                if not even and not several:
                     break
-                shares = {i: all_factors[i] * share for i in chunk.losses if i in wanted}
-                self._backward_chunk(chunk, all_weights, shares, unit)
+                chunks.append(Chunk({}, chunk.counts, chunk.active))
                 sums.add(chunk)
-            counts = [entry.get(index, 0.0) for entry, _ in first for index in range(len(self.tasks))]
-            even = network.ranks.equal(counts if even else None, self._device)
+                shares = {i: all_factors[i] * share for i in chunk.losses if i in wanted}
+                try:
+                    if even:
+                        self._backward_chunk(chunk, all_weights, shares, unit)
+                except Exception as error:
+                    if not several:
+                        raise
+                    failure = error
+                    break
+            if several:
+                counts = _shape(self._sources[source], chunks) if even else None
+                sums, even = self._tell(sums, counts=counts, failure=failure)
+            losses = self._reduced(sums) if several or even else None
             if not even:
                 network.zero_grad()
                 undo()
-                return None
-        losses = self._reduce(sums)
+                return losses, False
         if unit is not None:
             unit.finish(all_weights)
         network.reduce_gradients()
-        return losses
+        return losses, True
 
     # ------------------------------------------------------------------ the optimizer step
 
