@@ -22,10 +22,12 @@ class Row:
     Attributes:
         options: Number of tasks -> the hyper-parameters the battery constructs it with.
         skip: Test -> reason, where a test makes no sense for this method.
+        steps: How many steps it may take to come near the Pareto set.
     """
 
     options: Callable[[int], dict[str, Any]] = _none
     skip: Mapping[str, str] = field(default_factory=dict)
+    steps: int = 60
 
 
 ROWS: dict[str, Row] = {
@@ -36,7 +38,7 @@ ROWS: dict[str, Row] = {
     "connection_strength": Row(lambda k: {"schedule": "phase2"}),
     "constant": Row(_weights),
     "cosmos": Row(),
-    "cr_mogm": Row(),
+    "cr_mogm": Row(steps=100),
     "db_mtl": Row(),
     "dtp": Row(),
     "dualproj": Row(),
@@ -54,16 +56,16 @@ ROWS: dict[str, Row] = {
     "imtl_g": Row(),
     "imtl_l": Row(),
     "krum": Row(),
-    "mgda": Row(),
-    "moco": Row(),
+    "mgda": Row(steps=100),
+    "moco": Row(steps=250),
     "modo": Row(),
     "mtchebycheff": Row(),
-    "nash_mtl": Row(),
+    "nash_mtl": Row(steps=120),
     "pbi": Row(),
     "pcgrad": Row(),
     "random": Row(),
     "rlw": Row(),
-    "sdmgrad": Row(),
+    "sdmgrad": Row(steps=100),
     "sequential": Row(),
     "si": Row(),
     "son_goku": Row(),

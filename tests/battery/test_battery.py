@@ -183,7 +183,7 @@ def test_pareto(name, num_tasks):
     with torch.no_grad():
         model.theta += 4
     tasks = names_of(num_tasks)
-    steps = 100
+    steps = ROWS[name].steps
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     mt = torchmto.MultiTask(model, optimizer, tasks=tasks, method=build(name, num_tasks), clip=5.0)
 
@@ -201,7 +201,7 @@ def test_pareto(name, num_tasks):
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - i / steps)
         mt.step(losses)
-    assert stationarity() < 0.01 * first
+    assert stationarity() < 0.02 * first
 
 
 @every
