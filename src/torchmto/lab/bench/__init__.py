@@ -1,0 +1,1 @@
+"""`torchmto bench`: step times and memory of every method against hand-written lower bounds and other libraries."""

@@ -1,0 +1,157 @@
+"""The models that are timed, in plain PyTorch: a shared trunk, one head and one target per task."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["CASES", "Case", "make_case"]
+
+
+@dataclass
+class Case:
+    """One model with one batch.
+
+    Attributes:
+        trunk: The shared part.
+        heads: One per task.
+        inputs: The batch.
+        targets: Class indices, one tensor per task.
+    """
+
+    trunk: nn.Module
+    heads: nn.ModuleList
+    inputs: Tensor
+    targets: list[Tensor]
+
+    @property
+    def num_tasks(self) -> int:
+        """K."""
+        return len(self.heads)
+
+    @property
+    def num_shared(self) -> int:
+        """P, the number of shared parameters' elements."""
+        return sum(p.numel() for p in self.trunk.parameters())
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters, the trunk's first."""
+        return [*self.trunk.parameters(), *self.heads.parameters()]
+
+    def loss(self, task: int, features: Tensor) -> Tensor:
+        """Cross-entropy of one task."""
+        return nn.functional.cross_entropy(self.heads[task](features), self.targets[task])
+
+
+def _mlp(num_tasks: int, device: torch.device) -> Case:
+    """1.0M parameters, batch 64."""
+    trunk = nn.Sequential(
+        nn.Linear(256, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 512), nn.ReLU()
+    )
+    return _with_linear_heads(trunk, 512, torch.randn(64, 256), num_tasks, device)
+
+
+def _conv(num_tasks: int, device: torch.device) -> Case:
+    """2.8M parameters: eight 3 x 3 convolutions with batch norms, 64 x 64 pixels, batch 16."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, stride in ((64, 1), (64, 2), (128, 2), (256, 2), (256, 1), (256, 1), (256, 1), (256, 1)):
+        layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return _with_linear_heads(trunk, 256, torch.randn(16, 3, 64, 64), num_tasks, device)
+
+
+class _Transformer(nn.Module):
+    """A pre-norm encoder over tokens."""
+
+    def __init__(self, tokens: int, width: int, layers: int, length: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(tokens, width)
+        self.places = nn.Parameter(torch.randn(length, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, 8, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(self.tokens(tokens) + self.places)
+        normed: Tensor = self.norm(hidden.mean(dim=1))
+        return normed
+
+
+def _transformer(num_tasks: int, device: torch.device) -> Case:
+    """25M parameters: 8 layers of width 480, 64 tokens, batch 4."""
+    trunk = _Transformer(tokens=5000, width=480, layers=8, length=64)
+    return _with_linear_heads(trunk, 480, torch.randint(0, 5000, (4, 64)), num_tasks, device)
+
+
+class _SegNet(nn.Module):
+    """The SegNet of the NYUv2 experiments: a VGG-16 with batch norms and its mirror image, unpooling by indices."""
+
+    WIDTHS = (64, 128, 256, 512, 512)
+    DEPTHS = (2, 2, 3, 3, 3)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        channels = 3
+        for width, depth in zip(self.WIDTHS, self.DEPTHS, strict=True):
+            self.down.append(self._stage(channels, width, depth))
+            channels = width
+        for level in reversed(range(5)):
+            out = self.WIDTHS[max(level - 1, 0)]
+            self.up.append(self._stage(channels, out, self.DEPTHS[level]))
+            channels = out
+
+    @staticmethod
+    def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for number in range(depth):
+            conv = nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = []
+        for stage in self.down:
+            x, indices = nn.functional.max_pool2d(stage(x), 2, return_indices=True)
+            places.append(indices)
+        for stage in self.up:
+            x = stage(nn.functional.max_unpool2d(x, places.pop(), 2))
+        return x
+
+
+def _segnet(num_tasks: int, device: torch.device) -> Case:
+    """25M parameters, 96 x 128 pixels (a third of NYUv2's 288 x 384), batch 2, per-pixel classes."""
+    heads = nn.ModuleList([nn.Conv2d(64, 13, 1) for _ in range(num_tasks)])
+    inputs = torch.randn(2, 3, 96, 128)
+    targets = [torch.randint(0, 13, (2, 96, 128), device=device) for _ in range(num_tasks)]
+    return Case(_SegNet().to(device), heads.to(device), inputs.to(device), targets)
+
+
+def _with_linear_heads(trunk: nn.Module, width: int, inputs: Tensor, num_tasks: int, device: torch.device) -> Case:
+    heads = nn.ModuleList([nn.Linear(width, 10) for _ in range(num_tasks)])
+    targets = [torch.randint(0, 10, (len(inputs),), device=device) for _ in range(num_tasks)]
+    return Case(trunk.to(device), heads.to(device), inputs.to(device), targets)
+
+
+CASES: dict[str, Callable[[int, torch.device], Case]] = {
+    "mlp": _mlp,
+    "conv": _conv,
+    "transformer": _transformer,
+    "segnet": _segnet,
+}
+
+
+def make_case(name: str, num_tasks: int, device: str = "cpu", seed: int = 0) -> Case:
+    """Build a case.
+
+    Args:
+        name: One of `CASES`.
+        num_tasks: K.
+        device: Where it runs.
+        seed: Of the weights and the batch.
+    """
+    torch.manual_seed(seed)
+    return CASES[name](num_tasks, torch.device(device))
