@@ -42,11 +42,11 @@ def test_groups_are_updated_one_after_the_other_and_tracked():
         affinity.new_batch()
         for group in info.records["order"]:
             values = losses(expected, TASKS)
-            affinity.update(group, {t: float(v) for t, v in values.items()})
+            affinity.update(group, {t: v.item() for t, v in values.items()})
             optimizer.zero_grad()
             sum(values[t] for t in group).backward()
             optimizer.step()
-        affinity.finish({t: float(v) for t, v in losses(expected, TASKS).items()})
+        affinity.finish({t: v.item() for t, v in losses(expected, TASKS).items()})
         assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (4, 3, 3)
         assert sorted(info.records["order"]) == sorted(groups)
         torch.testing.assert_close(info.records["affinity"], affinity.matrix, rtol=1e-12, atol=0)
@@ -115,6 +115,23 @@ def test_a_gramian_method_inside_the_groups():
     info = mt.step(lambda asked: losses(model, asked))
     assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (2, 4, 2)
     assert bool((info.records["affinity"] != 0).any())
+
+
+def test_a_gramian_method_inside_the_groups_meets_missing_tasks_and_bad_losses():
+    model, mt, losses = setup(groups=[["a", "b"], ["c", "d"]], inner="pcgrad")
+    info = mt.step(lambda asked: {t: v for t, v in losses(model, asked).items() if t in "cd"})
+    assert (set(info.losses), info.num_optimizer_steps, info.skipped) == ({"c", "d"}, 1, False)
+    mt.on_nonfinite = "skip"
+    calls = []
+
+    def second_forward_is_bad(asked):
+        calls.append(asked)
+        scale = float("nan") if len(calls) == 2 else 1.0
+        return {t: v * scale for t, v in losses(model, asked).items()}
+
+    info = mt.step(second_forward_is_bad)
+    assert (info.num_optimizer_steps, info.skipped) == (1, True)
+    assert bool(mt.method.affinity.matrix.isfinite().all())
 
 
 def test_same_noise_makes_affinities_repeatable():

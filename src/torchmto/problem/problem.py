@@ -27,10 +27,11 @@ Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
 class SkippedError(Exception):
     """Raised inside a step to leave it out: under ``on_nonfinite="skip"``, or when the scaler found an overflow."""
 
-    def __init__(self, reason: str, *, overflow: bool = False) -> None:
+    def __init__(self, reason: str, *, overflow: bool = False, absent: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.overflow = overflow
+        self.absent = absent
 
 
 class TaskGradients:
@@ -485,6 +486,8 @@ class Problem:
         sums = collect(asked, wanted, source, rows, heads)
         everything = self._reduced(sums)
         losses = everything.only(wanted)
+        if everything.indices and not losses.indices:
+            raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
         self._require(losses)
         self._rescale(rows, heads, losses)
         matrix_gramian = self._gramian(rows.matrix)
@@ -656,6 +659,24 @@ class Problem:
         own = [gradient for _, held in heads.values() for gradient in held.values()]
         if own and not bool(torch.nn.utils.get_total_norm(own).isfinite()):
             self._gradient_not_finite("The gradient of a head isn't finite.")
+
+    def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
+        """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
+
+        Columns that only one batch knows, because a parameter became shared in between, are left out.
+
+        Raises:
+            ValueError: If there are such columns and the columns are divided among the ranks.
+        """
+        sharded = self.network.shard_gradients
+        if sharded and len(first.parameters) != len(second.parameters):
+            raise ValueError(
+                "A parameter became shared between two independent batches, which divides the columns differently. With "
+                "shard_gradients=True give the shared parameters as `shared=`."
+            )
+        width = min(first.matrix.shape[1], second.matrix.shape[1])
+        product = (first.matrix[:, :width] @ second.matrix[:, :width].T).to(device="cpu", dtype=torch.float64)
+        return self.network.ranks.sum_(product.to(self._device)).cpu() if sharded else product
 
     def combine(
         self,
@@ -936,12 +957,19 @@ class Problem:
             The losses of the sub-step's forward (all tasks of ``forward``), before its optimizer step.
         """
         losses = self.backward(lambda values, _: torch.ones_like(values), tasks=tasks, forward=forward, fixed=True)
-        try:
+        with self.leaving_out():
             if losses.indices:
                 self.apply()
-        except SkippedError as skipped:
-            self.note_skip(skipped.reason)
         return losses
+
+    @contextlib.contextmanager
+    def leaving_out(self) -> Iterator[None]:
+        """What is skipped inside leaves out this sub-step of a procedure, not the whole step."""
+        try:
+            yield
+        except SkippedError as skipped:
+            if not skipped.absent:
+                self.note_skip(skipped.reason)
 
     def note_skip(self, reason: str) -> None:
         """Record that an optimizer step was left out."""

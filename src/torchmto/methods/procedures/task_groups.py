@@ -11,7 +11,7 @@ import torch
 from torchmto.checks import check_choice, check_integer, found
 from torchmto.methods.method import Cost, GramianWeighting, Procedure, Properties
 from torchmto.methods.registry import make_method, register
-from torchmto.problem import Problem, StepInfo
+from torchmto.problem import Losses, Problem, StepInfo
 from torchmto.structure import ProximalAffinity
 
 GROUPINGS = ("adaptive", "heterogeneous", "random", "per_task", "joint")
@@ -181,7 +181,7 @@ class TaskGroups(Procedure):
         for number, group in enumerate(groups):
             steps = problem.num_optimizer_steps
             losses = self._update(problem, group)
-            if number == 0 and still is not None:
+            if number == 0 and still is not None and losses is not None:
                 floor = 1 - losses.raw / still.raw
                 records["noise_floor"] = dict(
                     zip((problem.tasks[i] for i in losses.indices), floor.tolist(), strict=True)
@@ -203,15 +203,17 @@ class TaskGroups(Procedure):
         records.update(order=[list(group) for group in groups], affinity=self.affinity.matrix)
         return problem.info(records=records)
 
-    def _update(self, problem: Problem, group: list[str]) -> Any:
-        """One group's optimizer step; returns the losses of all tasks before it."""
+    def _update(self, problem: Problem, group: list[str]) -> Losses | None:
+        """One group's optimizer step; returns the losses of all tasks before it, None if it was left out."""
         if self.inner is None or len(group) == 1:
             return problem.descend(group, forward=problem.asked)
-        gradients = problem.gradients(group, forward=problem.asked)
-        weights = self.inner.weights(gradients.gramian, gradients.losses, gradients.indices)
-        problem.combine(gradients, weights, heads=self.inner.heads)
-        problem.apply()
-        return gradients.all_losses
+        with problem.leaving_out():
+            gradients = problem.gradients(group, forward=problem.asked)
+            weights = self.inner.weights(gradients.gramian, gradients.losses, gradients.indices)
+            problem.combine(gradients, weights, heads=self.inner.heads)
+            problem.apply()
+            return gradients.all_losses
+        return None
 
     def _regroup(self) -> list[list[str]]:
         if self.grouping == "adaptive":
