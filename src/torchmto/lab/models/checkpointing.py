@@ -1,13 +1,13 @@
 """Gradient checkpointing that knows about tasks and running statistics."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchmto.structure import active_tasks, current_tasks
@@ -37,17 +37,32 @@ def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _second_run(block, current_tasks())
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], "_SecondRun"]:
+    return nullcontext(), _SecondRun(block, current_tasks())
+
+
+class _SecondRun:
+    """Tasks and buffers for running a block again; entered once for every backward pass through one forward."""
+
+    def __init__(self, block: nn.Module, tasks: tuple[str, ...]) -> None:
+        self.block = block
+        self.tasks = tasks
+        self.entered = ExitStack()
+
+    def __enter__(self) -> None:
+        if self.tasks:
+            self.entered.enter_context(active_tasks(self.tasks))
+        self.entered.enter_context(_unchanged(list(self.block.buffers())))
+
+    def __exit__(self, *error: object) -> None:
+        self.entered.close()
 
 
 @contextmanager
-def _second_run(block: nn.Module, tasks: tuple[str, ...]) -> Iterator[None]:
-    buffers = list(block.buffers())
+def _unchanged(buffers: list[Tensor]) -> Iterator[None]:
     before = [buffer.clone() for buffer in buffers]
     try:
-        with active_tasks(tasks) if tasks else nullcontext():
-            yield
+        yield
     finally:
         with torch.no_grad():
             for buffer, value in zip(buffers, before, strict=True):

@@ -277,6 +277,9 @@ def _check_data(config: DataConfig) -> None:
 def _check_model(config: ModelConfig) -> None:
     from torchmto.lab.models import model_options, models  # noqa: PLC0415
 
+    if config.compile and config.gradient_checkpointing:
+        # The compiler takes running statistics for inputs of a checkpointed block, and then finds them changed.
+        raise ValueError("`model.compile` or `model.gradient_checkpointing` may be set, not both.")
     if config.name is None:
         return
     check_choice("model.name", config.name, models())

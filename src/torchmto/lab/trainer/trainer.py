@@ -8,6 +8,7 @@ import json
 import math
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -264,7 +265,7 @@ class Trainer:
             self._stop_if_asked()
             closures = [parts.closure(batch) for batch in itertools.islice(batches, config.accumulate)]
             info = parts.multitask.step(closures)
-            parts.scheduler.step()
+            self._step_scheduler()
             if self.average is not None:
                 self.average.update()
             now, wait = time.perf_counter(), self.loader.wait_seconds
@@ -277,6 +278,12 @@ class Trainer:
                 self._save()
                 began = time.perf_counter()
         self._stop_if_asked()
+
+    def _step_scheduler(self) -> None:
+        with warnings.catch_warnings():
+            # With fp16 the scaler leaves out the first optimizer steps; the schedule counts batches all the same.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.parts.scheduler.step()
 
     def _log_step(self, info: StepInfo) -> None:
         step = self.progress.step

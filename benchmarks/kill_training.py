@@ -1,0 +1,175 @@
+"""Kills a training with SIGKILL at random moments, resumes it each time, and checks that nothing was lost.
+
+    python benchmarks/kill_training.py --kills 50
+
+After every kill: the latest checkpoint is whole, it is at most one checkpoint interval behind what the log shows was done,
+and every file that looks like a checkpoint loads. At the end: the weights and the logged losses equal those of a run that
+nobody killed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchmto.lab.trainer import (
+    CheckpointFolder,
+    DataConfig,
+    Interrupted,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    read_checkpoint,
+    train,
+)
+
+INTERVAL = 3
+
+
+def settings(method: str = "wpcgrad", epochs: int = 4, **more: Any) -> TrainConfig:
+    """A run of a few seconds that uses everything that has to be saved."""
+    return TrainConfig(
+        data=DataConfig("digits", {"train": 192, "validation": 32, "test": 32}, batch_size=16, workers=0),
+        model=ModelConfig("mlp", {"widths": [32], "dropout": 0.2}),
+        method=MethodConfig(method),
+        optimizer=OptimizerConfig(schedule="cosine", clip=5.0),
+        epochs=epochs,
+        ema=0.9,
+        checkpoint_every=INTERVAL,
+        loggers=["csv"],
+        log_every=1,
+        **more,
+    )
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Start a process that does some work; returns its number. Its exit code is 130 if it was interrupted."""
+    number = os.fork()
+    if number:
+        return number
+    code = 1
+    try:
+        work()
+        code = 0
+    except Interrupted:
+        code = 130
+    except BaseException:  # noqa: BLE001  the child must not go on as if it were the parent
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(number: int) -> int:
+    """The exit code of a process; negative: the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+def check_after_kill(out: Path) -> int:
+    """Check what a killed run left behind; returns the step it can go on from, 0 if it has to start again."""
+    checkpoints = CheckpointFolder(out / "checkpoints")
+    steps = checkpoints.steps()
+    for path in [*steps, checkpoints.best]:
+        if path.exists():
+            read_checkpoint(path)  # raises unless it is whole
+    saved = int(steps[-1].stem.removeprefix("step-")) if steps else 0
+    done = max((step for step, _, _ in logged(out)), default=0)
+    assert done - saved <= INTERVAL, f"{done} steps were done, {saved} saved"
+    return saved
+
+
+def logged(out: Path) -> list[tuple[int, str, float]]:
+    """The rows of metrics.csv, without a last one that a kill cut off."""
+    path = out / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [(int(row[0]), row[1], float(row[2])) for row in rows if len(row) == 3 and row[2]]
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two states are equal bit for bit."""
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, dict) and isinstance(second, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+def final_state(out: Path) -> dict[str, Any]:
+    """The last checkpoint without what may differ: timings."""
+    _, state = CheckpointFolder(out / "checkpoints").read_last()
+    for timing in ("seconds", "wait_seconds"):
+        state["progress"].pop(timing)
+    return state
+
+
+def stress(folder: Path, kills: int, seed: int, config: TrainConfig | None = None) -> dict[str, float]:
+    """Train once in peace and once under fire, and compare.
+
+    Args:
+        folder: Where both runs go.
+        kills: How many times to kill.
+        seed: Of the moments.
+        config: The settings; by default those of `settings`.
+
+    Returns:
+        How many kills there were and the median step they hit.
+    """
+    config = config or settings()
+    draws = random.Random(seed)
+    calm = folder / "calm"
+    began = time.monotonic()
+    assert wait(forked(lambda: train(config, calm))) == 0
+    length = time.monotonic() - began
+    hits: list[int] = []
+    attempt = 0
+    while len(hits) < kills:
+        out = folder / f"killed-{attempt}"
+        attempt += 1
+        finished = False
+        while not finished:
+            child = forked(lambda out=out: train(config, out, resume=out.exists()))  # type: ignore[misc]
+            if len(hits) < kills:
+                # Mostly in the loop, sometimes while it is being set up.
+                time.sleep(draws.uniform(0.02, 0.6) * length)
+                os.kill(child, signal.SIGKILL)
+            code = wait(child)
+            if code == -signal.SIGKILL:
+                hits.append(check_after_kill(out))
+            else:
+                assert code == 0, f"resuming failed with {code}"
+                finished = True
+        assert same(final_state(calm), final_state(out)), "the resumed run differs from the calm one"
+        assert logged(calm) == logged(out), "the logs differ"
+        one, other = (json.loads((path / "results.json").read_text()) for path in (calm, out))
+        assert one["test"] == other["test"]
+    return {"kills": len(hits), "median_step": float(sorted(hits)[len(hits) // 2]), "runs": attempt}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        print(stress(Path(name), arguments.kills, arguments.seed))
