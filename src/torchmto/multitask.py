@@ -255,7 +255,10 @@ class MultiTask:
     def _keeping_graphs(self) -> Iterator[None]:
         """A compiled backward must not give away the buffers of a graph that other tasks' backwards go through."""
         before = functorch_config.donated_buffer
-        functorch_config.donated_buffer = before and isinstance(self.method, LossWeighting)
+        if isinstance(self.method, LossWeighting) or not before:
+            yield
+            return
+        functorch_config.donated_buffer = False
         try:
             yield
         finally:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from toy import Toy
 
 import torchmto
-from torchmto.structure import split_norms
+from torchmto.structure import active_task, split_norms
+from toy import Toy
 
 TASKS = ("a", "b", "c")
 
@@ -178,6 +178,178 @@ def train_many(rank: int, size: int, group: Any, table: Sequence[tuple[str, Mapp
     return results
 
 
-def train_case(rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], arguments: Mapping[str, Any]):
+def train_case(  # noqa: PLR0917
+    rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], arguments: Mapping[str, Any]
+):
     """:func:`train` with its keywords as a mapping."""
     return train(rank, size, group, name, options, **arguments)
+
+
+def try_sharded(rank: int, size: int, group: Any, table: Sequence[tuple[str, Mapping[str, Any]]]):
+    """Which methods take ``shard_gradients=True``, and the messages of the others."""
+    works, refused = [], {}
+    for name, options in table:
+        model = Toy(TASKS)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        try:
+            torchmto.MultiTask(
+                model,
+                optimizer,
+                tasks=TASKS,
+                method=method_of(name, options),
+                process_group=group,
+                shard_gradients=True,
+            )
+            works.append(name)
+        except ValueError as error:
+            refused[name] = str(error)
+    return works, refused
+
+
+def decide(rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], steps: int):
+    """Train on data whose scale depends on the rank; record what the method decides."""
+    net = build("split" if name == "connection_strength" else "toy").train()
+    mt = torchmto.MultiTask(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.02),
+        tasks=TASKS,
+        method=method_of(name, options),
+        process_group=group,
+    )
+    decisions, local = [], []
+    for step in range(steps):
+        x, y, mask = data(10 * step + rank, 4, "all")
+        part = (x, y * (1 + rank * torch.tensor([1.0, 0.1, 0.5])), mask)
+        with active_task("a"):
+            local.append(float(closure(net, part, count=False)(("a",))["a"]))
+        info = mt.step(closure(net, part, count=False))
+        chosen = {
+            key: value
+            for key, value in info.records.items()
+            if key in ("phase", "groups", "order", "active", "priority_shares", "probabilities")
+        }
+        decisions.append((repr(chosen), repr(dict(info.losses)), info.num_optimizer_steps, info.num_conflicts))
+    net_state = torch.cat([flat(net), *(buffer.double().flatten() for buffer in net.buffers())])
+    return {"parameters": net_state, "decisions": decisions, "local": local}
+
+
+class _Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("broken backward")
+
+
+def fail(rank: int, size: int, group: Any, name: str, kind: str, pieces: int):
+    """Rank 2 fails in its second step."""
+    net = build("toy")
+    mt = torchmto.MultiTask(
+        net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, method=name, process_group=group
+    )
+    good = closure(net, data(rank, 4, "all"), count=False)
+
+    def bad(tasks: tuple[str, ...]) -> dict[str, Any]:
+        losses = good(tasks)
+        if kind == "closure":
+            raise ValueError("no batch")
+        if kind == "no graph" and "b" in losses:
+            losses["b"] = losses["b"].detach()
+        if kind == "unknown":
+            losses["z"] = next(iter(losses.values()))
+        if kind == "backward" and "b" in losses:
+            losses["b"] = _Broken.apply(losses["b"])
+        return losses
+
+    mt.step(good)
+    before = flat(net)
+    result = {}
+    try:
+        mt.step([good] * (pieces - 1) + [bad if rank == 2 else good])
+    except Exception as error:  # noqa: BLE001 - reported
+        result = {"type": type(error).__name__, "message": str(error), "unchanged": torch.equal(before, flat(net))}
+    mt.step(good)
+    return {**result, "parameters": flat(net)}
+
+
+def _message(run) -> str:
+    try:
+        run()
+    except Exception as error:  # noqa: BLE001 - reported
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def refuse(rank: int, size: int, group: Any, name: str):
+    """Errors that depend on what all ranks bring."""
+
+    def make(**options: Any):
+        net = build("toy")
+        options = {"method": name, **options}
+        mt = torchmto.MultiTask(
+            net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, process_group=group, **options
+        )
+        return net, mt
+
+    net, mt = make()
+    good = closure(net, data(rank, 4, "all"), count=False)
+
+    def nan(tasks: tuple[str, ...]) -> dict[str, Any]:
+        losses = good(tasks)
+        return {**losses, "a": losses["a"] * float("nan")} if rank == 1 else losses
+
+    result = {"empty": _message(lambda: mt.step(lambda tasks: {})), "loss": _message(lambda: mt.step(nan))}
+    result["tasks"] = _message(lambda: mt.step(good, tasks=TASKS[: 2 + rank]))
+    mt.step(good)
+    net, mt = make(on_nonfinite="skip")
+    good = closure(net, data(rank, 4, "all"), count=False)
+    info = mt.step(nan)
+    result["skip"] = info.skipped, info.reason
+    net, mt = make(seed=rank)
+    good = closure(net, data(rank, 4, "all"), count=False)
+    result["seed"] = _message(lambda: mt.step(good))
+    net, mt = make(method="mgda" if rank and name == "pcgrad" else "uw" if rank else name)
+    good = closure(net, data(rank, 4, "all"), count=False)
+    result["method"] = _message(lambda: mt.step(good))
+    net, mt = make()
+    x, y, _ = data(rank, 4, "all")
+    features = x @ net.trunk[0].weight.detach().T
+    result["unshared"] = _message(
+        lambda: mt.step(lambda tasks: {t: (net.heads[t](features) - 1).square().mean() for t in TASKS[rank : rank + 2]})
+    )
+    return result
+
+
+def overflow(rank: int, size: int, group: Any, name: str):
+    """Rank 1's gradients overflow."""
+    net = build("toy")
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    mt = torchmto.MultiTask(
+        net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, method=name, process_group=group, scaler=scaler
+    )
+    part = data(rank, 4, "all")
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Any]:
+        values = closure(net, part, count=False)(tasks)
+        if rank == 1:
+            values["a"] = (
+                values["a"]
+                + (net.trunk[0].weight * 1e-200).square().sum().sqrt() * 0
+                + _Infinite.apply(net.trunk[0].weight)
+            )
+        return values
+
+    return mt.step(losses).skipped, scaler.get_scale()
+
+
+class _Infinite(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.new_full(ctx.shape, float("inf"))

@@ -1,6 +1,6 @@
 """Real processes with a gloo process group, started once and given many jobs."""
 
-import datetime
+import datetime as dt
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=TIMEOUT),
+        timeout=dt.timedelta(seconds=TIMEOUT),
     )
     groups = {count: dist.new_group(list(range(count))) for count in range(2, size)} | {size: dist.group.WORLD}
     while True:

@@ -68,3 +68,102 @@ SITUATIONS = {
 def test_situations(pool, name, situation):
     size, arguments = SITUATIONS[situation]
     check(pool, name, OPTIONS.get(name, {}), size, **arguments)
+
+
+SHARDED = {
+    "all labels": (4, {}),
+    "halves": (2, {"labelled": "halves", "model": "branching"}),
+    "micro-batches": (2, {"micro": ((1, 3), (2, 2)), "labelled": "mixed", "model": "branching"}),
+    "task-specific norms": (2, {"model": "split", "labelled": "mixed", "shares": (4, 4)}),
+    "clip and scaler": (2, {"mt_options": {"clip": 0.5, "scaler": True}}),
+}
+
+
+@pytest.mark.parametrize("situation", SHARDED)
+@pytest.mark.parametrize("name", ["gd", "wpcgrad", "trimmed_mean", "task_groups"])
+def test_divided_columns(pool, name, situation):
+    """With shard_gradients=True every rank holds a part of the gradient matrix, and the update is the same."""
+    size, arguments = SHARDED[situation]
+    more = {**arguments.get("mt_options", {}), "shard_gradients": True}
+    options = {**OPTIONS.get(name, {}), **({"inner": "pcgrad"} if name == "task_groups" else {})}
+    check(pool, name, options, size, **{**arguments, "mt_options": more})
+
+
+def test_which_methods_take_divided_columns(pool):
+    works, refused = pool.run(2, cases.try_sharded, [(name, OPTIONS.get(name, {})) for name in torchmto.methods()])[0]
+    whole = ["adatask", "connection_strength", "db_mtl", "excess_mtl", "graddrop", "moco", "son_goku"]
+    assert sorted(refused) == whole
+    for name, message in refused.items():
+        assert message.startswith(f"Method `{name}` doesn't work with shard_gradients=True: it ")
+    for name in sorted(works):
+        check(pool, name, OPTIONS.get(name, {}), 2, steps=2, mt_options={"shard_gradients": True})
+
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("name", ["modo", "sdmgrad"])
+def test_independent_batches(pool, name, shard):
+    check(pool, name, {}, 2, independent=True, mt_options={"shard_gradients": shard})
+
+
+DECIDING = {
+    "sequential": {"shuffle": True},
+    "connection_strength": {"total_steps": 12},
+    "task_groups": {"warmup": 1, "decay": 0.9, "inner": "wpcgrad"},
+    "task_groups ": {"groups": "random"},
+    "wpcgrad": {"priority": "loss", "window": 2},
+    "rlw": {},
+    "famo": {"lr": 0.5},
+    "son_goku": {"refresh_every": 1},
+    "dwa": {"window": 2},
+}
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_decisions_are_the_same_though_losses_differ(pool, name):
+    """Each rank's data have another scale; phases, orders, groups and weights must agree all the same."""
+    results = pool.run(4, cases.decide, name.strip(), DECIDING[name], 8)
+    for result in results[1:]:
+        assert torch.equal(result["parameters"], results[0]["parameters"])
+        assert result["decisions"] == results[0]["decisions"]
+    assert results[0]["local"] != results[1]["local"]
+
+
+FAILURES = {
+    "closure": ("closure", "ValueError: no batch"),
+    "no graph": ("no graph", "ValueError: The loss of task `b` has no autograd graph"),
+    "unknown task": ("unknown", "ValueError: Unknown task `z`"),
+    "backward": ("backward", "RuntimeError: broken backward"),
+}
+
+
+@pytest.mark.parametrize("name", ["gd", "pcgrad", "sequential"])
+def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
+    """Every rank raises, with the failed rank's message; nothing has changed, and the next step is fine."""
+    for kind, message in FAILURES.values():
+        for pieces in (1, 2):
+            results = pool.run(4, cases.fail, name, kind, pieces)
+            assert f"{results[2]['type']}: {results[2]['message']}".startswith(message)
+            for rank in (0, 1, 3):
+                assert results[rank]["type"] == "RuntimeError"
+                assert results[rank]["message"].startswith(f"Rank 2 failed, so the step ended on all ranks. {message}")
+            for result in results:
+                assert result["unchanged"] or name == "sequential"
+                assert torch.equal(result["parameters"], results[0]["parameters"])
+
+
+@pytest.mark.parametrize("name", ["gd", "pcgrad"])
+def test_what_all_ranks_raise(pool, name):
+    for result in pool.run(2, cases.refuse, name):
+        assert result["empty"].startswith("ValueError: Empty batch")
+        assert result["loss"].startswith("NonFiniteError: The loss of task `a` is nan")
+        assert result["unshared"].startswith("ValueError: The tasks share no parameters")
+        assert result["skip"] == (True, "The loss of task `a` is nan.")
+        for key in ("tasks", "seed", "method"):
+            assert result[key].startswith("ValueError: The ranks aren't taking the same step")
+
+
+def test_overflow_is_found_on_all_ranks(pool):
+    """One rank's gradient overflows: all skip the step and lower the scale."""
+    for name in ("gd", "pcgrad"):
+        results = pool.run(2, cases.overflow, name)
+        assert results[0] == results[1] == (True, 128.0)

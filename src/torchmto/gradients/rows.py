@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,9 +42,9 @@ def gramian(matrix: Tensor) -> Tensor:
     1e±19 in float32), the rows are scaled by their largest entry first.
     """
     product = (matrix @ matrix.T).to(device="cpu", dtype=torch.float64)
-    diagonal = product.diagonal()
+    values = product.numpy()
     tiny = torch.finfo(matrix.dtype).tiny * 1e8
-    if not bool(product.isfinite().all()) or bool((diagonal < tiny).any()):
+    if not np.isfinite(values).all() or (values.diagonal() < tiny).any():
         largest = matrix.abs().amax(dim=1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
         scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         scaled = matrix / scale

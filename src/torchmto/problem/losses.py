@@ -123,6 +123,12 @@ def parse(
     return Chunk(losses, counts, active), unasked
 
 
+def detached(loss: Tensor) -> Tensor:
+    """A loss without its graph, float32 at least."""
+    value = loss.detach()
+    return value if value.dtype in (torch.float32, torch.float64) else value.float()
+
+
 def stack(losses: Sequence[Tensor]) -> Tensor:
     """Detached losses as one tensor [k] on the first one's device, float32 at least."""
     dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses) else torch.float32

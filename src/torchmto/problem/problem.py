@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows, gramian, reached_parameters
 from torchmto.problem.exchange import Exchange
 from torchmto.problem.info import StepInfo
-from torchmto.problem.losses import Chunk, Losses, NonFiniteError, Source, parse, stack
+from torchmto.problem.losses import Chunk, Losses, NonFiniteError, Source, detached, parse, stack
 from torchmto.problem.network import Heads, Network
 from torchmto.problem.noise import Noise
 from torchmto.structure import active_task
@@ -103,7 +104,7 @@ class _Sums:
     def add(self, chunk: Chunk) -> None:
         for index, loss in chunk.losses.items():
             count = chunk.counts[index]
-            value = stack([loss])[0]
+            value = detached(loss)
             if index in self.totals:
                 self.weighted[index] = self.weighted[index] + value * count
                 self.totals[index] += count
@@ -141,7 +142,9 @@ class UnitHeads:
         least = 1e-3 * max(abs(value) for value in values.values())
         return {task: value for task, value in values.items() if abs(value) > least}
 
-    def before(self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]) -> None:
+    def before(
+        self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor | float]
+    ) -> None:
         """Compute, before the weighted backward, the gradients that can't be had by division."""
         divisible = self._divisible(weights)
         for task, seed in seeds.items():
@@ -149,7 +152,7 @@ class UnitHeads:
             if not wanted:
                 continue
             gradients = torch.autograd.grad(
-                losses[task], wanted, seed.to(losses[task]), retain_graph=True, allow_unused=True
+                losses[task], wanted, torch.ones_like(losses[task]) * seed, retain_graph=True, allow_unused=True
             )
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
@@ -634,6 +637,8 @@ class Problem:
 
     def _rescale(self, rows: Rows | ShardedRows, heads: Heads, losses: Losses) -> None:
         """Turn sums into means, undo the scaler's scale and apply the user's loss weights, in one factor per task."""
+        if losses.factors is None and self.network.scaler is None and all(t == 1 for t in losses.totals.values()):
+            return
         factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
         scale = self.network.scale(self._device)
         if scale is not None:
@@ -794,7 +799,7 @@ class Problem:
         failure: Exception | None = None
         for chunk in chunks if held else self._forward(asked, source):
             shares = {
-                i: factors[i] * (chunk.counts[i] / losses.totals[i])
+                i: self._share(factors.get(i), chunk.counts[i] / losses.totals[i])
                 for i in chunk.losses
                 if i in weights and chunk.counts[i]
             }
@@ -814,35 +819,52 @@ class Problem:
     def _weights_by_task(
         self, weigh: Weigh, losses: Losses, wanted: set[int]
     ) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The method's weight and the user's factor of every present wanted task."""
-        present = [position for position, index in enumerate(losses.indices) if index in wanted]
-        indices = tuple(losses.indices[position] for position in present)
+        """The method's weight of every present wanted task, and the user's factors if there are any."""
+        losses = losses.only(wanted)
+        indices = losses.indices
         if not indices:
             return {}, {}
-        weights = weigh(losses.values[present], indices).detach().to(losses.values)
-        factors = torch.ones_like(weights) if losses.factors is None else losses.factors[present].to(weights)
+        weights = weigh(losses.values, indices).detach().to(losses.values)
+        by_task = dict(zip(indices, weights.unbind(), strict=True))
+        if losses.factors is None:
+            self._loss_weights = by_task
+            return by_task, {}
+        factors = losses.factors.to(weights)
         self._loss_weights = dict(zip(indices, (weights * factors).unbind(), strict=True))
-        return dict(zip(indices, weights.unbind(), strict=True)), dict(zip(indices, factors.unbind(), strict=True))
+        return by_task, dict(zip(indices, factors.unbind(), strict=True))
+
+    def _share(self, factor: Tensor | None, share: float) -> Tensor | float:
+        """A task's part in the sum beside its weight: the user's factor times its share of the counts."""
+        return share if factor is None else factor if share == 1 else factor * share
 
     def _backward_chunk(
         self,
         chunk: Chunk,
         weights: Mapping[int, Tensor],
-        shares: Mapping[int, Tensor],
+        shares: Mapping[int, Tensor | float],
         unit: UnitHeads | None,
     ) -> None:
         """Backward of the sum of weight times share times loss."""
         if not shares:
             return
-        scale = self.network.scale(next(iter(chunk.losses.values())).device)
-        parts = {index: share if scale is None else share * scale.to(share) for index, share in shares.items()}
+        network = self.network
+        scale = network.scale(next(iter(chunk.losses.values())).device)
+        parts = shares if scale is None else {i: scale.to(weights[i]) * share for i, share in shares.items()}
+        inputs = network.parameters
+        if network.compiled:
+            inputs = [p for p in inputs if any(self._reaches(index, p) for index in parts)]
         with self._active(chunk):
             if unit is not None:
                 unit.before(chunk.losses, weights, parts)
             torch.autograd.backward(
                 [chunk.losses[index] for index in parts],
-                [(weights[index] * part).to(chunk.losses[index]) for index, part in parts.items()],
-                inputs=[p for p in self.network.parameters if any(self._reaches(index, p) for index in parts)],
+                [
+                    (weights[index] if isinstance(part, float) and part == 1 else weights[index] * part).to(
+                        chunk.losses[index]
+                    )
+                    for index, part in parts.items()
+                ],
+                inputs=inputs,
             )
         self.num_backward += 1
 
@@ -875,7 +897,7 @@ class Problem:
                     break
                 chunks.append(Chunk({}, chunk.counts, chunk.active))
                 sums.add(chunk)
-                shares = {i: all_factors[i] * share for i in chunk.losses if i in wanted}
+                shares = {i: self._share(all_factors.get(i), share) for i in chunk.losses if i in wanted}
                 try:
                     if even:
                         self._backward_chunk(chunk, all_weights, shares, unit)
@@ -1004,10 +1026,12 @@ class Problem:
         cosines = None
         conflicts = None
         if gradients is not None:
-            norms = gradients.gramian.diagonal().clamp_min(0).sqrt()
-            product = torch.outer(norms, norms)
-            cosines = torch.where(product > 0, gradients.gramian / product.where(product > 0, 1.0), 0.0)
-            conflicts = int((cosines.triu(1) < 0).sum())
+            values = gradients.gramian.numpy()
+            norms = np.sqrt(values.diagonal().clip(0))
+            product = np.outer(norms, norms)
+            table = np.divide(values, product, out=np.zeros_like(values), where=product > 0)
+            cosines = torch.from_numpy(table)
+            conflicts = int(np.count_nonzero(np.triu(table, 1) < 0))
         return StepInfo(
             losses=MappingProxyType({name: self._recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),

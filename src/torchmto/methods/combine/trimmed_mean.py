@@ -38,6 +38,10 @@ class TrimmedMean(GradientCombiner):
         super().__init__(**options)
         self.num_trimmed = check_integer("num_trimmed", num_trimmed, minimum=0)
 
+    def needs_whole_rows(self) -> str:
+        """Every column is averaged by itself."""
+        return ""
+
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The trimmed mean of every column, [P]."""

@@ -65,17 +65,15 @@ class DoubleSampling(GramianWeighting):
         second = problem.gradients(source=1 if problem.num_sources == 2 else 2)
         common = [i for i in first.indices if i in second.indices and i in gradients.indices]
         if common:
-            self.move(cross_gramian(first, second, common), common)
+            self.move(cross_gramian(problem, first, second, common), common)
         return self.row_weights(gradients.indices).to(gradients.gramian)
 
 
-def cross_gramian(first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
-    """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k].
-
-    Columns that only one batch knows, because a parameter became shared in between, are left out.
-    """
-    width = min(first.matrix.shape[1], second.matrix.shape[1])
-    product = first.matrix[:, :width] @ second.matrix[:, :width].T
+def cross_gramian(
+    problem: Problem, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]
+) -> Tensor:
+    """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
+    product = problem.inner_products(first, second)
     rows = [first.indices.index(task) for task in tasks]
     columns = [second.indices.index(task) for task in tasks]
-    return product.to(device="cpu", dtype=torch.float64)[rows][:, columns]
+    return product[rows][:, columns]

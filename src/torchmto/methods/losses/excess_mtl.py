@@ -53,6 +53,10 @@ class ExcessMTL(Method):
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("squares", torch.zeros(num_tasks, 0))
 
+    def needs_whole_rows(self) -> str:
+        """The sums of squares are as large as the rows."""
+        return "sums the squares of the rows in its state"
+
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:
         """Add the squared gradients to their sums; the estimated excess risks of the present tasks, float64 [k]."""

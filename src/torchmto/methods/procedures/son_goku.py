@@ -94,6 +94,10 @@ class SonGoku(Procedure):
         """K backwards: the gradients of the waiting tasks are tracked as well."""
         return Cost(1, num_tasks, 1)
 
+    def needs_whole_rows(self) -> str:
+        """The tracked rows are its state."""
+        return "tracks the rows in its state"
+
     def step(self, problem: Problem) -> StepInfo:
         """Track all gradients; update by those of one group."""
         gradients = problem.gradients()
