@@ -19,7 +19,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "segnet": {"epochs": 10, "batch_size": 8, "learning_rate": 1e-3, "model_options": {"width": 16}},
 }
 _DATA_RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {"epochs": 5, "batch_size": 64, "learning_rate": 4e-3, "model_options": {"widths": [16, 32, 64]}},
+    "digits": {"epochs": 4, "batch_size": 64, "learning_rate": 4e-3, "model_options": {"widths": [16, 32, 64]}},
 }
 
 
