@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from torchmto.methods.method import LossWeighting
@@ -31,3 +32,7 @@ class GD(LossWeighting):
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The sum of the losses."""
         return losses.sum()
+
+    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """Ones, as the objective's gradient is."""
+        return torch.ones_like(losses)
