@@ -34,11 +34,11 @@ function number(value, digits = 4) {
 const signed = (value, digits = 2) => (isNumber(value) ? `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}` : "–");
 
 const COSTS = [
-  ["seconds_per_batch", "time per batch", "ms", 1e3],
-  ["num_forward", "forwards per batch", "", 1],
-  ["num_backward", "backwards per batch", "", 1],
-  ["num_optimizer_steps", "optimizer steps per batch", "", 1],
-  ["peak_memory_bytes", "peak memory", "MiB", 1 / 1048576],
+  ["seconds_per_batch", "time", "ms per batch", 1e3],
+  ["num_forward", "forwards", "per batch", 1],
+  ["num_backward", "backwards", "per batch", 1],
+  ["num_optimizer_steps", "optimizer steps", "per batch", 1],
+  ["peak_memory_bytes", "memory", "peak, MiB", 1 / 1048576],
 ];
 
 // ------------------------------------------------------------------------------------------------------- colours
@@ -117,11 +117,23 @@ function select(label, options, value, change) {
   return el("label", {}, label, node);
 }
 
-function legend(names, palettes) {
-  const chips = names.map((name, index) =>
-    el("span", { class: "chip plain" }, el("span", { class: "swatch", style: `background:${colour(palettes, index)}` }), name),
-  );
-  return el("div", { class: "chips", role: "list" }, ...chips.map((chip) => (chip.setAttribute("role", "listitem"), chip)));
+function key(entries) {
+  const chips = entries.map(([name, shade]) =>
+    el("span", { class: "chip plain", role: "listitem" }, el("span", { class: "swatch", style: `background:${shade}` }), name));
+  return el("div", { class: "chips", role: "list" }, ...chips);
+}
+
+const legend = (names, palettes) => key(names.map((name, index) => [name, colour(palettes, index)]));
+
+/** The colours of the methods that are shown. */
+function methodLegend(card, baseline) {
+  const holder = el("div");
+  card.append(holder);
+  charts.push(() => {
+    const entries = shown().map((name) => [name, methodColour(name)]);
+    if (baseline) entries.push(["single-task models", baseline()]);
+    holder.replaceChildren(key(entries));
+  });
 }
 
 // --------------------------------------------------------------------------------------------- the state of a page
@@ -132,6 +144,8 @@ let table = { key: "delta_m", down: true, filter: "", metrics: "primary" };
 
 const tasksOf = () => study.task_names;
 const taskInfo = (task) => own(study.results.tasks, task);
+/** The axis of steps or epochs; epochs are whole numbers. */
+const timeAxis = (unit) => ({ ...title(unit), ...(unit === "epoch" && study.longest < 12 ? { dtick: 1 } : {}) });
 const primary = (task) => taskInfo(task).primary_metric;
 const higher = (task, metric) => dig(taskInfo(task), "metrics", metric, "higher_is_better");
 const method = (name) => own(study.results.methods, name);
@@ -295,7 +309,7 @@ function deltaSection(card) {
       return {
         data,
         layout: {
-          xaxis: { ...title("Δm, %: to the right is better than single-task models"), zeroline: true },
+          xaxis: { ...title("Δm, % (0: as good as single-task models)"), zeroline: true },
           yaxis: { tickvals: names.map((_, row) => row), ticktext: names.map((name) => safe(short(name))), range: [-0.6, names.length - 0.4], zeroline: false },
         },
       };
@@ -309,7 +323,7 @@ function pairsOf(names) {
 
 function tradeoff(first, second) {
   const value = (name, task) => dig(method(name), "tasks", task, primary(task), "mean");
-  const label = (task) => `${task}: ${primary(task)} ${direction(task, primary(task))}`;
+  const label = (task) => `${short(task, 22)}: ${primary(task)} ${direction(task, primary(task))}`;
   return chart(el("span", {}, `${first} / ${second}`), 300, () => {
     const data = shown().map((name) => {
       const spread = (task) => dig(method(name), "tasks", task, primary(task), "std") ?? 0;
@@ -324,12 +338,13 @@ function tradeoff(first, second) {
       data.push({ type: "scatter", mode: "markers", name: "single-task models", x: [base[0]], y: [base[1]],
         marker: { size: 12, symbol: "star-diamond", color: variable("--ink") }, hovertemplate: "%{x:.4~g}, %{y:.4~g}<extra>%{fullData.name}</extra>" });
     }
-    const axis = (task) => ({ ...title(label(short(task, 22)).replace(task, short(task, 22))), autorange: higher(task, primary(task)) ? true : "reversed", zeroline: false });
+    const axis = (task) => ({ ...title(label(task)), autorange: higher(task, primary(task)) ? true : "reversed", zeroline: false });
     return { data, layout: { xaxis: axis(first), yaxis: axis(second) } };
   }, `Trade-off between ${first} and ${second}`);
 }
 
 function tradeoffSection(card) {
+  methodLegend(card, study.results.single_task ? () => variable("--ink") : null);
   const names = tasksOf();
   const pairs = pairsOf(names);
   const grid = el("div", { class: "grid" });
@@ -404,7 +419,7 @@ function curvesSection(card) {
         const data = shown().flatMap((name) => lines(curve(runsOf(name), pick), name, { color: methodColour(name), width: 2, dash: methodDash(name) }));
         const base = study.runs.filter((run) => run.task === task);
         if (base.length) data.push(...lines(curve(base, pick), "single-task model", { color: variable("--soft"), width: 2, dash: "dash" }));
-        return { data, layout: { xaxis: title(study.history_unit), yaxis: { zeroline: false } } };
+        return { data, layout: { xaxis: timeAxis(study.history_unit), yaxis: { zeroline: false } } };
       }, `Learning curves of ${task}`);
     }));
     keep(grid);
@@ -413,8 +428,10 @@ function curvesSection(card) {
   for (let start = 0; start < tasksOf().length; start += 6) pages.push([start, tasksOf().slice(start, start + 6).map((task) => short(task, 14)).join(", ")]);
   card.append(el("div", { class: "controls" },
     select("curves", options, kind, (value) => { kind = value; build(); }),
-    pages.length > 1 ? select("tasks", pages, 0, (value) => { first = value; build(); }) : null), grid);
-  charts.push(build);
+    pages.length > 1 ? select("tasks", pages, 0, (value) => { first = value; build(); }) : null));
+  methodLegend(card, study.runs.some((run) => run.task !== null) ? () => variable("--soft") : null);
+  card.append(grid);
+  charts.push(() => { if (!grid.childElementCount) build(); });
 }
 
 /** Methods and runs whose trace has something: [[label, run]]. */
@@ -548,9 +565,10 @@ const conflictShares = () => study.runs.some((run) => run.task === null && run.h
 
 function conflictsSection(card) {
   if (conflictShares()) {
+    methodLegend(card);
     card.append(chart(el("span", {}, "share of pairs in conflict ", el("small", {}, "mean over each epoch")), 260, () => ({
       data: shown().flatMap((name) => { const series = curve(runsOf(name), (point) => point.conflict_share); return series.x.length ? lines(series, name, { color: methodColour(name), width: 2, dash: methodDash(name) }) : []; }),
-      layout: { xaxis: title(study.history_unit), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" } },
+      layout: { xaxis: timeAxis(study.history_unit), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" } },
     }), "Share of task pairs with conflicting gradients"));
   }
   const has = (point) => point.cosines || isNumber(point.mean_cosine);
@@ -630,7 +648,7 @@ const SECTIONS = [
   ["affinity", "Affinity", "How much one task's (or its group's) step lowers each task's loss, as a moving average. Blue helps, orange harms.", some(record("affinity")), affinitySection],
   ["groups", "Groups", "Tasks updated together.", some(record("groups")), groupsSection],
   ["conflicts", "Conflicts", "Two tasks are in conflict where the cosine between their gradients on the shared parameters is negative.", () => conflictShares() || tracedRuns((point) => point.cosines || isNumber(point.mean_cosine)).length > 0, conflictsSection],
-  ["costs", "Costs", "Per batch. Methods that take several optimizer steps per batch get more updates out of the same data: compare with that in mind.", () => study.method_names.some((name) => method(name).cost), costSection],
+  ["costs", "Costs", "Methods that take several optimizer steps per batch get more updates out of the same data: compare with that in mind.", () => study.method_names.some((name) => method(name).cost), costSection],
   ["settings", "Settings", "What was run, and with which versions.", () => true, settingsSection],
 ];
 
@@ -661,6 +679,7 @@ function chips() {
 /** Builds the page of the chosen study, at the start and when the study or the theme changes. */
 function start() {
   charts = [];
+  study.longest = Math.max(0, ...study.runs.map((run) => run.history.length));
   const content = document.getElementById("content");
   content.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.purge(plot));
   content.replaceChildren();

@@ -1,0 +1,140 @@
+"""The report in headless Chromium: it draws, sorts, slides, and loads nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import Browser, chromium, require_chromium
+from report_folders import comparison, training
+
+from torchmto.lab.report import write_report
+
+pytest.importorskip("plotly")
+
+HOSTILE = "</script><img src=x onerror='window.hacked=1'>"
+METHODS = ("gd", "pcgrad <b>bold</b>", "connection_strength", f"task_groups{HOSTILE}")
+TASKS = (HOSTILE, "<i>right</i> %{x}", "10")
+
+Results = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, Path, Results]]:
+    require_chromium()
+    folder = tmp_path_factory.mktemp("report")
+    results = comparison(folder / "run", methods=METHODS, tasks=TASKS)
+    training(folder / "training")
+    write_report([folder / "run", folder / "training"])
+    with chromium(folder) as browser:
+        browser.call("POST", "/url", url="about:blank")
+        browser.requests()
+        browser.view(1200, 900)
+        browser.open(folder / "run" / "report.html")
+        yield browser, folder / "run" / "report.html", results
+
+
+def rows(browser: Browser) -> list[str]:
+    found: list[str] = browser.run("return [...document.querySelectorAll('#comparison tbody tr')].map(r => r.dataset.method)")
+    return found
+
+
+def test_it_opens_without_errors_and_loads_nothing(report: tuple[Browser, Path, Results]) -> None:
+    browser, path, _ = report
+    asked = [url for url in browser.requests() if not url.startswith(("chrome", "data:"))]
+    assert set(asked) <= {path.resolve().as_uri()}
+    assert browser.log("browser") == []
+    assert browser.run("return window.hacked") is None
+    assert browser.run("return document.images.length") == 0
+    drawn, sections = browser.run(
+        "return [document.querySelectorAll('.js-plotly-plot .main-svg').length, document.querySelectorAll('section').length]"
+    )
+    assert drawn > 15
+    assert sections == 11
+
+
+def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, results = report
+    shown = browser.run(
+        "return Object.fromEntries([...document.querySelectorAll('#comparison tbody tr')].map(r =>"
+        " [r.dataset.method, [...r.querySelectorAll('td')].map(c => c.dataset.value)]))"
+    )
+    for name, method in results["methods"].items():
+        delta = method["delta_m"]
+        tasks = [figures[about["primary_metric"]]["mean"] for figures, about in zip(method["tasks"].values(), results["tasks"].values(), strict=True)]
+        cells = [None if cell == "" else float(cell) for cell in shown[name]]
+        assert cells[0] == (delta and delta["mean"])
+        assert sorted(cells[1:4]) == sorted(tasks)
+        assert cells[4] == method["cost"]["seconds_per_batch"]
+    plotted = browser.run(
+        "return document.querySelector('#delta .js-plotly-plot').data.filter(t => t.error_x).map(t => [t.x[0], t.error_x.array[0]])"
+    )
+    expected = [[m["delta_m"]["mean"], m["delta_m"]["ci95"]] for m in results["methods"].values() if m["delta_m"]]
+    assert sorted(plotted) == sorted(expected)
+
+
+def test_the_table_sorts_and_filters_by_mouse_and_keyboard(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, results = report
+    time = {name: method["cost"]["seconds_per_batch"] for name, method in results["methods"].items()}
+    header = "#comparison th[data-key=seconds_per_batch]"
+    browser.click(f"{header} button")
+    assert rows(browser) == sorted(time, key=time.__getitem__)
+    assert browser.run("return document.querySelector(arguments[0]).ariaSort", header) == "ascending"
+    browser.type(f"{header} button", "\ue007")
+    assert rows(browser) == sorted(time, key=time.__getitem__, reverse=True)
+    assert browser.run("return document.activeElement.closest('th').dataset.key") == "seconds_per_batch"
+    browser.click("#comparison th[data-key=delta_m] button")
+    assert rows(browser)[-1] == METHODS[-1], "a method without a value comes last"
+    browser.type("#filter", "BOLD")
+    assert rows(browser) == [METHODS[1]]
+    browser.type("#filter", "\ue003" * 4)
+    browser.click("#methods input")
+    assert "gd" not in rows(browser)
+    assert browser.run("return document.querySelector('#costs .js-plotly-plot').data[0].x.length") == 3
+    browser.click("#methods input")
+    assert len(rows(browser)) == 4
+
+
+def test_the_slider_moves_through_the_affinities(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    script = "return document.querySelector('#affinity .js-plotly-plot').data[0].z"
+    last = browser.run(script)
+    browser.type("#affinity-slider", "\ue012")
+    before = browser.run(script)
+    assert before != last
+    label = browser.run("return document.getElementById('affinity-slider').getAttribute('aria-valuetext')")
+    assert label == "step 5 (5 of 6)"
+    recorded = browser.run(
+        "const run = report.studies[0].runs.find(r => r.trace.some(p => p.records.affinity));"
+        "return run.trace[4].records.affinity"
+    )
+    assert before == recorded
+    browser.type("#layer-slider", "\ue011")
+    assert browser.run("return document.getElementById('layer-slider').value") == "0"
+
+
+@pytest.mark.parametrize(("theme", "width", "phone"), [("light", 1200, False), ("dark", 1200, False), ("light", 390, True)])
+def test_screenshots_in_light_dark_and_on_a_phone(
+    report: tuple[Browser, Path, Results], theme: str, width: int, phone: bool
+) -> None:
+    browser, _, _ = report
+    browser.view(width, 844, theme=theme, phone=phone)
+    for section in ("table", "curves", "affinity"):
+        browser.run("document.getElementById(arguments[0]).scrollIntoView({behavior: 'instant'})", section)
+        image = browser.screenshot()
+        assert len(image) > 15_000, "an empty page is a few kilobytes"
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    background = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(15, 19, 24)" if theme == "dark" else "rgb(246, 247, 249)")
+    assert browser.log("browser") == []
+
+
+def test_choosing_another_folder(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    browser.view(1200, 900)
+    browser.run(
+        "const s = document.querySelector('#chooser select'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))"
+    )
+    assert rows(browser) == ["pcgrad"]
+    assert browser.run("return document.getElementById('title').textContent") == "training"
+    assert browser.log("browser") == []

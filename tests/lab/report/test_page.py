@@ -1,0 +1,166 @@
+"""The report without a browser: what is in the file, and what isn't."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_folders import METHODS, comparison, training
+
+from torchmto.cli import main
+from torchmto.lab.report import ReportError, page, read_studies
+from torchmto.lab.report.page import MAX_BYTES, _fitting
+
+pytest.importorskip("plotly")
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+class Reader(HTMLParser):
+    """Tags with their attributes, and the text of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags[-1:] and self.tags[-1][0] == "script" and not self.scripts[-1]:
+            self.scripts[-1] = data
+
+
+def embedded(text: str) -> list[dict[str, Any]]:
+    (data,) = re.findall(r'<script type="application/json" id="report-data">(.*?)</script>', text, re.DOTALL)
+    studies: list[dict[str, Any]] = json.loads(data)["studies"]
+    return studies
+
+
+def test_the_values_are_those_of_the_json(tmp_path: Path) -> None:
+    results = comparison(tmp_path / "run")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    text = (tmp_path / "run" / "report.html").read_text()
+    (study,) = embedded(text)
+    assert study["results"] == results
+    assert study["method_names"] == list(METHODS)
+    assert len(text.encode()) < MAX_BYTES
+    run = next(r for r in study["runs"] if r["method"] == "task_groups" and r["task"] is None)
+    saved = json.loads((tmp_path / "run" / "runs" / "run3-seed0.json").read_text())["content"]["result"]
+    assert [p["records"]["affinity"] for p in run["trace"]] == [p["records"]["affinity"] for p in saved["trace"]]
+    assert [h["losses"] for h in run["history"]] == [h["losses"] for h in saved["history"]]
+
+
+def test_nothing_is_loaded_and_no_text_becomes_markup(tmp_path: Path) -> None:
+    folder = tmp_path / ("<b onclick=alert(1)>&" + "x" * 20)
+    comparison(folder, methods=(HOSTILE, "<!--", "gd\u2028"), tasks=(HOSTILE, "__proto__", "0"))
+    text = page(read_studies([folder]))
+    reader = Reader(text)
+    kinds = [tag for tag, _ in reader.tags]
+    assert kinds.count("script") == 3
+    assert not {"img", "link", "iframe", "b", "object", "base"} & set(kinds)
+    assert not [a for _, a in reader.tags if {"src", "onclick", "onerror"} & set(a)]
+    policy = next(a["content"] for _, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert list(embedded(text)[0]["results"]["methods"])[0] == HOSTILE
+    data = reader.scripts[0]
+    assert not set("<>&\u2028") & set(data)
+
+
+def test_training_runs_on_the_same_data_share_a_table(tmp_path: Path) -> None:
+    for name, method in (("a", "pcgrad"), ("b", "gd"), ("c", "gd")):
+        training(tmp_path / name, method=method)
+    (study,) = read_studies([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
+    assert study["method_names"] == ["pcgrad", "gd", "gd (c)"]
+    assert study["results"]["methods"]["pcgrad"]["tasks"]["left"]["accuracy"]["mean"] == 0.5
+    assert study["results"]["methods"]["pcgrad"]["cost"]["num_backward"] == 3
+    assert study["results"]["tasks"]["offset"]["metrics"]["rmse"]["higher_is_better"] is False
+    first = study["runs"][0]
+    assert [entry["at"] for entry in first["history"]] == [10, 20]
+    assert first["history"][1]["validation"]["left"] == {"accuracy": 0.2}
+    assert first["trace"][-1]["records"]["groups"] == [["left", "right", "offset"]]
+
+
+def test_one_page_for_several_folders(tmp_path: Path) -> None:
+    comparison(tmp_path / "one")
+    training(tmp_path / "two")
+    assert main(["report", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    texts = [(tmp_path / name / "report.html").read_text() for name in ("one", "two")]
+    assert texts[0] == texts[1]
+    assert len(embedded(texts[0])) == 2
+    assert main(["report", str(tmp_path / "two"), "--out", str(tmp_path / "page.html")]) == 0
+    assert len(embedded((tmp_path / "page.html").read_text())) == 1
+
+
+def test_large_pages_lose_points_of_curves_but_never_the_table(tmp_path: Path) -> None:
+    results = comparison(tmp_path / "run", points=100)
+    studies = read_studies([tmp_path / "run"])
+    room = 60_000
+    text = _fitting(studies, room)
+    (study,) = json.loads(text)["studies"]
+    assert len(text.encode()) <= room
+    assert study["results"] == results
+    assert "fewer points" in study["notes"][0]
+    trace = next(run["trace"] for run in study["runs"] if run["trace"])
+    assert 8 <= len(trace) < 100
+    assert (trace[0]["step"], trace[-1]["step"]) == (1, 100)
+    (bare,) = json.loads(_fitting(studies, len(json.dumps(results)) + 2000))["studies"]
+    assert (bare["runs"], bare["results"]) == ([], results)
+    with pytest.raises(ValueError, match="too many methods"):
+        _fitting(studies, 100)
+
+
+def _break(folder: Path, what: str) -> None:
+    match what:
+        case "not JSON":
+            (folder / "results.json").write_text("{")
+        case "foreign":
+            (folder / "results.json").write_text('{"a": 1}')
+        case "unfinished":
+            (folder / "results.json").unlink()
+        case "another version":
+            text = (folder / "results.json").read_text()
+            (folder / "results.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+        case "no figures":
+            (folder / "results.json").write_text('{"schema_version": 1, "methods": {"gd": {}}, "tasks": {}, "config": {}}')
+        case "broken run":
+            path = folder / "runs" / "run0-seed0.json"
+            path.write_text(path.read_text().replace('"epoch": 0', '"epoch": 7'))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("not JSON", "is broken: it isn't JSON"),
+        ("foreign", "holds neither a comparison nor a training run"),
+        ("unfinished", "has no results.json: it isn't finished"),
+        ("another version", "has version 2; this torchmto reads version 1"),
+        ("no figures", "doesn't hold what it should: KeyError"),
+        ("broken run", "its checksum doesn't match"),
+    ],
+)
+def test_broken_folders_are_named(
+    tmp_path: Path, what: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison(tmp_path / "run")
+    _break(tmp_path / "run", what)
+    with pytest.raises(ReportError, match=re.escape(message)):
+        read_studies([tmp_path / "run"])
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_folder_that_is_missing_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match="There is no folder"):
+        read_studies([tmp_path / "nowhere"])
+    with pytest.raises(ReportError, match="isn't a run's folder"):
+        read_studies([tmp_path])
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "page.html")]) == 2

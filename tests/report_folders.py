@@ -1,0 +1,125 @@
+"""Folders as `torchmto compare` and `torchmto train` leave them, made up in milliseconds."""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchmto.lab.atomic import write_json
+
+METHODS = ("gd", "pcgrad", "connection_strength", "task_groups")
+TASKS = ("left", "right", "offset")
+
+
+def _metric(task: str, tasks: Sequence[str]) -> str:
+    return "rmse" if task == tasks[-1] else "accuracy"
+
+
+def comparison(
+    folder: Path, *, methods: Sequence[str] = METHODS, tasks: Sequence[str] = TASKS, seeds: int = 2, points: int = 6
+) -> dict[str, Any]:
+    """A finished comparison; returns its results.json."""
+    draw = random.Random(0)
+    (folder / "runs").mkdir(parents=True)
+    cost = {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "peak_memory_bytes": None}
+
+    def figures() -> dict[str, Any]:
+        return {t: {_metric(t, tasks): {"mean": draw.random(), "std": 0.01}, "extra": {"mean": draw.random(), "std": 0.0}} for t in tasks}
+
+    def costs() -> dict[str, Any]:
+        return {**cost, "seconds_per_batch": draw.random()}
+
+    results = {
+        "schema_version": 1,
+        "tasks": {
+            t: {
+                "kind": "any",
+                "primary_metric": _metric(t, tasks),
+                "metrics": {_metric(t, tasks): {"higher_is_better": t != tasks[-1]}, "extra": {"higher_is_better": True}},
+            }
+            for t in tasks
+        },
+        "methods": {
+            name: {
+                "delta_m": {"mean": draw.uniform(-30, 30), "ci95": draw.random(), "per_seed": [draw.random() for _ in range(seeds)]},
+                "tasks": figures(),
+                "cost": costs(),
+                "selected_epochs": [1] * seeds,
+            }
+            for name in methods
+        },
+        "single_task": {"tasks": figures(), "cost": costs()},
+        "versions": {"torchmto": "0.1.0", "python": "3.11"},
+        "config": {"methods": list(methods), "seeds": seeds, "data": "digits", "model": "convnet", "epochs": 2, "batch_size": 8},
+    }
+    # One method without an average change, as where a single-task value is 0.
+    results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model"}
+    (folder / "results.json").write_text(json.dumps(results))
+    write_json(folder / "config.json", "torchmto compare", 1, results["config"])
+    for seed in range(seeds):
+        for number, name in enumerate([*methods, *tasks]):
+            single = number >= len(methods)
+            here = [name] if single else list(tasks)
+            trace = [_point(name, step + 1, tasks, draw) for step in range(points)]
+            history = [
+                {
+                    "epoch": epoch,
+                    "losses": {t: draw.random() for t in here},
+                    "num_conflicts": None if single or name == "gd" else draw.random(),
+                    "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
+                    "score": 0.0,
+                }
+                for epoch in range(2)
+            ]
+            config = {"method": "gd" if single else name, "seed": seed, "tasks": here if single else []}
+            content = {"config": config, "result": {"history": history, "trace": [] if single else trace}}
+            write_json(folder / "runs" / f"run{number}-seed{seed}.json", "torchmto compare run", 1, content)
+    return results
+
+
+def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> dict[str, Any]:
+    shares = {t: 1 / len(tasks) for t in tasks}
+    records: dict[str, Any] = {}
+    point = {"step": step, "losses": dict.fromkeys(tasks, 1.0), "weights": None, "num_conflicts": None, "cosines": None}
+    if name.startswith("pcgrad"):
+        point["cosines"] = [[draw.uniform(-1, 1) for _ in tasks] for _ in tasks]
+        point["weights"] = {t: draw.random() for t in tasks}
+    if name.startswith("connection_strength"):
+        records = {"phase": 1, "priority_shares": shares, "layer_priority_shares": {"trunk.0": shares, "trunk.1": shares}}
+    if name.startswith("task_groups"):
+        affinity = [[draw.uniform(-1, 1) for _ in tasks] for _ in tasks]
+        groups = [[tasks[0], *tasks[2:]], [tasks[1]]] if step > 2 else [[t] for t in tasks]
+        records = {"groups": groups, "affinity": affinity, "noise_floor": dict.fromkeys(tasks, 0.001)}
+    return {**point, "records": records}
+
+
+def training(folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+    """A finished training run; returns its results.json."""
+    folder.mkdir(parents=True)
+    measured = {t: {_metric(t, tasks): 0.5} for t in tasks}
+    results = {
+        "version": 1,
+        "measure": "mean validation score",
+        "score": 0.4,
+        "best_step": 20,
+        "primary": {t: _metric(t, tasks) for t in tasks},
+        "validation": measured,
+        "test": measured,
+        "cost": {"num_forward": 20, "num_backward": 60, "num_optimizer_steps": 20, "steps": 20, "seconds_per_step": 0.1},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": 0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "environment.json").write_text(json.dumps([{"versions": {"torch": "2.6"}}]))
+    rows = ["step,name,value"]
+    for step in (10, 20):
+        rows += [f"{step},loss/{t},{1 / step}" for t in tasks]
+        rows += [f"{step},validation/{t}/{_metric(t, tasks)},{step / 100}" for t in tasks]
+        rows += [f"{step},conflicts/pairs,1", f"{step},conflicts/mean_cosine,0.1"]
+    (folder / "metrics.csv").write_text("\n".join([*rows, "20,loss/le"]))
+    records = [{"step": 20, "groups": [list(tasks)], "affinity": [[0.1] * len(tasks)] * len(tasks)}]
+    (folder / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 3')
+    return results
