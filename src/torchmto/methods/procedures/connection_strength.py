@@ -40,6 +40,11 @@ class ChannelPriorities:
         self.recording: Recording | None = None
         self._layers: list[StructuredLayer] | None = None
 
+    @property
+    def found(self) -> bool:
+        """Whether the layers have been looked for."""
+        return self._layers is not None
+
     def layers(self, network: Network) -> list[StructuredLayer]:
         """The conv and linear layers whose norm is task-specific, found on the first call."""
         if self._layers is None:
@@ -261,10 +266,14 @@ class ConnectionStrength(Procedure):
         return info
 
     def _recording(self, problem: Problem) -> contextlib.AbstractContextManager[Any]:
-        """Record the dataflow of the first step, by which layers that torch.fx can't trace are paired with norms."""
+        """Record the dataflow of the first step, by which layers that torch.fx can't trace are paired with norms.
+
+        Pairs aren't part of the state, so a resumed training records its own first step and finds the same ones.
+        """
         stack = contextlib.ExitStack()
         assert self._priorities is not None
-        if self._priorities.recording is None and self.num_steps == 0 and self.pairs is None and problem.network.split:
+        known = self._priorities.found or self._priorities.recording is not None
+        if not known and self.pairs is None and problem.network.split:
             self._priorities.recording = stack.enter_context(record_dataflow(problem.network.model))
         return stack
 
