@@ -38,10 +38,11 @@ def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
 def gramian(matrix: Tensor) -> Tensor:
     """G = J Jᵀ of J [k, P], as a float64 CPU tensor [k, k].
 
-    The product runs in J's own precision on J's device. Where its squares over- or underflow there (norms beyond about
-    1e±19 in float32), the rows are scaled by their largest entry first.
+    The product runs on J's device in J's own precision, in blocks of columns whose products are added up in float64 (where
+    the device has it): more exact than one long product, and for few tasks up to twice as fast. Where its squares over- or
+    underflow (norms beyond about 1e±19 in float32), the rows are scaled by their largest entry first.
     """
-    product = (matrix @ matrix.T).to(device="cpu", dtype=torch.float64)
+    product = _products(matrix).to(device="cpu", dtype=torch.float64)
     values = product.numpy()
     tiny = torch.finfo(matrix.dtype).tiny * 1e8
     if not np.isfinite(values).all() or (values.diagonal() < tiny).any():
@@ -49,7 +50,23 @@ def gramian(matrix: Tensor) -> Tensor:
         scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         scaled = matrix / scale
         factors = scale.to(device="cpu", dtype=torch.float64)
-        product = (scaled @ scaled.T).to(device="cpu", dtype=torch.float64) * factors * factors.T
+        product = _products(scaled).to(device="cpu", dtype=torch.float64) * factors * factors.T
+    return product
+
+
+BLOCK = 16384
+"""Columns per block of the Gramian: K rows of it stay in the processor's cache."""
+
+
+def _products(matrix: Tensor) -> Tensor:
+    """``matrix @ matrix.T``, block by block of columns, without a copy of the matrix."""
+    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    whole = matrix.shape[1] // BLOCK
+    rest = matrix[:, whole * BLOCK :]
+    product = (rest @ rest.T).to(wide)
+    if whole:
+        blocks = matrix[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).transpose(0, 1)
+        product += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 
