@@ -42,7 +42,7 @@ def gramian(matrix: Tensor) -> Tensor:
     the device has it): more exact than one long product, and for few tasks up to twice as fast. Where its squares over- or
     underflow (norms beyond about 1e±19 in float32), the rows are scaled by their largest entry first.
     """
-    product = _products(matrix).to(device="cpu", dtype=torch.float64)
+    product = products(matrix).to(device="cpu", dtype=torch.float64)
     values = product.numpy()
     tiny = torch.finfo(matrix.dtype).tiny * 1e8
     if not np.isfinite(values).all() or (values.diagonal() < tiny).any():
@@ -50,7 +50,7 @@ def gramian(matrix: Tensor) -> Tensor:
         scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         scaled = matrix / scale
         factors = scale.to(device="cpu", dtype=torch.float64)
-        product = _products(scaled).to(device="cpu", dtype=torch.float64) * factors * factors.T
+        product = products(scaled).to(device="cpu", dtype=torch.float64) * factors * factors.T
     return product
 
 
@@ -58,7 +58,7 @@ BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
 
-def _products(matrix: Tensor) -> Tensor:
+def products(matrix: Tensor) -> Tensor:
     """``matrix @ matrix.T``, block by block of columns, without a copy of the matrix."""
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
     whole = matrix.shape[1] // BLOCK
