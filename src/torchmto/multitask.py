@@ -109,9 +109,11 @@ class MultiTask:
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
         )
-        reason = method.needs_whole_rows()
-        if shard_gradients and reason:
-            raise ValueError(f"Method `{method.name}` doesn't work with shard_gradients=True: it {reason}.")
+        for part in self._methods():
+            reason = part.refusal(self.network)
+            if reason:
+                where = "sharded parameters" if self.network.sharded else "shard_gradients=True"
+                raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
         method.bind(self.tasks)
         method.attach(self.network)
         if isinstance(self.weights, LossWeighting):

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import torchmto
+from torchmto.gradients.ranks import whole
 from torchmto.structure import active_task, split_norms
 from toy import Toy
 
@@ -105,7 +109,8 @@ def method_of(name: str, options: Mapping[str, Any]) -> torchmto.Method:
 
 
 def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+    """All parameters in one vector, gathered if they are sharded."""
+    return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
 
 
 def train(
@@ -122,6 +127,7 @@ def train(
     shares: Sequence[int] | None = None,
     micro: Sequence[Sequence[int]] | None = None,
     ddp: bool = False,
+    fsdp: str = "",
     independent: bool = False,
     optimizer: str = "adam",
     mt_options: Mapping[str, Any] | None = None,
@@ -131,6 +137,14 @@ def train(
     wrapped: nn.Module = net
     if ddp and size > 1:
         wrapped = nn.parallel.DistributedDataParallel(net, process_group=group, find_unused_parameters=True)
+    if fsdp and size > 1:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        # The heads may stay unsharded.
+        for layer in [*net.trunk, *([net] if fsdp == "all" else [net.trunk])]:
+            if next(layer.parameters(), None) is not None:
+                fully_shard(layer, mesh=mesh)
+        if fsdp == "all":
+            assert isinstance(net.heads["a"].weight, DTensor)
     made = (
         torch.optim.Adam(net.parameters(), lr=0.01)
         if optimizer == "adam"
@@ -157,7 +171,8 @@ def train(
             sources.append(closures if micro is not None else closures[0])
         info = mt.step(sources[0], independent=tuple(sources[1:]))
         infos.append((dict(info.losses), None if info.weights is None else dict(info.weights), info.skipped))
-        grads.append([p.grad is not None for p in net.parameters()])
+        # Not those of `net`: after a forward without backward FSDP keeps the root's parameters gathered.
+        grads.append([p.grad is not None for p in made.param_groups[0]["params"]])
     return {
         "parameters": flat(net),
         "infos": infos,
@@ -206,7 +221,9 @@ def try_sharded(rank: int, size: int, group: Any, table: Sequence[tuple[str, Map
     return works, refused
 
 
-def decide(rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], steps: int):
+def decide(  # noqa: PLR0917
+    rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], steps: int
+):
     """Train on data whose scale depends on the rank; record what the method decides."""
     net = build("split" if name == "connection_strength" else "toy").train()
     mt = torchmto.MultiTask(
@@ -243,7 +260,9 @@ class _Broken(torch.autograd.Function):
         raise RuntimeError("broken backward")
 
 
-def fail(rank: int, size: int, group: Any, name: str, kind: str, pieces: int):
+def fail(  # noqa: PLR0917
+    rank: int, size: int, group: Any, name: str, kind: str, pieces: int
+):
     """Rank 2 fails in its second step."""
     net = build("toy")
     mt = torchmto.MultiTask(
@@ -314,7 +333,7 @@ def refuse(rank: int, size: int, group: Any, name: str):
     good = closure(net, data(rank, 4, "all"), count=False)
     result["method"] = _message(lambda: mt.step(good))
     net, mt = make()
-    x, y, _ = data(rank, 4, "all")
+    x = data(rank, 4, "all")[0]
     features = x @ net.trunk[0].weight.detach().T
     result["unshared"] = _message(
         lambda: mt.step(lambda tasks: {t: (net.heads[t](features) - 1).square().mean() for t in TASKS[rank : rank + 2]})
@@ -353,3 +372,46 @@ class _Infinite(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad.new_full(ctx.shape, float("inf"))
+
+
+def _fully_sharded(group: Any) -> nn.Module:
+    net = Toy(TASKS)
+    fully_shard(net.trunk[0], mesh=DeviceMesh.from_group(group, "cpu"))
+    return fully_shard(net, mesh=DeviceMesh.from_group(group, "cpu"))
+
+
+def try_fsdp(rank: int, size: int, group: Any, table: Sequence[tuple[str, Mapping[str, Any]]]):
+    """Which methods take a model sharded by FSDP2, and the messages of the others."""
+    works, refused = [], {}
+    net = _fully_sharded(group)
+    for name, options in table:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        try:
+            torchmto.MultiTask(net, optimizer, tasks=TASKS, method=method_of(name, options), process_group=group)
+            works.append(name)
+        except ValueError as error:
+            refused[name] = str(error)
+    return works, refused
+
+
+def refuse_fsdp(rank: int, size: int, group: Any):
+    """What else a sharded model can't do."""
+    net = _fully_sharded(group)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+    def make(method: Any = "pcgrad", **options: Any) -> torchmto.MultiTask:
+        return torchmto.MultiTask(net, optimizer, tasks=TASKS, method=method, process_group=group, **options)
+
+    part = data(rank, 4, "all")
+    full = closure(net, part, count=False)
+
+    def fewer(tasks: tuple[str, ...]) -> dict[str, Any]:
+        losses = full(tasks)
+        return {t: losses[t] for t in losses if t != "c" or rank == 0}
+
+    return {
+        "scaler": _message(lambda: make(scaler=torch.amp.GradScaler("cpu"))),
+        "shard_gradients": _message(lambda: make(shard_gradients=True)),
+        "reused weights": _message(lambda: make(torchmto.make_method("pcgrad", refresh_every=3))),
+        "missing task": _message(lambda: make().step(fewer)),
+    }

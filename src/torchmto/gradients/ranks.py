@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -125,6 +126,44 @@ class Ranks:
             torch._foreach_copy_(
                 list(bucket), [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
             )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor: this rank holds a part of it."""
+    # Where nobody has imported DTensor there is none, and importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, without graph; the tensor itself if it isn't sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, gathered by all ranks together if it is sharded."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered: Tensor = tensor.detach().full_tensor()  # type: ignore[attr-defined]
+    return gathered
+
+
+def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
+    """This rank's ``part`` of a tensor that is sharded as ``tensor`` is."""
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - only where there are such tensors
+
+    assert isinstance(tensor, DTensor)
+    return DTensor.from_local(
+        part.contiguous(),
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchmto.gradients.ranks import local
+
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements of ``tensor`` fill one block of memory, in whatever order of dimensions."""
@@ -113,9 +115,10 @@ class Rows:
         self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self.slices = []
         start = 0
-        for parameter in self.parameters:
-            self.slices.append(slice(start, start + parameter.numel()))
-            start += parameter.numel()
+        parts = [local(parameter) for parameter in self.parameters]
+        for part in parts:
+            self.slices.append(slice(start, start + part.numel()))
+            start += part.numel()
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
         buffer = torch.empty(self.num_tasks, start, dtype=dtype, device=self.parameters[0].device)
         kept = len(self.tasks)
@@ -124,7 +127,7 @@ class Rows:
             buffer[:kept, old.shape[1] :] = 0
         self._buffer = buffer
         self._combined = None
-        self._row_views = [views_of(row, self.parameters) for row in buffer]
+        self._row_views = [views_of(row, parts) for row in buffer]
         self._kinds = [_kind(parameter) for parameter in self.parameters]
 
     def row_of(self, task: int) -> int:
@@ -179,6 +182,7 @@ class Rows:
     def view(self, parameter: Tensor) -> Tensor:
         """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix."""
         columns = self.matrix[:, self.slices[self.position[id(parameter)]]]
+        parameter = local(parameter)
         if _is_dense(parameter):
             strides = (columns.stride(0), *parameter.stride())
             return columns.as_strided((len(columns), *parameter.shape), strides, columns.storage_offset())
@@ -188,5 +192,5 @@ class Rows:
         """A reused vector [P] for the combined gradient and its views, one per parameter."""
         if self._combined is None:
             self._combined = self._buffer.new_empty(self._buffer.shape[1])
-            self._combined_views = views_of(self._combined, self.parameters)
+            self._combined_views = views_of(self._combined, [local(parameter) for parameter in self.parameters])
         return self._combined, self._combined_views

@@ -148,9 +148,13 @@ class Method(ABC):
         values = (getattr(self, state) for state in self._states)
         return [value for value in values if isinstance(value, Method)]
 
-    def needs_whole_rows(self) -> str:
-        """Why the method can't work where every rank holds some columns of the gradient matrix only; empty if it can."""
-        return next((reason for reason in (value.needs_whole_rows() for value in self._inner()) if reason), "")
+    def refusal(self, network: Network) -> str:
+        """Why the method can't work on a network; empty if it can.
+
+        Where every rank holds a part of the gradient matrix' columns only (``network.divided``: by ``shard_gradients=True`` or
+        because FSDP shards the parameters), a method that looks at the rows themselves can't.
+        """
+        return next((reason for reason in (value.refusal(network) for value in self._inner()) if reason), "")
 
     @property
     def repeats(self) -> bool:
@@ -356,6 +360,12 @@ class GramianWeighting(Method):
             self.add_state("_age", 0)
             self.add_state("_kept_weights", {})
 
+    def refusal(self, network: Network) -> str:
+        """Reused weights need gradients of heads alone, which FSDP doesn't compute."""
+        if network.sharded and self.refresh_every > 1 and self.heads == "unit":
+            return 'needs heads="weighted" to reuse its weights with sharded parameters'
+        return super().refusal(network)
+
     @abstractmethod
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weight of every present task's gradient in the update.
@@ -457,9 +467,9 @@ class GradientCombiner(Method):
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
         self.head_weights: Tensor | None = None
 
-    def needs_whole_rows(self) -> str:
+    def refusal(self, network: Network) -> str:
         """Combiners look at the rows themselves."""
-        return "combines the rows entry by entry or layer by layer, or tracks them in its state"
+        return "combines the rows entry by entry or layer by layer, or tracks them" if network.divided else ""
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:

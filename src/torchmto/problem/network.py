@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
 from torchmto.gradients import Ranks, Roles, Rows, ShardedRows
-from torchmto.gradients.ranks import Pending
+from torchmto.gradients.ranks import Pending, is_sharded, local, sharded_like
 from torchmto.problem.exchange import raise_together
 from torchmto.structure import has_split_norms
 
@@ -149,10 +149,36 @@ class Network:
         self.walked: set[int] = set()
         self.warned_unasked = False
         self.shard_gradients = shard_gradients and ranks.size > 1
+        self.sharded = self._check_sharding()
         self._started: list[Pending] = []
         self._agreed: dict[str, frozenset[int]] = {}
         self._agreed_changes = 0
         self._agreed_columns = len(self.roles.layout)
+
+    def _check_sharding(self) -> bool:
+        """Whether FSDP shards parameters; raise where the step couldn't be exact."""
+        sharded = [p for p in self.parameters if is_sharded(p)]
+        if not sharded:
+            return False
+        for parameter in sharded:
+            mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+            if mesh.ndim != 1 or mesh.size() != self.ranks.size or not all(p.is_shard(0) for p in placements):
+                raise ValueError(
+                    f"Parameter {self.name(parameter)} is a DTensor placed as {placements} on a mesh of shape "
+                    f"{tuple(mesh.shape)}. Gradients of tasks are exact for `fully_shard` over a one-dimensional mesh of "
+                    f"the {self.ranks.size} ranks of the process group: hybrid sharding would count shards twice, tensor "
+                    "parallelism brings other placements."
+                )
+        if self.scaler is not None:
+            raise ValueError(
+                "Parameter `scaler` should be None with sharded parameters: an overflow would be seen by the rank that "
+                "holds it only. Use bfloat16, which needs no scaler."
+            )
+        if self.shard_gradients:
+            raise ValueError(
+                "Parameter `shard_gradients` should be False with sharded parameters: rows are sharded then."
+            )
+        return True
 
     def _given_names(self, shared: Iterable[Tensor] | None) -> list[str] | None:
         if shared is None:
@@ -245,6 +271,11 @@ class Network:
         self.walked &= self.roles.seen
 
     # ------------------------------------------------------------------ across ranks
+
+    @property
+    def divided(self) -> bool:
+        """Whether every rank holds a part of the gradient matrix' columns only."""
+        return self.sharded or self.shard_gradients
 
     @property
     def fingerprint(self) -> str:
@@ -367,16 +398,60 @@ class Network:
         """
         if self.ranks.size == 1:
             return
-        marks = [failure is not None, *(p.grad is not None for p in self.parameters)]
+        self._sum_gradients(failure)
+        self._average_statistics()
+
+    def _sum_gradients(self, failure: Exception | None) -> None:
+        # FSDP has averaged the gradients of the parameters it shards during the backward.
+        parameters = [p for p in self.parameters if not is_sharded(p)] if self.sharded else self.parameters
+        if not parameters:
+            return
+        marks = [failure is not None, *(p.grad is not None for p in parameters)]
         failed, *needed = self.ranks.max_(torch.tensor(marks, dtype=torch.uint8, device=self.device)).tolist()
         if failed:
             raise_together(self.ranks, failure)
-        reached = [p for p, mark in zip(self.parameters, needed, strict=True) if mark]
+        reached = [p for p, mark in zip(parameters, needed, strict=True) if mark]
         for parameter in reached:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.ranks.sum_all_([p.grad for p in reached if p.grad is not None])
+        gradients = [p.grad for p in reached if p.grad is not None]
+        self.ranks.sum_all_(gradients)
+        if self.sharded and gradients:
+            torch._foreach_div_(gradients, self.ranks.size)
+
+    @torch.no_grad()
+    def take_gradients(self) -> list[Tensor | None]:
+        """What a backward with sharded parameters left in ``.grad``, averaged over the ranks: this rank's parts."""
+        self._sum_gradients(None)
+        gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
+        self.zero_grad()
+        return gradients
+
+    def settle(self, rows: Rows | ShardedRows, heads: Heads) -> None:
+        """Agree on roles if need be, and give parameters that turned shared their columns. Gradients are summed already."""
+        flag = torch.tensor([float(self.agree_needed())], device=self.device)
+        if self.ranks.max_(flag).item():
+            self.agree()
+        self.lay_out(rows, heads)
         self._average_statistics()
+
+    def own_columns(self, rows: Rows | ShardedRows) -> list[slice]:
+        """The columns whose products this rank adds to the Gramian, so that all ranks together add each column once."""
+        rank, size = self.ranks.rank, self.ranks.size
+        width = rows.matrix.shape[1]
+        if size == 1 or self.shard_gradients or (self.sharded and rank == 0):
+            return [slice(0, width)]
+        if not self.sharded:
+            return [slice(width * rank // size, width * (rank + 1) // size)]
+        runs: list[slice] = []
+        for parameter, columns in zip(rows.parameters, rows.slices, strict=True):
+            if not is_sharded(parameter):
+                continue
+            if runs and runs[-1].stop == columns.start:
+                runs[-1] = slice(runs[-1].start, columns.stop)
+            else:
+                runs.append(columns)
+        return runs
 
     def _average_statistics(self) -> None:
         """Average the running statistics of norms in training mode, so that the ranks' models stay the same.
@@ -401,6 +476,9 @@ class Network:
     def zero_grad(self) -> None:
         """Set every gradient to None."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.sharded:
+            # Their backwards can't be restricted to the parameters that are trained.
+            self.model.zero_grad(set_to_none=True)
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
@@ -422,17 +500,30 @@ class Network:
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Set ``.grad`` of parameters, converted to their dtype and device."""
         for parameter, gradient in pairs:
-            parameter.grad = gradient.to(device=parameter.device, dtype=parameter.dtype)
+            converted = gradient.to(device=parameter.device, dtype=parameter.dtype)
+            parameter.grad = sharded_like(converted, parameter) if is_sharded(parameter) else converted
 
     def norm(self) -> Tensor:
         """The global norm of the gradients that are set, a scalar tensor."""
         gradients = self.gradients()
         if not gradients:
             return torch.zeros(())
-        return nn.utils.get_total_norm(gradients)
+        return self.norm_of(gradients) if self.sharded else nn.utils.get_total_norm(gradients)
+
+    @torch.no_grad()
+    def norm_of(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global norm of gradients of which some are sharded, a scalar tensor."""
+        apart = [local(g) for g in gradients if is_sharded(g)]
+        alike = [g for g in gradients if not is_sharded(g)]
+        square = self.ranks.sum_(nn.utils.get_total_norm(apart).to(self.device, torch.float64).square().reshape(1))
+        return (square + nn.utils.get_total_norm(alike).to(square).square()).sqrt().squeeze(0)
 
     @torch.no_grad()
     def clip_gradients(self, norm: Tensor) -> None:
         """Scale the gradients down to the norm ``clip``, given their present norm."""
         if self.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+            if self.sharded:
+                factor = float((self.clip / (norm + 1e-6)).clamp(max=1))
+                torch._foreach_mul_([local(g) for g in self.gradients()], factor)
+            else:
+                nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)

@@ -294,13 +294,16 @@ class Problem:
                     if self.network.ranks.size > 1:
                         self._tell(_Sums({}, {}), failure=error)
                     raise
+                if self.network.sharded:
+                    self._check_same(chunk, len(self._sources[source]))
                 yield chunk
 
     def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
         """Find the roles of the parameters that tasks seen for the first time reach."""
         roles = self.network.roles
         new = [index for index in chunk.losses if index not in self.network.walked]
-        if not new:
+        if not new or self.network.sharded:
+            # FSDP gives the graph other tensors than the optimizer's: roles then come from the gradients.
             return
         found = {index: reached_parameters(chunk.losses[index]) for index in new}
         if any(compiled for _, compiled in found.values()):
@@ -372,6 +375,16 @@ class Problem:
         if told.disagree:
             network.agree()
         return _Sums(told.totals, told.weighted), told.even
+
+    def _check_same(self, chunk: Chunk, num_micro_batches: int) -> None:
+        """With sharded parameters all ranks take part in every forward and backward."""
+        _, same = self._tell(_Sums({}, {}), counts=[num_micro_batches, *sorted(chunk.losses)])
+        if not same:
+            raise ValueError(
+                "With sharded parameters (FSDP) every rank takes part in every backward, so every rank should return losses "
+                "for the same tasks in as many micro-batches. A task without labels on one rank can be returned as a zero "
+                "loss with graph, with a small count: `(0 * output.sum(), 1e-6)`."
+            )
 
     def _reduce(self, sums: _Sums) -> Losses:
         """Average losses over chunks and ranks."""
@@ -486,6 +499,8 @@ class Problem:
         heads: Heads = {}
         asked = names if forward is None else self._names(forward)
         collect = self._collect if network.ranks.size == 1 else self._collect_from_ranks
+        if network.sharded:
+            collect = self._collect_from_shards
         sums = collect(asked, wanted, source, rows, heads)
         everything = self._reduced(sums)
         losses = everything.only(wanted)
@@ -493,7 +508,7 @@ class Problem:
             raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
         self._require(losses)
         self._rescale(rows, heads, losses)
-        matrix_gramian = self._gramian(rows.matrix)
+        matrix_gramian = self._gramian(rows)
         self._check_losses(everything, everything.raw.tolist())
         self._check_gradients(losses, matrix_gramian, heads)
         return TaskGradients(rows, losses, matrix_gramian, heads, everything)
@@ -565,6 +580,33 @@ class Problem:
         network.reduce_heads(rows, heads, tuple(index for index in sums.totals if index in wanted), failure)
         return sums
 
+    def _collect_from_shards(
+        self, asked: tuple[str, ...], wanted: set[int], source: int, rows: Rows | ShardedRows, heads: Heads
+    ) -> _Sums:
+        """The same where FSDP shards parameters: it averages gradients over the ranks within each backward."""
+        network = self.network
+        self._doing = f"gradients {sorted(wanted)} of batch {source}"
+        sums = _Sums({}, {})
+        network.lay_out(rows, heads)
+        for chunk in self._forward(asked, source):
+            todo = [index for index in chunk.losses if index in wanted]
+            for index in todo:
+                loss = chunk.losses[index]
+                network.zero_grad()
+                with self._active(chunk):
+                    torch.autograd.backward(
+                        [loss],
+                        [torch.ones_like(loss) * (chunk.counts[index] * network.ranks.size)],
+                        retain_graph=index != todo[-1],
+                    )
+                self.num_backward += 1
+                self._place(rows, heads, index, network.take_gradients())
+            sums.add(chunk)
+        sums, _ = self._tell(sums)
+        rows.sort()
+        network.settle(rows, heads)
+        return sums
+
     def _gradients_of(self, chunk: Chunk, index: int, factor: float, *, last: bool) -> tuple[Tensor | None, ...]:
         """One task's backward: ``factor`` times the gradients of all trained parameters."""
         loss = chunk.losses[index]
@@ -579,15 +621,15 @@ class Problem:
         self.num_backward += 1
         return gradients
 
-    def _gramian(self, matrix: Tensor) -> Tensor:
+    def _gramian(self, rows: Rows | ShardedRows) -> Tensor:
         """The Gramian of the rows; every rank computes that of its part of the columns, and they are summed."""
-        ranks = self.network.ranks
+        matrix, ranks = rows.matrix, self.network.ranks
         if ranks.size == 1:
             return gramian(matrix)
-        if not self.network.shard_gradients:
-            width = matrix.shape[1]
-            matrix = matrix[:, width * ranks.rank // ranks.size : width * (ranks.rank + 1) // ranks.size]
-        return ranks.sum_(gramian(matrix).to(self._device)).cpu()
+        total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
+        for columns in self.network.own_columns(rows):
+            total += gramian(matrix[:, columns])
+        return ranks.sum_(total.to(self._device)).cpu()
 
     def _active(self, chunk: Chunk) -> contextlib.AbstractContextManager[Any]:
         """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
@@ -662,6 +704,11 @@ class Problem:
                 self._check_weights(losses)
                 self._gradient_not_finite(f"The gradient of task `{self.tasks[index]}` isn't finite.")
         own = [gradient for _, held in heads.values() for gradient in held.values()]
+        if self.network.sharded:
+            worst = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in own) else 1.0], device=self._device)
+            if self.network.ranks.max_(worst).item():
+                self._gradient_not_finite("The gradient of a head isn't finite.")
+            return
         if own and not bool(torch.nn.utils.get_total_norm(own).isfinite()):
             self._gradient_not_finite("The gradient of a head isn't finite.")
 
@@ -673,15 +720,17 @@ class Problem:
         Raises:
             ValueError: If there are such columns and the columns are divided among the ranks.
         """
-        sharded = self.network.shard_gradients
-        if sharded and len(first.parameters) != len(second.parameters):
+        network = self.network
+        if network.shard_gradients and len(first.parameters) != len(second.parameters):
             raise ValueError(
                 "A parameter became shared between two independent batches, which divides the columns differently. With "
                 "shard_gradients=True give the shared parameters as `shared=`."
             )
-        width = min(first.matrix.shape[1], second.matrix.shape[1])
-        product = (first.matrix[:, :width] @ second.matrix[:, :width].T).to(device="cpu", dtype=torch.float64)
-        return self.network.ranks.sum_(product.to(self._device)).cpu() if sharded else product
+        narrow = min(first.rows, second.rows, key=lambda rows: rows.matrix.shape[1])
+        total = torch.zeros(len(first.indices), len(second.indices), dtype=torch.float64)
+        for columns in network.own_columns(narrow):
+            total += (first.matrix[:, columns] @ second.matrix[:, columns].T).to(total)
+        return network.ranks.sum_(total.to(self._device)).cpu()
 
     def combine(
         self,
@@ -850,8 +899,11 @@ class Problem:
         network = self.network
         scale = network.scale(next(iter(chunk.losses.values())).device)
         parts = shares if scale is None else {i: scale.to(weights[i]) * share for i, share in shares.items()}
-        inputs = network.parameters
-        if network.compiled:
+        if network.sharded:
+            # FSDP averages over the ranks what is to be summed.
+            parts = {index: part * network.ranks.size for index, part in parts.items()}
+        inputs: list[Tensor] | None = None if network.sharded else network.parameters
+        if network.compiled and inputs is not None:
             inputs = [p for p in inputs if any(self._reaches(index, p) for index in parts)]
         with self._active(chunk):
             if unit is not None:

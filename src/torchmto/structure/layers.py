@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from torchmto.gradients.ranks import whole
 from torchmto.structure.norms import SplitNorm
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import (
@@ -86,7 +87,9 @@ class StructuredLayer:
         if measure == "parameters":
             out_scale = None if self.norm_out is None else self._scales(self.norm_out, tasks, incoming=False)
             in_scale = None if self.norm_in is None else self._scales(self.norm_in, tasks, incoming=True)
-            strength = scaled_strength(self.weight, out_scale, in_scale, groups=self.groups, transposed=self.transposed)
+            strength = scaled_strength(
+                whole(self.weight), out_scale, in_scale, groups=self.groups, transposed=self.transposed
+            )
             return strength.expand(len(tasks), -1)
         if task_grads is None:
             raise ValueError(f"Parameter `task_grads` is needed for `measure = {measure!r}`. Found None.")
@@ -105,11 +108,15 @@ class StructuredLayer:
         Returns:
             ``[T, C_out]``.
         """
+        return group_coefficients(self.dots(task_grads, top), top, degenerate=degenerate)
+
+    def dots(self, task_grads: Sequence[Tensor], top: Tensor) -> Tensor:
+        """Inner products of every task's gradient with the leading task's, channel by channel, ``[T, C_out]``."""
         weight, *bias = task_grads
         dots = channel_dots(channels_first(weight, groups=self.groups, transposed=self.transposed, batch_dims=1), top)
         for grads in bias:
             dots = dots + channel_dots(grads, top)
-        return group_coefficients(dots, top, degenerate=degenerate)
+        return dots
 
     def combine(self, task_grads: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
         """The layer's combined gradients: for each of :attr:`parameters` a tensor of its shape.
@@ -160,7 +167,7 @@ def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, w
     gamma = _gamma(norm)
     scale = torch.ones(norm_channels(norm, spatial=spatial), device=device, dtype=dtype)
     if gamma is not None:
-        wide = gamma.detach().to(device, dtype)
+        wide = whole(gamma.detach()).to(device, dtype)
         if wide.dim() > 1:
             others = tuple(range(1, wide.dim())) if spatial else tuple(range(wide.dim() - 1))
             wide = wide.square().mean(dim=others).sqrt()

@@ -11,7 +11,7 @@ from torchmto.checks import check_integer
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import TaskGradients
+from torchmto.problem import Network, TaskGradients
 
 
 @register("trimmed_mean")
@@ -38,7 +38,7 @@ class TrimmedMean(GradientCombiner):
         super().__init__(**options)
         self.num_trimmed = check_integer("num_trimmed", num_trimmed, minimum=0)
 
-    def needs_whole_rows(self) -> str:
+    def refusal(self, network: Network) -> str:
         """Every column is averaged by itself."""
         return ""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_choice, check_number
 from torchmto.methods.method import Method, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Problem, StepInfo, TaskGradients
+from torchmto.problem import Network, Problem, StepInfo, TaskGradients
 
 
 @register("excess_mtl")
@@ -53,9 +53,9 @@ class ExcessMTL(Method):
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("squares", torch.zeros(num_tasks, 0))
 
-    def needs_whole_rows(self) -> str:
+    def refusal(self, network: Network) -> str:
         """The sums of squares are as large as the rows."""
-        return "sums the squares of the rows in its state"
+        return "sums the squares of the rows in its state" if network.divided else ""
 
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:

@@ -81,9 +81,11 @@ class GradNorm(GramianWeighting):
         self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=1.0))
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
 
-    def needs_whole_rows(self) -> str:
+    def refusal(self, network: Network) -> str:
         """A layer's columns may lie on several ranks."""
-        return "" if self.layer is None else "takes the norms over one layer's columns"
+        if network.divided and self.layer is not None:
+            return "takes the norms over one layer's columns"
+        return super().refusal(network)
 
     def attach(self, network: Network) -> None:
         """Find the layer."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, check_number, found
+from torchmto.gradients.ranks import is_sharded
 from torchmto.methods.method import Cost, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.methods.registry import make_method, register
@@ -20,6 +21,7 @@ from torchmto.structure import (
     SplitNorm,
     StructuredLayer,
     find_norm_pairs,
+    group_coefficients,
     has_split_norms,
     normalized_strength,
     record_dataflow,
@@ -85,6 +87,12 @@ class PriorityProjection(GradientCombiner):
         self.network = network
         self.priorities = ChannelPriorities(self.tasks, self.measure, self.pairs)
 
+    def refusal(self, network: Network) -> str:
+        """With FSDP every rank has whole channels; with ``shard_gradients`` it has any columns."""
+        if network.sharded and self.measure != "parameters":
+            return f"needs whole rows for measure={self.measure!r}"
+        return "groups the rows by channel in phase 2" if network.shard_gradients else ""
+
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of the rows, except that each leading task's channels are scaled up by what the others lose, [P]."""
         assert self.network is not None
@@ -98,10 +106,27 @@ class PriorityProjection(GradientCombiner):
             rows = [task_grads.view(parameter) for parameter in layer.parameters]
             top = self.priorities.top(layer, task_grads.indices, task_grads)
             self.tops.append((layer.name, top))
-            coefficients = layer.coefficients(rows, top, degenerate=self.degenerate)
+            coefficients = self._coefficients(layer, rows, top)
             for parameter, combined in zip(layer.parameters, layer.combine(rows, coefficients), strict=True):
                 views[task_grads.rows.position[id(parameter)]].copy_(combined)
         return flat
+
+    def _coefficients(self, layer: StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
+        """The multipliers of the channels this rank has: all of them, unless FSDP shards the layer."""
+        assert self.network is not None
+        if not is_sharded(layer.weight):
+            return layer.coefficients(rows, top, degenerate=self.degenerate)
+        if layer.transposed:
+            raise ValueError(
+                f"Layer {layer.name} is a transposed convolution, whose output channels FSDP doesn't shard: phase 2 can't "
+                "group them. Leave it out of `fully_shard`."
+            )
+        ranks = self.network.ranks
+        start = min(len(top), ranks.rank * -(-len(top) // ranks.size))
+        own = slice(start, start + rows[0].shape[1])
+        dots = rows[0].new_zeros(len(rows[0]), len(top), dtype=torch.float64)
+        dots[:, own] = layer.dots(rows, top[own]).to(dots)
+        return group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
 
 
 @register("connection_strength")

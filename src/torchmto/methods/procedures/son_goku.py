@@ -10,7 +10,7 @@ from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Problem, StepInfo
+from torchmto.problem import Network, Problem, StepInfo
 
 
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
@@ -94,9 +94,9 @@ class SonGoku(Procedure):
         """K backwards: the gradients of the waiting tasks are tracked as well."""
         return Cost(1, num_tasks, 1)
 
-    def needs_whole_rows(self) -> str:
+    def refusal(self, network: Network) -> str:
         """The tracked rows are its state."""
-        return "tracks the rows in its state"
+        return "tracks the rows in its state" if network.divided else ""
 
     def step(self, problem: Problem) -> StepInfo:
         """Track all gradients; update by those of one group."""
