@@ -1,31 +1,53 @@
 """Files that are either there as a whole or not at all, and tell whether they are still what was written."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from torch import Tensor
 
-__all__ = ["BrokenFileError", "canonical", "plain", "read_json", "write_bytes", "write_json"]
+__all__ = [
+    "BrokenFileError",
+    "canonical",
+    "plain",
+    "read_json",
+    "sync_folder",
+    "try_lock",
+    "write_bytes",
+    "write_json",
+    "written_atomically",
+]
 
 
 class BrokenFileError(ValueError):
     """A file isn't what was once written, or was never written by this package."""
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old one or the new one."""
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that appears under ``path``, durably and as a whole, when the block ends without an error.
+
+    Until then, and after an error or a crash, ``path`` is what it was.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "a"
+        >>> with written_atomically(path) as file:
+        ...     _ = file.write(b"whole")
+        >>> path.read_bytes()
+        b'whole'
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)  # mkstemp's files are for the owner's eyes only
@@ -33,6 +55,40 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable, on systems where a folder can be opened."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one."""
+    with written_atomically(path) as file:
+        file.write(data)
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file against other processes, until it is closed or the process ends; False if one holds it.
+
+    Windows has no such locks; there it is always True.
+    """
+    try:
+        import fcntl  # noqa: PLC0415  POSIX only
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def plain(value: Any) -> Any:

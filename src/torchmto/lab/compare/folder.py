@@ -16,9 +16,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, write_json
+from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, try_lock, write_json
 from torchmto.lab.training import RunConfig
 
 __all__ = ["SCHEMA_VERSION", "FolderError", "RunFolder", "run_label"]
@@ -100,7 +100,7 @@ class RunFolder:
             FolderError: If one does.
         """
         with (self.path / ".lock").open("a") as file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 raise FolderError(f"Another process is working in the folder {self.path}.")
             yield
 
@@ -136,15 +136,3 @@ class RunFolder:
     def save(self, config: RunConfig, result: Mapping[str, Any]) -> None:
         """Keep a finished run."""
         write_json(self.file(config), _RUN, SCHEMA_VERSION, {"config": asdict(config), "result": result})
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        import fcntl  # noqa: PLC0415  POSIX only
-    except ImportError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import hashlib
-import os
 import pickle
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from torchmto.lab.atomic import sync_folder, written_atomically
 
 MAGIC = b"torchmto checkpoint 1\n"
 HEADER_SIZE = len(MAGIC) + 64 + 1
@@ -38,53 +37,6 @@ class _Hashing:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-@contextlib.contextmanager
-def written_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that appears under ``path``, durably and as a whole, when the block ends without an error.
-
-    Until then, and after an error, ``path`` is what it was.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "a"
-        >>> with written_atomically(path) as file:
-        ...     _ = file.write(b"whole")
-        >>> path.read_bytes()
-        b'whole'
-    """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files only their owner can read; give them what open() would have.
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder durable, on systems where a folder can be opened."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -227,7 +179,7 @@ class CheckpointFolder:
         temporary.replace(self.best)
         # A rename between two names of one file does nothing and leaves both.
         temporary.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
 
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename checkpoints after ``step``, from which a run won't go on, so that they aren't taken for its own."""
@@ -257,4 +209,4 @@ class CheckpointFolder:
             raise CheckpointError(f"{error} {offer}") from error
 
 
-__all__ = ["CheckpointError", "CheckpointFolder", "read_checkpoint", "write_checkpoint", "written_atomically"]
+__all__ = ["CheckpointError", "CheckpointFolder", "read_checkpoint", "write_checkpoint"]

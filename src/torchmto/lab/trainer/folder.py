@@ -6,12 +6,12 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 from torch import nn
 
-from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.atomic import plain, try_lock, write_bytes
 from torchmto.lab.trainer.config import ConfigError, TrainConfig
 from torchmto.lab.trainer.environment import environment
 
@@ -58,7 +58,8 @@ class RunFolder:
         except FileExistsError as error:
             raise ConfigError(f"Parameter `out` should be a folder. Found the file `{self.path}`.") from error
         with (self.path / ".lock").open("a") as file:
-            _lock(file, self.path)
+            if not try_lock(file):
+                raise ConfigError(f"Another process is training in `{self.path}`.")
             yield
 
     def write_settings(self, config: TrainConfig, *, resumed: bool) -> None:
@@ -99,17 +100,6 @@ class RunFolder:
         weights = save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()})
         write_bytes(self.path / "model.safetensors", weights)
         self.write_json("results.json", results)
-
-
-def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        import fcntl  # noqa: PLC0415 - not on Windows, where two runs in one folder go unnoticed
-    except ImportError:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(f"Another process is training in `{folder}`.") from error
 
 
 __all__ = ["RunFolder"]
