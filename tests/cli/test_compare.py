@@ -129,9 +129,11 @@ def test_wrong_usage_ends_with_2_before_anything_is_written(tmp_path, arguments,
     assert not out.exists()
 
 
+@pytest.mark.timeout(600)
 def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(tmp_path, capsys):
     out = tmp_path / "x"
-    arguments = ["compare", "--out", str(out), "--methods", "gd,sequential", "--seeds", "2", "--epochs", "2"]
+    arguments = ["compare", "--out", str(out), "--methods", "gd,sequential", "--seeds", "2", *TINY]
+    arguments[arguments.index("train=64")] = "train=640"
     process = subprocess.Popen(
         [sys.executable, "-m", "torchmto", *arguments, "--jobs", "2"],
         stdout=subprocess.PIPE,
