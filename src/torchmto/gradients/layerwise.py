@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torchmto.gradients.engine import Engine, Take
 from torchmto.gradients.rows import products, views_of
 
 SEGMENTS = 16
@@ -46,13 +47,14 @@ def _leaf(node: Node) -> Tensor | None:
     return variable
 
 
-def read_graph(losses: Mapping[int, Tensor]) -> Graph:
-    """Walk the graph of ``losses``, task -> loss, none of which is a leaf, from the last operation to the first."""
+def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Graph:
+    """Walk the graph of ``losses``, task -> loss, from the last operation to the first, as far as the nodes ``stop``."""
     roots = [loss.grad_fn for loss in losses.values() if loss.grad_fn is not None]
     waiting: dict[Node, int] = dict.fromkeys(roots, 0)
     stack = list(waiting)
     while stack:
-        for following, _ in stack.pop().next_functions:
+        node = stack.pop()
+        for following, _ in () if node in stop else node.next_functions:
             if following is not None:
                 if following not in waiting:
                     waiting[following] = 0
@@ -74,7 +76,7 @@ def read_graph(losses: Mapping[int, Tensor]) -> Graph:
             graph.reached[id(leaf)] = (leaf, masks[node])
             continue
         graph.order.append(node)
-        for following, _ in node.next_functions:
+        for following, _ in () if node in stop else node.next_functions:
             if following is not None:
                 masks[following] |= masks[node]
                 waiting[following] -= 1
@@ -141,37 +143,41 @@ def _stop(gradients: tuple[Tensor | None, ...]) -> Any:
     return (None,) * len(gradients)
 
 
-class Layerwise:
+class Layerwise(Engine):
     """Computes Gramians segment by segment; keeps one scratch buffer between steps."""
+
+    name = "layerwise"
 
     def __init__(self) -> None:
         self._scratch = torch.empty(0)
+        self._graph = Graph()
+
+    def begin(self) -> None:
+        """Nothing: the graph tells all."""
+
+    def read(self, losses: Mapping[int, Tensor]) -> dict[int, int]:
+        """Read the whole graph."""
+        self._graph = read_graph(losses)
+        return {key: mask for key, (_, mask) in self._graph.reached.items()}
+
+    def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
+        """One whole backward."""
+        self._graph = Graph()
+        torch.autograd.backward(list(losses), list(cotangents), inputs=list(shared))
 
     def gramian(
         self,
-        graph: Graph,
         losses: Mapping[int, Tensor],
         seeds: Mapping[int, Tensor | None],
+        *,
         shared: Sequence[Tensor],
         others: Sequence[Tensor],
-        take: Callable[[int, Tensor, Tensor], None],
+        take: Take,
     ) -> Tensor:
-        """The Gramian of the losses' gradients with respect to the shared parameters. The graph is kept.
-
-        Args:
-            graph: :func:`read_graph` of the losses.
-            losses: Task -> loss with graph, k of them.
-            seeds: Task -> cotangent of its loss, None for 1.
-            shared: The shared parameters.
-            others: Parameters whose gradients are wanted one by one: the heads.
-            take: Called with a task, one of ``others`` and its gradient.
-
-        Returns:
-            [k, k] in the order of ``losses``, float64 where the device has it.
-        """
+        """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
         kinds = {id(p): p for p in shared}
         sizes = {**dict.fromkeys(map(id, others), 0), **{key: p.numel() for key, p in kinds.items()}}
-        segments = cut(graph, sizes)
+        segments = cut(self._graph, sizes)
         last = {id(leaf): number for number, segment in enumerate(segments) for leaf in segment.leaves}
         device = shared[0].device if shared else torch.device("cpu")
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -181,62 +187,37 @@ class Layerwise:
             seed = seeds[task]
             assert loss.grad_fn is not None
             cotangents.append({(loss.grad_fn, loss.output_nr): torch.ones_like(loss) if seed is None else seed})
+        # Parameters of several segments: their gradients are complete only in the last.
         tied: dict[int, Tensor] = {}
         for number, segment in enumerate(segments):
             own = [leaf for leaf in segment.leaves if id(leaf) in kinds]
             whole = [leaf for leaf in own if last[id(leaf)] == number and id(leaf) not in tied]
             rows = self._rows(len(losses), whole)
-            views = [views_of(row, whole) for row in rows]
-            place = {id(leaf): i for i, leaf in enumerate(whole)}
+            views = [dict(zip(map(id, whole), views_of(row, whole), strict=True)) for row in rows]
+            for leaf in own:
+                if id(leaf) not in tied and last[id(leaf)] != number:
+                    tied[id(leaf)] = _zeros(len(losses), leaf)
             stops = [node.register_prehook(_stop) for node in {node for node, _ in segment.below}]
             try:
                 for row, task in enumerate(losses):
                     gradients, cotangents[row] = _through(cotangents[row], segment)
-                    filled = self._sort(task, row, len(losses), gradients, tied, place, views[row], take, kinds)
-                    missing = [view for i, view in enumerate(views[row]) if i not in filled]
-                    if missing:
-                        torch._foreach_zero_(missing)
+                    rest = _write(views[row], gradients)
                     del gradients
+                    for leaf, gradient in rest:
+                        if id(leaf) in tied:
+                            tied[id(leaf)][row] += gradient
+                        else:
+                            take(task, leaf, gradient)
+                    del rest
             finally:
                 for stop in stops:
                     stop.remove()
             if whole:
                 product += products(rows)
-            for key in [id(leaf) for leaf in own if last[id(leaf)] == number and id(leaf) in tied]:
-                product += products(tied.pop(key).flatten(1))
+            for leaf in own:
+                if id(leaf) in tied and last[id(leaf)] == number:
+                    product += products(tied.pop(id(leaf)).flatten(1))
         return product
-
-    @staticmethod
-    def _sort(
-        task: int,
-        row: int,
-        count: int,
-        gradients: list[tuple[Tensor, Tensor]],
-        tied: dict[int, Tensor],
-        place: Mapping[int, int],
-        views: list[Tensor],
-        take: Callable[[int, Tensor, Tensor], None],
-        shared: Mapping[int, Tensor],
-    ) -> set[int]:
-        """Put one task's gradients of a segment where they belong; return which of the views were written."""
-        targets, values, filled = [], [], set[int]()
-        for leaf, gradient in gradients:
-            key = id(leaf)
-            if key in place:
-                filled.add(place[key])
-                targets.append(views[place[key]])
-                values.append(gradient)
-            elif key in shared:
-                # Used in several segments: its gradient is complete only in the last of them.
-                if key not in tied:
-                    wide = torch.promote_types(leaf.dtype, torch.float32)
-                    tied[key] = torch.zeros(count, *leaf.shape, dtype=wide, device=leaf.device)
-                tied[key][row] += gradient
-            else:
-                take(task, leaf, gradient)
-        if targets:
-            torch._foreach_copy_(targets, values)
-        return filled
 
     def _rows(self, count: int, leaves: Sequence[Tensor]) -> Tensor:
         """A part of the scratch buffer as rows of all ``leaves``' elements."""
@@ -251,6 +232,22 @@ class Layerwise:
         return self._scratch[: count * width].view(count, width)
 
 
+def _zeros(count: int, leaf: Tensor) -> Tensor:
+    """Room for ``count`` gradients of one parameter."""
+    kind = torch.promote_types(leaf.dtype, torch.float32)
+    return torch.zeros(count, *leaf.shape, dtype=kind, device=leaf.device)
+
+
+def _write(views: Mapping[int, Tensor], gradients: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Write a row: gradients of the parameters that have a view, zeros where there is none. Returns the other gradients."""
+    written = {id(leaf): gradient for leaf, gradient in gradients if id(leaf) in views}
+    if written:
+        torch._foreach_copy_([views[key] for key in written], list(written.values()))
+    if len(written) < len(views):
+        torch._foreach_zero_([view for key, view in views.items() if key not in written])
+    return [(leaf, gradient) for leaf, gradient in gradients if id(leaf) not in views]
+
+
 def _through(
     cotangents: dict[Edge, Tensor], segment: Segment
 ) -> tuple[list[tuple[Tensor, Tensor]], dict[Edge, Tensor]]:
@@ -261,9 +258,10 @@ def _through(
     cotangents.clear()
     if not above:
         return [], kept
+    inputs: list[Any] = [*segment.leaves, *(GradientEdge(*edge) for edge in segment.below)]
     gradients = torch.autograd.grad(
         [GradientEdge(*edge) for edge, _ in above],
-        [*segment.leaves, *(GradientEdge(*edge) for edge in segment.below)],
+        inputs,
         grad_outputs=[value for _, value in above],
         retain_graph=True,
         allow_unused=True,

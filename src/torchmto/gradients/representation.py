@@ -1,0 +1,104 @@
+"""The Gramian of the tasks' gradients with respect to shared features instead of shared parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from torchmto.gradients.engine import Engine, Take
+from torchmto.gradients.layerwise import read_graph
+from torchmto.gradients.rows import gramian
+
+
+class Representation(Engine):
+    """K backwards through the heads down to the features, then one through the trunk.
+
+    By the chain rule a task's gradient on the shared parameters is its gradient on the features times the trunk's Jacobian.
+    The Gramian of the former is an approximation: an upper bound on what the trunk can do to conflicts, at the price of one
+    trunk backward. The update itself, ``weights @ J``, is exact.
+
+    Args:
+        features: The module whose output (a tensor, or tensors in lists, tuples or dicts) all tasks share. Every shared
+            parameter has to be below it.
+
+    Source: Sener & Koltun, Multi-Task Learning as Multi-Objective Optimization, NeurIPS 2018, section 3.3 (MGDA-UB).
+    """
+
+    name = "representation"
+
+    def __init__(self, features: nn.Module) -> None:
+        self._outputs: list[Tensor] = []
+        self._rows = torch.empty(0, 0)
+        self._listening = False
+        features.register_forward_hook(self._listen)
+
+    def begin(self) -> None:
+        """Listen to the forward."""
+        self._outputs = []
+        self._listening = True
+
+    def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._listening:
+            found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            self._outputs += [leaf for leaf in found if leaf.grad_fn is not None]
+
+    def read(self, losses: Mapping[int, Tensor]) -> dict[int, int]:
+        """Read the graph above the features."""
+        self._listening = False
+        if not self._outputs:
+            raise ValueError(
+                "gradients=\"representation\": the module given as `features` wasn't run with gradients in this step's "
+                "forward, so there are no features to differentiate with respect to."
+            )
+        graph = read_graph(losses, stop={output.grad_fn for output in self._outputs if output.grad_fn is not None})
+        self._above = {key: mask for key, (_, mask) in graph.reached.items()}
+        return self._above
+
+    def gramian(
+        self,
+        losses: Mapping[int, Tensor],
+        seeds: Mapping[int, Tensor | None],
+        *,
+        shared: Sequence[Tensor],
+        others: Sequence[Tensor],
+        take: Take,
+    ) -> Tensor:
+        """Z Zᵀ of the tasks' gradients on the features, Z [k, number of elements of all features]."""
+        if any(id(parameter) in self._above for parameter in shared):
+            raise ValueError(
+                'gradients="representation": the losses reach a shared parameter without passing through the output of '
+                '`features`. Give a module above all shared parameters, or use gradients="layerwise".'
+            )
+        rows = []
+        for task, loss in losses.items():
+            heads = [p for p in others if self._above.get(id(p), 0) >> task & 1]
+            gradients = torch.autograd.grad(
+                loss, [*self._outputs, *heads], grad_outputs=seeds[task], retain_graph=True, allow_unused=True
+            )
+            count = len(self._outputs)
+            parts = [
+                (torch.zeros_like(output) if gradient is None else gradient).flatten()
+                for output, gradient in zip(self._outputs, gradients[:count], strict=True)
+            ]
+            rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            for parameter, gradient in zip(heads, gradients[count:], strict=True):
+                if gradient is not None:
+                    take(task, parameter, gradient)
+        self._rows = torch.stack([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
+        return gramian(self._rows)
+
+    def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
+        """One backward of the features, from the weighted sum of their gradients."""
+        outputs, self._outputs = self._outputs, []
+        factors = torch.stack([c.detach().to(self._rows) for c in cotangents])
+        combined = (factors @ self._rows).split([output.numel() for output in outputs])
+        self._rows = torch.empty(0, 0)
+        torch.autograd.backward(
+            outputs,
+            [part.view(output.shape).to(output) for part, output in zip(combined, outputs, strict=True)],
+            inputs=list(shared),
+        )
