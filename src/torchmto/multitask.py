@@ -12,14 +12,32 @@ from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import check_choice, check_number, check_tasks, found
-from torchmto.gradients import Ranks
-from torchmto.methods import LossWeighting, Method, make_method
+from torchmto.gradients import Engine, Layerwise, Ranks, Representation
+from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.problem import Network, Problem, StepInfo
 from torchmto.problem.losses import Source
 from torchmto.problem.noise import Noise
 from torchmto.problem.problem import SkippedError, Weigh
 
 STATE_VERSION = 1
+
+ENGINES = ("parameters", "layerwise", "representation")
+
+
+def _engine(name: str, features: str | nn.Module | None, model: nn.Module) -> Engine | None:
+    """The engine called ``name``; None for the one that keeps the rows."""
+    if name != "representation":
+        if features is not None:
+            raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
+        return Layerwise() if name == "layerwise" else None
+    if isinstance(features, str):
+        modules = dict(model.named_modules())
+        if features not in modules:
+            raise ValueError(found("features", "a module or the name of one in the model", features))
+        features = modules[features]
+    if not isinstance(features, nn.Module):
+        raise TypeError(found("features", 'a module (or its name) for gradients="representation"', features))
+    return Representation(features)
 
 
 class MultiTask:
@@ -45,6 +63,12 @@ class MultiTask:
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
             them. The update is the same. Refused for methods that need whole rows.
+        gradients: How Gramian methods get their Gramian. "parameters": from the K x P matrix of the tasks' gradients, which
+            is kept. "layerwise": the same Gramian, segment by segment of the graph, never holding more than one segment's K
+            gradients, then one weighted backward: a backward more, much less memory. "representation": an approximation,
+            from the gradients with respect to the output of ``features``: K backwards through the heads and one through
+            the trunk. The last two are for Gramian methods, one micro-batch and one process.
+        features: For "representation": the module, or its name in the model, whose output all tasks share.
         stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
             it may be asked for several tasks at once. Otherwise a model with split norms is run once per task.
 
@@ -81,6 +105,8 @@ class MultiTask:
         same_noise: bool = False,
         shard_gradients: bool = False,
         stacked: bool = False,
+        gradients: str = "parameters",
+        features: str | nn.Module | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(found("model", "a torch.nn.Module", type(model)))
@@ -108,11 +134,15 @@ class MultiTask:
             ranks=Ranks(process_group),
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
+            engine=_engine(check_choice("gradients", gradients, ENGINES), features, model),
         )
+        self._check_engine()
         for part in self._methods():
             reason = part.refusal(self.network)
             if reason:
+                engine = self.network.engine
                 where = "sharded parameters" if self.network.sharded else "shard_gradients=True"
+                where = where if engine is None else f'gradients="{engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
         method.bind(self.tasks)
         method.attach(self.network)
@@ -121,6 +151,21 @@ class MultiTask:
         if seed is not None:
             for part in self._methods():
                 part.seed(seed)
+
+    def _check_engine(self) -> None:
+        """Raise if the engine without rows can't serve the method or the network."""
+        engine, name = self.network.engine, self.method.name
+        if engine is None:
+            return
+        reason = ""
+        if not isinstance(self.method, GramianWeighting):
+            reason = f"method `{name}` isn't a function of the Gramian (see `torchmto methods`: family gramian)"
+        elif self.network.split:
+            reason = "task-specific norms run one forward per task, so the tasks' graphs have no common segments"
+        elif self.network.ranks.size > 1 or self.network.sharded:
+            reason = "it works on one process: rows are what several processes reduce"
+        if reason:
+            raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
 
     def _check_weights(
         self, weights: Mapping[str, float] | str | LossWeighting | None

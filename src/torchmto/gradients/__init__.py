@@ -1,8 +1,11 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
+from torchmto.gradients.engine import Engine
+from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.representation import Representation
 from torchmto.gradients.roles import Roles, reached_parameters
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
-__all__ = ["Ranks", "Roles", "Rows", "ShardedRows", "gramian", "reached_parameters"]
+__all__ = ["Engine", "Layerwise", "Representation", "Ranks", "Roles", "Rows", "ShardedRows", "gramian", "reached_parameters"]

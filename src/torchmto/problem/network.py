@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Ranks, Roles, Rows, ShardedRows
+from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows
 from torchmto.gradients.ranks import Pending, is_sharded, local, sharded_like
 from torchmto.problem.exchange import raise_together
 from torchmto.structure import has_split_norms
@@ -114,6 +114,7 @@ class Network:
         ranks: The processes that train together.
         stacked: The closure runs several tasks through split norms by itself.
         shard_gradients: Every rank holds a part of the gradient matrix' columns only.
+        engine: What computes Gramians without the gradient matrix; None for the matrix.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Network:
         ranks: Ranks,
         stacked: bool = False,
         shard_gradients: bool = False,
+        engine: Engine | None = None,
     ) -> None:
         self.wrapper = model
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -150,6 +152,7 @@ class Network:
         self.warned_unasked = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
+        self.engine = engine
         self._started: list[Pending] = []
         self._agreed: dict[str, frozenset[int]] = {}
         self._agreed_changes = 0

@@ -45,6 +45,7 @@ class TaskGradients:
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
         reduced: The losses of the rows' tasks, with counts.
         all_losses: The losses of all tasks of the forward, more where more were asked for.
+        graph: Where the rows aren't kept: the present tasks' losses with graph, and the shared parameters.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class TaskGradients:
         gramian: Tensor,
         heads: Heads,
         everything: Losses,
+        graph: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> None:
         self.rows = rows
         self.indices = losses.indices
@@ -62,6 +64,7 @@ class TaskGradients:
         self.all_losses = everything
         self.gramian = gramian
         self.heads = heads
+        self.graph = graph
 
     @property
     def matrix(self) -> Tensor:
@@ -493,6 +496,8 @@ class Problem:
         network = self.network
         names = self._names(tasks)
         wanted = {self.tasks.index(name) for name in names}
+        if network.engine is not None:
+            return self._gradients_without_rows(names if forward is None else self._names(forward), wanted, source)
         rows = network.rows_of(source)
         network.finish_rows(rows)
         rows.begin()
@@ -512,6 +517,70 @@ class Problem:
         self._check_losses(everything, everything.raw.tolist())
         self._check_gradients(losses, matrix_gramian, heads)
         return TaskGradients(rows, losses, matrix_gramian, heads, everything)
+
+    def _gradients_without_rows(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
+        """The Gramian and the heads' gradients by an engine that doesn't keep the rows; the graph stays for `combine`."""
+        network, engine = self.network, self.network.engine
+        assert engine is not None
+        if len(self._sources[source]) > 1:
+            raise ValueError(
+                f'gradients="{engine.name}" works on one micro-batch: the Gramian of a sum of gradients needs the sums, which '
+                'it doesn\'t keep. Use gradients="parameters".'
+            )
+        engine.begin()
+        (chunk,) = self._forward(asked, source)
+        sums = _Sums({}, {})
+        sums.add(Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0)))
+        everything = self._reduced(sums)
+        losses = everything.only(wanted)
+        if everything.indices and not losses.indices:
+            raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
+        self._require(losses)
+        present = {index: chunk.losses[index] for index in losses.indices}
+        reached = engine.read(present)
+        roles = network.roles
+        if not network.compiled:
+            for index in present:
+                names = [network.name(p) for p in network.parameters if reached.get(id(p), 0) >> index & 1]
+                roles.observe(index, names)
+        heads: Heads = {}
+
+        def take(task: int, parameter: Tensor, gradient: Tensor) -> None:
+            if self._reaches(task, parameter):
+                _, held = heads.setdefault(id(parameter), (parameter, {}))
+                held[task] = held[task] + gradient if task in held else gradient.clone()
+
+        shared = [p for p in network.parameters if roles.is_shared(network.name(p))]
+        others = [p for p in network.parameters if not roles.is_shared(network.name(p))]
+        seeds = {index: self._seed(loss, 1.0) for index, loss in present.items()}
+        product = engine.gramian(present, seeds, shared=shared, others=others, take=take)
+        self.num_backward += len(present)
+        product = product.to(device="cpu", dtype=torch.float64)
+        factors = self._factors(losses)
+        if factors is not None:
+            product = product * torch.outer(factors, factors)
+            self._rescale_heads(heads, losses, factors)
+        self._check_losses(everything, everything.raw.tolist())
+        self._check_gradients(losses, product, heads)
+        return TaskGradients(Rows(0), losses, product, heads, everything, graph=(list(present.values()), shared))
+
+    def _combine_by_backward(self, gradients: TaskGradients, weights: Tensor) -> None:
+        """``weights @ J`` by one more backward through the graph of the task gradients."""
+        network, engine = self.network, self.network.engine
+        assert engine is not None and gradients.graph is not None
+        losses, shared = gradients.graph
+        gradients.graph = None
+        factors = gradients.reduced.factors
+        if factors is not None:
+            weights = weights * factors.to(weights)
+        scale = network.scale(self._device)
+        if scale is not None:
+            weights = weights.to(scale) * scale
+        cotangents = [weight.to(loss) for weight, loss in zip(weights.unbind(), losses, strict=True)]
+        engine.backward(losses, cotangents, shared)
+        self.num_backward += 1
+        if scale is not None:
+            torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
 
     def _collect(
         self, asked: tuple[str, ...], wanted: set[int], source: int, rows: Rows | ShardedRows, heads: Heads
@@ -679,17 +748,25 @@ class Problem:
 
     def _rescale(self, rows: Rows | ShardedRows, heads: Heads, losses: Losses) -> None:
         """Turn sums into means, undo the scaler's scale and apply the user's loss weights, in one factor per task."""
+        factors = self._factors(losses)
+        if factors is not None:
+            rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
+            self._rescale_heads(heads, losses, factors)
+
+    def _factors(self, losses: Losses) -> Tensor | None:
+        """What every present task's gradient has to be multiplied by, float64 [k]; None for 1."""
         if losses.factors is None and self.network.scaler is None and all(t == 1 for t in losses.totals.values()):
-            return
+            return None
         factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
         scale = self.network.scale(self._device)
         if scale is not None:
             factors = factors / scale.to(factors)
         if losses.factors is not None:
             factors = factors * losses.factors.to(factors)
-        if bool((factors == 1).all()):
-            return
-        rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
+        return None if bool((factors == 1).all()) else factors
+
+    @staticmethod
+    def _rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:
         by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
         for parameter, held in heads.values():
             heads[id(parameter)] = (
@@ -750,26 +827,15 @@ class Problem:
         """
         network = self.network
         network.zero_grad()
-        rows = gradients.rows
-        flat, views = rows.combined()
         if weights is not None:
             weights = network.ranks.first(weights, self._device)
         if weights is not None and not bool(weights.isfinite().all()):
             self._not_finite("A method's weights aren't finite.")
-        if vector is not None:
-            if vector is not flat:
-                flat.copy_(vector)
+        if gradients.graph is None:
+            self._combine_rows(gradients.rows, weights, vector)
         else:
-            assert weights is not None, "either weights or a vector"
-            if len(weights) == 1 and float(weights[0]) == 1:
-                flat.copy_(rows.matrix[0])
-            else:
-                torch.mv(rows.matrix.T, weights.to(flat), out=flat)
-        if isinstance(rows, ShardedRows):
-            rows.gather()
-        network.set_gradients(
-            [(rows.parameters[i], views[i]) for i in rows.reached() if rows.parameters[i].requires_grad]
-        )
+            assert weights is not None, "only Gramian methods do without rows"
+            self._combine_by_backward(gradients, weights)
         by_task = dict.fromkeys(gradients.indices, 1.0)
         if heads == "weighted" and weights is not None:
             by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
@@ -782,6 +848,24 @@ class Problem:
                 network.set_gradients([(parameter, total)])
         self._scaled = False
         self._pending = None
+
+    def _combine_rows(self, rows: Rows | ShardedRows, weights: Tensor | None, vector: Tensor | None) -> None:
+        """``weights @ J``, or a ready vector, into ``.grad`` of the shared parameters that some task reached."""
+        flat, views = rows.combined()
+        if vector is not None:
+            if vector is not flat:
+                flat.copy_(vector)
+        else:
+            assert weights is not None, "either weights or a vector"
+            if len(weights) == 1 and float(weights[0]) == 1:
+                flat.copy_(rows.matrix[0])
+            else:
+                torch.mv(rows.matrix.T, weights.to(flat), out=flat)
+        if isinstance(rows, ShardedRows):
+            rows.gather()
+        self.network.set_gradients(
+            [(rows.parameters[i], views[i]) for i in rows.reached() if rows.parameters[i].requires_grad]
+        )
 
     # ------------------------------------------------------------------ one weighted backward
 

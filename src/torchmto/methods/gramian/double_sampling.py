@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.problem import Problem, TaskGradients
+from torchmto.problem import Network, Problem, TaskGradients
 
 
 class DoubleSampling(GramianWeighting):
@@ -30,6 +30,12 @@ class DoubleSampling(GramianWeighting):
     def __init__(self, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
         self._warned_of_reuse = False
+
+    def refusal(self, network: Network) -> str:
+        """The rows of several batches are needed at once."""
+        if network.engine is not None:
+            return "needs products between the gradients of several batches"
+        return super().refusal(network)
 
     def setup(self, num_tasks: int) -> None:
         """A point of the simplex [K], uniform at first."""
