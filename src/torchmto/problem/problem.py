@@ -55,6 +55,7 @@ class TaskGradients:
         gramian: Tensor,
         heads: Heads,
         everything: Losses,
+        *,
         graph: tuple[list[Tensor], list[Tensor]] | None = None,
     ) -> None:
         self.rows = rows
@@ -567,7 +568,8 @@ class Problem:
     def _combine_by_backward(self, gradients: TaskGradients, weights: Tensor) -> None:
         """``weights @ J`` by one more backward through the graph of the task gradients."""
         network, engine = self.network, self.network.engine
-        assert engine is not None and gradients.graph is not None
+        assert engine is not None
+        assert gradients.graph is not None
         losses, shared = gradients.graph
         gradients.graph = None
         factors = gradients.reduced.factors
