@@ -8,4 +8,14 @@ from torchmto.gradients.roles import Roles, reached_parameters
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
-__all__ = ["Engine", "Layerwise", "Ranks", "Representation", "Roles", "Rows", "ShardedRows", "gramian", "reached_parameters"]
+__all__ = [
+    "Engine",
+    "Layerwise",
+    "Ranks",
+    "Representation",
+    "Roles",
+    "Rows",
+    "ShardedRows",
+    "gramian",
+    "reached_parameters",
+]
