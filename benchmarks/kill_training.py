@@ -159,7 +159,7 @@ def stress(folder: Path, kills: int, seed: int, config: TrainConfig | None = Non
                 assert code == 0, f"resuming failed with {code}"
                 finished = True
         assert same(final_state(calm), final_state(out)), "the resumed run differs from the calm one"
-        assert logged(calm) == logged(out), "the logs differ"
+        assert logged(calm) == logged(out), f"the logs differ: {set(logged(calm)) ^ set(logged(out))}"
         one, other = (json.loads((path / "results.json").read_text()) for path in (calm, out))
         assert one["test"] == other["test"]
     return {"kills": len(hits), "median_step": float(sorted(hits)[len(hits) // 2]), "runs": attempt}

@@ -177,6 +177,18 @@ def test_a_signal_during_validation_loses_nothing(tmp_path, monkeypatch):
     assert kill.same(kill.final_state(straight), kill.final_state(out))
 
 
+def test_the_log_of_a_run_that_ended_at_its_first_checkpoint_goes_on(tmp_path, monkeypatch):
+    """The untrained network's figures are logged before step 0 is saved, and not again."""
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_epoch", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), out)
+    train(None, out, resume=True)
+    train(config(), straight)
+    assert kill.logged(straight) == kill.logged(out)
+
+
 def test_a_full_disk_ends_the_run_and_it_can_go_on(tmp_path, monkeypatch):
     out = tmp_path / "run"
     original, fail = os.fsync, []

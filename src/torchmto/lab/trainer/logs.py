@@ -37,14 +37,14 @@ class CsvLog:
 
     Args:
         path: The file.
-        resume_step: Rows of later steps are removed: the run will write them again.
+        resume_step: The step the run goes on from: rows of later steps are removed, it will write them again. None: a new run.
     """
 
     HEADER = ("step", "name", "value")
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         kept = []
-        if path.is_file() and resume_step:
+        if path.is_file() and resume_step is not None:
             with path.open(newline="") as file:
                 rows = csv.reader(file)
                 next(rows, None)
@@ -71,12 +71,12 @@ class RecordLog:
 
     Args:
         path: The file.
-        resume_step: Lines of later steps are removed.
+        resume_step: The step the run goes on from: lines of later steps are removed. None: a new run.
     """
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         kept = []
-        if path.is_file() and resume_step:
+        if path.is_file() and resume_step is not None:
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
         write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
@@ -163,7 +163,7 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def make_loggers(
-    names: Sequence[str], folder: Path, config: Mapping[str, Any], *, resume_step: int = 0
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], *, resume_step: int | None = None
 ) -> list[Logger]:
     """The loggers of a run.
 
@@ -171,7 +171,7 @@ def make_loggers(
         names: Which of csv, tensorboard, wandb, mlflow.
         folder: The run's folder; everything that is local goes into it.
         config: The settings, shown by W&B and MLflow.
-        resume_step: The step the run goes on from.
+        resume_step: The step the run goes on from; None for a new run.
 
     Raises:
         ImportError: If a logger's package is missing.
@@ -180,7 +180,7 @@ def make_loggers(
     return [_make_logger(name, folder, config, resume_step) for name in names]
 
 
-def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int) -> Logger:
+def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
     check_choice("loggers", name, ("csv", *_OPTIONAL))
     logger: Logger
     if name == "csv":
@@ -189,7 +189,7 @@ def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step
         from lightning.fabric.loggers.tensorboard import TensorBoardLogger  # noqa: PLC0415 - takes seconds to import
 
         # Points a killed run logged after its last checkpoint come again.
-        purge: dict[str, Any] = {"purge_step": resume_step + 1} if resume_step else {}
+        purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
         logger = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, **purge)
         return logger
     if name == "wandb":

@@ -119,6 +119,7 @@ class Trainer:
             workers=config.data.workers,
         )
         self.saved_step = -1
+        self.resumed = state is not None
         self._signal: int | None = None
         if state is not None:
             self._restore(state)
@@ -229,7 +230,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._signals())
-            resume_step = self.progress.step
+            resume_step = self.progress.step if self.resumed else None
             loggers = make_loggers(
                 self.config.loggers, self.folder.path, self.config.as_dict(), resume_step=resume_step
             )
