@@ -67,7 +67,7 @@ def products(matrix: Tensor) -> Tensor:
     rest = matrix[:, whole * BLOCK :]
     product = (rest @ rest.T).to(wide)
     if whole:
-        blocks = matrix[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)).transpose(0, 1)
+        blocks = torch.unflatten(matrix[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1)
         product += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
