@@ -95,7 +95,7 @@ class Representation(Engine):
         """One backward of the features, from the weighted sum of their gradients."""
         outputs, self._outputs = self._outputs, []
         factors = torch.stack([c.detach().to(self._rows) for c in cotangents])
-        combined = (factors @ self._rows).split([output.numel() for output in outputs])
+        combined = torch.split(factors @ self._rows, [output.numel() for output in outputs])
         self._rows = torch.empty(0, 0)
         torch.autograd.backward(
             outputs,

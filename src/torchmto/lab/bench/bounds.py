@@ -23,7 +23,7 @@ def gd(case: Case, optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         optimizer.zero_grad()
         features = case.trunk(case.inputs)
-        torch.stack([case.loss(task, features) for task in range(case.num_tasks)]).sum().backward()
+        torch.stack([case.loss(task, features) for task in range(case.num_tasks)]).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -37,7 +37,7 @@ def lb(case: Case, optimizer: torch.optim.Optimizer) -> Step:
         features = case.trunk(case.inputs)
         losses = [case.loss(task, features) for task in range(case.num_tasks)]
         for task, loss in enumerate(losses):
-            loss.backward(retain_graph=task < case.num_tasks - 1)
+            loss.backward(retain_graph=task < case.num_tasks - 1)  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -80,7 +80,7 @@ def singles(case: Case, optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         for task in range(case.num_tasks):
             optimizer.zero_grad()
-            case.loss(task, case.trunk(case.inputs)).backward()
+            case.loss(task, case.trunk(case.inputs)).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     return step
@@ -94,7 +94,7 @@ def turns(case: Case, optimizer: torch.optim.Optimizer) -> Step:
             optimizer.zero_grad()
             features = case.trunk(case.inputs)
             losses = [case.loss(other, features) for other in range(case.num_tasks)]
-            losses[task].backward()
+            losses[task].backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     return step
@@ -106,7 +106,7 @@ def separate(case: Case, optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         optimizer.zero_grad()
         for task in range(case.num_tasks):
-            case.loss(task, case.trunk(case.inputs)).backward()
+            case.loss(task, case.trunk(case.inputs)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step

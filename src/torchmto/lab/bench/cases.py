@@ -118,7 +118,7 @@ class _SegNet(nn.Module):
             x, indices = nn.functional.max_pool2d(stage(x), 2, return_indices=True)
             places.append(indices)
         for stage in self.up:
-            x = stage(nn.functional.max_unpool2d(x, places.pop(), 2))
+            x = stage(nn.functional.max_unpool2d(x, places.pop(), (2, 2)))
         return x
 
 

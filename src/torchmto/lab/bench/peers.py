@@ -99,7 +99,7 @@ def _torchjd_gramian(method: str, case: Case, optimizer: torch.optim.Optimizer) 
         features = case.trunk(case.inputs)
         losses = torch.stack([case.loss(task, features) for task in range(case.num_tasks)])
         weights = weighting(engine.compute_gramian(losses))
-        losses.backward(weights)
+        losses.backward(weights)  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
