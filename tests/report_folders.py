@@ -27,7 +27,10 @@ def comparison(
     cost = {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "peak_memory_bytes": None}
 
     def figures() -> dict[str, Any]:
-        return {t: {_metric(t, tasks): {"mean": draw.random(), "std": 0.01}, "extra": {"mean": draw.random(), "std": 0.0}} for t in tasks}
+        return {
+            t: {_metric(t, tasks): {"mean": draw.random(), "std": 0.01}, "extra": {"mean": draw.random(), "std": 0.0}}
+            for t in tasks
+        }
 
     def costs() -> dict[str, Any]:
         return {**cost, "seconds_per_batch": draw.random()}
@@ -38,13 +41,20 @@ def comparison(
             t: {
                 "kind": "any",
                 "primary_metric": _metric(t, tasks),
-                "metrics": {_metric(t, tasks): {"higher_is_better": t != tasks[-1]}, "extra": {"higher_is_better": True}},
+                "metrics": {
+                    _metric(t, tasks): {"higher_is_better": t != tasks[-1]},
+                    "extra": {"higher_is_better": True},
+                },
             }
             for t in tasks
         },
         "methods": {
             name: {
-                "delta_m": {"mean": draw.uniform(-30, 30), "ci95": draw.random(), "per_seed": [draw.random() for _ in range(seeds)]},
+                "delta_m": {
+                    "mean": draw.uniform(-30, 30),
+                    "ci95": draw.random(),
+                    "per_seed": [draw.random() for _ in range(seeds)],
+                },
                 "tasks": figures(),
                 "cost": costs(),
                 "selected_epochs": [1] * seeds,
@@ -53,7 +63,14 @@ def comparison(
         },
         "single_task": {"tasks": figures(), "cost": costs()},
         "versions": {"torchmto": "0.1.0", "python": "3.11"},
-        "config": {"methods": list(methods), "seeds": seeds, "data": "digits", "model": "convnet", "epochs": 2, "batch_size": 8},
+        "config": {
+            "methods": list(methods),
+            "seeds": seeds,
+            "data": "digits",
+            "model": "convnet",
+            "epochs": 2,
+            "batch_size": 8,
+        },
     }
     # One method without an average change, as where a single-task value is 0.
     results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model"}
@@ -88,7 +105,11 @@ def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> d
         point["cosines"] = [[draw.uniform(-1, 1) for _ in tasks] for _ in tasks]
         point["weights"] = {t: draw.random() for t in tasks}
     if name.startswith("connection_strength"):
-        records = {"phase": 1, "priority_shares": shares, "layer_priority_shares": {"trunk.0": shares, "trunk.1": shares}}
+        records = {
+            "phase": 1,
+            "priority_shares": shares,
+            "layer_priority_shares": {"trunk.0": shares, "trunk.1": shares},
+        }
     if name.startswith("task_groups"):
         affinity = [[draw.uniform(-1, 1) for _ in tasks] for _ in tasks]
         groups = [[tasks[0], *tasks[2:]], [tasks[1]]] if step > 2 else [[t] for t in tasks]
@@ -108,7 +129,13 @@ def training(folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TAS
         "primary": {t: _metric(t, tasks) for t in tasks},
         "validation": measured,
         "test": measured,
-        "cost": {"num_forward": 20, "num_backward": 60, "num_optimizer_steps": 20, "steps": 20, "seconds_per_step": 0.1},
+        "cost": {
+            "num_forward": 20,
+            "num_backward": 60,
+            "num_optimizer_steps": 20,
+            "steps": 20,
+            "seconds_per_step": 0.1,
+        },
     }
     (folder / "results.json").write_text(json.dumps(results))
     settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": 0}

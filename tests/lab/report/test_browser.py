@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from chromium import Browser, chromium, require_chromium
 from report_folders import comparison, training
-
 from torchmto.lab.report import write_report
 
 pytest.importorskip("plotly")
@@ -35,7 +35,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, 
 
 
 def rows(browser: Browser) -> list[str]:
-    found: list[str] = browser.run("return [...document.querySelectorAll('#comparison tbody tr')].map(r => r.dataset.method)")
+    found: list[str] = browser.run(
+        "return [...document.querySelectorAll('#comparison tbody tr')].map(r => r.dataset.method)"
+    )
     return found
 
 
@@ -61,7 +63,10 @@ def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Res
     )
     for name, method in results["methods"].items():
         delta = method["delta_m"]
-        tasks = [figures[about["primary_metric"]]["mean"] for figures, about in zip(method["tasks"].values(), results["tasks"].values(), strict=True)]
+        tasks = [
+            figures[about["primary_metric"]]["mean"]
+            for figures, about in zip(method["tasks"].values(), results["tasks"].values(), strict=True)
+        ]
         cells = [None if cell == "" else float(cell) for cell in shown[name]]
         assert cells[0] == (delta and delta["mean"])
         assert sorted(cells[1:4]) == sorted(tasks)
@@ -113,7 +118,9 @@ def test_the_slider_moves_through_the_affinities(report: tuple[Browser, Path, Re
     assert browser.run("return document.getElementById('layer-slider').value") == "0"
 
 
-@pytest.mark.parametrize(("theme", "width", "phone"), [("light", 1200, False), ("dark", 1200, False), ("light", 390, True)])
+@pytest.mark.parametrize(
+    ("theme", "width", "phone"), [("light", 1200, False), ("dark", 1200, False), ("light", 390, True)]
+)
 def test_screenshots_in_light_dark_and_on_a_phone(
     report: tuple[Browser, Path, Results], theme: str, width: int, phone: bool
 ) -> None:

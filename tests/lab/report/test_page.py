@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_folders import METHODS, comparison, training
 
+from report_folders import METHODS, comparison, training
 from torchmto.cli import main
 from torchmto.lab.report import ReportError, page, read_studies
 from torchmto.lab.report.page import MAX_BYTES, _fitting
@@ -69,7 +69,7 @@ def test_nothing_is_loaded_and_no_text_becomes_markup(tmp_path: Path) -> None:
     policy = next(a["content"] for _, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert list(embedded(text)[0]["results"]["methods"])[0] == HOSTILE
+    assert next(iter(embedded(text)[0]["results"]["methods"])) == HOSTILE
     data = reader.scripts[0]
     assert not set("<>&\u2028") & set(data)
 
@@ -129,7 +129,9 @@ def _break(folder: Path, what: str) -> None:
             text = (folder / "results.json").read_text()
             (folder / "results.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
         case "no figures":
-            (folder / "results.json").write_text('{"schema_version": 1, "methods": {"gd": {}}, "tasks": {}, "config": {}}')
+            (folder / "results.json").write_text(
+                '{"schema_version": 1, "methods": {"gd": {}}, "tasks": {}, "config": {}}'
+            )
         case "broken run":
             path = folder / "runs" / "run0-seed0.json"
             path.write_text(path.read_text().replace('"epoch": 0', '"epoch": 7'))
@@ -146,9 +148,7 @@ def _break(folder: Path, what: str) -> None:
         ("broken run", "its checksum doesn't match"),
     ],
 )
-def test_broken_folders_are_named(
-    tmp_path: Path, what: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_folders_are_named(tmp_path: Path, what: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     comparison(tmp_path / "run")
     _break(tmp_path / "run", what)
     with pytest.raises(ReportError, match=re.escape(message)):

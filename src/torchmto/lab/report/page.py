@@ -113,10 +113,15 @@ def _fitting(studies: Sequence[Study], room: int) -> str:
     while len((text := _embedded(thinned)).encode()) > room:
         points //= 2
         if points < _FEWEST_POINTS:
-            bare = [{**study, "runs": [], "notes": [*study["notes"], "There are too many runs to show their curves."]} for study in studies]
+            bare = [
+                {**study, "runs": [], "notes": [*study["notes"], "There are too many runs to show their curves."]}
+                for study in studies
+            ]
             text = _embedded(bare)
             if len(text.encode()) > room:
-                raise ValueError("There are too many methods and tasks for one page; report on fewer folders at a time.")
+                raise ValueError(
+                    "There are too many methods and tasks for one page; report on fewer folders at a time."
+                )
             break
         for study in thinned:
             study["runs"] = [

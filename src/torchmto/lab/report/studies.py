@@ -70,13 +70,17 @@ def _read_results(folder: Path) -> dict[str, Any]:
     path = folder / "results.json"
     if not path.is_file():
         unfinished = any((folder / name).exists() for name in ("config.json", "config.yaml"))
-        hint = "it isn't finished; the command that made it goes on with it" if unfinished else "it isn't a run's folder"
+        hint = (
+            "it isn't finished; the command that made it goes on with it" if unfinished else "it isn't a run's folder"
+        )
         raise ReportError(f"{folder} has no results.json: {hint}.")
     try:
         results = plain(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is broken: it isn't JSON ({error}).") from error
-    if not isinstance(results, dict) or not ({"methods", "tasks"} <= set(results) or {"primary", "cost"} <= set(results)):
+    if not isinstance(results, dict) or not (
+        {"methods", "tasks"} <= set(results) or {"primary", "cost"} <= set(results)
+    ):
         raise ReportError(f"{path} holds neither a comparison nor a training run.")
     return results
 
@@ -98,7 +102,9 @@ def _comparison(folder: Path, results: dict[str, Any]) -> Study:
     return {
         "title": folder.resolve().name,
         "about": f"{about} Figures are of the test split, at the epoch that the validation split chose.",
-        "notes": [f"{missing} runs have no file in {folder.name}/runs; their curves are missing."] if missing > 0 else [],
+        "notes": [f"{missing} runs have no file in {folder.name}/runs; their curves are missing."]
+        if missing > 0
+        else [],
         "task_names": tasks,
         "metric_names": [list(results["tasks"][task]["metrics"]) for task in tasks],
         "method_names": list(results["methods"]),
@@ -227,7 +233,9 @@ def _training_run(folder: Path, method: str, seed: int, primary: Mapping[str, st
     for step in sorted({*figures, *records}):
         row = figures.get(step, {})
         validation = {
-            task: {metric: row[key]} for task, metric in primary.items() if (key := f"validation/{task}/{metric}") in row
+            task: {metric: row[key]}
+            for task, metric in primary.items()
+            if (key := f"validation/{task}/{metric}") in row
         }
         losses = _by_task(row, "loss", primary)
         conflicts = row.get("conflicts/pairs")
