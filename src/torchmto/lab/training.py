@@ -208,7 +208,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, method: str) -> torch.o
             {"params": [p for p in model.parameters() if p not in heads]},
             {"params": [p for p in model.parameters() if p in heads], "lr": config.learning_rate * config.head_rate},
         ]
-    decay = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    decay: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if method in OWN_OPTIMIZER_METHODS:
         return torch.optim.SGD(groups, **decay)
     if check_choice("optimizer", config.optimizer, ("adamw", "sgd")) == "sgd":
