@@ -1,7 +1,14 @@
 """What the workers run: training on a rank's part of a batch, with partial labels given as masks."""
 
+import contextlib
+import os
+import socket
+import stat
+import struct
+import time
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -415,3 +422,104 @@ def refuse_fsdp(rank: int, size: int, group: Any):
         "reused weights": _message(lambda: make(torchmto.make_method("pcgrad", refresh_every=3))),
         "missing task": _message(lambda: make().step(fewer)),
     }
+
+
+def _tcp_bytes_sent() -> int:
+    """What the kernel has sent over this process' TCP connections (``tcpi_bytes_sent``)."""
+    total = 0
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        number = int(entry.name)
+        with contextlib.suppress(OSError):
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                    total += struct.unpack_from("Q", info, 200)[0]
+    return total
+
+
+class Wide(Toy):
+    """A trunk of 300 x 400 weights."""
+
+    def __init__(self) -> None:
+        super().__init__(TASKS)
+        self.trunk = nn.Linear(300, 400)
+        self.heads = nn.ModuleDict({task: nn.Linear(400, 1) for task in TASKS})
+
+
+def _wide(group: Any, name: str, divided: bool):
+    net = Wide()
+    torch.manual_seed(dist.get_rank(group))
+    x = torch.randn(2, 300)
+    options = {"groups": "per_task"} if name == "task_groups" else {}
+    mt = torchmto.MultiTask(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.01),
+        tasks=TASKS,
+        method=method_of(name, options),
+        process_group=group,
+        shard_gradients=divided,
+    )
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        return {task: out.square().mean() for task, out in net(x, tasks).items()}
+
+    return mt, losses
+
+
+def count_bytes(rank: int, size: int, group: Any, name: str, divided: bool):
+    """Bytes of one step, counted and on the wire, and the number of collectives."""
+    mt, losses = _wide(group, name, divided)
+    mt.step(losses)  # agrees on the roles
+    ranks = mt.network.ranks
+    numbers = []
+    inner = ranks._count
+
+    def count(tensor: Tensor, passes: int) -> None:
+        numbers.append(passes)
+        inner(tensor, passes)
+
+    ranks._count = count
+    dist.barrier(group=group)
+    time.sleep(0.05)
+    counted, sent = ranks.bytes_sent, _tcp_bytes_sent()
+    mt.step(losses)
+    return {"counted": ranks.bytes_sent - counted, "sent": _tcp_bytes_sent() - sent, "collectives": len(numbers)}
+
+
+def trace_events(rank: int, size: int, group: Any, divided: bool) -> list[str]:
+    """The order of backwards and of the rows' sums."""
+    mt, losses = _wide(group, "pcgrad", divided)
+    mt.step(losses)
+    events: list[str] = []
+
+    class Spy:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            events.append("wait")
+            self.work.wait()
+
+    ranks = mt.network.ranks
+    name = "start_scatter" if divided else "start_sum"
+    inner = getattr(ranks, name)
+
+    def start(*tensors: Tensor) -> Any:
+        large = tensors[-1].numel() > 100_000
+        if large:
+            events.append("start row")
+        work = inner(*tensors)
+        return Spy(work) if large else work
+
+    setattr(ranks, name, start)
+
+    def traced(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        values = losses(tasks)
+        for value in values.values():
+            value.register_hook(lambda grad: events.append("backward"))
+        return values
+
+    mt.step(traced)
+    return events

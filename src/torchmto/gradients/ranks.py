@@ -79,7 +79,7 @@ class Ranks:
         if self.size == 1:
             return tensor
         sent = tensor.to(device).contiguous().clone()
-        self.bytes_sent += sent.numel() * sent.element_size() * (self.size - 1) / self.size
+        self._count(sent, 1)
         dist.broadcast(sent, group=self.group, group_src=0)
         return sent.to(tensor)
 
