@@ -216,7 +216,7 @@ class Layerwise(Engine):
                 product += products(rows)
             for leaf in own:
                 if id(leaf) in tied and last[id(leaf)] == number:
-                    product += products(tied.pop(id(leaf)).flatten(1))
+                    product += products(tied.pop(id(leaf)).view(len(losses), -1))
         return product
 
     def _rows(self, count: int, leaves: Sequence[Tensor]) -> Tensor:

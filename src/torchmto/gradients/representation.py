@@ -89,12 +89,15 @@ class Representation(Engine):
                 if gradient is not None:
                     take(task, parameter, gradient)
         self._rows = torch.stack([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
+        self._seeds = list(seeds.values())
         return gramian(self._rows)
 
     def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
         """One backward of the features, from the weighted sum of their gradients."""
         outputs, self._outputs = self._outputs, []
-        factors = torch.stack([c.detach().to(self._rows) for c in cotangents])
+        # The rows have the seeds in them already.
+        pairs = zip(cotangents, self._seeds, strict=True)
+        factors = torch.stack([(c if seed is None else c / seed).detach().to(self._rows) for c, seed in pairs])
         combined = torch.split(factors @ self._rows, [output.numel() for output in outputs])
         self._rows = torch.empty(0, 0)
         torch.autograd.backward(

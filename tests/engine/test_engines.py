@@ -1,0 +1,317 @@
+"""The engines without a gradient matrix against the one with it, on models of many kinds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import torchmto
+from torchmto.gradients.layerwise import Layerwise, read_graph
+from toy import batch, closure, flat, make
+
+K = 3
+
+
+@dataclass
+class Sample:
+    """Shared parameters, heads and a closure."""
+
+    model: nn.Module
+    losses: Callable[[tuple[str, ...]], dict[str, Tensor]]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.scale, None
+
+
+def _sample(model: nn.Module, outputs: Callable[[], list[Tensor]]) -> Sample:
+    """K losses on the outputs: the outputs' own, repeated with other losses if there are fewer."""
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        found = outputs()
+        result = {}
+        for task in tasks:
+            index = int(task[1:])
+            value = found[index % len(found)]
+            result[task] = (value - 0.3 * (index + 1)).square().mean() + 0.1 * index * value.sin().sum()
+        return result
+
+    return Sample(model, losses)
+
+
+def chain() -> Sample:
+    model = nn.ModuleList([nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(5)])])
+    heads = nn.ModuleList([nn.Linear(6, 2) for _ in range(K)])
+    model.append(heads)
+    x = torch.randn(7, 6)
+
+    def outputs() -> list[Tensor]:
+        h = model[0](x)
+        return [head(h) for head in heads]
+
+    return _sample(model, outputs)
+
+
+def residual() -> Sample:
+    model = nn.Sequential(*[Residual(6) for _ in range(4)])
+    x = torch.randn(7, 6)
+    return _sample(model, lambda: [model(x)])
+
+
+def checkpointed() -> Sample:
+    model = nn.Sequential(*[Residual(6) for _ in range(4)])
+    x = torch.randn(7, 6)
+
+    def outputs() -> list[Tensor]:
+        h = x
+        for block in model:
+            h = checkpoint(block, h, use_reentrant=False)
+        return [h]
+
+    return _sample(model, outputs)
+
+
+def several_scales() -> Sample:
+    blocks, head = nn.ModuleList([Residual(6) for _ in range(4)]), nn.Linear(18, 3)
+    x = torch.randn(7, 6)
+
+    def outputs() -> list[Tensor]:
+        maps = [x]
+        for block in blocks:
+            maps.append(block(maps[-1]))
+        return [head(torch.cat([maps[1], maps[2], maps[4]], 1)), maps[2], head(torch.cat([maps[3]] * 3, 1))]
+
+    return _sample(nn.ModuleList([blocks, head]), outputs)
+
+
+def convolutions() -> Sample:
+    """A U-net with batch norms, a transposed convolution and skip connections, channels last."""
+    model = nn.ModuleDict(
+        {
+            "one": nn.Conv2d(3, 4, 3, padding=1),
+            "two": nn.Conv2d(4, 4, 3, padding=1, stride=2, groups=2),
+            "up": nn.ConvTranspose2d(4, 4, 2, 2),
+            "out": nn.Conv2d(8, 2, 1),
+            "norm": nn.BatchNorm2d(4),
+        }
+    ).to(memory_format=torch.channels_last)
+    image = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+
+    def outputs() -> list[Tensor]:
+        wide = model["norm"](model["one"](image)).relu()
+        narrow = model["two"](wide).relu()
+        return [model["out"](torch.cat([model["up"](narrow), wide], 1)), narrow]
+
+    return _sample(model, outputs)
+
+
+def tied() -> Sample:
+    """A transformer whose embedding is its last layer as well."""
+    embedding = nn.Embedding(11, 8)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    tokens = torch.randint(0, 11, (2, 5))
+
+    def outputs() -> list[Tensor]:
+        hidden = encoder(embedding(tokens))
+        return [hidden @ embedding.weight.T, hidden]
+
+    return _sample(nn.ModuleList([embedding, encoder]), outputs)
+
+
+def recurrent() -> Sample:
+    model = nn.GRU(4, 4, 2, batch_first=True)
+    x = torch.randn(2, 3, 4)
+
+    def outputs() -> list[Tensor]:
+        sequence, last = model(x)
+        first, second = sequence.chunk(2, -1)
+        return [first * second, last, first]
+
+    return _sample(model, outputs)
+
+
+def unknown() -> Sample:
+    """Operations of the user's own, bare parameters, and one that is used three times."""
+    scale, shift = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(()))
+    linear = nn.Linear(5, 5)
+    x = torch.randn(4, 5)
+
+    def outputs() -> list[Tensor]:
+        h = Doubled.apply(linear(x) * scale, 2.0) + shift
+        h = linear(h.sin()) * scale
+        return [linear(h) + shift, h, h.cos()]
+
+    model = nn.ModuleList([linear, nn.ParameterList([scale, shift])])
+    return _sample(model, outputs)
+
+
+ZOO = [chain, residual, checkpointed, several_scales, convolutions, tied, recurrent, unknown]
+
+
+@pytest.mark.parametrize("make_sample", ZOO, ids=lambda f: f.__name__)
+def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
+    torch.manual_seed(0)
+    sample = make_sample()
+    sample.model.double()
+    tasks = [f"t{i}" for i in range(K)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(0)
+        sample = make_sample()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    losses = dict(enumerate(sample.losses(tuple(tasks)).values()))
+    parameters = list(sample.model.parameters())
+    rows = []
+    for loss in losses.values():
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        rows.append(
+            torch.cat(
+                [
+                    (torch.zeros_like(p) if g is None else g).flatten()
+                    for p, g in zip(parameters, gradients, strict=True)
+                ]
+            )
+        )
+    matrix = torch.stack(rows)
+    engine = Layerwise()
+    engine.begin()
+    reached = engine.read(losses)
+    assert {key: mask for key, mask in reached.items() if key in map(id, parameters)} == {
+        id(p): sum(1 << i for i, g in enumerate(matrix) if _reached(losses[i], p)) for p in parameters
+    }
+    found = engine.gramian(losses, dict.fromkeys(losses), shared=parameters, others=[], take=_never)
+    torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
+
+
+def _reached(loss: Tensor, parameter: Tensor) -> bool:
+    return torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)[0] is not None
+
+
+def _never(task: int, parameter: Tensor, gradient: Tensor) -> None:
+    raise AssertionError("no parameter is a head here")
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda", "cagrad", "gradnorm", "cr_mogm"])
+@pytest.mark.parametrize("heads", ["unit", "weighted"])
+def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
+    data = batch(("a", "b", "c"))
+    ends = []
+    for engine in ("parameters", "layerwise"):
+        hp = {} if method in ("gradnorm", "cr_mogm") else {"heads": heads}
+        model, _, mt = make(torchmto.make_method(method, **hp), gradients=engine, weights={"a": 2.0}, clip=1.0)
+        for number in range(4):
+            info = mt.step(closure(model, data, only=("a", "c") if number == 2 else None))
+        ends.append(flat(model))
+    assert info.num_backward == 4
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
+
+
+def test_layerwise_with_a_scaler() -> None:
+    data = batch(("a", "b", "c"))
+    ends = []
+    for engine in ("parameters", "layerwise", "representation"):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        features = "trunk" if engine == "representation" else None
+        model, _, mt = make("random", gradients=engine, features=features, scaler=scaler)
+        mt.step(closure(model, data))
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-9)
+
+
+def test_representation_uses_the_features_gradients() -> None:
+    data = batch(("a", "b", "c"))
+    model, _, mt = make("pcgrad", gradients="representation", features="trunk")
+    features = model.trunk(data[0])
+    outputs = {task: (head(features) - data[1][task]).square().mean() for task, head in model.heads.items()}
+    rows = [torch.autograd.grad(loss, features, retain_graph=True)[0].flatten() for loss in outputs.values()]
+    matrix = torch.stack(rows)
+    norms = matrix.norm(dim=1)
+    info = mt.step(closure(model, data))
+    assert info.num_forward == 1
+    assert info.num_backward == 4
+    torch.testing.assert_close(info.cosines, matrix @ matrix.T / torch.outer(norms, norms))
+
+
+def test_representation_leaves_a_plain_sum_exact() -> None:
+    data = batch(("a", "b"))
+    ends = []
+    for options in ({}, {"gradients": "representation", "features": "trunk"}):
+        method = torchmto.make_method("constant", weights=[1.0, 1.0])
+        model, _, mt = make(method, ("a", "b"), **options)
+        mt.step(closure(model, data))
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", ["gd", "uw", "graddrop", "moco", "sequential", "connection_strength", "sdmgrad"])
+@pytest.mark.filterwarnings("ignore")
+def test_methods_that_need_more_than_a_gramian_are_refused(method: str) -> None:
+    with pytest.raises(ValueError, match="layerwise"):
+        make(method, gradients="layerwise")
+
+
+def test_misuse_is_named() -> None:
+    data = batch(("a", "b", "c"))
+    with pytest.raises(ValueError, match="gradients"):
+        make("pcgrad", gradients="columns")
+    with pytest.raises(TypeError, match="features"):
+        make("pcgrad", gradients="representation")
+    with pytest.raises(ValueError, match="features"):
+        make("pcgrad", gradients="representation", features="nowhere")
+    with pytest.raises(ValueError, match="features"):
+        make("pcgrad", features="trunk")
+    model, _, mt = make("pcgrad", gradients="layerwise")
+    before = flat(model)
+    with pytest.raises(ValueError, match="micro-batch"):
+        mt.step([closure(model, data), closure(model, data)])
+    model2, _, mt2 = make("pcgrad", gradients="representation", features="trunk.0")
+    model2.trunk.append(nn.Linear(5, 5).double())
+    model2, _, mt2 = make("pcgrad", model=model2, gradients="representation", features="trunk.0")
+    with pytest.raises(ValueError, match="without passing"):
+        mt2.step(closure(model2, data))
+    assert torch.equal(flat(model), before)
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_leaves_no_trace() -> None:
+    data = batch(("a", "b", "c"))
+    model, _, mt = make("pcgrad", gradients="layerwise")
+    before = flat(model)
+
+    def broken(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        losses = closure(model, data)(tasks)
+        zero = (model.trunk[0].weight.sum() * 0).abs()
+        return {**losses, "b": losses["b"] + zero.sqrt()}
+
+    with pytest.raises(torchmto.NonFiniteError, match="`b`"):
+        mt.step(broken)
+    assert torch.equal(flat(model), before)
+
+
+def test_graph_order_is_topological() -> None:
+    sample = several_scales()
+    losses = dict(enumerate(sample.losses(tuple(f"t{i}" for i in range(K))).values()))
+    place = {node: i for i, node in enumerate(read_graph(losses).order)}
+    for node, i in place.items():
+        assert all(place.get(following, i + 1) > i for following, _ in node.next_functions)
