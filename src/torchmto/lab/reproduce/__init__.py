@@ -1,0 +1,10 @@
+"""The papers' tables and figures: experiments that run resumably and leave numbers, tables and plots in a folder.
+
+A `Recipe` (a YAML file) says what to run, a study (`torchmto.lab.reproduce.studies`) runs it and says what was found,
+`reproduce` puts both together.
+"""
+
+from torchmto.lab.reproduce.recipe import Recipe, RecipeError, load_recipe, recipe_names
+from torchmto.lab.reproduce.reproduce import reproduce
+
+__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "reproduce"]

@@ -1,0 +1,72 @@
+"""How long an experiment may take."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torchmto.lab.compare.folder import run_label
+from torchmto.lab.training import RunConfig
+
+__all__ = ["Budget", "BudgetSpentError", "BudgetWatcher"]
+
+
+class BudgetSpentError(Exception):
+    """The time is up. What is finished is saved; the same command goes on from there."""
+
+
+class Budget:
+    """A deadline that is looked at between units of work.
+
+    Args:
+        minutes: From now; None for no limit.
+    """
+
+    def __init__(self, minutes: float | None) -> None:
+        self.began = time.monotonic()
+        self.minutes = minutes
+
+    @property
+    def used(self) -> float:
+        """Minutes since the beginning."""
+        return (time.monotonic() - self.began) / 60
+
+    @property
+    def spent(self) -> bool:
+        """Whether the time is up."""
+        return self.minutes is not None and self.used >= self.minutes
+
+    def check(self) -> None:
+        """Raise BudgetSpentError if the time is up."""
+        if self.spent:
+            raise BudgetSpentError
+
+
+class BudgetWatcher:
+    """A watcher of `torchmto.lab.compare` that prints a line per run and stops the grid when the time is up.
+
+    Args:
+        budget: The time.
+        say: Prints a line.
+    """
+
+    def __init__(self, budget: Budget, say: Callable[[str], None]) -> None:
+        self._budget = budget
+        self._say = say
+        self._left = 0
+
+    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
+        """Say what is left."""
+        self._left = len(runs) - len(finished)
+        self._say(f"  {len(finished)} of {len(runs)} runs are finished.")
+        if self._left:
+            self._budget.check()
+
+    def advance(self, config: RunConfig, batches: int) -> None:
+        """Nothing: a run that has begun is finished."""
+
+    def finish(self, config: RunConfig, result: dict[str, Any]) -> None:
+        """Say so, and look at the clock."""
+        self._left -= 1
+        self._say(f"  {run_label(config)}: {result['seconds']:.1f} s, {self._left} left")
+        if self._left:
+            self._budget.check()

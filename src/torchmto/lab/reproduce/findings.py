@@ -1,0 +1,125 @@
+"""What an experiment found, and the files it is written to."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.reproduce.recipe import Recipe
+from torchmto.lab.versions import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Findings", "Table", "number", "write_findings"]
+
+SCHEMA_VERSION = 1
+FEW_SEEDS = 5
+"""Below so many seeds a comparison of methods is called a smoke run."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page of results.
+
+    Attributes:
+        title: What it shows.
+        header: Titles of the columns.
+        rows: Cells, as text.
+        notes: What a reader needs to know to read it.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
+        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] + ["---:"] * (len(self.header) - 1))]
+        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.rows]
+        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+
+
+@dataclass
+class Findings:
+    """What came out.
+
+    Attributes:
+        numbers: Everything, with full precision.
+        tables: The same to read.
+        figures: File name without ending -> matplotlib figure.
+        notes: What decides how far the findings carry.
+        complete: Whether everything the recipe asks for was done.
+    """
+
+    numbers: dict[str, Any] = field(default_factory=dict)
+    tables: list[Table] = field(default_factory=list)
+    figures: "dict[str, Figure]" = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    complete: bool = True
+
+
+def number(value: float | None, interval: float | None = None, digits: int = 2) -> str:
+    """A number as text, with its interval.
+
+    Example:
+        >>> number(1.234, 0.5), number(None)
+        ('1.23 ± 0.50', '-')
+    """
+    if value is None:
+        return "-"
+    return f"{value:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
+
+
+def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: int, minutes: float) -> None:
+    """Write results.json, results.md and plots/*.png.
+
+    Args:
+        folder: Where to.
+        recipe: What was asked for.
+        findings: What came out.
+        seeds: How many seeds were asked for.
+        minutes: What this call took.
+    """
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    for name, figure in findings.figures.items():
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+        write_bytes(folder / "plots" / f"{name}.png", data.getvalue())
+    content: Mapping[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "experiment": recipe.name,
+        "study": recipe.study,
+        "complete": findings.complete,
+        "seeds": seeds,
+        "minutes_of_this_call": minutes,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "notes": findings.notes,
+        "numbers": findings.numbers,
+        "tables": [vars(table) for table in findings.tables],
+        "versions": versions(),
+    }
+    text = json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(folder / "results.json", text.encode())
+    write_bytes(folder / "results.md", _page(recipe, findings).encode())
+
+
+def _page(recipe: Recipe, findings: Findings) -> str:
+    parts = [f"# {recipe.name}", "", recipe.summary, ""]
+    if not findings.complete:
+        parts += ["**Not complete**: the time was up. The same command goes on.", ""]
+    if recipe.papers:
+        parts += [f"The papers: {recipe.papers.strip()}", ""]
+    parts += [f"{note}\n" for note in findings.notes]
+    parts += [table.markdown() for table in findings.tables]
+    parts += [f"![{name}](plots/{name}.png)\n" for name in findings.figures]
+    return "\n".join(parts)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

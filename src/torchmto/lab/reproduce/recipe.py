@@ -1,0 +1,128 @@
+"""Recipes: what an experiment runs, as a typed YAML file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from torchmto.checks import check_integer
+from torchmto.lab.specs import parse_method
+from torchmto.lab.training import RunConfig
+
+__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names"]
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+_FOLDERS = (_PACKAGE / "recipes" / "reproduce", _PACKAGE.parents[1] / "recipes" / "reproduce")
+"""In an installed package, and in a checkout."""
+
+_RUN_FIELDS = frozenset(entry.name for entry in fields(RunConfig)) - {"method", "seed", "tasks"}
+
+
+class RecipeError(ValueError):
+    """A recipe that doesn't say what to run."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One comparison of an experiment: methods that share data, model and optimizer.
+
+    Attributes:
+        name: What the arm is called; also its folder.
+        methods: Texts of methods, see `torchmto.lab.specs.parse_method`.
+        run: Fields of `torchmto.lab.training.RunConfig` that differ from the recipe's.
+        reference: The method that the others are compared with.
+        about: What the arm is there for.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    run: Mapping[str, Any] = field(default_factory=dict)
+    reference: str = "gd"
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An experiment.
+
+    Attributes:
+        name: The recipe's.
+        study: What is done with it, see `torchmto.lab.reproduce.studies`.
+        summary: One line.
+        papers: What the papers say about it: text that is printed beside the results.
+        seeds: How many.
+        run: Fields of `torchmto.lab.training.RunConfig` that all arms share.
+        tune: Settings of which each method gets its best one by validation on the first seed; empty for none.
+        arms: The comparisons.
+        options: What else the study takes.
+    """
+
+    name: str
+    study: str
+    summary: str
+    papers: str = ""
+    seeds: int = 3
+    run: Mapping[str, Any] = field(default_factory=dict)
+    tune: tuple[Mapping[str, Any], ...] = ()
+    arms: tuple[Arm, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_integer("seeds", self.seeds, minimum=1)
+        names = [arm.name for arm in self.arms]
+        if len(set(names)) < len(names):
+            raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
+        for settings in (self.run, *self.tune, *(arm.run for arm in self.arms)):
+            if unknown := sorted(set(settings) - _RUN_FIELDS):
+                raise RecipeError(f"Runs have no setting `{unknown[0]}`. They have: {', '.join(sorted(_RUN_FIELDS))}.")
+
+    def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
+        """The runs of an arm, with ``{data}`` in its data set's path replaced."""
+        settings = {**self.run, **arm.run}
+        data = settings.get("data", RunConfig.data)
+        return RunConfig(**{**settings, "data": data.replace("{data}", str(data_root))})
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes that come with the package.
+
+    Example:
+        >>> "theory" in recipe_names()
+        True
+    """
+    return tuple(sorted({path.stem for folder in _FOLDERS for path in folder.glob("*.yaml")}))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a file of one's own.
+
+    Args:
+        name: One of `recipe_names`, or the path of a YAML file.
+
+    Raises:
+        RecipeError: If there is none, or it doesn't say what to run.
+    """
+    path = next((folder / f"{name}.yaml" for folder in _FOLDERS if (folder / f"{name}.yaml").is_file()), Path(name))
+    if not path.is_file():
+        raise RecipeError(f"There is no experiment {name!r}. There are: {', '.join(recipe_names())}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _recipe(path.stem, content)
+    except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise RecipeError(f"{path} isn't a recipe: {error}") from error
+
+
+def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
+    entries = dict(content)
+    arms = tuple(_arm(arm, entry) for arm, entry in (entries.pop("arms", None) or {}).items())
+    tune = tuple(entries.pop("tune", None) or ())
+    return replace(Recipe(name=name, **entries), arms=arms, tune=tune)
+
+
+def _arm(name: str, content: Mapping[str, Any]) -> Arm:
+    entries = dict(content)
+    methods: Sequence[str] = entries.pop("methods")
+    labels = tuple(parse_method(method).label for method in methods)
+    return Arm(name, labels, **entries)

@@ -1,0 +1,52 @@
+"""One experiment, from its recipe to its folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torchmto.checks import check_choice
+from torchmto.lab.reproduce.budget import Budget
+from torchmto.lab.reproduce.findings import Findings, write_findings
+from torchmto.lab.reproduce.recipe import Recipe, RecipeError
+from torchmto.lab.reproduce.studies import STUDIES, Context
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    data_root: Path = Path("data"),
+    seeds: int | None = None,
+    minutes: float | None = None,
+    jobs: int = 1,
+    say: Callable[[str], None] = print,
+) -> Findings:
+    """Run what of an experiment isn't finished yet, and write what is known.
+
+    Args:
+        recipe: What to run.
+        folder: Where everything goes; an earlier call's runs are taken over.
+        data_root: What ``{data}`` in the recipe's paths stands for.
+        seeds: How many; the recipe's by default.
+        minutes: No unit of work begins after so many; None for no limit.
+        jobs: Training runs at a time.
+        say: Prints a line.
+
+    Returns:
+        What was found, which is also in ``results.json``, ``results.md`` and ``plots/`` of the folder.
+
+    Raises:
+        RecipeError: If there is no such study.
+        FolderError: If the folder belongs to something else.
+    """
+    try:
+        check_choice("study", recipe.study, tuple(STUDIES))
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    budget = Budget(minutes)
+    asked = seeds or recipe.seeds
+    findings = STUDIES[recipe.study](Context(recipe, folder, data_root, asked, budget, jobs, say))
+    write_findings(folder, recipe, findings, seeds=asked, minutes=budget.used)
+    return findings

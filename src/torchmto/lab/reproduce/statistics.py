@@ -1,0 +1,144 @@
+"""Statistics of comparisons with paired seeds: intervals, tests corrected for their number, ranks.
+
+scipy is imported where it is used, since its statistics take a second to load.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchmto.lab.compare.summary import confidence95
+
+__all__ = ["Paired", "average_ranks", "critical_difference", "holm", "paired", "spearman", "wins"]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The mean of paired differences.
+
+    Attributes:
+        mean: Mean of first minus second.
+        ci95: Half the width of its 95 % confidence interval; None for one pair.
+        p: Two-sided p value of the paired t test; None for one pair or equal differences.
+        pairs: How many.
+    """
+
+    mean: float
+    ci95: float | None
+    p: float | None
+    pairs: int
+
+
+def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
+    """First minus second, pair by pair, by Student's t.
+
+    Args:
+        first: One value per seed.
+        second: The other's, in the same order of seeds.
+
+    Raises:
+        ValueError: If there are no pairs, or the lengths differ.
+
+    Example:
+        >>> paired([1.0, 2.0, 4.0], [0.0, 1.0, 2.0]).mean.__round__(3)
+        1.333
+    """
+    differences = [a - b for a, b in zip(first, second, strict=True)]
+    if not differences:
+        raise ValueError("Parameter `first` should hold at least one value. Found none.")
+    mean = sum(differences) / len(differences)
+    interval = confidence95(differences)
+    p = None
+    spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+    if spread > 0:
+        from scipy.special import stdtr  # noqa: PLC0415
+
+        t = mean / (spread / math.sqrt(len(differences)))
+        p = float(2 * stdtr(len(differences) - 1, -abs(t)))
+    return Paired(mean, interval, p, len(differences))
+
+
+def holm(p: Mapping[str, float | None]) -> dict[str, float | None]:
+    """P values corrected for their number by Holm's step-down procedure; None stays None and doesn't count.
+
+    Example:
+        >>> holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None})
+        {'a': 0.03, 'b': 0.06, 'c': 0.06, 'd': None}
+    """
+    known = sorted((value, name) for name, value in p.items() if value is not None)
+    corrected: dict[str, float | None] = dict.fromkeys(p)
+    largest = 0.0
+    for place, (value, name) in enumerate(known):
+        largest = max(largest, min(1.0, value * (len(known) - place)))
+        corrected[name] = largest
+    return corrected
+
+
+def wins(first: Sequence[float], second: Sequence[float], *, higher_is_better: bool) -> tuple[int, int, int]:
+    """How often the first is better, equal, worse.
+
+    Example:
+        >>> wins([1.0, 2.0, 3.0], [2.0, 2.0, 2.0], higher_is_better=True)
+        (1, 1, 1)
+    """
+    sign = 1 if higher_is_better else -1
+    signs = [sign * ((a > b) - (a < b)) for a, b in zip(first, second, strict=True)]
+    return signs.count(1), signs.count(0), signs.count(-1)
+
+
+def average_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean rank of each method, 1 for the best; ties share their mean rank.
+
+    Args:
+        scores: ``[blocks, methods]``, higher is better.
+
+    Returns:
+        ``[methods]``.
+
+    Example:
+        >>> average_ranks(np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 1.0]])).tolist()
+        [1.25, 1.75, 3.0]
+    """
+    better = (scores[:, None, :] > scores[:, :, None]).sum(axis=2)
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)
+    ranks: NDArray[np.float64] = (better + (equal + 1) / 2).mean(axis=0)
+    return ranks
+
+
+def critical_difference(methods: int, blocks: int) -> float:
+    """The least difference of average ranks that is significant at 5 % by Nemenyi's test.
+
+    Source: Demšar, Statistical Comparisons of Classifiers over Multiple Data Sets, JMLR 2006.
+
+    Args:
+        methods: How many are compared, at least two.
+        blocks: Over how many independent blocks.
+    """
+    from scipy.stats import studentized_range  # noqa: PLC0415
+
+    q = float(studentized_range.ppf(0.95, methods, np.inf)) / math.sqrt(2)
+    return q * math.sqrt(methods * (methods + 1) / (6 * blocks))
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation; None where one side is constant.
+
+    Example:
+        >>> spearman([1, 2, 3, 4], [10, 20, 40, 30])
+        0.8
+    """
+    a, b = _ranks(first), _ranks(second)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return None
+    return round(float(np.corrcoef(a, b)[0, 1]), 12)
+
+
+def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    ranks: NDArray[np.float64] = (array[:, None] > array[None, :]).sum(axis=1) + (
+        (array[:, None] == array[None, :]).sum(axis=1) + 1
+    ) / 2
+    return ranks

@@ -1,0 +1,201 @@
+"""Methods side by side in each arm: Δm with intervals, paired differences, wins, ranks; and arms against one another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchmto.lab.metrics import primary_metric
+from torchmto.lab.reproduce.arms import ArmResult, run_arms
+from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
+from torchmto.lab.reproduce.statistics import average_ranks, critical_difference, holm, paired, wins
+from torchmto.lab.reproduce.studies.context import Context
+from torchmto.lab.training import chosen_tasks
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["add_comparison", "per_seed", "run", "test_values"]
+
+
+def run(context: Context) -> Findings:
+    """Run the arms and compare the methods in each."""
+    arms, complete = run_arms(context)
+    findings = Findings(complete=complete)
+    add_comparison(findings, arms)
+    return findings
+
+
+def add_comparison(findings: Findings, arms: Mapping[str, ArmResult]) -> None:
+    """Add the tables that every comparison has."""
+    seeds = min((arm.experiment.seeds for arm in arms.values()), default=0)
+    if arms and seeds < FEW_SEEDS:
+        findings.notes.append(
+            f"**Smoke run**: {seeds} seed{'s' if seeds > 1 else ''}. It shows that everything works and roughly what comes "
+            "out; differences whose interval includes 0 decide nothing."
+        )
+    findings.numbers["arms"] = {name: _arm_numbers(arm) for name, arm in arms.items()}
+    for name, arm in arms.items():
+        findings.tables.append(_arm_table(name, arm, findings.numbers["arms"][name]))
+        findings.figures[f"delta_m-{name}"] = _forest(name, arm, findings.numbers["arms"][name])
+    across = _across(arms)
+    if across:
+        findings.numbers["across_arms"] = across
+        findings.tables.append(_across_table(across))
+
+
+def per_seed(arm: ArmResult, method: str) -> list[float] | None:
+    """Δm of a method's runs, by seed; None where it isn't defined."""
+    delta = arm.summary["methods"][method]["delta_m"]
+    return None if delta is None else list(delta["per_seed"])
+
+
+def test_values(arm: ArmResult, method: str) -> dict[str, list[float]]:
+    """Each task's primary metric on the test split, by seed."""
+    values = {}
+    for task in chosen_tasks(arm.bundle, arm.experiment.run.tasks):
+        metric = primary_metric(task)[0]
+        values[task.name] = [run["test"][task.name][metric] for run in arm.runs(method)]
+    return values
+
+
+def last_loss(arm: ArmResult, method: str) -> float:
+    """Training loss of the last epoch, averaged over tasks and seeds."""
+    ends = [run["history"][-1]["losses"].values() for run in arm.runs(method)]
+    return float(np.mean([np.mean(list(losses)) for losses in ends]))
+
+
+def _arm_numbers(arm: ArmResult) -> dict[str, Any]:
+    methods = arm.experiment.methods
+    reference = arm.arm.reference if arm.arm.reference in methods else methods[0]
+    base, base_values = per_seed(arm, reference), test_values(arm, reference)
+    higher = {task.name: primary_metric(task)[1] for task in chosen_tasks(arm.bundle, arm.experiment.run.tasks)}
+    numbers: dict[str, Any] = {"reference": reference, "seeds": arm.experiment.seeds, "methods": {}}
+    for method in methods:
+        entry: dict[str, Any] = {
+            "delta_m": arm.summary["methods"][method]["delta_m"],
+            "cost": arm.summary["methods"][method]["cost"],
+            "last_train_loss": last_loss(arm, method),
+            "settings": dict(arm.experiment.chosen.get(method, {})),
+        }
+        own = per_seed(arm, method)
+        if method != reference and own is not None and base is not None:
+            entry["difference"] = vars(paired(own, base))
+            values = test_values(arm, method)
+            counts = [wins(values[t], base_values[t], higher_is_better=higher[t]) for t in higher]
+            entry["wins_ties_losses"] = [sum(column) for column in zip(*counts, strict=True)]
+        numbers["methods"][method] = entry
+    differences = {m: e["difference"]["p"] for m, e in numbers["methods"].items() if "difference" in e}
+    for method, p in holm(differences).items():
+        numbers["methods"][method]["difference"]["p_holm"] = p
+    scores = np.array(
+        [
+            [(1 if higher[task] else -1) * value for task, values in test_values(arm, m).items() for value in values]
+            for m in methods
+        ],
+        dtype=float,
+    ).T
+    for method, rank in zip(methods, average_ranks(scores), strict=True):
+        numbers["methods"][method]["average_rank"] = float(rank)
+    numbers["critical_difference"] = critical_difference(len(methods), len(scores)) if len(methods) > 1 else None
+    return numbers
+
+
+def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
+    reference = numbers["reference"]
+    rows = []
+    for method, entry in numbers["methods"].items():
+        delta, difference = entry["delta_m"], entry.get("difference")
+        rows.append(
+            [
+                method,
+                number(None) if delta is None else number(delta["mean"], delta["ci95"]),
+                number(None) if difference is None else number(difference["mean"], difference["ci95"]),
+                number(None if difference is None else difference["p_holm"]),
+                "/".join(map(str, entry["wins_ties_losses"])) if "wins_ties_losses" in entry else "-",
+                number(entry["average_rank"]),
+                number(entry["last_train_loss"], digits=4),
+                number(entry["cost"]["num_optimizer_steps"]),
+                number(1000 * entry["cost"]["seconds_per_batch"], digits=1),
+            ]
+        )
+    run = arm.experiment.run
+    settings = (
+        f"{run.data.partition(':')[0]}, {run.model or arm.bundle.default_model}, {run.epochs} epochs of batches of "
+        f"{run.batch_size}, {run.optimizer} {run.learning_rate:g}, seeds 0 to {arm.experiment.seeds - 1}."
+    )
+    notes = [
+        f"{arm.arm.about} {settings}".strip(),
+        (
+            f"Δm to single-task models of the same seed and optimizer; differences to {reference} paired by seed, p "
+            "corrected by Holm; wins/ties/losses count tasks and seeds; ranks over tasks and seeds, which aren't "
+            f"independent (a difference of {number(numbers['critical_difference'])} would be significant if they were); "
+            "± is the 95 % interval."
+        ),
+    ]
+    header = [
+        "method",
+        "Δm %",
+        f"Δm minus {reference}",
+        "p",
+        "w/t/l",
+        "rank",
+        "last train loss",
+        "steps/batch",
+        "ms/batch",
+    ]
+    return Table(f"Arm {name}", header, rows, notes)
+
+
+def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
+    """The same method in two arms of the same data: paired differences to the first arm that has it."""
+    rows: list[dict[str, Any]] = []
+    first: dict[tuple[str, str], str] = {}
+    for name, arm in arms.items():
+        for method in arm.experiment.methods:
+            key = method, arm.experiment.run.data
+            if key not in first:
+                first[key] = name
+                continue
+            before, after = per_seed(arms[first[key]], method), per_seed(arm, method)
+            if before is not None and after is not None:
+                pairs = min(len(before), len(after))
+                difference = paired(after[:pairs], before[:pairs])
+                rows.append({"method": method, "arm": name, "minus": first[key], **vars(difference)})
+    corrected = holm({str(place): row["p"] for place, row in enumerate(rows)})
+    return [{**row, "p_holm": corrected[str(place)]} for place, row in enumerate(rows)]
+
+
+def _across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = [
+        [r["method"], r["arm"], r["minus"], number(r["mean"], r["ci95"]), number(r["p_holm"]), str(r["pairs"])]
+        for r in rows
+    ]
+    note = "Differences of Δm, paired by seed, each arm relative to its own single-task models; p corrected by Holm."
+    return Table("The same method in different arms", ["method", "arm", "minus arm", "Δm", "p", "seeds"], cells, [note])
+
+
+def _forest(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Figure:
+    from matplotlib.figure import Figure  # noqa: PLC0415  without pyplot no display is needed
+
+    methods = list(numbers["methods"])
+    figure = Figure(figsize=(9, 1.2 + 0.35 * len(methods)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, method in enumerate(methods):
+        entry = numbers["methods"][method]
+        if entry["delta_m"] is not None:
+            left.errorbar(
+                entry["delta_m"]["mean"], place, xerr=entry["delta_m"]["ci95"] or 0.0, fmt="o", color="C0", capsize=3
+            )
+            left.plot(entry["delta_m"]["per_seed"], [place] * arm.experiment.seeds, ".", color="C1", markersize=4)
+        right.plot(entry["average_rank"], place, "s", color="C2")
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(range(len(methods)), [m if len(m) < 44 else m[:41] + "..." for m in methods], fontsize=7)
+    left.invert_yaxis()
+    left.set(xlabel="Δm % (mean, 95 % interval, seeds)", title=name)
+    right.set(xlabel="average rank over tasks and seeds")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    return figure

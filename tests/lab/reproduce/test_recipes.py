@@ -1,0 +1,65 @@
+"""The recipes that come with the project say something that can run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from torchmto.lab.data import Task, dataset_info
+from torchmto.lab.losses import task_loss
+from torchmto.lab.reproduce import RecipeError, load_recipe, recipe_names
+from torchmto.lab.reproduce.studies import STUDIES
+from torchmto.lab.specs import parse_method
+from torchmto.lab.trainer.config import TrainConfig
+
+TRAIN = sorted((Path(__file__).parents[3] / "recipes" / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe(name):
+    recipe = load_recipe(name)
+    assert recipe.study in STUDIES
+    assert recipe.arms or recipe.study == "theory"
+    for arm in recipe.arms:
+        run = recipe.run_config(arm, Path("somewhere"))
+        assert "{" not in run.data
+        data, _, path = run.data.partition(":")
+        assert bool(path) == bool(dataset_info(data).layouts)
+        for method in arm.methods:
+            spec = parse_method(method)
+            more = {"total_steps": 10} if spec.takes("total_steps") else {}
+            if spec.hyperparameters.get("priority") == "performance":
+                more["baseline"] = {"task": 1.0}
+            spec.make(**more)
+
+
+@pytest.mark.parametrize("path", TRAIN, ids=lambda path: path.stem)
+def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
+    settings = yaml.safe_load(path.read_text())
+    settings["data"]["name"] = settings["data"]["name"].partition(":")[0] + f":{tmp_path}"
+    config = TrainConfig.from_dict(settings)
+    config.validate()
+    for options in config.losses.values():
+        task_loss(Task("edges", "edges", 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("study: comparison\nsummary: x\nrun: {lr: 1}\n", "no setting `lr`"),
+        ("study: comparison\nsummary: x\nwrong: 1\n", "wrong"),
+        ("study: comparison\nsummary: x\narms: {a: {methods: [nothing]}}\n", "nothing"),
+        ("study: comparison\nsummary: x\nseeds: 0\n", "seeds"),
+        ("- 1\n", "isn't a recipe"),
+        ("study: [\n", "isn't a recipe"),
+    ],
+)
+def test_wrong_recipes_are_refused(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_unknown_names_are_listed():
+    with pytest.raises(RecipeError, match="theory"):
+        load_recipe("nothing")

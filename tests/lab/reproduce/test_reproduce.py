@@ -1,0 +1,174 @@
+"""Experiments end to end at toy size: files, resuming, budgets, tuning."""
+
+import json
+import textwrap
+from dataclasses import replace
+
+import pytest
+
+from torchmto.cli import main
+from torchmto.lab.compare import outputs, runner
+from torchmto.lab.reproduce import load_recipe, reproduce
+from torchmto.lab.reproduce.studies import theory
+
+RUN = """
+run:
+  data: digits
+  data_options: {train: 32, validation: 16, test: 16}
+  epochs: 1
+  batch_size: 16
+  learning_rate: 0.01
+  model_options: {widths: [4, 4]}
+"""
+
+
+def recipe(tmp_path, text, name="tiny"):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(textwrap.dedent(text) + RUN)
+    return path
+
+
+PHASES = """
+study: phases
+summary: toy
+arms:
+  a: {methods: [gd, connection_strength(schedule=mix)]}
+  b: {methods: [gd], run: {loss_weights: uw}}
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots_of_arms():
+    """They are tested elsewhere, and cost more than these trainings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outputs, "plots", lambda *_: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phases")
+    path = recipe(folder, PHASES)
+    assert main(["reproduce", str(path), "--seeds", "2", "--out", str(folder / "out")]) == 0
+    return path, folder / "out"
+
+
+def test_results(phases):
+    _, out = phases
+    results = json.loads((out / "results.json").read_text())
+    assert results["complete"]
+    arm = results["numbers"]["arms"]["a"]["methods"]["connection_strength(schedule=mix)"]
+    compared = json.loads((out / "arms" / "a" / "results.json").read_text())
+    assert arm["delta_m"] == compared["methods"]["connection_strength(schedule=mix)"]["delta_m"]
+    difference = arm["difference"]
+    gd = compared["methods"]["gd"]["delta_m"]["per_seed"]
+    assert difference["mean"] == pytest.approx(arm["delta_m"]["mean"] - sum(gd) / 2)
+    assert sum(arm["wins_ties_losses"]) == 6
+    assert {row["arm"] for row in results["numbers"]["across_arms"]} == {"b"}
+    page = (out / "results.md").read_text()
+    assert "Smoke run" in page
+    for image in (out / "plots").iterdir():
+        assert image.stat().st_size > 1000
+        assert f"plots/{image.name}" in page
+
+
+def test_a_second_call_trains_nothing(phases, monkeypatch):
+    path, out = phases
+    monkeypatch.setattr(runner, "train_and_measure", None)
+    assert main(["reproduce", str(path), "--seeds", "2", "--out", str(out)]) == 0
+
+
+def test_an_interrupted_experiment_goes_on(phases, tmp_path):
+    path, out = phases
+    whole = load_recipe(str(path))
+    loaded = replace(whole, study="comparison", arms=whole.arms[:1])
+    first = reproduce(loaded, tmp_path / "o", seeds=2, minutes=1e-9, say=lambda _: None)
+    assert not first.complete
+    assert not list((tmp_path / "o" / "arms").glob("*/runs/*.json"))
+    runs = sorted((out / "arms" / "a" / "runs").iterdir())
+    target = tmp_path / "o" / "arms" / "a" / "runs"
+    for run in runs[:-1]:
+        (target / run.name).write_bytes(run.read_bytes())
+    said = []
+    again = reproduce(loaded, tmp_path / "o", seeds=2, say=said.append)
+    assert again.complete
+    assert any(f"{len(runs) - 1} of {len(runs)} runs are finished" in line for line in said)
+    before = json.loads((out / "results.json").read_text())["numbers"]["arms"]["a"]["methods"]
+    for method, entry in again.numbers["arms"]["a"]["methods"].items():
+        assert entry["delta_m"] == before[method]["delta_m"]
+
+
+def test_more_seeds_later(tmp_path):
+    loaded = load_recipe(str(recipe(tmp_path, "study: comparison\nsummary: x\narms: {a: {methods: [gd]}}\n")))
+    one = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
+    two = reproduce(loaded, tmp_path / "o", seeds=2, say=lambda _: None)
+    seeds = [f.numbers["arms"]["a"]["methods"]["gd"]["delta_m"]["per_seed"] for f in (one, two)]
+    assert seeds[0] == seeds[1][:1]
+    assert len(seeds[1]) == 2
+
+
+def test_every_method_is_tuned_on_the_same_grid(tmp_path):
+    text = """
+    study: comparison
+    summary: toy
+    tune: [{optimizer: sgd, learning_rate: 0.1}, {optimizer: adamw, learning_rate: 0.01}]
+    arms: {a: {methods: [gd, sequential]}}
+    """
+    loaded = load_recipe(str(recipe(tmp_path, text)))
+    findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
+    folder = tmp_path / "o" / "arms"
+    trials = [sorted(p.name.rpartition("-")[0] for p in (folder / f"a-tuning-{i}" / "runs").iterdir()) for i in (0, 1)]
+    assert trials[0] == trials[1]
+    assert len(trials[0]) == 5
+    for entry in findings.numbers["arms"]["a"]["methods"].values():
+        assert entry["settings"] in [dict(settings) for settings in loaded.tune]
+
+
+@pytest.mark.parametrize(
+    ("study", "more"),
+    [
+        ("priorities", "arms: {a: {methods: [pcgrad, 'wpcgrad(priority={left: 1.0})'], reference: pcgrad}}"),
+        ("groups", "arms: {a: {methods: [gd, 'task_groups(warmup=1, noise_floor=True)']}}"),
+        (
+            "oracle",
+            "arms: {a: {methods: [connection_strength]}}\noptions: {channels: 2, probe: 8, orders: 2, num_tasks: 4}",
+        ),
+        (
+            "many_tasks",
+            "arms: {a: {methods: [task_groups, connection_strength]}}\noptions: {num_tasks: [3, 5], noise: [0.5]}",
+        ),
+        (
+            "cost",
+            "arms: {a: {methods: [gd, pcgrad]}}\noptions: {num_tasks: [4], batch_size: [8], width: [2], steps: 2}",
+        ),
+    ],
+)
+def test_other_studies(tmp_path, study, more):
+    loaded = load_recipe(str(recipe(tmp_path, f"study: {study}\nsummary: toy\n{more}\n")))
+    findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
+    assert findings.complete
+    assert all(table.rows for table in findings.tables)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "train_and_measure", None)
+        again = reproduce(loaded, tmp_path / "o", seeds=1, say=said.append)
+    assert not [line for line in said if ": done" in line]
+    assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]
+
+
+def test_theory(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "MARKS", (1, 4))
+    loaded = load_recipe("theory")
+    small = replace(loaded, options={"problems": 3, "batches": 4, "long": 6})
+    findings = reproduce(small, tmp_path, say=lambda _: None)
+    assert findings.numbers["affinities"]["0.001"]["agreement"] == 1.0
+    assert set(findings.figures) == {"groups", "stationarity"}
+
+
+def test_exit_codes(tmp_path, capsys):
+    assert main(["reproduce"]) == 0
+    assert "fair-grid" in capsys.readouterr().out
+    assert main(["reproduce", "nothing"]) == 2
+    assert main(["reproduce", "theory", "--seeds", "0", "--out", str(tmp_path)]) == 2
+    assert main(["reproduce", "theory", "--budget", "-1", "--out", str(tmp_path)]) == 2
+    assert main(["reproduce", "groups", "--data-root", str(tmp_path / "none"), "--out", str(tmp_path / "o")]) == 2
