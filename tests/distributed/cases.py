@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -120,6 +122,25 @@ def flat(model: nn.Module) -> Tensor:
     return torch.cat([whole(p).detach().flatten() for p in model.parameters()])
 
 
+def _save(net: nn.Module, optimizer: torch.optim.Optimizer, mt: torchmto.MultiTask, folder: str, group: Any) -> None:
+    """A distributed checkpoint of model and optimizer; the method's state is the same on all ranks."""
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    checkpoint.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder, process_group=group)
+    if group is None or dist.get_rank(group) == 0:
+        torch.save(mt.state_dict(), Path(folder) / "method.pt")
+    if group is not None:
+        dist.barrier(group=group)
+
+
+def _load(net: nn.Module, optimizer: torch.optim.Optimizer, mt: torchmto.MultiTask, folder: str) -> None:
+    model_state, optimizer_state = get_state_dict(net, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    group = mt.network.ranks.group
+    checkpoint.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    set_state_dict(net, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    mt.load_state_dict(torch.load(Path(folder) / "method.pt", weights_only=True))
+
+
 def train(
     rank: int,
     size: int,
@@ -138,6 +159,9 @@ def train(
     independent: bool = False,
     optimizer: str = "adam",
     mt_options: Mapping[str, Any] | None = None,
+    first: int = 0,
+    load: str = "",
+    save: str = "",
 ) -> dict[str, Any]:
     """Some steps on this rank's part of each batch (all of it if size is 1)."""
     net = build(model)
@@ -165,10 +189,12 @@ def train(
     mt = torchmto.MultiTask(
         wrapped, made, tasks=TASKS, method=method_of(name, options), process_group=group if size > 1 else None, **more
     )
+    if load:
+        _load(net, made, mt, load)
     count = labelled != "all" or shares is not None
     infos = []
     grads = []
-    for step in range(steps):
+    for step in range(first, first + steps):
         sources = []
         for source in range(3 if independent else 1):
             whole = data(100 * source + step, batch, labelled)
@@ -180,6 +206,8 @@ def train(
         infos.append((dict(info.losses), None if info.weights is None else dict(info.weights), info.skipped))
         # Not those of `net`: after a forward without backward FSDP keeps the root's parameters gathered.
         grads.append([p.grad is not None for p in made.param_groups[0]["params"]])
+    if save:
+        _save(net, made, mt, save, group)
     return {
         "parameters": flat(net),
         "infos": infos,
