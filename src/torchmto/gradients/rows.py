@@ -188,6 +188,19 @@ class Rows:
             return columns.as_strided((len(columns), *parameter.shape), strides, columns.storage_offset())
         return columns.view(len(columns), *parameter.shape)
 
+    def weighted_sum_(self, weights: Tensor) -> list[Tensor]:
+        """``weights @ matrix``, written over the first row, so that nothing else of its size is needed.
+
+        Returns:
+            Views of that row, one per parameter.
+        """
+        first, factors = self._buffer[0], weights.to(self._buffer)
+        if len(weights) > 1 or float(weights[0]) != 1:
+            first.mul_(factors[0])
+        if len(weights) > 1:
+            first.addmv_(self.matrix[1:].T, factors[1:])
+        return self._row_views[0] if self._row_views else []
+
     def combined(self) -> tuple[Tensor, list[Tensor]]:
         """A reused vector [P] for the combined gradient and its views, one per parameter."""
         if self._combined is None:

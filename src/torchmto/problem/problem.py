@@ -853,16 +853,16 @@ class Problem:
 
     def _combine_rows(self, rows: Rows | ShardedRows, weights: Tensor | None, vector: Tensor | None) -> None:
         """``weights @ J``, or a ready vector, into ``.grad`` of the shared parameters that some task reached."""
-        flat, views = rows.combined()
-        if vector is not None:
-            if vector is not flat:
-                flat.copy_(vector)
-        else:
+        if vector is None and isinstance(rows, Rows):
             assert weights is not None, "either weights or a vector"
-            if len(weights) == 1 and float(weights[0]) == 1:
-                flat.copy_(rows.matrix[0])
-            else:
+            views = rows.weighted_sum_(weights)
+        else:
+            flat, views = rows.combined()
+            if vector is None:
+                assert weights is not None, "either weights or a vector"
                 torch.mv(rows.matrix.T, weights.to(flat), out=flat)
+            elif vector is not flat:
+                flat.copy_(vector)
         if isinstance(rows, ShardedRows):
             rows.gather()
         self.network.set_gradients(
