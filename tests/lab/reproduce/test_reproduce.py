@@ -33,7 +33,7 @@ study: phases
 summary: toy
 arms:
   a: {methods: [gd, connection_strength(schedule=mix)]}
-  b: {methods: [gd], run: {loss_weights: uw}}
+  b: {methods: [gd], method_run: {epochs: 2}}
 """
 
 
@@ -65,6 +65,8 @@ def test_results(phases):
     assert difference["mean"] == pytest.approx(arm["delta_m"]["mean"] - sum(gd) / 2)
     assert sum(arm["wins_ties_losses"]) == 6
     assert {row["arm"] for row in results["numbers"]["across_arms"]} == {"b"}
+    singles = [{path.name for path in (out / "arms" / arm / "runs").glob("single*")} for arm in "ab"]
+    assert singles[0] == singles[1]
     page = (out / "results.md").read_text()
     assert "Smoke run" in page
     for image in (out / "plots").iterdir():

@@ -97,13 +97,16 @@ def run_arms(context: Context) -> tuple[dict[str, ArmResult], bool]:
         context.say(f"{arm.name}: {', '.join(arm.methods)}")
         run = context.recipe.run_config(arm, context.data_root)
         bundle = _load(run.data, run.data_seed, canonical(run.data_options))
-        experiment = TunedExperiment(arm.methods, context.seeds, run)
+        own = {method: dict(arm.method_run) for method in arm.methods if arm.method_run}
+        experiment = TunedExperiment(arm.methods, context.seeds, run, chosen=own)
         if context.recipe.tune:
             chosen = _tune(context, arm, experiment, bundle, others)
             if chosen is None:
                 complete = False
                 continue
-            experiment = replace(experiment, chosen=chosen)
+            experiment = replace(
+                experiment, chosen={name: {**entry, **own.get(name, {})} for name, entry in chosen.items()}
+            )
         result = _run(context, arm, experiment, bundle, others)
         complete = complete and result is not None and result.complete
         if result is not None:

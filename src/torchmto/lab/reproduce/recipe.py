@@ -32,6 +32,7 @@ class Arm:
         name: What the arm is called; also its folder.
         methods: Texts of methods, see `torchmto.lab.specs.parse_method`.
         run: Fields of `torchmto.lab.training.RunConfig` that differ from the recipe's.
+        method_run: The same, but for the multi-task runs only: the single-task models stay as they are.
         reference: The method that the others are compared with.
         about: What the arm is there for.
     """
@@ -39,6 +40,7 @@ class Arm:
     name: str
     methods: tuple[str, ...]
     run: Mapping[str, Any] = field(default_factory=dict)
+    method_run: Mapping[str, Any] = field(default_factory=dict)
     reference: str = "gd"
     about: str = ""
 
@@ -74,7 +76,7 @@ class Recipe:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
-        for settings in (self.run, *self.tune, *(arm.run for arm in self.arms)):
+        for settings in (self.run, *self.tune, *(s for arm in self.arms for s in (arm.run, arm.method_run))):
             if unknown := sorted(set(settings) - _RUN_FIELDS):
                 raise RecipeError(f"Runs have no setting `{unknown[0]}`. They have: {', '.join(sorted(_RUN_FIELDS))}.")
 

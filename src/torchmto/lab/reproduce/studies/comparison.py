@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
                 number(1000 * entry["cost"]["seconds_per_batch"], digits=1),
             ]
         )
-    run = arm.experiment.run
+    run = replace(arm.experiment.run, **arm.arm.method_run)
     settings = (
         f"{run.data.partition(':')[0]}, {run.model or arm.bundle.default_model}, {run.epochs} epochs of batches of "
         f"{run.batch_size}, {run.optimizer} {run.learning_rate:g}, seeds 0 to {arm.experiment.seeds - 1}."
