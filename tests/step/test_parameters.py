@@ -210,8 +210,9 @@ def test_channels_last_and_transposed_parameters(method, late):
             columns = mt.network.rows[0].slices[mt.network.rows[0].position[id(model.trunk.weight)]]
             rows = naive_rows(model, closure(model, (x, targets))(TASKS), [model.trunk.weight])
             mt.step(closure(model, (x, targets)))
+            # The step's combination was written over the first row.
             torch.testing.assert_close(
-                mt.network.rows[0].view(model.trunk.weight), rows.view(3, *model.trunk.weight.shape)
+                mt.network.rows[0].view(model.trunk.weight)[1:], rows.view(3, *model.trunk.weight.shape)[1:]
             )
             assert view.shape[1:] == model.trunk.weight.shape
             assert columns.stop - columns.start == model.trunk.weight.numel()
