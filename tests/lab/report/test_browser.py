@@ -72,7 +72,8 @@ def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Res
         assert sorted(cells[1:4]) == sorted(tasks)
         assert cells[4] == method["cost"]["seconds_per_batch"]
     plotted = browser.run(
-        "return document.querySelector('#delta .js-plotly-plot').data.filter(t => t.error_x).map(t => [t.x[0], t.error_x.array[0]])"
+        "return document.querySelector('#delta .js-plotly-plot').data.filter(t => t.error_x)"
+        ".map(t => [t.x[0], t.error_x.array[0]])"
     )
     expected = [[m["delta_m"]["mean"], m["delta_m"]["ci95"]] for m in results["methods"].values() if m["delta_m"]]
     assert sorted(plotted) == sorted(expected)

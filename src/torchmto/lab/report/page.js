@@ -557,7 +557,8 @@ function groupsSection(card) {
 }
 
 function cosineOf(point, first, second) {
-  const [row, column] = [point.names.indexOf(first), point.names.indexOf(second)];
+  const names = point.names ?? [];
+  const [row, column] = [names.indexOf(first), names.indexOf(second)];
   return row < 0 || column < 0 ? null : dig(point.cosines, row, column) ?? null;
 }
 

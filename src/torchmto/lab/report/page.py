@@ -20,7 +20,7 @@ __all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
 REPORT_NAME = "report.html"
 MAX_BYTES = 8_000_000
 """Largest page."""
-_FEWEST_POINTS = 8
+_FEWEST_POINTS = 3
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -111,7 +111,7 @@ def _fitting(studies: Sequence[Study], room: int) -> str:
     longest = max(len(run[part]) for study in studies for run in study["runs"] for part in ("history", "trace"))
     points = longest
     while len((text := _embedded(thinned)).encode()) > room:
-        points //= 2
+        points = points * 2 // 3
         if points < _FEWEST_POINTS:
             bare = [
                 {**study, "runs": [], "notes": [*study["notes"], "There are too many runs to show their curves."]}

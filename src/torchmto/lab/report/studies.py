@@ -151,7 +151,9 @@ def _primary_only(metrics: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[
 
 
 def _point(point: Mapping[str, Any], names: Any, records: Mapping[str, Any]) -> dict[str, Any]:
-    kept: dict[str, Any] = {"step": point["step"], "names": list(names)}
+    kept: dict[str, Any] = {"step": point["step"]}
+    if point.get("cosines") is not None:
+        kept["names"] = list(names)
     kept |= {key: point[key] for key in ("weights", "cosines", "mean_cosine") if point.get(key) is not None}
     kept["records"] = {key: records[key] for key in _RECORDS if records.get(key) is not None}
     if layers := records.get("layer_priority_shares"):
@@ -256,7 +258,7 @@ def _by_task(row: Mapping[str, float], prefix: str, tasks: Mapping[str, str]) ->
 
 
 def _figures(path: Path) -> dict[int, dict[str, float]]:
-    """step -> name -> value; lines that a killed run left half written are passed over."""
+    """The table as step -> name -> value; lines that a killed run left half written are passed over."""
     figures: dict[int, dict[str, float]] = {}
     if not path.is_file():
         return figures
