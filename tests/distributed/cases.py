@@ -367,6 +367,12 @@ def refuse(rank: int, size: int, group: Any, name: str):
     net, mt = make(method="mgda" if rank and name == "pcgrad" else "uw" if rank else name)
     good = closure(net, data(rank, 4, "all"), count=False)
     result["method"] = _message(lambda: mt.step(good))
+    for key, kind, more in (("lists", "toy", {"shard_gradients": True}), ("split lists", "split", {})):
+        net = build(kind)
+        options = {"method": "pcgrad", "process_group": group, **more}
+        mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, **options)
+        good = closure(net, data(rank, 4, "all"), count=False)
+        result[key] = _message(lambda: mt.step([good] * (1 + rank)))  # noqa: B023 - called at once
     net, mt = make()
     x = data(rank, 4, "all")[0]
     features = x @ net.trunk[0].weight.detach().T

@@ -158,7 +158,7 @@ def test_what_all_ranks_raise(pool, name):
         assert result["loss"].startswith("NonFiniteError: The loss of task `a` is nan")
         assert result["unshared"].startswith("ValueError: The tasks share no parameters")
         assert result["skip"] == (True, "The loss of task `a` is nan.")
-        for key in ("tasks", "seed", "method"):
+        for key in ("tasks", "seed", "method", "lists", "split lists"):
             assert result[key].startswith("ValueError: The ranks aren't taking the same step")
 
 

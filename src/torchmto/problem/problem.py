@@ -615,7 +615,9 @@ class Problem:
         network = self.network
         micro_batches = self._sources[source]
         streamed = len(micro_batches) == 1 or isinstance(rows, ShardedRows)
-        number = f" by {len(micro_batches)} micro-batches" if isinstance(rows, ShardedRows) else ""
+        # Where there is more than one exchange per list, all ranks need lists of one length.
+        fixed = isinstance(rows, ShardedRows) or network.split
+        number = f" by {len(micro_batches)} micro-batches" if fixed else ""
         self._doing = f"gradients {sorted(wanted)} of batch {source}{number}"
         sums = _Sums({}, {})
         failure: Exception | None = None
