@@ -20,7 +20,7 @@ from torchmto.lab.compare.folder import run_key
 from torchmto.lab.compare.plots import plots
 from torchmto.lab.compare.single import train_and_measure, validation_score
 from torchmto.lab.compare.summary import confidence95, std
-from torchmto.lab.compare.tables import csv_text, header, markdown, rows
+from torchmto.lab.compare.tables import csv_text, header, markdown, rows, task_header, task_rows
 from torchmto.lab.data import load_data
 from torchmto.lab.training import RunConfig
 
@@ -116,6 +116,16 @@ def test_tables_agree_with_the_figures(finished, bundle):
     mean = summary["methods"]["gd"]["delta_m"]["mean"]
     assert rows(summary)[1][1].startswith(f"{mean:+.2f} ± ")
     assert f"gd,,delta_m,{mean}" in csv_text(summary)
+
+
+def test_many_tasks_have_a_table_of_their_own(finished, bundle, monkeypatch):
+    experiment, _, results = finished
+    summary = summarize(experiment, bundle, results)
+    monkeypatch.setattr("torchmto.lab.compare.tables.MOST_COLUMNS", 2)
+    assert header(summary) == ["method", "Δm %", "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+    assert task_header(summary) == ["task", "single-task", *experiment.methods]
+    assert [row[0] for row in task_rows(summary)] == ["left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
+    assert markdown(summary).count("| --- |") == 2
 
 
 def test_plots_show_what_the_methods_record(finished, bundle):

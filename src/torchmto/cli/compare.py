@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         write_outputs,
     )
     from torchmto.lab.compare.progress import ProgressBars  # noqa: PLC0415
-    from torchmto.lab.compare.tables import rich_table  # noqa: PLC0415
+    from torchmto.lab.compare.tables import rich_tables  # noqa: PLC0415
     from torchmto.lab.data import load_data  # noqa: PLC0415
     from torchmto.lab.specs import parse_methods  # noqa: PLC0415
     from torchmto.lab.training import check_device  # noqa: PLC0415
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     summary = summarize(experiment, bundle, results)
     write_outputs(experiment, folder, summary, results)
-    console.print(rich_table(summary))
+    for table in rich_tables(summary):
+        console.print(table)
     console.print(
         f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s."
     )

@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["csv_text", "header", "markdown", "rich_table", "rows"]
+__all__ = ["csv_text", "header", "markdown", "rich_tables", "rows", "task_header", "task_rows"]
 
 Summary = Mapping[str, Any]
+MOST_COLUMNS = 6
 
 
 def header(summary: Summary) -> list[str]:
     """Titles of the columns; an arrow says which way a metric is better."""
-    titles = ["method", "Δm %"]
-    for name, task in summary["tasks"].items():
-        metric = task["primary_metric"]
-        arrow = "↑" if task["metrics"][metric]["higher_is_better"] else "↓"
-        titles.append(f"{name} {metric} {arrow}")
-    return [*titles, "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+    titles = [] if many_tasks(summary) else [_title(name, task) for name, task in summary["tasks"].items()]
+    return ["method", "Δm %", *titles, "forwards", "backwards", "steps", "ms/batch", "peak MB"]
 
 
 def rows(summary: Summary) -> list[list[str]]:
@@ -31,14 +28,38 @@ def rows(summary: Summary) -> list[list[str]]:
     return table
 
 
+def many_tasks(summary: Summary) -> bool:
+    """Whether there are too many tasks for a column each; they then have a table of their own, a row each."""
+    return len(summary["tasks"]) > MOST_COLUMNS
+
+
+def task_header(summary: Summary) -> list[str]:
+    """Titles of the table of many tasks."""
+    return ["task", "single-task", *summary["methods"]]
+
+
+def task_rows(summary: Summary) -> list[list[str]]:
+    """Cells of the table of many tasks."""
+    entries = [summary["single_task"], *summary["methods"].values()]
+    return [
+        [_title(name, task), *(_mean_std(entry["tasks"][name][task["primary_metric"]], summary) for entry in entries)]
+        for name, task in summary["tasks"].items()
+    ]
+
+
+def _title(name: str, task: Mapping[str, Any]) -> str:
+    metric = task["primary_metric"]
+    return f"{name} {metric} {'↑' if task['metrics'][metric]['higher_is_better'] else '↓'}"
+
+
 def _row(name: str, entry: Mapping[str, Any], summary: Summary, delta: str) -> list[str]:
-    cells = [name, delta]
-    for task, about in summary["tasks"].items():
-        cells.append(_mean_std(entry["tasks"][task][about["primary_metric"]]))
+    tasks = {} if many_tasks(summary) else summary["tasks"]
     cost = entry["cost"]
     peak = cost["peak_memory_bytes"]
     return [
-        *cells,
+        name,
+        delta,
+        *(_mean_std(entry["tasks"][task][about["primary_metric"]], summary) for task, about in tasks.items()),
         *(f"{cost[key]:.3g}" for key in ("num_forward", "num_backward", "num_optimizer_steps")),
         f"{1000 * cost['seconds_per_batch']:.1f}",
         "-" if peak is None else f"{peak / 1e6:.0f}",
@@ -52,8 +73,11 @@ def _delta(delta: Mapping[str, Any] | None) -> str:
     return f"{delta['mean']:+.2f}{interval}"
 
 
-def _mean_std(figure: Mapping[str, float | None]) -> str:
-    return "-" if figure["mean"] is None else f"{figure['mean']:.3f} ± {figure['std']:.3f}"
+def _mean_std(figure: Mapping[str, float | None], summary: Summary) -> str:
+    if figure["mean"] is None:
+        return "-"
+    spread = f" ± {figure['std']:.3f}" if summary["config"]["seeds"] > 1 else ""
+    return f"{figure['mean']:.3f}{spread}"
 
 
 def notes(summary: Summary) -> list[str]:
@@ -77,25 +101,39 @@ def notes(summary: Summary) -> list[str]:
     return lines
 
 
-def rich_table(summary: Summary) -> "Table":
-    """For the terminal."""
+def rich_tables(summary: Summary) -> "list[Table]":
+    """For the terminal: the table, after that of the tasks where there are many."""
+    tables = [_rich(header(summary), rows(summary))]
+    if many_tasks(summary):
+        tables.insert(0, _rich(task_header(summary), task_rows(summary)))
+    tables[-1].caption = "\n".join(notes(summary))
+    tables[-1].caption_justify = "left"
+    return tables
+
+
+def _rich(titles: list[str], cells: list[list[str]]) -> "Table":
     from rich.table import Table  # noqa: PLC0415
 
-    table = Table(caption="\n".join(notes(summary)), caption_justify="left")
-    for position, title in enumerate(header(summary)):
+    table = Table()
+    for position, title in enumerate(titles):
         table.add_column(title, justify="right" if position else "left", no_wrap=position > 0)
-    for row in rows(summary):
+    for row in cells:
         table.add_row(*row)
     return table
 
 
 def markdown(summary: Summary) -> str:
-    """A Markdown page with the table."""
-    titles = header(summary)
-    lines = ["| " + " | ".join(titles) + " |", "|" + "|".join(["---", *["---:"] * (len(titles) - 1)]) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows(summary)]
+    """A Markdown page with the table, and one of the tasks where there are many."""
     made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return "\n".join([*lines, "", *(f"{line}\n" for line in notes(summary)), f"Made with {made_with}.", ""])
+    tables = [_markdown(header(summary), rows(summary))]
+    if many_tasks(summary):
+        tables.append(_markdown(task_header(summary), task_rows(summary)))
+    return "\n".join([*tables, *(f"{line}\n" for line in notes(summary)), f"Made with {made_with}.", ""])
+
+
+def _markdown(titles: list[str], cells: list[list[str]]) -> str:
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def csv_text(summary: Summary) -> str:
