@@ -81,7 +81,7 @@ def _mixes_channels(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_opaque(m)
 
 
@@ -209,7 +209,7 @@ class Recording(TorchFunctionMode):
             self._open.append(node)
         self._depth += 1
 
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:  # noqa: ARG002
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         self._depth -= 1
         if not self._depth and self._open:
             self._register(self._open.pop(), result)
