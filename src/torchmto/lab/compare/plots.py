@@ -86,6 +86,7 @@ def _learning_curves(
         for method, seeds in runs.items():
             axis.plot(*curve(seeds), marker=".", label=method)
         axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
