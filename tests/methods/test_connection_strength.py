@@ -130,6 +130,25 @@ def test_phase_one_is_one_plain_step_per_task():
         assert torch.equal(value, expected.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("schedule", ["phase1", "phase2"])
+def test_layers_of_heads_have_no_priority(schedule):
+    torch.manual_seed(0)
+    tasks = ("a", "b")
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    heads = nn.ModuleDict({t: nn.Sequential(nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2)) for t in tasks})
+    model = structure.split_norms(nn.ModuleDict({"trunk": trunk, "heads": heads}), tasks)
+    mt = torchmto.MultiTask(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        tasks=tasks,
+        method=torchmto.make_method("connection_strength", schedule=schedule),
+    )
+    x = torch.randn(2, 3, 4, 4)
+    for _ in range(2):
+        info = mt.step(lambda asked: {t: heads[t](trunk(x)).square().mean() for t in asked})
+        assert set(info.records["layer_priority_shares"]) == {"trunk.0"}
+
+
 def test_mix_moves_from_phase_one_to_phase_two():
     _, mt, closure = setup(total_steps=60)
     phases = [mt.step(closure).records["phase"] for _ in range(60)]

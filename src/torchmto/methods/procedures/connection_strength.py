@@ -59,6 +59,11 @@ class ChannelPriorities:
             self.recording = None
         return self._layers
 
+    def shared_layers(self, network: Network) -> list[StructuredLayer]:
+        """The layers whose parameters several tasks have reached: a head's layers have no priority."""
+        shared = {id(p) for p in network.parameters if network.roles.is_shared(network.name(p))}
+        return [layer for layer in self.layers(network) if all(id(p) in shared for p in layer.parameters)]
+
     def top(self, layer: StructuredLayer, indices: Sequence[int], gradients: TaskGradients | None = None) -> Tensor:
         """The leading task of each channel as a position in ``indices``, -1 for none, int64 [C]."""
         names = [self.tasks[i] for i in indices]
@@ -324,7 +329,7 @@ class ConnectionStrength(Procedure):
         assert self._priorities is not None
         if tops is None and (self.measure == "parameters"):
             everyone = tuple(range(len(self.tasks)))
-            layers = self._priorities.layers(problem.network)
+            layers = self._priorities.shared_layers(problem.network)
             tops = [(layer.name, self._priorities.top(layer, everyone), everyone) for layer in layers]
         if not tops:
             return records
