@@ -5,8 +5,10 @@ import textwrap
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 
 from torchmto.cli import main
+from torchmto.lab import atomic, memory
 from torchmto.lab.compare import outputs, runner
 from torchmto.lab.reproduce import load_recipe, reproduce
 from torchmto.lab.reproduce.studies import theory
@@ -38,11 +40,18 @@ arms:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_plots_of_arms():
-    """They are tested elsewhere, and cost more than these trainings."""
+def quick():
+    """Without what costs more than these trainings and is tested elsewhere: arms' plots, exact memory, power cuts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outputs, "plots", lambda *_: {})
+        patch.setattr(memory.gc, "collect", lambda: 0)
+        patch.setattr(atomic.os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +89,7 @@ def test_a_second_call_trains_nothing(phases, monkeypatch):
     assert main(["reproduce", str(path), "--seeds", "2", "--out", str(out)]) == 0
 
 
-def test_an_interrupted_experiment_goes_on(phases, tmp_path):
+def test_an_interrupted_experiment_goes_on(phases, tmp_path, no_figures):
     path, out = phases
     whole = load_recipe(str(path))
     loaded = replace(whole, study="comparison", arms=whole.arms[:1])
@@ -100,7 +109,7 @@ def test_an_interrupted_experiment_goes_on(phases, tmp_path):
         assert entry["delta_m"] == before[method]["delta_m"]
 
 
-def test_more_seeds_later(tmp_path):
+def test_more_seeds_later(tmp_path, no_figures):
     loaded = load_recipe(str(recipe(tmp_path, "study: comparison\nsummary: x\narms: {a: {methods: [gd]}}\n")))
     one = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
     two = reproduce(loaded, tmp_path / "o", seeds=2, say=lambda _: None)
@@ -109,7 +118,7 @@ def test_more_seeds_later(tmp_path):
     assert len(seeds[1]) == 2
 
 
-def test_every_method_is_tuned_on_the_same_grid(tmp_path):
+def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     text = """
     study: comparison
     summary: toy
@@ -145,7 +154,7 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path):
         ),
     ],
 )
-def test_other_studies(tmp_path, study, more):
+def test_other_studies(tmp_path, study, more, no_figures):
     loaded = load_recipe(str(recipe(tmp_path, f"study: {study}\nsummary: toy\n{more}\n")))
     findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
     assert findings.complete
@@ -158,7 +167,7 @@ def test_other_studies(tmp_path, study, more):
     assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]
 
 
-def test_theory(tmp_path, monkeypatch):
+def test_theory(tmp_path, monkeypatch, no_figures):
     monkeypatch.setattr(theory, "MARKS", (1, 4))
     loaded = load_recipe("theory")
     small = replace(loaded, options={"problems": 3, "batches": 4, "long": 6})

@@ -114,7 +114,7 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
                 method,
                 number(None) if delta is None else number(delta["mean"], delta["ci95"]),
                 number(None) if difference is None else number(difference["mean"], difference["ci95"]),
-                number(None if difference is None else difference["p_holm"]),
+                number(None if difference is None else difference["p_holm"], digits=4),
                 "/".join(map(str, entry["wins_ties_losses"])) if "wins_ties_losses" in entry else "-",
                 number(entry["average_rank"]),
                 number(entry["last_train_loss"], digits=4),
@@ -171,7 +171,14 @@ def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
 
 def _across_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     cells = [
-        [r["method"], r["arm"], r["minus"], number(r["mean"], r["ci95"]), number(r["p_holm"]), str(r["pairs"])]
+        [
+            r["method"],
+            r["arm"],
+            r["minus"],
+            number(r["mean"], r["ci95"]),
+            number(r["p_holm"], digits=4),
+            str(r["pairs"]),
+        ]
         for r in rows
     ]
     note = "Differences of Δm, paired by seed, each arm relative to its own single-task models; p corrected by Holm."

@@ -325,11 +325,13 @@ def _stationarity_figure(result: Mapping[str, Any]) -> Figure:
 
 def _step_sizes(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """The share of problems that diverge, by learning rate and grouping."""
-    problems = _problems(parameters)
+    problems, batches = _problems(parameters), min(500, parameters["batches"])
     result: dict[str, Any] = {}
     for name, groups in PARTITIONS.items():
-        ends = _ends(problems, (1.0, 1.9, 2.1, 3.0, 4.0, 6.0), groups, [500])
-        result[name] = {str(rate): float((at_rate[500] > DIVERGED).double().mean()) for rate, at_rate in ends.items()}
+        ends = _ends(problems, (1.0, 1.9, 2.1, 3.0, 4.0, 6.0), groups, [batches])
+        result[name] = {
+            str(rate): float((at_rate[batches] > DIVERGED).double().mean()) for rate, at_rate in ends.items()
+        }
     return result
 
 
