@@ -31,7 +31,8 @@ class DataConfig:
         batch_size: Samples per micro-batch.
         split_seed: Decides splits and generated samples; the same for all runs that are to be compared.
         augment: Whether training samples are augmented, where the data set has an augmentation.
-        workers: Threads that prepare batches ahead. Never changes a batch.
+        workers: Threads that prepare batches ahead, which never changes a batch. By default 2 for images and none for
+            vectors, whose batches are ready sooner than another thread could take over.
     """
 
     name: str = "digits"
@@ -40,7 +41,7 @@ class DataConfig:
     batch_size: int = 32
     split_seed: int = 0
     augment: bool = True
-    workers: int = 2
+    workers: int | None = None
 
 
 @dataclass
@@ -186,7 +187,7 @@ class TrainConfig:
             ("log_every", self.log_every, 1),
             ("seed", self.seed, 0),
             ("data.batch_size", self.data.batch_size, 1),
-            ("data.workers", self.data.workers, 0),
+            ("data.workers", self.data.workers or 0, 0),
             ("optimizer.step_epochs", optimizer.step_epochs, 1),
             ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
         ):

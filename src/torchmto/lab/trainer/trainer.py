@@ -111,12 +111,15 @@ class Trainer:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
         self.parts: Parts = build(config)
         self.average = None if config.ema is None else MovingAverage(self.parts.model, config.ema)
+        workers = config.data.workers
+        if workers is None:
+            workers = 2 if self.parts.bundle.input_kind == "image" else 0
         self.loader = self.parts.bundle.loader(
             "train",
             config.data.batch_size,
             seed=config.seed,
             augment=config.data.augment,
-            workers=config.data.workers,
+            workers=workers,
         )
         self.saved_step = -1
         self.resumed = state is not None
