@@ -332,6 +332,11 @@ class MultiTask:
 
     # ------------------------------------------------------------------ what a trainer tells the method
 
+    @property
+    def wants_shares(self) -> bool:
+        """Whether :meth:`report` should be given shares in [0, 1], higher being better (dtp), and not plain metrics."""
+        return any(part.wants_shares for part in self._methods())
+
     def report(self, performance: Mapping[str, float]) -> None:
         """Tell the method validation results: task -> performance. Used by dtp and wpcgrad with priority="performance".
 

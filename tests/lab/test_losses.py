@@ -34,9 +34,7 @@ def sample(kind, seed=0, missing=0.3):
         case "depth":
             target = torch.rand(label_shape, generator=rng, dtype=torch.float64) + 0.5
         case "normals":
-            target = torch.nn.functional.normalize(
-                torch.randn(label_shape, generator=rng, dtype=torch.float64), dim=1
-            )
+            target = torch.nn.functional.normalize(torch.randn(label_shape, generator=rng, dtype=torch.float64), dim=1)
         case _:
             target = torch.randn(label_shape, generator=rng, dtype=torch.float64)
     drop_shape = (batch, 1, height, width) if kind == "normals" else label_shape
@@ -96,9 +94,7 @@ REFERENCES = [
         "focal",
         {"alpha": 0.25, "gamma": 1.0},
         lambda p, t, v: (
-            -(np.where(t == 1, 0.25, 0.75) * (1 - np.exp(log_likelihood(p, t))) * log_likelihood(p, t))[
-                v
-            ].mean()
+            -(np.where(t == 1, 0.25, 0.75) * (1 - np.exp(log_likelihood(p, t))) * log_likelihood(p, t))[v].mean()
         ),
     ),
     ("saliency", "focal", {"gamma": 0.0}, lambda p, t, v: -log_likelihood(p, t)[v].mean()),
@@ -109,9 +105,7 @@ REFERENCES = [
 def test_equals_definition(kind, loss, options, reference):
     prediction, target, valid = sample(kind)
     value, count = task_loss(task_of(kind), loss, **options)(prediction, target)
-    assert float(value) == pytest.approx(
-        reference(prediction.numpy(), target.numpy(), valid.numpy()), rel=1e-6
-    )
+    assert float(value) == pytest.approx(reference(prediction.numpy(), target.numpy(), valid.numpy()), rel=1e-6)
     assert int(count) == int(valid.sum())
 
 

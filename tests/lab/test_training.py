@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from torchmto.lab.data import load_data
-from torchmto.lab.training import RunConfig, build_run, check_device, evaluate, primary_values, train_epoch
+from torchmto.lab.training import (
+    RunConfig,
+    build_run,
+    check_device,
+    evaluate,
+    primary_values,
+    tell_method,
+    train_epoch,
+)
 from torchmto.structure import has_split_norms
 
 CONFIG = RunConfig(epochs=1, batch_size=32, model_options={"widths": [8, 8]}, seed=3)
@@ -59,6 +67,16 @@ def test_evaluation_measures_every_task_and_keeps_the_mode(bundle, method):
     for task, metrics in whole.items():
         assert metrics == pytest.approx(pieces[task], rel=1e-4, abs=1e-5), task
     assert primary_values(whole, bundle.tasks)["offset"] == whole["offset"]["rmse"]
+
+
+@pytest.mark.parametrize("method", ["dtp", "wpcgrad(priority=dtp)"])
+def test_methods_that_want_shares_get_shares(bundle, method):
+    run = build_run(RunConfig(method=method, epochs=1), bundle)
+    tell_method(run.multitask, {"left": 0.5, "right": float("nan"), "offset": 3.0}, run.tasks)
+    dtp = run.multitask.method if method == "dtp" else run.multitask.method.priority.weighting
+    assert dtp.performance[0] == 0.5
+    assert bool(dtp.performance[1].isnan())
+    assert dtp.performance[2] == 0.25
 
 
 def test_training_learns(bundle):

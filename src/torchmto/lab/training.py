@@ -4,6 +4,7 @@
 `evaluate` measures. Everything that needs more (devices, checkpoints, logs) builds on these pieces.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -315,6 +316,20 @@ def evaluate(
     finally:
         model.train(training)
     return {name: {key: float(m.compute()) for key, m in entries.items()} for name, entries in metrics.items()}
+
+
+def tell_method(multitask: MultiTask, values: Mapping[str, float], tasks: Sequence[Task]) -> None:
+    """Report validation results to the method: each task's primary metric, finite ones only.
+
+    A method that wants shares in [0, 1] (``wants_shares``: dtp) gets the metric itself where higher is better, cut to
+    that range, and 1 / (1 + value) of an error.
+    """
+    known = {name: value for name, value in values.items() if math.isfinite(value)}
+    if multitask.wants_shares:
+        higher = {task.name: primary_metric(task)[1] for task in tasks}
+        known = {n: min(max(v, 0.0), 1.0) if higher[n] else 1 / (1 + max(v, 0.0)) for n, v in known.items()}
+    if known:
+        multitask.report(known)
 
 
 def primary_values(metrics: Metrics, tasks: Sequence[Task]) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Method(ABC):
         family: "loss weighting", "gramian", "combiner" or "procedure".
         source: Where it comes from: authors, venue, year, equation.
         use: When to use it, in one sentence.
+        takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         properties: What it promises.
         needs_closure: Whether it runs the model more than once per step.
         needs_losses_after: Whether it needs the losses after the step.
@@ -80,6 +81,7 @@ class Method(ABC):
     family: ClassVar[str] = ""
     source: ClassVar[str] = ""
     use: ClassVar[str] = ""
+    takes_shares: ClassVar[bool] = False
     properties: ClassVar[Properties] = Properties()
     needs_closure: bool = False
     needs_losses_after: bool = False
@@ -234,6 +236,12 @@ class Method(ABC):
                 setattr(self, name, value)
 
     # ------------------------------------------------------------------ what a trainer tells the method
+
+    @property
+    def wants_shares(self) -> bool:
+        """Whether this method, or one inside it, takes reported performances as shares in [0, 1] (dtp)."""
+        inner = (getattr(self, name) for name in self._states)
+        return self.takes_shares or any(part.wants_shares for part in inner if isinstance(part, Method))
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Validation results, one number per task (``mt.report``). Most methods don't use them."""

@@ -1,7 +1,6 @@
 """One run of a comparison, from its configuration to everything that is kept of it."""
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from torchmto import StepInfo
 from torchmto.lab.data import DataBundle, Split, Task
 from torchmto.lab.memory import PeakMemory
 from torchmto.lab.metrics import primary_metric
-from torchmto.lab.training import Metrics, RunConfig, build_run, evaluate, primary_values, train_epoch
+from torchmto.lab.training import Metrics, RunConfig, build_run, evaluate, primary_values, tell_method, train_epoch
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
 
@@ -130,7 +129,7 @@ def train_and_measure(
         train_epoch(run, epoch, after_step)
         validation = measure("validation")
         values = primary_values(validation, run.tasks)
-        run.multitask.report({name: value for name, value in values.items() if math.isfinite(value)})
+        tell_method(run.multitask, values, run.tasks)
         score = validation_score(values, run.tasks, baseline)
         history.append({"epoch": epoch, **recorder.end_epoch(), "validation": validation, "score": score})
         if not best or best["score"] is None or (score is not None and score > best["score"]):

@@ -27,7 +27,7 @@ from torchmto.lab.trainer.folder import RunFolder
 from torchmto.lab.trainer.logs import Logger, RecordLog, check_loggers, make_loggers, step_figures
 from torchmto.lab.trainer.random_state import random_state, restore_random_state, seed_everything
 from torchmto.lab.trainer.scores import Measure, Metrics, measure_of
-from torchmto.lab.training import evaluate, primary_values
+from torchmto.lab.training import evaluate, primary_values, tell_method
 from torchmto.problem import StepInfo
 
 STATE_VERSION = 1
@@ -315,9 +315,7 @@ class Trainer:
             if best:
                 progress.best_score, progress.best_step = progress.score, progress.step
             self._log({**{f"validation/{n}": v for n, v in _flat(validation)}, "validation/score": progress.score})
-            finite = {name: value for name, value in primary.items() if math.isfinite(value)}
-            if finite:
-                self.parts.multitask.report(finite)
+            tell_method(self.parts.multitask, primary, tasks)
             self._say_epoch(epoch, primary)
         self.parts.multitask.end_window()
         progress.epoch, progress.position = epoch, 0

@@ -75,9 +75,7 @@ class DoubleSampling(GramianWeighting):
         return self.row_weights(gradients.indices).to(gradients.gramian)
 
 
-def cross_gramian(
-    problem: Problem, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]
-) -> Tensor:
+def cross_gramian(problem: Problem, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
     """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
     product = problem.inner_products(first, second)
     rows = [first.indices.index(task) for task in tasks]

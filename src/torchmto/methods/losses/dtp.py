@@ -49,6 +49,7 @@ class DTP(LossWeighting):
 
     source = "Guo et al., ECCV 2018, Section 3"
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
+    takes_shares = True
     properties = Properties(identity=False)
     fixed = True
     performance: Tensor
