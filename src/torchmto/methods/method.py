@@ -177,7 +177,7 @@ class Method(ABC):
                 value = value.detach().clone()
             else:
                 # An optimizer's state_dict holds its live tensors.
-                value = copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+                value = copied(value.state_dict() if hasattr(value, "state_dict") else value)
             state[name] = value
         return state
 
@@ -202,7 +202,7 @@ class Method(ABC):
                 with torch.no_grad():
                     value.copy_(state[name])
             else:
-                setattr(self, name, copy.deepcopy(state[name]))
+                setattr(self, name, copied(state[name]))
 
     def snapshot(self) -> dict[str, Any]:
         """The small states, to undo a step that fails."""
@@ -212,7 +212,7 @@ class Method(ABC):
             if isinstance(value, Method):
                 kept[name] = value.snapshot()
             elif hasattr(value, "state_dict"):
-                kept[name] = copy.deepcopy(value.state_dict())
+                kept[name] = copied(value.state_dict())
             elif not isinstance(value, Tensor):
                 kept[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
             elif value.numel() <= SMALL:
@@ -261,6 +261,17 @@ class Method(ABC):
 
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Update state once the step has been taken."""
+
+
+def copied(value: Any) -> Any:
+    """A copy of a state: tensors cloned, containers copied. What ``copy.deepcopy`` does, several times as fast."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [copied(entry) for entry in value]
+    return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
 
 
 class GradientOptions(TypedDict, total=False):
