@@ -22,6 +22,7 @@ from torchmto.structure.priority import (
     project_by_priority,
     weighted_channels,
 )
+from torchmto.structure.recon import TaskSpecific, conflict_scores, make_task_specific
 from torchmto.structure.stacked import stacked
 from torchmto.structure.strength import (
     connection_strength,
@@ -37,9 +38,11 @@ __all__ = [
     "Recording",
     "SplitNorm",
     "StructuredLayer",
+    "TaskSpecific",
     "active_task",
     "active_tasks",
     "channel_dots",
+    "conflict_scores",
     "connection_strength",
     "current_tasks",
     "find_norm_pairs",
@@ -47,6 +50,7 @@ __all__ = [
     "group_coefficients",
     "has_split_norms",
     "is_norm",
+    "make_task_specific",
     "normalized_affinity",
     "normalized_strength",
     "oracle_priority",

@@ -31,8 +31,7 @@ def active_task(name: str) -> Iterator[None]:
     """Split norms use this task's copy inside the ``with`` block.
 
     Blocks nest; the former task comes back at the end, after an error too. The active task belongs to the
-    process: threads that train different tasks at the same time aren't supported. With activation
-        checkpointing
+    process: threads that train different tasks at the same time aren't supported. With activation checkpointing
     the forward pass runs again inside ``backward``, so ``backward`` has to run in the block as well.
 
     Args:
@@ -82,7 +81,11 @@ def current_tasks() -> tuple[str, ...]:
     return _Active.tasks
 
 
-class SplitNorm(nn.Module):
+class PerTask(nn.Module):
+    """A module with one copy per task, so that a model with one needs a forward pass per task."""
+
+
+class SplitNorm(PerTask):
     """A norm layer with one copy per task; a call goes to the active task's copy.
 
     The copies are direct children named after the tasks, so a state key is
@@ -242,8 +245,12 @@ def split_norms(
 
 
 def has_split_norms(model: nn.Module) -> bool:
-    """Whether any norm of the model was split by :func:`split_norms`."""
-    return any(isinstance(module, SplitNorm) for module in model.modules())
+    """Whether a forward pass of the model needs an active task.
+
+    So it is if any norm was split by :func:`split_norms`, or any layer by
+    :func:`torchmto.structure.make_task_specific`.
+    """
+    return any(isinstance(module, PerTask) for module in model.modules())
 
 
 def is_norm(module: nn.Module) -> bool:

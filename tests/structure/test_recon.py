@@ -1,0 +1,63 @@
+"""Recon's two tools: where do the tasks conflict, and what if those layers weren't shared."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchmto
+from torchmto.structure import TaskSpecific, conflict_scores, make_task_specific
+
+TASKS = ("up", "down", "other")
+
+
+def problem():
+    """Two tasks pull the second layer in opposite directions; the third has a layer of its own."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"first": nn.Linear(3, 4), "second": nn.Linear(4, 1), "third": nn.Linear(4, 1)}).double()
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def closure(asked):
+        h = model["first"](x)
+        every = {
+            "up": lambda: model["second"](h.detach()).mean(),
+            "down": lambda: -model["second"](h.detach()).mean() + model["first"](x).square().mean(),
+            "other": lambda: model["third"](h).square().mean() + h.square().mean(),
+        }
+        return {t: every[t]() for t in asked}
+
+    return model, closure
+
+
+def test_layers_are_ranked_by_their_conflicts():
+    model, closure = problem()
+    scores = conflict_scores(model, [closure, closure], TASKS)
+    assert scores["second"] == 2
+    assert list(scores) == ["second", "first"]  # the third layer belongs to one task
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_task_specific_layers_end_the_conflict_and_train():
+    model, closure = problem()
+    make_task_specific(model, TASKS, ["second"])
+    assert isinstance(model["second"], TaskSpecific)
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, method="pcgrad")
+    info = mt.step(closure)
+    assert info.num_forward == 3
+    assert not mt.network.roles.is_shared("second.up.weight")
+    assert mt.network.roles.is_shared("first.weight")
+    assert model["second"].get_submodule("other").weight.grad is None
+    assert set(conflict_scores(model, [closure], TASKS)) == {"first"}
+
+
+def test_mistakes():
+    model, closure = problem()
+    with pytest.raises(ValueError, match="paths of modules"):
+        make_task_specific(model, TASKS, ["second", "fourth"])
+    with pytest.raises(ValueError, match="state key"):
+        make_task_specific(model, ["weight"], ["second"])
+    assert isinstance(model["second"], nn.Linear)
+    with pytest.raises(ValueError, match="threshold"):
+        conflict_scores(model, [closure], TASKS, threshold=0.5)
+    make_task_specific(model, TASKS, ["second"])
+    with pytest.raises(RuntimeError, match="active_task"):
+        closure(TASKS)
