@@ -40,7 +40,7 @@ def markdown(docstring: str) -> str:
             code = line[: len(line) - len(line.lstrip())]
             code = code or " "
         if code and not line.strip():
-            lines.append("```")
+            lines += ["", "```"]  # the empty line ends the expected output for doctest
             code = ""
         if section:
             lines += [f"**{section[1]}**", ""]
@@ -53,7 +53,7 @@ def markdown(docstring: str) -> str:
         else:
             lines.append(line.strip() if line.startswith("     ") else line.removeprefix("    "))
     if code:
-        lines.append("```")
+        lines += ["", "```"]
     return "\n".join(lines).strip()
 
 
