@@ -165,7 +165,21 @@ def unknown() -> Sample:
     return _sample(model, outputs)
 
 
-ZOO = [chain, residual, checkpointed, several_scales, convolutions, tied, recurrent, unknown]
+def one_forward_per_task() -> Sample:
+    """Every task runs the trunk itself, so that the tasks' graphs have only the parameters in common."""
+    model = nn.Sequential(*[Residual(6) for _ in range(3)])
+    batches = torch.randn(K, 7, 6)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        # The loss of one task comes before the forward of the next.
+        return {
+            task: (model(x) - 0.3 * i).square().mean() for i, (task, x) in enumerate(zip(tasks, batches, strict=True))
+        }
+
+    return Sample(model, losses)
+
+
+ZOO = [chain, residual, checkpointed, several_scales, convolutions, tied, recurrent, unknown, one_forward_per_task]
 
 
 @pytest.mark.parametrize("make_sample", ZOO, ids=lambda f: f.__name__)
@@ -292,6 +306,29 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="without passing"):
         mt2.step(closure(model2, data))
     assert torch.equal(flat(model), before)
+
+
+def test_representation_needs_features_that_tasks_share() -> None:
+    data = batch(("a", "b", "c"))
+    model, _, mt = make("pcgrad", gradients="representation", features="trunk")
+    before = flat(model)
+    each = closure(model, data)
+    with pytest.raises(ValueError, match="no two tasks use the same output"):
+        mt.step(lambda tasks: {task: each((task,))[task] for task in tasks})
+    assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("engine", ["layerwise", "representation"])
+def test_a_first_batch_with_one_task(engine: str) -> None:
+    data = batch(("a", "b", "c"))
+    ends = []
+    for gradients in ("parameters", engine):
+        features = "trunk" if gradients == "representation" else None
+        model, _, mt = make("pcgrad", gradients=gradients, features=features)
+        mt.step(closure(model, data, only=("a",)))
+        ends.append(flat(model))
+        mt.step(closure(model, data))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_leaves_no_trace() -> None:

@@ -233,6 +233,7 @@ def test_bad_states():
         ({"tasks": []}, ValueError, "at least one task"),
         ({"tasks": ["a", "a"]}, ValueError, "each once"),
         ({"tasks": ["a"], "decay": 0}, ValueError, "Found `decay = 0`"),
+        ({"tasks": ["a"], "decay": "0.1"}, TypeError, "Found `decay = '0.1'`"),
         ({"tasks": ["a"], "attribution": "next"}, ValueError, "`attribution` should be"),
         ({"tasks": ["a"], "normalization": "none"}, ValueError, "`normalization` should be"),
     ],

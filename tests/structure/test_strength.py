@@ -179,6 +179,7 @@ def test_measures_from_gradients():
         (lambda: normalized_strength(torch.ones(3)), r"shape \[T, C_out\]"),
         (lambda: top_priority(torch.ones(0, 3)), r"shape \[T, C_out\]"),
         (lambda: project_by_priority(torch.ones(2, 3, 4), torch.zeros(4, dtype=torch.int64)), "one task per channel"),
+        (lambda: project_by_priority(torch.ones(2, 3, 4), torch.tensor([0, 2, -1])), "tasks from 0 to 1"),
         (
             lambda: priority_coefficients(torch.ones(2, 3), torch.zeros(3, dtype=torch.int64), degenerate="x"),
             "`degenerate` should be 'sum' or 'project'",

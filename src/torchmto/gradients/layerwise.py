@@ -36,10 +36,12 @@ class Graph:
     Attributes:
         order: Its nodes, every node after all nodes whose results it takes; leaves are left out.
         reached: ``id`` of a leaf -> the leaf and the tasks whose losses reach it, as a bit mask.
+        roots: Where the tasks' backwards start.
     """
 
     order: list[Node] = field(default_factory=list)
     reached: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    roots: list[Edge] = field(default_factory=list)
 
 
 def _leaf(node: Node) -> Tensor | None:
@@ -64,7 +66,7 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
     for task, loss in losses.items():
         if loss.grad_fn is not None:
             masks[loss.grad_fn] |= 1 << task
-    graph = Graph()
+    graph = Graph(roots=[(loss.grad_fn, loss.output_nr) for loss in losses.values() if loss.grad_fn is not None])
     # Of the operations whose gradient is complete the one that ran last comes first, as in the autograd engine itself.
     ready = [(-_number(node), place, node) for place, node in enumerate(waiting) if waiting[node] == 0]
     heapq.heapify(ready)
@@ -117,6 +119,9 @@ def cut(graph: Graph, sizes: Mapping[int, int]) -> list[Segment]:
     current, known, size = Segment(), set[int](), 0
     # Inputs of nodes that aren't in a segment yet, with their nodes: dict for the order.
     boundary: dict[Node, dict[int, None]] = {}
+    # A task with a forward of its own may start below the first segments.
+    for root, number in graph.roots:
+        boundary.setdefault(root, {})[number] = None
     for node in graph.order:
         boundary.setdefault(node, {})
         # A boundary of one tensor is best; but a segment with twice enough parameters is closed anyhow.
@@ -163,7 +168,8 @@ class Layerwise(Engine):
     def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
         """One whole backward."""
         self._graph = Graph()
-        torch.autograd.backward(list(losses), list(cotangents), inputs=list(shared))
+        if shared:
+            torch.autograd.backward(list(losses), list(cotangents), inputs=list(shared))
 
     def gramian(
         self,

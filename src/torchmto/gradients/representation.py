@@ -74,12 +74,16 @@ class Representation(Engine):
                 '`features`. Give a module above all shared parameters, or use gradients="layerwise".'
             )
         rows = []
+        reaching = [0] * len(self._outputs)
+        # Below the features as long as one task only has been seen: what it reaches alone isn't shared yet.
+        below = [p for p in others if id(p) not in self._above]
         for task, loss in losses.items():
-            heads = [p for p in others if self._above.get(id(p), 0) >> task & 1]
+            heads = [p for p in others if self._above.get(id(p), 0) >> task & 1] + below
             gradients = torch.autograd.grad(
                 loss, [*self._outputs, *heads], grad_outputs=seeds[task], retain_graph=True, allow_unused=True
             )
             count = len(self._outputs)
+            reaching = [n + (found is not None) for n, found in zip(reaching, gradients[:count], strict=True)]
             parts = [
                 (torch.zeros_like(output) if gradient is None else gradient).flatten()
                 for output, gradient in zip(self._outputs, gradients[:count], strict=True)
@@ -88,6 +92,11 @@ class Representation(Engine):
             for parameter, gradient in zip(heads, gradients[count:], strict=True):
                 if gradient is not None:
                     take(task, parameter, gradient)
+        if len(losses) > 1 and max(reaching) < 2:
+            raise ValueError(
+                'gradients="representation": no two tasks use the same output of `features`. Run the trunk once for all tasks, '
+                'or use gradients="layerwise".'
+            )
         self._rows = torch.stack([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
         self._seeds = list(seeds.values())
         return gramian(self._rows)
@@ -95,6 +104,8 @@ class Representation(Engine):
     def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
         """One backward of the features, from the weighted sum of their gradients."""
         outputs, self._outputs = self._outputs, []
+        if not shared:
+            return
         # The rows have the seeds in them already.
         pairs = zip(cotangents, self._seeds, strict=True)
         factors = torch.stack([(c if seed is None else c / seed).detach().to(self._rows) for c, seed in pairs])

@@ -580,7 +580,7 @@ class Problem:
             weights = weights.to(scale) * scale
         cotangents = [weight.to(loss) for weight, loss in zip(weights.unbind(), losses, strict=True)]
         engine.backward(losses, cotangents, shared)
-        self.num_backward += 1
+        self.num_backward += bool(shared)
         if scale is not None:
             torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
 

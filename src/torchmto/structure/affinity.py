@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchmto.checks import check_number
+
 Attribution = Literal["actor", "official"]
 Normalization = Literal["paper", "official"]
 Cluster = Literal["affinity_propagation", "correlation"]
@@ -43,7 +45,7 @@ class ProximalAffinity:
         normalization: see :func:`normalized_affinity`.
 
     Raises:
-        TypeError: names that aren't strings, or a string instead of a sequence of them.
+        TypeError: names that aren't strings, a string instead of a sequence of them, or a ``decay`` that isn't a number.
         ValueError: no task, a task twice, ``decay`` out of range, or an unknown option.
 
     Source: "Selective Task Group Updates for Multi-Task Optimization" (arXiv 2502.11986), proximal inter-task
@@ -74,8 +76,7 @@ class ProximalAffinity:
                 raise TypeError(f"Parameter `tasks` should hold names. Found {name!r}.")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"Parameter `tasks` should name at least one task, each once. Found {list(names)}.")
-        if not 0 < decay <= 1:
-            raise ValueError(f"Parameter `decay` should be in (0, 1]. Found `decay = {decay}`.")
+        check_number("decay", decay, above=0, maximum=1)
         if attribution not in ("actor", "official"):
             raise ValueError(
                 f"Parameter `attribution` should be 'actor' or 'official'. Found `attribution = {attribution!r}`."

@@ -107,7 +107,7 @@ def project_by_priority(task_grads: Tensor, top: Tensor, *, degenerate: Degenera
         ``[C_out, ...]``. Scale: sum of the tasks' gradients, homogeneous of degree 1.
 
     Raises:
-        ValueError: shapes that don't fit, or an unknown ``degenerate``.
+        ValueError: shapes that don't fit, a task in ``top`` that doesn't exist, or an unknown ``degenerate``.
 
     Source: "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996), phase 2.
 
@@ -117,6 +117,10 @@ def project_by_priority(task_grads: Tensor, top: Tensor, *, degenerate: Degenera
         tensor([[1., 1.],
                 [1., 1.]])
     """
+    if top.numel() and not -1 <= int(top.min()) <= int(top.max()) < len(task_grads):
+        raise ValueError(
+            f"Parameter `top` should hold tasks from 0 to {len(task_grads) - 1}, or -1. Found {top.tolist()}."
+        )
     coefficients = priority_coefficients(task_grads, top, degenerate=degenerate)
     return weighted_channels(task_grads, coefficients)
 
