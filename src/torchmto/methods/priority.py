@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer, check_number, found
+from torchmto.checks import check_number, found
+from torchmto.methods.losses.window import LossWindow, check_window
 from torchmto.methods.method import LossWeighting, Method
 from torchmto.methods.registry import make_method
 from torchmto.problem import Losses, Problem, StepInfo
@@ -95,25 +96,21 @@ class LossPriority(Priority):
         window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
     """
 
-    total: Tensor
-    count: Tensor
+    means: LossWindow
     first: Tensor
     last: Tensor
-    steps: int
 
     def __init__(self, *, gamma: float, relative: bool, window: int | None) -> None:
         super().__init__()
         self.gamma = check_number("gamma", gamma)
         self.relative = relative
-        self.window = None if window is None else check_integer("window", window, minimum=1)
+        self.window = check_window(window)
 
     def setup(self, num_tasks: int) -> None:
         """Running sums, and the means of the first and the last window (NaN: not seen yet)."""
-        self.add_state("total", torch.zeros(num_tasks, dtype=torch.float64))
-        self.add_state("count", torch.zeros(num_tasks, dtype=torch.float64))
+        self.add_state("means", LossWindow(num_tasks, self.window))
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("steps", 0)
 
     def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
         """(Mean loss)^gamma; a task not seen in any window gets the mean of the others."""
@@ -130,24 +127,17 @@ class LossPriority(Priority):
 
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Add this step's losses to the window."""
-        values = losses.values.to(device="cpu", dtype=torch.float64)
-        self.total[list(losses.indices)] += values
-        self.count[list(losses.indices)] += 1
-        self.steps += 1
-        if self.window is not None and self.steps >= self.window:
+        if self.means.add(losses):
             self.end_window()
 
     def end_window(self) -> None:
         """Close the window; tasks absent from it keep their last mean."""
         if self.num_tasks == 0:
             return
-        seen = self.count > 0
-        mean = torch.where(seen, self.total / self.count.clamp_min(1), self.last)
+        mean = self.means.close()
+        mean = torch.where(mean.isnan(), self.last, mean)
         self.first = torch.where(self.first.isnan(), mean, self.first)
         self.last = mean
-        self.total = torch.zeros_like(self.total)
-        self.count = torch.zeros_like(self.count)
-        self.steps = 0
 
 
 class PerformancePriority(Priority):

@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
-from torchmto.methods.losses.window import LossWindow, check_window
-from torchmto.methods.method import LossWeighting
+from torchmto.methods.losses.window import WindowedWeighting
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
 
 
 @register("dwa")
-class DWA(LossWeighting):
+class DWA(WindowedWeighting):
     r"""Weights from how fast each loss has fallen: :math:`w = K\,\mathrm{softmax}(r / T)`.
 
     :math:`r_i` is the task's mean loss over the last window divided by that over the window before: tasks that stagnate
@@ -37,18 +35,16 @@ class DWA(LossWeighting):
 
     source = "Liu et al., CVPR 2019, Eq. 7"
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
-    means: LossWindow
     last: Tensor
     before: Tensor
 
     def __init__(self, *, temperature: float = 2.0, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__(window=window)
         self.temperature = check_number("temperature", temperature, above=0)
-        self.window = check_window(window)
 
     def setup(self, num_tasks: int) -> None:
         """The mean losses of the last window and of the one before; NaN: not seen yet."""
-        self.add_state("means", LossWindow(num_tasks, self.window))
+        super().setup(num_tasks)
         self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("before", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
 
@@ -58,11 +54,6 @@ class DWA(LossWeighting):
         rates = self.last[chosen] / self.before[chosen]
         rates = torch.where(rates.isfinite(), rates, 1.0)
         return ((rates / self.temperature).softmax(0) * len(chosen)).to(losses).mul(losses).sum()
-
-    def after_step(self, losses: Losses, problem: Problem) -> None:
-        """Add the step's losses to the window."""
-        if self.means.add(losses):
-            self.end_window()
 
     def end_window(self) -> None:
         """Compare with the window before from now on."""

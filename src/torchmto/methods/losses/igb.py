@@ -9,14 +9,13 @@ from torch import Tensor
 
 from torchmto.checks import check_integer
 from torchmto.methods.losses.per_task import safe_log
-from torchmto.methods.losses.window import LossWindow, check_window
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.losses.window import WindowedWeighting
+from torchmto.methods.method import Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
 
 
 @register("igb")
-class IGB(LossWeighting):
+class IGB(WindowedWeighting):
     r"""Tasks with more room to improve weigh more: :math:`\sum_i w_i \log l_i`, :math:`w = K\,\mathrm{softmax}(l / b)`.
 
     The base :math:`b_i` is the task's mean loss over one early window, so :math:`l_i / b_i` is the share of the
@@ -42,18 +41,16 @@ class IGB(LossWeighting):
     source = "Dai et al., UAI 2023, IGBv1"
     use = "Losses on different scales, when tasks far from their start value should catch up."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
-    means: LossWindow
     base: Tensor
     windows: int
 
     def __init__(self, *, base_window: int = 2, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__(window=window)
         self.base_window = check_integer("base_window", base_window, minimum=1)
-        self.window = check_window(window)
 
     def setup(self, num_tasks: int) -> None:
         """The base losses (NaN: not known yet) and the number of windows so far."""
-        self.add_state("means", LossWindow(num_tasks, self.window))
+        super().setup(num_tasks)
         self.add_state("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("windows", 0)
 
@@ -63,11 +60,6 @@ class IGB(LossWeighting):
         base = self.base[chosen].to(losses)
         gaps = torch.where(base.isnan(), 1.0, losses.detach() / base)
         return (len(losses) * gaps.softmax(0) * safe_log(losses)).sum()
-
-    def after_step(self, losses: Losses, problem: Problem) -> None:
-        """Add the step's losses to the window."""
-        if self.means.add(losses):
-            self.end_window()
 
     def end_window(self) -> None:
         """Take the base window's means as the base; a window without steps doesn't count."""

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.losses.per_task import safe_log
-from torchmto.methods.losses.window import LossWindow, check_window
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.losses.window import WindowedWeighting
+from torchmto.methods.method import Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
 
 
 @register("stch")
-class STCH(LossWeighting):
+class STCH(WindowedWeighting):
     r"""A smooth maximum of the losses' logarithms, :math:`\mu \log \sum_i \exp(f_i / \mu)`, after a warm-up.
 
     :math:`f_i = \log(l_i / n_i)`, where the nadir :math:`n_i` is the task's mean loss over the last warm-up window.
@@ -42,19 +41,17 @@ class STCH(LossWeighting):
     source = "Lin et al., ICML 2024"
     use = "The worst task counts most, smoothly, at one backward."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
-    means: LossWindow
     nadir: Tensor
     windows: int
 
     def __init__(self, *, mu: float = 1.0, warmup: int = 4, window: int | None = None) -> None:
-        super().__init__()
+        super().__init__(window=window)
         self.mu = check_number("mu", mu, above=0)
         self.warmup = check_integer("warmup", warmup, minimum=1)
-        self.window = check_window(window)
 
     def setup(self, num_tasks: int) -> None:
         """The nadir (NaN: not known yet) and the number of windows so far."""
-        self.add_state("means", LossWindow(num_tasks, self.window))
+        super().setup(num_tasks)
         self.add_state("nadir", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("windows", 0)
 
@@ -66,11 +63,6 @@ class STCH(LossWeighting):
         nadir = self.nadir[chosen].to(losses)
         nadir = torch.where(nadir.isnan(), losses.detach(), nadir)
         return self.mu * torch.logsumexp((safe_log(losses) - nadir.log()) / self.mu, 0)
-
-    def after_step(self, losses: Losses, problem: Problem) -> None:
-        """Add the step's losses to the window."""
-        if self.means.add(losses):
-            self.end_window()
 
     def end_window(self) -> None:
         """Take the window's means as the nadir while the warm-up lasts; a window without steps doesn't count."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer
-from torchmto.problem import Losses
+from torchmto.methods.method import LossWeighting
+from torchmto.problem import Losses, Problem
 
 
 class LossWindow:
@@ -61,3 +62,26 @@ def check_window(window: int | None) -> int | None:
         ValueError: If it is below 1.
     """
     return None if window is None else check_integer("window", window, minimum=1)
+
+
+class WindowedWeighting(LossWeighting):
+    """Base of the loss weightings that look at mean losses over windows. A subclass implements ``end_window``.
+
+    Args:
+        window: Steps per window; None: windows end at ``mt.end_window()``.
+    """
+
+    means: LossWindow
+
+    def __init__(self, *, window: int | None) -> None:
+        super().__init__()
+        self.window = check_window(window)
+
+    def setup(self, num_tasks: int) -> None:
+        """The window's sums."""
+        self.add_state("means", LossWindow(num_tasks, self.window))
+
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """Add the step's losses to the window."""
+        if self.means.add(losses):
+            self.end_window()
