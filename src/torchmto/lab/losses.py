@@ -138,7 +138,9 @@ def normals_l1(prediction: Tensor, target: Tensor, valid: Tensor) -> Loss:
     Returns:
         The loss and the number of valid pixels.
     """
-    unit = functional.normalize(_full(prediction), dim=1)
+    prediction = _full(prediction)
+    # functional.normalize, which along a dimension that isn't the last is fifty times slower on the CPU.
+    unit = prediction * prediction.square().sum(dim=1, keepdim=True).clamp(min=1e-24).rsqrt()
     return _masked_mean((unit - target).abs().mean(dim=1, keepdim=True), valid)
 
 

@@ -102,7 +102,8 @@ def angle(prediction: Tensor, target: Tensor) -> Tensor:
 
     By the arc tangent: the arc cosine of a float32 can't tell angles below 0.03 degrees apart.
     """
-    sine = torch.linalg.cross(prediction, target, dim=1).norm(dim=1, keepdim=True)
+    # Not .norm(dim=1): on the CPU it is fifty times slower along a dimension that isn't the last.
+    sine = torch.linalg.cross(prediction, target, dim=1).square().sum(dim=1, keepdim=True).sqrt()
     cosine = (prediction * target).sum(dim=1, keepdim=True)
     return torch.rad2deg(torch.atan2(sine, cosine))
 
