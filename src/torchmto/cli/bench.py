@@ -1,6 +1,6 @@
 """Time the methods' steps against hand-written bounds and other libraries, and measure their memory.
 
-Every contestant takes one step per round, so that all meet the same state of the machine; ratios are medians over
+Every contestant takes one step (or one cycle of refresh_every steps) per round, in random order; ratios are medians over
 rounds. Names with a star are hand-written in plain PyTorch: gd*, the plain sum; lb*, the bound for K task gradients (one
 forward, K backwards, one optimizer step); lbm*, with the rows copied, their Gramian and one combination. Peak memory is
 that of three steps in a process of its own, above the memory before the first step.
@@ -17,13 +17,15 @@ from torchmto.cli._errors import wrong_usage
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torchmto bench`."""
-    parser.add_argument("--models", default="mlp,conv,transformer,segnet", metavar="A,B", help="of these (all)")
+    parser.add_argument(
+        "--models", default="mlp,conv,transformer,segnet", metavar="A,B", help="of these, and segnet_third (all)"
+    )
     parser.add_argument("--tasks", default="2,4,8,20,40", metavar="K,K", help="numbers of tasks (2,4,8,20,40)")
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help="methods, METHOD@layerwise, METHOD@representation, torchjd/METHOD, torchjd-gramian/METHOD, LibMTL/METHOD "
-        "(all methods)",
+        help="methods, METHOD@layerwise, METHOD@representation, METHOD@NAME=VALUE (refresh_every=10), torchjd/METHOD, "
+        "torchjd-gramian/METHOD, LibMTL/METHOD (all methods)",
     )
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds (20)")
     parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         repeats = check_integer("repeats", args.repeats, minimum=1)
         names = args.methods.split(",") if args.methods else contestant_names(peers=not args.no_peers)
         for name in names:
-            bound_of(name)
+            bound_of(name, 2)
         args.out.mkdir(parents=True, exist_ok=True)
     if not args.no_peers:
         for peer, reason in missing_peers().items():

@@ -1,7 +1,9 @@
 """Everything that can be timed, by name: hand-written bounds, torchmto's methods, other libraries."""
 
-import re
-from collections.abc import Mapping
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,79 +15,170 @@ from torchmto.lab.bench.peers import peer_names, peer_step
 from torchmto.methods import make_method, method_class, methods
 from torchmto.structure import split_norms
 
-__all__ = ["bound_of", "contestant_names", "holds_rows", "make_step"]
+__all__ = ["Bound", "Contestant", "bound_of", "contestant_names", "holds_rows", "make_contestant"]
 
 _ENGINES = ("layerwise", "representation")
 _NEEDS_WEIGHTS = ("static", "constant")
+_VARIANTS = (
+    "pcgrad@layerwise",
+    "mgda@layerwise",
+    "mgda@representation",
+    "pcgrad@refresh_every=10",
+    "task_groups@warmup=0",
+)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something that is timed.
+
+    Attributes:
+        run: Takes the steps and returns how many optimizer steps one of them had.
+        num_steps: How many steps one call of ``run`` takes: a whole cycle of a method that computes weights now and then.
+    """
+
+    run: Callable[[], int]
+    num_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The hand-written step that a contestant is measured against: a sum of multiples of hand-written steps.
+
+    Attributes:
+        name: As shown.
+        parts: Hand-written step -> multiple.
+        per_update: Whether the parts are one optimizer step's; times the contestant's number of optimizer steps then.
+    """
+
+    name: str
+    parts: tuple[tuple[str, float], ...]
+    per_update: bool = False
 
 
 def contestant_names(*, peers: bool) -> list[str]:
-    """All methods that need no arguments, pcgrad and mgda with the other gradient engines, and the peers that import."""
+    """All methods that need no arguments, some with other engines and options, and the peers that import."""
     names = [name for name in methods() if name not in _NEEDS_WEIGHTS]
-    names += ["pcgrad@layerwise", "mgda@layerwise", "mgda@representation"]
-    return names + (peer_names() if peers else [])
+    return [*names, *_VARIANTS, *(peer_names() if peers else [])]
 
 
-def bound_of(name: str) -> str:
-    """The hand-written step that a contestant is measured against."""
-    if name in BOUNDS or "/" in name or "@" in name:
-        return "lb*"
-    family = method_class(name).family
-    own = {"sequential": "singles*", "task_groups": "turns*", "connection_strength": "separate*"}.get(name)
-    return own or ("gd*" if family == "loss weighting" and make_method(name).cost(7).num_backward == 1 else "lbm*")
-
-
-def holds_rows(name: str) -> bool:
-    """Whether a step keeps K gradients of the trunk."""
-    return name not in ("gd*", "lb*") and bound_of(name) != "gd*" and "@" not in name
-
-
-def make_step(name: str, case: Case) -> Step:
-    """A contestant's step on a case. The optimizer is SGD with momentum, in its fused-loop ("foreach") form.
+def bound_of(name: str, num_tasks: int) -> Bound:
+    """What a contestant is measured against.
 
     Raises:
         ValueError: If there is no such contestant.
     """
-    if name == "connection_strength":
-        return _split(case)
-    optimizer = torch.optim.SGD(case.parameters(), lr=1e-4, momentum=0.9)
+    if name in BOUNDS or "/" in name:
+        return _bound("lb*")
+    method, engine, options = _parts(name)
+    if engine:
+        return _bound("lb*")
+    every = int(options.get("refresh_every", 1))
+    if every > 1:
+        return Bound(f"gd*+lb*/{every}", (("gd*", 1.0), ("lb*", 1 / every)))
+    if method == "task_groups":
+        return Bound("turns*/K", (("turns*", 1 / num_tasks),), per_update=True)
+    own = {"sequential": "singles*", "connection_strength": "separate*"}.get(method)
+    one_backward = method_class(method).family == "loss weighting" and make_method(method).cost(7).num_backward == 1
+    return _bound(own or ("gd*" if one_backward else "lbm*"))
+
+
+def _bound(name: str) -> Bound:
+    return Bound(name, ((name, 1.0),))
+
+
+def holds_rows(name: str) -> bool:
+    """Whether a step keeps K gradients of the trunk."""
     if name in BOUNDS:
-        return BOUNDS[name](case, optimizer)
+        return name == "lbm*"
+    return "/" in name or (not _parts(name)[1] and bound_of(name, 2).name != "gd*")
+
+
+def make_contestant(name: str, case: Case) -> Contestant:
+    """A contestant on a case. The optimizer is SGD with momentum, in its fused-loop ("foreach") form.
+
+    Args:
+        name: A hand-written step (with a star), a peer's ``library/method``, or a method. Options follow a method's name:
+            ``pcgrad@layerwise``, ``mgda@refresh_every=10``, ``cagrad@layerwise@c=0.2``.
+        case: What it steps.
+
+    Raises:
+        ValueError: If there is no such contestant.
+    """
+    if name in BOUNDS:
+        return _once(BOUNDS[name](case, _optimizer(case)))
     if "/" in name:
-        return peer_step(name, case, optimizer)
-    method, engine = _parts(name)
-    options: Mapping[str, str] = (
-        {"gradients": engine, "features": "0"}
-        if engine == "representation"
-        else ({"gradients": engine} if engine else {})
-    )
-    return _ours(case, optimizer, make_method(method), dict(options))
+        return _once(peer_step(name, case, _optimizer(case)))
+    method, engine, options = _parts(name)
+    if method == "connection_strength":
+        # Its second phase, which has the time to lose; the first one is `sequential`.
+        names = [f"task{task}" for task in range(case.num_tasks)]
+        case = Case(split_norms(case.trunk, names), case.heads, case.inputs, case.targets)
+        options = {"schedule": "phase2", **options}
+    num_steps = int(options.get("refresh_every", 1))
+    return Contestant(_ours(case, make_method(method, **options), engine, num_steps), num_steps)
 
 
-def _parts(name: str) -> tuple[str, str]:
-    match = re.fullmatch(r"(\w+)(?:@(\w+))?", name)
-    if match is None or match[1] not in methods() or match[2] not in (None, *_ENGINES):
-        raise ValueError(f"There is no contestant `{name}`: a method, or METHOD@layerwise, METHOD@representation.")
-    return match[1], match[2] or ""
+def _optimizer(case: Case) -> torch.optim.Optimizer:
+    return torch.optim.SGD(case.parameters(), lr=1e-4, momentum=0.9)
 
 
-def _ours(case: Case, optimizer: torch.optim.Optimizer, method: torchmto.Method, options: dict[str, str]) -> Step:
+def _once(step: Step) -> Contestant:
+    def run() -> int:
+        step()
+        return 1
+
+    return Contestant(run)
+
+
+def _parts(name: str) -> tuple[str, str, dict[str, Any]]:
+    """Method, engine and hyper-parameters of ``METHOD@ENGINE@NAME=VALUE``."""
+    method, *rest = name.split("@")
+    engine, options = "", {}
+    for part in rest:
+        key, equals, value = part.partition("=")
+        if equals:
+            options[key] = _value(value)
+        elif part in _ENGINES:
+            engine = part
+        else:
+            method = ""
+    if method not in methods():
+        raise ValueError(
+            f"There is no contestant `{name}`: a method, METHOD@layerwise, METHOD@representation or METHOD@NAME=VALUE, "
+            f"`library/method` of a peer, or one of {', '.join(BOUNDS)}."
+        )
+    return method, engine, options
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+def _ours(case: Case, method: torchmto.Method, engine: str, num_steps: int) -> Callable[[], int]:
     model = nn.ModuleList([case.trunk, case.heads])
     names = [f"task{task}" for task in range(case.num_tasks)]
     index = {name: task for task, name in enumerate(names)}
-    multi_task = torchmto.MultiTask(model, optimizer, tasks=names, method=method, **options)  # type: ignore[arg-type]
+    multi_task = torchmto.MultiTask(
+        model,
+        _optimizer(case),
+        tasks=names,
+        method=method,
+        gradients=engine or "parameters",
+        features="0" if engine == "representation" else None,
+    )
 
     def closure(tasks: tuple[str, ...]) -> dict[str, Tensor]:
         features = case.trunk(case.inputs)
         return {name: case.loss(index[name], features) for name in tasks}
 
-    return lambda: multi_task.step(closure)
+    def run() -> int:
+        updates = 0
+        for _ in range(num_steps):
+            updates = multi_task.step(closure).num_optimizer_steps
+        return updates
 
-
-def _split(case: Case) -> Step:
-    """Connection strength's second phase, on a trunk with task-specific norms."""
-    names = [f"task{task}" for task in range(case.num_tasks)]
-    trunk = split_norms(case.trunk, names)
-    split = Case(trunk, case.heads, case.inputs, case.targets)
-    optimizer = torch.optim.SGD(split.parameters(), lr=1e-4, momentum=0.9)
-    return _ours(split, optimizer, make_method("connection_strength", schedule="phase2"), {})
+    return run

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import subprocess
 import sys
 import time
@@ -12,9 +13,8 @@ from statistics import median, quantiles
 
 import torch
 
-from torchmto.lab.bench.bounds import Step
 from torchmto.lab.bench.cases import make_case
-from torchmto.lab.bench.contestants import bound_of, holds_rows, make_step
+from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
 from torchmto.lab.memory import PeakMemory
 
 __all__ = ["Measurement", "measure_memory", "measure_times"]
@@ -27,7 +27,7 @@ class Measurement:
     """What was measured for one contestant on one case.
 
     Ratios are medians over rounds of the contestant's time to the reference's in the same round, so that a slow spell of
-    the machine hits both.
+    the machine hits both. Times are those of one step, the average over its cycle for a method that has one.
 
     Attributes:
         model: The case.
@@ -39,6 +39,7 @@ class Measurement:
         iqr: Distance of the quartiles of the step times.
         ratios: Reference -> median ratio.
         ratio_iqr: Distance of the quartiles of the ratios to ``bound``.
+        num_updates: Optimizer steps per step: more than one for procedures (the last round's number).
         peak_bytes: Peak memory above that before the first step; None if not measured.
         failed: The error that ended it, or empty.
     """
@@ -52,6 +53,7 @@ class Measurement:
     iqr: float | None = None
     ratios: dict[str, float] | None = None
     ratio_iqr: float | None = None
+    num_updates: int | None = None
     peak_bytes: int | None = None
     failed: str = ""
 
@@ -99,7 +101,7 @@ def measure_times(
     for name in [*wanted, None]:
         if name is not None:
             batch.append(name)
-            held += holds_rows(name) or "/" in name
+            held += holds_rows(name)
         if batch and (name is None or held >= capacity or len(batch) >= 12):
             results += _rounds(
                 model, num_tasks, batch, repeats, device=device, clock=clock, tick=tick, first=not results
@@ -120,8 +122,10 @@ def _rounds(
     first: bool,
 ) -> list[Measurement]:
     case = make_case(model, num_tasks, device)
-    needed = [*REFERENCES, *(bound for bound in dict.fromkeys(map(bound_of, names)) if bound not in REFERENCES)]
-    steps: dict[str, Step] = {}
+    bounds = {name: bound_of(name, num_tasks) for name in names}
+    needed = list(dict.fromkeys([*REFERENCES, *(part for bound in bounds.values() for part, _ in bound.parts)]))
+    bounds.update({name: bound_of(name, num_tasks) for name in needed})
+    contestants: dict[str, Contestant] = {}
     failed: dict[str, str] = {}
     for name in [*needed, *names]:
         tick(f"{model} K={num_tasks} {name}")
@@ -129,45 +133,51 @@ def _rounds(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 # Task-specific norms and hooks on modules change the trunk; the others may share it.
-                alone = name == "connection_strength" or name.startswith("torchjd-gramian")
-                own = copy.deepcopy(case) if alone else case
-                step = make_step(name, own)
-                step()
-                step()
-            steps[name] = step
+                alone = name.startswith(("connection_strength", "torchjd-gramian"))
+                contestant = make_contestant(name, copy.deepcopy(case) if alone else case)
+                contestant.run()
+                contestant.run()
+            contestants[name] = contestant
         except Exception as error:  # noqa: BLE001  one contestant's failure mustn't end the run
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    updates: dict[str, list[int]] = {name: [] for name in contestants}
+    # Drawn anew in every round, as a step leaves the next one a warmer or colder cache.
+    order, shuffle = list(contestants), random.Random(0).shuffle  # noqa: S311  no secret
     for number in range(repeats):
         tick(f"{model} K={num_tasks} round {number + 1}/{repeats}")
-        for name, step in steps.items():
+        shuffle(order)
+        for name in order:
+            contestant = contestants[name]
             start = _clock(device, clock)
-            step()
-            times[name].append(_clock(device, clock) - start)
-    shown = names if not first else [*needed, *names]
+            updates[name].append(contestant.run())
+            times[name].append((_clock(device, clock) - start) / contestant.num_steps)
     results = []
-    for name in shown:
-        result = Measurement(model, num_tasks, case.num_shared, name, bound_of(name), failed=failed.get(name, ""))
-        _evaluate(result, times)
+    for name in names if not first else [*needed, *names]:
+        result = Measurement(model, num_tasks, case.num_shared, name, bounds[name].name, failed=failed.get(name, ""))
+        if name in contestants:
+            _evaluate(result, bounds[name], times, updates[name])
         results.append(result)
     return results
 
 
-def _evaluate(result: Measurement, times: dict[str, list[float]]) -> None:
-    own = times.get(result.name)
-    if own:
-        ratios = {
-            other: [a / b for a, b in zip(own, times[other], strict=True)]
-            for other in dict.fromkeys([*REFERENCES, result.bound])
-            if other in times
-        }
-        result.seconds, result.iqr = median(own), _spread(own)
-        result.ratios = {other: median(values) for other, values in ratios.items()}
-        result.ratio_iqr = _spread(ratios[result.bound]) if result.bound in ratios else None
+def _evaluate(result: Measurement, bound: Bound, times: dict[str, list[float]], updates: list[int]) -> None:
+    own = times[result.name]
+    references = {name: times[name] for name in REFERENCES if name in times}
+    if all(part in times for part, _ in bound.parts):
+        references[bound.name] = [
+            sum(times[part][i] * factor for part, factor in bound.parts) * (updates[i] if bound.per_update else 1)
+            for i in range(len(own))
+        ]
+    ratios = {name: [a / b for a, b in zip(own, values, strict=True)] for name, values in references.items()}
+    result.seconds, result.iqr = median(own), _spread(own)
+    result.ratios = {name: median(values) for name, values in ratios.items()}
+    result.ratio_iqr = _spread(ratios[bound.name]) if bound.name in ratios else None
+    result.num_updates = updates[-1]
 
 
 def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu") -> int | None:
-    """Peak memory of three steps above the memory before the first, in a process of its own.
+    """Peak memory of three steps (or one cycle) above the memory before the first, in a process of its own.
 
     On the CPU it is resident memory as the kernel sees it, so it includes what the allocator holds and doesn't use.
     """
@@ -183,11 +193,11 @@ def _memory_main(model: str, num_tasks: int, name: str, device: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # One step of something small first: code and thread pools that any step loads aren't the contestant's.
-    make_step("lbm*", make_case("mlp", 2, device))()
-    step = make_step(name, make_case(model, num_tasks, device))
+    make_contestant("lbm*", make_case("mlp", 2, device)).run()
+    contestant = make_contestant(name, make_case(model, num_tasks, device))
     peak = PeakMemory(device)
-    for _ in range(3):
-        step()
+    for _ in range(3 if contestant.num_steps == 1 else 1):
+        contestant.run()
     print(json.dumps(peak.bytes()))  # noqa: T201  read by the parent process
 
 
