@@ -7,10 +7,9 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
 from torchmto.methods.combine.columns import pieces
-from torchmto.methods.gramian.task_values import TaskFloats, TaskValues
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.per_task import Numbers, PerTask
 from torchmto.methods.registry import register
 from torchmto.problem import TaskGradients
 
@@ -41,27 +40,17 @@ class GradDrop(GradientCombiner):
     use = "Many conflicting tasks; random sign dropout as a regulariser."
     properties = Properties(pareto=False)
 
-    def __init__(self, *, leak: float | TaskFloats = 0.0, **options: Unpack[GradientOptions]) -> None:
+    def __init__(self, *, leak: Numbers = 0.0, **options: Unpack[GradientOptions]) -> None:
         super().__init__(**options)
-        self._leaks: TaskValues | None = None
-        self.leak = leak
-        if isinstance(leak, int | float):
-            check_number("leak", leak, minimum=0, maximum=1)
-        else:
-            self._leaks = TaskValues("leak", leak)
-            for value in self._leaks.values:
-                check_number("leak", value, minimum=0, maximum=1)
+        self.leak = PerTask("leak", leak, minimum=0, maximum=1)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Match the leaks with the tasks."""
-        if self._leaks is not None:
-            self._leaks.bind(tasks)
+        self.leak.bind(tasks)
         super().bind(tasks)
 
     def _leak_of(self, task_grads: TaskGradients) -> Tensor:
-        size = len(task_grads.matrix)
-        leaks = [self.leak] * size if self._leaks is None else self._leaks.of(size, task_grads.indices)
-        return torch.tensor(leaks, dtype=torch.float64).to(task_grads.matrix).unsqueeze(1)
+        return self.leak.of(task_grads.indices).to(task_grads.matrix).unsqueeze(1)
 
     def _generator_on(self, device: torch.device) -> torch.Generator:
         if device.type == "cpu":

@@ -12,7 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_choice, check_number
 from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted
-from torchmto.methods.gramian.task_values import set_shares, shares_of
+from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
 from torchmto.problem import TaskGradients

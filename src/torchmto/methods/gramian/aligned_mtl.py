@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, Unpack, cast
-
-from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice
-from torchmto.methods.gramian.task_values import Preference, TaskFloats
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.gramian.preference import PreferenceWeighting
+from torchmto.methods.method import Properties, WeightingOptions
+from torchmto.methods.per_task import TaskFloats
 from torchmto.methods.registry import register
+from torchmto.solvers.solution import Array, Solution
 
 
 @register("aligned_mtl")
-class AlignedMTL(GramianWeighting):
+class AlignedMTL(PreferenceWeighting):
     r"""Independent component alignment: :math:`w = \sqrt{\lambda} V \Lambda^{-1/2} V^\top u`.
 
     The gradients are replaced by the nearest orthogonal set of one length, so that the system of gradients has
@@ -52,17 +51,10 @@ class AlignedMTL(GramianWeighting):
         preference: TaskFloats | None = None,
         **options: Unpack[WeightingOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(scale=scale, preference=preference, **options)
         self.scale_mode = check_choice("scale_mode", scale_mode, ("min", "median", "rmse"))
-        self.preference = Preference(preference, check_choice("scale", scale, ("sum", "mean")))
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def solve(self, gramian: Array, preference: list[float]) -> Solution:
         """The weights of the aligned sum, [k]; they can be negative."""
         mode = cast("Literal['min', 'median', 'rmse']", self.scale_mode)
-        preference = self.preference.of(len(gramian), indices)
-        return self.accept(solvers.aligned(self.as_array(gramian), scale=mode, preference=preference), gramian)
+        return solvers.aligned(gramian, scale=mode, preference=preference)

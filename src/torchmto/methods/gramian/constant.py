@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
-from torchmto.methods.gramian.task_values import TaskFloats, TaskValues
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.per_task import PerTask, TaskFloats
 from torchmto.methods.registry import register
 
 
@@ -43,7 +42,7 @@ class Constant(GramianWeighting):
 
     def __init__(self, *, weights: TaskFloats, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
-        self.given = TaskValues("weights", weights)
+        self.given = PerTask("weights", weights, minimum=0, common=False)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Match the weights with the tasks."""
@@ -52,4 +51,4 @@ class Constant(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The present tasks' weights, [k]."""
-        return torch.tensor(self.given.of(len(gramian), indices), dtype=torch.float64).to(gramian)
+        return self.given.of(range(len(gramian)) if indices is None else indices).to(gramian)

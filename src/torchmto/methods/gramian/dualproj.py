@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
-
-from torch import Tensor
-
 from torchmto import solvers
-from torchmto.checks import check_choice
-from torchmto.methods.gramian.task_values import Preference, TaskFloats
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.gramian.preference import PreferenceWeighting
+from torchmto.methods.method import Properties
 from torchmto.methods.registry import register
+from torchmto.solvers.solution import Array, Solution
 
 
 @register("dualproj")
-class DualProj(GramianWeighting):
+class DualProj(PreferenceWeighting):
     r"""The mean gradient's projection on :math:`\{d : J d \ge 0\}`: the nearest direction without conflict.
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add.
@@ -41,22 +36,6 @@ class DualProj(GramianWeighting):
     use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 
-    def __init__(
-        self,
-        *,
-        scale: str = "mean",
-        preference: TaskFloats | None = None,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.preference = Preference(preference, check_choice("scale", scale, ("mean", "sum")))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def solve(self, gramian: Array, preference: list[float]) -> Solution:
         """Weights of at least the preference, [k]."""
-        preference = self.preference.of(len(gramian), indices)
-        return self.accept(solvers.dual_cone(self.as_array(gramian), preference), gramian)
+        return solvers.dual_cone(gramian, preference)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.gramian.double_sampling import DoubleSampling
-from torchmto.methods.gramian.task_values import set_shares, shares_of
+from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import WeightingOptions
 from torchmto.methods.registry import register
 

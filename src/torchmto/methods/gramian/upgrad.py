@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
-
-from torch import Tensor
-
 from torchmto import solvers
-from torchmto.checks import check_choice
-from torchmto.methods.gramian.task_values import Preference, TaskFloats
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.gramian.preference import PreferenceWeighting
+from torchmto.methods.method import Properties
 from torchmto.methods.registry import register
+from torchmto.solvers.solution import Array, Solution
 
 
 @register("upgrad")
-class UPGrad(GramianWeighting):
+class UPGrad(PreferenceWeighting):
     r"""Unconflicting projection of gradients: the mean of the gradients' projections on :math:`\{d : J d \ge 0\}`.
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add (which lets the update
@@ -41,22 +36,6 @@ class UPGrad(GramianWeighting):
     use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 
-    def __init__(
-        self,
-        *,
-        scale: str = "mean",
-        preference: TaskFloats | None = None,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.preference = Preference(preference, check_choice("scale", scale, ("mean", "sum")))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def solve(self, gramian: Array, preference: list[float]) -> Solution:
         """Weights of at least the preference, [k]."""
-        preference = self.preference.of(len(gramian), indices)
-        return self.accept(solvers.upgrad(self.as_array(gramian), preference), gramian)
+        return solvers.upgrad(gramian, preference)

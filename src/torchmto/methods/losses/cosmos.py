@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
-from torchmto.methods.losses.per_task import Preference
+from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import TaskFloats
 from torchmto.methods.registry import register
 
 
@@ -37,11 +38,9 @@ class COSMOS(LossWeighting):
     use = "One model for a chosen preference between tasks on a Pareto front."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
-    def __init__(
-        self, *, preference: Mapping[str, float] | Sequence[float] | None = None, penalty: float = 1.0
-    ) -> None:
+    def __init__(self, *, preference: TaskFloats | None = None, penalty: float = 1.0) -> None:
         super().__init__()
-        self.preference = Preference(preference)
+        self.preference = Shares(preference)
         self.penalty = check_number("penalty", penalty, minimum=0)
 
     def bind(self, tasks: tuple[str, ...]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number, found
-from torchmto.methods.losses.per_task import Numbers, PerTask, by_task
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register
 
 LEAST = 1e-6
@@ -93,5 +93,5 @@ class DTP(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The averaged performances that have been reported."""
-        averages = by_task(self, self.performance)
+        averages = named(self.tasks, self.performance)
         return {"performance": {name: value for name, value in averages.items() if not math.isnan(value)}}

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchmto.checks import check_number
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.losses.per_task import Numbers, PerTask, by_task, safe_log
+from torchmto.methods.losses.logarithm import safe_log
 from torchmto.methods.method import Cost, LossWeighting, Properties
+from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register
 from torchmto.problem import Losses, Problem
 
@@ -101,4 +102,4 @@ class FAMO(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The logits after the step."""
-        return {"logits": by_task(self, self.logits.values)}
+        return {"logits": named(self.tasks, self.logits.values)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.losses.logarithm import safe_log
 from torchmto.methods.method import LossWeighting, Properties
 from torchmto.methods.registry import register
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
-from torchmto.methods.losses.per_task import by_task
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.problem import Losses, Problem
 
@@ -116,4 +116,4 @@ class GO4Align(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The shares after the step."""
-        return {"shares": by_task(self, self.shares)}
+        return {"shares": named(self.tasks, self.shares)}

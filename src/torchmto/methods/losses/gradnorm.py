@@ -11,8 +11,8 @@ from torch import Tensor
 from torchmto.checks import check_number, found
 from torchmto.gradients import gramian as gramian_of_rows
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.losses.per_task import by_task
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.problem import Losses, Network, Problem, TaskGradients
 
@@ -140,4 +140,4 @@ class GradNorm(GramianWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The weights after the step."""
-        return {"scales": by_task(self, self.scales.values)}
+        return {"scales": named(self.tasks, self.scales.values)}

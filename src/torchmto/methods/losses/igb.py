@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer
-from torchmto.methods.losses.per_task import safe_log
+from torchmto.methods.losses.logarithm import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
 from torchmto.methods.method import Properties
 from torchmto.methods.registry import register

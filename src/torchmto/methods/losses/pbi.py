@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
-from torchmto.methods.losses.per_task import Numbers, PerTask, Preference
+from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
 from torchmto.methods.registry import register
 
 
@@ -42,12 +43,12 @@ class PBI(LossWeighting):
     def __init__(
         self,
         *,
-        preference: Mapping[str, float] | Sequence[float] | None = None,
+        preference: TaskFloats | None = None,
         theta: float = 5.0,
         reference: Numbers = 0.0,
     ) -> None:
         super().__init__()
-        self.preference = Preference(preference)
+        self.preference = Shares(preference)
         self.theta = check_number("theta", theta, minimum=0)
         self.reference = PerTask("reference", reference)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import PerTask, TaskFloats
 from torchmto.methods.registry import register
 
 
@@ -37,26 +36,15 @@ class Static(LossWeighting):
     properties = Properties(equivariant=False, identity=False)
     fixed = True
 
-    def __init__(self, *, weights: Mapping[str, float] | Sequence[float]) -> None:
+    def __init__(self, *, weights: TaskFloats) -> None:
         super().__init__()
-        if isinstance(weights, str) or not isinstance(weights, Mapping | Sequence):
-            raise TypeError(found("weights", "a mapping of task names to floats, or a sequence of floats", weights))
-        items = weights.items() if isinstance(weights, Mapping) else enumerate(weights)
-        checked = {key: check_number(f"weights[{key!r}]", value, minimum=0) for key, value in items}
-        self.given = weights
-        self._values = list(checked.values())
+        self.given = PerTask("weights", weights, minimum=0, common=False)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Match the weights with the tasks."""
-        if isinstance(self.given, Mapping):
-            if set(self.given) != set(tasks):
-                raise ValueError(found("weights", f"a mapping with exactly the tasks {list(tasks)}", dict(self.given)))
-            self._values = [float(self.given[name]) for name in tasks]
-        elif len(self.given) != len(tasks):
-            raise ValueError(found("weights", f"a sequence of {len(tasks)} weights", list(self.given)))
+        self.given.bind(tasks)
         super().bind(tasks)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""
-        chosen = range(len(losses)) if indices is None else indices
-        return (losses * torch.tensor([self._values[i] for i in chosen]).to(losses)).sum()
+        return (losses * self.given.of(range(len(losses)) if indices is None else indices).to(losses)).sum()

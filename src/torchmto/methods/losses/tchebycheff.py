@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchmto.methods.losses.per_task import Numbers, PerTask, Preference
+from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
 from torchmto.methods.registry import register
 
 
@@ -39,11 +40,11 @@ class Tchebycheff(LossWeighting):
     def __init__(
         self,
         *,
-        preference: Mapping[str, float] | Sequence[float] | None = None,
+        preference: TaskFloats | None = None,
         reference: Numbers = 0.0,
     ) -> None:
         super().__init__()
-        self.preference = Preference(preference)
+        self.preference = Shares(preference)
         self.reference = PerTask("reference", reference)
 
     def bind(self, tasks: tuple[str, ...]) -> None:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
-from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.losses.per_task import by_task
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.losses.learnt_scaling import LearntScaling
+from torchmto.methods.method import Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
 
 
 @register("uw")
-class UW(LossWeighting):
+class UW(LearntScaling):
     r"""Weights by learnt task uncertainty, :math:`\sum_i \frac{l_i}{2 e^{s_i}} + \frac{s_i}{2}`, :math:`s_i` learnable.
 
     :math:`s_i` is the logarithm of the task's observation variance; at its optimum :math:`e^{s_i} = l_i`. The scales
@@ -41,30 +34,11 @@ class UW(LossWeighting):
     source = "Kendall et al., CVPR 2018, Eq. 7"
     use = "Losses on different scales; the most used learnable weighting."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
-    fixed = True
-    scales: LearnableScales
 
-    def __init__(self, *, lr: float = 0.025, initial: float = 0.0) -> None:
-        super().__init__()
-        self.lr = check_number("lr", lr, above=0)
-        self.initial = check_number("initial", initial)
+    def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """The halved loss over the variance, plus half its logarithm."""
+        return losses * (-scales).exp() / 2 + scales / 2
 
-    def setup(self, num_tasks: int) -> None:
-        """One scale per task."""
-        self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=self.initial))
-
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
-        """The weighted losses plus the scales' penalty."""
-        chosen = self.present(losses, indices)
-        scales = self.scales.of(chosen).to(losses)
-        return (losses * (-scales).exp() / 2 + scales / 2).sum()
-
-    @torch.no_grad()
-    def after_step(self, losses: Losses, problem: Problem) -> None:
-        """One step of Adam on the scales, along the objective's derivative (1 - l exp(-s)) / 2."""
-        values = losses.values.to("cpu", torch.float64)
-        self.scales.step((1 - values * (-self.scales.of(losses.indices)).exp()) / 2, losses.indices)
-
-    def records(self) -> Mapping[str, Any]:
-        """The scales after the step."""
-        return {"scales": by_task(self, self.scales.values)}
+    def slope(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """The derivative, (1 - l exp(-s)) / 2."""
+        return (1 - losses * (-scales).exp()) / 2

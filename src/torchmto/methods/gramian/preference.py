@@ -1,0 +1,74 @@
+"""Gramian weightings that start from a preference among the tasks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Unpack
+
+from torch import Tensor
+
+from torchmto.checks import check_choice
+from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.methods.per_task import PerTask, TaskFloats
+from torchmto.solvers.solution import Array, Solution
+
+
+class Preference:
+    """How much each task counts in a sum or mean of modified gradients.
+
+    Args:
+        given: One non-negative number per task, by name or in their order; None for the same for all.
+        scale: Without ``given``: "sum": 1 for each task; "mean": 1/k for each of k present tasks.
+
+    Raises:
+        TypeError: As in :class:`torchmto.methods.per_task.PerTask`.
+        ValueError: Likewise.
+    """
+
+    def __init__(self, given: TaskFloats | None, scale: str) -> None:
+        self.values = None if given is None else PerTask("preference", given, minimum=0, common=False)
+        self.scale = scale
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the numbers with the tasks."""
+        if self.values is not None:
+            self.values.bind(tasks)
+
+    def of(self, indices: Sequence[int]) -> list[float]:
+        """The present tasks' preferences; those of absent tasks are shared out in proportion."""
+        if self.values is None:
+            return [1.0 if self.scale == "sum" else 1.0 / len(indices)] * len(indices)
+        present: list[float] = self.values.of(indices).tolist()
+        total, left = self.values.total, sum(present)
+        return present if left in (total, 0.0) else [value * (total / left) for value in present]
+
+
+class PreferenceWeighting(GramianWeighting):
+    """Weights solved for from the Gramian and a preference.
+
+    Args:
+        scale: "mean" or "sum"; without effect if there is a preference.
+        preference: Task -> non-negative float, or a sequence in the order of the tasks.
+        **options: ``heads``, ``refresh_every``.
+    """
+
+    def __init__(
+        self, *, scale: str = "mean", preference: TaskFloats | None = None, **options: Unpack[WeightingOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.preference = Preference(preference, check_choice("scale", scale, ("mean", "sum")))
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the preference with the tasks."""
+        self.preference.bind(tasks)
+        super().bind(tasks)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """The solution, [k]."""
+        preference = self.preference.of(range(len(gramian)) if indices is None else indices)
+        return self.accept(self.solve(self.as_array(gramian), preference), gramian)
+
+    @abstractmethod
+    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+        """The weights, [k], for a Gramian [k, k] and as many preferences."""

@@ -1,0 +1,63 @@
+"""Loss weightings that learn one scale per task."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number
+from torchmto.methods.losses.learnable import LearnableScales
+from torchmto.methods.method import LossWeighting
+from torchmto.methods.per_task import named
+from torchmto.problem import Losses, Problem
+
+
+class LearntScaling(LossWeighting):
+    """A sum of losses weighted by learnable scales, plus a penalty on the scales.
+
+    The scales belong to the method: they have an Adam of their own, are updated after each step from the step's losses, and
+    are saved in its state. An absent task's scale stays.
+
+    Args:
+        lr: Adam's learning rate for the scales.
+        initial: Initial value of every scale.
+    """
+
+    fixed = True
+    scales: LearnableScales
+
+    def __init__(self, *, lr: float = 0.025, initial: float = 0.0) -> None:
+        super().__init__()
+        self.lr = check_number("lr", lr, above=0)
+        self.initial = check_number("initial", initial)
+
+    def setup(self, num_tasks: int) -> None:
+        """One scale per task."""
+        self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=self.initial))
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The weighted losses plus the scales' penalty."""
+        chosen = self.present(losses, indices)
+        return self.penalised(losses, self.scales.of(chosen).to(losses)).sum()
+
+    @torch.no_grad()
+    def after_step(self, losses: Losses, problem: Problem) -> None:
+        """One step of Adam on the scales, along the objective's derivative."""
+        values = losses.values.to("cpu", torch.float64)
+        self.scales.step(self.slope(values, self.scales.of(losses.indices)), losses.indices)
+
+    def records(self) -> Mapping[str, Any]:
+        """The scales after the step."""
+        return {"scales": named(self.tasks, self.scales.values)}
+
+    @abstractmethod
+    def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """Each task's term of the objective, [k]."""
+
+    @abstractmethod
+    def slope(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """The derivative of each term by its scale, [k]."""

@@ -1,0 +1,93 @@
+"""Numbers per task, as arguments and in records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number, found
+
+TaskFloats = Mapping[str, float] | Sequence[float]
+"""One number per task: task -> number, or numbers in the order of the tasks."""
+
+Numbers = float | TaskFloats
+"""One number for all tasks, or one per task."""
+
+
+class PerTask:
+    """A hyper-parameter with one value per task.
+
+    Args:
+        name: The hyper-parameter's name, for error messages.
+        given: A mapping of task names, a sequence in the order of the tasks, or one number for all tasks.
+        minimum: Smallest allowed value.
+        maximum: Largest allowed value.
+        above: Values must be larger than this.
+        common: Whether one number for all tasks is allowed.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        given: Numbers,
+        *,
+        minimum: float = -math.inf,
+        maximum: float = math.inf,
+        above: float = -math.inf,
+        common: bool = True,
+    ) -> None:
+        self.name = name
+        self.given = given
+        self._values: list[float] | None = None
+        bounds = {"minimum": minimum, "maximum": maximum, "above": above}
+        if common and isinstance(given, int | float):
+            self._common = check_number(name, given, **bounds)
+            return
+        if isinstance(given, str) or not isinstance(given, Mapping | Sequence):
+            wanted = "a mapping of task names to floats, or a sequence of floats"
+            raise TypeError(found(name, f"a number, {wanted}" if common else wanted, given))
+        items = given.items() if isinstance(given, Mapping) else enumerate(given)
+        self._values = [check_number(f"{name}[{key!r}]", value, **bounds) for key, value in items]
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match the values with the tasks.
+
+        Raises:
+            ValueError: If a task has none, or there are values of other tasks.
+        """
+        if isinstance(self.given, Mapping):
+            if set(self.given) != set(tasks):
+                raise ValueError(found(self.name, f"a mapping with exactly the tasks {list(tasks)}", dict(self.given)))
+            self._values = [float(self.given[name]) for name in tasks]
+        elif self._values is not None and len(self._values) != len(tasks):
+            raise ValueError(found(self.name, f"a sequence of {len(tasks)} floats", self.given))
+
+    def of(self, indices: Sequence[int]) -> Tensor:
+        """The values of the tasks ``indices``, float64 on the CPU, [k].
+
+        Raises:
+            ValueError: If a task has none.
+        """
+        if self._values is None:
+            return torch.full((len(indices),), self._common, dtype=torch.float64)
+        if max(indices) >= len(self._values):
+            raise ValueError(found(self.name, f"at least {max(indices) + 1} floats", self.given))
+        return torch.tensor([self._values[i] for i in indices], dtype=torch.float64)
+
+    @property
+    def total(self) -> float:
+        """The sum over all tasks, where every task has a value of its own."""
+        return sum(self._values or ())
+
+
+def named(tasks: Sequence[str], values: Tensor) -> dict[str, float]:
+    """One number per task under the tasks' names (their indices while no tasks are known)."""
+    names = tuple(tasks) or tuple(str(i) for i in range(len(values)))
+    return dict(zip(names, values.tolist(), strict=True))
