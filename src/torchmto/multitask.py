@@ -15,9 +15,9 @@ from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.problem import Network, Problem, StepInfo
-from torchmto.problem.losses import Source
+from torchmto.problem.finite import SkippedError
+from torchmto.problem.losses import Source, Weigh, needs_closure
 from torchmto.problem.noise import Noise
-from torchmto.problem.problem import SkippedError, Weigh
 
 STATE_VERSION = 1
 
@@ -287,10 +287,7 @@ class MultiTask:
             if isinstance(entry, Mapping):
                 repeats = next((part for part in self._methods() if part.repeats), None)
                 if repeats is not None:
-                    raise ValueError(
-                        f"Method `{repeats.name}` runs the model more than once per step, so it needs a closure: pass "
-                        "`mt.step(closure)` with `closure(tasks) -> losses` instead of ready losses."
-                    )
+                    raise needs_closure(f"Method `{repeats.name}`")
             elif not callable(entry):
                 raise TypeError(
                     "mt.step takes a closure, a mapping of losses, or a list of these. "

@@ -3,6 +3,7 @@
 from torchmto.problem.info import StepInfo
 from torchmto.problem.losses import Losses, NonFiniteError
 from torchmto.problem.network import Network
-from torchmto.problem.problem import Problem, TaskGradients
+from torchmto.problem.problem import Problem
+from torchmto.problem.task_gradients import TaskGradients
 
 __all__ = ["Losses", "Network", "NonFiniteError", "Problem", "StepInfo", "TaskGradients"]

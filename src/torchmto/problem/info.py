@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -42,3 +44,25 @@ class StepInfo:
     cosines: Tensor | None = None
     num_fallbacks: int = 0
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass
+class Passes:
+    """What a step has cost so far.
+
+    Attributes:
+        forward: Calls of closures.
+        backward: Backward passes.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+
+def conflicts(gramian: Tensor) -> tuple[Tensor, int]:
+    """Cosines between the tasks' gradients, [k, k], 0 where a gradient is zero; and how many pairs are in conflict."""
+    values = gramian.numpy()
+    norms = np.sqrt(values.diagonal().clip(0))
+    product = np.outer(norms, norms)
+    cosines = np.divide(values, product, out=np.zeros_like(values), where=product > 0)
+    return torch.from_numpy(cosines), int(np.count_nonzero(np.triu(cosines, 1) < 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.structure import active_task
+
 Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 """A forward-only callable: the wanted tasks -> one scalar loss, or ``(loss, count)``, for each one this batch has."""
 
 Source = Closure | Mapping[str, Any]
 """A closure, or the ready losses of one forward."""
 
+Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""(losses [k], indices of the present tasks) -> one weight per present task, [k]."""
+
 
 class NonFiniteError(ValueError):
     """A loss or a gradient is NaN or infinite. Nothing was updated."""
+
+
+def needs_closure(who: str) -> ValueError:
+    """The error of ready losses where the model has to be run again; ``who`` runs it."""
+    return ValueError(
+        f"{who} runs the model more than once per step, so it needs a closure: pass `mt.step(closure)` with "
+        "`closure(tasks) -> losses` instead of ready losses."
+    )
+
+
+def empty_batch(asked: Sequence[str]) -> ValueError:
+    """The error of a batch without any loss for the tasks ``asked``."""
+    return ValueError(
+        f"Empty batch: no loss was returned for any of the tasks {', '.join(asked)}. A step needs the loss of at least "
+        "one task."
+    )
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,10 @@ class Chunk:
     losses: dict[int, Tensor]
     counts: dict[int, float]
     active: str | None = None
+
+    def activated(self) -> contextlib.AbstractContextManager[Any]:
+        """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
+        return contextlib.nullcontext() if self.active is None else active_task(self.active)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,90 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmto.checks import found
 from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows
 from torchmto.gradients.ranks import Pending, is_sharded, local, sharded_like
+from torchmto.problem.buffers import BufferSnapshot
 from torchmto.problem.exchange import raise_together
 from torchmto.structure import has_split_norms
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
-
-
-class BufferSnapshot:
-    """A copy of a model's buffers that can be put back, buffers that a forward replaced by new tensors included.
-
-    Batch-norm kernels write running statistics without raising the tensors' version counters, so small buffers are copied
-    every time. Large ones are copied only if their version counter says that they changed.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._kept: dict[tuple[int, str], _KeptBuffer] = {}
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Copy the buffers."""
-        current: dict[tuple[int, str], _KeptBuffer] = {}
-        again: list[_KeptBuffer] = []
-        for module in _modules(self._model):
-            for name, buffer in module._buffers.items():  # noqa: SLF001 - the public name hides in which module it is
-                if buffer is None:
-                    continue
-                kept = self._kept.get((id(module), name))
-                if kept is None or not kept.fits(module, buffer):
-                    kept = _KeptBuffer(module, name, buffer, buffer.detach().clone())
-                elif kept.may_have_changed():
-                    again.append(kept)
-                current[id(module), name] = kept
-        if again:
-            torch._foreach_copy_([kept.copy for kept in again], [kept.buffer for kept in again])
-        for kept in current.values():
-            kept.version = kept.buffer._version  # noqa: SLF001 - no public name
-        self._kept = current
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the copies back."""
-        changed = [kept for kept in self._kept.values() if kept.may_have_changed()]
-        if changed:
-            torch._foreach_copy_([kept.buffer for kept in changed], [kept.copy for kept in changed])
-        for kept in self._kept.values():
-            kept.version = kept.buffer._version  # noqa: SLF001
-            if kept.module._buffers.get(kept.name) is not kept.buffer:  # noqa: SLF001
-                kept.module._buffers[kept.name] = kept.buffer  # noqa: SLF001
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    """All modules, like ``model.modules()`` but several times as fast; a reused module comes more than once."""
-    stack = [model]
-    while stack:
-        module = stack.pop()
-        yield module
-        stack.extend(child for child in module._modules.values() if child is not None)  # noqa: SLF001
-
-
-class _KeptBuffer:
-    """One buffer of one module, and its copy."""
-
-    SMALL = 100_000
-
-    def __init__(self, module: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> None:
-        self.module = module
-        self.name = name
-        self.buffer = buffer
-        self.copy = copy
-        self.version = buffer._version  # noqa: SLF001
-
-    def fits(self, module: nn.Module, buffer: Tensor) -> bool:
-        """Whether this is still the buffer of that place, and of the same kind."""
-        same = self.module is module and self.buffer is buffer
-        return same and (buffer.shape, buffer.dtype, buffer.device) == (
-            self.copy.shape,
-            self.copy.dtype,
-            self.copy.device,
-        )
-
-    def may_have_changed(self) -> bool:
-        """Whether the buffer can differ from what it was when the version was noted."""
-        return self.buffer.numel() <= self.SMALL or self.buffer._version != self.version  # noqa: SLF001
 
 
 class Network:
@@ -494,6 +416,18 @@ class Network:
     def scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a scalar tensor, None without a scaler."""
         return None if self.scaler is None else self.scaler.scale(torch.ones((), device=device))
+
+    def seed(self, loss: Tensor, factor: float) -> Tensor | None:
+        """The cotangent of a loss: its factor times the scaler's scale; None for 1."""
+        scale = self.scale(loss.device)
+        if scale is None and factor == 1:
+            return None
+        seed = torch.ones_like(loss) * factor
+        return seed if scale is None else seed * scale.to(seed)
+
+    def reaches(self, task: int, parameter: Tensor) -> bool:
+        """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
+        return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are set."""

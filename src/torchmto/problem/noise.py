@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchmto.problem.network import BufferSnapshot
+from torchmto.problem.buffers import BufferSnapshot
 
 State = tuple[Tensor, list[Tensor]]
 

@@ -1,0 +1,108 @@
+"""Whether losses, weights and gradients are finite, and what happens if not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from torchmto.problem.losses import Losses, NonFiniteError
+from torchmto.problem.network import Heads, Network
+from torchmto.problem.reduction import Reduction
+
+
+class SkippedError(Exception):
+    """Raised inside a step to leave it out: under ``on_nonfinite="skip"``, or when the scaler found an overflow."""
+
+    def __init__(self, reason: str, *, overflow: bool = False, absent: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.overflow = overflow
+        self.absent = absent
+
+
+class FiniteChecks:
+    """Checks the numbers of one step before they change anything.
+
+    Args:
+        network: The model, whose gradients are dropped if a check fails; its scaler is told of overflows.
+        tasks: The names of all tasks.
+        on_nonfinite: "raise" or "skip".
+        reduction: Knows the losses' weights, so that these can be told from gradients.
+
+    Attributes:
+        recorded: Task index -> the first loss of the step that passed.
+        last: Task -> the last losses that passed.
+        overflowed: Whether the scaler lowered its scale.
+    """
+
+    def __init__(self, network: Network, tasks: tuple[str, ...], on_nonfinite: str, reduction: Reduction) -> None:
+        self.recorded: dict[int, float] = {}
+        self.last: dict[str, float] = {}
+        self.overflowed = False
+        self._network = network
+        self._tasks = tasks
+        self._on_nonfinite = on_nonfinite
+        self._reduction = reduction
+
+    def losses(self, losses: Losses, values: Sequence[float]) -> None:
+        """Check the losses, ``values`` as plain numbers, and record them."""
+        for index, value in zip(losses.indices, values, strict=True):
+            if value - value != 0:
+                self.fail(f"The loss of task `{self._tasks[index]}` is {value}.")
+        self.last = {self._tasks[i]: value for i, value in zip(losses.indices, values, strict=True)}
+        for index, value in zip(losses.indices, values, strict=True):
+            self.recorded.setdefault(index, value)
+
+    def norm(self, losses: Losses, norm: float) -> None:
+        """Check the gradient's norm."""
+        if norm - norm != 0:
+            self._weights(losses)
+            self._fail_with_gradient("The gradient isn't finite.")
+
+    def task_gradients(self, losses: Losses, gramian: Tensor, heads: Heads) -> None:
+        """Check the tasks' gradients, those of the shared parameters by the Gramian's diagonal."""
+        network = self._network
+        for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
+            if not good:
+                self._weights(losses)
+                self._fail_with_gradient(f"The gradient of task `{self._tasks[index]}` isn't finite.")
+        own = [gradient for _, held in heads.values() for gradient in held.values()]
+        if network.sharded:
+            worst = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in own) else 1.0], device=network.device)
+            finite = not network.ranks.max_(worst).item()
+        else:
+            finite = not own or bool(torch.nn.utils.get_total_norm(own).isfinite())
+        if not finite:
+            self._fail_with_gradient("The gradient of a head isn't finite.")
+
+    def _weights(self, losses: Losses) -> None:
+        """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
+        if not all(bool(weight.isfinite()) for weight in self._reduction.weights.values()):
+            values = zip(losses.indices, losses.raw.tolist(), strict=True)
+            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in values)
+            self.fail(f"The method's loss weights aren't finite. The losses are {named}.")
+
+    def fail(self, message: str) -> NoReturn:
+        """Leave the step out, or raise."""
+        self._network.zero_grad()
+        if self._on_nonfinite == "skip":
+            raise SkippedError(message)
+        raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
+
+    def _fail_with_gradient(self, message: str) -> NoReturn:
+        """The same for a gradient: a scaler sees an infinite one and lowers its scale by itself."""
+        network, scaler = self._network, self._network.scaler
+        if scaler is None:
+            self.fail(message)
+        network.zero_grad()
+        parameter = network.parameters[0]
+        parameter.grad = torch.full_like(parameter, float("inf"))
+        scaler.unscale_(network.optimizer)
+        scaler.step(network.optimizer)
+        scaler.update()
+        network.zero_grad()
+        self.overflowed = True
+        raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)

@@ -1,0 +1,129 @@
+"""From the losses of single forwards to those of the step: averaged over micro-batches and ranks, and weighted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from torchmto.problem.exchange import Exchange
+from torchmto.problem.losses import Chunk, Losses, Weigh, detached, stack
+from torchmto.problem.network import Network
+
+
+@dataclass
+class Sums:
+    """Losses summed over chunks, weighted by their counts.
+
+    Attributes:
+        totals: Task index -> sum of the counts.
+        weighted: Task index -> sum of count times loss.
+    """
+
+    totals: dict[int, float] = field(default_factory=dict)
+    weighted: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one chunk's losses."""
+        for index, loss in chunk.losses.items():
+            count = chunk.counts[index]
+            value = detached(loss)
+            if index in self.totals:
+                self.weighted[index] = self.weighted[index] + value * count
+                self.totals[index] += count
+            else:
+                self.weighted[index] = value * count if count != 1 else value
+                self.totals[index] = count
+
+    def merge(self, other: Sums) -> None:
+        """Add other sums."""
+        for index, total in other.totals.items():
+            known = index in self.totals
+            self.weighted[index] = self.weighted[index] + other.weighted[index] if known else other.weighted[index]
+            self.totals[index] = self.totals[index] + total if known else total
+
+
+def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[object]:
+    """The number of micro-batches, and the tasks and counts of each chunk: what must be the same for equal shares."""
+    return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
+
+
+class Reduction:
+    """Averages the losses of one step, telling the ranks where there are several.
+
+    Args:
+        network: The model and its ranks.
+        num_tasks: K.
+        step: What this step is about; the same on all ranks.
+        weigh: The user's loss weights: losses and indices -> factors [k]; None for 1.
+        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
+
+    Attributes:
+        doing: What the next exchange is for; the same on all ranks.
+        first: The first losses of the step that aren't empty; the first ones at all until there are any.
+        weights: Task index -> the weight its loss was given last, to explain gradients that aren't finite.
+    """
+
+    def __init__(self, network: Network, num_tasks: int, step: str, *, weigh: Weigh | None, weigh_fixed: bool) -> None:
+        self.weigh = weigh
+        self.weigh_fixed = weigh_fixed
+        self.doing = ""
+        self.first: Losses | None = None
+        self.weights: dict[int, Tensor] = {}
+        self._network = network
+        self._exchange = Exchange(network.ranks, num_tasks, step)
+
+    def tell(
+        self, sums: Sums, *, counts: Sequence[object] | None = None, failure: Exception | None = None
+    ) -> tuple[Sums, bool]:
+        """Sum losses over the ranks and agree on roles; also, whether all ranks have the same ``counts``."""
+        network = self._network
+        told = self._exchange(
+            sums.totals,
+            sums.weighted,
+            doing=self.doing,
+            device=network.device,
+            disagree=network.agree_needed(),
+            counts=counts,
+            failure=failure,
+        )
+        if told.disagree:
+            network.agree()
+        return Sums(told.totals, told.weighted), told.even
+
+    def check_same(self, chunk: Chunk, num_micro_batches: int) -> None:
+        """With sharded parameters all ranks take part in every forward and backward."""
+        _, same = self.tell(Sums(), counts=[num_micro_batches, *sorted(chunk.losses)])
+        if not same:
+            raise ValueError(
+                "With sharded parameters (FSDP) every rank takes part in every backward, so every rank should return losses "
+                "for the same tasks in as many micro-batches. A task without labels on one rank can be returned as a zero "
+                "loss with graph, with a small count: `(0 * output.sum(), 1e-6)`."
+            )
+
+    def over_ranks(self, sums: Sums) -> Losses:
+        """This rank's sums -> the losses of the step."""
+        if self._network.ranks.size > 1:
+            sums, _ = self.tell(sums)
+        return self.average(sums)
+
+    def average(self, sums: Sums) -> Losses:
+        """Sums over all micro-batches and ranks -> the losses of the step, with the user's loss weights."""
+        losses = self._average(sums)
+        if self.first is None or not self.first.indices:
+            self.first = losses
+        return losses
+
+    def _average(self, sums: Sums) -> Losses:
+        indices = tuple(sorted(sums.totals))
+        if not indices:
+            empty = torch.zeros(0, device=self._network.device)
+            return Losses((), empty, empty, {})
+        raw = stack([sums.weighted[i] / sums.totals[i] if sums.totals[i] != 1 else sums.weighted[i] for i in indices])
+        if self.weigh is None:
+            return Losses(indices, raw, raw, sums.totals)
+        factors = self.weigh(raw, indices).detach().to(raw)
+        self.weights = dict(zip(indices, factors.unbind(), strict=True))
+        return Losses(indices, raw * factors, raw, sums.totals, factors)

@@ -1,0 +1,157 @@
+"""The gradients of the tasks of one batch, as methods see them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from torchmto.gradients import Rows, ShardedRows
+from torchmto.problem.finite import FiniteChecks, SkippedError
+from torchmto.problem.forwards import Forwards
+from torchmto.problem.info import Passes
+from torchmto.problem.losses import Losses, empty_batch
+from torchmto.problem.network import Heads, Network
+from torchmto.problem.reduction import Reduction
+
+
+class TaskGradients:
+    """The present tasks' gradients: rows on the shared parameters, and each head's own.
+
+    Attributes:
+        indices: The present tasks, ascending; row i of everything below belongs to task ``indices[i]``.
+        losses: Their losses, [k].
+        gramian: G = J Jᵀ, float64 on the CPU, [k, k].
+        heads: Parameters outside the shared ones -> the gradient of each task that reached them.
+        reduced: The losses of the rows' tasks, with counts.
+        all_losses: The losses of all tasks of the forward, more where more were asked for.
+        graph: Where the rows aren't kept: the present tasks' losses with graph, and the shared parameters.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | ShardedRows,
+        losses: Losses,
+        gramian: Tensor,
+        heads: Heads,
+        everything: Losses,
+        *,
+        graph: tuple[list[Tensor], list[Tensor]] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.indices = losses.indices
+        self.losses = losses.values
+        self.reduced = losses
+        self.all_losses = everything
+        self.gramian = gramian
+        self.heads = heads
+        self.graph = graph
+
+    @property
+    def matrix(self) -> Tensor:
+        """J, the gradients of the present tasks on the shared parameters as rows, [k, P]. The live buffer, no copy."""
+        return self.rows.matrix
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The shared parameters, in the order of their columns."""
+        return self.rows.parameters
+
+    def has(self, parameter: Tensor) -> bool:
+        """Whether ``parameter`` is one of the shared parameters."""
+        return id(parameter) in self.rows.position
+
+    def columns(self, parameter: Tensor) -> slice:
+        """The columns of one shared parameter."""
+        return self.rows.slices[self.rows.position[id(parameter)]]
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The gradients of one shared parameter, a view [k, *parameter.shape] of the matrix."""
+        assert isinstance(self.rows, Rows), "methods that need whole rows are refused where rows are divided"
+        return self.rows.view(parameter)
+
+
+class Computation(ABC):
+    """How task gradients are computed and combined.
+
+    Args:
+        network: The model.
+        forwards: The step's forwards.
+        reduction: Averages the losses.
+        finite: Checks losses and gradients.
+        passes: Where backwards are counted.
+    """
+
+    def __init__(
+        self, network: Network, forwards: Forwards, reduction: Reduction, finite: FiniteChecks, passes: Passes
+    ) -> None:
+        self._network = network
+        self._forwards = forwards
+        self._reduction = reduction
+        self._finite = finite
+        self._passes = passes
+
+    @abstractmethod
+    def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
+        """Forward of the tasks ``asked`` on one batch, and the gradients of the tasks ``wanted``.
+
+        They are means over micro-batches and ranks, unscaled, times the user's weights, and finite.
+        """
+
+    @abstractmethod
+    def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
+        """``weights @ J``, or a ready ``vector``, into ``.grad`` of the shared parameters that some task reached."""
+
+    def _present(self, everything: Losses, wanted: set[int]) -> Losses:
+        """The losses of the tasks whose gradients are wanted; there has to be one."""
+        losses = everything.only(wanted)
+        if not everything.indices:
+            raise empty_batch(self._forwards.asked)
+        if not losses.indices:
+            raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
+        return losses
+
+
+def factors_of(network: Network, losses: Losses) -> Tensor | None:
+    """What turns every present task's summed gradient into its mean, float64 [k]; None for 1.
+
+    It also undoes the scaler's scale and applies the user's loss weights.
+    """
+    if losses.factors is None and network.scaler is None and all(total == 1 for total in losses.totals.values()):
+        return None
+    factors = torch.tensor([1.0 / losses.totals[i] for i in losses.indices], dtype=torch.float64)
+    scale = network.scale(network.device)
+    if scale is not None:
+        factors = factors / scale.to(factors)
+    if losses.factors is not None:
+        factors = factors * losses.factors.to(factors)
+    return None if bool((factors == 1).all()) else factors
+
+
+def rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:
+    """Multiply every task's gradients of heads by its factor."""
+    by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
+    for parameter, held in heads.values():
+        heads[id(parameter)] = (parameter, {task: g * by_task[task] for task, g in held.items() if task in by_task})
+
+
+def hold(heads: Heads, task: int, parameter: Tensor, gradient: Tensor) -> None:
+    """Add one task's gradient of a parameter outside the shared ones."""
+    _, held = heads.setdefault(id(parameter), (parameter, {}))
+    # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
+    held[task] = held[task] + gradient if task in held else gradient.clone()
+
+
+def set_heads(network: Network, gradients: TaskGradients, weights: Tensor | None) -> None:
+    """Set ``.grad`` of the heads: the sum of their tasks' gradients, times the tasks' weights [k] if there are any."""
+    by_task = dict.fromkeys(gradients.indices, 1.0)
+    if weights is not None:
+        by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
+    for parameter, held in gradients.heads.values():
+        total: Tensor | None = None
+        for task, gradient in held.items():
+            part = gradient if by_task[task] == 1 else gradient * by_task[task]
+            total = part if total is None else total + part
+        if total is not None:
+            network.set_gradients([(parameter, total)])

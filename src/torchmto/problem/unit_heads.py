@@ -1,0 +1,65 @@
+"""Heads' own gradients out of one weighted backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from torchmto.problem.network import Network
+
+
+class UnitHeads:
+    """Takes the tasks' weights out of the heads' gradients after a weighted backward.
+
+    The weighted sum multiplies a head's gradient by its task's weight; dividing by it gives the task's own gradient back.
+    Where that would lose precision (a weight a thousand times smaller than the largest, or zero) or where a parameter
+    outside the shared ones belongs to several tasks, its gradient comes from a backward of its own, which only runs
+    through the head.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _heads_of(self, task: int) -> list[tuple[Tensor, frozenset[int]]]:
+        roles, name = self._network.roles, self._network.name
+        candidates = [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
+        return [(parameter, owners) for parameter, owners in candidates if task in owners]
+
+    @staticmethod
+    def _divisible(weights: Mapping[int, Tensor]) -> dict[int, float]:
+        values = {task: float(weight) for task, weight in weights.items()}
+        least = 1e-3 * max(abs(value) for value in values.values())
+        return {task: value for task, value in values.items() if abs(value) > least}
+
+    def before(
+        self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor | float]
+    ) -> None:
+        """Compute, before the weighted backward, the gradients that can't be had by division."""
+        divisible = self._divisible(weights)
+        for task, seed in seeds.items():
+            wanted = [p for p, owners in self._heads_of(task) if len(owners) > 1 or task not in divisible]
+            if not wanted:
+                continue
+            gradients = torch.autograd.grad(
+                losses[task], wanted, torch.ones_like(losses[task]) * seed, retain_graph=True, allow_unused=True
+            )
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    _, before = self._own.get(id(parameter), (parameter, None))
+                    self._own[id(parameter)] = (
+                        parameter,
+                        gradient.clone() if before is None else before + gradient,
+                    )
+
+    @torch.no_grad()
+    def finish(self, weights: Mapping[int, Tensor]) -> None:
+        """Replace or divide the heads' gradients."""
+        for task, value in self._divisible(weights).items() if weights else ():
+            for parameter, owners in self._heads_of(task):
+                if len(owners) == 1 and parameter.grad is not None and id(parameter) not in self._own:
+                    parameter.grad.div_(value)
+        for parameter, gradient in self._own.values():
+            parameter.grad = gradient
