@@ -1,11 +1,13 @@
 """The grid of a comparison: selection, figures, folder."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
 from scipy import stats
 
+from torchmto.lab.atomic import read_json, write_json
 from torchmto.lab.compare import (
     Experiment,
     FailedRunsError,
@@ -19,9 +21,9 @@ from torchmto.lab.compare import single as single_module
 from torchmto.lab.compare.folder import run_key
 from torchmto.lab.compare.plots import plots
 from torchmto.lab.compare.single import train_and_measure, validation_score
-from torchmto.lab.compare.summary import confidence95, std
 from torchmto.lab.compare.tables import csv_text, header, markdown, rows, task_header, task_rows
 from torchmto.lab.data import load_data
+from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.training import RunConfig
 
 RUN = RunConfig(epochs=1, batch_size=32, model_options={"widths": [8]})
@@ -90,6 +92,11 @@ def test_results_have_the_documented_form(finished, bundle):
             "seconds_per_batch",
             "peak_memory_bytes",
         }
+    versus = summary["versus"]
+    gd, groups = (summary["methods"][name]["delta_m"]["mean"] for name in ("gd", "task_groups"))
+    assert versus["methods"]["task_groups"]["delta_m"]["mean"] == pytest.approx(groups - gd)
+    assert versus["ranks"]["tasks"]["blocks"] == 6
+    assert versus["budgets"]["batches"]["limit"] == 2
     cost = summary["methods"]["task_groups"]["cost"]
     assert (cost["num_forward"], cost["num_optimizer_steps"]) == (3, 3)
     assert summary["single_task"]["cost"]["num_forward"] == 3
@@ -144,6 +151,32 @@ def test_a_second_call_finds_everything_finished(finished, bundle, monkeypatch):
     experiment, folder, results = finished
     monkeypatch.setattr("torchmto.lab.compare.runner.train_and_measure", None)
     assert compare(experiment, RunFolder(folder.path, experiment.settings), bundle) == results
+
+
+def test_the_history_counts_batches_and_optimizer_steps(finished):
+    experiment, _, results = finished
+    by_method = {config.method: results[run_key(config)] for config in experiment.method_runs()}
+    (epoch,) = by_method["task_groups"]["history"]
+    assert (epoch["batches"], epoch["optimizer_steps"]) == (2, 6)
+    assert epoch["seconds"] == pytest.approx(2 * by_method["task_groups"]["cost"]["seconds_per_batch"])
+
+
+def test_runs_whose_results_mean_something_else_are_refused(finished, bundle, monkeypatch):
+    experiment, folder, _ = finished
+    monkeypatch.setattr("torchmto.lab.compare.folder.RESULTS_VERSION", 2)
+    with pytest.raises(FolderError, match=r"mean something else \(version 1; this torchmto has 2\)"):
+        compare(experiment, RunFolder(folder.path, experiment.settings), bundle)
+
+
+def test_runs_of_before_results_had_versions_are_read(finished, bundle, tmp_path, monkeypatch):
+    experiment, folder, results = finished
+    shutil.copytree(folder.path, tmp_path / "old")
+    for path in (tmp_path / "old" / "runs").iterdir():
+        content = read_json(path, "torchmto compare run", 1)
+        assert content.pop("results_version") == 1
+        write_json(path, "torchmto compare run", 1, content)
+    monkeypatch.setattr("torchmto.lab.compare.runner.train_and_measure", None)
+    assert compare(experiment, RunFolder(tmp_path / "old", experiment.settings), bundle) == results
 
 
 def test_a_failed_run_leaves_the_others(bundle, tmp_path, monkeypatch):

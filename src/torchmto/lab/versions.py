@@ -1,11 +1,17 @@
-"""What a run was made with."""
+"""What a run was made with, and whether its results still mean the same."""
 
 import platform
+from collections.abc import Mapping
 from importlib import metadata
+from typing import Any
 
 from torchmto import __version__
 
-__all__ = ["versions"]
+__all__ = ["RESULTS_VERSION", "results_version", "versions"]
+
+RESULTS_VERSION = 1
+"""Version of what results mean, stored with every finished run: to be raised with a change of the code after which the same
+settings give other figures (a corrected metric, another default, new data), so that old and new ones aren't mixed."""
 
 _PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "torchmetrics", "transformers", "lightning")
 
@@ -24,3 +30,13 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def results_version(content: Mapping[str, Any]) -> Any:
+    """The `RESULTS_VERSION` that a run's file was written with; files from before it was stored have version 1.
+
+    Example:
+        >>> results_version({"result": {}}), results_version({"results_version": 2})
+        (1, 2)
+    """
+    return content.get("results_version", 1)

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from torchmto.cli import main
 from torchmto.lab import atomic, memory
 from torchmto.lab.compare import outputs, runner
-from torchmto.lab.reproduce import load_recipe, reproduce
+from torchmto.lab.reproduce import load_recipe, reproduce, units
+from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.studies import theory
+from torchmto.lab.reproduce.units import run_units
 
 RUN = """
 run:
@@ -165,6 +167,26 @@ def test_other_studies(tmp_path, study, more, no_figures):
         again = reproduce(loaded, tmp_path / "o", seeds=1, say=said.append)
     assert not [line for line in said if ": done" in line]
     assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]
+
+
+def test_units_whose_results_mean_something_else_are_done_again(tmp_path, monkeypatch):
+    said = []
+
+    def work(folder=tmp_path, **parameters):
+        return run_units(
+            folder, {"a": parameters}, lambda p: {"twice": 2 * p["x"]}, budget=Budget(None), say=said.append
+        )
+
+    assert work(x=1) == {"a": {"twice": 2}}
+    (path,) = tmp_path.iterdir()
+    content = atomic.read_json(path, "torchmto reproduce unit", 1)
+    del content["results_version"], content["result"]
+    atomic.write_json(path, "torchmto reproduce unit", 1, {**content, "result": {"twice": 7}})
+    assert work(x=1) == {"a": {"twice": 7}}, "files from before there were versions have the first one"
+    monkeypatch.setattr(units, "RESULTS_VERSION", 2)
+    assert work(x=1) == {"a": {"twice": 2}}
+    assert "mean something else" in said[-2]
+    assert atomic.read_json(path, "torchmto reproduce unit", 1)["results_version"] == 2
 
 
 def test_theory(tmp_path, monkeypatch, no_figures):

@@ -20,6 +20,7 @@ from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, try_lock, write_json
 from torchmto.lab.training import RunConfig
+from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 __all__ = ["SCHEMA_VERSION", "FolderError", "RunFolder", "run_label"]
 
@@ -114,7 +115,7 @@ class RunFolder:
         """The results of those runs that are finished.
 
         Raises:
-            FolderError: If a run's file is broken, or there is one that isn't among ``configs``.
+            FolderError: If a run's file is broken or of another `RESULTS_VERSION`, or one isn't among ``configs``.
         """
         wanted = {self.file(config): config for config in configs}
         finished = {}
@@ -128,6 +129,11 @@ class RunFolder:
                 content = read_json(path, _RUN, SCHEMA_VERSION)
             except BrokenFileError as error:
                 raise FolderError(f"{error} Move it away to have this run done again.") from error
+            if results_version(content) != RESULTS_VERSION:
+                raise FolderError(
+                    f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
+                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
+                )
             if content["config"] != plain(asdict(wanted[path])):
                 raise FolderError(f"{path} is a run with another configuration. Move it away.")
             finished[run_key(wanted[path])] = content["result"]
@@ -135,4 +141,5 @@ class RunFolder:
 
     def save(self, config: RunConfig, result: Mapping[str, Any]) -> None:
         """Keep a finished run."""
-        write_json(self.file(config), _RUN, SCHEMA_VERSION, {"config": asdict(config), "result": result})
+        content = {"results_version": RESULTS_VERSION, "config": asdict(config), "result": result}
+        write_json(self.file(config), _RUN, SCHEMA_VERSION, content)

@@ -59,10 +59,13 @@ class Recorder:
             )
 
     def end_epoch(self) -> dict[str, Any]:
-        """Means over the epoch."""
+        """Means over the epoch, and how far the run is."""
         means = {
             "losses": {task: sum(values) / len(values) for task, values in self._losses.items()},
             "num_conflicts": sum(self._conflicts) / len(self._conflicts) if self._conflicts else None,
+            "batches": self.steps,
+            "optimizer_steps": self.passes["num_optimizer_steps"],
+            "seconds": self.seconds,
         }
         self._losses, self._conflicts = {}, []
         return means
@@ -105,8 +108,9 @@ def train_and_measure(
         on_step: Called after every batch with the number of batches done.
 
     Returns:
-        ``history`` (per epoch: mean losses, validation metrics, score), ``trace`` (single steps, with what the method
-        records), ``selected_epoch``, ``validation`` and ``test`` (task -> metric -> value at that epoch), ``cost``,
+        ``history`` (per epoch: mean losses, validation metrics, score, and the batches, optimizer steps and seconds so far),
+        ``trace`` (single steps, with what the method records), ``selected_epoch``, ``validation`` and ``test`` (task -> metric
+        -> value at that epoch), ``cost``,
         ``seconds`` and ``versions``.
     """
     began = time.perf_counter()

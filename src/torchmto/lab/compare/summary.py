@@ -1,25 +1,28 @@
 """From finished runs to the figures of a comparison: means over seeds, Δm with its confidence interval, costs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from torchmto.lab.compare.experiment import Experiment
 from torchmto.lab.compare.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.compare.versus import versus
 from torchmto.lab.data import DataBundle, Task
 from torchmto.lab.metrics import higher_is_better, primary_metric
+from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.training import chosen_tasks, primary_values
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
 
-__all__ = ["confidence95", "summarize"]
+__all__ = ["summarize"]
 
 Result = Mapping[str, Any]
 _PASSES = ("num_forward", "num_backward", "num_optimizer_steps")
 
 
-def summarize(experiment: Experiment, bundle: DataBundle, results: Mapping[str, Result]) -> dict[str, Any]:
+def summarize(
+    experiment: Experiment, bundle: DataBundle, results: Mapping[str, Result], reference: str = "gd"
+) -> dict[str, Any]:
     """What goes into results.json.
 
     Δm compares each run with the single-task runs of the same seed, on the test split, over one metric per task. All
@@ -30,9 +33,11 @@ def summarize(experiment: Experiment, bundle: DataBundle, results: Mapping[str, 
         experiment: What was compared.
         bundle: The data.
         results: Every run by its key.
+        reference: The method that the others are compared with, if it is among them, else the first.
 
     Returns:
-        ``schema_version``, ``tasks``, ``methods``, ``single_task``, ``versions`` and ``config``.
+        ``schema_version``, ``tasks``, ``methods``, ``single_task``, ``versus`` (see `torchmto.lab.compare.versus.versus`),
+        ``versions`` and ``config``.
     """
     tasks = chosen_tasks(bundle, experiment.run.tasks)
     names = [task.name for task in tasks]
@@ -42,8 +47,10 @@ def summarize(experiment: Experiment, bundle: DataBundle, results: Mapping[str, 
     tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
 
     methods: dict[str, Any] = {}
+    by_method: dict[str, list[Result]] = {}
     for method in experiment.methods:
         runs = [results[run_key(config)] for config in experiment.method_runs() if config.method == method]
+        by_method[method] = runs
         methods[method] = {
             **_delta_m([run["test"] for run in runs], tests, tasks),
             "tasks": _over_seeds([run["test"] for run in runs], tasks),
@@ -65,31 +72,15 @@ def summarize(experiment: Experiment, bundle: DataBundle, results: Mapping[str, 
             "tasks": _over_seeds(tests, tasks),
             "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),
         },
+        "versus": versus(
+            by_method,
+            {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in methods.items()},
+            {task.name: primary_metric(task) for task in tasks},
+            reference,
+        ),
         "versions": versions(),
         "config": experiment.settings,
     }
-
-
-def confidence95(values: Sequence[float]) -> float | None:
-    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value.
-
-    Example:
-        >>> round(confidence95([1.0, 2.0, 3.0]), 4)
-        2.4841
-    """
-    if len(values) < 2:
-        return None
-    from scipy.special import stdtrit  # noqa: PLC0415  what scipy.stats uses, without its second of import
-
-    return float(stdtrit(len(values) - 1, 0.975)) * std(values) / math.sqrt(len(values))
-
-
-def std(values: Sequence[float]) -> float:
-    """Sample standard deviation; 0 for one value."""
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 def _delta_m(

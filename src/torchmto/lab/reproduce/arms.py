@@ -130,7 +130,7 @@ def _run(
         context.say(f"  {arm.name}: no seed is finished yet.")
         return None
     finished = replace(experiment, seeds=seeds)
-    summary = summarize(finished, bundle, results)
+    summary = summarize(finished, bundle, results, arm.reference)
     write_outputs(finished, folder, summary, results)
     return ArmResult(arm, finished, bundle, results, summary, seeds == experiment.seeds)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, write_json
 from torchmto.lab.reproduce.budget import Budget, BudgetSpentError
+from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 __all__ = ["run_units"]
 
@@ -22,7 +23,7 @@ def run_units(
     budget: Budget,
     say: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """Do what isn't done yet, until the time is up.
+    """Do what isn't done yet, until the time is up. What code of another `RESULTS_VERSION` did is done again.
 
     Args:
         folder: Where the units' files are and go.
@@ -43,6 +44,9 @@ def run_units(
         except BrokenFileError as error:
             say(f"  {error} It is done again.")
             content = None
+        if content is not None and results_version(content) != RESULTS_VERSION:
+            say(f"  {path.name} was made by code whose results mean something else. It is done again.")
+            content = None
         if content is not None and content["parameters"] == plain(parameters):
             results[name] = content["result"]
             continue
@@ -51,7 +55,9 @@ def run_units(
         except BudgetSpentError:
             continue
         result = plain(work(parameters))
-        write_json(path, _KIND, _VERSION, {"parameters": parameters, "result": result})
+        write_json(
+            path, _KIND, _VERSION, {"results_version": RESULTS_VERSION, "parameters": parameters, "result": result}
+        )
         results[name] = result
         say(f"  {name}: done, {budget.used:.1f} min")
     return results

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchmto.lab.metrics import primary_metric
 from torchmto.lab.reproduce.arms import ArmResult, run_arms
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
-from torchmto.lab.reproduce.statistics import average_ranks, critical_difference, holm, paired, wins
 from torchmto.lab.reproduce.studies.context import Context
-from torchmto.lab.training import chosen_tasks
+from torchmto.lab.statistics import holm, paired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_comparison", "per_seed", "run", "test_values"]
+__all__ = ["add_comparison", "per_seed", "run"]
 
 
 def run(context: Context) -> Findings:
@@ -53,15 +51,6 @@ def per_seed(arm: ArmResult, method: str) -> list[float] | None:
     return None if delta is None else list(delta["per_seed"])
 
 
-def test_values(arm: ArmResult, method: str) -> dict[str, list[float]]:
-    """Each task's primary metric on the test split, by seed."""
-    values = {}
-    for task in chosen_tasks(arm.bundle, arm.experiment.run.tasks):
-        metric = primary_metric(task)[0]
-        values[task.name] = [run["test"][task.name][metric] for run in arm.runs(method)]
-    return values
-
-
 def last_loss(arm: ArmResult, method: str) -> float:
     """Training loss of the last epoch, averaged over tasks and seeds."""
     ends = [run["history"][-1]["losses"].values() for run in arm.runs(method)]
@@ -69,38 +58,25 @@ def last_loss(arm: ArmResult, method: str) -> float:
 
 
 def _arm_numbers(arm: ArmResult) -> dict[str, Any]:
-    methods = arm.experiment.methods
-    reference = arm.arm.reference if arm.arm.reference in methods else methods[0]
-    base, base_values = per_seed(arm, reference), test_values(arm, reference)
-    higher = {task.name: primary_metric(task)[1] for task in chosen_tasks(arm.bundle, arm.experiment.run.tasks)}
+    versus = arm.summary["versus"]
+    reference, ranks = versus["reference"], versus["ranks"]["tasks"]
     numbers: dict[str, Any] = {"reference": reference, "seeds": arm.experiment.seeds, "methods": {}}
-    for method in methods:
+    for method in arm.experiment.methods:
         entry: dict[str, Any] = {
             "delta_m": arm.summary["methods"][method]["delta_m"],
             "cost": arm.summary["methods"][method]["cost"],
             "last_train_loss": last_loss(arm, method),
             "settings": dict(arm.experiment.chosen.get(method, {})),
+            "average_rank": None if ranks is None else ranks["average"][method],
         }
-        own = per_seed(arm, method)
-        if method != reference and own is not None and base is not None:
-            entry["difference"] = vars(paired(own, base))
-            values = test_values(arm, method)
-            counts = [wins(values[t], base_values[t], higher_is_better=higher[t]) for t in higher]
-            entry["wins_ties_losses"] = [sum(column) for column in zip(*counts, strict=True)]
+        against = versus["methods"][method]
+        if against["delta_m"] is not None:
+            entry["difference"] = against["delta_m"]
+        if method != reference:
+            entry["wins_ties_losses"] = against["wins_ties_losses"]
         numbers["methods"][method] = entry
-    differences = {m: e["difference"]["p"] for m, e in numbers["methods"].items() if "difference" in e}
-    for method, p in holm(differences).items():
-        numbers["methods"][method]["difference"]["p_holm"] = p
-    scores = np.array(
-        [
-            [(1 if higher[task] else -1) * value for task, values in test_values(arm, m).items() for value in values]
-            for m in methods
-        ],
-        dtype=float,
-    ).T
-    for method, rank in zip(methods, average_ranks(scores), strict=True):
-        numbers["methods"][method]["average_rank"] = float(rank)
-    numbers["critical_difference"] = critical_difference(len(methods), len(scores)) if len(methods) > 1 else None
+    numbers["critical_difference"] = None if ranks is None else ranks["critical_difference"]
+    numbers["ranks"], numbers["budgets"] = versus["ranks"], versus["budgets"]
     return numbers
 
 
@@ -198,7 +174,8 @@ def _forest(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Figure:
                 entry["delta_m"]["mean"], place, xerr=entry["delta_m"]["ci95"] or 0.0, fmt="o", color="C0", capsize=3
             )
             left.plot(entry["delta_m"]["per_seed"], [place] * arm.experiment.seeds, ".", color="C1", markersize=4)
-        right.plot(entry["average_rank"], place, "s", color="C2")
+        if entry["average_rank"] is not None:
+            right.plot(entry["average_rank"], place, "s", color="C2")
     left.axvline(0, color="black", linewidth=0.8)
     left.set_yticks(range(len(methods)), [m if len(m) < 44 else m[:41] + "..." for m in methods], fontsize=7)
     left.invert_yaxis()

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from torchmto.lab.compare.single import train_and_measure
-from torchmto.lab.compare.summary import confidence95
 from torchmto.lab.data import load_data
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.copies import with_copies
 from torchmto.lab.reproduce.units import complete, run_units
+from torchmto.lab.statistics import confidence95
 from torchmto.lab.training import RunConfig
 
 __all__ = ["run"]

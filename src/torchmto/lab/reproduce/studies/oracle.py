@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.lab.compare.summary import confidence95
 from torchmto.lab.data import labelled_tasks, load_data
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
-from torchmto.lab.reproduce.statistics import spearman
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.copies import with_copies
 from torchmto.lab.reproduce.units import complete, run_units
+from torchmto.lab.statistics import confidence95, spearman
 from torchmto.lab.training import Run, RunConfig, build_run, make_closure, train_epoch
 from torchmto.structure import (
     SplitNorm,

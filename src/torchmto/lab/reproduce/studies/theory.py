@@ -14,9 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from torchmto.lab.compare.summary import confidence95
 from torchmto.lab.reproduce.findings import Findings, Table, number
-from torchmto.lab.reproduce.statistics import paired
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.quadratics import (
     STRATEGIES,
@@ -27,6 +25,7 @@ from torchmto.lab.reproduce.studies.quadratics import (
     train,
 )
 from torchmto.lab.reproduce.units import complete, run_units
+from torchmto.lab.statistics import confidence95, paired
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

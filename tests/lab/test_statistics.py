@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from torchmto.lab.reproduce.statistics import average_ranks, critical_difference, holm, paired, spearman, wins
+from torchmto.lab.statistics import average_ranks, critical_difference, friedman, holm, paired, spearman, wins
 
 floats = st.floats(-10, 10).map(lambda x: round(x, 3))
 
@@ -65,3 +65,16 @@ def test_rank_correlation_is_scipys(pairs):
 def test_wins_follow_the_direction():
     assert wins([1.0, 5.0], [2.0, 3.0], higher_is_better=True) == (1, 0, 1)
     assert wins([1.0, 5.0, 4.0], [2.0, 6.0, 4.0], higher_is_better=False) == (2, 1, 0)
+
+
+@given(st.lists(st.lists(floats, min_size=3, max_size=3), min_size=2, max_size=6))
+@settings(max_examples=20, deadline=None)
+def test_friedman(rows):
+    scores = np.array(rows)
+    found = friedman(scores)
+    if (scores == scores[:, :1]).all():
+        assert found is None
+        return
+    assert found.p == pytest.approx(stats.chi2.sf(found.statistic, 2))
+    assert friedman(scores[:1]) is None
+    assert friedman(scores[:, :2]) is None

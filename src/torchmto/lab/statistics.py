@@ -10,9 +10,41 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from torchmto.lab.compare.summary import confidence95
+__all__ = [
+    "Friedman",
+    "Paired",
+    "average_ranks",
+    "confidence95",
+    "critical_difference",
+    "friedman",
+    "holm",
+    "paired",
+    "spearman",
+    "std",
+    "wins",
+]
 
-__all__ = ["Paired", "average_ranks", "critical_difference", "holm", "paired", "spearman", "wins"]
+
+def confidence95(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value.
+
+    Example:
+        >>> round(confidence95([1.0, 2.0, 3.0]), 4)
+        2.4841
+    """
+    if len(values) < 2:
+        return None
+    from scipy.special import stdtrit  # noqa: PLC0415  what scipy.stats uses, without its second of import
+
+    return float(stdtrit(len(values) - 1, 0.975)) * std(values) / math.sqrt(len(values))
+
+
+def std(values: Sequence[float]) -> float:
+    """Sample standard deviation; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
 @dataclass(frozen=True)
@@ -106,6 +138,39 @@ def average_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)
     ranks: NDArray[np.float64] = (better + (equal + 1) / 2).mean(axis=0)
     return ranks
+
+
+@dataclass(frozen=True)
+class Friedman:
+    """Friedman's test of the hypothesis that all methods are equally good.
+
+    Attributes:
+        statistic: Chi-squared, corrected for ties, with one degree of freedom less than there are methods.
+        p: Its p value, which is rough for fewer than about ten blocks.
+    """
+
+    statistic: float
+    p: float
+
+
+def friedman(scores: NDArray[np.float64]) -> Friedman | None:
+    """Friedman's test; None for fewer than three methods or two blocks, or where all methods always tie.
+
+    Args:
+        scores: ``[blocks, methods]``, higher is better.
+
+    Source: Friedman, The use of ranks to avoid the assumption of normality, JASA 1937; scipy's implementation.
+
+    Example:
+        >>> friedman(np.array([[3.0, 2.0, 1.0]] * 4)).statistic
+        8.0
+    """
+    if scores.shape[0] < 2 or scores.shape[1] < 3 or (scores == scores[:, :1]).all():
+        return None
+    from scipy.stats import friedmanchisquare  # noqa: PLC0415
+
+    found = friedmanchisquare(*scores.T)
+    return Friedman(float(found.statistic), float(found.pvalue))
 
 
 def critical_difference(methods: int, blocks: int) -> float:
