@@ -160,10 +160,11 @@ def api() -> str:
 
 def readme() -> str:
     """The project's README with the table of methods as it is now."""
-    text = README.read_text(encoding="utf-8")
-    return re.sub(
-        r"(?<=<!-- methods -->\n).*?(?=\n<!-- /methods -->)", lambda _: table("docs/methods"), text, flags=re.DOTALL
-    )
+    before, begin, rest = README.read_text(encoding="utf-8").partition("<!-- methods -->\n")
+    _, end, after = rest.partition("<!-- /methods -->\n")
+    if not (begin and end):
+        raise ValueError("README.md should have the lines <!-- methods --> and <!-- /methods -->.")
+    return f"{before}{begin}{table("docs/methods")}\n{end}{after}"
 
 
 def pages() -> dict[Path, str]:

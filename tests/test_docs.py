@@ -29,6 +29,11 @@ def test_pages_are_up_to_date(generated):
     }
 
 
+def test_readme_names_every_method(generated):
+    text = generated[SCRIPT.parents[1] / "README.md"]
+    assert [name for name in torchmto.methods() if f"[{name}](docs/methods/{name}.md)" not in text] == []
+
+
 @pytest.mark.parametrize("name", torchmto.methods())
 def test_every_method_says_what_it_is(name):
     cls = method_class(name)
