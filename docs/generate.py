@@ -164,7 +164,7 @@ def readme() -> str:
     _, end, after = rest.partition("<!-- /methods -->\n")
     if not (begin and end):
         raise ValueError("README.md should have the lines <!-- methods --> and <!-- /methods -->.")
-    return f"{before}{begin}{table("docs/methods")}\n{end}{after}"
+    return "".join([before, begin, table("docs/methods"), "\n", end, after])
 
 
 def pages() -> dict[Path, str]:
