@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.gradients.ranks import local
+from torchmto.gradients.ranks import Pending, Ranks, local
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -78,10 +78,16 @@ class Rows:
     Rows are handed out in the order in which tasks first bring a gradient, so the rows of the present tasks are always
     ``matrix[:k]``. Parameters a task doesn't reach are zero in its row. The buffer's dtype is the widest of the
     parameters', float32 at least; gradients of other dtypes are converted as they are written.
+
+    Args:
+        num_tasks: K.
+        ranks: The processes that sum their rows.
     """
 
-    def __init__(self, num_tasks: int) -> None:
+    def __init__(self, num_tasks: int, ranks: Ranks) -> None:
         self.num_tasks = num_tasks
+        self._ranks = ranks
+        self._sent: list[Pending] = []
         self.parameters: list[Tensor] = []
         self.position: dict[int, int] = {}
         self.slices: list[slice] = []
@@ -99,6 +105,7 @@ class Rows:
 
     def begin(self) -> None:
         """Forget the last step's rows; the memory is kept, unless the parameters have changed type, place or layout."""
+        self.wait()
         self.tasks = []
         self._filled = []
         if [_kind(parameter) for parameter in self.parameters] != self._kinds:
@@ -161,6 +168,18 @@ class Rows:
         """Add one parameter's gradient to the row of ``task``, a new zero row if it has none yet."""
         self.row_of(task)
         self.add(task, [(parameter, gradient)])
+
+    @torch.no_grad()
+    def send(self, task: int) -> None:
+        """Begin to sum one task's row over the ranks, zeros where a rank hasn't the task, while backwards go on."""
+        row = self.row_of(task)
+        self._sent.append(self._ranks.start_sum(self.matrix[row]))
+
+    def wait(self) -> None:
+        """Wait for the sums that were started."""
+        sent, self._sent = self._sent, []
+        for work in sent:
+            work.wait()
 
     def fill(self, positions: Iterable[int]) -> None:
         """Note that parameters were reached by a present task, on this rank or another."""

@@ -17,7 +17,7 @@ class ShardedRows:
 
     A task's whole row exists only in one scratch vector [P], from which the sum over the ranks is scattered while the next
     task's backward runs. Memory: ``K P / N + P`` instead of ``K P``. It offers what :class:`~torchmto.gradients.Rows` offers,
-    except views per parameter. :meth:`scatter` and a :meth:`grow` with rows are called by all ranks together.
+    except views per parameter. :meth:`send` and a :meth:`grow` with rows are called by all ranks together.
 
     Args:
         num_tasks: K.
@@ -93,7 +93,7 @@ class ShardedRows:
         return self.tasks.index(task)
 
     def add(self, task: int, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Take this rank's gradients of one task; :meth:`scatter` sums them over the ranks and adds them to its row."""
+        """Take this rank's gradients of one task; :meth:`send` sums them over the ranks and adds them to its row."""
         self.wait()
         self._whole.zero_()
         positions = [self.position[id(parameter)] for parameter, _ in gradients]
@@ -102,7 +102,8 @@ class ShardedRows:
         self._filled.update(positions)
         self._loaded = task
 
-    def scatter(self, task: int) -> None:
+    @torch.no_grad()
+    def send(self, task: int) -> None:
         """Begin to add the sum of what the ranks brought for ``task`` to its row."""
         if self._loaded != task:
             self.add(task, [])

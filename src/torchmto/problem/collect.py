@@ -13,6 +13,7 @@ from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk
 from torchmto.problem.network import Heads, Network
+from torchmto.problem.rank_sums import settle, sum_heads, take_shards
 from torchmto.problem.reduction import Reduction, Sums
 from torchmto.problem.task_gradients import hold
 
@@ -149,17 +150,17 @@ class ManyProcesses(Collector):
                     except Exception as error:  # noqa: BLE001 - raised on all ranks, once they have met again
                         failure = error
                 if streamed:
-                    network.start_row(rows, index)
+                    rows.send(index)
             sums.merge(own)
         if not streamed:
             sums, _ = reduction.tell(sums, failure=failure)
             network.lay_out(rows, heads)
             for index in sums.totals:
                 if index in wanted:
-                    network.start_row(rows, index)
-        network.finish_rows(rows)
+                    rows.send(index)
+        rows.wait()
         rows.sort()
-        network.reduce_heads(rows, heads, tuple(index for index in sums.totals if index in wanted), failure)
+        sum_heads(network, rows, heads, tuple(index for index in sums.totals if index in wanted), failure)
         return sums
 
 
@@ -186,9 +187,9 @@ class Shards(Collector):
                         retain_graph=index != todo[-1],
                     )
                 self._passes.backward += 1
-                self._place(rows, heads, index, network.take_gradients())
+                self._place(rows, heads, index, take_shards(network))
             sums.add(chunk)
         sums, _ = reduction.tell(sums)
         rows.sort()
-        network.settle(rows, heads)
+        settle(network, rows, heads)
         return sums

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
 from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows
-from torchmto.gradients.ranks import Pending, is_sharded, local, sharded_like
+from torchmto.gradients.ranks import is_sharded, local, sharded_like
+from torchmto.problem.agreement import Agreement
 from torchmto.problem.buffers import BufferSnapshot
-from torchmto.problem.exchange import raise_together
 from torchmto.structure import has_split_norms
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
@@ -75,10 +73,7 @@ class Network:
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
-        self._started: list[Pending] = []
-        self._agreed: dict[str, frozenset[int]] = {}
-        self._agreed_changes = 0
-        self._agreed_columns = len(self.roles.layout)
+        self.agreement = Agreement(ranks, self.roles)
 
     def _check_sharding(self) -> bool:
         """Whether FSDP shards parameters; raise where the step couldn't be exact."""
@@ -147,7 +142,7 @@ class Network:
     def rows_of(self, source: int) -> Rows | ShardedRows:
         """The gradient matrix of one independent batch."""
         while len(self.rows) <= source:
-            rows = ShardedRows(self.num_tasks, self.ranks) if self.shard_gradients else Rows(self.num_tasks)
+            rows = ShardedRows(self.num_tasks, self.ranks) if self.shard_gradients else Rows(self.num_tasks, self.ranks)
             self.rows.append(rows)
         return self.rows[source]
 
@@ -156,7 +151,7 @@ class Network:
 
         Among several ranks only parameters that all of them know to be shared get columns.
         """
-        layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self._agreed_columns]
+        layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self.agreement.columns]
         if len(rows.parameters) < len(layout):
             by_name = {self._names[id(p)]: p for p in self._known}
             rows.grow([by_name[name] for name in layout[len(rows.parameters) :]])
@@ -176,9 +171,7 @@ class Network:
         self.roles = roles
         self.rows = []
         self.walked = set()
-        self._agreed = {}
-        self._agreed_changes = 0
-        self._agreed_columns = len(roles.layout)
+        self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
         """Remember buffers and roles for :meth:`undo`."""
@@ -192,10 +185,8 @@ class Network:
             self.buffers.restore()
         if self.roles.undo():
             self.rows = []
-            self._agreed_columns = min(self._agreed_columns, len(self.roles.layout))
+            self.agreement.shrink()
         self.walked &= self.roles.seen
-
-    # ------------------------------------------------------------------ across ranks
 
     @property
     def divided(self) -> bool:
@@ -205,193 +196,11 @@ class Network:
     @property
     def fingerprint(self) -> str:
         """What the ranks must have in common for their collectives to fit."""
-        return f"{len(self.parameters)} parameters, {self._agreed_columns} of them known to be shared"
-
-    def agree_needed(self) -> bool:
-        """Whether this rank knows of roles that the ranks haven't agreed on."""
-        return self.roles.changes != self._agreed_changes
+        return f"{len(self.parameters)} parameters, {self.agreement.columns} of them known to be shared"
 
     def agree(self) -> None:
         """Share with all ranks which task reaches which parameter. Called by all ranks together."""
-        names = self.names()
-        matrix = self.ranks.max_(self.roles.matrix(names).to(self.device))
-        self.roles.merge(names, matrix.cpu())
-        # Ranks may have found shared parameters in different orders.
-        self.roles.sort(self._agreed_columns, names)
-        self._agreed = {name: self.roles.tasks_of(name) for name in names}
-        self._agreed_changes = self.roles.changes
-        self._agreed_columns = len(self.roles.layout)
-        self.roles.check()
-
-    @torch.no_grad()
-    def start_row(self, rows: Rows | ShardedRows, task: int) -> None:
-        """Begin to sum one task's row over the ranks, zeros where a rank hasn't the task, while backwards go on."""
-        if isinstance(rows, ShardedRows):
-            rows.scatter(task)
-        else:
-            row = rows.row_of(task)
-            self._started.append(self.ranks.start_sum(rows.matrix[row]))
-
-    def finish_rows(self, rows: Rows | ShardedRows) -> None:
-        """Wait for the sums that were started."""
-        started, self._started = self._started, []
-        for work in started:
-            work.wait()
-        if isinstance(rows, ShardedRows):
-            rows.wait()
-
-    @torch.no_grad()
-    def reduce_heads(
-        self, rows: Rows | ShardedRows, heads: Heads, tasks: tuple[int, ...], failure: Exception | None = None
-    ) -> None:
-        """Sum the heads' gradients over the ranks, all in one buffer, and say which shared parameters were reached.
-
-        What a backward has newly found out about the roles of parameters is agreed on here, and parameters that turned
-        shared get their columns.
-
-        Args:
-            rows: The gradient matrix, already summed.
-            heads: Parameter -> task -> gradient, of this rank; of all ranks afterwards.
-            tasks: The tasks that at least one rank brought.
-            failure: What this rank's backward raised.
-
-        Raises:
-            RuntimeError: If another rank failed; this rank's own failure is raised as it is.
-        """
-        disagree = self.agree_needed()
-        pairs = self._pairs(rows, tasks)
-        failed, disagree = self._sum_heads(rows, heads, pairs, (failure is not None, disagree))
-        if failed:
-            raise_together(self.ranks, failure)
-        if disagree:
-            self.agree()
-            known = {(id(parameter), task) for parameter, task in pairs}
-            new = [pair for pair in self._pairs(rows, tasks) if (id(pair[0]), pair[1]) not in known]
-            self._sum_heads(rows, heads, new, (False, False))
-        self.lay_out(rows, heads)
-        self._average_statistics()
-
-    def _pairs(self, rows: Rows | ShardedRows, tasks: tuple[int, ...]) -> list[tuple[Tensor, int]]:
-        """Parameters without columns and the tasks among ``tasks`` that reach them, as far as all ranks know."""
-        return [
-            (parameter, task)
-            for parameter in self.parameters
-            if id(parameter) not in rows.position
-            for task in tasks
-            if task in self._agreed.get(self._names[id(parameter)], ())
-        ]
-
-    def _sum_heads(
-        self,
-        rows: Rows | ShardedRows,
-        heads: Heads,
-        pairs: Sequence[tuple[Tensor, int]],
-        flags: tuple[bool, bool],
-    ) -> tuple[bool, bool]:
-        columns = len(rows.parameters)
-        dtype = functools.reduce(torch.promote_types, (p.dtype for p, _ in pairs), torch.float32)
-        num_marks = 2 + columns + len(pairs)
-        flat = torch.zeros(num_marks + sum(p.numel() for p, _ in pairs), dtype=dtype, device=self.device)
-        parts = torch.split(flat[num_marks:], [p.numel() for p, _ in pairs])
-        reached = set(rows.reached())
-        marks = [float(flag) for flag in flags] + [float(position in reached) for position in range(columns)]
-        for (parameter, task), part in zip(pairs, parts, strict=True):
-            gradient = heads.get(id(parameter), (parameter, {}))[1].get(task)
-            marks.append(float(gradient is not None))
-            if gradient is not None:
-                part.view(parameter.shape).copy_(gradient)
-        flat[:num_marks] = torch.tensor(marks)
-        marks = self.ranks.sum_(flat)[:num_marks].tolist()
-        rows.fill(position for position in range(columns) if marks[2 + position])
-        for (parameter, task), part, mark in zip(pairs, parts, marks[2 + columns :], strict=True):
-            if mark:
-                _, held = heads.setdefault(id(parameter), (parameter, {}))
-                held[task] = part.view(parameter.shape)
-        for key, (parameter, held) in heads.items():
-            heads[key] = parameter, dict(sorted(held.items()))
-        return bool(marks[0]), bool(marks[1])
-
-    @torch.no_grad()
-    def reduce_gradients(self, failure: Exception | None = None) -> None:
-        """Sum ``.grad`` over the ranks, in few buffers; a parameter that no rank reached keeps None.
-
-        Args:
-            failure: What this rank's backward raised.
-
-        Raises:
-            RuntimeError: If another rank failed; this rank's own failure is raised as it is.
-        """
-        if self.ranks.size == 1:
-            return
-        self._sum_gradients(failure)
-        self._average_statistics()
-
-    def _sum_gradients(self, failure: Exception | None) -> None:
-        # FSDP has averaged the gradients of the parameters it shards during the backward.
-        parameters = [p for p in self.parameters if not is_sharded(p)] if self.sharded else self.parameters
-        if not parameters:
-            return
-        marks = [failure is not None, *(p.grad is not None for p in parameters)]
-        failed, *needed = self.ranks.max_(torch.tensor(marks, dtype=torch.uint8, device=self.device)).tolist()
-        if failed:
-            raise_together(self.ranks, failure)
-        reached = [p for p, mark in zip(parameters, needed, strict=True) if mark]
-        for parameter in reached:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [p.grad for p in reached if p.grad is not None]
-        self.ranks.sum_all_(gradients)
-        if self.sharded and gradients:
-            torch._foreach_div_(gradients, self.ranks.size)
-
-    @torch.no_grad()
-    def take_gradients(self) -> list[Tensor | None]:
-        """What a backward with sharded parameters left in ``.grad``, averaged over the ranks: this rank's parts."""
-        self._sum_gradients(None)
-        gradients = [None if p.grad is None else local(p.grad) for p in self.parameters]
-        self.zero_grad()
-        return gradients
-
-    def settle(self, rows: Rows | ShardedRows, heads: Heads) -> None:
-        """Agree on roles if need be, and give parameters that turned shared their columns. Gradients are summed already."""
-        flag = torch.tensor([float(self.agree_needed())], device=self.device)
-        if self.ranks.max_(flag).item():
-            self.agree()
-        self.lay_out(rows, heads)
-        self._average_statistics()
-
-    def own_columns(self, rows: Rows | ShardedRows) -> list[slice]:
-        """The columns whose products this rank adds to the Gramian, so that all ranks together add each column once."""
-        rank, size = self.ranks.rank, self.ranks.size
-        width = rows.matrix.shape[1]
-        if size == 1 or self.shard_gradients or (self.sharded and rank == 0):
-            return [slice(0, width)]
-        if not self.sharded:
-            return [slice(width * rank // size, width * (rank + 1) // size)]
-        runs: list[slice] = []
-        for parameter, columns in zip(rows.parameters, rows.slices, strict=True):
-            if not is_sharded(parameter):
-                continue
-            if runs and runs[-1].stop == columns.start:
-                runs[-1] = slice(runs[-1].start, columns.stop)
-            else:
-                runs.append(columns)
-        return runs
-
-    def _average_statistics(self) -> None:
-        """Average the running statistics of norms in training mode, so that the ranks' models stay the same.
-
-        What a method decides by them (connection strength) must be the same everywhere.
-        """
-        norms = [m for m in self.model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-        pairs = [
-            (norm, buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
-        ]
-        sums = [buffer.clone() for _, buffer in pairs]
-        self.ranks.sum_all_(sums)
-        for (norm, buffer), total in zip(pairs, sums, strict=True):
-            if norm.training:
-                torch.div(total, self.ranks.size, out=buffer)
+        self.agreement.reach(self.names(), self.device)
 
     @property
     def device(self) -> torch.device:

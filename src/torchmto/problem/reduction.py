@@ -85,7 +85,7 @@ class Reduction:
             sums.weighted,
             doing=self.doing,
             device=network.device,
-            disagree=network.agree_needed(),
+            disagree=network.agreement.needed,
             counts=counts,
             failure=failure,
         )

@@ -12,6 +12,7 @@ from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk, Losses, Weigh
 from torchmto.problem.network import Network
 from torchmto.problem.noise import Noise
+from torchmto.problem.rank_sums import sum_gradients
 from torchmto.problem.reduction import Reduction, Sums, shape_of
 from torchmto.problem.unit_heads import UnitHeads
 
@@ -99,7 +100,7 @@ class WeightedBackward:
                 break
         if unit is not None and failure is None:
             unit.finish(weights)
-        network.reduce_gradients(failure)
+        sum_gradients(network, failure)
         return losses
 
     def _evenly(
@@ -151,7 +152,7 @@ class WeightedBackward:
                 return losses, False
         if unit is not None:
             unit.finish(weights)
-        network.reduce_gradients()
+        sum_gradients(network)
         return losses, True
 
     def _weights(self, weigh: Weigh, losses: Losses, wanted: set[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

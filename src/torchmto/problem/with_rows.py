@@ -11,6 +11,7 @@ from torchmto.problem.finite import FiniteChecks
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
 from torchmto.problem.network import Heads, Network
+from torchmto.problem.rank_sums import own_columns
 from torchmto.problem.reduction import Reduction
 from torchmto.problem.task_gradients import Computation, TaskGradients, factors_of, rescale_heads
 
@@ -29,7 +30,6 @@ class WithRows(Computation):
         """Rows, heads and Gramian; sums turn into means, unscaled and weighted, by one factor per task."""
         network = self._network
         rows = network.rows_of(source)
-        network.finish_rows(rows)
         rows.begin()
         heads: Heads = {}
         everything = self._reduction.average(self._collector.collect(asked, wanted, source, rows, heads))
@@ -49,7 +49,7 @@ class WithRows(Computation):
         if ranks.size == 1:
             return gramian(matrix)
         total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
-        for columns in self._network.own_columns(rows):
+        for columns in own_columns(self._network, rows):
             total += gramian(matrix[:, columns])
         return ranks.sum_(total.to(self._network.device)).cpu()
 
@@ -82,6 +82,6 @@ def inner_products(network: Network, first: TaskGradients, second: TaskGradients
         )
     narrow = min(first.rows, second.rows, key=lambda rows: rows.matrix.shape[1])
     total = torch.zeros(len(first.indices), len(second.indices), dtype=torch.float64)
-    for columns in network.own_columns(narrow):
+    for columns in own_columns(network, narrow):
         total += (first.matrix[:, columns] @ second.matrix[:, columns].T).to(total)
     return network.ranks.sum_(total.to(network.device)).cpu()

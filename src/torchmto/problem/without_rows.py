@@ -55,7 +55,9 @@ class WithoutRows(Computation):
             rescale_heads(heads, losses, factors)
         self._finite.losses(everything, everything.raw.tolist())
         self._finite.task_gradients(losses, product, heads)
-        return TaskGradients(Rows(0), losses, product, heads, everything, graph=(list(present.values()), shared))
+        return TaskGradients(
+            Rows(0, network.ranks), losses, product, heads, everything, graph=(list(present.values()), shared)
+        )
 
     def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
         """``weights @ J`` by one more backward through the graph of the task gradients."""
