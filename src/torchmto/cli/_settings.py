@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from torchmto.cli._errors import UsageError
+from torchmto.cli._errors import INTERRUPTED, UsageError
 from torchmto.lab.trainer.config import SECTIONS, ConfigError, TrainConfig
 
 _NOT_SETTINGS = {"config", "out", "resume", "checkpoint", "weights", "split", "count"}
@@ -60,18 +60,25 @@ def reported(resume: str = "") -> Iterator[None]:
     Raises:
         UsageError: For settings that can't work.
         KeyboardInterrupt: For a run that was interrupted and saved.
-        SystemExit: For a file that can't be read or written.
+        SystemExit: For a file that can't be read or written, and where another process ended the run.
     """
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
-    from torchmto.lab.trainer import CheckpointError, Interrupted  # noqa: PLC0415
+    from torchmto.lab.trainer import CheckpointError, Interrupted, RankError  # noqa: PLC0415
+    from torchmto.lab.trainer.processes import is_follower, speaks  # noqa: PLC0415
 
     again = f"\nGo on with: {resume}" if resume else ""
     try:
         yield
     except ConfigError as error:
         raise UsageError(str(error)) from error
-    except Interrupted as error:
-        raise KeyboardInterrupt(f"{error}{again}") from error
+    except (Interrupted, RankError) as error:
+        if not speaks():  # the first process, or the one that failed, says what there is to say
+            code = INTERRUPTED if isinstance(error, Interrupted) else 1
+            raise SystemExit(0 if is_follower() else code) from error
+        if isinstance(error, Interrupted):
+            raise KeyboardInterrupt(f"{error}{again}") from error
+        print(f"error: {error}{again}", file=sys.stderr)
+        raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"Stopped at once; the last checkpoint stands.{again}") from error
     except (CheckpointError, NonFiniteError, OSError) as error:

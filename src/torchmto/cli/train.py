@@ -1,5 +1,6 @@
 """Train a model with a multi-task method; an interrupted run goes on with --resume."""
 
+import os
 import shlex
 from pathlib import Path
 
@@ -26,18 +27,27 @@ def run(args: Namespace) -> int:
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.trainer import train  # noqa: PLC0415
     from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
+    from torchmto.lab.trainer.processes import speaks  # noqa: PLC0415
 
     resume = args.resume or args.checkpoint is not None
-    with reported(shlex.join(["torchmto", "train", "--resume", "--out", str(args.out)])):
+    with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
         if resume and not args.config:
             config = merged(RunFolder(args.out).read_settings(), args.given)
         else:
             config = TrainConfig.from_dict(args.settings)
         results = train(config, args.out, resume=resume, checkpoint=args.checkpoint, say=_say)
-    print(metric_table(results))
-    print(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
-    print(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
+    if speaks():
+        _say(metric_table(results))
+        _say(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
+        _say(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
     return 0
+
+
+def _launcher() -> list[str]:
+    """The beginning of this command: torchmto, or torchrun with as many processes."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ["torchmto"]
+    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "torchmto"]
 
 
 def _say(line: str) -> None:

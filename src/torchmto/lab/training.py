@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from torchmto import MultiTask, StepInfo
 from torchmto.checks import check_choice
@@ -30,6 +31,9 @@ __all__ = [
     "chosen_tasks",
     "evaluate",
     "make_closure",
+    "measure",
+    "merged_values",
+    "metric_states",
     "primary_values",
     "train_epoch",
     "train_step",
@@ -43,6 +47,12 @@ OWN_OPTIMIZER_METHODS = frozenset({"adatask"})
 
 Metrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
+
+Measured = dict[str, dict[str, Metric]]
+"""Task -> metric's name -> the metric at work."""
+
+MetricStates = dict[str, dict[str, dict[str, Any]]]
+"""Task -> metric -> its state by name: tensors, or lists of them."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +286,84 @@ def train_epoch(run: Run, epoch: int, on_step: Callable[[StepInfo, float], None]
 
 
 @torch.no_grad()
+def measure(
+    model: nn.Module,
+    bundle: DataBundle,
+    split: Split,
+    *,
+    tasks: Sequence[Task] | None = None,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Measured:
+    """Metrics of every task that have seen a split, or this process' share of its batches.
+
+    Whole batches are shared out, so a figure is made of the same batches whatever the number of processes.
+
+    Args:
+        model: ``model(x, names) -> {name: output}``; left in the mode it was in.
+        bundle: The data.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        tasks: The tasks to measure; all of the data set by default.
+        batch_size: Samples per batch.
+        device: Where the model is.
+        rank: This process' number.
+        world_size: Number of processes.
+
+    Returns:
+        Task -> metric's name -> metric, on the CPU. `merged_values` makes figures of them.
+    """
+    tasks = bundle.tasks if tasks is None else tasks
+    names = [task.name for task in tasks]
+    metrics = {task.name: {key: m.to(device) for key, m in task_metrics(task).items()} for task in tasks}
+    passes = [[name] for name in names] if has_split_norms(model) else [names]
+    training = model.training
+    model.eval()
+    try:
+        for batch in bundle.loader(split, batch_size, augment=False).epoch(0, rank, world_size):
+            placed = to_device(batch, device)
+            for group in passes:
+                with active_task(group[0]):  # only split norms look at it, and then a group is one task
+                    outputs = model(placed["input"], group)
+                for name in group:
+                    for metric in metrics[name].values():
+                        metric.update(outputs[name], placed["targets"][name])
+    finally:
+        model.train(training)
+    return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}
+
+
+def metric_states(measured: Measured) -> MetricStates:
+    """What metrics have seen, to be sent to the process that calls `merged_values`."""
+    return {name: {key: m.metric_state for key, m in entries.items()} for name, entries in measured.items()}
+
+
+def merged_values(measured: Measured, others: Sequence[MetricStates] = ()) -> Metrics:
+    """The figures of everything seen, by this process and by others.
+
+    Args:
+        measured: What this process' metrics have seen, from `measure`; they are changed.
+        others: The other processes' `metric_states`.
+
+    Returns:
+        Task -> metric -> value.
+    """
+    values: Metrics = {}
+    for name, entries in measured.items():
+        for key, metric in entries.items():
+            for states in others:
+                metric.merge_state(states[name][key])
+            # The states are here; torchmetrics would ask the other processes for them again.
+            metric.distributed_available_fn = _never
+            values.setdefault(name, {})[key] = float(metric.compute())
+    return values
+
+
+def _never() -> bool:
+    return False
+
+
 def evaluate(
     model: nn.Module,
     bundle: DataBundle,
@@ -298,24 +386,7 @@ def evaluate(
     Returns:
         Task -> metric -> value.
     """
-    tasks = bundle.tasks if tasks is None else tasks
-    names = [task.name for task in tasks]
-    metrics = {task.name: {key: m.to(device) for key, m in task_metrics(task).items()} for task in tasks}
-    passes = [[name] for name in names] if has_split_norms(model) else [names]
-    training = model.training
-    model.eval()
-    try:
-        for batch in bundle.loader(split, batch_size, augment=False):
-            placed = to_device(batch, device)
-            for group in passes:
-                with active_task(group[0]):  # only split norms look at it, and then a group is one task
-                    outputs = model(placed["input"], group)
-                for name in group:
-                    for metric in metrics[name].values():
-                        metric.update(outputs[name], placed["targets"][name])
-    finally:
-        model.train(training)
-    return {name: {key: float(m.compute()) for key, m in entries.items()} for name, entries in metrics.items()}
+    return merged_values(measure(model, bundle, split, tasks=tasks, batch_size=batch_size, device=device))
 
 
 def tell_method(multitask: MultiTask, values: Mapping[str, float], tasks: Sequence[Task]) -> None:

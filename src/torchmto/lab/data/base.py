@@ -345,7 +345,7 @@ class DataBundle:
 
         Args:
             split: ``"train"``, ``"validation"`` or ``"test"``.
-            batch_size: Samples per batch and rank.
+            batch_size: Samples per batch, over all ranks; each rank gets its piece.
             seed: With epoch and position it decides order and augmentation.
             augment: Whether to augment; by default the training split only, where the data set has an
                 augmentation.
@@ -363,7 +363,7 @@ class DataBundle:
             batch_size,
             seed=seed,
             shuffle=training,
-            drop_last=training and len(dataset) >= batch_size * world_size,
+            drop_last=training and len(dataset) >= batch_size,
             rank=rank,
             world_size=world_size,
         )

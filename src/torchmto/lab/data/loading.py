@@ -71,16 +71,16 @@ def uniform(keys: Tensor, draw: int, low: float = 0.0, high: float = 1.0) -> Ten
 class BatchPlan:
     """Which samples make up which batch.
 
-    All ranks see the same permutation of an epoch; a global batch is ``world_size`` consecutive pieces of it,
-    one per rank. Without ``drop_last`` every sample comes exactly once, so ranks may differ in the size (or,
-    at the very end, the existence) of their last batch.
+    A batch is the same samples whatever the number of processes: all ranks see the same permutation of an epoch,
+    and each takes its piece of every batch. The pieces differ by one sample at most, the first ranks' are the larger
+    ones; a last short batch may leave a rank without samples.
 
     Args:
         size: Number of samples.
-        batch_size: Samples per batch and rank.
+        batch_size: Samples per batch, over all ranks.
         seed: Decides the permutations.
         shuffle: A new permutation every epoch; otherwise the stored order.
-        drop_last: Leave out a last global batch that isn't full.
+        drop_last: Leave out a last batch that isn't full.
         rank: This process' number.
         world_size: Number of processes.
 
@@ -107,10 +107,9 @@ class BatchPlan:
             raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
         if not 0 <= rank < world_size:
             raise ValueError(f"Parameter `rank` should be in [0, {world_size}). Found `rank = {rank}`.")
-        if drop_last and size < batch_size * world_size:
+        if drop_last and size < batch_size:
             raise ValueError(
-                f"Parameter `batch_size` should be at most the {size} samples there are, over"
-                f" {world_size} process(es)."
+                f"Parameter `batch_size` should be at most the {size} samples there are."
                 f" Found `batch_size = {batch_size}`."
             )
         self.size, self.batch_size, self.seed = size, batch_size, seed
@@ -120,8 +119,8 @@ class BatchPlan:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        whole, rest = divmod(self.size, self.batch_size * self.world_size)
-        return whole + int(rest > self.rank * self.batch_size and not self.drop_last)
+        whole, rest = divmod(self.size, self.batch_size)
+        return whole + int(rest > 0 and not self.drop_last)
 
     def order(self, epoch: int) -> Tensor:
         """The order of all samples in an epoch: int64 ``[size]``."""
@@ -134,11 +133,11 @@ class BatchPlan:
         return self._permutation[1]
 
     def indices(self, epoch: int, position: int) -> Tensor:
-        """Samples of batch number ``position`` of an epoch: int64 ``[batch_size]`` or fewer."""
+        """This rank's samples of batch number ``position`` of an epoch: int64 ``[batch_size / world_size]`` or so."""
         if not 0 <= position < len(self):
             raise IndexError(f"Batch {position} of an epoch with {len(self)} batches.")
-        start = (position * self.world_size + self.rank) * self.batch_size
-        return self.order(epoch)[start : start + self.batch_size]
+        start = position * self.batch_size
+        return self.order(epoch)[start : start + self.batch_size].tensor_split(self.world_size)[self.rank]
 
     def keys(self, epoch: int, position: int) -> Tensor:
         """Random keys of the samples of a batch, for `uniform`."""
@@ -175,9 +174,10 @@ class Loader:
         """Batch number ``position`` of an epoch."""
         return self.fetch(self.plan.indices(epoch, position), self.plan.keys(epoch, position))
 
-    def epoch(self, epoch: int, start: int = 0) -> "Iterator[Batch]":
-        """The batches of an epoch from position ``start`` on."""
-        ready = self._ahead(epoch, start) if self.workers else self._one_by_one(epoch, start)
+    def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> "Iterator[Batch]":
+        """Every ``stride``-th batch of an epoch from position ``start`` on."""
+        positions = range(start, len(self), stride)
+        ready = self._ahead(epoch, positions) if self.workers else self._one_by_one(epoch, positions)
         while True:
             began = time.perf_counter()
             batch = next(ready, None)
@@ -190,12 +190,11 @@ class Loader:
         """The batches of epoch 0, for evaluation."""
         return self.epoch(0)
 
-    def _one_by_one(self, epoch: int, start: int) -> "Iterator[Batch]":
-        for position in range(start, len(self)):
+    def _one_by_one(self, epoch: int, positions: range) -> "Iterator[Batch]":
+        for position in positions:
             yield self.batch(epoch, position)
 
-    def _ahead(self, epoch: int, start: int) -> "Iterator[Batch]":
-        positions = iter(range(start, len(self)))
+    def _ahead(self, epoch: int, positions: range) -> "Iterator[Batch]":
         self.plan.order(epoch)  # so that the threads find the permutation made
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="torchmto-data")
         try:

@@ -9,6 +9,7 @@ from torchmto.lab.trainer.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from torchmto.lab.trainer.processes import RankError
 from torchmto.lab.trainer.trainer import Interrupted, Trainer, train
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MethodConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "RankError",
     "TrainConfig",
     "Trainer",
     "read_checkpoint",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -81,24 +82,37 @@ class Computer:
     scaler: torch.amp.GradScaler | None
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Computer:
-        """The device and precision of the settings.
+    def of(cls, config: TrainConfig, devices: int = 1, nodes: int = 1) -> Computer:
+        """The device and precision of the settings, on this process alone by default.
+
+        Args:
+            config: The settings.
+            devices: Processes on this machine.
+            nodes: Machines.
 
         Raises:
-            ConfigError: If the machine has no such device.
+            ConfigError: If the machine has no such device, or not that many.
         """
-        accelerator = "gpu" if config.device == "cuda" else config.device
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if not available.get(config.device, True):
             raise ConfigError(
                 f"Parameter `device` should be a device of this machine. Found `device = {config.device!r}`."
             )
-        if config.precision == "32":
-            return cls(Fabric(accelerator=accelerator, devices=1, precision="32-true"), None)
-        kind = Fabric(accelerator=accelerator, devices=1).device.type
-        # A plugin of our own: asked by name, Fabric turns fp16 on a CPU into bf16 without a word in the settings.
-        plugin = MixedPrecision(config.precision, kind)
-        return cls(Fabric(accelerator=accelerator, devices=1, plugins=plugin), plugin.scaler)
+        placed: dict[str, Any] = {
+            "accelerator": "gpu" if config.device == "cuda" else config.device,
+            "devices": devices,
+            "num_nodes": nodes,
+            "strategy": "auto" if devices * nodes == 1 else "ddp",
+        }
+        try:
+            if config.precision == "32":
+                return cls(Fabric(**placed, precision="32-true"), None)
+            kind = Fabric(**placed).device.type
+            # A plugin of our own: asked by name, Fabric turns fp16 on a CPU into bf16 without a word in the settings.
+            plugin = MixedPrecision(config.precision, kind)
+            return cls(Fabric(**placed, plugins=plugin), plugin.scaler)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(f"`devices = {devices}` on {nodes} node(s) can't be used here: {error}") from error
 
     @property
     def device(self) -> torch.device:
@@ -224,14 +238,25 @@ def build_network(config: TrainConfig, bundle: DataBundle) -> MultiTaskModel:
         raise ConfigError(str(error)) from error
 
 
-def build(config: TrainConfig) -> Parts:
+def build(config: TrainConfig, computer: Computer | None = None, world_size: int = 1) -> Parts:
     """All parts of a run; torch's random generator should have been seeded.
+
+    Args:
+        config: The settings.
+        computer: Device and precision; by default those of the settings, on this process alone.
+        world_size: Number of processes that share a batch.
 
     Raises:
         ConfigError: If settings don't fit together or the data.
     """
-    computer = Computer.of(config)
+    computer = computer or Computer.of(config)
     bundle = load_bundle(config)
+    samples = min(config.data.batch_size, len(bundle.train))
+    if samples < world_size:
+        raise ConfigError(
+            "Parameter `data.batch_size` should be at least the number of processes, which share each batch. "
+            f"Found {samples} samples in a batch and {world_size} processes."
+        )
     losses = losses_of(bundle.tasks, config.losses)
     batches = len(bundle.loader("train", config.data.batch_size))
     steps_per_epoch = batches // config.accumulate

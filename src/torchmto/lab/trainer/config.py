@@ -28,7 +28,7 @@ class DataConfig:
         name: `NAME` or `NAME:PATH`, as `torchmto datasets` lists them.
         options: Options of the data set, such as `{size: [48, 64]}`.
         tasks: Names of the tasks to train, all by default; one makes a single-task baseline.
-        batch_size: Samples per micro-batch.
+        batch_size: Samples per micro-batch, over all processes: each takes its part.
         split_seed: Decides splits and generated samples; the same for all runs that are to be compared.
         augment: Whether training samples are augmented, where the data set has an augmentation.
         workers: Threads that prepare batches ahead, which never changes a batch. By default 2 for images and none for
@@ -129,6 +129,8 @@ class TrainConfig:
         accumulate: Micro-batches per step; a last incomplete group of an epoch is left out.
         precision: "32", "bf16-mixed", or "16-mixed" with a gradient scaler.
         device: "auto", "cpu", "cuda" or "mps".
+        devices: Processes on this machine, one per device, started by Lightning Fabric. torchrun's own numbers go first.
+        nodes: Machines that train together; the command has to be started on each.
         seed: Of weights, order, augmentation and the method.
         ema: Decay of a moving average of the weights, which is then what is evaluated and exported; off by default.
         deterministic: Ask torch for deterministic kernels, where they cost speed (on the CPU they are anyway).
@@ -151,6 +153,8 @@ class TrainConfig:
     accumulate: int = 1
     precision: Precision = "32"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    nodes: int = 1
     seed: int = 0
     ema: float | None = None
     deterministic: bool = False
@@ -184,6 +188,8 @@ class TrainConfig:
             ("evaluate_every", self.evaluate_every, 1),
             ("checkpoint_every", self.checkpoint_every, 1),
             ("keep", self.keep, 1),
+            ("devices", self.devices, 1),
+            ("nodes", self.nodes, 1),
             ("log_every", self.log_every, 1),
             ("seed", self.seed, 0),
             ("data.batch_size", self.data.batch_size, 1),
@@ -232,7 +238,18 @@ class TrainConfig:
 
 
 FREE = frozenset(
-    {"data.workers", "device", "evaluate_test", "checkpoint_every", "keep", "loggers", "log_every", "model.compile"}
+    {
+        "data.workers",
+        "device",
+        "devices",
+        "nodes",
+        "evaluate_test",
+        "checkpoint_every",
+        "keep",
+        "loggers",
+        "log_every",
+        "model.compile",
+    }
 )
 """Settings that may change when a run is resumed: they don't enter the computation's definition."""
 

@@ -38,6 +38,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.settings = path / "config.yaml"
+        self.claim = path / ".job"
 
     @property
     def has_run(self) -> bool:
@@ -62,14 +63,33 @@ class RunFolder:
                 raise ConfigError(f"Another process is training in `{self.path}`.")
             yield
 
-    def write_settings(self, config: TrainConfig, *, resumed: bool) -> None:
+    def claimed_by(self, job: tuple[str, bool] | None) -> bool:
+        """Whether a torchrun job that has restarted its workers began the run in this folder, and so goes on with it.
+
+        Any other start forgets who did, so that a job which was refused the folder isn't let in after a restart.
+
+        Args:
+            job: The job's name, and whether its workers were restarted; None outside of torchrun.
+        """
+        if job is not None and job[1]:
+            return self.claim.is_file() and self.claim.read_text() == job[0]
+        self.claim.unlink(missing_ok=True)
+        return False
+
+    def write_claim(self, job: tuple[str, bool] | None) -> None:
+        """Note the torchrun job that trains here."""
+        if job is not None:
+            write_bytes(self.claim, job[0].encode())
+
+    def write_settings(self, config: TrainConfig, *, resumed: bool, processes: int = 1) -> None:
         """Save the settings and where the run is made."""
         path = self.path / "environment.json"
         starts: list[Any] = []
         if resumed and path.exists():
             with contextlib.suppress(ValueError):
                 starts = list(json.loads(path.read_text()))
-        starts.append(environment() | {"seed": config.seed, "split_seed": config.data.split_seed})
+        settings = {"seed": config.seed, "split_seed": config.data.split_seed, "processes": processes}
+        starts.append(environment() | settings)
         write_bytes(self.settings, yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True).encode())
         write_bytes(path, json.dumps(starts, indent=1).encode())
 
@@ -92,14 +112,15 @@ class RunFolder:
         write_bytes(path, (json.dumps(plain(content), indent=1, allow_nan=False) + "\n").encode())
         return path
 
-    def write_results(self, results: Mapping[str, Any], model: nn.Module) -> None:
-        """Save the results and the model's weights."""
+    def write_results(self, results: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Save the results and the model's weights; returns the results."""
         from safetensors.torch import save  # noqa: PLC0415
 
         # Copies, since the format has no tensors that share memory.
         weights = save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()})
         write_bytes(self.path / "model.safetensors", weights)
         self.write_json("results.json", results)
+        return results
 
 
 __all__ = ["RunFolder"]

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,18 +19,19 @@ import torch
 
 from torchmto.lab.data import Split
 from torchmto.lab.metrics import primary_metric
-from torchmto.lab.trainer.build import Parts, build
+from torchmto.lab.trainer.build import Computer, Parts, build
 from torchmto.lab.trainer.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from torchmto.lab.trainer.config import ConfigError, TrainConfig, changed_settings
 from torchmto.lab.trainer.ema import MovingAverage
 from torchmto.lab.trainer.folder import RunFolder
 from torchmto.lab.trainer.logs import Logger, RecordLog, check_loggers, make_loggers, step_figures
-from torchmto.lab.trainer.random_state import random_state, restore_random_state, seed_everything
+from torchmto.lab.trainer.processes import Processes, elastic_job, launched, placement
+from torchmto.lab.trainer.random_state import random_state, restore_random_state, seed_everything, seed_of_rank
 from torchmto.lab.trainer.scores import Measure, Metrics, measure_of
-from torchmto.lab.training import evaluate, primary_values, tell_method
+from torchmto.lab.training import Measured, measure, merged_values, metric_states, primary_values, tell_method
 from torchmto.problem import StepInfo
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 Say = Callable[[str], None]
 
 
@@ -91,25 +92,39 @@ class Progress:
 class Trainer:
     """One run: built from settings, or taken up from a checkpoint.
 
+    Every process of the run has its own trainer, and calls the same methods in the same order.
+
     Args:
         config: The settings, validated.
-        folder: Where everything is saved.
+        folder: Where the first process saves everything.
+        computer: Device and precision.
+        processes: Those of the run.
         state: A checkpoint to go on from.
         say: Prints a line.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: RunFolder, state: Mapping[str, Any] | None = None, say: Say = lambda _: None
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        computer: Computer,
+        processes: Processes,
+        *,
+        state: Mapping[str, Any] | None = None,
+        say: Say = lambda _: None,
     ) -> None:
         self.config = config
         self.folder = folder
+        self.processes = processes
         self.say = say
         self.checkpoints = CheckpointFolder(folder.checkpoints, config.keep)
         self.progress = Progress()
         seed_everything(config.seed)
         if config.deterministic:
             torch.use_deterministic_algorithms(mode=True, warn_only=True)
-        self.parts: Parts = build(config)
+        with processes.together():
+            self.parts: Parts = build(config, computer, processes.size)
+        processes.equalize(self.parts.model.state_dict().values())
         self.average = None if config.ema is None else MovingAverage(self.parts.model, config.ema)
         workers = config.data.workers
         if workers is None:
@@ -120,12 +135,18 @@ class Trainer:
             seed=config.seed,
             augment=config.data.augment,
             workers=workers,
+            rank=processes.rank,
+            world_size=processes.size,
         )
         self.saved_step = -1
         self.resumed = state is not None
-        self._signal: int | None = None
-        if state is not None:
-            self._restore(state)
+        self._signal = 0
+        with processes.together():
+            if state is not None:
+                self._restore(state)
+            elif not processes.is_first:
+                # The first goes on with the generators that the initial weights came from.
+                seed_everything(seed_of_rank(config.seed, processes.rank, 0))
 
     # ------------------------------------------------------------------ state
 
@@ -143,7 +164,7 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
             "multitask": parts.multitask.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "random": random_state(),
+            "random": self.processes.gather(random_state(parts.computer.device)),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -158,30 +179,23 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.progress = Progress(**state["progress"])
-            restore_random_state(state["random"])
+            self._restore_random(state["random"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint doesn't fit the run's settings and data: {error}") from error
         self.saved_step = self.progress.step
-        self._check_best()
 
-    def _check_best(self) -> None:
-        """Make ``best.ckpt`` the one that this state knows as the best, or forget it."""
-        progress = self.progress
-        if progress.best_step < 0:
-            return
-        own = self.checkpoints.path(progress.best_step)
-        if progress.best_step == progress.step and own.exists():
-            self.checkpoints.mark_best(own)
-            return
-        with contextlib.suppress(CheckpointError, KeyError):
-            if read_checkpoint(self.checkpoints.best)["progress"]["step"] == progress.best_step:
-                return
-        progress.best_step, progress.best_score = -1, -math.inf
-        self.say("The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.")
+    def _restore_random(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Each process' own generators; a process that wasn't there when they were saved starts from a seed of its own."""
+        rank = self.processes.rank
+        if rank < len(states):
+            restore_random_state(states[rank], self.parts.computer.device)
+        else:
+            seed_everything(seed_of_rank(self.config.seed, rank, self.progress.step))
 
     def _save(self, *, best: bool = False) -> None:
-        self.checkpoints.save(self.progress.step, self.state_dict(), best=best)
-        self.saved_step = self.progress.step
+        step, state = self.progress.step, self.state_dict()
+        self.processes.first(lambda: self.checkpoints.save(step, state, best=best))
+        self.saved_step = step
 
     # ------------------------------------------------------------------ interruption
 
@@ -208,15 +222,16 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stop_if_asked(self) -> None:
-        if self._signal is not None:
+        number = self.processes.largest(self._signal)
+        if number:
             if self.saved_step != self.progress.step:
                 self._save()
             raise Interrupted(
-                f"Interrupted by {signal.Signals(self._signal).name} after {self.progress.step} steps, all of them saved."
+                f"Interrupted by {signal.Signals(number).name} after {self.progress.step} steps, all of them saved."
             )
 
     def _leave_if_asked(self) -> None:
-        if self._signal is not None:
+        if self._signal:
             raise _Leave
 
     # ------------------------------------------------------------------ the loop
@@ -234,20 +249,27 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._signals())
             resume_step = self.progress.step if self.resumed else None
-            loggers = make_loggers(
-                self.config.loggers, self.folder.path, self.config.as_dict(), resume_step=resume_step
-            )
-            for logger in loggers:
-                stack.callback(logger.finalize, "finished")
-            self._loggers: list[Logger] = loggers
-            self._records = RecordLog(self.folder.path / "records.jsonl", resume_step=resume_step)
-            stack.callback(self._records.close)
+            with self.processes.together():
+                self._open_logs(stack, resume_step)
             try:
                 self._fit()
                 return self._finish()
             except _Leave:
                 self._stop_if_asked()
                 raise AssertionError from None
+
+    def _open_logs(self, stack: contextlib.ExitStack, resume_step: int | None) -> None:
+        """The first process' logs, closed with the stack; the others have none."""
+        self._loggers: list[Logger] = []
+        self._records: RecordLog | None = None
+        if not self.processes.is_first:
+            return
+        config = self.config
+        self._loggers = make_loggers(config.loggers, self.folder.path, config.as_dict(), resume_step=resume_step)
+        for logger in self._loggers:
+            stack.callback(logger.finalize, "finished")
+        self._records = RecordLog(self.folder.path / "records.jsonl", resume_step=resume_step)
+        stack.callback(self._records.close)
 
     def _fit(self) -> None:
         progress = self.progress
@@ -267,7 +289,8 @@ class Trainer:
         waited, began = self.loader.wait_seconds, time.perf_counter()
         while progress.position < parts.steps_per_epoch:
             self._stop_if_asked()
-            closures = [parts.closure(batch) for batch in itertools.islice(batches, config.accumulate)]
+            with self.processes.together():
+                closures = [parts.closure(batch) for batch in itertools.islice(batches, config.accumulate)]
             info = parts.multitask.step(closures)
             self._step_scheduler()
             if self.average is not None:
@@ -295,7 +318,7 @@ class Trainer:
         if step % self.config.log_every == 0 or last:
             figures = step_figures(info, self.parts.multitask.tasks)
             self._log({**figures, "lr": float(self.parts.scheduler.get_last_lr()[0])})
-        if last:
+        if last and self._records is not None:
             self._records.write(step, info.records)
 
     def _log(self, figures: dict[str, float]) -> None:
@@ -337,26 +360,35 @@ class Trainer:
         return self.progress.wait_seconds / max(self.progress.seconds, 1e-12)
 
     def evaluate(self, split: Split) -> Metrics:
-        """All metrics on one split, of the averaged weights where there are such."""
-        precise = self.parts.precise
+        """All metrics on one split, of the averaged weights where there are such; the processes share the batches."""
+        processes, precise = self.processes, self.parts.precise
         averaged = contextlib.nullcontext() if self.average is None else self.average.applied()
+        measured: Measured | None = None
         precise.interrupt = self._leave_if_asked
         try:
-            with averaged:
-                return evaluate(
+            with processes.together(), contextlib.suppress(_Leave), averaged:
+                measured = measure(
                     precise,
                     self.parts.bundle,
                     split,
                     batch_size=self.config.data.batch_size,
                     device=self.parts.computer.device,
+                    rank=processes.rank,
+                    world_size=processes.size,
                 )
         finally:
             precise.interrupt = None
+        if processes.largest(measured is None):
+            raise _Leave
+        assert measured is not None
+        own = measured
+        states = processes.gather(metric_states(own))
+        return processes.first(lambda: merged_values(own, states[1:]))
 
     def _finish(self) -> dict[str, Any]:
         """Load the best weights, evaluate them on the test split once, and write the results."""
         progress = self.progress
-        best = read_checkpoint(self.checkpoints.best, self.parts.computer.device)
+        best = self.processes.first(lambda: read_checkpoint(self.checkpoints.best))
         load_weights_of(self.parts, best)
         self.average = None
         results: dict[str, Any] = {
@@ -379,8 +411,7 @@ class Trainer:
                 "data_wait": self.data_wait,
             },
         }
-        self.folder.write_results(results, self.parts.model)
-        return results
+        return self.processes.first(lambda: self.folder.write_results(results, self.parts.model))
 
 
 def load_weights_of(parts: Parts, state: Mapping[str, Any]) -> None:
@@ -430,30 +461,77 @@ def train(
         CheckpointError: If a checkpoint can't be written or mustn't be loaded.
         Interrupted: If a signal came; the state is saved.
     """
-    resume = resume or checkpoint is not None
     if config is not None:
         config.validate()
         check_loggers(config.loggers)
     folder = RunFolder(out)
-    with folder.locked(must_exist=resume):
-        state = None
-        found = _state_to_resume(folder, checkpoint) if resume else None
-        if found is not None:
-            path, state = found
-            config = _resumed_config(config, state, path)
-            aside = CheckpointFolder(folder.checkpoints).set_aside_after(state["progress"]["step"])
-            for old in aside:
-                say(f"Renamed a checkpoint of a later step: {old}")
-            say(f"Going on from {path}, {state['progress']['step']} steps.")
-        elif resume:
-            say("There is no checkpoint yet: starting anew.")
-            config = config or folder.read_settings()
-            config.validate()
-        elif folder.has_run:
-            raise ConfigError(f"`{out}` holds a run already. Add --resume to go on with it, or choose another folder.")
-        assert config is not None
-        folder.write_settings(config, resumed=resume)
-        return Trainer(config, folder, state, say).fit()
+    placed = config or folder.read_settings()
+    computer = Computer.of(placed, *placement(placed.devices, placed.nodes))
+    with launched(computer.fabric) as processes, contextlib.ExitStack() as stack:
+        say = say if processes.is_first else lambda _: None
+        config, state = processes.first(
+            lambda: _start(stack, folder, config, checkpoint, resume=resume, processes=processes.size, say=say)
+        )
+        return Trainer(config, folder, computer, processes, state=state, say=say).fit()
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    folder: RunFolder,
+    config: TrainConfig | None,
+    checkpoint: Path | None,
+    *,
+    resume: bool,
+    processes: int,
+    say: Say,
+) -> tuple[TrainConfig, dict[str, Any] | None]:
+    """Take the folder; returns the settings, and the state to go on from."""
+    resume = resume or checkpoint is not None
+    stack.enter_context(folder.locked(must_exist=resume))
+    job = elastic_job()
+    if folder.claimed_by(job):
+        say("Restarted by torchrun.")
+        resume = True
+        if CheckpointFolder(folder.checkpoints).steps():
+            checkpoint = None
+    state = None
+    found = _state_to_resume(folder, checkpoint) if resume else None
+    if found is not None:
+        path, state = found
+        config = _resumed_config(config, state, path)
+        checkpoints = CheckpointFolder(folder.checkpoints)
+        for old in checkpoints.set_aside_after(state["progress"]["step"]):
+            say(f"Renamed a checkpoint of a later step: {old}")
+        _check_best(checkpoints, state["progress"], say)
+        say(f"Going on from {path}, {state['progress']['step']} steps.")
+    elif resume:
+        say("There is no checkpoint yet: starting anew.")
+        config = config or folder.read_settings()
+        config.validate()
+    elif folder.has_run:
+        raise ConfigError(
+            f"`{folder.path}` holds a run already. Add --resume to go on with it, or choose another folder."
+        )
+    assert config is not None
+    folder.write_settings(config, resumed=resume, processes=processes)
+    folder.write_claim(job)
+    return config, state
+
+
+def _check_best(checkpoints: CheckpointFolder, progress: dict[str, Any], say: Say) -> None:
+    """Make ``best.ckpt`` the one that a state's progress knows as the best, or let the state forget it."""
+    best = progress["best_step"]
+    if best < 0:
+        return
+    own = checkpoints.path(best)
+    if best == progress["step"] and own.exists():
+        checkpoints.mark_best(own)
+        return
+    with contextlib.suppress(CheckpointError, KeyError):
+        if read_checkpoint(checkpoints.best)["progress"]["step"] == best:
+            return
+    progress |= {"best_step": -1, "best_score": -math.inf}
+    say("The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.")
 
 
 def _state_to_resume(folder: RunFolder, checkpoint: Path | None) -> tuple[Path, dict[str, Any]] | None:

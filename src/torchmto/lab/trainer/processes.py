@@ -1,0 +1,175 @@
+"""The processes that train one model together: how they are started, who acts for all, how they agree.
+
+The first one owns the run's folder, its logs and its decisions; the others get what it read or decided. An error of
+one process ends all of them, its message first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class RankError(RuntimeError):
+    """Another process of the run failed, and so ended it for all.
+
+    Args:
+        rank: Which one.
+        error: What it said.
+    """
+
+    def __init__(self, rank: int, error: str) -> None:
+        super().__init__(f"Rank {rank} failed, so the run ended on all ranks. {error}")
+
+
+class Processes:
+    """The processes of the initialised process group; this process alone if there is none.
+
+    What they tell each other here travels over gloo, as it lies in the main memory.
+
+    Attributes:
+        rank: This process' number.
+        size: How many there are.
+    """
+
+    def __init__(self) -> None:
+        active = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if active else 0
+        self.size = dist.get_world_size() if active else 1
+        own = active and dist.get_backend() != "gloo"
+        self._group = dist.new_group(backend="gloo") if own else None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process acts for all."""
+        return self.rank == 0
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Let the first process work; all get its result, which has to be something that pickles.
+
+        Raises:
+            RankError: On the others, if it failed; it raises its own error.
+        """
+        if self.size == 1:
+            return work()
+        failure: Exception | None = None
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told = [work(), None]
+            except Exception as error:  # noqa: BLE001 - raised below, once the others know
+                failure, told = error, [None, _described(error)]
+        dist.broadcast_object_list(told, src=0, group=self._group)
+        if failure is not None:
+            raise failure
+        result, message = told
+        if message is not None:
+            raise RankError(0, message)
+        return result  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """An error inside the block, on whichever process, is known to all when they leave it.
+
+        Raises:
+            RankError: On the processes without an error, if another had one.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = error
+        if self.largest(failure is not None):
+            told = self.gather(None if failure is None else _described(failure))
+            if failure is not None:
+                raise failure
+            rank, message = next((rank, error) for rank, error in enumerate(told) if error is not None)
+            raise RankError(rank, message)
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number, dtype=torch.int64)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
+        return int(value)
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every process' value, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @torch.no_grad()
+    def equalize(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the first process' values; unlike processors may draw slightly other random numbers."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def placement(devices: int, nodes: int) -> tuple[int, int]:
+    """Processes per node and nodes: as torchrun started them, else as the settings say."""
+    if not dist.is_torchelastic_launched():
+        return devices, nodes
+    devices = int(os.environ["LOCAL_WORLD_SIZE"])
+    return devices, int(os.environ["WORLD_SIZE"]) // devices
+
+
+@contextlib.contextmanager
+def launched(fabric: Fabric) -> Iterator[Processes]:
+    """The processes of a run: those that torchrun or a cluster started, else Fabric starts them.
+
+    Fabric does so by running this program again, with the same arguments and ``LOCAL_RANK`` set.
+    """
+    log = logging.getLogger("lightning.fabric")
+    level = log.level
+    log.setLevel(logging.WARNING)  # else it announces every process in a frame of dashes
+    fabric.launch()
+    log.setLevel(level)
+    yield Processes()
+    # After an error the others may not be there any more to agree on the end.
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def elastic_job() -> tuple[str, bool] | None:
+    """The torchrun job that this process belongs to, and whether torchrun has restarted its workers; else None."""
+    if not dist.is_torchelastic_launched():
+        return None
+    return os.environ["TORCHELASTIC_RUN_ID"], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def speaks() -> bool:
+    """Whether this process prints what all have to say; also once the process group is gone."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def is_follower() -> bool:
+    """Whether Fabric started this process beside the one the user started.
+
+    The exit code of the latter is the run's. Fabric kills it if another code than 0 is seen here first.
+    """
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not dist.is_torchelastic_launched()
+
+
+__all__ = ["Processes", "RankError", "elastic_job", "is_follower", "launched", "placement", "speaks"]
