@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from torchmto.lab.atomic import write_json
+from torchmto.lab.compare.versus import versus
 
 METHODS = ("gd", "pcgrad", "connection_strength", "task_groups")
 TASKS = ("left", "right", "offset")
@@ -74,8 +75,9 @@ def comparison(
     }
     # One method without an average change, as where a single-task value is 0.
     results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model"}
-    (folder / "results.json").write_text(json.dumps(results))
+    results["config"] |= {"data_options": {}, "data_seed": 0}
     write_json(folder / "config.json", "torchmto compare", 1, results["config"])
+    by_method: dict[str, list[Any]] = {name: [] for name in methods}
     for seed in range(seeds):
         for number, name in enumerate([*methods, *tasks]):
             single = number >= len(methods)
@@ -87,13 +89,26 @@ def comparison(
                     "losses": {t: draw.random() for t in here},
                     "num_conflicts": None if single or name == "gd" else draw.random(),
                     "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
-                    "score": 0.0,
+                    "score": draw.uniform(-20, 20),
+                    "batches": points * (epoch + 1) // 2,
+                    "optimizer_steps": (number + 1) * points * (epoch + 1) // 2,
+                    "seconds": draw.random() + epoch,
                 }
                 for epoch in range(2)
             ]
             config = {"method": "gd" if single else name, "seed": seed, "tasks": here if single else []}
-            content = {"config": config, "result": {"history": history, "trace": [] if single else trace}}
+            test = {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here}
+            result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
+            if not single:
+                by_method[name].append(result)
+            content = {"config": config, "result": result}
             write_json(folder / "runs" / f"run{number}-seed{seed}.json", "torchmto compare run", 1, content)
+    results["versus"] = versus(
+        by_method,
+        {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in results["methods"].items()},
+        {t: (_metric(t, tasks), t != tasks[-1]) for t in tasks},
+    )
+    (folder / "results.json").write_text(json.dumps(results))
     return results
 
 
@@ -113,20 +128,22 @@ def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> d
     if name.startswith("task_groups"):
         affinity = [[draw.uniform(-1, 1) for _ in tasks] for _ in tasks]
         groups = [[tasks[0], *tasks[2:]], [tasks[1]]] if step > 2 else [[t] for t in tasks]
-        records = {"groups": groups, "affinity": affinity, "noise_floor": dict.fromkeys(tasks, 0.001)}
+        records = {"groups": groups, "affinity": affinity, "noise_floor": dict.fromkeys(tasks, 0.4)}
     return {**point, "records": records}
 
 
-def training(folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TASKS) -> dict[str, Any]:
+def training(
+    folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TASKS, value: float = 0.5, seed: int = 0
+) -> dict[str, Any]:
     """A finished training run; returns its results.json."""
     folder.mkdir(parents=True)
-    measured = {t: {_metric(t, tasks): 0.5} for t in tasks}
+    measured = {t: {_metric(t, TASKS): value} for t in tasks}
     results = {
         "version": 1,
         "measure": "mean validation score",
         "score": 0.4,
         "best_step": 20,
-        "primary": {t: _metric(t, tasks) for t in tasks},
+        "primary": {t: _metric(t, TASKS) for t in tasks},
         "validation": measured,
         "test": measured,
         "cost": {
@@ -138,13 +155,13 @@ def training(folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TAS
         },
     }
     (folder / "results.json").write_text(json.dumps(results))
-    settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": 0}
+    settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "environment.json").write_text(json.dumps([{"versions": {"torch": "2.6"}}]))
     rows = ["step,name,value"]
     for step in (10, 20):
         rows += [f"{step},loss/{t},{1 / step}" for t in tasks]
-        rows += [f"{step},validation/{t}/{_metric(t, tasks)},{step / 100}" for t in tasks]
+        rows += [f"{step},validation/{t}/{_metric(t, TASKS)},{step / 100}" for t in tasks]
         rows += [f"{step},conflicts/pairs,1", f"{step},conflicts/mean_cosine,0.1"]
     (folder / "metrics.csv").write_text("\n".join([*rows, "20,loss/le"]))
     records = [{"step": 20, "groups": [list(tasks)], "affinity": [[0.1] * len(tasks)] * len(tasks)}]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from torchmto.lab.compare.pace import progress, steps_by_batch
+from torchmto.lab.compare.pace import progress
 from torchmto.lab.compare.versus import paired_changes, versus
 
 TASKS = {"a": ("accuracy", True), "b": ("rmse", False)}
@@ -105,7 +105,11 @@ def test_recorded_progress_is_taken_as_it_is():
 
 def test_steps_of_older_runs_follow_phases_and_groups():
     losses = {"a": 1.0, "b": 1.0, "c": 1.0}
+    history, cost = [{}, {}], {"num_optimizer_steps": 2.0, "seconds_per_batch": 0.5}
     phases = [{"step": step, "losses": losses, "records": {"phase": 1 if step < 3 else 2}} for step in (1, 2, 3, 4)]
-    assert steps_by_batch(phases, 8) == [3.0, 6.0, 7.0, 8.0]
-    groups = [{"step": 2, "records": {"groups": [["a"], ["b"]]}}, {"step": 3, "records": {"groups": [["a", "b"]]}}]
-    assert steps_by_batch(groups, 10) == [4.0, 8.0, 10.0]
+    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": phases, "cost": cost})] == [6.0, 8.0]
+    groups = [
+        {"step": 2, "records": {"groups": [["a"], ["b"], ["c"]]}},
+        {"step": 4, "records": {"groups": [["a", "b"]]}},
+    ]
+    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": groups, "cost": cost})] == [6.0, 8.0]

@@ -34,9 +34,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, 
         yield browser, folder / "run" / "report.html", results
 
 
-def rows(browser: Browser) -> list[str]:
+def rows(browser: Browser, table: str = "#comparison") -> list[str]:
     found: list[str] = browser.run(
-        "return [...document.querySelectorAll('#comparison tbody tr')].map(r => r.dataset.method)"
+        "return [...document.querySelectorAll(`${arguments[0]} tbody tr`)].map(r => r.dataset.method)", table
     )
     return found
 
@@ -52,7 +52,7 @@ def test_it_opens_without_errors_and_loads_nothing(report: tuple[Browser, Path, 
         "return [document.querySelectorAll('.js-plotly-plot .main-svg').length, document.querySelectorAll('section').length]"
     )
     assert drawn > 15
-    assert sections == 11
+    assert sections == 14
 
 
 def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Results]) -> None:
@@ -77,6 +77,108 @@ def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Res
     )
     expected = [[m["delta_m"]["mean"], m["delta_m"]["ci95"]] for m in results["methods"].values() if m["delta_m"]]
     assert sorted(plotted) == sorted(expected)
+
+
+def cells(browser: Browser, table: str, attribute: str = "value") -> dict[str, list[str | None]]:
+    """What a table's cells say in a data attribute, by method."""
+    found: dict[str, list[str | None]] = browser.run(
+        "return Object.fromEntries([...document.querySelectorAll(`${arguments[0]} tbody tr`)].map(r =>"
+        " [r.dataset.method, [...r.querySelectorAll('td')].map(c => c.dataset[arguments[1]] ?? null)]))",
+        table,
+        attribute,
+    )
+    return found
+
+
+def test_differences_ranks_and_budgets_are_those_of_the_json(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, results = report
+    versus = results["versus"]
+    shown, counts = cells(browser, "#versus-table"), cells(browser, "#versus-table", "counts")
+    assert set(shown) == set(METHODS[1:]), "the reference isn't compared with itself"
+    for name, values in shown.items():
+        against = versus["methods"][name]
+        difference = against["delta_m"] or {"mean": None, "p_holm": None}
+        by_task = [entry["change"]["mean"] for entry in against["tasks"].values()]
+        wins, _, losses = against["wins_ties_losses"]
+        found = [float(value) if value else None for value in values]
+        assert found == [difference["mean"], difference["p_holm"], wins - losses, *by_task]
+        expected = [against["wins_ties_losses"], *(entry["wins_ties_losses"] for entry in against["tasks"].values())]
+        assert [text.split() for text in counts[name][2:] if text] == [list(map(str, entry)) for entry in expected]
+    plotted = browser.run(
+        "return document.querySelector('#versus .js-plotly-plot').data.map(t => [t.x[0], t.error_x.array[0], t.marker.symbol])"
+    )
+    known = [entry["delta_m"] for entry in versus["methods"].values() if entry["delta_m"]]
+    marks = [[d["mean"], d["ci95"], "circle" if d["p_holm"] < 0.05 else "circle-open"] for d in known]
+    assert sorted(plotted) == sorted(marks)
+    for name, values in cells(browser, "#budget-table").items():
+        within = [budget["methods"][name] for budget in versus["budgets"].values()]
+        assert [float(value) if value else None for value in values] == [entry and entry["mean"] for entry in within]
+    # One method has no average change, so only the ranks over tasks are there.
+    ranks = browser.run(
+        "return Object.fromEntries([...document.querySelectorAll('#ranks li')]"
+        ".map(item => [item.dataset.method, Number(item.dataset.value)]))"
+    )
+    assert versus["ranks"]["seeds"] is None
+    assert ranks == versus["ranks"]["tasks"]["average"]
+    assert f"χ² = {versus['ranks']['tasks']['friedman']['statistic']:.2f}" in browser.run(
+        "return document.getElementById('rank-test').textContent"
+    )
+    browser.type("#versus-table th[data-key=wins] button", "\ue007")
+    balance = {n: e["wins_ties_losses"][0] - e["wins_ties_losses"][2] for n, e in versus["methods"].items()}
+    order = [balance[name] for name in rows(browser, "#versus-table")]
+    assert order == sorted(order, reverse=True)
+
+
+def choose(browser: Browser, selector: str, index: int) -> None:
+    browser.run(
+        "const s = document.querySelectorAll(arguments[0])[arguments[1]]; s.selectedIndex = arguments[2];"
+        "s.dispatchEvent(new Event('change'))",
+        *(selector, *divmod(index, 10)),
+    )
+
+
+def test_learning_curves_over_batches_optimizer_steps_and_seconds(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    script = (
+        "const run = report.studies[0].runs.filter(r => r.method === 'connection_strength' && r.task === null);"
+        "const keys = ['at', 'batches', 'optimizer_steps', 'seconds'];"
+        "const means = Object.fromEntries(keys.map(k => [k, [0, 1].map(e => mean(run.map(r => r.history[e][k])))]));"
+        "const plot = document.querySelector('#curves .js-plotly-plot');"
+        "return [means, plot.data.filter(t => t.name === 'connection_strength')[0].x, plot.layout.xaxis.title.text]"
+    )
+    for number, (key, label) in enumerate(
+        [
+            ("at", "epoch"),
+            ("batches", "batches"),
+            ("optimizer_steps", "optimizer steps"),
+            ("seconds", "training time, s"),
+        ]
+    ):
+        choose(browser, "#curves select", 10 + number)
+        means, x, axis = browser.run(script)
+        assert x == means[key]
+        assert axis == label
+    choose(browser, "#curves select", 1)
+    assert browser.run("return document.querySelectorAll('#curves .js-plotly-plot').length") == 1, (
+        "one Δm for all tasks"
+    )
+    choose(browser, "#curves select", 0)
+    choose(browser, "#curves select", 10)
+
+
+def test_affinities_below_their_noise_floor_are_marked(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    browser.type("#affinity-slider", "\ue010")
+    values, texts, floors = browser.run(
+        "const plot = document.querySelector('#affinity .js-plotly-plot').data[0];"
+        "const run = report.studies[0].runs.find(r => r.trace.some(p => p.records.affinity));"
+        "return [plot.z, plot.text, report.studies[0].task_names.map(t => run.noise_floor[t])]"
+    )
+    marked = {(row, column) for row, line in enumerate(texts) for column, text in enumerate(line) if text[0] == "("}
+    below = {(r, c) for r, line in enumerate(values) for c, value in enumerate(line) if abs(value) < floors[c]}
+    assert marked == below
+    assert 0 < len(marked) < 9
+    assert "Noise floor" in browser.run("return document.getElementById('noise-floor').textContent")
 
 
 def test_the_table_sorts_and_filters_by_mouse_and_keyboard(report: tuple[Browser, Path, Results]) -> None:
@@ -127,7 +229,7 @@ def test_screenshots_in_light_dark_and_on_a_phone(
 ) -> None:
     browser, _, _ = report
     browser.view(width, 844, theme=theme, phone=phone)
-    for section in ("table", "curves", "affinity"):
+    for section in ("table", "versus", "ranks", "curves", "affinity"):
         browser.run("document.getElementById(arguments[0]).scrollIntoView({behavior: 'instant'})", section)
         image = browser.screenshot()
         assert len(image) > 15_000, "an empty page is a few kilobytes"
@@ -144,5 +246,7 @@ def test_choosing_another_folder(report: tuple[Browser, Path, Results]) -> None:
         "const s = document.querySelector('#chooser select'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))"
     )
     assert rows(browser) == ["pcgrad"]
+    why = browser.run("return document.getElementById('no-delta').textContent")
+    assert "no single-task run of left, right, offset on this data" in why
     assert browser.run("return document.getElementById('title').textContent") == "training"
     assert browser.log("browser") == []

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from report_folders import METHODS, comparison, training
+from report_folders import METHODS, TASKS, comparison, training
 from torchmto.cli import main
 from torchmto.lab.report import ReportError, page, read_studies
 from torchmto.lab.report.page import MAX_BYTES, _fitting
+from torchmto.metrics import delta_m
 
 pytest.importorskip("plotly")
 
@@ -86,6 +87,59 @@ def test_training_runs_on_the_same_data_share_a_table(tmp_path: Path) -> None:
     assert [entry["at"] for entry in first["history"]] == [10, 20]
     assert first["history"][1]["validation"]["left"] == {"accuracy": 0.2}
     assert first["trace"][-1]["records"]["groups"] == [["left", "right", "offset"]]
+
+
+def test_single_task_runs_are_the_baselines_of_the_others(tmp_path: Path) -> None:
+    training(tmp_path / "joint", value=0.6)
+    training(tmp_path / "other", value=0.6, seed=1)
+    for task in TASKS:
+        training(tmp_path / f"{task}0", tasks=[task], method="gd", value=0.5)
+        training(tmp_path / f"{task}7", tasks=[task], method="gd", value=0.7, seed=7)
+    (study,) = read_studies(sorted(tmp_path.iterdir()))
+    methods = study["results"]["methods"]
+    assert study["method_names"] == ["pcgrad", "pcgrad (other)"]
+    # Two tasks of accuracy and one of rmse: 20 % better, 20 % better, 20 % worse than the run of the same seed.
+    assert methods["pcgrad"]["delta_m"]["mean"] == pytest.approx(20 / 3)
+    # No baseline has seed 1: the mean of both, 0.6, is the reference.
+    assert methods["pcgrad (other)"]["delta_m"]["mean"] == pytest.approx(0)
+    assert study["results"]["single_task"]["tasks"]["left"]["accuracy"]["mean"] == pytest.approx(0.6)
+    assert "the run left0" in study["baseline"]
+    assert [run["task"] for run in study["runs"]].count("left") == 2
+    joint = study["runs"][0]["history"][-1]
+    assert (joint["at"], joint["optimizer_steps"], joint["seconds"]) == (20, 20, 2.0)
+
+
+def test_without_baselines_the_page_says_which_are_missing(tmp_path: Path) -> None:
+    training(tmp_path / "joint")
+    training(tmp_path / "left", tasks=["left"])
+    (study,) = read_studies([tmp_path / "joint", tmp_path / "left"])
+    method = study["results"]["methods"]["pcgrad"]
+    assert method["delta_m"] is None
+    assert method["reason"] == "no single-task run of right, offset on this data is among the folders"
+    (alone,) = read_studies([tmp_path / "left"])
+    assert alone["results"]["methods"]["pcgrad"]["reason"] == "it is a single-task run itself"
+
+
+def test_a_comparisons_single_task_values_serve_training_runs_on_the_same_data(tmp_path: Path) -> None:
+    results = comparison(tmp_path / "compared")
+    training(tmp_path / "run", method="gd")
+    _, study = read_studies([tmp_path / "run", tmp_path / "compared"])
+    singles = {t: results["single_task"]["tasks"][t][a["primary_metric"]]["mean"] for t, a in results["tasks"].items()}
+    expected = delta_m(dict.fromkeys(TASKS, 0.5), singles, {"left": True, "right": True, "offset": False})
+    assert study["results"]["methods"]["gd"]["delta_m"]["mean"] == pytest.approx(expected)
+    assert study["baseline"] == "the comparison compared"
+
+
+def test_folders_of_before_differences_were_saved_get_them_from_their_runs(tmp_path: Path) -> None:
+    results = comparison(tmp_path / "run")
+    old = {key: value for key, value in results.items() if key != "versus"}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(old))
+    (study,) = read_studies([tmp_path / "run"])
+    assert study["results"]["versus"] == results["versus"]
+    (tmp_path / "run" / "runs" / "run0-seed0.json").unlink()
+    (study,) = read_studies([tmp_path / "run"])
+    assert study["results"]["versus"] is None
+    assert "1 runs have no file" in study["notes"][0]
 
 
 def test_one_page_for_several_folders(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ looked at both after equal batches and after equal optimizer steps.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["UNITS", "progress", "steps_by_batch"]
+import numpy as np
+
+__all__ = ["UNITS", "is_recorded", "progress", "steps_until"]
 
 UNITS = ("batches", "optimizer_steps", "seconds")
 """What progress is counted in; seconds are those of training steps alone."""
@@ -17,7 +19,8 @@ def progress(result: Mapping[str, Any]) -> list[dict[str, float]]:
     """Batches, optimizer steps and seconds of training up to the end of every epoch.
 
     Runs of older versions recorded the totals only. Their batches and seconds are spread evenly over the epochs; their
-    optimizer steps in proportion to what the trace says of single steps, see `steps_by_batch`.
+    optimizer steps are estimated: phase 1 of connection strength takes one per task, task groups take one per group, all
+    other methods the same number each time.
 
     Args:
         result: Of `torchmto.lab.compare.single.train_and_measure`.
@@ -31,40 +34,44 @@ def progress(result: Mapping[str, Any]) -> list[dict[str, float]]:
         {'batches': 5, 'optimizer_steps': 10.0, 'seconds': 2.5}
     """
     history = result["history"]
-    if all(unit in epoch for epoch in history for unit in UNITS):
+    if is_recorded(history):
         return [{unit: epoch[unit] for unit in UNITS} for epoch in history]
     cost, total = result["cost"], result["trace"][-1]["step"]
-    steps = steps_by_batch(result["trace"], total * cost["num_optimizer_steps"])
     ends = [round(total * (number + 1) / len(history)) for number in range(len(history))]
+    per_batch = [(point["step"], _relative_steps(point)) for point in result["trace"]]
+    steps = steps_until(ends, per_batch, total * cost["num_optimizer_steps"])
     return [
-        {"batches": end, "optimizer_steps": steps[end - 1], "seconds": end * cost["seconds_per_batch"]} for end in ends
+        {"batches": end, "optimizer_steps": taken, "seconds": end * cost["seconds_per_batch"]}
+        for end, taken in zip(ends, steps, strict=True)
     ]
 
 
-def steps_by_batch(trace: Sequence[Mapping[str, Any]], total: float) -> list[float]:
-    """Optimizer steps taken up to each batch, estimated where only some batches were looked at.
+def is_recorded(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the epochs say themselves how far they were."""
+    return all(unit in epoch for epoch in history for unit in UNITS)
 
-    Phase 1 of connection strength takes one step per task, task groups one per group, all others the same number each time.
+
+def steps_until(batches: Sequence[int], per_batch: Sequence[tuple[int, float]], total: float) -> list[float]:
+    """Optimizer steps taken up to some batches, where only some were looked at.
+
     A batch that wasn't looked at is taken to be like the next one that was, and the sum is scaled to what was counted.
 
     Args:
-        trace: Single steps of a run, the last one included.
-        total: Optimizer steps of the whole run.
+        batches: Up to which batches.
+        per_batch: Numbers of batches, ascending, and how many steps were taken in them, up to a common factor.
+        total: Optimizer steps of the whole run, which ends with the last of these batches.
 
     Returns:
-        One number per batch, the last of which is ``total``.
+        One number for each of ``batches``.
 
     Example:
-        >>> trace = [{"step": 2, "losses": {"a": 1, "b": 1}, "records": {"phase": 1}}, {"step": 4, "records": {"phase": 2}}]
-        >>> steps_by_batch(trace, 6)
-        [2.0, 4.0, 5.0, 6.0]
+        >>> steps_until([2, 3, 4], [(2, 3), (4, 1)], 8)
+        [6.0, 7.0, 8.0]
     """
-    sums: list[float] = []
-    for point in trace:
-        here = _relative_steps(point)
-        while len(sums) < point["step"]:
-            sums.append((sums[-1] if sums else 0.0) + here)
-    return [value * total / sums[-1] for value in sums]
+    at = [0, *(batch for batch, _ in per_batch)]
+    sums = np.concatenate([[0.0], np.cumsum(np.diff(at) * [steps for _, steps in per_batch])])
+    found: list[float] = (np.interp(batches, at, sums) * total / sums[-1]).tolist()
+    return found
 
 
 def _relative_steps(point: Mapping[str, Any]) -> int:

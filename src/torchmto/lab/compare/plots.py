@@ -8,6 +8,7 @@ import numpy as np
 
 from torchmto.lab.compare.experiment import Experiment
 from torchmto.lab.compare.folder import run_key
+from torchmto.lab.compare.noise import below_floor, noise_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,15 +112,19 @@ def _priority_shares(method: str, tasks: Sequence[str], seeds: Sequence[Result])
 def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
     last = [list(_traced(run, "affinity"))[-1][1] for run in seeds]
     matrix = np.array(last, dtype=float).mean(axis=0)
+    floor = noise_floor(point["records"] for run in seeds for point in run["trace"])
     figure, (axis,) = _figure(1, 3.4)
     limit = float(np.nanmax(np.abs(matrix))) or 1.0
-    image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit)
+    image = axis.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
     for row, column in np.ndindex(*matrix.shape) if len(tasks) <= 12 else ():
         shade = "white" if abs(matrix[row, column]) > 0.6 * limit else "black"
-        axis.text(column, row, f"{matrix[row, column]:.1e}", ha="center", va="center", fontsize=7, color=shade)
+        text = f"{matrix[row, column]:.1e}"
+        text = f"({text})" if below_floor(matrix[row, column], tasks[column], floor) else text
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axis.set_yticks(range(len(tasks)), tasks)
-    axis.set(title=f"{method}: affinity at the end", xlabel="effect on", ylabel="step of")
+    about = "no noise floor was measured" if floor is None else "(…): below the noise floor of one batch"
+    axis.set(title=f"{method}: affinity at the end", xlabel=f"effect on\n{about}", ylabel="step of")
     figure.colorbar(image, ax=axis, shrink=0.8)
     return figure
 

@@ -27,7 +27,7 @@ const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.
 function number(value, digits = 4) {
   if (!isNumber(value)) return "–";
   const size = Math.abs(value);
-  if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2).replace("-", "−").replace("e+", "e");
+  if (size !== 0 && (size >= 1e6 || size < 1e-3)) return value.toExponential(2).replaceAll("-", "−").replace("e+", "e");
   const text = Number.isInteger(value) ? String(value) : value.toPrecision(Math.max(digits, Math.floor(Math.log10(size)) + 1));
   return text.replace("-", "−");
 }
@@ -109,6 +109,31 @@ function chart(caption, height, figure, label) {
 const redraw = () => charts.forEach((draw) => draw());
 darkness.addEventListener("change", () => start());
 
+const narrow = () => innerWidth < 640;
+
+/** A text with its middle left out where it is too long: the ends of methods' names are what differs. */
+function fit(text, length) {
+  if (text.length <= length) return text;
+  const tail = Math.ceil((length - 1) * 0.6);
+  return `${text.slice(0, length - 1 - tail)}…${text.slice(-tail)}`;
+}
+
+/** A method's name beside a row of a chart: its options on a line of their own where the name is long. */
+function rowLabel(name) {
+  const limit = narrow() ? 19 : 30;
+  const cut = name.indexOf("(");
+  if (name.length <= limit || cut <= 0) return safe(fit(name, limit));
+  return `${safe(fit(name.slice(0, cut), limit))}<br>${safe(fit(name.slice(cut), limit))}`;
+}
+
+/** The axis of a chart with one row per method, from the bottom up. */
+const rowAxis = (names) => ({
+  tickvals: names.map((_, row) => row), ticktext: names.map(rowLabel), tickfont: { size: 11 }, range: [-0.6, names.length - 0.4], zeroline: false,
+});
+
+/** A name that may be broken after brackets, commas and underscores. */
+const breakable = (name) => String(name).split(/(?<=[(,=_])/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
+
 const title = (text) => ({ title: { text: safe(text), standoff: 8 } });
 
 function select(label, options, value, change) {
@@ -119,7 +144,7 @@ function select(label, options, value, change) {
 
 function key(entries) {
   const chips = entries.map(([name, shade]) =>
-    el("span", { class: "chip plain", role: "listitem" }, el("span", { class: "swatch", style: `background:${shade}` }), name));
+    el("span", { class: "chip plain", role: "listitem" }, el("span", { class: "swatch", style: `background:${shade}` }), el("span", {}, ...breakable(name))));
   return el("div", { class: "chips", role: "list" }, ...chips);
 }
 
@@ -181,26 +206,58 @@ function columns() {
   return list.filter((column) => column.key === "delta_m" || [...study.method_names].some((name) => isNumber(column.value(name))));
 }
 
-function sortBy(list) {
-  const column = list.find((entry) => entry.key === table.key);
-  const rows = shown().filter((name) => name.toLowerCase().includes(table.filter.toLowerCase()));
-  const flip = table.down ? -1 : 1;
-  if (!column) return rows.sort((a, b) => flip * a.localeCompare(b));
-  return rows.sort((a, b) => {
+/** Rows in the order of a column; those without a value come last, whatever the order. */
+function sorted(names, list, state) {
+  const column = list.find((entry) => entry.key === state.key);
+  const flip = state.down ? -1 : 1;
+  if (!column) return names.sort((a, b) => flip * a.localeCompare(b));
+  return names.sort((a, b) => {
     const [first, second] = [column.value(a), column.value(b)];
     if (isNumber(first) && isNumber(second)) return flip * (first - second);
-    return isNumber(second) - isNumber(first); // rows without a value come last, whatever the order
+    return isNumber(second) - isNumber(first);
   });
 }
 
+/** A table with a row per method, sorted by `state` ({key, down}); `again` draws it after a click on a heading. */
+function sortable(holder, { list, names, state, cellOf, foot, again }) {
+  const sortOn = (key) => {
+    const column = list.find((entry) => entry.key === key);
+    state.down = state.key === key ? !state.down : Boolean(column && column.up);
+    state.key = key;
+    again();
+    [...holder.querySelectorAll("th[data-key]")].find((node) => node.dataset.key === key)?.querySelector("button").focus();
+  };
+  const heading = (key, name, about) => {
+    const current = state.key === key;
+    const button = el(
+      "button",
+      { type: "button", onclick: () => sortOn(key) },
+      name, " ", el("span", { class: "mark", "aria-hidden": "true" }, current ? (state.down ? "▼" : "▲") : "↕"),
+      about ? el("small", {}, about) : null,
+    );
+    return el("th", { scope: "col", "data-key": key, "aria-sort": current ? (state.down ? "descending" : "ascending") : "none" }, button);
+  };
+  const head = el("tr", {}, heading("name", "method"), ...list.map((column) => heading(column.key, column.name, column.sub ?? column.unit)));
+  const body = el("tbody", {}, ...sorted(names, list, state).map((name) =>
+    el("tr", { "data-method": name }, el("th", { scope: "row" }, ...breakable(name)), ...list.map((column) => cellOf(column, name)))));
+  holder.replaceChildren(el("table", {}, el("thead", {}, head), body, foot ?? el("tfoot")));
+}
+
+/** Where a wide table scrolls. */
+const scroller = (id, label) => el("div", { class: "scroll", id, tabindex: "0", role: "region", "aria-label": label });
+
+/** A cell that says its exact value in `data-value` and in its tooltip. */
+const valueCell = (value, ...children) =>
+  el("td", { "data-value": isNumber(value) ? String(value) : "", title: isNumber(value) ? String(value) : null }, ...children);
+
 function cell(column, name, best) {
   const value = column.value(name);
-  const node = el("td", { "data-value": isNumber(value) ? String(value) : "", title: isNumber(value) ? String(value) : null });
+  const node = valueCell(value);
   if (isNumber(value) && value === best) node.classList.add("best");
   if (column.key === "delta_m") {
     const about = method(name).delta_m;
     if (!about) {
-      node.append("–", el("small", {}, method(name).reason ?? "no single-task values"));
+      node.append("–", el("small", { class: "reason" }, method(name).reason ?? "no single-task values"));
       return node;
     }
     node.append(signed(value));
@@ -217,59 +274,32 @@ function cell(column, name, best) {
   return node;
 }
 
-function drawTable(holder) {
-  const list = columns();
-  const heading = (key, name, sub) => {
-    const current = table.key === key;
-    const button = el(
-      "button",
-      { type: "button", onclick: () => sortOn(key, holder) },
-      name, " ", el("span", { class: "mark", "aria-hidden": "true" }, current ? (table.down ? "▼" : "▲") : "↕"),
-      sub ? el("small", {}, sub) : null,
-    );
-    return el("th", { scope: "col", "data-key": key, "aria-sort": current ? (table.down ? "descending" : "ascending") : "none" }, button);
-  };
-  const head = el("tr", {}, heading("name", "method"), ...list.map((column) => heading(column.key, column.name, column.sub ?? column.unit)));
-  const rows = sortBy(list);
-  const best = list.map((column) => {
-    const values = study.method_names.map(column.value).filter(isNumber);
-    return column.cost || values.length < 2 ? null : (column.up ? Math.max : Math.min)(...values);
-  });
-  const body = el(
-    "tbody", {},
-    ...rows.map((name) =>
-      el("tr", { "data-method": name }, el("th", { scope: "row" }, name), ...list.map((column, index) => cell(column, name, best[index]))),
-    ),
-  );
-  const foot = el("tfoot");
-  if (study.results.single_task) {
-    const base = study.results.single_task;
-    foot.append(
-      el("tr", {}, el("th", { scope: "row" }, "single-task models"),
-        ...list.map((column) => {
-          if (column.key === "delta_m") return el("td", {}, "0");
-          const value = column.task === undefined ? own(base.cost, column.key) : single(column.task, column.metric);
-          const std = column.task === undefined ? null : dig(base, "tasks", column.task, column.metric, "std");
-          return el("td", { "data-value": isNumber(value) ? String(value) : "" }, number(isNumber(value) ? value * (column.factor ?? 1) : null, column.cost ? 3 : 4),
-            study.seeds > 1 && isNumber(std) ? el("small", {}, `± ${number(std, 2)}`) : null);
-        }),
-      ),
-    );
-  }
-  holder.replaceChildren(el("table", {}, el("thead", {}, head), body, foot));
-  document.getElementById("row-count").textContent = `${rows.length} of ${study.method_names.length} methods`;
+function singleTaskRow(list) {
+  const base = study.results.single_task;
+  if (!base) return null;
+  return el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "single-task models"),
+    ...list.map((column) => {
+      if (column.key === "delta_m") return el("td", {}, "0");
+      const value = column.task === undefined ? own(base.cost, column.key) : single(column.task, column.metric);
+      const std = column.task === undefined ? null : dig(base, "tasks", column.task, column.metric, "std");
+      return valueCell(value, number(isNumber(value) ? value * (column.factor ?? 1) : null, column.cost ? 3 : 4),
+        study.seeds > 1 && isNumber(std) ? el("small", {}, `± ${number(std, 2)}`) : null);
+    })));
 }
 
-function sortOn(key, holder) {
-  const column = columns().find((entry) => entry.key === key);
-  table.down = table.key === key ? !table.down : Boolean(column && column.up);
-  table.key = key;
-  drawTable(holder);
-  [...holder.querySelectorAll("th[data-key]")].find((node) => node.dataset.key === key)?.querySelector("button").focus();
+function drawTable(holder) {
+  const list = columns();
+  const names = shown().filter((name) => name.toLowerCase().includes(table.filter.toLowerCase()));
+  const best = new Map(list.map((column) => {
+    const values = study.method_names.map(column.value).filter(isNumber);
+    return [column, column.cost || values.length < 2 ? null : (column.up ? Math.max : Math.min)(...values)];
+  }));
+  sortable(holder, { list, names, state: table, cellOf: (column, name) => cell(column, name, best.get(column)), foot: singleTaskRow(list), again: () => drawTable(holder) });
+  document.getElementById("row-count").textContent = `${names.length} of ${study.method_names.length} methods`;
 }
 
 function tableSection(card) {
-  const holder = el("div", { class: "scroll", id: "comparison", tabindex: "0", role: "region", "aria-label": "Comparison of methods" });
+  const holder = scroller("comparison", "Comparison of methods");
   const search = el("input", { type: "search", id: "filter", placeholder: "name contains …", value: table.filter,
     oninput: (event) => { table.filter = event.target.value; drawTable(holder); } });
   card.append(
@@ -286,6 +316,10 @@ function tableSection(card) {
 
 function deltaSection(card) {
   const known = study.method_names.filter((name) => isNumber(dig(method(name), "delta_m", "mean")));
+  const without = study.method_names.filter((name) => !known.includes(name));
+  if (study.baseline) card.append(el("p", { class: "note" }, `Relative to: ${study.baseline}.`));
+  if (without.length) card.append(el("p", { class: "note", id: "no-delta" }, whyNoDelta(without)));
+  if (!known.length) return;
   card.append(
     chart(null, 90 + 38 * known.length, () => {
       const names = known.filter((name) => !hidden.has(name)).sort((a, b) => method(a).delta_m.mean - method(b).delta_m.mean);
@@ -309,13 +343,184 @@ function deltaSection(card) {
       return {
         data,
         layout: {
-          xaxis: { ...title("Δm, % (0: as good as single-task models)"), zeroline: true },
-          yaxis: { tickvals: names.map((_, row) => row), ticktext: names.map((name) => safe(short(name))), range: [-0.6, names.length - 0.4], zeroline: false },
+          xaxis: { ...title(narrow() ? "Δm, %" : "Δm, % (0: as good as single-task models)"), zeroline: true, zerolinewidth: 2, rangemode: "tozero" },
+          yaxis: rowAxis(names),
         },
       };
     }, "Δm of every method with its confidence interval"),
   );
 }
+
+function whyNoDelta(names) {
+  const reasons = new Map();
+  for (const name of names) {
+    const reason = method(name).reason ?? "there are no single-task values";
+    reasons.set(reason, [...(reasons.get(reason) ?? []), name]);
+  }
+  const text = [...reasons].map(([reason, list]) => `No Δm for ${list.join(", ")}: ${reason}.`).join(" ");
+  const advice = study.history_unit === "step" && study.task_names.length > 1
+    ? " Δm needs a single-task run of every task on the same data (torchmto train with one task in data.tasks), or a comparison on it: give their folders to torchmto report, too." : "";
+  return text + advice;
+}
+
+// ------------------------------------------------------------------------------------- against a reference, and ranks
+
+const versus = () => study.results.versus;
+const significant = (difference) => isNumber(difference?.p_holm) && difference.p_holm < 0.05;
+const pText = (p) => (isNumber(p) ? (p < 0.001 ? "< 0.001" : p.toFixed(3)) : "–");
+const interval = (value, digits = 2) => (isNumber(value) ? `± ${value.toFixed(digits)}` : study.seeds > 1 ? "" : "one seed");
+
+function versusSection(card) {
+  const { reference, methods } = versus();
+  const of = (name) => own(methods, name);
+  const others = study.method_names.filter((name) => name !== reference);
+  const known = others.filter((name) => of(name).delta_m);
+  card.append(el("p", { class: "note" },
+    study.seeds > 1
+      ? `Differences to ${reference}, run by run with the same seed. p: paired t tests over ${study.seeds} seeds, by Holm's procedure for the ${others.length} methods (Δm), and for all methods and tasks (tasks, where * stands for p < 0.05).`
+      : `Differences to ${reference}. One seed: no intervals and no tests.`));
+  if (known.length) {
+    card.append(chart(null, 90 + 36 * known.length, () => {
+      const names = known.filter((name) => !hidden.has(name)).sort((a, b) => of(a).delta_m.mean - of(b).delta_m.mean);
+      return {
+        data: names.map((name, row) => {
+          const { mean: middle, ci95, p_holm: p } = of(name).delta_m;
+          return {
+            type: "scatter", mode: "markers", x: [middle], y: [row], name: safe(name),
+            error_x: { type: "data", array: [ci95 ?? 0], visible: isNumber(ci95), color: methodColour(name), thickness: 2, width: 5 },
+            marker: { size: 11, symbol: significant(of(name).delta_m) ? "circle" : "circle-open", color: methodColour(name), line: { width: 2, color: methodColour(name) } },
+            hovertemplate: `%{x:+.3f}${isNumber(ci95) ? ` ± ${ci95.toFixed(3)}` : ""} points, p ${pText(p)}<extra>%{fullData.name}</extra>`,
+          };
+        }),
+        layout: {
+          xaxis: { ...title(`Δm minus that of ${fit(reference, 22)}, points`), zeroline: true, zerolinewidth: 2, rangemode: "tozero" },
+          yaxis: rowAxis(names),
+        },
+      };
+    }, `Differences of Δm to ${reference} with confidence intervals`));
+    if (study.seeds > 1) card.append(el("p", { class: "note" }, "Filled dots: significant at 5 %. Bars: 95 % confidence interval, not corrected."));
+  }
+  const holder = scroller("versus-table", `Methods against ${reference}`);
+  const state = { key: "difference", down: true };
+  const list = [
+    ...(known.length ? [
+      { key: "difference", name: `Δm − ${short(reference, 24)}`, unit: "points", up: true, value: (name) => dig(of(name), "delta_m", "mean") },
+      { key: "p", name: "p", unit: "Holm", up: false, value: (name) => dig(of(name), "delta_m", "p_holm") },
+    ] : []),
+    { key: "wins", name: "wins–ties–losses", unit: "tasks × seeds", up: true, value: (name) => of(name).wins_ties_losses[0] - of(name).wins_ties_losses[2] },
+    ...tasksOf().map((task) => ({ key: `task\n${task}`, name: task, sub: `${primary(task)}, change in %`, task, up: true, value: (name) => dig(of(name), "tasks", task, "change", "mean") })),
+  ];
+  const cellOf = (column, name) => {
+    const value = column.value(name);
+    if (column.key === "difference") return valueCell(value, signed(value), el("small", {}, interval(of(name).delta_m?.ci95)));
+    if (column.key === "p") return valueCell(value, pText(value));
+    if (column.key === "wins") {
+      const node = valueCell(value, of(name).wins_ties_losses.join("–"));
+      node.dataset.counts = of(name).wins_ties_losses.join(" ");
+      return node;
+    }
+    const { change: difference, wins_ties_losses: counts } = own(of(name).tasks, column.task);
+    const text = el("span", { class: significant(difference) ? (value < 0 ? "down" : "up") : null }, signed(value, 1), significant(difference) ? "*" : "");
+    const node = valueCell(value, text, el("small", {}, interval(difference?.ci95, 1)), el("small", {}, counts.join("–")));
+    node.dataset.counts = counts.join(" ");
+    return node;
+  };
+  const draw = () => sortable(holder, { list, names: others.filter((name) => !hidden.has(name)), state, cellOf, again: draw });
+  card.append(holder);
+  charts.push(draw);
+}
+
+/** Runs of neighbours (by rank) that are less than the critical difference apart, the longest ones only: [[first, last]]. */
+function cliques(ranks, critical) {
+  const found = [];
+  ranks.forEach((rank, first) => {
+    let last = first;
+    while (last + 1 < ranks.length && ranks[last + 1] - rank <= critical) last += 1;
+    if (last > first && !(found.length && found.at(-1)[1] >= last)) found.push([first, last]);
+  });
+  return found;
+}
+
+function ranksSection(card) {
+  const views = [["seeds", "Δm of each seed"], ["tasks", "each task of each seed"]].filter(([key]) => versus().ranks[key]);
+  let view = views[0][0];
+  const about = el("p", { class: "note", id: "rank-test" });
+  const list = el("ol", { class: "visually-hidden", "aria-label": "Mean ranks" });
+  const figure = chart(null, 120 + 36 * study.method_names.length, () => {
+    const { average, critical_difference: critical, blocks, friedman } = versus().ranks[view];
+    const names = shown().sort((a, b) => average[a] - average[b]);
+    const count = study.method_names.length;
+    const ranks = names.map((name) => average[name]);
+    const groups = isNumber(critical) && blocks > 1 ? cliques(ranks, critical) : [];
+    const ruler = isNumber(critical) && critical <= count - 1;
+    about.textContent = rankText(view, versus().ranks[view]);
+    list.replaceChildren(...names.map((name) => el("li", { "data-method": name, "data-value": String(average[name]) }, `${name}: ${average[name].toFixed(2)}`)));
+    const ink = variable("--ink");
+    const beside = (index) => count + 0.25 + (0.22 * (count - 1) / 6 + 0.06) * (index + 0.5);
+    const data = names.map((name, row) => ({
+      type: "scatter", mode: "markers+text", x: [average[name]], y: [row], name: safe(name), text: [average[name].toFixed(2)], textposition: average[name] > (count + 1) / 2 ? "middle left" : "middle right",
+      marker: { size: 12, color: methodColour(name) }, textfont: { size: 11, color: variable("--soft") }, cliponaxis: false, hovertemplate: `mean rank %{x:.3f} in ${blocks} blocks<extra>%{fullData.name}</extra>`,
+    }));
+    groups.forEach(([first, last], index) => data.push({
+      type: "scatter", mode: "lines", x: [beside(index), beside(index)], y: [first - 0.3, last + 0.3], line: { width: 5, color: variable("--soft") }, cliponaxis: false,
+      hovertemplate: `${names.slice(first, last + 1).map((name) => safe(short(name, 40))).join("<br>")}<br>not significantly different<extra></extra>`,
+    }));
+    if (ruler) data.push({
+      type: "scatter", mode: "lines+markers+text", x: [1, 1 + critical], y: [-1, -1], line: { width: 2, color: ink }, marker: { symbol: "line-ns", size: 9, line: { width: 2, color: ink } },
+      text: ["", ` critical difference ${critical.toFixed(2)}`], textposition: 1 + critical > (count + 1) / 2 ? "top left" : "middle right", textfont: { size: 11 }, cliponaxis: false, hoverinfo: "skip",
+    });
+    return {
+      data,
+      layout: {
+        xaxis: { ...title("mean rank (1: best)"), range: [0.8, beside(groups.length) + 0.1], tickvals: Array.from({ length: count }, (_, index) => index + 1).filter((tick) => count <= 12 || tick % 5 === 0 || tick === 1), zeroline: false },
+        yaxis: { ...rowAxis(names), range: [names.length - 0.4, ruler ? -1.7 : -0.6] },
+      },
+    };
+  }, "Mean ranks of the methods, with the critical difference");
+  const draw = charts.at(-1);
+  if (views.length > 1) card.append(el("div", { class: "controls" }, select("ranked by", views, view, (value) => { view = value; draw(); })));
+  card.append(about, figure, list);
+}
+
+function rankText(view, { blocks, friedman, critical_difference: critical }) {
+  const count = study.method_names.length;
+  const parts = [];
+  if (friedman) {
+    parts.push(`Friedman's test over ${blocks} blocks: χ² = ${friedman.statistic.toFixed(2)} with ${count - 1} degrees of freedom, p ${friedman.p < 0.001 ? "< 0.001" : `= ${friedman.p.toFixed(3)}`}${friedman.p < 0.05 ? "." : ": no evidence that the methods differ at all."}`);
+  } else parts.push(`${blocks} block${blocks === 1 ? "" : "s"}, ${count} method${count === 1 ? "" : "s"}: too few for Friedman's test.`);
+  if (blocks > 1 && isNumber(critical)) {
+    parts.push(critical <= count - 1
+      ? `Methods beside the same grey bar are less than the critical difference of ${critical.toFixed(2)} apart (Nemenyi's test at 5 %): their order isn't settled.`
+      : `The critical difference (${critical.toFixed(2)}) is longer than the whole scale: ${blocks} blocks can't tell any two of ${count} methods apart.`);
+  }
+  if (view === "tasks" && study.seeds * tasksOf().length > 1) parts.push("Tasks of one run aren't independent of one another, so that these tests are too optimistic.");
+  return parts.join(" ");
+}
+
+const UNITS = [["batches", "batches", "batches"], ["optimizer_steps", "optimizer steps", "steps"], ["seconds", "training time", "s"]];
+
+function budgetsSection(card) {
+  const { budgets } = versus();
+  const holder = scroller("budget-table", "Best validation Δm within equal budgets");
+  const state = { key: "batches", down: true };
+  const list = UNITS.map(([key, name, unit]) => ({
+    key, name: `equal ${name}`, sub: `≤ ${number(budgets[key].limit, 3)} ${unit}`, up: true, value: (row) => dig(budgets, key, "methods", row, "mean"),
+  }));
+  const best = new Map(list.map((column) => [column, Math.max(...study.method_names.map(column.value).filter(isNumber))]));
+  const cellOf = (column, name) => {
+    const value = column.value(name);
+    if (!isNumber(value)) return valueCell(null, "–", el("small", { class: "reason" }, "no epoch within it"));
+    const node = valueCell(value, signed(value), el("small", {}, interval(dig(budgets, column.key, "methods", name, "ci95"))));
+    if (value === best.get(column)) node.classList.add("best");
+    return node;
+  };
+  const draw = () => sortable(holder, { list, names: shown(), state, cellOf, again: draw });
+  card.append(holder);
+  if (study.steps_estimated) card.append(el("p", { class: "note" }, ESTIMATED));
+  charts.push(draw);
+}
+
+const ESTIMATED = "Runs of this version recorded their optimizer steps in all; how many they were up to an epoch is estimated from the steps that were looked at.";
 
 function pairsOf(names) {
   return names.flatMap((first, index) => names.slice(index + 1).map((second) => [first, second]));
@@ -376,26 +581,35 @@ function keep(holder) {
 // ------------------------------------------------------------------------------------------------------ over time
 
 function curveOptions() {
-  const options = [];
-  if (study.runs.some((run) => run.history.some((point) => point.validation))) options.push(["primary", "validation, one metric per task"], ["loss", "training loss"]);
-  else options.push(["loss", "training loss"]);
-  return options;
+  const points = study.runs.flatMap((run) => run.history);
+  return [
+    ...(points.some((point) => point.validation) ? [["primary", "validation, one metric per task"]] : []),
+    ...(points.some((point) => isNumber(point.score)) ? [["score", "validation Δm"]] : []),
+    ["loss", "training loss"],
+  ];
 }
 
-function curve(runs, pick) {
-  const steps = new Map();
+/** What learning curves may be drawn over: [[key of a point, axis title]]. */
+function axisOptions() {
+  const options = [["at", study.history_unit], ["batches", "batches"], ["optimizer_steps", "optimizer steps"], ["seconds", "training time, s"]];
+  return options.filter(([key]) => study.runs.some((run) => run.history.some((point) => isNumber(point[key]))));
+}
+
+/** Mean, lowest and highest of several runs at each of their validations; where those are is a mean, too. */
+function curve(runs, pick, unit = "at") {
+  const moments = new Map();
   for (const run of runs) {
     for (const point of run.history) {
       const value = pick(point);
-      if (isNumber(value)) steps.set(point.at, [...(steps.get(point.at) ?? []), value]);
+      if (isNumber(value) && isNumber(point[unit])) moments.set(point.at, [...(moments.get(point.at) ?? []), [point[unit], value]]);
     }
   }
-  const at = [...steps.keys()].sort((a, b) => a - b);
-  return { x: at, y: at.map((step) => mean(steps.get(step))), low: at.map((step) => Math.min(...steps.get(step))), high: at.map((step) => Math.max(...steps.get(step))), many: runs.length > 1 };
+  const found = [...moments].sort(([a], [b]) => a - b).map(([, list]) => [mean(list.map(([x]) => x)), list.map(([, value]) => value)]);
+  return { x: found.map(([x]) => x), y: found.map(([, values]) => mean(values)), low: found.map(([, values]) => Math.min(...values)), high: found.map(([, values]) => Math.max(...values)), many: runs.length > 1 };
 }
 
-function lines({ x, y, low, high, many }, name, line) {
-  const hover = { hovertemplate: `${safe(study.history_unit)} %{x}: %{y:.4~g}<extra>%{fullData.name}</extra>` };
+function lines({ x, y, low, high, many }, name, line, unit = study.history_unit) {
+  const hover = { hovertemplate: `${safe(unit)} %{x:.4~g}: %{y:.4~g}<extra>%{fullData.name}</extra>` };
   const marker = x.length < 40 ? "lines+markers" : "lines";
   const main = { type: "scatter", mode: marker, x, y, name: safe(name), line, marker: { size: 5 }, ...hover };
   if (!many) return [main];
@@ -406,38 +620,46 @@ function lines({ x, y, low, high, many }, name, line) {
 
 function curvesSection(card) {
   const options = curveOptions();
+  const axes = axisOptions();
   let kind = options[0][0];
+  let axis = axes[0][0];
   let first = 0;
   const grid = el("div", { class: "grid" });
+  const note = el("p", { class: "note", hidden: true }, ESTIMATED);
+  const oneChart = (task) => {
+    const metric = task === null ? null : primary(task);
+    const picks = { loss: (point) => dig(point.losses, task), primary: (point) => dig(point.validation, task, metric), score: (point) => point.score };
+    const abouts = { loss: "training loss ↓", primary: task === null ? "" : `validation ${metric} ${direction(task, metric)}`, score: "validation Δm, % ↑" };
+    const pick = picks[kind];
+    const unit = axes.find(([key]) => key === axis)[1];
+    return chart(el("span", {}, task ?? "all tasks", " ", el("small", {}, abouts[kind])), task === null ? 380 : 270, () => {
+      const data = shown().flatMap((name) => lines(curve(runsOf(name), pick, axis), name, { color: methodColour(name), width: 2, dash: methodDash(name) }, unit));
+      const base = task === null ? [] : study.runs.filter((run) => run.task === task);
+      if (base.length) data.push(...lines(curve(base, pick, axis), "single-task model", { color: variable("--soft"), width: 2, dash: "dash" }, unit));
+      return { data, layout: { xaxis: axis === "at" ? timeAxis(unit) : { ...title(unit), rangemode: "tozero" }, yaxis: { zeroline: kind === "score" } } };
+    }, task === null ? "Learning curves of Δm" : `Learning curves of ${task}`);
+  };
   const build = () => {
     forget(grid);
-    grid.replaceChildren(...tasksOf().slice(first, first + 6).map((task) => {
-      const metric = primary(task);
-      const pick = kind === "loss" ? (point) => dig(point.losses, task) : (point) => dig(point.validation, task, metric);
-      const note = kind === "loss" ? "training loss ↓" : `validation ${metric} ${direction(task, metric)}`;
-      return chart(el("span", {}, task, " ", el("small", {}, note)), 260, () => {
-        const data = shown().flatMap((name) => lines(curve(runsOf(name), pick), name, { color: methodColour(name), width: 2, dash: methodDash(name) }));
-        const base = study.runs.filter((run) => run.task === task);
-        if (base.length) data.push(...lines(curve(base, pick), "single-task model", { color: variable("--soft"), width: 2, dash: "dash" }));
-        return { data, layout: { xaxis: timeAxis(study.history_unit), yaxis: { zeroline: false } } };
-      }, `Learning curves of ${task}`);
-    }));
+    grid.replaceChildren(...(kind === "score" ? [null] : tasksOf().slice(first, first + 6)).map(oneChart));
+    note.hidden = !(axis === "optimizer_steps" && study.steps_estimated);
     keep(grid);
   };
   const pages = [];
   for (let start = 0; start < tasksOf().length; start += 6) pages.push([start, tasksOf().slice(start, start + 6).map((task) => short(task, 14)).join(", ")]);
   card.append(el("div", { class: "controls" },
     select("curves", options, kind, (value) => { kind = value; build(); }),
+    axes.length > 1 ? select("over", axes, axis, (value) => { axis = value; build(); }) : null,
     pages.length > 1 ? select("tasks", pages, 0, (value) => { first = value; build(); }) : null));
   methodLegend(card, study.runs.some((run) => run.task !== null) ? () => variable("--soft") : null);
-  card.append(grid);
+  card.append(grid, note);
   charts.push(() => { if (!grid.childElementCount) build(); });
 }
 
 /** Methods and runs whose trace has something: [[label, run]]. */
 function tracedRuns(has) {
   return study.method_names.flatMap((name) =>
-    runsOf(name).filter((run) => run.trace.some(has)).map((run) => [study.seeds > 1 ? `${name}, seed ${run.seed}` : name, run]),
+    runsOf(name).filter((run) => run.trace.some(has)).map((run) => [study.seeds > 1 ? `${fit(name, 44)}, seed ${run.seed}` : name, run]),
   );
 }
 
@@ -464,7 +686,7 @@ function taskSeries(points, pick, ylabel, label, extra = {}) {
 }
 
 /** A heat map of one moment, with a slider over all moments. */
-function slider(holder, points, { rows, columns: labels, matrix, limit, bipolar, height, label, xlabel, ylabel, unit, id }) {
+function slider(holder, points, { rows, columns: labels, matrix, limit, bipolar, height, label, xlabel, ylabel, unit, id, dim = () => false }) {
   let index = points.length - 1;
   const output = el("output", {}, "");
   const input = el("input", { type: "range", min: 0, max: points.length - 1, step: 1, value: index, "aria-label": `${label}: moment`,
@@ -478,14 +700,19 @@ function slider(holder, points, { rows, columns: labels, matrix, limit, bipolar,
   const figure = chart(null, height, () => {
     const z = matrix(points[index]);
     const many = rows.length * labels.length > 150;
+    const dimmed = rows.flatMap((_, row) => labels.map((_, column) => [row, column])).filter(([row, column]) => dim(z[row]?.[column], column));
+    const isDimmed = new Set(dimmed.map(([row, column]) => row * labels.length + column));
+    const text = (value, row, column) => (isNumber(value) ? (isDimmed.has(row * labels.length + column) ? `(${number(value, 2)})` : number(value, 2)) : "");
+    const strokes = { type: "scatter", mode: "markers", x: dimmed.map(([, column]) => column), y: dimmed.map(([row]) => row), hoverinfo: "skip",
+      marker: { symbol: "line-ne", size: 9, line: { width: 1.5, color: variable("--soft") } } };
     return {
       data: [{
         type: "heatmap", z, x: labels.map((_, i) => i), y: rows.map((_, i) => i), zmin: bipolar ? -limit : 0, zmax: limit, xgap: 1, ygap: 1,
         colorscale: bipolar ? diverging() : [[0, darkness.matches ? "#20262e" : "#f7f7f7"], [1, variable("--accent")]],
         customdata: rows.map((row) => labels.map((column) => `${safe(row)} → ${safe(column)}`)), hovertemplate: `%{customdata}<br>${unit} %{z:.3~g}<extra></extra>`,
-        text: z.map((row) => row.map((value) => (isNumber(value) ? number(value, 2) : ""))), texttemplate: many ? "" : "%{text}",
-        colorbar: { thickness: 12, outlinewidth: 0, tickformat: ".2~g" },
-      }],
+        text: z.map((list, row) => list.map((value, column) => text(value, row, column))), texttemplate: many ? "" : "%{text}",
+        colorbar: { thickness: 12, outlinewidth: 0, tickformat: ".2~g", title: { text: unit, side: "top" } },
+      }, ...(many && dimmed.length ? [strokes] : [])],
       layout: {
         xaxis: { ...title(xlabel), tickvals: labels.map((_, i) => i), ticktext: labels.map((name) => safe(short(name, 18))), showgrid: false, zeroline: false },
         yaxis: { ...title(ylabel), tickvals: rows.map((_, i) => i), ticktext: rows.map((name) => safe(short(name, 28))), autorange: "reversed", showgrid: false, zeroline: false },
@@ -524,13 +751,20 @@ function affinitySection(card) {
     slider(holder, points, {
       rows: tasksOf(), columns: tasksOf(), limit, bipolar: true, height: Math.max(280, size), label: "Affinity between tasks", xlabel: "effect on", ylabel: "step of", unit: "affinity", id: "affinity-slider",
       matrix: (point) => point.records.affinity,
+      dim: (value, column) => isNumber(value) && isNumber(own(run.noise_floor, tasksOf()[column])) && Math.abs(value) < run.noise_floor[tasksOf()[column]],
     });
-    const floors = points.map((point) => own(point.records, "noise_floor")).filter(Boolean);
-    if (floors.length) {
-      const sizes = tasksOf().map((task) => floors.map((floor) => own(floor, task)).filter(isNumber).map(Math.abs)).filter((list) => list.length);
-      holder.append(el("p", { class: "note" }, `Noise floor: a step that changes nothing moves the losses by ${number(mean(sizes.map(mean)), 2)} on average; affinities of one batch below that say nothing.`));
-    }
+    holder.append(el("p", { class: "note", id: "noise-floor" }, noiseText(run.noise_floor)));
   });
+}
+
+function noiseText(floor) {
+  const known = floor ? tasksOf().filter((task) => isNumber(own(floor, task))) : [];
+  if (!known.length) return "No noise floor was measured, so small affinities here may be nothing but noise; task_groups(noise_floor=True) measures it, for one more forward pass per batch.";
+  const sizes = known.map((task) => floor[task]);
+  const marked = tasksOf().length ** 2 > 150 ? "struck through" : "in parentheses";
+  const list = known.length <= 12 ? known.map((task) => `${task} ${number(floor[task], 2)}`).join(", ") : `from ${number(Math.min(...sizes), 2)} to ${number(Math.max(...sizes), 2)}`;
+  if (!Math.max(...sizes)) return "Noise floor: 0. Without a step no loss moves, so that every affinity here is an effect of a step.";
+  return `Noise floor, the mean absolute affinity of a step that changes nothing: ${list}. Affinities below that of the task they act on are ${marked}: in a single batch they can't be told from noise. As these are moving averages, their own noise is smaller.`;
 }
 
 function groupsSection(card) {
@@ -597,18 +831,18 @@ function conflictsSection(card) {
 function costSection(card) {
   const available = COSTS.filter(([key]) => study.method_names.some((name) => isNumber(dig(method(name), "cost", key))));
   const grid = el("div", { class: "grid" });
-  grid.append(...available.map(([key, name, unit, factor]) => chart(el("span", {}, name, unit ? el("small", {}, ` ${unit}`) : null), 70 + 28 * study.method_names.length, () => {
+  grid.append(...available.map(([key, name, unit, factor]) => chart(el("span", {}, name, unit ? el("small", {}, ` ${unit}`) : null), 60 + 34 * study.method_names.length, () => {
     const names = shown().filter((entry) => isNumber(dig(method(entry), "cost", key))).toReversed();
     const values = names.map((entry) => method(entry).cost[key] * factor);
     return {
       data: [{ type: "bar", orientation: "h", x: values, y: names.map((_, row) => row), marker: { color: names.map(methodColour) }, text: values.map((value) => number(value, 3)), textposition: "auto",
         customdata: names.map(safe), hovertemplate: "%{customdata}: %{x:.4~g}<extra></extra>" }],
-      layout: { xaxis: { rangemode: "tozero" }, yaxis: { tickvals: names.map((_, row) => row), ticktext: names.map((entry) => safe(short(entry, 22))), showgrid: false }, bargap: 0.3, margin: { l: 48, r: 12, t: 6, b: 30 } },
+      layout: { xaxis: { rangemode: "tozero" }, yaxis: { ...rowAxis(names), showgrid: false }, bargap: 0.3, margin: { l: 48, r: 12, t: 6, b: 30 } },
     };
   }, `Costs: ${name}`)));
   const timed = study.method_names.filter((name) => isNumber(dig(method(name), "cost", "seconds_per_batch")) && isNumber(dig(method(name), "delta_m", "mean")));
   if (timed.length > 1) {
-    grid.append(chart(el("span", {}, "Δm for the time"), 70 + 28 * Math.max(8, study.method_names.length), () => ({
+    grid.append(chart(el("span", {}, "Δm for the time"), 60 + 34 * Math.max(6, study.method_names.length), () => ({
       data: timed.filter((name) => !hidden.has(name)).map((name) => ({
         type: "scatter", mode: "markers", name: safe(name), x: [method(name).cost.seconds_per_batch * 1e3], y: [method(name).delta_m.mean], marker: { size: 11, color: methodColour(name) },
         error_y: { type: "data", array: [method(name).delta_m.ci95 ?? 0], visible: isNumber(method(name).delta_m.ci95), color: faded(methodColour(name), 0.6), thickness: 1 },
@@ -641,8 +875,11 @@ function settingsSection(card) {
 const some = (has) => () => tracedRuns(has).length > 0;
 const SECTIONS = [
   ["table", "Comparison", "Means over seeds ± standard deviation; Δm ± 95 % confidence interval. Small arrows: change to the single-task models. Bold: best mean, which alone doesn't make a difference significant. Click a heading to sort; hover a value for all its digits.", () => true, tableSection],
-  ["delta", "Δm", "Mean relative change of the tasks' primary metrics to single-task models of the same seed. Dots: mean; bars: 95 % confidence interval over seeds; ticks: single seeds.", () => study.method_names.some((name) => isNumber(dig(method(name), "delta_m", "mean"))), deltaSection],
-  ["curves", "Learning curves", "Mean over seeds, with the range from the lowest to the highest seed.", () => study.runs.some((run) => run.history.length), curvesSection],
+  ["delta", "Δm", "Mean relative change of the tasks' primary metrics to single-task models. Dots: mean; bars: 95 % confidence interval over seeds; ticks: single seeds.", () => tasksOf().length > 1, deltaSection],
+  ["versus", "Differences", "Each method against the reference, in runs of the same seed, which share initial weights and the order of the data.", () => Boolean(versus()) && study.method_names.length > 1, versusSection],
+  ["ranks", "Ranks", "Mean rank of each method among all; 1 is best, ties share their ranks.", () => study.method_names.length > 1 && Boolean(versus()?.ranks.seeds ?? versus()?.ranks.tasks), ranksSection],
+  ["budgets", "Equal budgets", "Best Δm on the validation split within the batches, optimizer steps and training time that the thriftiest run took. Methods that take several optimizer steps per batch get more of them at equal batches, and fewer batches at equal steps. Learning rates fall over the whole run and aren't adapted to the smaller budget.", () => Boolean(versus()) && UNITS.some(([key]) => study.method_names.some((name) => isNumber(dig(versus(), "budgets", key, "methods", name, "mean")))), budgetsSection],
+  ["curves", "Learning curves", "Mean over seeds, with the range from the lowest to the highest seed; over batches, optimizer steps or time.", () => study.runs.some((run) => run.history.length), curvesSection],
   ["tradeoffs", "Trade-offs", "Each pair of tasks, one point per method, bars: standard deviation over seeds. Axes are turned so that up and right is better.", () => tasksOf().length > 1, tradeoffSection],
   ["shares", "Priorities", "Which share of the structured layers' output channels each task leads.", some(record("priority_shares")), sharesSection],
   ["weights", "Task weights", "The weight of each task's gradient (or loss) in the update, at the steps where weights differ.", some(unequal), weightsSection],
@@ -672,7 +909,7 @@ function chips() {
   const box = el("fieldset", { class: "chips", id: "methods" }, el("legend", {}, "methods shown in the table and all charts"));
   for (const name of study.method_names) {
     const input = el("input", { type: "checkbox", checked: !hidden.has(name), onchange: (event) => { if (event.target.checked) hidden.delete(name); else hidden.add(name); redraw(); } });
-    box.append(el("label", { class: "chip" }, input, el("span", { class: "swatch", style: `background:${methodColour(name)}` }), name));
+    box.append(el("label", { class: "chip" }, input, el("span", { class: "swatch", style: `background:${methodColour(name)}` }), el("span", {}, ...breakable(name))));
   }
   return box;
 }

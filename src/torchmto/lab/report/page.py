@@ -13,7 +13,8 @@ from typing import Any
 
 from torchmto._version import __version__
 from torchmto.lab.atomic import write_bytes
-from torchmto.lab.report.studies import Study, read_studies
+from torchmto.lab.report.base import Study
+from torchmto.lab.report.studies import read_studies
 
 __all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
 
