@@ -108,27 +108,37 @@ def test_targets_have_to_fit_the_tasks(small):
 @given(
     size=st.integers(1, 40),
     batch_size=st.integers(1, 9),
-    world=st.integers(1, 3),
     epoch=st.integers(0, 5),
     shuffle=st.booleans(),
 )
-def test_every_sample_comes_once_per_epoch(size, batch_size, world, epoch, shuffle):
-    seen = []
-    for rank in range(world):
-        plan = BatchPlan(size, batch_size, seed=3, shuffle=shuffle, drop_last=False, rank=rank, world_size=world)
-        batches = [plan.indices(epoch, position) for position in range(len(plan))]
-        assert all(0 < len(batch) <= batch_size for batch in batches)
-        seen += [int(i) for batch in batches for i in batch]
-    assert sorted(seen) == list(range(size))
+def test_every_sample_comes_once_per_epoch(size, batch_size, epoch, shuffle):
+    one = BatchPlan(size, batch_size, seed=3, shuffle=shuffle, drop_last=False)
+    batches = [one.indices(epoch, position).tolist() for position in range(len(one))]
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    assert sorted(i for batch in batches for i in batch) == list(range(size))
 
 
-@settings(max_examples=20)
-@given(size=st.integers(6, 40), batch_size=st.integers(1, 3), world=st.integers(1, 2), epoch=st.integers(0, 3))
-def test_ranks_get_equal_and_disjoint_batches_when_the_last_is_dropped(size, batch_size, world, epoch):
-    plans = [BatchPlan(size, batch_size, rank=rank, world_size=world) for rank in range(world)]
-    assert len({len(plan) for plan in plans}) == 1
-    seen = [int(i) for plan in plans for p in range(len(plan)) for i in plan.indices(epoch, p)]
-    assert len(seen) == len(set(seen)) == len(plans[0]) * batch_size * world
+@settings(max_examples=40)
+@given(
+    size=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    world=st.integers(1, 4),
+    epoch=st.integers(0, 3),
+    drop_last=st.booleans(),
+)
+def test_ranks_share_the_batches_of_one_process(size, batch_size, world, epoch, drop_last):
+    drop_last = drop_last and size >= batch_size
+    one, *ranks = (
+        BatchPlan(size, batch_size, drop_last=drop_last, rank=rank, world_size=number)
+        for rank, number in [(0, 1), *((rank, world) for rank in range(world))]
+    )
+    assert {len(plan) for plan in ranks} == {len(one)}
+    for position in range(len(one)):
+        pieces = [plan.indices(epoch, position) for plan in ranks]
+        assert torch.cat(pieces).equal(one.indices(epoch, position))
+        assert torch.cat([plan.keys(epoch, position) for plan in ranks]).equal(one.keys(epoch, position))
+        sizes = [len(piece) for piece in pieces]
+        assert max(sizes) - min(sizes) <= 1
 
 
 def test_plans_of_other_seeds_and_epochs_differ():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 Result = TypeVar("Result")
 
@@ -141,15 +142,27 @@ def launched(fabric: Fabric) -> Iterator[Processes]:
 
     Fabric does so by running this program again, with the same arguments and ``LOCAL_RANK`` set.
     """
-    log = logging.getLogger("lightning.fabric")
-    level = log.level
-    log.setLevel(logging.WARNING)  # else it announces every process in a frame of dashes
+    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+        _join_attempt("nccl" if fabric.device.type == "cuda" else "gloo")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)  # else Fabric announces every process in a frame of dashes
     fabric.launch()
-    log.setLevel(level)
+    logging.disable(disabled)
     yield Processes()
     # After an error the others may not be there any more to agree on the end.
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _join_attempt(backend: str) -> None:
+    """Initialise the process group of a torchrun job.
+
+    Fabric would do it. But torchrun's default rendezvous keeps one store for all attempts, in which restarted workers
+    find the addresses of the dead, and wait for them: every attempt needs keys of its own.
+    """
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 def elastic_job() -> tuple[str, bool] | None:
