@@ -24,12 +24,12 @@ STATE_VERSION = 1
 ENGINES = ("parameters", "layerwise", "representation")
 
 
-def _engine(name: str, features: str | nn.Module | None, model: nn.Module) -> Engine | None:
+def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks: Ranks) -> Engine | None:
     """The engine called ``name``; None for the one that keeps the rows."""
     if name != "representation":
         if features is not None:
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
-        return Layerwise() if name == "layerwise" else None
+        return Layerwise(ranks) if name == "layerwise" else None
     if isinstance(features, str):
         modules = dict(model.named_modules())
         if features not in modules:
@@ -65,9 +65,10 @@ class MultiTask:
             them. The update is the same. Refused for methods that need whole rows.
         gradients: How Gramian methods get their Gramian. "parameters": from the K x P matrix of the tasks' gradients, which
             is kept. "layerwise": the same Gramian, segment by segment of the graph, never holding more than one segment's K
-            gradients, then one weighted backward: a backward more, much less memory. "representation": an approximation,
-            from the gradients with respect to the output of ``features``: K backwards through the heads and one through
-            the trunk. The last two are for Gramian methods, one micro-batch and one process.
+            gradients, then one weighted backward: a backward more, much less memory (all micro-batches' graphs are kept,
+            though). "representation": an approximation, from the gradients with respect to the output of ``features``: K
+            backwards through the heads and one through the trunk; one micro-batch, one process. The last two are for
+            Gramian methods.
         features: For "representation": the module, or its name in the model, whose output all tasks share.
         stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
             it may be asked for several tasks at once. Otherwise a model with split norms is run once per task.
@@ -124,6 +125,7 @@ class MultiTask:
         self.weights = self._check_weights(weights)
         if process_group is None and isinstance(model, DistributedDataParallel):
             process_group = model.process_group
+        ranks = Ranks(process_group)
         self.network = Network(
             model,
             optimizer,
@@ -131,10 +133,10 @@ class MultiTask:
             shared=shared,
             scaler=scaler,
             clip=self.clip,
-            ranks=Ranks(process_group),
+            ranks=ranks,
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
-            engine=_engine(check_choice("gradients", gradients, ENGINES), features, model),
+            engine=_engine(check_choice("gradients", gradients, ENGINES), features, model, ranks),
         )
         self._check_engine()
         for part in self._methods():
@@ -160,10 +162,14 @@ class MultiTask:
         reason = ""
         if not isinstance(self.method, GramianWeighting):
             reason = f"method `{name}` isn't a function of the Gramian (see `torchmto methods`: family gramian)"
-        elif self.network.split:
-            reason = "task-specific norms run one forward per task, so the tasks' graphs have no common segments"
-        elif self.network.ranks.size > 1 or self.network.sharded:
-            reason = "it works on one process: rows are what several processes reduce"
+        elif self.network.sharded:
+            reason = "sharded parameters (FSDP) are summed within each backward, which goes through the whole graph"
+        elif self.network.shard_gradients:
+            reason = "shard_gradients=True divides the matrix, which this engine doesn't keep"
+        elif self.network.split and not engine.adds:
+            reason = "task-specific norms run one forward per task, so the tasks have no features in common"
+        elif self.network.ranks.size > 1 and not engine.adds:
+            reason = "it works on one process"
         if reason:
             raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
 

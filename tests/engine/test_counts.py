@@ -98,7 +98,7 @@ def test_layerwise_never_holds_the_matrix() -> None:
     mt, losses, trunk = _made("pcgrad", gradients="layerwise")
     mt.step(losses)
     size = sum(p.numel() for p in trunk)
-    mt.network.engine.__init__()
+    mt.network.engine.__init__(mt.network.ranks)
     with Allocations(1) as counted:
         mt.step(losses)
     # One of six layers at a time.

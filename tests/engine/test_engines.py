@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
-from torchmto.gradients.layerwise import Layerwise, read_graph
+from torchmto.gradients.engine import Piece
+from torchmto.gradients.graph import read_graph
+from torchmto.gradients.layerwise import Layerwise
+from torchmto.gradients.ranks import Ranks
 from toy import batch, closure, flat, make
 
 K = 3
@@ -208,13 +211,13 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
             )
         )
     matrix = torch.stack(rows)
-    engine = Layerwise()
+    engine = Layerwise(Ranks())
     engine.begin()
-    reached = engine.read(losses)
+    reached = engine.read([losses])
     assert {key: mask for key, mask in reached.items() if key in map(id, parameters)} == {
         id(p): sum(1 << i for i, g in enumerate(matrix) if _reached(losses[i], p)) for p in parameters
     }
-    found = engine.gramian(losses, dict.fromkeys(losses), shared=parameters, others=[], take=_never)
+    found = engine.gramian([Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never)
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
 
 
@@ -296,9 +299,9 @@ def test_misuse_is_named() -> None:
         make("pcgrad", gradients="representation", features="nowhere")
     with pytest.raises(ValueError, match="features"):
         make("pcgrad", features="trunk")
-    model, _, mt = make("pcgrad", gradients="layerwise")
+    model, _, mt = make("pcgrad", gradients="representation", features="trunk")
     before = flat(model)
-    with pytest.raises(ValueError, match="micro-batch"):
+    with pytest.raises(ValueError, match=r"micro-batch.*layerwise"):
         mt.step([closure(model, data), closure(model, data)])
     model2, _, mt2 = make("pcgrad", gradients="representation", features="trunk.0")
     model2.trunk.append(nn.Linear(5, 5).double())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,22 +14,39 @@ Take = Callable[[int, Tensor, Tensor], None]
 """Called with a task, a parameter outside the shared ones and its gradient."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The losses of one forward, and where their backwards start.
+
+    Attributes:
+        losses: Task -> loss with graph.
+        seeds: Task -> cotangent of its loss, None for 1.
+        context: What the backwards run in.
+    """
+
+    losses: Mapping[int, Tensor]
+    seeds: Mapping[int, Tensor | None]
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
 class Engine(ABC):
-    """Computes a Gramian from the graph of one forward, then takes one weighted backward through the same graph.
+    """Computes a Gramian from the graphs of a step's forwards, then takes one weighted backward through the same graphs.
 
     Attributes:
         name: What ``MultiTask(gradients=)`` calls it.
+        adds: Whether it can add gradients up: over several forwards and processes.
     """
 
-    name: str
+    name: ClassVar[str]
+    adds: ClassVar[bool] = False
 
     @abstractmethod
     def begin(self) -> None:
-        """Called before the forward."""
+        """Called before the forwards."""
 
     @abstractmethod
-    def read(self, losses: Mapping[int, Tensor]) -> dict[int, int]:
-        """Read the graph of the losses, by task: ``id`` of a leaf -> the tasks that reach it, as a bit mask.
+    def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
+        """Read the graphs of each forward's losses, by task: ``id`` of a leaf -> the tasks that reach it, as a bit mask.
 
         Leaves that can't be heads may be left out.
         """
@@ -34,32 +54,31 @@ class Engine(ABC):
     @abstractmethod
     def gramian(
         self,
-        losses: Mapping[int, Tensor],
-        seeds: Mapping[int, Tensor | None],
+        pieces: Sequence[Piece],
+        tasks: Sequence[int],
         *,
         shared: Sequence[Tensor],
         others: Sequence[Tensor],
         take: Take,
     ) -> Tensor:
-        """The Gramian on the shared parameters, and the heads' gradients. The graph is kept.
+        """The Gramian on the shared parameters, and the heads' gradients. The graphs are kept.
 
         Args:
-            losses: Task -> loss with graph, k of them; those that were read.
-            seeds: Task -> cotangent of its loss, None for 1.
-            shared: The shared parameters.
+            pieces: The forwards that were read, in that order. Gradients are summed over them, and over the ranks.
+            tasks: The tasks of all pieces and ranks, k of them.
+            shared: The shared parameters, the same ones in the same order on all ranks.
             others: The other parameters: the heads.
-            take: Gets each task's gradients of the heads.
+            take: Gets each task's gradients of the heads, of this rank.
 
         Returns:
-            [k, k] in the order of ``losses``.
+            [k, k] in the order of ``tasks``.
         """
 
     @abstractmethod
-    def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
-        """One backward of all losses into ``.grad`` of the shared parameters. The graph is given up.
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
+        """Backward of all losses into ``.grad`` of the shared parameters, of this rank. The graphs are given up.
 
         Args:
-            losses: The losses of :meth:`gramian`, in its order.
-            cotangents: One per loss: what its gradient is multiplied by.
+            pieces: The forwards, now with each loss's weight in its seed.
             shared: The shared parameters.
         """

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchmto.gradients.engine import Engine, Take
-from torchmto.gradients.layerwise import read_graph
+from torchmto.gradients.engine import Engine, Piece, Take
+from torchmto.gradients.graph import read_graph
 from torchmto.gradients.rows import gramian
 
 
@@ -46,7 +46,7 @@ class Representation(Engine):
             found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             self._outputs += [leaf for leaf in found if leaf.grad_fn is not None]
 
-    def read(self, losses: Mapping[int, Tensor]) -> dict[int, int]:
+    def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the graph above the features."""
         self._listening = False
         if not self._outputs:
@@ -54,14 +54,14 @@ class Representation(Engine):
                 "gradients=\"representation\": the module given as `features` wasn't run with gradients in this step's "
                 "forward, so there are no features to differentiate with respect to."
             )
-        graph = read_graph(losses, stop={output.grad_fn for output in self._outputs if output.grad_fn is not None})
+        graph = read_graph(forwards[0], stop={output.grad_fn for output in self._outputs if output.grad_fn is not None})
         self._above = {key: mask for key, (_, mask) in graph.reached.items()}
         return self._above
 
     def gramian(
         self,
-        losses: Mapping[int, Tensor],
-        seeds: Mapping[int, Tensor | None],
+        pieces: Sequence[Piece],
+        tasks: Sequence[int],
         *,
         shared: Sequence[Tensor],
         others: Sequence[Tensor],
@@ -73,6 +73,7 @@ class Representation(Engine):
                 'gradients="representation": the losses reach a shared parameter without passing through the output of '
                 '`features`. Give a module above all shared parameters, or use gradients="layerwise".'
             )
+        losses, seeds = pieces[0].losses, pieces[0].seeds
         rows = []
         reaching = [0] * len(self._outputs)
         # Below the features as long as one task only has been seen: what it reaches alone isn't shared yet.
@@ -98,17 +99,16 @@ class Representation(Engine):
                 'or use gradients="layerwise".'
             )
         self._rows = torch.stack([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
-        self._seeds = list(seeds.values())
+        self._seeds = dict(seeds)
         return gramian(self._rows)
 
-    def backward(self, losses: Sequence[Tensor], cotangents: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
         """One backward of the features, from the weighted sum of their gradients."""
         outputs, self._outputs = self._outputs, []
         if not shared:
             return
         # The rows have the seeds in them already.
-        pairs = zip(cotangents, self._seeds, strict=True)
-        factors = torch.stack([(c if seed is None else c / seed).detach().to(self._rows) for c, seed in pairs])
+        factors = torch.stack([_ratio(c, self._seeds[task]).to(self._rows) for task, c in pieces[0].seeds.items()])
         combined = torch.split(factors @ self._rows, [output.numel() for output in outputs])
         self._rows = torch.empty(0, 0)
         torch.autograd.backward(
@@ -116,3 +116,9 @@ class Representation(Engine):
             [part.view(output.shape).to(output) for part, output in zip(combined, outputs, strict=True)],
             inputs=list(shared),
         )
+
+
+def _ratio(weighted: Tensor | None, seed: Tensor | None) -> Tensor:
+    """A weighted loss's cotangent relative to the loss's own."""
+    assert weighted is not None
+    return (weighted if seed is None else weighted / seed).detach()

@@ -60,15 +60,17 @@ BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
 
-def products(matrix: Tensor) -> Tensor:
-    """``matrix @ matrix.T``, block by block of columns, without a copy of the matrix."""
+def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
+    """``matrix @ other.T`` (default: of itself), block by block of columns, without a copy of either."""
+    other = matrix if other is None else other
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
     whole = matrix.shape[1] // BLOCK
-    rest = matrix[:, whole * BLOCK :]
-    product = (rest @ rest.T).to(wide)
+    product = (matrix[:, whole * BLOCK :] @ other[:, whole * BLOCK :].T).to(wide)
     if whole:
-        blocks = torch.unflatten(matrix[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1)
-        product += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=wide)
+        left, right = (
+            torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
+        )
+        product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 

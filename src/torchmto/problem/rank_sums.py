@@ -91,7 +91,6 @@ def _sum_pairs(
     return bool(marks[0]), bool(marks[1])
 
 
-@torch.no_grad()
 def sum_gradients(network: Network, failure: Exception | None = None) -> None:
     """Sum ``.grad`` over the ranks, in few buffers; a parameter that no rank reached keeps None.
 
@@ -102,12 +101,8 @@ def sum_gradients(network: Network, failure: Exception | None = None) -> None:
     Raises:
         RuntimeError: If another rank failed; this rank's own failure is raised as it is.
     """
-    if network.ranks.size > 1:
-        _sum_gradients(network, failure)
-        average_statistics(network)
-
-
-def _sum_gradients(network: Network, failure: Exception | None) -> None:
+    if network.ranks.size == 1:
+        return
     # FSDP has averaged the gradients of the parameters it shards during the backward.
     parameters = [p for p in network.parameters if not is_sharded(p)] if network.sharded else network.parameters
     if not parameters:
@@ -129,7 +124,7 @@ def _sum_gradients(network: Network, failure: Exception | None) -> None:
 @torch.no_grad()
 def take_shards(network: Network) -> list[Tensor | None]:
     """What a backward with sharded parameters left in ``.grad``, averaged over the ranks: this rank's parts."""
-    _sum_gradients(network, None)
+    sum_gradients(network)
     gradients = [None if p.grad is None else local(p.grad) for p in network.parameters]
     network.zero_grad()
     return gradients
@@ -169,6 +164,8 @@ def average_statistics(network: Network) -> None:
 
     What a method decides by them (connection strength) must be the same everywhere.
     """
+    if network.ranks.size == 1:
+        return
     norms = [m for m in network.model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     pairs = [(norm, buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
     sums = [buffer.clone() for _, buffer in pairs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torchmto.gradients import Rows, ShardedRows
 from torchmto.problem.finite import FiniteChecks, SkippedError
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
-from torchmto.problem.losses import Losses, empty_batch
+from torchmto.problem.losses import Chunk, Losses, empty_batch
 from torchmto.problem.network import Heads, Network
 from torchmto.problem.reduction import Reduction
 
@@ -26,7 +27,7 @@ class TaskGradients:
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
         reduced: The losses of the rows' tasks, with counts.
         all_losses: The losses of all tasks of the forward, more where more were asked for.
-        graph: Where the rows aren't kept: the present tasks' losses with graph, and the shared parameters.
+        graph: Where the rows aren't kept: the losses with graph, of this rank.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class TaskGradients:
         heads: Heads,
         everything: Losses,
         *,
-        graph: tuple[list[Tensor], list[Tensor]] | None = None,
+        graph: Sequence[Chunk] | None = None,
     ) -> None:
         self.rows = rows
         self.indices = losses.indices

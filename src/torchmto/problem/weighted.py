@@ -12,7 +12,7 @@ from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk, Losses, Weigh
 from torchmto.problem.network import Network
 from torchmto.problem.noise import Noise
-from torchmto.problem.rank_sums import sum_gradients
+from torchmto.problem.rank_sums import average_statistics, sum_gradients
 from torchmto.problem.reduction import Reduction, Sums, shape_of
 from torchmto.problem.unit_heads import UnitHeads
 
@@ -101,6 +101,7 @@ class WeightedBackward:
         if unit is not None and failure is None:
             unit.finish(weights)
         sum_gradients(network, failure)
+        average_statistics(network)
         return losses
 
     def _evenly(
@@ -153,6 +154,7 @@ class WeightedBackward:
         if unit is not None:
             unit.finish(weights)
         sum_gradients(network)
+        average_statistics(network)
         return losses, True
 
     def _weights(self, weigh: Weigh, losses: Losses, wanted: set[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -192,11 +194,12 @@ class WeightedBackward:
         with chunk.activated():
             if unit is not None:
                 unit.before(chunk.losses, weights, parts)
-            torch.autograd.backward(
-                [chunk.losses[index] for index in parts],
-                [_cotangent(chunk.losses[index], weights[index], part) for index, part in parts.items()],
-                inputs=inputs,
-            )
+            roots = [chunk.losses[index] for index in parts]
+            seeds = [_cotangent(chunk.losses[index], weights[index], part) for index, part in parts.items()]
+            if len(roots) > 1 and len({(root.dtype, root.device) for root in roots}) == 1:
+                # PyTorch checks every root in Python: one takes less time than many.
+                roots, seeds = [torch.stack(roots)], [torch.stack(seeds)]
+            torch.autograd.backward(roots, seeds, inputs=inputs)
         self._passes.backward += 1
 
 

@@ -2,52 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows
+from torchmto.gradients.engine import Piece
 from torchmto.problem.losses import Chunk
 from torchmto.problem.network import Heads
+from torchmto.problem.rank_sums import sum_gradients, sum_heads
 from torchmto.problem.reduction import Sums
 from torchmto.problem.task_gradients import Computation, TaskGradients, factors_of, hold, rescale_heads
 
 
 class WithoutRows(Computation):
-    """The Gramian and the heads' gradients by the network's engine; the graph stays for the combination."""
+    """The Gramian and the heads' gradients by the network's engine; the graphs stay for the combination."""
 
     def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
         """The Gramian and the heads' gradients."""
-        network, engine = self._network, self._network.engine
+        network, engine, reduction = self._network, self._network.engine, self._reduction
         assert engine is not None
-        if len(self._forwards.sources[source]) > 1:
+        several = network.ranks.size > 1
+        number = len(self._forwards.sources[source])
+        if number > 1 and not engine.adds:
             raise ValueError(
                 f'gradients="{engine.name}" works on one micro-batch: the Gramian of a sum of gradients needs the sums, which '
-                'it doesn\'t keep. Use gradients="parameters".'
+                'it doesn\'t keep. Use gradients="parameters" or "layerwise".'
             )
+        reduction.doing = f"gradients {sorted(wanted)} of batch {source}"
         engine.begin()
-        (chunk,) = self._forwards.run(asked, source)
+        chunks = list(self._forwards.run(asked, source))
+        averaged = several or number > 1
         sums = Sums()
-        sums.add(Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0)))
-        everything = self._reduction.average(sums)
+        for position, chunk in enumerate(chunks):
+            counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
+            chunks[position] = Chunk(chunk.losses, counts, chunk.active)
+            sums.add(chunks[position])
+        forwards = [{i: loss for i, loss in chunk.losses.items() if i in wanted} for chunk in chunks]
+        self._observe(engine.read(forwards), {index for losses in forwards for index in losses})
+        if several:
+            sums, _ = reduction.tell(sums)
+        everything = reduction.average(sums)
         losses = self._present(everything, wanted)
-        present = {index: chunk.losses[index] for index in losses.indices}
-        reached = engine.read(present)
-        roles = network.roles
-        if not network.compiled:
-            for index in present:
-                names = [network.name(p) for p in network.parameters if reached.get(id(p), 0) >> index & 1]
-                roles.observe(index, names)
         heads: Heads = {}
 
         def take(task: int, parameter: Tensor, gradient: Tensor) -> None:
             if network.reaches(task, parameter):
                 hold(heads, task, parameter, gradient)
 
-        shared = [p for p in network.parameters if roles.is_shared(network.name(p))]
-        others = [p for p in network.parameters if not roles.is_shared(network.name(p))]
-        seeds = {index: network.seed(loss, 1.0) for index, loss in present.items()}
-        product = engine.gramian(present, seeds, shared=shared, others=others, take=take)
-        self._passes.backward += len(present)
+        shared = self._shared()
+        known = set(map(id, shared))
+        others = [p for p in network.parameters if id(p) not in known]
+        pieces = [
+            Piece(own, {i: network.seed(loss, chunk.counts[i]) for i, loss in own.items()}, chunk.activated)
+            for own, chunk in zip(forwards, chunks, strict=True)
+        ]
+        failure: Exception | None = None
+        product = torch.zeros(0)
+        try:
+            product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+        except Exception as error:
+            if not several:
+                raise
+            failure = error
+        self._passes.backward += sum(len(own) for own in forwards)
+        rows = Rows(0, network.ranks)
+        if several:
+            network.lay_out(rows, heads)
+            sum_heads(network, rows, heads, losses.indices, failure)
         product = product.to(device="cpu", dtype=torch.float64)
         factors = factors_of(network, losses)
         if factors is not None:
@@ -55,26 +78,53 @@ class WithoutRows(Computation):
             rescale_heads(heads, losses, factors)
         self._finite.losses(everything, everything.raw.tolist())
         self._finite.task_gradients(losses, product, heads)
-        return TaskGradients(
-            Rows(0, network.ranks), losses, product, heads, everything, graph=(list(present.values()), shared)
-        )
+        kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
+        return TaskGradients(rows, losses, product, heads, everything, graph=kept)
+
+    def _shared(self) -> list[Tensor]:
+        """The shared parameters, in the same order on all ranks."""
+        network = self._network
+        return [p for p in network.parameters if network.roles.is_shared(network.name(p))]
+
+    def _observe(self, reached: Mapping[int, int], tasks: Collection[int]) -> None:
+        """Learn from the graph which task reaches which parameter."""
+        network = self._network
+        if network.compiled:
+            return
+        for task in tasks:
+            names = [network.name(p) for p in network.parameters if reached.get(id(p), 0) >> task & 1]
+            network.roles.observe(task, names)
 
     def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
-        """``weights @ J`` by one more backward through the graph of the task gradients."""
-        network = self._network
+        """``weights @ J`` by one more backward through the graphs of the task gradients."""
+        network, losses = self._network, gradients.reduced
         assert weights is not None, "only Gramian methods do without rows"
         assert gradients.graph is not None
         assert network.engine is not None
-        losses, shared = gradients.graph
-        gradients.graph = None
-        factors = gradients.reduced.factors
-        if factors is not None:
-            weights = weights * factors.to(weights)
+        chunks, gradients.graph = gradients.graph, None
+        if losses.factors is not None:
+            weights = weights * losses.factors.to(weights)
         scale = network.scale(network.device)
         if scale is not None:
             weights = weights.to(scale) * scale
-        cotangents = [weight.to(loss) for weight, loss in zip(weights.unbind(), losses, strict=True)]
-        network.engine.backward(losses, cotangents, shared)
-        self._passes.backward += bool(shared)
+        by_task = dict(zip(losses.indices, weights.unbind(), strict=True))
+        pieces = [
+            Piece(
+                chunk.losses,
+                {i: (by_task[i] * (chunk.counts[i] / losses.totals[i])).to(loss) for i, loss in chunk.losses.items()},
+                chunk.activated,
+            )
+            for chunk in chunks
+        ]
+        shared = self._shared()
+        failure: Exception | None = None
+        try:
+            network.engine.backward(pieces, shared)
+        except Exception as error:
+            if network.ranks.size == 1:
+                raise
+            failure = error
+        self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
+        sum_gradients(network, failure)
         if scale is not None:
             torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
