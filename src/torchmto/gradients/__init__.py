@@ -1,6 +1,7 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
 from torchmto.gradients.engine import Engine
+from torchmto.gradients.finite import all_finite, finite_mark
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.representation import Representation
@@ -16,6 +17,8 @@ __all__ = [
     "Roles",
     "Rows",
     "ShardedRows",
+    "all_finite",
+    "finite_mark",
     "gramian",
     "reached_parameters",
 ]

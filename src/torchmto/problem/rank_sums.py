@@ -91,6 +91,7 @@ def _sum_pairs(
     return bool(marks[0]), bool(marks[1])
 
 
+@torch.no_grad()
 def sum_gradients(network: Network, failure: Exception | None = None) -> None:
     """Sum ``.grad`` over the ranks, in few buffers; a parameter that no rank reached keeps None.
 

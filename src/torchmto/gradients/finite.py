@@ -1,0 +1,39 @@
+"""Whether gradients are finite, in as little time as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+
+FEW = 2048
+"""Elements up to which a gradient is copied next to others: adding up many small tensors one by one takes longer."""
+
+
+def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
+
+    On the CPU the sum of the entries, which takes a third of the time of their norm; elsewhere the norm. Either can overflow
+    although all entries are finite: :func:`all_finite` looks again then.
+    """
+    if not gradients:
+        return torch.zeros(())
+    if not all(gradient.is_cpu for gradient in gradients):
+        return nn.utils.get_total_norm(gradients)
+    small: list[Tensor] = []
+    parts: list[Tensor] = []
+    for gradient in gradients:
+        (small if gradient.numel() <= FEW else parts).append(gradient)
+    if small:
+        parts.append(_flatten_dense_tensors(small))
+    total = parts[0].sum()
+    for part in parts[1:]:
+        total = total + part.sum()
+    return total
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether all entries of ``gradients`` are finite."""
+    return bool(finite_mark(gradients).isfinite()) or all(bool(gradient.isfinite().all()) for gradient in gradients)
