@@ -336,17 +336,18 @@ class LossWeighting(Method):
 
     def step(self, problem: Problem) -> StepInfo:
         """Forward, one backward of the weighted losses, optimizer step, then the method's own update."""
-        used: dict[int, Tensor] = {}
+        used: list[tuple[tuple[int, ...], Tensor]] = []
 
         def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
-            weights = self.loss_weights(values, indices)
-            used.update(zip(indices, weights.unbind(), strict=True))
-            return weights
+            used.append((indices, self.loss_weights(values, indices)))
+            return used[-1][1]
 
         losses = problem.backward(weigh, fixed=self.fixed)
         problem.apply()
         self.after_step(losses, problem)
-        weights = torch.stack([used[index] for index in losses.indices])
+        indices, weights = used[-1]
+        if indices != losses.indices:
+            weights = weights[[indices.index(index) for index in losses.indices]]
         return problem.info(weights=weights, indices=losses.indices, records=self.records())
 
     def records(self) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torchmto.gradients import all_finite
 from torchmto.problem.losses import Losses, NonFiniteError
 from torchmto.problem.network import Heads, Network
 from torchmto.problem.reduction import Reduction
@@ -56,27 +57,20 @@ class FiniteChecks:
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
 
-    def norm(self, losses: Losses, norm: float) -> None:
-        """Check the gradient's norm."""
-        if norm - norm != 0:
-            self._weights(losses)
-            self._fail_with_gradient("The gradient isn't finite.")
-
     def task_gradients(self, losses: Losses, gramian: Tensor, heads: Heads) -> None:
         """Check the tasks' gradients, those of the shared parameters by the Gramian's diagonal."""
         network = self._network
         for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
             if not good:
-                self._weights(losses)
-                self._fail_with_gradient(f"The gradient of task `{self._tasks[index]}` isn't finite.")
+                self.fail_with_gradient(losses, f"The gradient of task `{self._tasks[index]}` isn't finite.")
         own = [gradient for _, held in heads.values() for gradient in held.values()]
         if network.sharded:
             worst = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in own) else 1.0], device=network.device)
             finite = not network.ranks.max_(worst).item()
         else:
-            finite = not own or bool(torch.nn.utils.get_total_norm(own).isfinite())
+            finite = all_finite(own)
         if not finite:
-            self._fail_with_gradient("The gradient of a head isn't finite.")
+            self._overflow("The gradient of a head isn't finite.")
 
     def _weights(self, losses: Losses) -> None:
         """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
@@ -92,8 +86,13 @@ class FiniteChecks:
             raise SkippedError(message)
         raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
 
-    def _fail_with_gradient(self, message: str) -> NoReturn:
-        """The same for a gradient: a scaler sees an infinite one and lowers its scale by itself."""
+    def fail_with_gradient(self, losses: Losses, message: str) -> NoReturn:
+        """The same for a gradient, unless the losses' weights are to blame."""
+        self._weights(losses)
+        self._overflow(message)
+
+    def _overflow(self, message: str) -> NoReturn:
+        """Leave the step out, or raise; a scaler sees an infinite gradient and lowers its scale by itself."""
         network, scaler = self._network, self._network.scaler
         if scaler is None:
             self.fail(message)

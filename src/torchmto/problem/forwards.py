@@ -102,10 +102,8 @@ class Forwards:
             )
             return chunk
         active = names[0] if len(names) == 1 else None
-        with contextlib.ExitStack() as contexts:
-            if active is not None:
-                contexts.enter_context(active_task(active))
-            contexts.enter_context(torch.set_grad_enabled(grad))
+        norms = contextlib.nullcontext() if active is None else active_task(active)
+        with norms, torch.set_grad_enabled(grad):
             result = closure(names)
         self._passes.forward += 1
         chunk, unasked = parse(result, self._tasks, names, needs_graph=grad, active=active)

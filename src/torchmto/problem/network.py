@@ -209,7 +209,9 @@ class Network:
 
     def zero_grad(self) -> None:
         """Set every gradient to None."""
-        self.optimizer.zero_grad(set_to_none=True)
+        # What `optimizer.zero_grad()` does, without its hooks for profilers, which take ten times as long.
+        for parameter in self._known:
+            parameter.grad = None
         if self.sharded:
             # Their backwards can't be restricted to the parameters that are trained.
             self.model.zero_grad(set_to_none=True)

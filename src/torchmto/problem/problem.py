@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from torchmto.gradients import all_finite, finite_mark
 from torchmto.problem.finite import FiniteChecks, SkippedError
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes, StepInfo, conflicts
@@ -254,14 +255,14 @@ class Problem:
             if losses is not None:
                 self._finite.losses(losses, losses.raw.tolist())
             return False
-        norm = None
-        if losses is not None or network.clip is not None or scaler is not None:
-            norm = network.norm()
+        needed = network.clip is not None or scaler is not None or (network.sharded and losses is not None)
+        norm = network.norm() if needed else None
         if losses is not None:
-            assert norm is not None
-            *values, total = torch.cat([losses.raw, norm.to(losses.raw).reshape(1)]).tolist()
+            mark = finite_mark(network.gradients()) if norm is None else norm
+            *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
             self._finite.losses(losses, values)
-            self._finite.norm(losses, total)
+            if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
+                self._finite.fail_with_gradient(losses, "The gradient isn't finite.")
         if scaler is not None:
             assert norm is not None
             scale = network.scale(norm.device)
@@ -271,7 +272,7 @@ class Problem:
             else:
                 torch._foreach_mul_(network.gradients(), scale)
             scaler.unscale_(network.optimizer)
-        if norm is not None:
+        if network.clip is not None and norm is not None:
             network.clip_gradients(norm)
         if scaler is not None:
             scaler.step(network.optimizer)

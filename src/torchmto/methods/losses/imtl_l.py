@@ -37,6 +37,10 @@ class IMTLL(LearntScaling):
         """The scaled loss minus the scale."""
         return losses * scales.exp() - scales
 
+    def factors(self, scales: Tensor) -> Tensor:
+        """The derivative by the loss, exp(s)."""
+        return scales.exp()
+
     def slope(self, losses: Tensor, scales: Tensor) -> Tensor:
         """The derivative, l exp(s) - 1."""
         return losses * scales.exp() - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,17 +47,18 @@ class LearnableScales:
         """The numbers of the tasks ``indices``, [k]."""
         return self.values[list(indices)]
 
-    @torch.no_grad()
     def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
         """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
+        # In NumPy, on the tensors' own memory: a few numbers are no work, and its calls are shorter than PyTorch's.
         where = list(indices)
-        slope = gradient.detach().to("cpu", torch.float64) + self.weight_decay * self.values[where]
-        steps = self._steps[where] + 1
-        means = torch.lerp(self._means[where], slope, 1 - BETAS[0])
-        squares = torch.lerp(self._squares[where], slope.square(), 1 - BETAS[1])
-        size = (squares / (1 - BETAS[1] ** steps)).sqrt() + EPS
-        self.values[where] -= self.lr * means / (1 - BETAS[0] ** steps) / size
-        self._steps[where], self._means[where], self._squares[where] = steps, means, squares
+        values, steps = self.values.numpy(), self._steps.numpy()
+        means, squares = self._means.numpy(), self._squares.numpy()
+        slope = gradient.detach().to("cpu", torch.float64).numpy() + self.weight_decay * values[where]
+        steps[where] += 1
+        means[where] += (slope - means[where]) * (1 - BETAS[0])
+        squares[where] += (slope * slope - squares[where]) * (1 - BETAS[1])
+        size = np.sqrt(squares[where] / (1 - BETAS[1] ** steps[where])) + EPS
+        values[where] -= self.lr * means[where] / (1 - BETAS[0] ** steps[where]) / size
 
     def assign(self, values: Tensor, indices: Sequence[int]) -> None:
         """Set the numbers of the tasks ``indices``; the moments stay."""

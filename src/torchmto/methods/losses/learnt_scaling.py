@@ -44,7 +44,11 @@ class LearntScaling(LossWeighting):
         chosen = self.present(losses, indices)
         return self.penalised(losses, self.scales.of(chosen).to(losses)).sum()
 
-    @torch.no_grad()
+    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        """The objective's gradient, written out."""
+        chosen = self.present(losses, indices)
+        return self.factors(self.scales.of(chosen).to(losses))
+
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """One step of Adam on the scales, along the objective's derivative."""
         values = losses.values.to("cpu", torch.float64)
@@ -57,6 +61,10 @@ class LearntScaling(LossWeighting):
     @abstractmethod
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:
         """Each task's term of the objective, [k]."""
+
+    @abstractmethod
+    def factors(self, scales: Tensor) -> Tensor:
+        """The derivative of each term by its loss, [k]."""
 
     @abstractmethod
     def slope(self, losses: Tensor, scales: Tensor) -> Tensor:

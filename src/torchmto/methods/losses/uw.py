@@ -39,6 +39,10 @@ class UW(LearntScaling):
         """The halved loss over the variance, plus half its logarithm."""
         return losses * (-scales).exp() / 2 + scales / 2
 
+    def factors(self, scales: Tensor) -> Tensor:
+        """The derivative by the loss, exp(-s) / 2."""
+        return (-scales).exp() / 2
+
     def slope(self, losses: Tensor, scales: Tensor) -> Tensor:
         """The derivative, (1 - l exp(-s)) / 2."""
         return (1 - losses * (-scales).exp()) / 2
