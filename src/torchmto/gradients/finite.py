@@ -27,7 +27,7 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     for gradient in gradients:
         (small if gradient.numel() <= FEW else parts).append(gradient)
     if small:
-        parts.append(_flatten_dense_tensors(small))
+        parts.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
     total = parts[0].sum()
     for part in parts[1:]:
         total = total + part.sum()
