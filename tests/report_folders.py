@@ -1,5 +1,6 @@
 """Folders as `torchmto compare` and `torchmto train` leave them, made up in milliseconds."""
 
+import base64
 import json
 import random
 from collections.abc import Sequence
@@ -166,4 +167,29 @@ def training(
     (folder / "metrics.csv").write_text("\n".join([*rows, "20,loss/le"]))
     records = [{"step": 20, "groups": [list(tasks)], "affinity": [[0.1] * len(tasks)] * len(tasks)}]
     (folder / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 3')
+    return results
+
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def experiment(folder: Path, *, text: str = "a finding") -> dict[str, Any]:
+    """A finished experiment with one comparison; returns its results.json."""
+    comparison(folder / "arms" / "first", methods=METHODS[:2])
+    results = {
+        "schema_version": 1,
+        "experiment": folder.name,
+        "study": "comparison",
+        "complete": False,
+        "seeds": 2,
+        "cores": 2,
+        "notes": ["**Smoke run**: 2 seeds."],
+        "numbers": {},
+        "tables": [{"title": text, "header": ["method", text], "rows": [[text, "1.0"]], "notes": [text]}],
+        "versions": {"torchmto": "0.1.0"},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "plots").mkdir()
+    (folder / "plots" / "dot.png").write_bytes(base64.b64decode(PIXEL))
+    (folder / "plots" / "other.png").write_text("<svg onload=alert(1)>")
     return results

@@ -1,6 +1,6 @@
 """Write one self-contained HTML page about finished runs.
 
-The page shows all given folders (of `torchmto compare` or `torchmto train`), works offline, and is written into each
+The page shows all given folders (of `torchmto compare`, `train` or `reproduce`), works offline, and is written into each
 of them as report.html, or only to the file named by --out.
 """
 
@@ -12,7 +12,7 @@ from torchmto.cli._errors import UsageError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torchmto report`."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of a finished run or comparison")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folder of a finished run or experiment")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the page (report.html in each DIR)")
 
 

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     _show(findings)
     if not findings.complete:
         print(f"The time was up before everything was done; the same command goes on:\n  {again}")
-    print(f"{out}/results.json, results.md, plots/*.png written.")
+    print(f"{out}/results.json, results.md, report.html, plots/*.png written.")
     return 0
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chromium import Browser, chromium, require_chromium
-from report_folders import comparison, training
+from report_folders import comparison, experiment, training
 from torchmto.lab.report import write_report
 
 pytest.importorskip("plotly")
@@ -25,7 +25,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, 
     folder = tmp_path_factory.mktemp("report")
     results = comparison(folder / "run", methods=METHODS, tasks=TASKS)
     training(folder / "training")
-    write_report([folder / "run", folder / "training"])
+    experiment(folder / "found", text=HOSTILE)
+    write_report([folder / "run", folder / "training", folder / "found"])
     with chromium(folder) as browser:
         browser.call("POST", "/url", url="about:blank")
         browser.requests()
@@ -53,6 +54,8 @@ def test_it_opens_without_errors_and_loads_nothing(report: tuple[Browser, Path, 
     )
     assert drawn > 15
     assert sections == 14
+    why = browser.run("return document.getElementById('no-delta').textContent")
+    assert why == f"No Δm for {METHODS[-1]}: `offset` is 0 for the single-task model."
 
 
 def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Results]) -> None:
@@ -129,11 +132,11 @@ def test_differences_ranks_and_budgets_are_those_of_the_json(report: tuple[Brows
     assert order == sorted(order, reverse=True)
 
 
-def choose(browser: Browser, selector: str, index: int) -> None:
+def choose(browser: Browser, selector: str, option: int) -> None:
     browser.run(
-        "const s = document.querySelectorAll(arguments[0])[arguments[1]]; s.selectedIndex = arguments[2];"
-        "s.dispatchEvent(new Event('change'))",
-        *(selector, *divmod(index, 10)),
+        "const list = document.querySelector(arguments[0]); list.selectedIndex = arguments[1];"
+        "list.dispatchEvent(new Event('change'))",
+        *(selector, option),
     )
 
 
@@ -154,7 +157,7 @@ def test_learning_curves_over_batches_optimizer_steps_and_seconds(report: tuple[
             ("seconds", "training time, s"),
         ]
     ):
-        choose(browser, "#curves select", 10 + number)
+        choose(browser, "#curves label:nth-child(2) select", number)
         means, x, axis = browser.run(script)
         assert x == means[key]
         assert axis == label
@@ -163,7 +166,7 @@ def test_learning_curves_over_batches_optimizer_steps_and_seconds(report: tuple[
         "one Δm for all tasks"
     )
     choose(browser, "#curves select", 0)
-    choose(browser, "#curves select", 10)
+    choose(browser, "#curves label:nth-child(2) select", 0)
 
 
 def test_affinities_below_their_noise_floor_are_marked(report: tuple[Browser, Path, Results]) -> None:
@@ -242,11 +245,26 @@ def test_screenshots_in_light_dark_and_on_a_phone(
 def test_choosing_another_folder(report: tuple[Browser, Path, Results]) -> None:
     browser, _, _ = report
     browser.view(1200, 900)
-    browser.run(
-        "const s = document.querySelector('#chooser select'); s.selectedIndex = 1; s.dispatchEvent(new Event('change'))"
-    )
+    choose(browser, "#chooser select", 3)
     assert rows(browser) == ["pcgrad"]
-    why = browser.run("return document.getElementById('no-delta').textContent")
-    assert "no single-task run of left, right, offset on this data" in why
+    text = browser.run("return document.getElementById('delta').textContent")
+    assert "Relative to: the comparison first." in text, "which is on the same data"
     assert browser.run("return document.getElementById('title').textContent") == "training"
+    assert browser.log("browser") == []
+
+
+def test_an_experiment(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    choose(browser, "#chooser select", 1)
+    headings, cell, pictures, sections = browser.run(
+        "return [[...document.querySelectorAll('#findings h3')].map(h => h.textContent),"
+        "document.querySelector('#findings tbody th').textContent,"
+        "[...document.images].map(i => [i.alt, i.naturalWidth]),"
+        "[...document.querySelectorAll('section')].map(s => s.id)]"
+    )
+    assert (headings, cell, pictures) == ([HOSTILE], HOSTILE, [["Plot dot", 1]])
+    assert sections == ["findings", "figures", "settings"]
+    assert browser.run("return window.hacked") is None
+    choose(browser, "#chooser select", 2)
+    assert len(rows(browser)) == 2
     assert browser.log("browser") == []

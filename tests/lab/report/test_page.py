@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from report_folders import METHODS, TASKS, comparison, training
+from report_folders import METHODS, TASKS, comparison, experiment, training
 from torchmto.cli import main
 from torchmto.lab.report import ReportError, page, read_studies
 from torchmto.lab.report.page import MAX_BYTES, _fitting
@@ -153,6 +153,18 @@ def test_one_page_for_several_folders(tmp_path: Path) -> None:
     assert len(embedded((tmp_path / "page.html").read_text())) == 1
 
 
+def test_an_experiment_shows_its_tables_its_plots_and_its_comparisons(tmp_path: Path) -> None:
+    experiment(tmp_path / "found", text=HOSTILE)
+    whole, arm = embedded(page(read_studies([tmp_path / "found"])))
+    assert (whole["title"], arm["title"]) == ("found", "found: first")
+    assert whole["tables"][0]["rows"] == [[HOSTILE, "1.0"]]
+    assert [name for name, _ in whole["plots"]] == ["dot"]
+    assert "Not complete" in whole["notes"][0]
+    assert "Smoke run: 2 seeds." in whole["notes"]
+    assert whole["notes"][-1] == "More plots are in found/plots: other.png."
+    assert arm["method_names"] == list(METHODS[:2])
+
+
 def test_large_pages_lose_points_of_curves_but_never_the_table(tmp_path: Path) -> None:
     results = comparison(tmp_path / "run", points=100)
     studies = read_studies([tmp_path / "run"])
@@ -195,7 +207,7 @@ def _break(folder: Path, what: str) -> None:
     ("what", "message"),
     [
         ("not JSON", "is broken: it isn't JSON"),
-        ("foreign", "holds neither a comparison nor a training run"),
+        ("foreign", "holds neither a comparison nor a training run nor an experiment"),
         ("unfinished", "has no results.json: it isn't finished"),
         ("another version", "has version 2; this torchmto reads version 1"),
         ("no figures", "doesn't hold what it should: KeyError"),

@@ -78,6 +78,7 @@ def test_results(phases):
     assert {row["arm"] for row in results["numbers"]["across_arms"]} == {"b"}
     singles = [{path.name for path in (out / "arms" / arm / "runs").glob("single*")} for arm in "ab"]
     assert singles[0] == singles[1]
+    assert '"title":"Arm a"' in (out / "report.html").read_text()
     page = (out / "results.md").read_text()
     assert "Smoke run" in page
     for image in (out / "plots").iterdir():

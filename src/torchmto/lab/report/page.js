@@ -257,7 +257,7 @@ function cell(column, name, best) {
   if (column.key === "delta_m") {
     const about = method(name).delta_m;
     if (!about) {
-      node.append("–", el("small", { class: "reason" }, method(name).reason ?? "no single-task values"));
+      node.append("–", el("small", {}, el("a", { href: "#delta" }, "why")));
       return node;
     }
     node.append(signed(value));
@@ -862,19 +862,55 @@ function flat(value, prefix = "") {
 }
 
 function pairsTable(label, value) {
-  return el("div", {}, el("h3", {}, label), el("div", { class: "scroll" }, el("table", { class: "pairs" }, el("tbody", {},
+  return el("div", {}, label ? el("h3", {}, label) : null, el("div", { class: "scroll" }, el("table", { class: "pairs" }, el("tbody", {},
     ...flat(value).map(([key, text]) => el("tr", {}, el("th", { scope: "row" }, key), el("td", {}, text)))))));
 }
 
+/** What differs between the settings of several runs. */
+function differences(settings) {
+  const columns = settings.map(([, value]) => new Map(flat(value)));
+  const keys = [...new Set(columns.flatMap((column) => [...column.keys()]))].filter((key) => new Set(columns.map((column) => column.get(key))).size > 1);
+  return el("div", {}, el("h3", {}, "What differs"), el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "What differs" }, el("table", { class: "texts" },
+    el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "setting"), ...settings.map(([label]) => el("th", { scope: "col" }, label)))),
+    el("tbody", {}, ...keys.map((key) => el("tr", {}, el("th", { scope: "row" }, ...breakable(key)), ...columns.map((column) => el("td", {}, column.get(key) ?? "–"))))))));
+}
+
 function settingsSection(card) {
-  card.append(el("div", { class: "grid" }, ...study.settings.map(([label, value]) => pairsTable(label, value)), pairsTable("Versions", study.results.versions ?? {})));
+  const { settings } = study;
+  const grid = el("div", { class: "grid" });
+  if (settings.length > 1) {
+    card.append(differences(settings));
+    grid.append(...settings.map(([label, value]) => el("details", {}, el("summary", {}, `All settings: ${label}`), pairsTable("", value))));
+  } else grid.append(...settings.map(([label, value]) => pairsTable(label, value)));
+  grid.append(pairsTable("Versions", study.results.versions ?? {}));
+  card.append(grid);
+}
+
+// ------------------------------------------------------------------------------------------------------ experiments
+
+function findingsSection(card) {
+  for (const { title: heading, header, rows, notes } of study.tables) {
+    card.append(
+      el("h3", {}, heading),
+      el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": heading }, el("table", { class: "findings" },
+        el("thead", {}, el("tr", {}, ...header.map((text) => el("th", { scope: "col" }, text)))),
+        el("tbody", {}, ...rows.map(([first, ...others]) => el("tr", {}, el("th", { scope: "row" }, ...breakable(first)), ...others.map((text) => el("td", { class: text.length > 32 ? "long" : null }, text))))))),
+      ...notes.map((note) => el("p", { class: "note" }, note)),
+    );
+  }
+}
+
+function plotsSection(card) {
+  card.append(...study.plots.map(([name, source]) => el("figure", { class: "plot" }, el("figcaption", {}, name), el("img", { src: source, alt: `Plot ${name}` }))));
 }
 
 // -------------------------------------------------------------------------------------------------------- the page
 
 const some = (has) => () => tracedRuns(has).length > 0;
 const SECTIONS = [
-  ["table", "Comparison", "Means over seeds ± standard deviation; Δm ± 95 % confidence interval. Small arrows: change to the single-task models. Bold: best mean, which alone doesn't make a difference significant. Click a heading to sort; hover a value for all its digits.", () => true, tableSection],
+  ["findings", "Findings", "The tables of the experiment, as in its results.md.", () => Boolean(study.tables?.length), findingsSection],
+  ["figures", "Plots", "The plots of the experiment, as in its folder.", () => Boolean(study.plots?.length), plotsSection],
+  ["table", "Comparison", "Means over seeds ± standard deviation; Δm ± 95 % confidence interval. Small arrows: change to the single-task models. Bold: best mean, which alone doesn't make a difference significant. Click a heading to sort; hover a value for all its digits.", () => study.method_names.length > 0, tableSection],
   ["delta", "Δm", "Mean relative change of the tasks' primary metrics to single-task models. Dots: mean; bars: 95 % confidence interval over seeds; ticks: single seeds.", () => tasksOf().length > 1, deltaSection],
   ["versus", "Differences", "Each method against the reference, in runs of the same seed, which share initial weights and the order of the data.", () => Boolean(versus()) && study.method_names.length > 1, versusSection],
   ["ranks", "Ranks", "Mean rank of each method among all; 1 is best, ties share their ranks.", () => study.method_names.length > 1 && Boolean(versus()?.ranks.seeds ?? versus()?.ranks.tasks), ranksSection],
@@ -891,7 +927,9 @@ const SECTIONS = [
 ];
 
 function summary() {
-  const parts = [`${study.method_names.length} method${study.method_names.length === 1 ? "" : "s"}, ${tasksOf().length} tasks, ${study.seeds} seed${study.seeds === 1 ? "" : "s"}. ${study.about}`];
+  const count = (number, name) => `${number} ${name}${number === 1 ? "" : "s"}`;
+  const size = [...(study.method_names.length ? [count(study.method_names.length, "method"), count(tasksOf().length, "task")] : []), count(study.seeds, "seed")];
+  const parts = [`${size.join(", ")}. ${study.about}`];
   const ranked = study.method_names.filter((name) => isNumber(dig(method(name), "delta_m", "mean"))).sort((a, b) => method(b).delta_m.mean - method(a).delta_m.mean);
   if (ranked.length > 1) {
     const text = (name) => `${name} (${signed(method(name).delta_m.mean)}${isNumber(method(name).delta_m.ci95) ? ` ± ${method(name).delta_m.ci95.toFixed(2)}` : ""} %)`;

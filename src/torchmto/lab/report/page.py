@@ -28,7 +28,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     """Write one page that shows all these folders.
 
     Args:
-        folders: Folders of ``torchmto compare`` or ``torchmto train``.
+        folders: Folders of ``torchmto compare``, ``torchmto train`` or ``torchmto reproduce``.
         out: The file; by default ``report.html`` in each folder.
 
     Returns:
@@ -109,13 +109,19 @@ def _fitting(studies: Sequence[Study], room: int) -> str:
         return text
     note = "To keep this page small, curves show six digits and fewer points than were recorded; all are in the runs' files."
     thinned = [{**study, "runs": _rounded(study["runs"]), "notes": [*study["notes"], note]} for study in studies]
-    longest = max(len(run[part]) for study in studies for run in study["runs"] for part in ("history", "trace"))
-    points = longest
+    points = max(
+        (len(run[part]) for study in studies for run in study["runs"] for part in ("history", "trace")), default=0
+    )
     while len((text := _embedded(thinned)).encode()) > room:
         points = points * 2 // 3
         if points < _FEWEST_POINTS:
             bare = [
-                {**study, "runs": [], "notes": [*study["notes"], "There are too many runs to show their curves."]}
+                {
+                    **study,
+                    "runs": [],
+                    "plots": [],
+                    "notes": [*study["notes"], "There are too many runs to show their curves and plots."],
+                }
                 for study in studies
             ]
             text = _embedded(bare)

@@ -1,10 +1,11 @@
 """Reading run folders into what the page shows.
 
-A *study* is one comparison, or several training runs on the same data and tasks: ``title``, ``about``, ``notes``,
-``task_names``, ``metric_names`` (per task), ``method_names``, ``seeds``, ``history_unit``, ``steps_estimated`` (whether
-optimizer steps up to a point are estimates), ``baseline`` (what Δm is relative to, in words, or None), ``results`` (as in a
-comparison's results.json), ``runs`` and ``settings`` (pairs of heading and mapping). A run has ``method``, ``seed``, ``task``
-(of a single-task run, else None), ``history`` (one entry per validation), ``trace`` (single steps) and ``noise_floor``.
+A *study* is one comparison, or several training runs on the same data and tasks, or an experiment: ``title``, ``about``,
+``notes``, ``task_names``, ``metric_names`` (per task), ``method_names``, ``seeds``, ``history_unit``, ``steps_estimated``
+(whether optimizer steps up to a point are estimates), ``baseline`` (what Δm is relative to, in words, or None), ``results`` (as
+in a comparison's results.json), ``runs`` and ``settings`` (pairs of heading and mapping). A run has ``method``, ``seed``,
+``task`` (of a single-task run, else None), ``history`` (one entry per validation), ``trace`` (single steps) and
+``noise_floor``. An experiment has no tasks, methods and runs, but ``tables`` and ``plots`` (pairs of name and data URI).
 
 Lists of names come beside the mappings because JavaScript sorts keys that look like numbers.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from torchmto.lab.atomic import plain
 from torchmto.lab.report.base import ReportError, Study
 from torchmto.lab.report.comparisons import comparison_study
+from torchmto.lab.report.experiments import arms_of, experiment_study
 from torchmto.lab.report.trainings import Baseline, Training, comparison_baselines, read_training, training_studies
 
 __all__ = ["read_studies"]
@@ -26,7 +28,7 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     """The studies in these folders; training runs that can be compared become one.
 
     Args:
-        folders: Folders of ``torchmto compare`` or ``torchmto train``.
+        folders: Folders of ``torchmto compare``, ``torchmto train`` or ``torchmto reproduce``.
 
     Raises:
         ReportError: If a folder isn't a finished one of these, or one of its files is broken.
@@ -34,11 +36,13 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
     studies: list[Study] = []
     trainings: list[Training] = []
     baselines: list[Baseline] = []
-    for folder in folders:
+    for folder, title in _with_arms(folders):
         results = _read_results(folder)
         try:
-            if "methods" in results:
-                studies.append(comparison_study(folder, results))
+            if "experiment" in results:
+                studies.append(experiment_study(folder, results))
+            elif "methods" in results:
+                studies.append({**comparison_study(folder, results), "title": title})
                 baselines += comparison_baselines(folder, results)
             else:
                 trainings.append(read_training(folder, results))
@@ -47,6 +51,15 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
                 raise
             raise ReportError(f"{folder} doesn't hold what it should: {type(error).__name__} {error}.") from error
     return [*studies, *training_studies(trainings, baselines)]
+
+
+def _with_arms(folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """The folders with what the page calls them, and after each experiment the comparisons it is made of."""
+    every = []
+    for folder in folders:
+        name = folder.resolve().name
+        every += [(folder, name), *((arm, f"{name}: {arm.name}") for arm in arms_of(folder))]
+    return every
 
 
 def _read_results(folder: Path) -> dict[str, Any]:
@@ -63,8 +76,7 @@ def _read_results(folder: Path) -> dict[str, Any]:
         results = plain(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is broken: it isn't JSON ({error}).") from error
-    if not isinstance(results, dict) or not (
-        {"methods", "tasks"} <= set(results) or {"primary", "cost"} <= set(results)
-    ):
-        raise ReportError(f"{path} holds neither a comparison nor a training run.")
+    kinds = ({"methods", "tasks"}, {"primary", "cost"}, {"experiment", "tables"})
+    if not isinstance(results, dict) or not any(keys <= set(results) for keys in kinds):
+        raise ReportError(f"{path} holds neither a comparison nor a training run nor an experiment.")
     return results

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchmto.checks import check_choice
+from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import Findings, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
@@ -34,7 +35,7 @@ def reproduce(
         say: Prints a line.
 
     Returns:
-        What was found, which is also in ``results.json``, ``results.md`` and ``plots/`` of the folder.
+        What was found, which is also in ``results.json``, ``results.md``, ``report.html`` and ``plots/`` of the folder.
 
     Raises:
         RecipeError: If there is no such study.
@@ -49,4 +50,8 @@ def reproduce(
     asked = seeds or recipe.seeds
     findings = STUDIES[recipe.study](Context(recipe, folder, data_root, asked, budget, jobs, say))
     write_findings(folder, recipe, findings, seeds=asked, minutes=budget.used)
+    try:
+        write_report([folder])
+    except ValueError as error:  # more than fits on a page; all else is written
+        say(f"No report.html was written: {error}")
     return findings
