@@ -21,7 +21,7 @@ from torchmto.lab.compare import single as single_module
 from torchmto.lab.compare.folder import run_key
 from torchmto.lab.compare.plots import plots
 from torchmto.lab.compare.single import train_and_measure, validation_score
-from torchmto.lab.compare.tables import csv_text, header, markdown, rows, task_header, task_rows
+from torchmto.lab.compare.tables import csv_text, header, markdown, rows, task_header, task_rows, versus_rows
 from torchmto.lab.data import load_data
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.training import RunConfig
@@ -123,6 +123,10 @@ def test_tables_agree_with_the_figures(finished, bundle):
     mean = summary["methods"]["gd"]["delta_m"]["mean"]
     assert rows(summary)[1][1].startswith(f"{mean:+.2f} ± ")
     assert f"gd,,delta_m,{mean}" in csv_text(summary)
+    gd, strength, _ = versus_rows(summary)
+    assert gd[:3] == ["gd", "-", "-"]
+    assert strength[1].startswith(f"{summary['methods']['connection_strength']['delta_m']['mean'] - mean:+.2f} ± ")
+    assert "Δm minus gd" in markdown(summary)
 
 
 def test_many_tasks_have_a_table_of_their_own(finished, bundle, monkeypatch):
@@ -132,7 +136,7 @@ def test_many_tasks_have_a_table_of_their_own(finished, bundle, monkeypatch):
     assert header(summary) == ["method", "Δm %", "forwards", "backwards", "steps", "ms/batch", "peak MB"]
     assert task_header(summary) == ["task", "single-task", *experiment.methods]
     assert [row[0] for row in task_rows(summary)] == ["left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
-    assert markdown(summary).count("| --- |") == 2
+    assert markdown(summary).count("| --- |") == 3
 
 
 def test_plots_show_what_the_methods_record(finished, bundle):

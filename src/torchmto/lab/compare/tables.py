@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["csv_text", "header", "markdown", "rich_tables", "rows", "task_header", "task_rows"]
+__all__ = [
+    "csv_text",
+    "header",
+    "markdown",
+    "rich_tables",
+    "rows",
+    "task_header",
+    "task_rows",
+    "versus_header",
+    "versus_rows",
+]
 
 Summary = Mapping[str, Any]
 MOST_COLUMNS = 6
@@ -80,6 +90,31 @@ def _mean_std(figure: Mapping[str, float | None], summary: Summary) -> str:
     return f"{figure['mean']:.3f}{spread}"
 
 
+def versus_header(summary: Summary) -> list[str]:
+    """Titles of the table of differences to the reference."""
+    return ["method", f"Δm minus {summary['versus']['reference']}", "p (Holm)", "wins-ties-losses", "mean rank"]
+
+
+def versus_rows(summary: Summary) -> list[list[str]]:
+    """Cells of the table of differences: paired by seed, ± is the 95 % CI; ranks are over tasks and seeds."""
+    versus = summary["versus"]
+    ranks = versus["ranks"]["tasks"]
+    return [
+        [
+            name,
+            _delta(entry["delta_m"]),
+            _p(entry["delta_m"]),
+            "-".join(map(str, entry["wins_ties_losses"])),
+            "-" if ranks is None else f"{ranks['average'][name]:.2f}",
+        ]
+        for name, entry in versus["methods"].items()
+    ]
+
+
+def _p(difference: Mapping[str, Any] | None) -> str:
+    return "-" if difference is None or difference["p_holm"] is None else f"{difference['p_holm']:.4f}"
+
+
 def notes(summary: Summary) -> list[str]:
     """What a reader needs to know to read the table."""
     config = summary["config"]
@@ -123,12 +158,19 @@ def _rich(titles: list[str], cells: list[list[str]]) -> "Table":
 
 
 def markdown(summary: Summary) -> str:
-    """A Markdown page with the table, and one of the tasks where there are many."""
+    """A Markdown page with the table, one of the tasks where there are many, and one of differences to the reference."""
     made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     tables = [_markdown(header(summary), rows(summary))]
     if many_tasks(summary):
         tables.append(_markdown(task_header(summary), task_rows(summary)))
-    return "\n".join([*tables, *(f"{line}\n" for line in notes(summary)), f"Made with {made_with}.", ""])
+    lines = notes(summary)
+    if len(summary["methods"]) > 1:
+        tables.append(_markdown(versus_header(summary), versus_rows(summary)))
+        lines.append(
+            "Differences are paired by seed; p values are of paired t tests, corrected for their number by Holm; wins, ties "
+            "and losses count tasks and seeds, ranks are means over both."
+        )
+    return "\n".join([*tables, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
 
 
 def _markdown(titles: list[str], cells: list[list[str]]) -> str:

@@ -608,11 +608,13 @@ function curve(runs, pick, unit = "at") {
   return { x: found.map(([x]) => x), y: found.map(([, values]) => mean(values)), low: found.map(([, values]) => Math.min(...values)), high: found.map(([, values]) => Math.max(...values)), many: runs.length > 1 };
 }
 
+const MOST_BANDS = 6;
+
 function lines({ x, y, low, high, many }, name, line, unit = study.history_unit) {
   const hover = { hovertemplate: `${safe(unit)} %{x:.4~g}: %{y:.4~g}<extra>%{fullData.name}</extra>` };
   const marker = x.length < 40 ? "lines+markers" : "lines";
   const main = { type: "scatter", mode: marker, x, y, name: safe(name), line, marker: { size: 5 }, ...hover };
-  if (!many) return [main];
+  if (!many || shown().length > MOST_BANDS) return [main];
   const band = { type: "scatter", mode: "lines", x: [...x, ...x.toReversed()], y: [...high, ...low.toReversed()], fill: "toself",
     fillcolor: faded(line.color, 0.13), line: { width: 0 }, hoverinfo: "skip" };
   return [band, main];
@@ -711,11 +713,11 @@ function slider(holder, points, { rows, columns: labels, matrix, limit, bipolar,
         colorscale: bipolar ? diverging() : [[0, darkness.matches ? "#20262e" : "#f7f7f7"], [1, variable("--accent")]],
         customdata: rows.map((row) => labels.map((column) => `${safe(row)} → ${safe(column)}`)), hovertemplate: `%{customdata}<br>${unit} %{z:.3~g}<extra></extra>`,
         text: z.map((list, row) => list.map((value, column) => text(value, row, column))), texttemplate: many ? "" : "%{text}",
-        colorbar: { thickness: 12, outlinewidth: 0, tickformat: ".2~g", title: { text: unit, side: "top" } },
+        colorbar: { thickness: 12, outlinewidth: 0, tickformat: ".2~g", title: { text: `${unit}<br>\u00a0`, side: "top" } },
       }, ...(many && dimmed.length ? [strokes] : [])],
       layout: {
-        xaxis: { ...title(xlabel), tickvals: labels.map((_, i) => i), ticktext: labels.map((name) => safe(short(name, 18))), showgrid: false, zeroline: false },
-        yaxis: { ...title(ylabel), tickvals: rows.map((_, i) => i), ticktext: rows.map((name) => safe(short(name, 28))), autorange: "reversed", showgrid: false, zeroline: false },
+        xaxis: { ...title(xlabel), tickvals: labels.map((_, i) => i), ticktext: labels.map((name) => safe(short(name, 18))), range: [-0.5, labels.length - 0.5], showgrid: false, zeroline: false },
+        yaxis: { ...title(ylabel), tickvals: rows.map((_, i) => i), ticktext: rows.map((name) => safe(short(name, 28))), range: [rows.length - 0.5, -0.5], showgrid: false, zeroline: false },
       },
     };
   }, label);
@@ -915,7 +917,7 @@ const SECTIONS = [
   ["versus", "Differences", "Each method against the reference, in runs of the same seed, which share initial weights and the order of the data.", () => Boolean(versus()) && study.method_names.length > 1, versusSection],
   ["ranks", "Ranks", "Mean rank of each method among all; 1 is best, ties share their ranks.", () => study.method_names.length > 1 && Boolean(versus()?.ranks.seeds ?? versus()?.ranks.tasks), ranksSection],
   ["budgets", "Equal budgets", "Best Δm on the validation split within the batches, optimizer steps and training time that the thriftiest run took. Methods that take several optimizer steps per batch get more of them at equal batches, and fewer batches at equal steps. Learning rates fall over the whole run and aren't adapted to the smaller budget.", () => Boolean(versus()) && UNITS.some(([key]) => study.method_names.some((name) => isNumber(dig(versus(), "budgets", key, "methods", name, "mean")))), budgetsSection],
-  ["curves", "Learning curves", "Mean over seeds, with the range from the lowest to the highest seed; over batches, optimizer steps or time.", () => study.runs.some((run) => run.history.length), curvesSection],
+  ["curves", "Learning curves", "Mean over seeds, over epochs, batches, optimizer steps or time. Where no more than six methods are shown: with the range from the lowest to the highest seed.", () => study.runs.some((run) => run.history.length), curvesSection],
   ["tradeoffs", "Trade-offs", "Each pair of tasks, one point per method, bars: standard deviation over seeds. Axes are turned so that up and right is better.", () => tasksOf().length > 1, tradeoffSection],
   ["shares", "Priorities", "Which share of the structured layers' output channels each task leads.", some(record("priority_shares")), sharesSection],
   ["weights", "Task weights", "The weight of each task's gradient (or loss) in the update, at the steps where weights differ.", some(unequal), weightsSection],
