@@ -103,12 +103,15 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
         f"{run.data.partition(':')[0]}, {run.model or arm.bundle.default_model}, {run.epochs} epochs of batches of "
         f"{run.batch_size}, {run.optimizer} {run.learning_rate:g}, seeds 0 to {arm.experiment.seeds - 1}."
     )
+    critical = ""
+    if numbers["critical_difference"] is not None:
+        difference = number(numbers["critical_difference"])
+        critical = f", which aren't independent (a difference of {difference} would be significant if they were)"
     notes = [
         f"{arm.arm.about} {settings}".strip(),
         (
             f"Δm to single-task models of the same seed and optimizer; differences to {reference} paired by seed, p "
-            "corrected by Holm; wins/ties/losses count tasks and seeds; ranks over tasks and seeds, which aren't "
-            f"independent (a difference of {number(numbers['critical_difference'])} would be significant if they were); "
+            f"corrected by Holm; wins/ties/losses count tasks and seeds; ranks over tasks and seeds{critical}; "
             "± is the 95 % interval."
         ),
     ]
