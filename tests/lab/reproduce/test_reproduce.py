@@ -75,6 +75,9 @@ def test_results(phases):
     gd = compared["methods"]["gd"]["delta_m"]["per_seed"]
     assert difference["mean"] == pytest.approx(arm["delta_m"]["mean"] - sum(gd) / 2)
     assert sum(arm["wins_ties_losses"]) == 6
+    titles = [table["title"] for table in results["tables"]]
+    assert "Equal budgets, arm a" in titles, "its methods take different numbers of optimizer steps"
+    assert "Equal budgets, arm b" not in titles
     assert {row["arm"] for row in results["numbers"]["across_arms"]} == {"b"}
     singles = [{path.name for path in (out / "arms" / arm / "runs").glob("single*")} for arm in "ab"]
     assert singles[0] == singles[1]

@@ -38,6 +38,11 @@ def add_comparison(findings: Findings, arms: Mapping[str, ArmResult]) -> None:
     findings.numbers["arms"] = {name: _arm_numbers(arm) for name, arm in arms.items()}
     for name, arm in arms.items():
         findings.tables.append(_arm_table(name, arm, findings.numbers["arms"][name]))
+        if (
+            len({entry["cost"]["num_optimizer_steps"] for entry in findings.numbers["arms"][name]["methods"].values()})
+            > 1
+        ):
+            findings.tables.append(_budget_table(name, findings.numbers["arms"][name]["budgets"]))
         findings.figures[f"delta_m-{name}"] = _forest(name, arm, findings.numbers["arms"][name])
     across = _across(arms)
     if across:
@@ -127,6 +132,21 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
         "ms/batch",
     ]
     return Table(f"Arm {name}", header, rows, notes)
+
+
+def _budget_table(name: str, budgets: Mapping[str, Any]) -> Table:
+    methods = list(budgets["batches"]["methods"])
+    cells = [[within["methods"][method] for within in budgets.values()] for method in methods]
+    rows = [
+        [method, *(number(None) if entry is None else number(entry["mean"], entry["ci95"]) for entry in row)]
+        for method, row in zip(methods, cells, strict=True)
+    ]
+    header = ["method", *(f"{within['limit']:.4g} {unit.replace('_', ' ')}" for unit, within in budgets.items())]
+    note = (
+        "Best validation Δm within as many batches, optimizer steps and seconds of training as the thriftiest run took in all, "
+        "± 95 % interval; -: not one epoch. The learning rate falls over the whole run and isn't adapted to the smaller budget."
+    )
+    return Table(f"Equal budgets, arm {name}", header, rows, [note])
 
 
 def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
