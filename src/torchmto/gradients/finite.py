@@ -20,11 +20,11 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(())
-    if not all(gradient.is_cpu for gradient in gradients):
-        return nn.utils.get_total_norm(gradients)
     small: list[Tensor] = []
     parts: list[Tensor] = []
     for gradient in gradients:
+        if not gradient.is_cpu:
+            return nn.utils.get_total_norm(gradients)
         (small if gradient.numel() <= FEW else parts).append(gradient)
     if small:
         parts.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]

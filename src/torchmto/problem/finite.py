@@ -74,7 +74,8 @@ class FiniteChecks:
 
     def _weights(self, losses: Losses) -> None:
         """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
-        if not all(bool(weight.isfinite()) for weight in self._reduction.weights.values()):
+        weights = self._reduction.weights
+        if weights is not None and not bool(weights.isfinite().all()):
             values = zip(losses.indices, losses.raw.tolist(), strict=True)
             named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in values)
             self.fail(f"The method's loss weights aren't finite. The losses are {named}.")

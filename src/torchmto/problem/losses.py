@@ -157,5 +157,8 @@ def detached(loss: Tensor) -> Tensor:
 
 def stack(losses: Sequence[Tensor]) -> Tensor:
     """Detached losses as one tensor [k] on the first one's device, float32 at least."""
-    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in losses) else torch.float32
-    return torch.stack([loss.detach().to(device=losses[0].device, dtype=dtype) for loss in losses])
+    device, dtypes = losses[0].device, {loss.dtype for loss in losses}
+    if dtypes <= {torch.float32, torch.float64} and len(dtypes) == 1:
+        return torch.stack([loss.to(device) for loss in losses])
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.stack([loss.to(device, dtype) for loss in losses])

@@ -122,7 +122,7 @@ class Network:
     def refresh(self) -> None:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if len(everything) != len(self._known) or any(a is not b for a, b in zip(everything, self._known, strict=True)):
+        if list(map(id, everything)) != list(map(id, self._known)):
             names = {id(p): name for name, p in self.model.named_parameters()}
             self._names = {}
             for g, group in enumerate(self.optimizer.param_groups):

@@ -63,7 +63,7 @@ class Reduction:
     Attributes:
         doing: What the next exchange is for; the same on all ranks.
         first: The first losses of the step that aren't empty; the first ones at all until there are any.
-        weights: Task index -> the weight its loss was given last, to explain gradients that aren't finite.
+        weights: The weights that losses were given last, [k], to explain gradients that aren't finite.
     """
 
     def __init__(self, network: Network, num_tasks: int, step: str, *, weigh: Weigh | None, weigh_fixed: bool) -> None:
@@ -71,7 +71,7 @@ class Reduction:
         self.weigh_fixed = weigh_fixed
         self.doing = ""
         self.first: Losses | None = None
-        self.weights: dict[int, Tensor] = {}
+        self.weights: Tensor | None = None
         self._network = network
         self._exchange = Exchange(network.ranks, num_tasks, step)
 
@@ -125,5 +125,5 @@ class Reduction:
         if self.weigh is None:
             return Losses(indices, raw, raw, sums.totals)
         factors = self.weigh(raw, indices).detach().to(raw)
-        self.weights = dict(zip(indices, factors.unbind(), strict=True))
+        self.weights = factors
         return Losses(indices, raw * factors, raw, sums.totals, factors)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +17,39 @@ from torchmto.problem.noise import Noise
 from torchmto.problem.rank_sums import average_statistics, sum_gradients
 from torchmto.problem.reduction import Reduction, Sums, shape_of
 from torchmto.problem.unit_heads import UnitHeads
+
+
+@dataclass
+class _Weights:
+    """What the losses of some tasks are multiplied with.
+
+    Attributes:
+        indices: The tasks, ascending.
+        values: The method's weights, [k].
+        factors: The user's weights, [k]; None for 1.
+    """
+
+    indices: tuple[int, ...]
+    values: Tensor
+    factors: Tensor | None
+
+    @functools.cached_property
+    def by_task(self) -> dict[int, Tensor]:
+        """Task index -> the method's weight."""
+        return dict(zip(self.indices, self.values.unbind(), strict=True))
+
+    def share(self, index: int, share: float) -> Tensor | float:
+        """A task's part in the sum beside its weight: the user's factor times its share of the counts."""
+        if self.factors is None:
+            return share
+        factor = self.factors[self.indices.index(index)]
+        return factor if share == 1 else factor * share
+
+    def times(self, parts: Mapping[int, Tensor | float]) -> Tensor:
+        """Every part times its task's weight, [len(parts)]."""
+        if tuple(parts) == self.indices and all(isinstance(part, float) and part == 1 for part in parts.values()):
+            return self.values
+        return torch.stack([self.by_task[index] * part for index, part in parts.items()])
 
 
 class WeightedBackward:
@@ -83,13 +118,13 @@ class WeightedBackward:
         if known is None and several:
             sums, _ = reduction.tell(sums, counts=shape_of(micro_batches, chunks))
         losses = reduction.average(sums) if known is None else known
-        weights, factors = self._weights(weigh, losses, wanted)
+        weights = self._weights(weigh, losses, wanted)
         failure: Exception | None = None
         for chunk in chunks if held else self._forwards.run(asked, source):
             shares = {
-                i: _share(factors.get(i), chunk.counts[i] / losses.totals[i])
+                i: weights.share(i, chunk.counts[i] / losses.totals[i])
                 for i in chunk.losses
-                if i in weights and chunk.counts[i]
+                if i in weights.indices and chunk.counts[i]
             }
             try:
                 self._backward(chunk, weights, shares, unit)
@@ -99,7 +134,7 @@ class WeightedBackward:
                 failure = error
                 break
         if unit is not None and failure is None:
-            unit.finish(weights)
+            unit.finish(weights.by_task)
         sum_gradients(network, failure)
         average_statistics(network)
         return losses
@@ -120,7 +155,7 @@ class WeightedBackward:
         indices = tuple(sorted(wanted))
         ones = torch.ones(len(indices), dtype=torch.float64, device=network.device)
         user_factors = None if reduction.weigh is None else reduction.weigh(ones, indices)
-        weights, factors = self._weights(weigh, Losses(indices, ones, ones, {}, user_factors), wanted)
+        weights = self._weights(weigh, Losses(indices, ones, ones, {}, user_factors), wanted)
         sums = Sums()
         chunks: list[Chunk] = []
         failure: Exception | None = None
@@ -134,7 +169,7 @@ class WeightedBackward:
                     break
                 chunks.append(Chunk({}, chunk.counts, chunk.active))
                 sums.add(chunk)
-                shares = {i: _share(factors.get(i), share) for i in chunk.losses if i in wanted}
+                shares = {i: weights.share(i, share) for i in chunk.losses if i in wanted}
                 try:
                     if even:
                         self._backward(chunk, weights, shares, unit)
@@ -152,30 +187,25 @@ class WeightedBackward:
                 undo()
                 return losses, False
         if unit is not None:
-            unit.finish(weights)
+            unit.finish(weights.by_task)
         sum_gradients(network)
         average_statistics(network)
         return losses, True
 
-    def _weights(self, weigh: Weigh, losses: Losses, wanted: set[int]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    def _weights(self, weigh: Weigh, losses: Losses, wanted: set[int]) -> _Weights:
         """The method's weight of every present wanted task, and the user's factors if there are any."""
         losses = losses.only(wanted)
-        indices = losses.indices
-        if not indices:
-            return {}, {}
-        weights = weigh(losses.values, indices).detach().to(losses.values)
-        by_task = dict(zip(indices, weights.unbind(), strict=True))
-        if losses.factors is None:
-            self._reduction.weights = by_task
-            return by_task, {}
-        factors = losses.factors.to(weights)
-        self._reduction.weights = dict(zip(indices, (weights * factors).unbind(), strict=True))
-        return by_task, dict(zip(indices, factors.unbind(), strict=True))
+        if not losses.indices:
+            return _Weights((), losses.values, None)
+        values = weigh(losses.values, losses.indices).detach().to(losses.values)
+        factors = None if losses.factors is None else losses.factors.to(values)
+        self._reduction.weights = values if factors is None else values * factors
+        return _Weights(losses.indices, values, factors)
 
     def _backward(
         self,
         chunk: Chunk,
-        weights: Mapping[int, Tensor],
+        weights: _Weights,
         shares: Mapping[int, Tensor | float],
         unit: UnitHeads | None,
     ) -> None:
@@ -184,7 +214,7 @@ class WeightedBackward:
             return
         network = self._network
         scale = network.scale(next(iter(chunk.losses.values())).device)
-        parts = shares if scale is None else {i: scale.to(weights[i]) * share for i, share in shares.items()}
+        parts = shares if scale is None else {i: scale.to(weights.values) * share for i, share in shares.items()}
         if network.sharded:
             # FSDP averages over the ranks what is to be summed.
             parts = {index: part * network.ranks.size for index, part in parts.items()}
@@ -193,21 +223,13 @@ class WeightedBackward:
             inputs = [p for p in inputs if any(network.reaches(index, p) for index in parts)]
         with chunk.activated():
             if unit is not None:
-                unit.before(chunk.losses, weights, parts)
-            roots = [chunk.losses[index] for index in parts]
-            seeds = [_cotangent(chunk.losses[index], weights[index], part) for index, part in parts.items()]
+                unit.before(chunk.losses, weights.by_task, parts)
+            roots, seeds = [chunk.losses[index] for index in parts], weights.times(parts)
             if len(roots) > 1 and len({(root.dtype, root.device) for root in roots}) == 1:
                 # PyTorch checks every root in Python: one takes less time than many.
-                roots, seeds = [torch.stack(roots)], [torch.stack(seeds)]
-            torch.autograd.backward(roots, seeds, inputs=inputs)
+                stacked = torch.stack(roots)
+                torch.autograd.backward(stacked, seeds.to(stacked), inputs=inputs)
+            else:
+                starts = [seed.to(root) for root, seed in zip(roots, seeds.unbind(), strict=True)]
+                torch.autograd.backward(roots, starts, inputs=inputs)
         self._passes.backward += 1
-
-
-def _share(factor: Tensor | None, share: float) -> Tensor | float:
-    """A task's part in the sum beside its weight: the user's factor times its share of the counts."""
-    return share if factor is None else factor if share == 1 else factor * share
-
-
-def _cotangent(loss: Tensor, weight: Tensor, part: Tensor | float) -> Tensor:
-    """What the backward of one loss starts from."""
-    return (weight if isinstance(part, float) and part == 1 else weight * part).to(loss)
