@@ -1,6 +1,9 @@
 """Kills a training with SIGKILL at random moments, resumes it each time, and checks that nothing was lost.
 
     python benchmarks/kill_training.py --kills 50
+    python benchmarks/kill_training.py --kills 20 --processes 2
+
+With several processes torchrun starts them, a random one is killed, and torchrun restarts them all.
 
 After every kill: the latest checkpoint is whole, it is at most one checkpoint interval behind what the log shows was done,
 and every file that looks like a checkpoint loads. At the end: the weights and the logged losses equal those of a run that
@@ -15,6 +18,8 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -158,18 +163,100 @@ def stress(folder: Path, kills: int, seed: int, config: TrainConfig | None = Non
             else:
                 assert code == 0, f"resuming failed with {code}"
                 finished = True
-        assert same(final_state(calm), final_state(out)), "the resumed run differs from the calm one"
-        assert logged(calm) == logged(out), f"the logs differ: {set(logged(calm)) ^ set(logged(out))}"
-        one, other = (json.loads((path / "results.json").read_text()) for path in (calm, out))
-        assert one["test"] == other["test"]
+        check_equal(calm, out)
     return {"kills": len(hits), "median_step": float(sorted(hits)[len(hits) // 2]), "runs": attempt}
+
+
+def torchrun(config: Path, out: Path, processes: int, restarts: int) -> subprocess.Popen[bytes]:
+    """Start a training on several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        "torch.distributed.run",
+        "--nproc-per-node",
+        processes,
+        "--max-restarts",
+        restarts,
+        "--master-port",
+        port,
+    ]
+    command = [*launcher, "-m", "torchmto", "train", "--config", config, "--out", out]
+    with out.with_suffix(".log").open("w") as log:
+        return subprocess.Popen([sys.executable, "-m", *map(str, command)], stdout=log, stderr=log)
+
+
+def children(process: subprocess.Popen[bytes]) -> list[int]:
+    """The workers of a running torchrun."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text().split()] if process.poll() is None else []
+
+
+def starts(out: Path) -> int:
+    """How often the workers began to train."""
+    path = out / "environment.json"
+    return len(json.loads(path.read_text())) if path.exists() else 0
+
+
+def stress_ranks(folder: Path, kills: int, seed: int, processes: int) -> dict[str, float]:
+    """Train on several processes, once in peace and once with workers being killed, and compare.
+
+    Args:
+        folder: Where both runs go.
+        kills: How many times to kill a worker.
+        seed: Of the moments and the victims.
+        processes: Number of workers.
+
+    Returns:
+        How many kills there were, and the median step they hit.
+    """
+    draws = random.Random(seed)
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(settings(epochs=max(4, kills)).as_dict()))
+    calm, out = folder / "calm", folder / "killed"
+    assert torchrun(config, calm, processes, 0).wait() == 0
+    process = torchrun(config, out, processes, kills)
+    hits: list[int] = []
+    while len(hits) < kills and process.poll() is None:
+        begun = starts(out)
+        # One in four while they start, the others a few steps later.
+        early, more = draws.random() < 0.25, draws.randint(0, 12)
+        if early:
+            time.sleep(draws.uniform(0, 5))
+        else:
+            while process.poll() is None and starts(out) == begun:
+                time.sleep(0.01)
+            step = max((step for step, _, _ in logged(out)), default=0)
+            while process.poll() is None and max((s for s, _, _ in logged(out)), default=0) < step + more:
+                time.sleep(0.01)
+        workers = children(process)
+        if workers:
+            os.kill(draws.choice(workers), signal.SIGKILL)
+            while any(number in workers for number in children(process)):
+                time.sleep(0.01)
+            hits.append(check_after_kill(out))
+    assert process.wait() == 0, out.with_suffix(".log").read_text()
+    check_equal(calm, out)
+    return {"kills": len(hits), "median_step": float(sorted(hits)[len(hits) // 2])}
+
+
+def check_equal(calm: Path, out: Path) -> None:
+    """Check that a run which was killed ended as one in peace did."""
+    assert same(final_state(calm), final_state(out)), "the resumed run differs from the calm one"
+    assert logged(calm) == logged(out), f"the logs differ: {set(logged(calm)) ^ set(logged(out))}"
+    one, other = (json.loads((path / "results.json").read_text()) for path in (calm, out))
+    assert one["test"] == other["test"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        print(stress(Path(name), arguments.kills, arguments.seed))
+        if arguments.processes == 1:
+            print(stress(Path(name), arguments.kills, arguments.seed))
+        else:
+            print(stress_ranks(Path(name), arguments.kills, arguments.seed, arguments.processes))

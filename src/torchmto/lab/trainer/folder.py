@@ -64,12 +64,12 @@ class RunFolder:
             yield
 
     def claimed_by(self, job: tuple[str, bool] | None) -> bool:
-        """Whether a torchrun job that has restarted its workers began the run in this folder, and so goes on with it.
+        """Whether a torchrun job began the run in this folder, and so goes on with it after a restart.
 
-        Any other start forgets who did, so that a job which was refused the folder isn't let in after a restart.
+        Another start forgets who did, so that a nameless job which was refused the folder isn't let in after a restart.
 
         Args:
-            job: The job's name, and whether its workers were restarted; None outside of torchrun.
+            job: The job's name, and whether it may have started before; None outside of torchrun.
         """
         if job is not None and job[1]:
             return self.claim.is_file() and self.claim.read_text() == job[0]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -17,7 +19,6 @@ import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 Result = TypeVar("Result")
 
@@ -128,9 +129,13 @@ def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _in_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def placement(devices: int, nodes: int) -> tuple[int, int]:
     """Processes per node and nodes: as torchrun started them, else as the settings say."""
-    if not dist.is_torchelastic_launched():
+    if not _in_torchrun():
         return devices, nodes
     devices = int(os.environ["LOCAL_WORLD_SIZE"])
     return devices, int(os.environ["WORLD_SIZE"]) // devices
@@ -142,34 +147,74 @@ def launched(fabric: Fabric) -> Iterator[Processes]:
 
     Fabric does so by running this program again, with the same arguments and ``LOCAL_RANK`` set.
     """
-    if dist.is_torchelastic_launched() and os.environ["WORLD_SIZE"] != "1":
+    own = not (dist.is_available() and dist.is_initialized())
+    if own:  # `fabric run` has done it before
+        _launch(fabric)
+    yield Processes()
+    # After an error the others may not be there any more to agree on the end.
+    if own and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _launch(fabric: Fabric) -> None:
+    if _in_torchrun() and os.environ["WORLD_SIZE"] != "1":
         _join_attempt("nccl" if fabric.device.type == "cuda" else "gloo")
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # else Fabric announces every process in a frame of dashes
     fabric.launch()
     logging.disable(disabled)
-    yield Processes()
-    # After an error the others may not be there any more to agree on the end.
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _join_attempt(backend: str) -> None:
     """Initialise the process group of a torchrun job.
 
-    Fabric would do it. But torchrun's default rendezvous keeps one store for all attempts, in which restarted workers
-    find the addresses of the dead, and wait for them: every attempt needs keys of its own.
+    Fabric would do it. But torchrun keeps one store for all attempts, in which restarted workers find the addresses of
+    the dead, and wait for them: every attempt needs keys of its own.
     """
-    store, rank, size = next(rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415 - not there where torch was built without
+
+    shared, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(attempt_name(shared, rank, size), shared)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
+def attempt_name(store: Any, rank: int, size: int) -> str:
+    """A name for this start of a job's processes that all of them know, whatever earlier ones left in the store.
+
+    torchrun's own count of restarts won't do: it may differ between machines. So every process shows a word that nobody
+    said before, and waits until the first one answers to it.
+
+    Args:
+        store: A ``torch.distributed.Store``.
+        rank: This process' number.
+        size: How many there are.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"rank {rank} says", own)
+        name: str = store.get(f"answer to {own}").decode()
+        store.set(f"{name} heard by {rank}", "yes")
+        return name
+    missing = set(range(1, size))
+    while missing:
+        for other in tuple(missing):
+            if store.check([f"rank {other} says"]):
+                store.set(f"answer to {store.get(f'rank {other} says').decode()}", own)
+            if store.check([f"{own} heard by {other}"]):
+                missing.remove(other)
+        time.sleep(0.01)
+    return own
+
+
 def elastic_job() -> tuple[str, bool] | None:
-    """The torchrun job that this process belongs to, and whether torchrun has restarted its workers; else None."""
-    if not dist.is_torchelastic_launched():
+    """The torchrun job that this process belongs to, and whether it may have started before; None outside of torchrun.
+
+    A job with a name of its own is told from others by it. One without is new unless torchrun has restarted its workers.
+    """
+    if not _in_torchrun():
         return None
-    return os.environ["TORCHELASTIC_RUN_ID"], int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return name, name != "none" or int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
 
 
 def speaks() -> bool:
@@ -182,7 +227,7 @@ def is_follower() -> bool:
 
     The exit code of the latter is the run's. Fabric kills it if another code than 0 is seen here first.
     """
-    return os.environ.get("LOCAL_RANK", "0") != "0" and not dist.is_torchelastic_launched()
+    return os.environ.get("LOCAL_RANK", "0") != "0" and not _in_torchrun()
 
 
 __all__ = ["Processes", "RankError", "elastic_job", "is_follower", "launched", "placement", "speaks"]
