@@ -94,6 +94,12 @@ def test_equal_budgets():
     assert budgets["batches"]["methods"]["x"]["per_seed"] == [2.0, 2.0, 2.0]
     assert budgets["optimizer_steps"]["methods"]["x"]["per_seed"] == [1.0, 1.0, 1.0]
     assert budgets["batches"]["methods"]["y"]["mean"] == 5.0
+    # Timings are averaged over seeds: one slow run of the thriftiest method doesn't lose its last epoch.
+    timed = {"gd": [run(0.5, 2.0, seconds=0.1), run(0.5, 2.0, seconds=0.3)], "x": [run(0.5, 2.0, seconds=0.5)] * 2}
+    seconds = versus(timed, {"gd": [1.0, 2.0], "x": [1.0, 2.0]}, TASKS)["budgets"]["seconds"]
+    assert seconds["limit"] == pytest.approx(2.0)
+    assert seconds["methods"]["gd"]["per_seed"] == [2.0, 2.0]
+    assert seconds["methods"]["x"] is None
     slow = versus({**RUNS, "x": [run(0.6, 1.0, steps=3.0)] * 3}, DELTA, TASKS)["budgets"]
     assert slow["optimizer_steps"]["methods"]["x"] is None
 

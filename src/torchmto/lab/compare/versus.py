@@ -157,31 +157,34 @@ def _ranks(names: Sequence[str], scores: "np.ndarray[Any, np.dtype[np.float64]]"
 
 
 def _budgets(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
-    """The best validation Δm that every method reached within what the thriftiest run used in all.
+    """The best validation Δm that every method reached within what the thriftiest method used in all.
+
+    How far a method was after an epoch is a mean over its seeds, because single timings are noisy.
 
     Returns:
         By unit (`torchmto.lab.compare.pace.UNITS`): ``limit``, and by method ``per_seed``, ``mean`` and ``ci95``, or None where
-        a run had no epoch within the limit or no score.
+        it had no epoch within the limit or a run has no score.
     """
     paces = {name: [progress(run) for run in own] for name, own in runs.items()}
     budgets: dict[str, Any] = {}
     for unit in UNITS:
-        limit = min(pace[-1][unit] for own in paces.values() for pace in own)
+        ends = {
+            name: [sum(epoch[unit] for epoch in epochs) / len(epochs) for epochs in zip(*own, strict=True)]
+            for name, own in paces.items()
+        }
+        limit = min(end[-1] for end in ends.values())
         methods = {
-            name: _over_seeds(
-                [_best_within(run, pace, unit, limit) for run, pace in zip(own, paces[name], strict=True)]
-            )
-            for name, own in runs.items()
+            name: _over_seeds([_best_within(run, ends[name], limit) for run in own]) for name, own in runs.items()
         }
         budgets[unit] = {"limit": limit, "methods": methods}
     return budgets
 
 
-def _best_within(run: Result, pace: Sequence[Mapping[str, float]], unit: str, limit: float) -> float | None:
+def _best_within(run: Result, ends: Sequence[float], limit: float) -> float | None:
     scores = [
         epoch["score"]
-        for epoch, here in zip(run["history"], pace, strict=True)
-        if here[unit] <= limit * (1 + 1e-9) and epoch["score"] is not None
+        for epoch, end in zip(run["history"], ends, strict=True)
+        if end <= limit * (1 + 1e-9) and epoch["score"] is not None
     ]
     return max(scores, default=None)
 

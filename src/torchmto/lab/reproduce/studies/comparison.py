@@ -143,8 +143,9 @@ def _budget_table(name: str, budgets: Mapping[str, Any]) -> Table:
     ]
     header = ["method", *(f"{within['limit']:.4g} {unit.replace('_', ' ')}" for unit, within in budgets.items())]
     note = (
-        "Best validation Δm within as many batches, optimizer steps and seconds of training as the thriftiest run took in all, "
-        "± 95 % interval; -: not one epoch. The learning rate falls over the whole run and isn't adapted to the smaller budget."
+        "Best validation Δm within as many batches, optimizer steps and seconds of training as the thriftiest method took, "
+        "mean over seeds; ± 95 % interval; -: not one epoch. The learning rate falls over the whole run and isn't adapted to "
+        "the smaller budget."
     )
     return Table(f"Equal budgets, arm {name}", header, rows, [note])
 
