@@ -184,6 +184,8 @@ def train(
     more = dict(mt_options or {})
     if size == 1:
         more.pop("shard_gradients", None)
+        # The reference keeps the rows.
+        more.pop("gradients", None)
     if more.pop("scaler", False):
         more["scaler"] = torch.amp.GradScaler("cpu", init_scale=256.0)
     mt = torchmto.MultiTask(
@@ -300,8 +302,14 @@ def fail(  # noqa: PLR0917
 ):
     """Rank 2 fails in its second step."""
     net = build("toy")
+    more = {"gradients": "layerwise"} if name.endswith("layerwise") else {}
     mt = torchmto.MultiTask(
-        net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, method=name, process_group=group
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.02),
+        tasks=TASKS,
+        method=name.split(",", maxsplit=1)[0],
+        process_group=group,
+        **more,
     )
     good = closure(net, data(rank, 4, "all"), count=False)
 

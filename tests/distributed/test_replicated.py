@@ -99,6 +99,22 @@ def test_which_methods_take_divided_columns(pool):
         check(pool, name, OPTIONS.get(name, {}), 2, steps=2, mt_options={"shard_gradients": True})
 
 
+LAYERWISE = {name: situation for name, situation in SITUATIONS.items() if name != "wrapped in DDP"} | {
+    "two processes": (2, {}),
+    "norms, scaler, micro-batches": (2, {"model": "split", "micro": ((2, 2), (4,)), "mt_options": {"scaler": True}}),
+    "weights": (4, {"labelled": "mixed", "mt_options": {"weights": {"a": 2.0}}}),
+}
+
+
+@pytest.mark.parametrize("situation", LAYERWISE)
+def test_layerwise(pool, situation):
+    """Segments' gradients are summed before they enter the Gramian; one process with rows is the reference."""
+    size, arguments = LAYERWISE[situation]
+    more = {**arguments.get("mt_options", {}), "gradients": "layerwise"}
+    for name in ("wpcgrad", "mgda"):
+        check(pool, name, OPTIONS.get(name, {}), size, **{**arguments, "mt_options": more})
+
+
 @pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("name", ["modo", "sdmgrad"])
 def test_independent_batches(pool, name, shard):
@@ -136,7 +152,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("name", ["gd", "pcgrad", "sequential"])
+@pytest.mark.parametrize("name", ["gd", "pcgrad", "pcgrad, layerwise", "sequential"])
 def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
     """Every rank raises, with the failed rank's message; nothing has changed, and the next step is fine."""
     for kind, message in FAILURES.values():

@@ -13,6 +13,7 @@ RESUMED = {
     "task_groups": ("task_groups", {"warmup": 1, "decay": 0.5}, {}),
     "moco": ("moco", {}, {}),
     "wpcgrad, rows divided": ("wpcgrad", {"priority": "uw"}, {"mt_options": {"shard_gradients": True}}),
+    "wpcgrad, layerwise": ("wpcgrad", {"priority": "uw"}, {"mt_options": {"gradients": "layerwise"}}),
     "wpcgrad, parameters sharded": ("wpcgrad", {"priority": "uw"}, {"fsdp": "all"}),
 }
 

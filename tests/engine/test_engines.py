@@ -5,15 +5,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
 from torchmto.gradients.engine import Piece
+from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
-from toy import batch, closure, flat, make
+from torchmto.structure import split_norms
+from toy import Toy, batch, closure, flat, make
 
 K = 3
 
@@ -182,7 +186,47 @@ def one_forward_per_task() -> Sample:
     return Sample(model, losses)
 
 
-ZOO = [chain, residual, checkpointed, several_scales, convolutions, tied, recurrent, unknown, one_forward_per_task]
+def lookups() -> Sample:
+    """Embeddings with padding, with a frequency scale, and larger than what is looked up; matrices used from the left side."""
+    words, scaled = nn.Embedding(60, 6, padding_idx=2), nn.Embedding(60, 6, scale_grad_by_freq=True)
+    mixing = nn.Parameter(torch.randn(30, 40))
+    up = nn.Linear(6, 30, bias=False)
+    tokens = torch.tensor([[2, 5, 5, 9], [1, 2, 5, 59]])
+
+    def outputs() -> list[Tensor]:
+        hidden = up(words(tokens) + scaled(tokens)).tanh()
+        flat = hidden.view(8, 30) @ mixing
+        return [flat, torch.addmm(flat, hidden.view(8, 30), mixing[:, :40] * 0.5, alpha=0.3), hidden]
+
+    return _sample(nn.ModuleList([words, scaled, up, nn.ParameterList([mixing])]), outputs)
+
+
+def wide() -> Sample:
+    """Matrices on few samples, one of which the task `t1` alone uses."""
+    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 60), nn.Tanh())
+    own, bare = nn.Linear(60, 70), nn.Parameter(torch.randn(60, 70))
+    x = torch.randn(3, 40)
+
+    def outputs() -> list[Tensor]:
+        h = model(x)
+        return [h, own(h), h.cos() @ bare]
+
+    return _sample(nn.ModuleList([model, own, nn.ParameterList([bare])]), outputs)
+
+
+ZOO = [
+    chain,
+    residual,
+    checkpointed,
+    several_scales,
+    convolutions,
+    tied,
+    recurrent,
+    unknown,
+    lookups,
+    wide,
+    one_forward_per_task,
+]
 
 
 @pytest.mark.parametrize("make_sample", ZOO, ids=lambda f: f.__name__)
@@ -217,7 +261,9 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
     assert {key: mask for key, mask in reached.items() if key in map(id, parameters)} == {
         id(p): sum(1 << i for i, g in enumerate(matrix) if _reached(losses[i], p)) for p in parameters
     }
-    found = engine.gramian([Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never)
+    found = engine.gramian(
+        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never
+    )
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
 
 
@@ -242,6 +288,89 @@ def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
         ends.append(flat(model))
     assert info.num_backward == 4
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
+
+
+FACTORED = {chain: 0, residual: 0, checkpointed: 0, lookups: 1, wide: 4}
+"""Samples -> how many parameters' gradients aren't formed: few samples, no other use, no checkpointing."""
+
+
+@pytest.mark.parametrize("make_sample", FACTORED, ids=lambda f: f.__name__)
+def test_gradients_that_need_not_be_formed_are_found(make_sample: Callable[[], Sample]) -> None:
+    torch.manual_seed(0)
+    sample = make_sample()
+    graph = read_graph(dict(enumerate(sample.losses(tuple(f"t{i}" for i in range(K))).values())))
+    wanted = {id(p): p for p in sample.model.parameters()}
+    assert len(find_factors(graph.order, graph.uses, wanted, K)) == FACTORED[make_sample]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(1, 6),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    num_tasks=st.integers(1, 4),
+    present=st.integers(0, 15),
+    seed=st.integers(0, 99),
+)
+def test_inner_products_of_a_linear_layer(**sizes: int) -> None:
+    """Whatever way is taken: those of the formed gradients."""
+    generator = torch.Generator().manual_seed(sizes["seed"])
+    count, shape = sizes["num_tasks"], (sizes["samples"], sizes["inputs"])
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(sizes["outputs"], sizes["inputs"], generator=generator, dtype=torch.float64).requires_grad_()
+    other = torch.randn(sizes["outputs"], generator=generator, dtype=torch.float64).requires_grad_()
+    out = nn.functional.linear(x, weight)
+    # A task that isn't present in the bits doesn't reach the layer.
+    losses = {t: (out - t).square().mean() if sizes["present"] >> t & 1 else other.sum() * 1.0 for t in range(count)}
+    rows = [torch.autograd.grad(losses[t], weight, retain_graph=True, allow_unused=True)[0] for t in range(count)]
+    matrix = torch.stack([(torch.zeros_like(weight) if row is None else row).flatten() for row in rows])
+    engine = Layerwise(Ranks())
+    engine.read([losses])
+    found = engine.gramian(
+        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=[weight], others=[], take=_never
+    )
+    torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", ["unit", "weighted"])
+@pytest.mark.parametrize("kind", ["even", "uneven", "split norms"])
+def test_layerwise_adds_up_forwards(kind: str, heads: str) -> None:
+    """Micro-batches, and the forwards that task-specific norms need, one per task: the step with rows."""
+    tasks = ("a", "b", "c")
+    parts = [batch(tasks, seed=seed, size=size) for seed, size in ((1, 4), (2, 6))]
+    ends = []
+    for engine in ("parameters", "layerwise"):
+        model = Toy(tasks, norm=nn.BatchNorm1d(5), width=5)
+        if kind == "split norms":
+            model = split_norms(model, tasks).double()
+        model, _, mt = make(torchmto.make_method("pcgrad", heads=heads), model=model, gradients=engine, clip=0.5)
+        for number in range(3):
+            only = ("a", "c") if kind == "uneven" and number == 1 else None
+            sources = [closure(model, part, only=only if i else None, count=True) for i, part in enumerate(parts)]
+            info = mt.step(sources[0] if kind == "split norms" else sources)
+        ends.append(flat(model))
+    assert info.num_backward == {"split norms": 3 + 3, "even": 6 + 2, "uneven": 6 + 2}[kind]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
+
+
+def test_layerwise_under_autocast() -> None:
+    """With bfloat16 in the forward, a scaler and more samples than would pay for a layer: rows, to bfloat16's precision."""
+    data = batch(("a", "b", "c"), dtype=torch.float32)
+    grams, ends = [], []
+    for engine in ("parameters", "layerwise"):
+        model = Toy(("a", "b", "c"), width=40, dtype=torch.float32)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        model, _, mt = make("pcgrad", model=model, gradients=engine, scaler=scaler)
+        inner = closure(model, data)
+
+        def losses(tasks: tuple[str, ...], inner: Callable[..., dict[str, Tensor]] = inner) -> dict[str, Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                return {task: loss.float() for task, loss in inner(tasks).items()}
+
+        grams.append(mt.step(losses).cosines)
+        ends.append(flat(model))
+    torch.testing.assert_close(grams[0], grams[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-2, atol=1e-3)
 
 
 def test_layerwise_with_a_scaler() -> None:
