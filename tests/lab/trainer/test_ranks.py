@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from torchmto.lab.trainer import (
     train,
 )
 from torchmto.lab.trainer.folder import RunFolder
+from torchmto.lab.trainer.processes import attempt_name
 from torchmto.lab.training import merged_values, metric_states
 
 _spec = importlib.util.spec_from_file_location(
@@ -217,6 +219,7 @@ def fails_at(name, owner, rank, number, error):
         (fails_at("load_data", build, 1, 1, FileNotFoundError("no such disk")), config(), 1, "no such disk"),
         (fails_at("batch", TensorData, 1, 5, OSError("bad sector")), config(), 1, "OSError: bad sector"),
         (fails_at("batch", TensorData, 1, 1, OSError("bad sector")), config(), 1, "OSError: bad sector"),
+        (fails_at("forward", build.PreciseModel, 1, 3, ValueError("odd shape")), config(), 1, "ValueError: odd shape"),
         # Only the first process writes.
         (
             fails_at("save", CheckpointFolder, 0, 2, CheckpointError("No space")),
@@ -232,7 +235,7 @@ def test_the_error_of_one_process_ends_all(tmp_path, patch, settings, rank, mess
     assert codes == [1, 1]
     assert all(message in text for text in printed)
     assert "RankError" not in printed[rank]
-    assert f"Rank {rank} failed, so the run ended on all ranks." in printed[1 - rank] or settings.data.batch_size == 1
+    assert f"Rank {rank} failed, so the " in printed[1 - rank] or settings.data.batch_size == 1
 
 
 def test_a_used_folder_is_refused_by_all(tmp_path):
@@ -252,6 +255,18 @@ def test_a_job_that_was_refused_a_folder_is_not_let_in_after_a_restart(tmp_path)
     assert not folder.claimed_by(("mine", False))  # a new start of a job with the same name
     assert not folder.claimed_by(("mine", True))
     assert not folder.claimed_by(None)
+
+
+def test_restarted_processes_agree_on_a_name_whatever_the_dead_left_behind():
+    store = torch.distributed.HashStore()
+    names = []
+    for order in ((0, 1, 2), (2, 1, 0)):
+        with ThreadPoolExecutor(3) as pool:
+            jobs = [pool.submit(attempt_name, store, rank, 3) for rank in order]
+            names.append({job.result(20) for job in jobs})
+        store.set("rank 2 says", "I die before I get an answer")
+    assert [len(each) for each in names] == [1, 1]
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize(
