@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
                 for entry in fresh:
                     if not args.no_memory and not entry.failed:
                         tick(f"{model} K={num_tasks} {entry.name}: memory")
-                        entry.peak_bytes = measure_memory(model, num_tasks, entry.name, device=args.device)
+                        memory = measure_memory(model, num_tasks, entry.name, device=args.device)
+                        entry.peak_bytes, entry.tensor_bytes = memory
                 results += fresh
                 # Written after every case, so that an interrupted run leaves what it has measured.
                 write_json(args.out / "bench.json", results, settings)

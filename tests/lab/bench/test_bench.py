@@ -12,6 +12,7 @@ from torchmto.lab.bench import cases, timing
 from torchmto.lab.bench.bounds import BOUNDS
 from torchmto.lab.bench.contestants import bound_of, contestant_names, holds_rows, make_contestant
 from torchmto.lab.bench.peers import missing_peers
+from torchmto.lab.memory import tensor_peak
 
 
 def _toy(num_tasks, device):
@@ -124,7 +125,21 @@ def test_one_failure_does_not_end_the_run():
 
 
 def test_memory_of_a_fresh_process():
-    assert timing.measure_memory("mlp", 2, "gd*") > 4 * 990_000
+    whole, tensors = timing.measure_memory("mlp", 2, "gd*")
+    # At least the momentum and the gradients.
+    assert whole > 2 * 4 * 990_000
+    assert tensors > 2 * 4 * 990_000
+
+
+def test_tensor_peak_is_exact_and_counts_what_was_freed():
+    held = []
+
+    def work():
+        held.append(torch.zeros(1000))
+        torch.zeros(5000).sum()
+        held.append(torch.zeros(2000))
+
+    assert 4 * 6000 <= tensor_peak(work) <= 4 * 6000 + 200
 
 
 def test_command_writes_table_json_and_plot(tmp_path, capsys, monkeypatch):

@@ -27,7 +27,20 @@ def _ratio(measurement: Measurement, reference: str) -> str:
 def table(results: Sequence[Measurement]) -> Table:
     """One row per contestant and case."""
     view = Table(title="median step times; ratios are medians over interleaved rounds")
-    for column in ("model", "K", "contestant", "ms", "IQR", "/gd*", "/lb*", "/lbm*", "own bound", "ratio", "peak MB"):
+    for column in (
+        "model",
+        "K",
+        "contestant",
+        "ms",
+        "IQR",
+        "/gd*",
+        "/lb*",
+        "/lbm*",
+        "own bound",
+        "ratio",
+        "peak MB",
+        "tensors",
+    ):
         view.add_column(column, justify="left" if column in ("model", "contestant", "own bound") else "right")
     before = None
     for entry in results:
@@ -36,11 +49,11 @@ def table(results: Sequence[Measurement]) -> Table:
         before = (entry.model, entry.num_tasks)
         shared = [entry.model, str(entry.num_tasks), entry.name]
         if entry.failed or entry.seconds is None or entry.iqr is None:
-            view.add_row(*shared, "failed", *[""] * 4, entry.failed[:60], "", "")
+            view.add_row(*shared, "failed", *[""] * 4, entry.failed[:60], "", "", "")
             continue
         own = _ratio(entry, entry.bound)
         spread = "" if entry.ratio_iqr is None else f" ± {entry.ratio_iqr / 2:.2f}"
-        peak = "" if entry.peak_bytes is None else f"{entry.peak_bytes / 1e6:.0f}"
+        peaks = ["" if size is None else f"{size / 1e6:.0f}" for size in (entry.peak_bytes, entry.tensor_bytes)]
         references = [_ratio(entry, name) for name in ("gd*", "lb*", "lbm*")]
         view.add_row(
             *shared,
@@ -49,7 +62,7 @@ def table(results: Sequence[Measurement]) -> Table:
             *references,
             entry.bound,
             own + spread,
-            peak,
+            *peaks,
         )
     return view
 

@@ -15,7 +15,7 @@ import torch
 
 from torchmto.lab.bench.cases import make_case
 from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
-from torchmto.lab.memory import PeakMemory
+from torchmto.lab.memory import PeakMemory, tensor_peak
 
 __all__ = ["Measurement", "measure_memory", "measure_times"]
 
@@ -41,6 +41,7 @@ class Measurement:
         ratio_iqr: Distance of the quartiles of the ratios to ``bound``.
         num_updates: Optimizer steps per step: more than one for procedures (the last round's number).
         peak_bytes: Peak memory above that before the first step; None if not measured.
+        tensor_bytes: The same of the tensors alone, where ``peak_bytes`` is the process's (on the CPU).
         failed: The error that ended it, or empty.
     """
 
@@ -55,6 +56,7 @@ class Measurement:
     ratio_iqr: float | None = None
     num_updates: int | None = None
     peak_bytes: int | None = None
+    tensor_bytes: int | None = None
     failed: str = ""
 
     def as_dict(self) -> dict[str, object]:
@@ -176,12 +178,20 @@ def _evaluate(result: Measurement, bound: Bound, times: dict[str, list[float]], 
     result.num_updates = updates[-1]
 
 
-def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu") -> int | None:
-    """Peak memory of three steps (or one cycle) above the memory before the first, in a process of its own.
+def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu") -> tuple[int | None, int | None]:
+    """Peak memory of three steps (or one cycle) above the memory before the first, each in a process of its own.
 
-    On the CPU it is resident memory as the kernel sees it, so it includes what the allocator holds and doesn't use.
+    Returns:
+        On the CPU the process's resident memory as the kernel sees it, which includes what the allocators hold and don't use
+        and code that is loaded late, and what PyTorch handed out to tensors. On CUDA the latter alone, first. None where a
+        run failed.
     """
-    command = [sys.executable, "-m", "torchmto.lab.bench.timing", model, str(num_tasks), name, device]
+    whole = _in_a_process(model, num_tasks, name, device, "process")
+    return whole, None if device.startswith("cuda") else _in_a_process(model, num_tasks, name, device, "tensors")
+
+
+def _in_a_process(*arguments: object) -> int | None:
+    command = [sys.executable, "-m", "torchmto.lab.bench.timing", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own module
     if done.returncode:
         return None
@@ -189,17 +199,25 @@ def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu"
     return value
 
 
-def _memory_main(model: str, num_tasks: int, name: str, device: str) -> None:
+def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # One step of something small first: code and thread pools that any step loads aren't the contestant's.
     make_contestant("lbm*", make_case("mlp", 2, device)).run()
     contestant = make_contestant(name, make_case(model, num_tasks, device))
-    peak = PeakMemory(device)
-    for _ in range(3 if contestant.num_steps == 1 else 1):
-        contestant.run()
-    print(json.dumps(peak.bytes()))  # noqa: T201  read by the parent process
+
+    def steps() -> None:
+        for _ in range(3 if contestant.num_steps == 1 else 1):
+            contestant.run()
+
+    if what == "tensors":
+        peak: int | None = tensor_peak(steps)
+    else:
+        memory = PeakMemory(device)
+        steps()
+        peak = memory.bytes()
+    print(json.dumps(peak))  # noqa: T201  read by the parent process
 
 
 if __name__ == "__main__":
-    _memory_main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    _memory_main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
