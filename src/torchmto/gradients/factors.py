@@ -18,6 +18,9 @@ from torch.autograd.graph import Node
 
 from torchmto.gradients.rows import products
 
+AT_ONCE = 2**20
+"""Elements of the cotangents that are copied next to each other at a time: as much as stays in a processor's cache."""
+
 _INPUTS = {"AddmmBackward0": "mat1", "MmBackward0": "self"}
 """Nodes of products with a matrix -> what they call the other one."""
 
@@ -47,13 +50,18 @@ class Linear(Factor):
     """A matrix that samples are multiplied with."""
 
     def products(self, cotangents: Sequence[Tensor | None]) -> Tensor:
-        """Sum of D_i * (X X^T D_j)."""
+        """Sum of D_i * (X X^T D_j), a few columns of the D at a time."""
         inputs = _inputs(self.node)
-        stacked = _stack(cotangents, (len(inputs), self.size // len(inputs)), inputs)
-        inputs = inputs.to(stacked)
-        other = torch.matmul(inputs @ inputs.T, stacked)
-        product = products(stacked.flatten(1), other.flatten(1))
-        return (product + product.T) / 2
+        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        inner = inputs @ inputs.T
+        width = self.size // len(inputs)
+        step = max(1, AT_ONCE // (len(cotangents) * len(inputs)))
+        total = torch.zeros(())
+        for start in range(0, width, step):
+            columns = slice(start, min(start + step, width))
+            stacked = _stack(cotangents, (len(inputs), width), inputs, columns)
+            total = total.to(inner.device) + products(stacked.flatten(1), torch.matmul(inner, stacked).flatten(1))
+        return (total + total.T) / 2
 
 
 class Lookup(Factor):
@@ -70,15 +78,18 @@ class Lookup(Factor):
         return products(rows.flatten(1))
 
 
-def _stack(cotangents: Sequence[Tensor | None], shape: tuple[int, int], like: Tensor) -> Tensor:
-    """Cotangents as one tensor [k, *shape], float32 at least."""
+def _stack(
+    cotangents: Sequence[Tensor | None], shape: tuple[int, int], like: Tensor, columns: slice = slice(None)
+) -> Tensor:
+    """Columns of cotangents [*shape] as one tensor [k, shape[0], columns], float32 at least."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    stacked = torch.empty(len(cotangents), *shape, dtype=dtype, device=like.device)
+    width = len(range(*columns.indices(shape[1])))
+    stacked = torch.empty(len(cotangents), shape[0], width, dtype=dtype, device=like.device)
     for place, cotangent in zip(stacked, cotangents, strict=True):
         if cotangent is None:
             place.zero_()
         else:
-            place.copy_(cotangent.reshape(shape))
+            place.copy_(cotangent.reshape(shape)[:, columns])
     return stacked
 
 
@@ -116,7 +127,7 @@ def _linear(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], n
     # Multiplications and room of either way.
     formed = num_tasks * (samples + num_tasks) * leaf.numel()
     factored = samples * samples * inputs + num_tasks * (samples + num_tasks) * samples * outputs
-    room = samples * samples + 2 * num_tasks * samples * outputs
+    room = samples * samples + num_tasks * samples * outputs
     if factored >= formed or room > num_tasks * leaf.numel():
         return None
     return Linear(leaf, node, between, samples * outputs)
