@@ -179,7 +179,7 @@ def _evaluate(result: Measurement, bound: Bound, times: dict[str, list[float]], 
 
 
 def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu") -> tuple[int | None, int | None]:
-    """Peak memory of three steps (or one cycle) above the memory before the first, each in a process of its own.
+    """Peak memory of three steps (or one cycle) above that of model and batch, each in a process of its own.
 
     Returns:
         On the CPU the process's resident memory as the kernel sees it, which includes what the allocators hold and don't use
@@ -202,11 +202,12 @@ def _in_a_process(*arguments: object) -> int | None:
 def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # One step of something small first: code and thread pools that any step loads aren't the contestant's.
-    make_contestant("lbm*", make_case("mlp", 2, device)).run()
-    contestant = make_contestant(name, make_case(model, num_tasks, device))
+    # One step of something small first: code and thread pools that are loaded late aren't the step's.
+    make_contestant(name, make_case("mlp", 2, device)).run()
+    case = make_case(model, num_tasks, device)
 
     def steps() -> None:
+        contestant = make_contestant(name, case)
         for _ in range(3 if contestant.num_steps == 1 else 1):
             contestant.run()
 

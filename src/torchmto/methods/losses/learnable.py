@@ -45,12 +45,17 @@ class LearnableScales:
 
     def of(self, indices: Sequence[int]) -> Tensor:
         """The numbers of the tasks ``indices``, [k]."""
-        return self.values[list(indices)]
+        return self.values[self._places(indices)].clone()
+
+    def _places(self, indices: Sequence[int]) -> list[int] | slice:
+        """An index for the tasks ``indices``; a slice, which is quicker, for all of them."""
+        places = list(indices)
+        return slice(None) if places == list(range(len(self.values))) else places
 
     def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
         """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
         # In NumPy, on the tensors' own memory: a few numbers are no work, and its calls are shorter than PyTorch's.
-        where = list(indices)
+        where = self._places(indices)
         values, steps = self.values.numpy(), self._steps.numpy()
         means, squares = self._means.numpy(), self._squares.numpy()
         slope = gradient.detach().to("cpu", torch.float64).numpy() + self.weight_decay * values[where]
