@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torchmto.checks import check_choice, check_integer, found
 
-FAMILIES = ("loss weighting", "gramian", "sequential", "task groups")
+FAMILIES = ("loss weighting", "gramian", "layerwise", "sequential", "task groups")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,10 @@ class Setting:
         shared_tensors: How many tensors the shared parameters are.
         head_tensors: How many tensors the others are.
         ranks: N.
-        family: "loss weighting", "gramian", "sequential" or "task groups".
+        family: "loss weighting", "gramian", "layerwise" (a Gramian method with ``gradients="layerwise"``), "sequential" or
+            "task groups".
         groups: M, for "task groups".
+        segments: For "layerwise": into how many parts the shared parameters are cut.
         shard_gradients: Whether the columns of the gradient matrix are divided among the ranks.
         bytes_per_entry: 4 for float32 (and for bfloat16 rows, which are float32 too).
     """
@@ -34,12 +36,13 @@ class Setting:
     ranks: int = 2
     family: str = "gramian"
     groups: int = 1
+    segments: int = 16
     shard_gradients: bool = False
     bytes_per_entry: int = 4
 
     def __post_init__(self) -> None:
         check_choice("family", self.family, FAMILIES)
-        for name in ("tasks", "shared", "ranks", "groups", "bytes_per_entry"):
+        for name in ("tasks", "shared", "ranks", "groups", "segments", "bytes_per_entry"):
             check_integer(name, getattr(self, name), minimum=1)
         for name in ("heads", "shared_tensors", "head_tensors"):
             check_integer(name, getattr(self, name), minimum=0)
@@ -48,7 +51,9 @@ class Setting:
 
     @property
     def memory(self) -> float:
-        """Bytes of the gradient matrix on one rank."""
+        """Bytes of the gradient matrix on one rank; for "layerwise" of the two segments that are held at a time."""
+        if self.family == "layerwise":
+            return 2 * self.tasks * self.shared * self.bytes_per_entry / self.segments
         if self.family != "gramian":
             return 0.0
         rows = self.tasks * self.shared * self.bytes_per_entry
@@ -61,21 +66,36 @@ class Setting:
         """
         once = (self.ranks - 1) / self.ranks
         exchange = ("losses and counts", 2 * once * 8 * (2 * self.tasks + 7))
+        marks = ("which parameters were reached", 2 * once * (1 + self.shared_tensors + self.head_tensors))
+        marks_and_heads = 2 + self.shared_tensors + self.head_tensors + self.heads
+        heads = ("heads", 2 * once * self.bytes_per_entry * marks_and_heads)
+        product = ("Gramian", 2 * once * 8 * self.tasks**2)
+        weights = ("weights", once * 8 * self.tasks)
+        if self.family == "layerwise":
+            segment = 2 * once * self.bytes_per_entry * self.tasks * self.shared / self.segments
+            return [
+                exchange,
+                ("where segments end", 2 * once * 8 * self.shared_tensors),
+                *[("one segment's rows", segment)] * self.segments,
+                product,
+                heads,
+                weights,
+                marks,
+                ("gradients", 2 * once * self.bytes_per_entry * self.shared),
+            ]
         if self.family != "gramian":
             substeps = {"loss weighting": 1, "sequential": self.tasks, "task groups": self.groups}[self.family]
-            marks = ("which parameters were reached", 2 * once * (1 + self.shared_tensors + self.head_tensors))
             # In a sub-step only the heads of its tasks have a gradient.
             gradients = 2 * once * self.bytes_per_entry * (self.shared + self.heads / substeps)
             return [exchange, marks, ("gradients", gradients)] * substeps
-        marks_and_heads = 2 + self.shared_tensors + self.head_tensors + self.heads
         padded = -(-self.shared // self.ranks) * self.ranks if self.shard_gradients else self.shared
         passes = 1 if self.shard_gradients else 2
         return [
             exchange,
             *[("one task's row", passes * once * self.bytes_per_entry * padded)] * self.tasks,
-            ("heads", 2 * once * self.bytes_per_entry * marks_and_heads),
-            ("Gramian", 2 * once * 8 * self.tasks**2),
-            ("weights", once * 8 * self.tasks),
+            heads,
+            product,
+            weights,
             *([("combined gradient", once * self.bytes_per_entry * padded)] if self.shard_gradients else []),
         ]
 
@@ -96,17 +116,24 @@ class Setting:
         Args:
             forward: Those of one forward of the rank's batch; a backward takes about twice as many.
         """
-        passes = {"loss weighting": 3, "gramian": 1 + 2 * self.tasks, "sequential": 3 * self.tasks}
+        passes = {
+            "loss weighting": 3,
+            "gramian": 1 + 2 * self.tasks,
+            "layerwise": 3 + 2 * self.tasks,
+            "sequential": 3 * self.tasks,
+        }
         total = passes.get(self.family, 3 * self.groups) * forward
+        width = self.shared / self.ranks
+        if self.family in ("gramian", "layerwise"):
+            total += 2 * self.tasks**2 * width
         if self.family == "gramian":
-            width = self.shared / self.ranks
-            total += 2 * self.tasks**2 * width + 2 * self.tasks * (width if self.shard_gradients else self.shared)
+            total += 2 * self.tasks * (width if self.shard_gradients else self.shared)
         return total
 
     def seconds(self, *, forward: float, backward: float, bandwidth: float, latency: float = 0.0) -> float:
         """Simulate a step: one compute engine and one link per rank, which work at the same time where the step lets them.
 
-        A task's row leaves while later backwards run; everything else waits for what is before it.
+        A task's row, or a segment's rows, leave while later backwards run; everything else waits for what is before it.
 
         Args:
             forward: Seconds of a forward.
@@ -128,8 +155,8 @@ class Setting:
                 compute = max(compute, link) + forward
                 compute += latency + size / bandwidth
                 link = compute
-            elif what in ("one task's row", "which parameters were reached"):
-                compute += backward
+            elif what in ("one task's row", "one segment's rows", "which parameters were reached"):
+                compute += backward * (self.tasks / self.segments if what == "one segment's rows" else 1)
                 link = max(link, compute) + latency + size / bandwidth
             else:
                 link = max(link, compute) + latency + size / bandwidth

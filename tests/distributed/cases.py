@@ -467,7 +467,7 @@ def refuse_fsdp(rank: int, size: int, group: Any):
 
 
 def _tcp_bytes_sent() -> int:
-    """What the kernel has sent over this process' TCP connections (``tcpi_bytes_sent``)."""
+    """What the kernel has sent over this process' TCP connections, without what it sent again (``tcpi_bytes_sent``)."""
     total = 0
     for entry in list(Path("/proc/self/fd").iterdir()):
         number = int(entry.name)
@@ -477,7 +477,8 @@ def _tcp_bytes_sent() -> int:
             with socket.socket(fileno=os.dup(number)) as connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6):
                     info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    total += struct.unpack_from("Q", info, 200)[0]
+                    sent, again = struct.unpack_from("2Q", info, 200)
+                    total += sent - again
     return total
 
 
@@ -490,7 +491,7 @@ class Wide(Toy):
         self.heads = nn.ModuleDict({task: nn.Linear(400, 1) for task in TASKS})
 
 
-def _wide(group: Any, name: str, divided: bool):
+def _wide(group: Any, name: str, **more: Any):
     net = Wide()
     torch.manual_seed(dist.get_rank(group))
     x = torch.randn(2, 300)
@@ -501,7 +502,7 @@ def _wide(group: Any, name: str, divided: bool):
         tasks=TASKS,
         method=method_of(name, options),
         process_group=group,
-        shard_gradients=divided,
+        **more,
     )
 
     def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
@@ -510,9 +511,9 @@ def _wide(group: Any, name: str, divided: bool):
     return mt, losses
 
 
-def count_bytes(rank: int, size: int, group: Any, name: str, divided: bool):
+def count_bytes(rank: int, size: int, group: Any, name: str, more: Mapping[str, Any]):
     """Bytes of one step, counted and on the wire, and the number of collectives."""
-    mt, losses = _wide(group, name, divided)
+    mt, losses = _wide(group, name, **more)
     mt.step(losses)  # agrees on the roles
     ranks = mt.network.ranks
     numbers = []
@@ -532,7 +533,7 @@ def count_bytes(rank: int, size: int, group: Any, name: str, divided: bool):
 
 def trace_events(rank: int, size: int, group: Any, divided: bool) -> list[str]:
     """The order of backwards and of the rows' sums."""
-    mt, losses = _wide(group, "pcgrad", divided)
+    mt, losses = _wide(group, "pcgrad", shard_gradients=divided)
     mt.step(losses)
     events: list[str] = []
 

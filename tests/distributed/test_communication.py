@@ -8,12 +8,13 @@ from torchmto.scaling import Setting
 LARGE = {"shared": 300 * 400 + 400, "heads": 3 * 401, "shared_tensors": 2, "head_tensors": 6}
 
 STEPS = {
-    "gd": ("loss weighting", False),
-    "uw": ("loss weighting", False),
-    "wpcgrad": ("gramian", False),
-    "wpcgrad, divided": ("gramian", True),
-    "sequential": ("sequential", False),
-    "task_groups": ("task groups", False),
+    "gd": ("loss weighting", {}),
+    "uw": ("loss weighting", {}),
+    "wpcgrad": ("gramian", {}),
+    "wpcgrad, divided": ("gramian", {"shard_gradients": True}),
+    "wpcgrad, layerwise": ("layerwise", {"gradients": "layerwise"}),
+    "sequential": ("sequential", {}),
+    "task_groups": ("task groups", {}),
 }
 
 
@@ -24,9 +25,10 @@ def test_bytes(pool, name, size):
 
     Except for reduce-scatter, which gloo carries out as an all-reduce: twice the bytes of NCCL's.
     """
-    family, divided = STEPS[name]
-    setting = Setting(tasks=3, ranks=size, family=family, groups=3, shard_gradients=divided, **LARGE)
-    results = pool.run(size, cases.count_bytes, name.split(",")[0], divided)
+    family, options = STEPS[name]
+    divided = options.get("shard_gradients", False)
+    setting = Setting(tasks=3, ranks=size, family=family, groups=3, segments=1, shard_gradients=divided, **LARGE)
+    results = pool.run(size, cases.count_bytes, name.split(",")[0], options)
     counted = sum(result["counted"] for result in results) / size
     sent = sum(result["sent"] for result in results) / size
     assert counted == pytest.approx(setting.bytes_sent(), rel=1e-12)

@@ -291,7 +291,7 @@ def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
 
 
 FACTORED = {chain: 0, residual: 4, checkpointed: 0, lookups: 1, wide: 4}
-"""Samples -> how many parameters' gradients aren't formed: where samples are few enough, without other uses or checkpointing."""
+"""Samples -> how many parameters' gradients aren't formed: few samples, no other use, no checkpointing."""
 
 
 @pytest.mark.parametrize("make_sample", FACTORED, ids=lambda f: f.__name__)
