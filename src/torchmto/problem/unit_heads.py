@@ -23,10 +23,10 @@ class UnitHeads:
         self._network = network
         self._own: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _heads_of(self, task: int) -> list[tuple[Tensor, frozenset[int]]]:
+    def _owners(self) -> list[tuple[Tensor, frozenset[int]]]:
+        """The parameters outside the shared ones, with the tasks that reach them."""
         roles, name = self._network.roles, self._network.name
-        candidates = [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
-        return [(parameter, owners) for parameter, owners in candidates if task in owners]
+        return [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
 
     @staticmethod
     def _divisible(weights: Mapping[int, Tensor]) -> dict[int, float]:
@@ -39,9 +39,14 @@ class UnitHeads:
     ) -> None:
         """Compute, before the weighted backward, the gradients that can't be had by division."""
         divisible = self._divisible(weights)
+        apart: dict[int, list[Tensor]] = {}
+        for parameter, owners in self._owners():
+            for task in owners:
+                if len(owners) > 1 or task not in divisible:
+                    apart.setdefault(task, []).append(parameter)
         for task, seed in seeds.items():
-            wanted = [p for p, owners in self._heads_of(task) if len(owners) > 1 or task not in divisible]
-            if not wanted:
+            wanted = apart.get(task)
+            if wanted is None:
                 continue
             gradients = torch.autograd.grad(
                 losses[task], wanted, torch.ones_like(losses[task]) * seed, retain_graph=True, allow_unused=True
@@ -57,9 +62,15 @@ class UnitHeads:
     @torch.no_grad()
     def finish(self, weights: Mapping[int, Tensor]) -> None:
         """Replace or divide the heads' gradients."""
-        for task, value in self._divisible(weights).items() if weights else ():
-            for parameter, owners in self._heads_of(task):
-                if len(owners) == 1 and parameter.grad is not None and id(parameter) not in self._own:
-                    parameter.grad.div_(value)
+        divisible = self._divisible(weights) if weights else {}
+        gradients: list[Tensor] = []
+        values: list[float] = []
+        for parameter, owners in self._owners():
+            value = divisible.get(next(iter(owners))) if len(owners) == 1 else None
+            if value is not None and parameter.grad is not None and id(parameter) not in self._own:
+                gradients.append(parameter.grad)
+                values.append(value)
+        if gradients:
+            torch._foreach_div_(gradients, values)
         for parameter, gradient in self._own.values():
             parameter.grad = gradient
