@@ -420,6 +420,11 @@ def test_methods_that_need_more_than_a_gramian_are_refused(method: str) -> None:
 
 def test_misuse_is_named() -> None:
     data = batch(("a", "b", "c"))
+    with pytest.raises(ValueError, match=r'gradnorm.*gradients="layerwise": it takes the norms over one layer'):
+        make(torchmto.make_method("gradnorm", layer="trunk"), gradients="layerwise")
+    with pytest.raises(ValueError, match="task-specific norms"):
+        split = split_norms(Toy(("a", "b"), norm=nn.BatchNorm1d(5)), ("a", "b"))
+        make("pcgrad", ("a", "b"), model=split, gradients="representation", features="trunk")
     with pytest.raises(ValueError, match="gradients"):
         make("pcgrad", gradients="columns")
     with pytest.raises(TypeError, match="features"):

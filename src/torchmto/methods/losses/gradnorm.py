@@ -82,8 +82,8 @@ class GradNorm(GramianWeighting):
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
 
     def refusal(self, network: Network) -> str:
-        """A layer's columns may lie on several ranks."""
-        if network.divided and self.layer is not None:
+        """A layer's columns may lie on several ranks, or not be kept."""
+        if (network.divided or network.engine is not None) and self.layer is not None:
             return "takes the norms over one layer's columns"
         return super().refusal(network)
 
