@@ -422,8 +422,8 @@ def test_misuse_is_named() -> None:
     data = batch(("a", "b", "c"))
     with pytest.raises(ValueError, match=r'gradnorm.*gradients="layerwise": it takes the norms over one layer'):
         make(torchmto.make_method("gradnorm", layer="trunk"), gradients="layerwise")
+    split = split_norms(Toy(("a", "b"), norm=nn.BatchNorm1d(5)), ("a", "b"))
     with pytest.raises(ValueError, match="task-specific norms"):
-        split = split_norms(Toy(("a", "b"), norm=nn.BatchNorm1d(5)), ("a", "b"))
         make("pcgrad", ("a", "b"), model=split, gradients="representation", features="trunk")
     with pytest.raises(ValueError, match="gradients"):
         make("pcgrad", gradients="columns")
