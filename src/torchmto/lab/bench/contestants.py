@@ -95,7 +95,7 @@ def holds_rows(name: str) -> bool:
 
 
 def make_contestant(name: str, case: Case) -> Contestant:
-    """A contestant on a case. The optimizer is SGD with momentum, in its fused-loop ("foreach") form.
+    """A contestant on a case. The optimizer is SGD with momentum, in the form that PyTorch picks for the device.
 
     Args:
         name: A hand-written step (with a star), a peer's ``library/method``, or a method. Options follow a method's name:
