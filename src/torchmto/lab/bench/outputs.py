@@ -109,6 +109,12 @@ def write_plot(path: Path, results: Sequence[Measurement]) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, label=name, color=colours[name])
         axis.set(xscale="log", xlabel="K" if key == "num_tasks" else "P", title=title)
+        # The powers of ten that a logarithmic axis marks say little about a few numbers of tasks.
+        values = sorted({getattr(entry, key) for entry in entries})
+        axis.set_xticks(
+            values, [f"{value:.2g}" if value < 1000 else f"{value / 1e6:.3g}M" for value in values], minor=False
+        )
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="step time / lb", yscale="log")
     axes[0][-1].legend(fontsize=6, ncol=2, bbox_to_anchor=(1.02, 1), loc="upper left")
