@@ -78,3 +78,9 @@ def test_friedman(rows):
     assert found.p == pytest.approx(stats.chi2.sf(found.statistic, 2))
     assert friedman(scores[:1]) is None
     assert friedman(scores[:, :2]) is None
+
+
+def test_differences_equal_but_for_rounding_are_equal() -> None:
+    found = paired([0.9, 0.8, 0.7], [0.8, 0.7, 0.6])
+    assert (found.ci95, found.p) == (0.0, None)
+    assert found.mean == pytest.approx(0.1)

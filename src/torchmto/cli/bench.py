@@ -3,7 +3,7 @@
 Every contestant takes one step (or one cycle of refresh_every steps) per round, in random order; ratios are medians over
 rounds. Names with a star are hand-written in plain PyTorch: gd*, the plain sum; lb*, the bound for K task gradients (one
 forward, K backwards, one optimizer step); lbm*, with the rows copied, their Gramian and one combination. Peak memory is
-that of three steps in a process of its own, above the memory before the first step.
+that of three steps in a process of its own, above model and batch.
 
 Set OMP_NUM_THREADS to the number of threads to use. Other libraries: `pip install torchmto[bench]`.
 """

@@ -75,6 +75,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def forget(self) -> None:
+        """Give up the graphs of a step that ended before its backward."""
+
+    @abstractmethod
     def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
         """Backward of all losses into ``.grad`` of the shared parameters, of this rank. The graphs are given up.
 

@@ -122,7 +122,10 @@ def _linear(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], n
     leaf, between = _parameter(node.next_functions[-1][0], uses, wanted)
     if leaf is None or not _plain(node, _INPUTS[node.name()]) or getattr(node, "_saved_alpha", 1) != 1:
         return None
-    samples, inputs = _inputs(node).shape
+    given = _inputs(node)
+    if given.layout is not torch.strided or not given.numel():
+        return None
+    samples, inputs = given.shape
     outputs = leaf.numel() // inputs
     # Multiplications and room of either way.
     formed = num_tasks * (samples + num_tasks) * leaf.numel()
@@ -135,7 +138,10 @@ def _linear(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], n
 
 def _lookup(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor]) -> Factor | None:
     leaf, between = _parameter(node.next_functions[0][0], uses, wanted)
-    if leaf is None or not _plain(node, "indices") or node._saved_sparse or node._saved_scale_grad_by_freq:  # noqa: SLF001
+    turned = any(step.name() == "TBackward0" for step in between)
+    if leaf is None or turned or not _plain(node, "indices"):
+        return None
+    if node._saved_sparse or node._saved_scale_grad_by_freq:  # noqa: SLF001
         return None
     size = node._saved_indices.numel() * leaf.shape[1]  # noqa: SLF001
     return Lookup(leaf, node, between, size) if 2 * size < leaf.numel() else None
@@ -144,12 +150,13 @@ def _lookup(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor]) -
 def _parameter(
     node: Node | None, uses: Mapping[Node, int], wanted: Mapping[int, Tensor]
 ) -> tuple[Tensor | None, list[Node]]:
-    """The parameter behind transpositions and conversions, if nothing else uses it; and these."""
+    """The parameter behind transpositions and conversions, if nothing else uses or hooks it; and these."""
     between: list[Node] = []
     while node is not None and uses[node] == 1:
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is not None:
-            return wanted.get(id(leaf)), between
+            hooked = bool(leaf._backward_hooks)  # noqa: SLF001 - they change gradients that factors never form
+            return None if hooked else wanted.get(id(leaf)), between
         if node.name() not in {"TBackward0", "ToCopyBackward0"}:
             break
         between.append(node)

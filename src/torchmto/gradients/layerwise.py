@@ -33,6 +33,9 @@ class Layerwise(Engine):
     their products are taken; their graphs are all kept. Among several ranks each segment's K gradients are summed while
     the next segment is gone through.
 
+    Hooks that change gradients: those on parameters count. Those on activations may run more than once, where a segment
+    begins at the activation, or not at all, where a layer's gradients aren't formed; use the rows for such models.
+
     Args:
         ranks: The processes.
     """
@@ -56,6 +59,10 @@ class Layerwise(Engine):
             for key, (_, mask) in graph.reached.items():
                 reached[key] = reached.get(key, 0) | mask
         return reached
+
+    def forget(self) -> None:
+        """Give up the graphs."""
+        self._graphs = []
 
     def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
         """One whole backward per forward."""

@@ -46,6 +46,12 @@ class Representation(Engine):
             found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
             self._outputs += [leaf for leaf in found if leaf.grad_fn is not None]
 
+    def forget(self) -> None:
+        """Give up the features, and listen no longer."""
+        self._outputs = []
+        self._rows = torch.empty(0, 0)
+        self._listening = False
+
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the graph above the features."""
         self._listening = False

@@ -105,14 +105,18 @@ class Exchange:
         )
 
 
+class RankFailedError(RuntimeError):
+    """Another rank failed inside a step, which therefore ended on all ranks; nothing was updated."""
+
+
 def raise_together(ranks: Ranks, failure: Exception | None) -> NoReturn:
     """End the step on all ranks, because at least one has failed. Called by all ranks together.
 
     Raises:
-        RuntimeError: On ranks that didn't fail themselves, with the first failed rank's message.
+        RankFailedError: On ranks that didn't fail themselves, with the first failed rank's message.
     """
     messages = ranks.objects(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
-    raise RuntimeError(f"Rank {rank} failed, so the step ended on all ranks. {message}")
+    raise RankFailedError(f"Rank {rank} failed, so the step ended on all ranks. {message}")

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows
+from torchmto.gradients import Rows, all_finite
 from torchmto.gradients.engine import Piece
 from torchmto.problem.losses import Chunk
 from torchmto.problem.network import Heads
@@ -126,5 +126,8 @@ class WithoutRows(Computation):
             failure = error
         self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
         sum_gradients(network, failure)
+        # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
+        if not all_finite([p.grad for p in shared if p.grad is not None]):
+            self._finite.fail_with_gradient(losses, "The combined gradient isn't finite.")
         if scale is not None:
             torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)

@@ -40,7 +40,7 @@ class Measurement:
         ratios: Reference -> median ratio.
         ratio_iqr: Distance of the quartiles of the ratios to ``bound``.
         num_updates: Optimizer steps per step: more than one for procedures (the last round's number).
-        peak_bytes: Peak memory above that before the first step; None if not measured.
+        peak_bytes: Peak memory above model and batch; None if not measured.
         tensor_bytes: The same of the tensors alone, where ``peak_bytes`` is the process's (on the CPU).
         failed: The error that ended it, or empty.
     """

@@ -487,7 +487,9 @@ function rankText(view, { blocks, friedman, critical_difference: critical }) {
   const parts = [];
   if (friedman) {
     parts.push(`Friedman's test over ${blocks} blocks: χ² = ${friedman.statistic.toFixed(2)} with ${count - 1} degrees of freedom, p ${friedman.p < 0.001 ? "< 0.001" : `= ${friedman.p.toFixed(3)}`}${friedman.p < 0.05 ? "." : ": no evidence that the methods differ at all."}`);
-  } else parts.push(`${blocks} block${blocks === 1 ? "" : "s"}, ${count} method${count === 1 ? "" : "s"}: too few for Friedman's test.`);
+  } else if (blocks < 2 || count < 3) {
+    parts.push(`${blocks} block${blocks === 1 ? "" : "s"}, ${count} method${count === 1 ? "" : "s"}: too few for Friedman's test.`);
+  } else parts.push(`In all ${blocks} blocks all methods tie.`);
   if (blocks > 1 && isNumber(critical)) {
     parts.push(critical <= count - 1
       ? `Methods beside the same grey bar are less than the critical difference of ${critical.toFixed(2)} apart (Nemenyi's test at 5 %): their order isn't settled.`

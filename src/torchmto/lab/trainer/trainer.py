@@ -513,8 +513,9 @@ def _start(
             f"`{folder.path}` holds a run already. Add --resume to go on with it, or choose another folder."
         )
     assert config is not None
-    folder.write_settings(config, resumed=resume, processes=processes)
+    # The claim first: a job killed between the two finds its own folder again, not one that holds a run.
     folder.write_claim(job)
+    folder.write_settings(config, resumed=resume, processes=processes)
     return config, state
 
 

@@ -1,0 +1,105 @@
+"""The layer-wise engine on graphs that it must not take a short cut through, and after steps that fail."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchmto
+
+Losses = Mapping[str, Tensor]
+
+
+class Net(nn.Module):
+    """A trunk that a test uses as it likes, and two heads."""
+
+    def __init__(self, trunk: Mapping[str, nn.Module | nn.Parameter]) -> None:
+        super().__init__()
+        for name, part in trunk.items():
+            setattr(self, name, part)
+        self.a = nn.Linear(64, 1)
+        self.b = nn.Linear(64, 1)
+
+    def losses(self, features: Tensor) -> Losses:
+        return {"a": self.a(features).square().mean(), "b": (self.b(features) - 1).square().mean()}
+
+
+def masked() -> tuple[Net, Tensor]:
+    net = Net({"first": nn.Linear(64, 64), "second": nn.Linear(64, 64)})
+    mask = (torch.arange(64) < 8).float()
+    net.first.weight.register_hook(lambda gradient: gradient * mask * 10)
+    return net, net.second(net.first(torch.randn(4, 64)).tanh())
+
+
+def idle_expert() -> tuple[Net, Tensor]:
+    net = Net({"first": nn.Linear(64, 64), "expert": nn.Linear(64, 64)})
+    features = net.first(torch.randn(4, 64))
+    chosen = torch.zeros(4, dtype=torch.bool)
+    return net, features.index_add(0, torch.zeros(0, dtype=torch.long), net.expert(features[chosen]))
+
+
+def transposed_lookup() -> tuple[Net, Tensor]:
+    net = Net({"table": nn.Parameter(torch.randn(64, 100))})
+    return net, functional.embedding(torch.tensor([1, 5, 5, 99]), net.table.t())
+
+
+def sparse_input() -> tuple[Net, Tensor]:
+    net = Net({"weight": nn.Parameter(torch.randn(200, 64))})
+    entries = torch.tensor([[0, 1, 2, 3], [7, 7, 150, 0]])
+    return net, torch.mm(torch.sparse_coo_tensor(entries, torch.ones(4), (4, 200)), net.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("case", [masked, idle_expert, transposed_lookup, sparse_input])
+def test_equals_the_rows(case: Callable[[], tuple[Net, Tensor]]) -> None:
+    found = []
+    for gradients in ("parameters", "layerwise"):
+        torch.manual_seed(0)
+        net, features = case()
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        multitask = torchmto.MultiTask(net, optimizer, tasks=["a", "b"], method="upgrad", gradients=gradients)
+        info = multitask.step(net.losses(features))
+        found.append((info.cosines, [parameter.detach().clone() for parameter in net.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_overflow_that_only_the_formed_gradient_has() -> None:
+    torch.manual_seed(0)
+    net = Net({"first": nn.Linear(64, 64)})
+    x = torch.randn(4, 64) * 1e4
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    multitask = torchmto.MultiTask(net, optimizer, tasks=["a", "b"], method="upgrad", gradients="layerwise")
+
+    def closure(tasks: tuple[str, ...]) -> Losses:
+        with torch.autocast("cpu", torch.float16):
+            features = net.first(x)
+        features = features.float() * 1000
+        return {"a": net.a(features).mean(), "b": net.b(features).mean()}
+
+    with pytest.raises(torchmto.NonFiniteError, match="Nothing was updated"):
+        multitask.step(closure)
+    assert all(torch.equal(now, then) for now, then in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("options", [{"gradients": "layerwise"}, {"gradients": "representation", "features": "first"}])
+def test_failed_steps_keep_no_graph(options: dict[str, Any]) -> None:
+    net = Net({"first": nn.Linear(64, 64)})
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    multitask = torchmto.MultiTask(net, optimizer, tasks=["a", "b"], method="upgrad", on_nonfinite="skip", **options)
+    x = torch.randn(4, 64)
+
+    def fails(tasks: tuple[str, ...]) -> Losses:
+        net.first(x)
+        raise KeyError("no labels")
+
+    assert not multitask.step(lambda tasks: net.losses(net.first(x))).skipped
+    assert multitask.step(lambda tasks: {n: loss * torch.nan for n, loss in net.losses(net.first(x)).items()}).skipped
+    with pytest.raises(KeyError):
+        multitask.step(fails)
+    net.first(x)
+    engine = vars(multitask.network.engine)
+    assert not any(engine.get(name) for name in ("_graphs", "_outputs", "_listening"))
