@@ -160,7 +160,7 @@ def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
             results = pool.run(4, cases.fail, name, kind, pieces)
             assert f"{results[2]['type']}: {results[2]['message']}".startswith(message)
             for rank in (0, 1, 3):
-                assert results[rank]["type"] == "RuntimeError"
+                assert results[rank]["type"] == "RankFailedError"
                 assert results[rank]["message"].startswith(f"Rank 2 failed, so the step ended on all ranks. {message}")
             for result in results:
                 assert result["unchanged"] or name == "sequential"
