@@ -65,6 +65,7 @@ def test_a_rank_that_raises_or_dies_ends_all_under_torchrun(tmp_path):
     assert all(run.returncode != 0 for run in runs.values())
     assert "ValueError: the disk is full" in errors["raises"]
     assert (
-        "RankFailedError: Rank 1 failed, so the step ended on all ranks. ValueError: the disk is full" in errors["raises"]
+        "RankFailedError: Rank 1 failed, so the step ended on all ranks. ValueError: the disk is full"
+        in errors["raises"]
     )
     assert "Signal 9 (SIGKILL) received" in errors["dies"]

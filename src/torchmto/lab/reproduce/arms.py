@@ -122,7 +122,7 @@ def _run(
     others: list[Others],
 ) -> ArmResult | None:
     folder, results = _train(context, arm.name, experiment, bundle, others=others)
-    runs = (*experiment.single_task_runs(experiment.task_names(bundle)), *experiment.method_runs())
+    runs = _runs(experiment, experiment.task_names(bundle))
     seeds = 0
     while seeds < experiment.seeds and all(run_key(run) in results for run in runs if run.seed == seeds):
         seeds += 1
@@ -133,6 +133,11 @@ def _run(
     summary = summarize(finished, bundle, results, arm.reference)
     write_outputs(finished, folder, summary, results)
     return ArmResult(arm, finished, bundle, results, summary, seeds == experiment.seeds)
+
+
+def _runs(experiment: TunedExperiment, tasks: Sequence[str]) -> list[RunConfig]:
+    """All runs of a comparison."""
+    return [*experiment.single_task_runs(tasks), *experiment.method_runs()]
 
 
 def _train(
@@ -192,14 +197,19 @@ def _tune(
     bundle: DataBundle,
     others: list[Others],
 ) -> dict[str, dict[str, Any]] | None:
-    """The best settings of each method and each single-task model by validation on the first seed; None: no time."""
+    """The best settings of each method and each single-task model by validation on the first seed; None: no time.
+
+    What an arm changes for its multi-task runs alone (``method_run``) isn't tuned for: they run at the settings of plain ones.
+    """
     tasks = chosen_tasks(bundle, experiment.run.tasks)
     trials: list[tuple[Mapping[str, Any], TunedExperiment, dict[str, Result]]] = []
     for number, settings in enumerate(context.recipe.tune):
-        trial = replace(experiment, seeds=1, run=replace(experiment.run, **settings))
+        trial = replace(experiment, seeds=1, run=replace(experiment.run, **settings), chosen={})
         _, results = _train(context, f"{arm.name}-tuning-{number}", trial, bundle, others=others, may_fail=True)
         trials.append((settings, trial, results))
-    if context.budget.spent:
+    names = [task.name for task in tasks]
+    asked = [(run_key(run), results) for _, trial, results in trials for run in _runs(trial, names)]
+    if context.budget.spent and any(key not in results for key, results in asked):
         return None
 
     def best(name: str, scored: Sequence[Task], baseline: Mapping[str, float] | None) -> tuple[float, dict[str, Any]]:
