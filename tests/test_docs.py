@@ -1,13 +1,13 @@
 """The documentation says what the code says, and leaves no public name out."""
 
 import importlib
-import importlib.util
 import inspect
 from pathlib import Path
 
 import pytest
 
 import torchmto
+from scripts import load_script
 from torchmto.methods import method_class
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "generate.py"
@@ -15,10 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "docs" / "generate.py"
 
 @pytest.fixture(scope="module")
 def generated():
-    spec = importlib.util.spec_from_file_location("generate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pages()
+    return load_script("docs/generate.py").pages()
 
 
 def test_pages_are_up_to_date(generated):

@@ -330,8 +330,6 @@ class MultiTask:
 
     def _undo(self, *, keep_buffers: bool) -> None:
         self.network.undo(keep_buffers=keep_buffers)
-        if self.network.engine is not None:
-            self.network.engine.forget()
         for part, kept in self._kept:
             part.restore(kept)
 

@@ -63,7 +63,7 @@ def reported(resume: str = "") -> Iterator[None]:
         SystemExit: For a file that can't be read or written, and where another process ended the run.
     """
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
-    from torchmto.lab.trainer import CheckpointError, Interrupted, RankError  # noqa: PLC0415
+    from torchmto.lab.trainer import CheckpointError, Interrupted  # noqa: PLC0415
     from torchmto.lab.trainer.processes import is_follower, speaks  # noqa: PLC0415
     from torchmto.problem.exchange import RankFailedError  # noqa: PLC0415
 
@@ -72,7 +72,7 @@ def reported(resume: str = "") -> Iterator[None]:
         yield
     except ConfigError as error:
         raise UsageError(str(error)) from error
-    except (Interrupted, RankError, RankFailedError) as error:
+    except (Interrupted, RankFailedError) as error:
         if not speaks():  # the first process, or the one that failed, says what there is to say
             code = INTERRUPTED if isinstance(error, Interrupted) else 1
             raise SystemExit(0 if is_follower() else code) from error

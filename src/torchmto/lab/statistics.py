@@ -84,7 +84,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     mean = sum(differences) / len(differences)
     interval = confidence95(differences)
     p = None
-    spread = float(np.std(differences, ddof=1)) if len(differences) > 1 else 0.0
+    spread = std(differences)
     if interval is not None and spread <= 1e-12 * max(map(abs, (*first, *second))):
         # Differences that are equal but for rounding, as of accuracies on a small test split.
         interval = spread = 0.0
@@ -198,15 +198,7 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
         >>> spearman([1, 2, 3, 4], [10, 20, 40, 30])
         0.8
     """
-    a, b = _ranks(first), _ranks(second)
+    a, b = (average_ranks(np.asarray([values], dtype=np.float64)) for values in (first, second))
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return round(float(np.corrcoef(a, b)[0, 1]), 12)
-
-
-def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
-    ranks: NDArray[np.float64] = (array[:, None] > array[None, :]).sum(axis=1) + (
-        (array[:, None] == array[None, :]).sum(axis=1) + 1
-    ) / 2
-    return ranks

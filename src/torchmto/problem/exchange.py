@@ -106,7 +106,7 @@ class Exchange:
 
 
 class RankFailedError(RuntimeError):
-    """Another rank failed inside a step, which therefore ended on all ranks; nothing was updated."""
+    """Another rank failed, which ended the work on all: in a step, nothing has been updated then."""
 
 
 def raise_together(ranks: Ranks, failure: Exception | None) -> NoReturn:

@@ -179,8 +179,10 @@ class Network:
         self.roles.mark()
 
     def undo(self, *, keep_buffers: bool) -> None:
-        """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients."""
+        """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
         self.zero_grad()
+        if self.engine is not None:
+            self.engine.forget()
         if not keep_buffers:
             self.buffers.restore()
         if self.roles.undo():

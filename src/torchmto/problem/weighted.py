@@ -133,10 +133,7 @@ class WeightedBackward:
                     raise
                 failure = error
                 break
-        if unit is not None and failure is None:
-            unit.finish(weights.by_task)
-        sum_gradients(network, failure)
-        average_statistics(network)
+        self._settle(unit, weights, failure)
         return losses
 
     def _evenly(
@@ -186,11 +183,15 @@ class WeightedBackward:
                 network.zero_grad()
                 undo()
                 return losses, False
-        if unit is not None:
-            unit.finish(weights.by_task)
-        sum_gradients(network)
-        average_statistics(network)
+        self._settle(unit, weights)
         return losses, True
+
+    def _settle(self, unit: UnitHeads | None, weights: _Weights, failure: Exception | None = None) -> None:
+        """After the last backward: own gradients on the heads, and what the ranks have in common."""
+        if unit is not None and failure is None:
+            unit.finish(weights.by_task)
+        sum_gradients(self._network, failure)
+        average_statistics(self._network)
 
     def _weights(self, weigh: Weigh, losses: Losses, wanted: set[int]) -> _Weights:
         """The method's weight of every present wanted task, and the user's factors if there are any."""

@@ -1,7 +1,6 @@
 """Training on several processes: the numbers of one, and nothing lost when one of them fails, is killed or is asked to stop."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from scripts import load_script
 from torchmto.lab.data import Task
 from torchmto.lab.data.base import TensorData
 from torchmto.lab.metrics import task_metrics
@@ -34,12 +34,7 @@ from torchmto.lab.trainer.folder import RunFolder
 from torchmto.lab.trainer.processes import attempt_name
 from torchmto.lab.training import merged_values, metric_states
 
-_spec = importlib.util.spec_from_file_location(
-    "kill_training", Path(__file__).parents[3] / "benchmarks" / "kill_training.py"
-)
-kill = importlib.util.module_from_spec(_spec)
-sys.modules["kill_training"] = kill
-_spec.loader.exec_module(kill)
+kill = load_script("benchmarks/kill_training.py")
 
 build = sys.modules["torchmto.lab.trainer.build"]
 TINY = {"train": 100, "validation": 40, "test": 24}

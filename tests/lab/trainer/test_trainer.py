@@ -1,17 +1,16 @@
 """Runs that are interrupted, killed and resumed; precision, accumulation, averaging, split norms."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from scripts import load_script
 from torchmto.cli import main
 from torchmto.lab.trainer import (
     CheckpointError,
@@ -29,12 +28,7 @@ from torchmto.lab.trainer import (
 )
 from torchmto.lab.trainer.folder import RunFolder
 
-_spec = importlib.util.spec_from_file_location(
-    "kill_training", Path(__file__).parents[3] / "benchmarks" / "kill_training.py"
-)
-kill = importlib.util.module_from_spec(_spec)
-sys.modules["kill_training"] = kill
-_spec.loader.exec_module(kill)
+kill = load_script("benchmarks/kill_training.py")
 
 ROOMS = DataConfig("rooms", {"size": [32, 32], "train": 8, "validation": 4, "test": 4}, batch_size=2, workers=0)
 VIT = {

@@ -20,10 +20,12 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from torchmto.problem.exchange import RankFailedError
+
 Result = TypeVar("Result")
 
 
-class RankError(RuntimeError):
+class RankError(RankFailedError):
     """Another process of the run failed, and so ended it for all.
 
     Args:
