@@ -129,11 +129,14 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     study: comparison
     summary: toy
     tune: [{optimizer: sgd, learning_rate: 0.1}, {optimizer: adamw, learning_rate: 0.01}]
+    tune_run: {weight_decay: 0.125}
     arms: {a: {methods: [gd, sequential]}}
     """
     loaded = load_recipe(str(recipe(tmp_path, text)))
     findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
     folder = tmp_path / "o" / "arms"
+    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("a-tuning-0", "a-tuning-1", "a")]
+    assert [config["content"]["weight_decay"] == 0.125 for config in configs] == [True, True, False]
     trials = [sorted(p.name.rpartition("-")[0] for p in (folder / f"a-tuning-{i}" / "runs").iterdir()) for i in (0, 1)]
     assert trials[0] == trials[1]
     assert len(trials[0]) == 5

@@ -204,7 +204,9 @@ def _tune(
     tasks = chosen_tasks(bundle, experiment.run.tasks)
     trials: list[tuple[Mapping[str, Any], TunedExperiment, dict[str, Result]]] = []
     for number, settings in enumerate(context.recipe.tune):
-        trial = replace(experiment, seeds=1, run=replace(experiment.run, **settings), chosen={})
+        trial = replace(
+            experiment, seeds=1, run=replace(experiment.run, **context.recipe.tune_run, **settings), chosen={}
+        )
         _, results = _train(context, f"{arm.name}-tuning-{number}", trial, bundle, others=others, may_fail=True)
         trials.append((settings, trial, results))
     names = [task.name for task in tasks]

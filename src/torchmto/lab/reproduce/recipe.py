@@ -57,6 +57,7 @@ class Recipe:
         seeds: How many.
         run: Fields of `torchmto.lab.training.RunConfig` that all arms share.
         tune: Settings of which each method gets its best one by validation on the first seed; empty for none.
+        tune_run: Fields of `torchmto.lab.training.RunConfig` that differ while tuning, say fewer epochs.
         arms: The comparisons.
         options: What else the study takes.
     """
@@ -68,6 +69,7 @@ class Recipe:
     seeds: int = 3
     run: Mapping[str, Any] = field(default_factory=dict)
     tune: tuple[Mapping[str, Any], ...] = ()
+    tune_run: Mapping[str, Any] = field(default_factory=dict)
     arms: tuple[Arm, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +78,8 @@ class Recipe:
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
-        for settings in (self.run, *self.tune, *(s for arm in self.arms for s in (arm.run, arm.method_run))):
+        arms = (s for arm in self.arms for s in (arm.run, arm.method_run))
+        for settings in (self.run, *self.tune, self.tune_run, *arms):
             if unknown := sorted(set(settings) - _RUN_FIELDS):
                 raise RecipeError(f"Runs have no setting `{unknown[0]}`. They have: {', '.join(sorted(_RUN_FIELDS))}.")
 
