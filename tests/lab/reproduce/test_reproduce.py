@@ -12,7 +12,8 @@ from torchmto.lab import atomic, memory
 from torchmto.lab.compare import outputs, runner
 from torchmto.lab.reproduce import load_recipe, reproduce, units
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.studies import theory
+from torchmto.lab.reproduce.studies import comparison, theory
+from torchmto.lab.reproduce.studies.cosines import cosine_statistics
 from torchmto.lab.reproduce.units import run_units
 
 RUN = """
@@ -142,6 +143,29 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     assert len(trials[0]) == 5
     for entry in findings.numbers["arms"]["a"]["methods"].values():
         assert entry["settings"] in [dict(settings) for settings in loaded.tune]
+    (chosen,) = [table for table in findings.tables if table.title == "Chosen settings, arm a"]
+    assert [row[0] for row in chosen.rows][-2:] == ["gd", "sequential"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "edges"), [(0.1, ["smallest rate"]), (0.3, []), (1.0, ["largest rate"])], ids=["least", "middle", "most"]
+)
+def test_a_choice_at_the_edge_of_the_grid_is_named(rate, edges):
+    offers = [{"optimizer": name, "rate": value} for name in ("sgd", "adamw") for value in (0.1, 0.3, 1.0)]
+    assert comparison._edges({"optimizer": "sgd", "rate": rate, "epochs": 9}, [*offers, {"optimizer": "lion"}]) == edges
+
+
+def test_cosines_are_of_each_third_of_training():
+    def step(ab, ac, bc, names="abc"):
+        return {"losses": dict.fromkeys(names, 1.0), "cosines": [[1.0, ab, ac], [ab, 1.0, bc], [ac, bc, 1.0]]}
+
+    without = {"losses": {"a": 1.0}, "cosines": None}
+    runs = [{"trace": [step(0.5, -0.5, 0.0), without, step(1.0, 0.5, -0.1)]}] * 2
+    found = cosine_statistics([*runs, {"trace": [step(0.5, -0.5, 0.3), without, step(-1.0, 0.5, -0.2)]}])
+    assert found["first"]["mean"] == pytest.approx(0.1 / 3)
+    assert found["first"]["negative_share"] == pytest.approx(1 / 3)
+    assert found["last"]["pairs"] == pytest.approx({"a, b": 1 / 3, "a, c": 0.5, "b, c": -0.4 / 3})
+    assert cosine_statistics([{"trace": [without]}]) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import numpy as np
 
 from torchmto.lab.reproduce.arms import ArmResult, run_arms
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
+from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.reproduce.studies.context import Context
+from torchmto.lab.reproduce.studies.cosines import add_cosines
 from torchmto.lab.statistics import holm, paired
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ def run(context: Context) -> Findings:
     arms, complete = run_arms(context)
     findings = Findings(complete=complete)
     add_comparison(findings, arms)
+    if context.recipe.tune:
+        findings.tables += [_settings_table(name, arm, context.recipe) for name, arm in arms.items()]
     return findings
 
 
@@ -44,6 +48,7 @@ def add_comparison(findings: Findings, arms: Mapping[str, ArmResult]) -> None:
         ):
             findings.tables.append(_budget_table(name, findings.numbers["arms"][name]["budgets"]))
         findings.figures[f"delta_m-{name}"] = _forest(name, arm, findings.numbers["arms"][name])
+    add_cosines(findings, arms)
     across = _across(arms)
     if across:
         findings.numbers["across_arms"] = across
@@ -148,6 +153,33 @@ def _budget_table(name: str, budgets: Mapping[str, Any]) -> Table:
         "the smaller budget."
     )
     return Table(f"Equal budgets, arm {name}", header, rows, [note])
+
+
+def _settings_table(name: str, arm: ArmResult, recipe: Recipe) -> Table:
+    """What tuning chose, and where the choice is at the edge of what was on offer: a better one may lie beyond."""
+    rows = [
+        [
+            who,
+            ", ".join(f"{key} {value}" for key, value in settings.items()),
+            ", ".join(_edges(settings, recipe.tune)) or "-",
+        ]
+        for who, settings in arm.experiment.chosen.items()
+    ]
+    shorter = "".join(f", with {key} {value}" for key, value in recipe.tune_run.items())
+    note = f"Chosen among {len(recipe.tune)} settings by validation on seed 0{shorter}. Edge: the largest or smallest on offer."
+    return Table(f"Chosen settings, arm {name}", ["run", "settings", "edge"], rows, [note])
+
+
+def _edges(settings: Mapping[str, Any], offers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Numbers of ``settings`` that no offer with otherwise equal settings exceeds, or falls below."""
+    edges = []
+    for key, value in settings.items():
+        others = [{k: v for k, v in offer.items() if k != key} for offer in offers]
+        rest = {k: v for k, v in settings.items() if k != key and any(k in offer for offer in offers)}
+        rivals = [offer[key] for offer, other in zip(offers, others, strict=True) if key in offer and other == rest]
+        if isinstance(value, (int, float)) and len(set(rivals)) > 1 and value in (min(rivals), max(rivals)):
+            edges.append(f"{'largest' if value == max(rivals) else 'smallest'} {key}")
+    return edges
 
 
 def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
