@@ -44,10 +44,20 @@ def run(args: Namespace) -> int:
 
 
 def _launcher() -> list[str]:
-    """The beginning of this command: torchmto, or torchrun with as many processes."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """The beginning of this command: torchmto, or torchrun with as many processes, as this machine has to start it."""
+    environment = os.environ
+    if "TORCHELASTIC_RUN_ID" not in environment:
         return ["torchmto"]
-    return ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "torchmto"]
+    options = {"--nproc-per-node": "LOCAL_WORLD_SIZE"}
+    if environment.get("GROUP_WORLD_SIZE", "1") != "1":
+        machines = {"--nnodes": "GROUP_WORLD_SIZE", "--node-rank": "GROUP_RANK"}
+        options = {**machines, "--master-addr": "MASTER_ADDR", "--master-port": "MASTER_PORT", **options}
+    return [
+        "torchrun",
+        *(part for flag, name in options.items() for part in (flag, environment[name])),
+        "-m",
+        "torchmto",
+    ]
 
 
 def _say(line: str) -> None:

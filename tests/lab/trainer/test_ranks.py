@@ -31,6 +31,7 @@ from torchmto.lab.trainer import (
     train,
 )
 from torchmto.lab.trainer.folder import RunFolder
+from torchmto.lab.trainer.logs import CsvLog, RecordLog
 from torchmto.lab.trainer.processes import attempt_name
 from torchmto.lab.training import merged_values, metric_states
 
@@ -222,6 +223,8 @@ def fails_at(name, owner, rank, number, error):
             0,
             "CheckpointError: No space",
         ),
+        (fails_at("write", RecordLog, 0, 1, OSError("log disk full")), config(), 0, "OSError: log disk full"),
+        (fails_at("log_metrics", CsvLog, 0, 3, OSError("log disk full")), config(), 0, "OSError: log disk full"),
         (lambda rank: None, config(data=DataConfig("digits", TINY, batch_size=1)), 0, "at least the number of proc"),
     ],
 )

@@ -318,12 +318,15 @@ class Trainer:
         if step % self.config.log_every == 0 or last:
             figures = step_figures(info, self.parts.multitask.tasks)
             self._log({**figures, "lr": float(self.parts.scheduler.get_last_lr()[0])})
-        if last and self._records is not None:
-            self._records.write(step, info.records)
+        if last:
+            with self.processes.together():
+                if self._records is not None:
+                    self._records.write(step, info.records)
 
     def _log(self, figures: dict[str, float]) -> None:
-        for logger in self._loggers:
-            logger.log_metrics(figures, self.progress.step)
+        with self.processes.together():
+            for logger in self._loggers:
+                logger.log_metrics(figures, self.progress.step)
 
     def _end_epoch(self) -> None:
         """Validate, tell the method, save. All of it comes again if a signal or a crash comes before the save."""
