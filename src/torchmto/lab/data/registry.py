@@ -12,6 +12,7 @@ from torchmto.lab.data.base import DataBundle
 _MODULES = (
     "digits",
     "rooms",
+    "attributes",
     "nyuv2",
     "cityscapes",
     "pascal_context",

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_comparison", "per_seed", "run"]
 
+MANY = 12
+"""Tables with a column per task show so many of them."""
+
 
 def run(context: Context) -> Findings:
     """Run the arms and compare the methods in each."""
@@ -47,6 +50,7 @@ def add_comparison(findings: Findings, arms: Mapping[str, ArmResult]) -> None:
             > 1
         ):
             findings.tables.append(_budget_table(name, findings.numbers["arms"][name]["budgets"]))
+        findings.tables.append(_losses_table(name, findings.numbers["arms"][name]["methods"]))
         findings.figures[f"delta_m-{name}"] = _forest(name, arm, findings.numbers["arms"][name])
     add_cosines(findings, arms)
     across = _across(arms)
@@ -67,6 +71,15 @@ def last_loss(arm: ArmResult, method: str) -> float:
     return float(np.mean([np.mean(list(losses)) for losses in ends]))
 
 
+def last_losses(arm: ArmResult, method: str) -> dict[str, float]:
+    """Each task's training loss of the last epoch, averaged over seeds."""
+    ends = [run["history"][-1]["losses"] for run in arm.runs(method)]
+    return {
+        task: float(np.mean([end[task] for end in ends if task in end]))
+        for task in dict.fromkeys(t for e in ends for t in e)
+    }
+
+
 def _arm_numbers(arm: ArmResult) -> dict[str, Any]:
     versus = arm.summary["versus"]
     reference, ranks = versus["reference"], versus["ranks"]["tasks"]
@@ -76,6 +89,7 @@ def _arm_numbers(arm: ArmResult) -> dict[str, Any]:
             "delta_m": arm.summary["methods"][method]["delta_m"],
             "cost": arm.summary["methods"][method]["cost"],
             "last_train_loss": last_loss(arm, method),
+            "last_train_losses": last_losses(arm, method),
             "settings": dict(arm.experiment.chosen.get(method, {})),
             "average_rank": None if ranks is None else ranks["average"][method],
         }
@@ -137,6 +151,18 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
         "ms/batch",
     ]
     return Table(f"Arm {name}", header, rows, notes)
+
+
+def _losses_table(name: str, methods: Mapping[str, Any]) -> Table:
+    tasks = list(next(iter(methods.values()))["last_train_losses"])
+    shown = tasks[:MANY]
+    rows = [
+        [who, *(number(entry["last_train_losses"].get(task), digits=4) for task in shown)]
+        for who, entry in methods.items()
+    ]
+    more = f" The first {MANY} of {len(tasks)} tasks." if len(tasks) > MANY else ""
+    note = f"Each task's training loss of the last epoch, as the model meets it while it learns; mean over seeds.{more}"
+    return Table(f"Training losses, arm {name}", ["method", *shown], rows, [note])
 
 
 def _budget_table(name: str, budgets: Mapping[str, Any]) -> Table:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torchmto.lab.reproduce.arms import ArmResult, run_arms
 from torchmto.lab.reproduce.findings import Findings, Table, number
-from torchmto.lab.reproduce.studies.comparison import add_comparison
+from torchmto.lab.reproduce.studies.comparison import MANY, add_comparison
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.specs import parse_method
 
@@ -42,7 +42,7 @@ def _tasks(arm: ArmResult) -> dict[str, Any]:
 
 def _table(name: str, entry: Mapping[str, Any]) -> Table:
     tasks = list(next(iter(entry["methods"].values()))["changes"])
-    shown = tasks[:12]
+    shown = tasks[:MANY]
     rows = [
         [method, *(_change(row["changes"][task]) for task in shown), number(row["conflicts_per_step"])]
         for method, row in entry["methods"].items()
