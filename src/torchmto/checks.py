@@ -70,6 +70,17 @@ def check_integer(name: str, value: Any, *, minimum: int) -> int:
     return value
 
 
+def check_flag(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool: the truth of anything else (a string "false") may not be what was meant.
+
+    Raises:
+        TypeError: If it isn't a bool.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(found(name, "True or False", value))
+    return value
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     """Return ``value`` if it is one of ``choices``.
 
@@ -88,7 +99,7 @@ def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
         TypeError: If a name isn't a string, or ``tasks`` is a single string.
         ValueError: If there is no task, an empty name or a name twice.
     """
-    if isinstance(tasks, str):
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
         raise TypeError(found("tasks", "a sequence of task names", tasks))
     names = tuple(tasks)
     if not names:

@@ -165,6 +165,13 @@ def test_options_are_checked(name: str, options: dict[str, Any], message: str) -
         torchmto.make_method(name, **options)
 
 
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.1), "ab", None])
+def test_adatask_takes_a_pair_of_betas(betas: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Parameter `betas` should be a pair of floats"):
+        torchmto.make_method("adatask", betas=betas)
+    assert torchmto.make_method("adatask", betas=[0.5, 0.9]).betas == (0.5, 0.9)
+
+
 # ---------------------------------------------------------------------- one by one
 
 

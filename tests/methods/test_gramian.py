@@ -1,6 +1,7 @@
 """The Gramian methods: reference numbers, what the literature claims of each, state across steps, missing tasks."""
 
 import copy
+import inspect
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import torchmto
 import toy
 from shared_data import golden
-from torchmto.methods import GramianWeighting
+from torchmto.methods import GramianWeighting, method_class
 
 DETERMINISTIC: list[tuple[str, dict[str, Any]]] = [
     ("mgda", {}),
@@ -354,6 +355,39 @@ def test_constant() -> None:
 def test_options_are_checked(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchmto.make_method(name, **options)
+
+
+FLAGS = [
+    ("cagrad", "rescale"),
+    ("mgda", "normalize_update"),
+    ("pcgrad", "shuffle"),
+    ("gradvac", "shuffle"),
+    ("adatask", "adam_heads"),
+    ("sequential", "shuffle"),
+    ("connection_strength", "shuffle"),
+    ("connection_strength", "record_layers"),
+    ("task_groups", "measure_last"),
+    ("task_groups", "noise_floor"),
+]
+
+
+@pytest.mark.parametrize(("name", "flag"), FLAGS)
+def test_flags_are_true_or_false(name: str, flag: str) -> None:
+    for value in (True, False):
+        assert getattr(torchmto.make_method(name, **{flag: value}), flag) is value
+    for wrong in ("false", 1, None):
+        with pytest.raises(TypeError, match=f"Parameter `{flag}` should be True or False. Found `{flag} = {wrong!r}`"):
+            torchmto.make_method(name, **{flag: wrong})
+
+
+def test_every_flag_of_a_method_is_in_the_table() -> None:
+    found = {
+        (name, parameter.name)
+        for name in torchmto.methods()
+        for parameter in inspect.signature(method_class(name).__init__).parameters.values()
+        if isinstance(parameter.default, bool) and parameter.name != "higher_is_better"
+    }
+    assert found == set(FLAGS)
 
 
 def test_wrong_types_are_named() -> None:

@@ -8,7 +8,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.checks import check_flag, check_number, found
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
@@ -60,13 +60,15 @@ class AdaTask(GradientCombiner):
         **options: Unpack[GradientOptions],
     ) -> None:
         super().__init__(**options)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(found("betas", "a pair of floats", betas))
         first, second = betas
         self.betas = (
             check_number("betas[0]", first, minimum=0, below=1),
             check_number("betas[1]", second, minimum=0, below=1),
         )
         self.eps = check_number("eps", eps, minimum=0)
-        self.adam_heads = bool(adam_heads)
+        self.adam_heads = check_flag("adam_heads", adam_heads)
         self._network: Network | None = None
         self.add_state("head_moments", {})
         self.add_state("head_times", {})

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_number
+from torchmto.checks import check_choice, check_flag, check_number
 from torchmto.methods.method import GramianWeighting, WeightingOptions
 from torchmto.methods.registry import register
 
@@ -57,7 +57,7 @@ class CAGrad(GramianWeighting):
     ) -> None:
         super().__init__(**options)
         self.c = check_number("c", c, minimum=0)
-        self.rescale = bool(rescale)
+        self.rescale = check_flag("rescale", rescale)
         self.scale = check_choice("scale", scale, ("mean", "sum"))
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:

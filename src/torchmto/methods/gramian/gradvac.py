@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_number
+from torchmto.checks import check_flag, check_number
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
@@ -51,7 +51,7 @@ class GradVac(GramianWeighting):
     def __init__(self, *, beta: float = 0.01, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
         self.beta = check_number("beta", beta, minimum=0, maximum=1)
-        self.shuffle = bool(shuffle)
+        self.shuffle = check_flag("shuffle", shuffle)
 
     def setup(self, num_tasks: int) -> None:
         """Cosine targets [K, K], 0 at first."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice
+from torchmto.checks import check_choice, check_flag
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
@@ -53,7 +53,7 @@ class MGDA(GramianWeighting):
     ) -> None:
         super().__init__(**options)
         self.normalize = check_choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
-        self.normalize_update = bool(normalize_update)
+        self.normalize_update = check_flag("normalize_update", normalize_update)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
+from torchmto.checks import check_flag
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
@@ -50,7 +51,7 @@ class PCGrad(GramianWeighting):
 
     def __init__(self, *, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
-        self.shuffle = bool(shuffle)
+        self.shuffle = check_flag("shuffle", shuffle)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_integer, check_number, found
+from torchmto.checks import check_choice, check_flag, check_integer, check_number, found
 from torchmto.gradients.ranks import is_sharded
 from torchmto.methods.method import Cost, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
@@ -211,7 +211,7 @@ class ConnectionStrength(Procedure):
             raise ValueError(found("total_steps", "a positive int for schedule='sequence'", total_steps))
         self.draw = check_choice("draw", draw, ("step", "epoch"))
         self.switch = check_number("switch", switch, minimum=0, maximum=1)
-        self.shuffle = bool(shuffle)
+        self.shuffle = check_flag("shuffle", shuffle)
         check_choice("measure", measure, ("parameters", "gradients", "saliency"))
         check_choice("degenerate", degenerate, ("sum", "project"))
         if phase2 == "priority":
@@ -222,7 +222,7 @@ class ConnectionStrength(Procedure):
             raise TypeError(found("phase2", "'priority' or a method", phase2))
         self.measure = measure
         self.pairs = pairs
-        self.record_layers = bool(record_layers)
+        self.record_layers = check_flag("record_layers", record_layers)
         self.add_state("second", second)
         self.add_state("num_steps", 0)
         self.add_state("drawn", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchmto.checks import check_flag
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
 from torchmto.problem import Problem, StepInfo
@@ -30,7 +31,7 @@ class Sequential(Procedure):
 
     def __init__(self, *, shuffle: bool = False) -> None:
         super().__init__()
-        self.shuffle = bool(shuffle)
+        self.shuffle = check_flag("shuffle", shuffle)
 
     def cost(self, num_tasks: int) -> Cost:
         """K of everything."""

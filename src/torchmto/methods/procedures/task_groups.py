@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from torchmto.checks import check_choice, check_integer, found
+from torchmto.checks import check_choice, check_flag, check_integer, found
 from torchmto.methods.method import Cost, GramianWeighting, Procedure, Properties
 from torchmto.methods.registry import make_method, register
 from torchmto.problem import Losses, Problem, StepInfo
@@ -107,7 +107,7 @@ class TaskGroups(Procedure):
             "Literal['affinity_propagation', 'correlation']",
             check_choice("cluster", cluster, ("affinity_propagation", "correlation")),
         )
-        self.measure_last = bool(measure_last)
+        self.measure_last = check_flag("measure_last", measure_last)
         self.single = check_choice("single", single or ("twice" if attribution == "official" else "measure"), SINGLE)
         self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
         self.num_groups = None if num_groups is None else check_integer("num_groups", num_groups, minimum=1)
@@ -116,7 +116,7 @@ class TaskGroups(Procedure):
         if made is not None and not isinstance(made, GramianWeighting):
             raise ValueError(found("inner", "a Gramian method", inner))
         self.add_state("inner", made)
-        self.noise_floor = bool(noise_floor)
+        self.noise_floor = check_flag("noise_floor", noise_floor)
         self.add_state("num_batches", 0)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
