@@ -286,6 +286,19 @@ def test_dwa_windows_by_steps():
             by_hand.mt.end_window()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("dwa", {}), ("stch", {"warmup": 2}), ("igb", {}), ("wpcgrad", {"priority": "loss"})]
+)
+def test_windows_of_steps_are_not_cut_short_by_epochs(name, options):
+    """Trainers call ``mt.end_window()`` after every epoch, whatever the method."""
+    epochs, steps = (Feed(make(name, window=3, **options)) for _ in range(2))
+    for step in range(8):
+        losses = {"a": 1.0 + step, "b": 3.0 / (step + 1), "c": 2.0}
+        assert epochs(**losses).weights == steps(**losses).weights
+        epochs.mt.end_window()
+    assert same(epochs.mt.state_dict(), steps.mt.state_dict())
+
+
 def test_dwa_keeps_means_of_absent_tasks():
     feed = Feed("dwa")
     for losses in ({"a": 4.0, "b": 2.0}, {"a": 2.0, "b": 2.0}, {"a": 3.0}):

@@ -128,12 +128,15 @@ class LossPriority(Priority):
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Add this step's losses to the window."""
         if self.means.add(losses):
-            self.end_window()
+            self._close()
 
     def end_window(self) -> None:
-        """Close the window; tasks absent from it keep their last mean."""
-        if self.num_tasks == 0:
-            return
+        """Close the window, unless windows are counted in steps."""
+        if self.window is None and self.num_tasks:
+            self._close()
+
+    def _close(self) -> None:
+        """Take over the window's means; tasks absent from it keep their last mean."""
         mean = self.means.close()
         mean = torch.where(mean.isnan(), self.last, mean)
         self.first = torch.where(self.first.isnan(), mean, self.first)

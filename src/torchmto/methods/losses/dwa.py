@@ -55,11 +55,8 @@ class DWA(WindowedWeighting):
         rates = torch.where(rates.isfinite(), rates, 1.0)
         return ((rates / self.temperature).softmax(0) * len(chosen)).to(losses).mul(losses).sum()
 
-    def end_window(self) -> None:
+    def close(self, means: Tensor) -> None:
         """Compare with the window before from now on."""
-        if self.num_tasks == 0:
-            return
-        means = self.means.close()
         seen = ~means.isnan()
         self.before = torch.where(seen, self.last, self.before)
         self.last = torch.where(seen, means, self.last)

@@ -61,11 +61,8 @@ class IGB(WindowedWeighting):
         gaps = torch.where(base.isnan(), 1.0, losses.detach() / base)
         return (len(losses) * gaps.softmax(0) * safe_log(losses)).sum()
 
-    def end_window(self) -> None:
+    def close(self, means: Tensor) -> None:
         """Take the base window's means as the base; a window without steps doesn't count."""
-        if self.num_tasks == 0:
-            return
-        means = self.means.close()
         if bool(means.isnan().all()):
             return
         self.windows += 1

@@ -64,11 +64,8 @@ class STCH(WindowedWeighting):
         nadir = torch.where(nadir.isnan(), losses.detach(), nadir)
         return self.mu * torch.logsumexp((safe_log(losses) - nadir.log()) / self.mu, 0)
 
-    def end_window(self) -> None:
+    def close(self, means: Tensor) -> None:
         """Take the window's means as the nadir while the warm-up lasts; a window without steps doesn't count."""
-        if self.num_tasks == 0:
-            return
-        means = self.means.close()
         seen = ~means.isnan()
         if not bool(seen.any()):
             return

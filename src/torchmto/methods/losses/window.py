@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def check_window(window: int | None) -> int | None:
 
 
 class WindowedWeighting(LossWeighting):
-    """Base of the loss weightings that look at mean losses over windows. A subclass implements ``end_window``.
+    """Base of the loss weightings that look at mean losses over windows. A subclass implements ``close``.
 
     Args:
         window: Steps per window; None: windows end at ``mt.end_window()``.
@@ -84,4 +85,13 @@ class WindowedWeighting(LossWeighting):
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Add the step's losses to the window."""
         if self.means.add(losses):
-            self.end_window()
+            self.close(self.means.close())
+
+    def end_window(self) -> None:
+        """Close the window, unless windows are counted in steps."""
+        if self.window is None and self.num_tasks:
+            self.close(self.means.close())
+
+    @abstractmethod
+    def close(self, means: Tensor) -> None:
+        """Take over a window's mean losses, [K], NaN for tasks that weren't present."""
