@@ -575,6 +575,42 @@ def test_nash_mtl_update_every_saves_backwards() -> None:
     assert counts == [3, 1, 1, 3, 1, 1]
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("heads", ["unit", "weighted"])
+@pytest.mark.parametrize("max_norm", [0.0, 1.0, 1.5])
+def test_nash_mtl_bounds_steps_that_reuse_its_weights(max_norm: float, heads: str, scaled: bool) -> None:
+    """The bargain is kept, not the clipping: long gradients are clipped anew, short ones aren't shortened."""
+    tasks = ("a", "b", "c")
+    J = matrix(5, 3)
+    free = made("nash_mtl", max_norm=0.0).weights(J @ J.T)
+    trunk = torch.nn.Parameter(torch.zeros(8, dtype=torch.float64))
+    own = torch.nn.ParameterDict({task: torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)) for task in tasks})
+    model = torch.nn.ParameterList([trunk, *own.values()])
+    method = made("nash_mtl", max_norm=max_norm, update_every=9, heads=heads)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    mt = torchmto.MultiTask(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), tasks=tasks, method=method, scaler=scaler
+    )
+    for step, size in enumerate((1.0, 100.0, 0.5, 1e-3, 3.0, 0.0)):
+        halves = [
+            lambda asked, size=size, half=half: {
+                task: 1 + size * half * (J[tasks.index(task)] @ trunk + own[task].sum()) for task in asked
+            }
+            for half in (0.5, 1.5)
+        ]
+        info = mt.step(halves)
+        assert info.num_backward == (2 if step else 6)
+        norm = float((free @ J).norm()) * size
+        factor = min(1.0, max_norm / norm) if max_norm and norm else 1.0
+        assert trunk.grad is not None
+        assert torch.allclose(trunk.grad, size * factor * (free @ J), rtol=1e-6)
+        assert info.weights is not None
+        assert list(info.weights.values()) == pytest.approx((factor * free).tolist())
+        for task, weight in info.weights.items():
+            expected = size * (weight if heads == "weighted" else 1.0)
+            assert own[task].grad.tolist() == pytest.approx([expected] * 2)
+
+
 @pytest.mark.parametrize("name", ["mgda", "cagrad", "nash_mtl", "fairgrad", "config", "upgrad", "imtl_g"])
 def test_converges_to_the_pareto_set(name: str) -> None:
     """Two bowls around points p and q: the Pareto set is the segment between them."""

@@ -434,7 +434,7 @@ class GramianWeighting(Method):
         problem.combine(gradients, weights, heads=self.heads)
         problem.apply()
         if self.refresh_every > 1:
-            self._kept_weights = dict(zip(gradients.indices, weights.tolist(), strict=True))
+            self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
             self._age = 1
         self.after_step(gradients.reduced, problem)
         return problem.info(
@@ -456,12 +456,21 @@ class GramianWeighting(Method):
             return values.new_tensor([kept[i] for i in indices])
 
         losses = problem.backward(weigh, fixed=True, heads=self.heads)
+        factor = self.bound(problem)
         problem.apply()
         self._age += 1
         self.after_step(losses, problem)
         return problem.info(
-            weights=weigh(losses.values, losses.indices), indices=losses.indices, records=self.records()
+            weights=weigh(losses.values, losses.indices) * factor, indices=losses.indices, records=self.records()
         )
+
+    def kept(self, weights: Tensor) -> Tensor:
+        """What the next steps reuse of a step's weights; overridden where a part of them is about that step alone."""
+        return weights
+
+    def bound(self, problem: Problem) -> float:
+        """Shorten the gradient of a step that reuses weights; by which factor."""
+        return 1.0
 
     def records(self) -> Mapping[str, Any]:
         """What to put into ``StepInfo.records``."""

@@ -253,9 +253,9 @@ class Network:
             converted = gradient.to(device=parameter.device, dtype=parameter.dtype)
             parameter.grad = sharded_like(converted, parameter) if is_sharded(parameter) else converted
 
-    def norm(self) -> Tensor:
-        """The global norm of the gradients that are set, a scalar tensor."""
-        gradients = self.gradients()
+    def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
+        """The global norm of gradients, a scalar tensor; default those that are set."""
+        gradients = self.gradients() if gradients is None else gradients
         if not gradients:
             return torch.zeros(())
         return self.norm_of(gradients) if self.sharded else nn.utils.get_total_norm(gradients)
@@ -268,12 +268,16 @@ class Network:
         square = self.ranks.sum_(nn.utils.get_total_norm(apart).to(self.device, torch.float64).square().reshape(1))
         return (square + nn.utils.get_total_norm(alike).to(square).square()).sqrt().squeeze(0)
 
+    @staticmethod
+    def multiply(gradients: Sequence[Tensor], factor: float) -> None:
+        """Multiply gradients, of which some may be sharded, in place."""
+        torch._foreach_mul_([local(g) for g in gradients], factor)
+
     @torch.no_grad()
     def clip_gradients(self, norm: Tensor) -> None:
         """Scale the gradients down to the norm ``clip``, given their present norm."""
         if self.clip is not None:
             if self.sharded:
-                factor = float((self.clip / (norm + 1e-6)).clamp(max=1))
-                torch._foreach_mul_([local(g) for g in self.gradients()], factor)
+                self.multiply(self.gradients(), float((self.clip / (norm + 1e-6)).clamp(max=1)))
             else:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)

@@ -238,6 +238,28 @@ class Problem:
         self._unchecked = losses
         return losses
 
+    @torch.no_grad()
+    def bound(self, largest: float, *, heads: str) -> float:
+        """Shorten what :meth:`backward` has set, so that its norm on the shared parameters is at most ``largest``.
+
+        Args:
+            largest: The bound.
+            heads: "unit": the heads' gradients stay; "weighted": they are shortened too, as by smaller weights.
+
+        Returns:
+            The factor; 1 if the gradient is short enough.
+        """
+        network = self.network
+        shared = [p.grad for p in network.parameters if p.grad is not None and network.roles.is_shared(network.name(p))]
+        norm = network.norm(shared)
+        scale = network.scale(norm.device)
+        if scale is not None:
+            norm = norm / scale
+        factor = float((largest / norm).clamp_max(1))
+        if factor < 1:
+            network.multiply(network.gradients() if heads == "weighted" else shared, factor)
+        return factor
+
     # ------------------------------------------------------------------ the optimizer step
 
     def apply(self) -> bool:

@@ -11,6 +11,7 @@ from torchmto import solvers
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
+from torchmto.problem import Problem
 
 
 @register("nash_mtl")
@@ -19,7 +20,7 @@ class NashMTL(GramianWeighting):
 
     Its direction doesn't depend on the lengths of the gradients, and its length is :math:`\sqrt{K}` whatever they are
     (less if some are zero); ``max_norm`` bounds it by 1, as the released code does by clipping. So the learning rate
-    alone sets the step.
+    alone sets the step. Steps that reuse the weights are clipped by their own gradient.
 
     Solved exactly as a strictly convex problem, where the released code takes 20 steps of a sequence of convex
     programs from the last solution: a warm start isn't needed. Where a convex combination of the gradients vanishes
@@ -48,6 +49,7 @@ class NashMTL(GramianWeighting):
     source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
+    _bargain: Tensor
 
     def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:
         every = check_integer("update_every", update_every, minimum=1)
@@ -61,7 +63,7 @@ class NashMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
+        self._bargain = weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
         if self.max_norm == 0:
             return weights
         lengths = gramian.diagonal().clamp_min(0).sqrt() * weights
@@ -72,3 +74,11 @@ class NashMTL(GramianWeighting):
         scaled = weights / largest
         norm = largest * (scaled @ (gramian @ scaled)).clamp_min(0).sqrt()
         return weights * (self.max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
+
+    def kept(self, weights: Tensor) -> Tensor:
+        """The weights before they were clipped to the length of this step's gradients."""
+        return self._bargain
+
+    def bound(self, problem: Problem) -> float:
+        """Clip anew."""
+        return problem.bound(self.max_norm, heads=self.heads) if self.max_norm else 1.0
