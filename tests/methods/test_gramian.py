@@ -467,6 +467,19 @@ def test_cr_mogm_smooths_any_weighting() -> None:
     assert torch.equal(plain.weights(first), made("pcgrad", shuffle=False).weights(first))
 
 
+def test_cr_mogm_shows_its_method_the_network() -> None:
+    def inside(layer: str) -> torchmto.Method:
+        return made("cr_mogm", method=made("gradnorm", layer=layer), alpha=0.0)
+
+    model, _, mt = toy.make(inside("trunk.0"))
+    twin, _, alone = toy.make(made("gradnorm", layer="trunk.0"))
+    for seed in (1, 2):
+        data = toy.batch(mt.tasks, seed=seed)
+        assert mt.step(toy.closure(model, data)).weights == alone.step(toy.closure(twin, data)).weights
+    with pytest.raises(ValueError, match="the path of a module"):
+        toy.make(inside("no.such.module"))
+
+
 def test_cr_mogm_counts_the_fallbacks_of_its_method() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

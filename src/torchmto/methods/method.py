@@ -128,7 +128,9 @@ class Method(ABC):
         self.ensure_setup(len(tasks))
 
     def attach(self, network: Network) -> None:
-        """Look at the network before the first step. Most methods needn't."""
+        """Look at the network before the first step. Most methods needn't; the methods inside are shown it."""
+        for inner in self._inner():
+            inner.attach(network)
 
     def seed(self, seed: int) -> None:
         """Reseed every random choice, inner methods included."""

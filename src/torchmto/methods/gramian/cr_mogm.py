@@ -23,8 +23,9 @@ class CRMOGM(GramianWeighting):
 
     Scale, losses, randomness and pairs of batches: those of the other method, whose ``heads`` and ``refresh_every``
     are replaced by this method's. The mean starts at the average of the first weights for every task: 1/K for methods
-    on the simplex, as in the paper. Heads: their own task's gradient. The declared properties are those with
-    ``mgda``.
+    on the simplex, as in the paper. A task's mean runs over the steps in which it was present, whichever others were:
+    in a batch without some tasks the smoothed weights of the others needn't sum to 1. Heads: their own task's
+    gradient. The declared properties are those with ``mgda``.
 
     Args:
         method: A Gramian method, by name or as an object.

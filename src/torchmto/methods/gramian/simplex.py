@@ -11,6 +11,9 @@ from torch import Tensor
 def shares_of(state: Tensor, indices: Sequence[int]) -> Tensor:
     """The present tasks' entries of a point of the simplex [K], rescaled to sum 1: a point of the smaller simplex [k].
 
+    Where absent tasks have everything, the present ones' shares are equal: each such step starts there, as what absent tasks
+    have is theirs until they are present again.
+
     Example:
         >>> shares_of(torch.tensor([0.25, 0.25, 0.5]), [0, 1])
         tensor([0.5000, 0.5000])
