@@ -256,6 +256,67 @@ def test_db_mtl_ignores_the_scale_of_the_losses() -> None:
         made("db_mtl").combine(rows(J, -losses))
 
 
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("loss", [1e-15, 1e-18, 1e-19, 1e-25, 1e-38, 1e-42])
+def test_db_mtl_never_writes_what_is_not_finite(loss: float, on_nonfinite: str) -> None:
+    """Norms whose squares overflow are no harm; gradients of the logarithm that overflow are left out."""
+    J = random_rows(19, 2, 5).float()
+    parameter = torch.nn.Parameter(torch.ones(5))
+    head = torch.nn.Parameter(torch.ones(2))
+    model = torch.nn.ParameterList([parameter, head])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
+    mt = torchmto.MultiTask(model, optimizer, tasks=("a", "b"), method="db_mtl", on_nonfinite=on_nonfinite)
+
+    def step(loss: float) -> torchmto.StepInfo:
+        moved = [10 * J[0] @ (parameter - parameter.detach()) + loss, 1 + J[1] @ (parameter - parameter.detach())]
+        return mt.step(lambda tasks: {"a": moved[0] + (head - head.detach()).sum() * loss, "b": moved[1]})
+
+    step(1.0)
+    before = toy.state(mt)
+    if loss > 1e-37:
+        assert not step(loss).skipped
+        assert parameter.grad is not None
+        assert parameter.grad.isfinite().all()
+    else:
+        if on_nonfinite == "skip":
+            assert step(loss).skipped
+        else:
+            with pytest.raises(torchmto.NonFiniteError, match="combined gradient isn't finite"):
+                step(loss)
+        assert toy.same(toy.state(mt), before)
+    assert not step(1.0).skipped
+    assert all(p.isfinite().all() for p in model)
+
+
+def test_db_mtl_counts_a_vanished_gradient_as_zero() -> None:
+    """Even one that can't be scaled up to the longest."""
+    method = made("db_mtl", beta=0.0)
+    J = torch.tensor([[1.0, 2.0], [1e-44, 0.0]])
+    task_grads = Rows(J.clone(), torch.ones(2), (0, 1))
+    assert torch.equal(method.combine(task_grads), J[0])
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+def test_a_combination_that_is_not_finite_changes_nothing(on_nonfinite: str) -> None:
+    class Overflowing(GradientCombiner):
+        name = "overflowing"
+
+        def combine(self, task_grads: Any) -> Tensor:
+            vector: Tensor = task_grads.matrix.sum(0)
+            vector[-1] = torch.inf
+            return vector
+
+    model, _, mt = toy.make(Overflowing(), on_nonfinite=on_nonfinite)
+    before = toy.state(mt)
+    if on_nonfinite == "skip":
+        assert mt.step(toy.closure(model, toy.batch(mt.tasks))).reason == "The combined gradient isn't finite."
+    else:
+        with pytest.raises(torchmto.NonFiniteError, match="combined gradient isn't finite"):
+            mt.step(toy.closure(model, toy.batch(mt.tasks)))
+    assert toy.same(toy.state(mt), before)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_db_mtl_heads_get_the_gradient_of_the_log_loss() -> None:
     gradients = {}
     for heads in ("weighted", "unit"):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import all_finite
+from torchmto.gradients.ranks import local
 from torchmto.problem.losses import Losses, NonFiniteError
 from torchmto.problem.network import Heads, Network
 from torchmto.problem.reduction import Reduction
@@ -59,18 +60,24 @@ class FiniteChecks:
 
     def task_gradients(self, losses: Losses, gramian: Tensor, heads: Heads) -> None:
         """Check the tasks' gradients, those of the shared parameters by the Gramian's diagonal."""
-        network = self._network
         for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
             if not good:
                 self.fail_with_gradient(losses, f"The gradient of task `{self._tasks[index]}` isn't finite.")
-        own = [gradient for _, held in heads.values() for gradient in held.values()]
-        if network.sharded:
-            worst = torch.tensor([0.0 if all(bool(g.isfinite().all()) for g in own) else 1.0], device=network.device)
-            finite = not network.ranks.max_(worst).item()
-        else:
-            finite = all_finite(own)
-        if not finite:
+        if not self._all_finite([gradient for _, held in heads.values() for gradient in held.values()]):
             self._overflow("The gradient of a head isn't finite.")
+
+    def combined(self, losses: Losses) -> None:
+        """Check what a method has made of finite gradients by arithmetic of its own, and what heads got by its weights."""
+        if not self._all_finite([local(gradient) for gradient in self._network.gradients()]):
+            self.fail_with_gradient(losses, "The combined gradient isn't finite.")
+
+    def _all_finite(self, gradients: Sequence[Tensor]) -> bool:
+        """Whether gradients are finite, on all ranks if they are sharded."""
+        network = self._network
+        if not network.sharded:
+            return all_finite(gradients)
+        worst = torch.tensor([float(not all(bool(g.isfinite().all()) for g in gradients))], device=network.device)
+        return not network.ranks.max_(worst).item()
 
     def _weights(self, losses: Losses) -> None:
         """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""

@@ -189,6 +189,9 @@ class Problem:
             weights: One weight per present task, [k].
             vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
             heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+
+        Raises:
+            NonFiniteError: If the weights or the combined gradient aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
@@ -198,6 +201,8 @@ class Problem:
             self._finite.fail("A method's weights aren't finite.")
         self._computation.combine(gradients, weights, vector)
         set_heads(network, gradients, weights if heads == "weighted" else None)
+        if vector is not None:
+            self._finite.combined(gradients.reduced)
         self._scaled = False
         self._unchecked = None
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
+from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted
 from torchmto.methods.method import GradientCombiner, Properties
 from torchmto.methods.registry import register
@@ -25,9 +26,10 @@ class DBMTL(GradientCombiner):
 
     Scale: sum of vectors as long as the longest; multiplying all losses by one number changes nothing. The tracked
     gradients start at 0, as in the released code, so with ``sigma=0`` the first updates are short by 1 - beta. No eps
-    (1e-8 in the logarithm and the norms there). A loss of 0 or a gradient of 0 contributes 0. Memory: one more K x P
-    matrix; absent tasks keep their rows. Heads: as in the paper, the gradient of their log-loss ("weighted": times
-    :math:`1 / l_i`, the default here); "unit": their task's plain gradient. Not random.
+    (1e-8 in the logarithm and the norms there). A loss of 0 or a gradient of 0 contributes 0; :math:`g_i / l_i` that
+    overflows makes the step non-finite. Memory: one more K x P matrix; absent tasks keep their rows. Heads: as in the
+    paper, the gradient of their log-loss ("weighted": times :math:`1 / l_i`, the default here); "unit": their task's
+    plain gradient. Not random.
 
     Args:
         beta: Share of the past in the tracked gradients, in [0, 1).
@@ -69,13 +71,19 @@ class DBMTL(GradientCombiner):
             )
         inverse = torch.where(losses > 0, 1 / losses, 0.0)
         self.head_weights = inverse
+        largest = torch.finfo(task_grads.matrix.dtype).max
+        lengths = task_grads.gramian.diagonal().clamp_min(0).sqrt()
+        if bool((lengths.clamp_min(1) * inverse >= largest).any()):
+            # Tracked, a gradient (or its factor) that overflows would stay for good.
+            return torch.full_like(task_grads.matrix[0], torch.inf)
         present = list(task_grads.indices)
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
         self.times[present] += 1
         for row, task, factor in zip(task_grads.matrix, present, inverse.tolist(), strict=True):
             beta = self.beta / int(self.times[task]) ** self.sigma
             self.tracked[task].mul_(beta).add_(row, alpha=(1 - beta) * factor)
-        norms = torch.stack([torch.linalg.vector_norm(self.tracked[task]) for task in present])
+        norms = gramian(self.tracked).diagonal()[present].clamp_min(0).sqrt()
+        ratios = norms.max() / norms
         weights = self.tracked.new_zeros(self.num_tasks)
-        weights[present] = torch.where(norms > 0, norms.max() / norms, 0.0)
+        weights[present] = torch.where(ratios <= largest, ratios, 0.0).to(weights)
         return torch.mv(self.tracked.T, weights)
