@@ -564,6 +564,36 @@ def test_excess_mtl_ignores_the_scale_of_the_losses():
         assert a.weights == pytest.approx(b.weights, rel=1e-9)
 
 
+@pytest.mark.parametrize("on_nonfinite", ["raise", "skip"])
+@pytest.mark.parametrize("large", [1e20, 1.5e19])
+def test_excess_mtl_leaves_out_gradients_whose_squares_overflow(large, on_nonfinite):
+    """At once, or in the sum over the steps: an infinite sum would stay for good."""
+    parameter = nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    method = make("excess_mtl")
+    mt = torchmto.MultiTask(
+        nn.ParameterList([parameter]), optimizer, tasks=TASKS, method=method, on_nonfinite=on_nonfinite
+    )
+
+    def step(a):
+        return mt.step(lambda tasks: {t: 1 + (a if t == "a" else 1.0) * (parameter - 1) for t in tasks})
+
+    step(1.0)
+    if large < 1e20:
+        step(large)
+    before = mt.state_dict()
+    if on_nonfinite == "skip":
+        info = step(large)
+        assert info.skipped
+        assert "squares of the gradient of task `a`" in info.reason
+    else:
+        with pytest.raises(torchmto.NonFiniteError, match="squares of the gradient of task `a`"):
+            step(large)
+    assert same(mt.state_dict(), before)
+    assert method.squares.isfinite().all()
+    assert not step(1.0).skipped
+
+
 # ------------------------------------------------------------------ in training
 
 

@@ -206,6 +206,10 @@ class Problem:
         self._scaled = False
         self._unchecked = None
 
+    def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
+        """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
+        self._finite.fail_with_gradient(gradients.reduced, message)
+
     # ------------------------------------------------------------------ one weighted backward
 
     def backward(

@@ -25,7 +25,7 @@ class ExcessMTL(Method):
     A loss weighting, but it needs the K gradients: K backwards per step, and a K x P state with the sums of squared
     gradients on the shared parameters. Scale: sum; the update's weights sum to the number of present tasks. Heads:
     times the task's weight by default. Deviation: no epsilon in the denominator; entries whose gradient has always been
-    zero count as zero.
+    zero count as zero. A gradient whose squares overflow makes the step non-finite.
 
     Args:
         step_size: :math:`\eta`.
@@ -89,9 +89,19 @@ class ExcessMTL(Method):
         weights = self.weights[where]
         return weights * (len(where) / weights.sum())
 
+    def _check(self, problem: Problem, gradients: TaskGradients) -> None:
+        """Leave out gradients whose squares overflow, before they are added: an infinite sum would stay for good."""
+        largest = torch.finfo(gradients.matrix.dtype).max
+        sums = self.squares.sum(1).tolist()
+        for task, square in zip(gradients.indices, gradients.gramian.diagonal().tolist(), strict=True):
+            # The norm's square is at least that of every entry, and so is its sum over the steps.
+            if sums[task] + square > largest:
+                problem.fail(gradients, f"The squares of the gradient of task `{problem.tasks[task]}` overflow.")
+
     def step(self, problem: Problem) -> StepInfo:
         """Per-task gradients, new weights, one combined step."""
         gradients = problem.gradients()
+        self._check(problem, gradients)
         weights = self._update(gradients.indices, self._excess(gradients))
         problem.combine(gradients, weights, heads=self.heads)
         problem.apply()
