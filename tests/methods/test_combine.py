@@ -227,6 +227,16 @@ def test_moco_options() -> None:
     assert torch.allclose(projected, torch.tensor([1.0, 0.0], dtype=torch.float64))
 
 
+def test_moco_needs_non_negative_losses_to_multiply_with() -> None:
+    J, losses = random_rows(14, 3), [2.0, -3.0, 1.0]
+    made("moco").combine(rows(J, losses))
+    method = made("moco", num_tasks=3, normalize="loss")
+    before = copy.deepcopy(method.state_dict())
+    with pytest.raises(ValueError, match=r"non-negative losses. Found \[2.0, -3.0, 1.0\]"):
+        method.combine(rows(J, losses))
+    assert toy.same(method.state_dict(), before)
+
+
 def test_moco_shares_of_absent_tasks() -> None:
     method = made("moco", num_tasks=3)
     method.combine(rows(random_rows(15, 2), indices=(0, 1)))

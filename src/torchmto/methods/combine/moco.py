@@ -44,6 +44,9 @@ class MoCo(GradientCombiner):
         normalize: "none" or "loss".
         **options: ``heads``.
 
+    Raises:
+        ValueError: If a loss is negative and ``normalize="loss"`` (in the step).
+
     Source: Fernando et al., Mitigating Gradient Bias in Multi-objective Learning, ICLR 2023, Algorithm 1.
     """
 
@@ -87,11 +90,11 @@ class MoCo(GradientCombiner):
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """Track the gradients, move the weights, and combine, [P]."""
         self.ensure_setup(len(task_grads.matrix))
+        factors = self._factors(task_grads)
         present = list(task_grads.indices)
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
         self.num_steps += 1
         self.times[present] += 1
-        factors = self._factors(task_grads)
         for row, task, factor in zip(task_grads.matrix, present, factors, strict=True):
             beta = self.beta / int(self.times[task]) ** self.beta_sigma
             self.tracked[task].mul_(1 - beta).add_(row, alpha=beta * factor)
@@ -116,6 +119,11 @@ class MoCo(GradientCombiner):
             return [1.0] * len(task_grads.matrix)
         norms = task_grads.gramian.diagonal().clamp_min(0).sqrt()
         losses = task_grads.losses.to(norms)
+        if bool((losses < 0).any()):
+            raise ValueError(
+                "Method `moco` with normalize='loss' multiplies gradients with the losses, so it needs non-negative "
+                f"losses. Found {losses.tolist()}."
+            )
         return [loss / norm if norm > 0 else 0.0 for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
 
     def records(self) -> Mapping[str, Any]:
