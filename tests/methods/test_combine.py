@@ -442,6 +442,30 @@ def test_son_goku_trains_one_group_per_step() -> None:
     assert seen == [expected[step % len(expected)] for step in range(4)]
 
 
+def test_son_goku_leaves_alone_what_the_active_group_does_not_reach() -> None:
+    """A layer that only waiting tasks share has no gradient, so Adam's moments don't move it."""
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(2)) for name in ("all", "bc", "a")})
+
+    def closure(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        losses = {"a": model["all"].sum() + model["a"].sum()}
+        for factor, task in enumerate("bc", start=1):
+            losses[task] = -model["all"].sum() + factor * model["bc"].sum()
+        return {task: losses[task] for task in tasks}
+
+    optimizer = torch.optim.Adam(model.values(), lr=1e-2)
+    mt = torchmto.MultiTask(model, optimizer, tasks=("a", "b", "c"), method="son_goku")
+    turns = []
+    for _ in range(4):
+        before = {name: parameter.detach().clone() for name, parameter in model.items()}
+        info = mt.step([closure, closure])
+        active = info.records["active"]
+        turns.append(active)
+        moved = {name for name, parameter in model.items() if not torch.equal(parameter, before[name])}
+        assert moved == ({"all", "a"} if active == ["a"] else {"all", "bc"})
+        assert {name for name, parameter in model.items() if parameter.grad is not None} == moved
+    assert turns == [["a"], ["b", "c"]] * 2
+
+
 def test_son_goku_passes_over_absent_groups() -> None:
     method = torchmto.make_method("son_goku")
     model, _, mt = toy.make(method)

@@ -52,7 +52,8 @@ class SonGoku(Procedure):
     The tasks' gradients are tracked by :math:`\tilde g_i \leftarrow \beta \tilde g_i + (1 - \beta) g_i`. Every
     ``refresh_every`` steps (and in the first) a graph is drawn with an edge where :math:`-\cos(\tilde g_i, \tilde
     g_j) > \tau`, and coloured greedily. The groups of one colour take turns, one per step: the update is the plain
-    sum of the group's gradients, and heads of other tasks don't move. A group none of whose tasks is in the batch is
+    sum of the group's gradients; parameters that the group doesn't reach, or where its gradient is zero, have
+    ``.grad = None`` and don't move. A group none of whose tasks is in the batch is
     passed over.
 
     Read from the paper's abstract and summaries: interference, tracking, periodic greedy colouring and one group per
@@ -118,6 +119,10 @@ class SonGoku(Procedure):
         for key, (parameter, held) in list(gradients.heads.items()):
             gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
         problem.combine(gradients, weights)
+        # What only waiting tasks reach has zeros now, and optimizers with moments would move it.
+        for parameter in gradients.parameters:
+            if parameter.grad is not None and not bool(parameter.grad.any()):
+                parameter.grad = None
         problem.apply()
         names = problem.tasks
         return problem.info(
