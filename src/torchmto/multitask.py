@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import check_choice, check_number, check_tasks, found
-from torchmto.gradients import Engine, Layerwise, Ranks, Representation
+from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.problem import Network, Problem, StepInfo
 from torchmto.problem.finite import SkippedError
@@ -258,7 +257,7 @@ class MultiTask:
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
         )
-        with network.no_sync(), self._keeping_graphs(), self._undoing(problem):
+        with network.no_sync(), keeping_buffers(), self._undoing(problem):
             try:
                 info = self.method.step(problem)
                 if not problem.any_losses:
@@ -300,19 +299,6 @@ class MultiTask:
                     f"Found {type(entry).__name__}: a single loss can't say which task it belongs to."
                 )
         return entries
-
-    @contextlib.contextmanager
-    def _keeping_graphs(self) -> Iterator[None]:
-        """A compiled backward must not give away the buffers of a graph that other tasks' backwards go through."""
-        before = functorch_config.donated_buffer
-        if isinstance(self.method, LossWeighting) or not before:
-            yield
-            return
-        functorch_config.donated_buffer = False
-        try:
-            yield
-        finally:
-            functorch_config.donated_buffer = before
 
     @contextlib.contextmanager
     def _undoing(self, problem: Problem) -> Iterator[None]:

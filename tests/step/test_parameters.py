@@ -1,11 +1,14 @@
 """Which parameters are shared, and parameters: tied, frozen, grouped, laid out, compiled, checkpointed, wrapped."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
@@ -437,3 +440,62 @@ def test_a_compiled_model_whose_first_batch_has_one_task(fresh_compiler):
     mt = torchmto.MultiTask(run, torch.optim.SGD(trunk.parameters(), lr=0.1), tasks=TASKS, method="pcgrad")
     mt.step(losses, tasks=["b"])
     assert mt.step(losses).num_backward == 3
+
+
+class Sines(nn.Module):
+    """A region whose compiled backward writes over what the forward has saved, if it may."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.sin(layer(x))
+        return x
+
+
+def gramians_after(first):
+    """The Gramian of two tasks in eager mode, and with the same model compiled, after it was run by something else."""
+    gramians = []
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    for compiled in (False, True):
+        model = Sines()
+        run = torch.compile(model) if compiled else model
+
+        def losses(tasks):
+            out = run(x)  # noqa: B023
+            return {t: (out[:, i] - i).square().mean() for i, t in enumerate(tasks)}
+
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+        def multi_task(method):
+            return torchmto.MultiTask(run, optimizer, tasks=("a", "b"), method=method)  # noqa: B023
+
+        if first == "plain":
+            sum(losses(("a", "b")).values()).backward()
+            optimizer.zero_grad()
+        elif first is not None:
+            multi_task(first).step(losses)
+        mt = multi_task("pcgrad")
+        seen = capture(mt)
+        mt.step(losses)
+        gramians.append(seen[0][0])
+    return gramians
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles C++, and there is no compiler")
+def test_a_graph_compiled_for_one_backward_never_serves_several(fresh_compiler, tmp_path, monkeypatch):
+    """Neither the one in memory nor the one on disk, where what several processes have compiled meets."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tags = torch.compiler.config
+    with inductor_config.patch(compile_threads=1), tags.patch(cache_key_tag="mine"):
+        with pytest.raises(ValueError, match=r"torch\.compiler\.reset\(\)"):
+            gramians_after("plain")
+        for first in (None, "gd"):
+            torch.compiler.reset()
+            eager, compiled = gramians_after(first)
+            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-9)
+        assert tags.cache_key_tag == "mine"
+        assert functorch_config.donated_buffer

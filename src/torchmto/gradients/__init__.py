@@ -1,7 +1,8 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
+from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import all_finite, finite_mark
+from torchmto.gradients.finite import all_finite, dense, finite_mark
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.representation import Representation
@@ -18,7 +19,10 @@ __all__ = [
     "Rows",
     "ShardedRows",
     "all_finite",
+    "check_keeps",
+    "dense",
     "finite_mark",
     "gramian",
+    "keeping_buffers",
     "reached_parameters",
 ]

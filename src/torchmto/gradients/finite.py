@@ -12,6 +12,11 @@ FEW = 2048
 """Elements up to which a gradient is copied next to others: adding up many small tensors one by one takes longer."""
 
 
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient as an ordinary tensor: ``nn.Embedding(sparse=True)`` has sparse ones."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
 

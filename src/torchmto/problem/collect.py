@@ -97,7 +97,7 @@ class OneProcess(Collector):
         network = self._network
         sums = Sums()
         averaged = len(self._forwards.sources[source]) > 1
-        for chunk in self._forwards.run(asked, source):
+        for chunk in self._forwards.run(asked, source, apart=wanted):
             network.lay_out(rows, heads)
             todo = [index for index in chunk.losses if index in wanted]
             counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
@@ -131,7 +131,7 @@ class ManyProcesses(Collector):
         reduction.doing = f"gradients {sorted(wanted)} of batch {source}{number}"
         sums = Sums()
         failure: Exception | None = None
-        for position, chunk in enumerate(self._forwards.run(asked, source)):
+        for position, chunk in enumerate(self._forwards.run(asked, source, apart=wanted)):
             todo = [index for index in chunk.losses if index in wanted]
             last = todo[-1] if todo else None
             own = Sums()
@@ -175,7 +175,7 @@ class Shards(Collector):
         reduction.doing = f"gradients {sorted(wanted)} of batch {source}"
         sums = Sums()
         network.lay_out(rows, heads)
-        for chunk in self._forwards.run(asked, source):
+        for chunk in self._forwards.run(asked, source, apart=wanted):
             todo = [index for index in chunk.losses if index in wanted]
             for index in todo:
                 loss = chunk.losses[index]

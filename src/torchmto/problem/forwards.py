@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
-from torchmto.gradients import reached_parameters
+from torchmto.gradients import check_keeps, reached_parameters
 from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk, Source, needs_closure, parse
 from torchmto.problem.network import Network
@@ -62,13 +62,16 @@ class Forwards:
             return [(name,) for name in names]
         return [names]
 
-    def run(self, names: tuple[str, ...], source: int, *, grad: bool = True) -> Iterator[Chunk]:
+    def run(
+        self, names: tuple[str, ...], source: int, *, grad: bool = True, apart: Collection[int] = ()
+    ) -> Iterator[Chunk]:
         """The losses of the tasks ``names``, one chunk for every call of a closure.
 
         Args:
             names: The tasks the closures are asked for.
             source: Which independent batch.
             grad: Whether the losses have a graph.
+            apart: The tasks that get a backward each, one after the other through the same graph.
         """
         network = self._network
         for number, closure in enumerate(self.sources[source]):
@@ -78,6 +81,8 @@ class Forwards:
                     chunk = self._call(closure, group, grad=grad)
                     if grad:
                         self._observe(chunk, closure, group)
+                        if apart and (network.compiled or network.sharded):
+                            check_keeps(loss for index, loss in chunk.losses.items() if index in apart)
                 except Exception as error:
                     if network.ranks.size > 1:
                         self._reduction.tell(Sums(), failure=error)

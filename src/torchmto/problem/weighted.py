@@ -95,6 +95,7 @@ class WeightedBackward:
         network, reduction = self._network, self._reduction
         micro_batches = self._forwards.sources[source]
         unit = UnitHeads(network) if heads == "unit" else None
+        apart = wanted if unit is not None else set()
         held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
         reduction.doing = f"one gradient {sorted(wanted)} of batch {source}"
         several = network.ranks.size > 1
@@ -107,7 +108,7 @@ class WeightedBackward:
         sums = Sums()
         chunks: list[Chunk] = []
         if held:
-            for chunk in self._forwards.run(asked, source):
+            for chunk in self._forwards.run(asked, source, apart=apart):
                 counts = dict.fromkeys(chunk.counts, 1.0) if single else chunk.counts
                 chunks.append(Chunk(chunk.losses, counts, chunk.active))
                 sums.add(chunks[-1])
@@ -120,7 +121,7 @@ class WeightedBackward:
         losses = reduction.average(sums) if known is None else known
         weights = self._weights(weigh, losses, wanted)
         failure: Exception | None = None
-        for chunk in chunks if held else self._forwards.run(asked, source):
+        for chunk in chunks if held else self._forwards.run(asked, source, apart=apart):
             shares = {
                 i: weights.share(i, chunk.counts[i] / losses.totals[i])
                 for i in chunk.losses
@@ -159,7 +160,7 @@ class WeightedBackward:
         per_source = len(self._forwards.groups(micro_batches[0], asked))
         with self._noise.attempt() as undo:
             even = True
-            for chunk in self._forwards.run(asked, source):
+            for chunk in self._forwards.run(asked, source, apart=wanted if unit is not None else ()):
                 first = chunks[len(chunks) % per_source] if len(chunks) >= per_source else chunk
                 even = even and (chunk.counts, chunk.active) == (first.counts, first.active)
                 if not even and not several:

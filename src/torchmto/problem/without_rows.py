@@ -32,7 +32,7 @@ class WithoutRows(Computation):
             )
         reduction.doing = f"gradients {sorted(wanted)} of batch {source}"
         engine.begin()
-        chunks = list(self._forwards.run(asked, source))
+        chunks = list(self._forwards.run(asked, source, apart=wanted))
         averaged = several or number > 1
         sums = Sums()
         for position, chunk in enumerate(chunks):
