@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +22,9 @@ from torchmto.problem.losses import Source, Weigh, needs_closure
 from torchmto.problem.noise import Noise
 
 STATE_VERSION = 1
+
+_DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Optimizers of a first step: the gradients that are there afterwards are a step's own."""
 
 ENGINES = ("parameters", "layerwise", "representation")
 
@@ -39,13 +45,32 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     return Representation(features)
 
 
+def _check_parts(model: object, optimizer: object, scaler: object, seed: object) -> None:
+    """Raise if a part isn't what it should be, or the optimizer can't be driven."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(found("model", "a torch.nn.Module", type(model)))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(found("optimizer", "a torch.optim.Optimizer", type(optimizer)))
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(found("scaler", "a torch.amp.GradScaler", scaler))
+    if seed is not None and not hasattr(seed, "__index__"):
+        raise TypeError(found("seed", "an int", seed))
+    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+    if any(argument.default is argument.empty and argument.kind < argument.VAR_POSITIONAL for argument in arguments):
+        name = type(optimizer).__name__
+        raise ValueError(
+            f"Parameter `optimizer` should be one whose `step()` needs no closure. Found {name}, which evaluates the loss "
+            "several times per step, and a multi-task step has gradients instead of one loss."
+        )
+
+
 class MultiTask:
     """Decides, at every step, how K task losses update one model.
 
     Args:
         model: Any module; nothing is subclassed. May be wrapped in ``DistributedDataParallel``.
-        optimizer: An ordinary optimizer. Its parameters that require a gradient are trained. Schedulers, hooks and
-            parameter groups keep working.
+        optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
+            Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
         method: A method's name, or a method from :func:`torchmto.make_method`.
         shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
@@ -108,10 +133,7 @@ class MultiTask:
         gradients: str = "parameters",
         features: str | nn.Module | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(found("model", "a torch.nn.Module", type(model)))
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(found("optimizer", "a torch.optim.Optimizer", type(optimizer)))
+        _check_parts(model, optimizer, scaler, seed)
         self.tasks = check_tasks(tasks)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -136,15 +158,10 @@ class MultiTask:
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
             engine=_engine(check_choice("gradients", gradients, ENGINES), features, model, ranks),
+            sparse=isinstance(method, LossWeighting),
         )
         self._check_engine()
-        for part in self._methods():
-            reason = part.refusal(self.network)
-            if reason:
-                engine = self.network.engine
-                where = "sharded parameters" if self.network.sharded else "shard_gradients=True"
-                where = where if engine is None else f'gradients="{engine.name}"'
-                raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
+        self._check_methods()
         method.bind(self.tasks)
         method.attach(self.network)
         if isinstance(self.weights, LossWeighting):
@@ -171,6 +188,21 @@ class MultiTask:
             reason = "it works on one process"
         if reason:
             raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
+
+    def _check_methods(self) -> None:
+        """Raise if a method can't work on the network, or brings gradients that the optimizer can't take."""
+        network = self.network
+        for part in self._methods():
+            reason = part.refusal(network)
+            if reason:
+                where = "sharded parameters" if network.sharded else "shard_gradients=True"
+                where = where if network.engine is None else f'gradients="{network.engine.name}"'
+                raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
+        if isinstance(network.optimizer, torch.optim.SparseAdam) and not network.sparse:
+            raise ValueError(
+                "SparseAdam takes sparse gradients only. They stay sparse for loss weightings on one process; method "
+                f"`{self.method.name}` on {network.ranks.size} makes them dense. Use SGD or Adagrad, say, or sparse=False."
+            )
 
     def _check_weights(
         self, weights: Mapping[str, float] | str | LossWeighting | None
@@ -219,6 +251,8 @@ class MultiTask:
     ) -> StepInfo:
         """Take one step on one batch.
 
+        Gradients that are set already are dropped: add a term to the losses instead of calling its ``backward()`` before.
+
         Args:
             losses: A forward-only closure ``closure(tasks) -> {task: loss}``; or ready losses, for methods that need one
                 forward; or a list of either: micro-batches of one step. A loss may be ``(loss, count)``. Tasks without
@@ -245,6 +279,7 @@ class MultiTask:
         sources += [self._micro_batches("independent", entry) for entry in independent]
         network = self.network
         network.refresh()
+        self._warn_of_gradients()
         weigh, weigh_fixed = self._weigh()
         problem = Problem(
             network,
@@ -272,6 +307,20 @@ class MultiTask:
                 problem.note_skip(skipped.reason)
                 return problem.info()
         return info
+
+    def _warn_of_gradients(self) -> None:
+        """Before an optimizer's first step: gradients that are there were set by somebody else."""
+        network = self.network
+        if network.optimizer in _DRIVEN:
+            return
+        _DRIVEN.add(network.optimizer)
+        given = [network.name(parameter) for parameter in network.parameters if parameter.grad is not None]
+        if given:
+            warnings.warn(
+                f"Parameter `{given[0]}` has a gradient already ({len(given)} in all). mt.step drops it: it sets all gradients "
+                "itself. Add such a term to the losses; `optimizer.zero_grad()` before the first step ends this warning.",
+                stacklevel=3,
+            )
 
     def _fingerprint(self) -> str:
         """The methods and their random states, which must be the same on all ranks."""

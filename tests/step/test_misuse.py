@@ -54,8 +54,12 @@ def returns(change):
 STEPS = {
     "unknown task": (returns(lambda r: {**r, "x": r["a"]} if "a" in r else r), ValueError, "Unknown task `x`"),
     "not scalar": (with_loss(lambda loss: loss.expand(3)), ValueError, r"task `b` should be a scalar.*\[3\]"),
-    "without graph": (with_loss(lambda loss: loss.detach()), ValueError, "task `b` has no autograd graph"),
-    "not a tensor": (with_loss(lambda loss: 1.0), TypeError, "task `b` should be a scalar tensor. Found float"),
+    "without graph": (with_loss(lambda loss: loss.detach()), ValueError, "task `b` has no autograd graph.*count 0"),
+    "not a tensor": (
+        with_loss(lambda loss: None),
+        TypeError,
+        "`b` should be a scalar tensor.*NoneType.*leave the task out",
+    ),
     "integer": (with_loss(lambda loss: torch.tensor(3)), TypeError, "task `b`.*floating-point.*int64"),
     "empty batch": (returns(lambda r: {}), ValueError, "Empty batch"),
     "all counts zero": (returns(lambda r: {k: (v, 0) for k, v in r.items()}), ValueError, "Empty batch"),
@@ -205,6 +209,7 @@ def test_ready_losses_given_to_a_procedure():
         (["a", ""], ValueError, "non-empty"),
         (["a", 3], TypeError, "sequence of strings"),
         ("abc", TypeError, "sequence of task names"),
+        (None, TypeError, "sequence of task names"),
     ],
 )
 def test_tasks_are_checked(tasks, error, message):
@@ -250,6 +255,8 @@ CONSTRUCTION = {
     "shared: not tensors": ({"shared": ["trunk.0.weight"]}, TypeError, "Parameter `shared`"),
     "shared: none": ({"shared": []}, ValueError, "at least one parameter"),
     "process group": ({"process_group": object()}, ValueError, "isn't initialised"),
+    "scaler": ({"scaler": True}, TypeError, "Parameter `scaler` should be a torch.amp.GradScaler"),
+    "seed": ({"seed": "x"}, TypeError, "Parameter `seed` should be an int. Found `seed = 'x'`."),
     "unknown option": ({"wieghts": {}}, TypeError, "wieghts"),
 }
 
@@ -268,6 +275,44 @@ def test_model_and_optimizer_are_checked():
         torchmto.MultiTask(lambda x: x, sgd(model), tasks=TASKS, method="gd")
     with pytest.raises(TypeError, match="Parameter `optimizer`"):
         torchmto.MultiTask(model, model.parameters(), tasks=TASKS, method="gd")
+    with pytest.raises(ValueError, match=r"Parameter `optimizer`.*no closure.*LBFGS"):
+        torchmto.MultiTask(model, torch.optim.LBFGS(model.parameters()), tasks=TASKS, method="gd")
+    with pytest.raises(ValueError, match=r"SparseAdam takes sparse gradients only.*`pcgrad`"):
+        torchmto.MultiTask(model, torch.optim.SparseAdam(model.parameters()), tasks=TASKS, method="pcgrad")
+
+
+def warned(caught, text):
+    return [str(w.message) for w in caught if text in str(w.message)]
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_parameters_outside_the_optimizer_are_warned_of_once(method):
+    """Those that a loss reaches: a part with an optimizer of its own, and a loss of its own, is none of our business."""
+    model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+    model.rotations = nn.Linear(1, 1)
+    model.trunk[0].bias.requires_grad_(False)
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.trunk.parameters(), lr=0.1), tasks=TASKS, method=method)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            mt.step(closure(model, batch(TASKS)))
+    (message,) = warned(caught, "isn't in the optimizer")
+    assert "`heads.a.weight` (6 such in all)" in message
+    assert "requires_grad_(False)" in message
+
+
+def test_gradients_set_before_the_first_step_are_warned_of_once():
+    for given in (False, True):
+        model, _, mt = make("gd")
+        if given:
+            model.trunk[0].weight.square().sum().backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            mt.step(closure(model, batch(TASKS)))
+            another = torchmto.MultiTask(model, mt.network.optimizer, tasks=TASKS, method="pcgrad")
+            for one in (mt, another):
+                one.step(closure(model, batch(TASKS)))
+        assert len(warned(caught, "`trunk.0.weight` has a gradient already (1 in all)")) == given
 
 
 GIVEN = {"static": {"weights": [1.0, 1.0, 1.0]}, "constant": {"weights": [1.0, 1.0, 1.0]}}

@@ -299,6 +299,58 @@ def test_bfloat16_parameters_beside_float32_ones(method):
     assert torch.isfinite(flat(model)).all()
 
 
+# ---------------------------------------------------------------------- sparse
+
+
+def embedded(method, *, sparse, optimizer=torch.optim.SGD, number=1, **options):
+    """Two tasks on a shared embedding, one of them on an embedding of its own, too; after two steps."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({name: nn.Embedding(6, 3, sparse=sparse) for name in ("shared", "own")}).double()
+    ids = torch.tensor([0, 1, 1, 3])
+
+    def losses(tasks):
+        vectors = {"a": model["shared"](ids), "b": model["shared"](ids) + model["own"](ids)}
+        return {t: (vectors[t] - 1).square().mean() for t in tasks}
+
+    mt = torchmto.MultiTask(
+        model, optimizer(model.parameters(), lr=0.1), tasks=("a", "b"), method=torchmto.make_method(method), **options
+    )
+    for _ in range(2):
+        mt.step([losses] * number)
+    return model, mt, losses
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gd", {}),
+        ("uw", {"clip": 0.01}),
+        ("pcgrad", {"clip": 0.01}),
+        ("mgda", {"gradients": "layerwise"}),
+        ("sequential", {}),
+    ],
+)
+def test_sparse_gradients(method, options, number):
+    """The optimizer gets them as they are from loss weightings, made dense from others; the update is the same."""
+    model, _, _ = embedded(method, sparse=True, number=number, **options)
+    expected, _, _ = embedded(method, sparse=False, number=number, **options)
+    torch.testing.assert_close(flat(model), flat(expected), rtol=1e-12, atol=1e-14)
+    assert model["own"].weight.grad.is_sparse == (method in ("gd", "uw"))
+
+
+def test_sparse_gradients_are_checked_and_sparse_adam_gets_them():
+    model, mt, losses = embedded("gd", sparse=True, optimizer=torch.optim.SparseAdam)
+    before = flat(model)
+    # The root's gradient at 0 is infinite, and 0 times that is NaN, while the loss is finite.
+    bad = {t: loss + (loss - loss.detach()).sqrt() * 0 for t, loss in losses(("a", "b")).items()}
+    with pytest.raises(torchmto.NonFiniteError, match="gradient"):
+        mt.step(bad)
+    assert same(flat(model), before)
+    mt.step(losses)
+    assert not same(flat(model), before)
+
+
 # ---------------------------------------------------------------------- compiled, checkpointed, wrapped
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchmto.gradients.engine import Engine, Piece, Take
+from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.rows import gramian
 
@@ -98,7 +99,7 @@ class Representation(Engine):
             rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
             for parameter, gradient in zip(heads, gradients[count:], strict=True):
                 if gradient is not None:
-                    take(task, parameter, gradient)
+                    take(task, parameter, dense(gradient))
         if len(losses) > 1 and max(reaching) < 2:
             raise ValueError(
                 'gradients="representation": no two tasks use the same output of `features`. Run the trunk once for all tasks, '

@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
+from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Segment
 
 
@@ -98,7 +99,7 @@ class Walk:
         own = zip(segment.leaves, gradients[:num_leaves], strict=True)
         return Found(
             task,
-            [(leaf, gradient) for leaf, gradient in own if gradient is not None],
+            [(leaf, dense(gradient)) for leaf, gradient in own if gradient is not None],
             gradients[num_leaves : num_leaves + num_factors],
         )
 

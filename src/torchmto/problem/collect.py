@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, ShardedRows
+from torchmto.gradients import Rows, ShardedRows, dense
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk
@@ -74,9 +74,9 @@ class Collector(ABC):
             if gradient is None or not network.reaches(task, parameter):
                 continue
             if id(parameter) in rows.position:
-                shared.append((parameter, gradient))
+                shared.append((parameter, dense(gradient)))
             else:
-                others.append((parameter, gradient))
+                others.append((parameter, dense(gradient)))
         grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
         if grown and network.ranks.size == 1:
             network.lay_out(rows, heads)

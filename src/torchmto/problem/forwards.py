@@ -134,6 +134,7 @@ class Forwards:
             if not (roles.given and isinstance(closure, Mapping)):
                 found = self._probe_eagerly(closure, names, new)
         network.walked.update(new)
+        network.warn_of_untrained(set().union(*(leaves for leaves, _ in found.values())))
         by_id = {id(p): network.name(p) for p in network.parameters}
         columns = len(roles.layout)
         for index, (leaves, _) in found.items():

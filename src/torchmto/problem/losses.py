@@ -93,9 +93,14 @@ class Losses:
         )
 
 
+_WITHOUT_LABELS = "If the batch has no labels for it, leave the task out, or give it count 0."
+
+
 def _check_loss(task: str, loss: object, *, needs_graph: bool) -> Tensor:
     if not isinstance(loss, Tensor):
-        raise TypeError(f"The loss of task `{task}` should be a scalar tensor. Found {type(loss).__name__}.")
+        raise TypeError(
+            f"The loss of task `{task}` should be a scalar tensor. Found {type(loss).__name__}. {_WITHOUT_LABELS}"
+        )
     if loss.dim() != 0:
         raise ValueError(f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}.")
     if not loss.is_floating_point():
@@ -103,7 +108,7 @@ def _check_loss(task: str, loss: object, *, needs_graph: bool) -> Tensor:
     if needs_graph and not loss.requires_grad:
         raise ValueError(
             f"The loss of task `{task}` has no autograd graph, so it has no gradient. Was it computed under "
-            "torch.no_grad(), detached, or from frozen parameters only?"
+            f"torch.no_grad(), detached, or from frozen parameters only? {_WITHOUT_LABELS}"
         )
     return loss
 

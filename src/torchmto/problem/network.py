@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows
+from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.problem.agreement import Agreement
 from torchmto.problem.buffers import BufferSnapshot
@@ -35,6 +36,7 @@ class Network:
         stacked: The closure runs several tasks through split norms by itself.
         shard_gradients: Every rank holds a part of the gradient matrix' columns only.
         engine: What computes Gramians without the gradient matrix; None for the matrix.
+        sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Network:
         stacked: bool = False,
         shard_gradients: bool = False,
         engine: Engine | None = None,
+        sparse: bool = False,
     ) -> None:
         self.wrapper = model
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
@@ -70,6 +73,8 @@ class Network:
         self.compiled = False
         self.walked: set[int] = set()
         self.warned_unasked = False
+        self.sparse = sparse and ranks.size == 1
+        self._warned_untrained = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
@@ -243,8 +248,39 @@ class Network:
         return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that are set."""
-        return [p.grad for p in self.parameters if p.grad is not None]
+        """The gradients that are set; of sparse ones their entries, which can be changed in place."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        return [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+
+    @torch.no_grad()
+    def tidy_sparse(self) -> None:
+        """Add up the entries that sparse gradients hold several times; where they mayn't stay sparse, make them dense."""
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
+
+    def warn_of_untrained(self, leaves: Collection[int]) -> None:
+        """Warn once if losses reach parameters of the model that the optimizer doesn't have.
+
+        Args:
+            leaves: The ``id`` of every leaf that the losses reach.
+        """
+        if self._warned_untrained:
+            return
+        left = [
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and id(p) in leaves and id(p) not in self._names
+        ]
+        if left:
+            self._warned_untrained = True
+            warnings.warn(
+                f"The losses reach parameter `{left[0]}` ({len(left)} such in all), which isn't in the optimizer, so mt.step "
+                "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
+                "`requires_grad_(False)` on it if it isn't to be trained.",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torchmto.gradients import dense
 from torchmto.problem.network import Network
 
 
@@ -54,10 +55,8 @@ class UnitHeads:
             for parameter, gradient in zip(wanted, gradients, strict=True):
                 if gradient is not None:
                     _, before = self._own.get(id(parameter), (parameter, None))
-                    self._own[id(parameter)] = (
-                        parameter,
-                        gradient.clone() if before is None else before + gradient,
-                    )
+                    own = dense(gradient)
+                    self._own[id(parameter)] = parameter, own.clone() if before is None else before + own
 
     @torch.no_grad()
     def finish(self, weights: Mapping[int, Tensor]) -> None:

@@ -189,6 +189,7 @@ class WeightedBackward:
 
     def _settle(self, unit: UnitHeads | None, weights: _Weights, failure: Exception | None = None) -> None:
         """After the last backward: own gradients on the heads, and what the ranks have in common."""
+        self._network.tidy_sparse()
         if unit is not None and failure is None:
             unit.finish(weights.by_task)
         sum_gradients(self._network, failure)

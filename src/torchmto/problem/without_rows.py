@@ -125,6 +125,7 @@ class WithoutRows(Computation):
                 raise
             failure = error
         self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
+        network.tidy_sparse()
         sum_gradients(network, failure)
         # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
         if not all_finite([p.grad for p in shared if p.grad is not None]):
