@@ -509,6 +509,20 @@ def test_gradnorm_pulls_up_slow_tasks():
     assert info.weights["a"] * 2.0 == pytest.approx(2 * info.weights["b"] * 1.0, rel=0.15)
 
 
+def test_gradnorm_a_first_loss_of_zero_starves_nobody():
+    feed = Feed(make("gradnorm", lr=0.05))
+    feed(a=1.0, b=1.0, c=0.0)
+    assert feed.mt.method.first[:2].tolist() == [1.0, 1.0]
+    assert feed.mt.method.first[2].isnan()
+    for _ in range(40):
+        info = feed(a=1.0, b=1.0, c=1.0)
+    assert feed.mt.method.first.tolist() == [1.0, 1.0, 1.0]
+    assert list(info.weights.values()) == pytest.approx([1.0, 1.0, 1.0], rel=0.1)
+    before = feed.mt.method.scales.values.clone()
+    feed(a=0.0, b=0.0, c=0.0)
+    assert torch.equal(feed.mt.method.scales.values, before)  # nobody's rate is defined: no step
+
+
 def test_gradnorm_on_a_layer():
     model, data = Toy(TASKS), batch(TASKS)
     method = make("gradnorm", layer="trunk.0", alpha=0.0)

@@ -17,7 +17,7 @@ from torchmto.methods.registry import register
 from torchmto.problem import Losses, Network, Problem, TaskGradients
 
 LEAST = 1e-4
-"""Smallest weight: the update of a weight isn't bounded below."""
+"""Smallest weight before the rescaling: the update of a weight isn't bounded below."""
 
 
 @register("gradnorm")
@@ -31,8 +31,9 @@ class GradNorm(GramianWeighting):
     present tasks keep their sum.
 
     A loss weighting, but it needs the K gradients: K backwards per step. Scale: sum, weights sum to the number of
-    present tasks. Heads: times the task's weight by default, as the weighted sum of losses says. Deviations: weights
-    don't fall below 1e-4; :math:`l_i(0)` is the task's first loss.
+    present tasks. Heads: times the task's weight by default, as the weighted sum of losses says. Deviations: after
+    Adam's step weights below 1e-4 are set to it, before the rescaling; :math:`l_i(0)` is the task's first positive loss,
+    and until it has one :math:`r_i = 1`.
 
     Args:
         alpha: How strongly slow tasks are pulled up; 0 makes all norms equal.
@@ -77,7 +78,7 @@ class GradNorm(GramianWeighting):
         self._norms: Tensor | None = None
 
     def setup(self, num_tasks: int) -> None:
-        """The weights, and the first losses (NaN: not seen yet)."""
+        """The weights, and the first positive losses (NaN: not seen yet)."""
         self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=1.0))
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
 
@@ -126,15 +127,16 @@ class GradNorm(GramianWeighting):
             return
         chosen = list(losses.indices)
         values = losses.values.to("cpu", torch.float64)
-        self.first[chosen] = torch.where(self.first[chosen].isnan(), values, self.first[chosen])
+        self.first[chosen] = torch.where(self.first[chosen].isnan() & (values > 0), values, self.first[chosen])
         before = self.scales.of(chosen)
         scaled = before * norms
-        progress = values / self.first[chosen]
-        rates = (progress / progress.mean()).clamp_min(0)
-        gradient = torch.sign(scaled - scaled.mean() * rates**self.alpha) * norms
-        if not bool(gradient.isfinite().all()):
+        first = self.first[chosen]
+        progress = values / first
+        rates = torch.where(first.isnan(), 1.0, progress / progress[~first.isnan()].mean()).clamp_min(0)
+        distances = scaled - scaled.mean() * rates**self.alpha
+        if not bool(distances.isfinite().all()):
             return
-        self.scales.step(gradient, chosen)
+        self.scales.step(torch.sign(distances) * norms, chosen)
         moved = self.scales.of(chosen).clamp_min(LEAST)
         self.scales.assign(moved * (before.sum() / moved.sum()), chosen)
 
