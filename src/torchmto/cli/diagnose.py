@@ -1,6 +1,6 @@
 """Probe a config for a minute: how its tasks get on, which methods suit, and why.
 
-Measures cosines and norms of the tasks' gradients, the condition of their Gramian, affinities against their noise
+Measures cosines and norms of the tasks' gradients, how well conditioned these are, affinities against their noise
 floor, where in the model conflicts are, and costs; writes everything to DIR/diagnose.json.
 """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +81,7 @@ def test_in_harmony_the_plain_sum_is_fine_and_said_so() -> None:
         ({"losses": {"a": -1.0, "b": 1.0, "c": 2.0}}, "positive", "note", {"gd"}),
         ({"condition_number": 1e9}, "condition", "note", {"aligned_mtl"}),
         ({"condition_number": None}, "condition", "note", {"aligned_mtl"}),
+        ({"sum_ratio": 0.001}, "cancelled", "warning", {"wpcgrad"}),
         ({"sum_shares": {"a": 0.9, "b": 0.05, "c": 0.05}}, "dominance", "warning", {"imtl_g", "fairgrad"}),
         ({"sum_cosines": {"a": 0.9, "b": -0.1, "c": 0.5}}, "harmed", "warning", {"upgrad", "cagrad", "sequential"}),
         ({"affinity": matrix(0.01, ab=-0.02)}, "affinity", "warning", {"task_groups", "sequential"}),
@@ -95,6 +97,20 @@ def test_each_rule(changes: Mapping[str, Any], topic: str, kind: str, methods_th
     assert suggested(diagnosis) <= set(methods())
     assert all(finding.evidence for finding in diagnosis.findings)
     assert all(suggestion.reasons for suggestion in diagnosis.suggestions)
+
+
+def test_methods_that_are_warned_of_arent_suggested() -> None:
+    apart = dataclasses.replace(HARMONY, gradient_norms={"a": 30.0, "b": 1.0, "c": 2.0})
+    unstable = {"nash_mtl", "imtl_g"}
+    assert unstable <= suggested(advise(apart))
+    assert not unstable & suggested(advise(dataclasses.replace(apart, condition_number=None)))
+
+
+def test_tasks_that_are_equal_in_all_are_named_apart() -> None:
+    even = dict.fromkeys(TASKS, 1.0)
+    diagnosis = advise(dataclasses.replace(HARMONY, gradient_norms=even, losses=even))
+    evidence = [finding.evidence for finding in diagnosis.findings if finding.topic in {"norms", "losses"}]
+    assert evidence == ["c 1, a 1: 1.0 times"] * 2
 
 
 def test_conflicts_in_few_layers_speak_for_connection_strength_only_where_there_are_norms() -> None:
@@ -154,7 +170,7 @@ def test_missing_numbers_are_no_trouble() -> None:
     measured = Measurements(
         TASKS, 1, {}, none, nothing, nothing, nothing, none, none, None, affinity=nothing, affinity_errors=nothing
     )
-    assert as_text(measured, advise(measured))
+    assert not re.search(r"\bnan\b", as_text(measured, advise(measured)))
 
 
 def test_text_and_json_hold_the_numbers_and_no_control_characters() -> None:

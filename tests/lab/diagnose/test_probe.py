@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 import torchmto
 import torchmto.lab.diagnose
 from torchmto.cli import main
-from torchmto.lab.diagnose import probe, probe_priorities
+from torchmto.lab.diagnose import advise, probe, probe_priorities
 from torchmto.lab.diagnose.measurements import summarize_gramians
+from torchmto.lab.diagnose.text import as_text
 from toy import Toy, batch, closure
 
 
@@ -57,7 +59,9 @@ def test_known_gradients() -> None:
     assert sum(found.sum_shares.values()) == pytest.approx(1)
     assert [layer.name for layer in found.layers] == ["first", "second"]
     assert [layer.conflict_part for layer in found.layers] == [1, 0]
-    assert found.condition_number == pytest.approx(np.linalg.cond([[25.0, -2.0], [-2.0, 5.0]]))
+    cosine = -2 / (5 * math.sqrt(5))
+    assert found.condition_number == pytest.approx(np.linalg.cond([[1.0, cosine], [cosine, 1.0]]))
+    assert found.sum_ratio == pytest.approx(26 / 30)
     assert (found.num_shared, found.num_other, found.gradient_bytes) == (4, 0, 2 * 4 * 8)
     assert found.affinity is not None
     # A step along -b raises a: conflict and negative affinity belong together here.
@@ -143,6 +147,39 @@ def test_gramians_that_are_singular_or_incomplete() -> None:
     assert found["conditions"].tolist() == [math.inf]
     assert found["cosines"][0, 1] == 1
     assert found["norms"].tolist() == [1, 1]
+    silent = summarize_gramians(np.array([[[1.0, 0.0], [0.0, 0.0]]]))
+    assert silent["conditions"].tolist() == [math.inf]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("ratio", [1.0, 1e-6, 1e6])
+def test_the_condition_is_that_of_directions(scale: float, ratio: float) -> None:
+    scales = np.diag([scale, scale * ratio])
+    found = summarize_gramians(scales @ np.array([[[1.0, 0.5], [0.5, 1.0]]]) @ scales)
+    assert found["conditions"] == pytest.approx([3.0])
+
+
+@pytest.mark.parametrize("scale", [1e-16, 1.0, 1e16])
+@pytest.mark.parametrize("rest", [0.0, 1e-14, -1e-14])
+def test_a_sum_that_cancels_has_no_direction(scale: float, rest: float) -> None:
+    opposed = scale * np.array([[1.0, -1.0], [-1.0, 1.0 + rest]])
+    apart = scale * np.array([[1.0, 0.0], [0.0, 1.0]])
+    found = summarize_gramians(np.array([opposed]))
+    assert np.isnan([*found["sum_cosines"], *found["sum_shares"]]).all()
+    assert abs(found["sum_ratio"]) < 1e-12
+    found = summarize_gramians(np.array([opposed, apart]))
+    assert found["sum_shares"].tolist() == [0.5, 0.5]
+    assert math.isnan(summarize_gramians(np.zeros((1, 2, 2)))["sum_ratio"])
+
+
+def test_opposed_tasks_are_seen_to_cancel() -> None:
+    model = Pulls()
+    data = pulls(model, {"a": [3.0, 0.0], "b": [-3.0, 0.0]}, {"a": [0.0, 4.0], "b": [0.0, -4.0]})
+    found = probe(model, torch.optim.SGD(model.parameters(), 1e-3), ["a", "b"], [data], num_batches=3)
+    diagnosis = advise(found)
+    assert "cancelled" in {finding.topic for finding in diagnosis.findings if finding.kind == "warning"}
+    assert not diagnosis.plain_sum_is_fine
+    assert not re.search(r"\bnan\b", as_text(found, diagnosis))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

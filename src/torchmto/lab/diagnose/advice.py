@@ -23,7 +23,8 @@ class Thresholds:
         norm_ratio: Largest over smallest gradient norm that unbalances the sum.
         mild_norm_ratio: Such a ratio that is worth a note.
         loss_ratio: Largest over smallest loss that calls for scaling.
-        condition: Condition number of the Gramian beyond which solutions of K x K systems are noise.
+        condition: Condition number of the cosines beyond which solutions of K x K systems are noise.
+        cancelled: Squared norm of the sum over the sum of squared norms below which the gradients cancel.
         harmed: Cosine with the sum below which the sum works against a task.
         few_layers: Share of layers that, if it holds 80 % of all conflict, makes the conflict local.
         margin: Expected median lead of a channel's task below which priorities are arbitrary.
@@ -38,6 +39,7 @@ class Thresholds:
     mild_norm_ratio: float = 3.0
     loss_ratio: float = 30.0
     condition: float = 1e6
+    cancelled: float = 1e-2
     harmed: float = -0.02
     few_layers: float = 0.34
     margin: float = 0.05
@@ -71,12 +73,14 @@ class Finding:
         topic: A word for the rule.
         text: What it means.
         evidence: The numbers it rests on.
+        against: Methods it warns of, which aren't suggested then, whatever else speaks for them.
     """
 
     kind: Kind
     topic: str
     text: str
     evidence: str
+    against: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,12 +129,14 @@ def advise(measured: Measurements, plan: Plan | None = None, thresholds: Thresho
     """
     plan, thresholds = plan or Plan(), thresholds or Thresholds()
     said = [entry for rule in RULES for entry in rule(measured, plan, thresholds)]
+    findings = [finding for finding, _ in said]
+    warned_of = {method for finding in findings for method in finding.against}
     reasons: dict[str, list[str]] = {}
     for _, methods in said:
         for method, reason in methods.items():
-            reasons.setdefault(method, []).append(reason)
-    findings = [finding for finding, _ in said]
-    against = {"conflict", "norms", "losses", "dominance", "harmed", "affinity"}
+            if method not in warned_of:
+                reasons.setdefault(method, []).append(reason)
+    against = {"conflict", "norms", "losses", "cancelled", "dominance", "harmed", "affinity"}
     fine = not any(finding.kind == "warning" and finding.topic in against for finding in findings)
     if fine:
         text = "Plain summing (gd) is fine here: the tasks neither fight nor drown each other."
@@ -234,7 +240,7 @@ def _extremes(values: Mapping[str, float]) -> tuple[str, str, float] | None:
     known = {name: value for name, value in values.items() if math.isfinite(value)}
     if len(known) < 2 or min(known.values()) <= 0:
         return None
-    high, low = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+    low, *_, high = sorted(known, key=known.__getitem__)
     return high, low, known[high] / known[low]
 
 
@@ -281,16 +287,24 @@ def _losses(m: Measurements, _plan: Plan, t: Thresholds) -> Iterator[Said]:
 
 
 def _condition(m: Measurements, _plan: Plan, t: Thresholds) -> Iterator[Said]:
+    """The cosines decide, not the Gramian: these methods aren't troubled by scales, which `_norms` looks at."""
     if m.condition_number is not None and m.condition_number < t.condition:
-        evidence = f"condition number of the Gramian {m.condition_number:.3g}"
-        yield Finding("fine", "condition", "The Gramian is well conditioned.", evidence), {}
+        evidence = f"condition number of the cosines {m.condition_number:.3g}"
+        yield Finding("fine", "condition", "The gradients' directions are well conditioned.", evidence), {}
         return
-    number = "singular" if m.condition_number is None else f"{m.condition_number:.3g}"
-    text = (
-        "The Gramian is ill conditioned: methods that solve K x K systems (nash_mtl, imtl_g, config) may be unstable."
-    )
-    reason = f"it works on the well-conditioned part of the Gramian (condition number {number})"
-    yield Finding("note", "condition", text, f"condition number {number}"), {"aligned_mtl": reason}
+    found = "the cosines are singular" if m.condition_number is None else f"condition number {m.condition_number:.3g}"
+    unstable = ("nash_mtl", "imtl_g", "config")
+    text = f"The gradients' directions are ill conditioned: {', '.join(unstable)}, which solve K x K systems, may be unstable."
+    reason = f"it works on the well-conditioned part of the gradients ({found})"
+    yield Finding("note", "condition", text, found, unstable), {"aligned_mtl": reason}
+
+
+def _cancelled(m: Measurements, _plan: Plan, t: Thresholds) -> Iterator[Said]:
+    if m.sum_ratio < t.cancelled:
+        evidence = f"the sum's squared norm is {m.sum_ratio:.1e} times the tasks' squared norms together"
+        reason = "in the plain sum the gradients cancel; a priority decides whose is kept"
+        text = "The tasks' gradients cancel: hardly anything of them is left in their sum."
+        yield Finding("warning", "cancelled", text, evidence), {"wpcgrad": reason}
 
 
 def _dominance(m: Measurements, _plan: Plan, t: Thresholds) -> Iterator[Said]:
@@ -454,6 +468,7 @@ RULES: tuple[Rule, ...] = (
     _norms,
     _losses,
     _condition,
+    _cancelled,
     _dominance,
     _affinity,
     _costs,

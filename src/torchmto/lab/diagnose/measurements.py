@@ -1,5 +1,6 @@
 """The numbers a probing run yields."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -64,7 +65,8 @@ class Measurements:
         conflict_shares: Share of the batches in which a pair's inner product was negative.
         sum_cosines: Mean cosine of each task's gradient with the sum of all.
         sum_shares: Mean of each task's part in the squared norm of the sum, adding up to 1.
-        condition_number: Median condition number of the Gramian G = J Jᵀ; None where it is singular.
+        condition_number: Median condition number of the matrix of cosines, which the gradients' scales don't enter; None
+            where it is singular.
         layers: Layer by layer, most conflict first.
         affinity: Mean affinity: how much of the column's loss one step of the row's task alone takes off.
         affinity_errors: Standard errors of these means.
@@ -74,6 +76,8 @@ class Measurements:
         gradient_bytes: Memory of the K x P matrix of gradients.
         seconds: Per batch, median: "gd" (one backward), "gramian" (K backwards), "sequential" (K optimizer steps).
         margins: Of channel priorities, where they were probed.
+        sum_ratio: Median of the sum's squared norm over the sum of squared norms: 0 where gradients cancel, 1 at right
+            angles, K where all are equal.
     """
 
     tasks: tuple[str, ...]
@@ -95,6 +99,11 @@ class Measurements:
     gradient_bytes: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
     margins: Margins | None = None
+    sum_ratio: float = math.nan
+
+
+_CANCELLED = 1e-12
+"""Such a part of the squared norms is what rounding in float32 leaves of a sum that cancels: it has no direction."""
 
 
 def matrix_of(array: Array) -> Matrix:
@@ -114,6 +123,12 @@ def mean_and_error(samples: Array) -> tuple[Array, Array]:
     return np.where(count > 0, mean, np.nan), np.where(count > 1, error, np.nan)
 
 
+def _median(samples: Array) -> Array:
+    """Median of all finite numbers, NaN if there are none."""
+    known = samples[np.isfinite(samples)]
+    return np.array(np.median(known) if known.size else np.nan)
+
+
 def summarize_gramians(gramians: Array) -> dict[str, Array]:
     """Statistics of several batches' Gramians.
 
@@ -121,8 +136,9 @@ def summarize_gramians(gramians: Array) -> dict[str, Array]:
         gramians: [B, K, K], NaN in the rows and columns of tasks without a label.
 
     Returns:
-        ``cosines``, ``cosine_errors``, ``conflict_shares`` [K, K]; ``norms``, ``sum_cosines``, ``sum_shares`` [K];
-        ``conditions`` [number of complete batches], infinite where singular.
+        ``cosines``, ``cosine_errors``, ``conflict_shares`` [K, K]; ``norms``, ``sum_cosines``, ``sum_shares`` [K], the last
+        two NaN where the sum cancels; ``sum_ratio`` [], the median of the sum's squared norm over the sum of squared norms;
+        ``conditions`` of the cosines [number of complete batches], infinite where singular.
 
     Example:
         >>> import numpy as np
@@ -138,9 +154,12 @@ def summarize_gramians(gramians: Array) -> dict[str, Array]:
         conflicts = np.where(known, gramians < 0, 0).sum(axis=0) / known.sum(axis=0)
         with_sum = np.where(np.isfinite(gramians), gramians, 0.0).sum(axis=2)
         total = with_sum.sum(axis=1, keepdims=True)
+        ratios = total / np.nansum(squares, axis=1, keepdims=True)
+        total = np.where(ratios > _CANCELLED, total, np.nan)
         sum_cosines = np.where(np.isfinite(norms), with_sum / (norms * np.sqrt(total)), np.nan)
         sum_shares = np.where(np.isfinite(norms), with_sum / total, np.nan)
-    complete = gramians[np.isfinite(gramians).all(axis=(1, 2))]
+    # A task without a gradient has no cosines; for this one it makes the matrix singular.
+    complete = np.nan_to_num(cosines[np.isfinite(gramians).all(axis=(1, 2))])
     eigenvalues = np.linalg.eigvalsh(complete) if len(complete) else np.zeros((0, 1))
     tiny = np.finfo(float).eps * eigenvalues[:, -1:] * gramians.shape[1]
     lowest = eigenvalues[:, 0]
@@ -151,9 +170,10 @@ def summarize_gramians(gramians: Array) -> dict[str, Array]:
         "cosines": mean,
         "cosine_errors": error,
         "conflict_shares": conflicts,
-        "norms": np.array([np.median(n[np.isfinite(n)]) if np.isfinite(n).any() else np.nan for n in norms.T]),
+        "norms": np.array([_median(n) for n in norms.T]),
         "sum_cosines": mean_and_error(sum_cosines)[0],
         "sum_shares": mean_and_error(sum_shares)[0],
+        "sum_ratio": _median(ratios),
         "conditions": conditions,
     }
 

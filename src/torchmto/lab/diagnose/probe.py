@@ -149,6 +149,7 @@ def probe(
         sum_cosines=dict(zip(names, statistics["sum_cosines"].tolist(), strict=True)),
         sum_shares=dict(zip(names, statistics["sum_shares"].tolist(), strict=True)),
         condition_number=condition if math.isfinite(condition) else None,
+        sum_ratio=float(statistics["sum_ratio"]),
         layers=_layers(watch),
         num_shared=num_shared,
         num_other=sum(parameter.numel() for parameter in trained) - num_shared,

@@ -12,7 +12,7 @@ from torchmto.lab.versions import versions
 
 __all__ = ["SCHEMA_VERSION", "as_json", "as_text"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MARKS = {"warning": "!", "note": "-", "fine": "+"}
 
 
@@ -68,10 +68,10 @@ def _task_table(m: Measurements) -> list[str]:
     rows += [
         [
             name,
-            f"{m.losses.get(name, math.nan):.3g}",
-            f"{m.gradient_norms[name]:.3g}",
-            f"{m.sum_cosines[name]:+.2f}",
-            f"{m.sum_shares[name]:.0%}",
+            _cell(m.losses.get(name, math.nan), "{:.3g}"),
+            _cell(m.gradient_norms[name], "{:.3g}"),
+            _cell(m.sum_cosines[name], "{:+.2f}"),
+            _cell(m.sum_shares[name], "{:.0%}"),
         ]
         for name in m.tasks
     ]
@@ -80,11 +80,12 @@ def _task_table(m: Measurements) -> list[str]:
 
 def _matrix(tasks: Sequence[str], matrix: Matrix, form: str) -> list[str]:
     rows = [["", *tasks]]
-    rows += [
-        [name, *(form.format(v) if math.isfinite(v) else "-" for v in row)]
-        for name, row in zip(tasks, matrix, strict=True)
-    ]
+    rows += [[name, *(_cell(v, form) for v in row)] for name, row in zip(tasks, matrix, strict=True)]
     return _aligned(rows)
+
+
+def _cell(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
