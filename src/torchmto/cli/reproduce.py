@@ -45,8 +45,6 @@ def run(args: argparse.Namespace) -> int:
         if args.budget is not None:
             check_number("budget", args.budget, above=0)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file; choose another folder with --out.")
     again = shlex.join(["torchmto", *sys.argv[1:]])
     try:
         findings = reproduce(

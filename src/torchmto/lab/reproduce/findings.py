@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.compare import FolderError
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Findings", "Table", "number", "write_findings"]
+__all__ = ["Findings", "Table", "check_folder", "number", "write_findings"]
 
 SCHEMA_VERSION = 1
 FEW_SEEDS = 5
@@ -74,6 +75,40 @@ def number(value: float | None, interval: float | None = None, digits: int = 2) 
     if value is None:
         return "-"
     return f"{value:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Look whether an experiment may be written to a folder: a new one, or one in which the same was begun.
+
+    Raises:
+        FolderError: If it may not.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"{folder} is a file; choose another folder with --out.")
+    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if not present:
+        return
+    if "results.json" in present:
+        owner = _experiment_of(folder / "results.json")
+        if owner == recipe.name:
+            return
+        found = "something else than an experiment" if owner is None else f"the experiment {owner!r}"
+        held = f"holds results of {found}, not of {recipe.name!r}"
+    elif {"arms", "units"} & set(present):  # stopped before there were any results
+        return
+    else:
+        more = ", ..." if len(present) > 3 else ""
+        held = f"isn't empty and isn't one of `torchmto reproduce` (it holds {', '.join(present[:3])}{more})"
+    raise FolderError(f"The folder {folder} {held}. It was left as it is; choose another one with --out.")
+
+
+def _experiment_of(results: Path) -> str | None:
+    """Whose results these are; None if no experiment's."""
+    try:
+        content = json.loads(results.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return content.get("experiment") if isinstance(content, dict) else None
 
 
 def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: int, minutes: float) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torchmto.checks import check_choice
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import Findings, write_findings
+from torchmto.lab.reproduce.findings import Findings, check_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
 from torchmto.lab.reproduce.studies import STUDIES, Context
 
@@ -45,6 +45,7 @@ def reproduce(
         check_choice("study", recipe.study, tuple(STUDIES))
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    check_folder(folder, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
