@@ -1,5 +1,6 @@
 """The grid of a comparison: selection, figures, folder."""
 
+import copy
 import math
 import shutil
 from dataclasses import replace
@@ -74,6 +75,17 @@ def test_validation_score(bundle):
     )
     assert validation_score({"left": 0.5, "right": 0.5}, (left, right), {"left": 0.0, "right": 0.5}) is None
     assert validation_score({"left": 0.5, "right": math.nan}, (left, right), {"left": 0.1, "right": 0.5}) is None
+    for value in (None, math.nan, math.inf, -math.inf):
+        for task in (left, offset):
+            assert validation_score({task.name: value}, (task,), None) is None
+
+
+@pytest.mark.parametrize("values", [[math.nan, 2.0, 1.0, 3.0], [2.0, math.inf, 1.0, math.nan]], ids=["first", "later"])
+def test_epochs_without_a_finite_score_are_never_chosen_over_others(bundle, monkeypatch, values):
+    left = iter(values)
+    monkeypatch.setattr(single_module, "evaluate", lambda *_, **__: {"offset": {"rmse": next(left, 0.0)}})
+    config = replace(RUN, epochs=4, tasks=("offset",))
+    assert train_and_measure(config, bundle)["selected_epoch"] == 2
 
 
 def test_results_have_the_documented_form(finished, bundle):
@@ -113,6 +125,19 @@ def test_a_single_task_value_of_zero_gives_a_reason(finished, bundle):
     assert "non-zero" in summary["methods"]["gd"]["reason"]
     assert "No Δm for gd" in markdown(summary)
     assert rows(summary)[1][1] == "-"
+
+
+@pytest.mark.parametrize("whose", ["run", "single-task run"])
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_value_that_isnt_finite_is_named(finished, bundle, whose, value):
+    experiment, _, results = finished
+    runs = experiment.method_runs() if whose == "run" else experiment.single_task_runs(["offset"])
+    (config,) = [c for c in runs if c.seed == 1 and c.method == "gd"]
+    changed = copy.deepcopy(results[run_key(config)])
+    changed["test"]["offset"]["rmse"] = value
+    summary = summarize(experiment, bundle, {**results, run_key(config): changed})
+    assert summary["methods"]["gd"]["delta_m"] is None
+    assert summary["methods"]["gd"]["reason"] == f"offset's rmse isn't a finite number in the {whose} of seed 1."
 
 
 def test_tables_agree_with_the_figures(finished, bundle):
@@ -199,6 +224,27 @@ def test_a_failed_run_leaves_the_others(bundle, tmp_path, monkeypatch):
     assert len(list((tmp_path / "x" / "runs").iterdir())) == 4
     monkeypatch.undo()
     assert len(compare(experiment, folder, bundle)) == 5
+
+
+def test_stages_of_a_comparison(bundle, tmp_path, monkeypatch):
+    experiment = Experiment(("gd",), 1, RUN)
+    folder = RunFolder(tmp_path / "x", experiment.settings)
+    given = []
+
+    def train(config, *_, baseline, **__):
+        given.append(baseline)
+        if config.tasks == ("left",):
+            raise RuntimeError("out of memory")
+        return {"validation": {"right": {"accuracy": 0.5}, "offset": {"rmse": math.inf}}}
+
+    monkeypatch.setattr("torchmto.lab.compare.runner.train_and_measure", train)
+    with pytest.raises(FailedRunsError) as failed:
+        compare(experiment, folder, bundle, stages=["single-task"])
+    assert [(config.tasks, text) for config, text in failed.value.failures] == [(("left",), "out of memory")]
+    assert given == [None] * 3
+    stand_ins = {"left": 0.1, "right": 0.2, "offset": 0.3}
+    assert len(compare(experiment, folder, bundle, stages=["methods"], stand_ins=stand_ins)) == 3
+    assert given[3:] == [{"left": 0.1, "right": 0.5, "offset": 0.3}]
 
 
 def test_validation_baselines_reach_wpcgrad(bundle):

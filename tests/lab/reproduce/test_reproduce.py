@@ -1,6 +1,8 @@
 """Experiments end to end at toy size: files, resuming, budgets, tuning."""
 
 import json
+import math
+import re
 import textwrap
 from dataclasses import replace
 
@@ -11,8 +13,10 @@ from torchmto.cli import main
 from torchmto.lab import atomic, memory
 from torchmto.lab.compare import outputs, runner
 from torchmto.lab.reproduce import load_recipe, reproduce, units
+from torchmto.lab.reproduce.arms import run_arms
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.studies import comparison, theory
+from torchmto.lab.reproduce.findings import check_folder
+from torchmto.lab.reproduce.studies import Context, comparison, theory
 from torchmto.lab.reproduce.studies.cosines import cosine_statistics
 from torchmto.lab.reproduce.units import run_units
 
@@ -125,6 +129,40 @@ def test_more_seeds_later(tmp_path, no_figures):
     assert len(seeds[1]) == 2
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"results.json": '{"experiment": "other", "tables": []}', "arms/x": ""}, "results of the experiment 'other'"),
+        ({"results.json": '{"methods": {}, "tasks": {}}'}, "something else than an experiment"),
+        ({"results.json": '{"primary": {}, "cost": {}}', "config.yaml": ""}, "something else than an experiment"),
+        ({"results.json": "[1]"}, "something else than an experiment"),
+        ({"results.json": "{"}, "something else than an experiment"),
+        ({"config.json": "{}", "runs/gd.json": "{}"}, "isn't one of `torchmto reproduce`"),
+        ({"config.yaml": "", "checkpoints/last": ""}, "isn't one of `torchmto reproduce`"),
+        ({"results.md": "mine"}, "isn't one of `torchmto reproduce`"),
+    ],
+    ids=["experiment", "compare", "train", "list", "broken", "compare begun", "train begun", "document"],
+)
+def test_folders_of_something_else_are_left_alone(tmp_path, monkeypatch, capsys, files, message):
+    monkeypatch.setattr(runner, "train_and_measure", None)
+    out = tmp_path / "o"
+    for name, text in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+    assert main(["reproduce", str(recipe(tmp_path, PHASES)), "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+    assert {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()} == files
+
+
+@pytest.mark.parametrize("files", [[], ["arms/a"], ["units/a", "plots/x.png"], ["results.json", "log.txt"]])
+def test_folders_of_the_same_experiment_go_on(tmp_path, files):
+    loaded = load_recipe("theory")
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"experiment": "theory"}')
+    check_folder(tmp_path, loaded)
+
+
 def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     text = """
     study: comparison
@@ -145,6 +183,108 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
         assert entry["settings"] in [dict(settings) for settings in loaded.tune]
     (chosen,) = [table for table in findings.tables if table.title == "Chosen settings, arm a"]
     assert [row[0] for row in chosen.rows][-2:] == ["gd", "sequential"]
+
+
+TUNED = """
+study: comparison
+summary: toy
+tune: [{learning_rate: 0.1}, {learning_rate: 0.3}]
+arms: {a: {methods: [gd, 'wpcgrad(priority=performance)']}}
+"""
+
+
+def trained(config, tasks, asked, *, wrong):
+    """What a run might give, the higher learning rate the better; ``wrong(config)``: an error, or the value of offset."""
+    asked.append(config)
+    found = wrong(config)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    values = {
+        t: {"rmse": 0.5 - config.learning_rate} if t == "offset" else {"accuracy": config.learning_rate} for t in tasks
+    }
+    if found is not None:
+        values["offset"]["rmse"] = found
+    epoch = {"epoch": 0, "losses": dict.fromkeys(tasks, 1.0), "validation": values, "score": 0.0}
+    cost = {"num_forward": 1, "num_backward": 1, "num_optimizer_steps": 1, "seconds_per_batch": 1.0}
+    return {
+        "history": [{**epoch, "batches": 1, "optimizer_steps": 1, "seconds": 1.0}],
+        "trace": [],
+        "selected_epoch": 0,
+        "validation": values,
+        "test": values,
+        "cost": {**cost, "peak_memory_bytes": None},
+        "seconds": 1.0,
+    }
+
+
+@pytest.mark.parametrize("found", ["loss isn't finite", math.inf, math.nan], ids=["error", "inf", "nan"])
+@pytest.mark.parametrize("whose", ["offset", "gd"])
+def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, whose, found):
+    asked, baselines = [], []
+
+    def wrong(config):
+        return found if config.learning_rate == 0.3 and whose in {config.method, *config.tasks} - {"gd"} else None
+
+    def wrong_method(config):
+        return found if config.learning_rate == 0.3 and config.method == "gd" and not config.tasks else None
+
+    def train(config, bundle, *, baseline, on_step):
+        del on_step
+        if not config.tasks:
+            baselines.append(baseline)
+        tasks = config.tasks or [task.name for task in bundle.tasks]
+        return trained(config, tasks, asked, wrong=wrong if whose == "offset" else wrong_method)
+
+    monkeypatch.setattr(runner, "train_and_measure", train)
+    loaded = load_recipe(str(recipe(tmp_path, TUNED)))
+    context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), 1, lambda _: None)
+    arms, complete = run_arms(context)
+    assert complete
+    tried = [(config.method, config.learning_rate) for config in asked if not config.tasks]
+    assert {*tried} == {(method, rate) for method in arms["a"].experiment.methods for rate in (0.1, 0.3)}
+    assert all(math.isfinite(value) for baseline in baselines for value in baseline.values())
+    assert all(set(baseline) == {"left", "right", "offset"} for baseline in baselines)
+    hurt = "single-task offset" if whose == "offset" else "gd"
+    assert {name: chosen["learning_rate"] for name, chosen in arms["a"].experiment.chosen.items()} == {
+        name: 0.1 if name == hurt else 0.3 for name in arms["a"].experiment.chosen
+    }
+    (line,) = arms["a"].failed
+    assert f"{hurt}, seed 0, learning_rate 0.3: " in line
+    again, _ = run_arms(context)
+    assert again["a"].experiment == arms["a"].experiment
+    assert again["a"].failed == arms["a"].failed
+
+
+def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monkeypatch, capsys):
+    def train(config, bundle, *, baseline, on_step):
+        del baseline, on_step
+        tasks = config.tasks or [task.name for task in bundle.tasks]
+        return trained(config, tasks, [], wrong=lambda c: "loss isn't finite" if c.tasks == ("left",) else None)
+
+    monkeypatch.setattr(runner, "train_and_measure", train)
+    assert main(["reproduce", str(recipe(tmp_path, TUNED)), "--seeds", "1", "--out", str(tmp_path / "o")]) == 1
+    assert "torchmto reproduce: some runs failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {model: nothing}}}", "arm b: .*nothing"),
+        ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {epochs: many}}}", "arm b: .*epochs.*'many'"),
+        ("arms: {a: {methods: [gd]}, b: {methods: [gd], method_run: {epochs: 0}}}", "arm b: .*epochs.*0"),
+        ("arms: {a: {methods: [gd, 'pcgrad(c=1)']}}", "arm a: .*pcgrad"),
+        ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
+    ],
+    ids=["model", "epochs", "method_run", "method", "tune"],
+)
+def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
+    monkeypatch.setattr(runner, "train_and_measure", None)
+    path = recipe(tmp_path, f"study: comparison\nsummary: toy\n{text}\n")
+    assert main(["reproduce", str(path), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert not list(tmp_path.glob("o/**/*.json"))
 
 
 @pytest.mark.parametrize(

@@ -12,24 +12,35 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import lru_cache, partial
 from queue import Empty
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.compare.experiment import Experiment
 from torchmto.lab.compare.folder import RunFolder, run_key, run_label
-from torchmto.lab.compare.single import train_and_measure
+from torchmto.lab.compare.single import is_finite, train_and_measure
 from torchmto.lab.data import DataBundle, load_data
 from torchmto.lab.training import RunConfig, chosen_tasks, primary_values
 
 __all__ = ["FailedRunsError", "Watcher", "compare", "default_jobs"]
 
 Result = dict[str, Any]
+Stage = Literal["single-task", "methods"]
+Failures = list[tuple[RunConfig, str]]
 
 
 class FailedRunsError(RuntimeError):
-    """Some runs failed; the others are finished and saved."""
+    """Some runs failed; the others are finished and saved.
+
+    Args:
+        message: What there is to say.
+        failures: The runs, and what went wrong in each.
+    """
+
+    def __init__(self, message: str, failures: Failures | None = None) -> None:
+        super().__init__(message)
+        self.failures = failures or []
 
 
 class Watcher(Protocol):
@@ -65,7 +76,14 @@ def default_jobs(device: str) -> int:
 
 
 def compare(
-    experiment: Experiment, folder: RunFolder, bundle: DataBundle, *, jobs: int = 1, watcher: Watcher | None = None
+    experiment: Experiment,
+    folder: RunFolder,
+    bundle: DataBundle,
+    *,
+    jobs: int = 1,
+    watcher: Watcher | None = None,
+    stages: Sequence[Stage] = ("single-task", "methods"),
+    stand_ins: Mapping[str, float] | None = None,
 ) -> dict[str, Result]:
     """Run what isn't finished yet: first all single-task baselines, then the methods.
 
@@ -75,30 +93,34 @@ def compare(
         bundle: The data.
         jobs: Runs at a time, each in its own process if there are several.
         watcher: Is told how far the grid is.
+        stages: Which of the two to run; methods need all single-task runs finished, or ``stand_ins``.
+        stand_ins: Validation values by task, for methods, where a single-task run isn't finished or its value isn't finite.
 
     Returns:
         The result of every run by `run_key`.
 
     Raises:
         FolderError: If the folder's files are broken, foreign or in use; nothing is changed.
-        FailedRunsError: If runs failed; the others are finished first.
+        FailedRunsError: If runs failed; the others of their stage are finished first.
         KeyboardInterrupt: On Ctrl-C; finished runs stay.
     """
     watcher = watcher or Silence()
     tasks = chosen_tasks(bundle, experiment.run.tasks)
     singles = experiment.single_task_runs([task.name for task in tasks])
     methods = experiment.method_runs()
+    by_stage: dict[Stage, list[RunConfig]] = {"single-task": singles, "methods": methods}
     with folder.locked():
         results = folder.load([*singles, *methods])
-        watcher.plan([*singles, *methods], [c for c in [*singles, *methods] if run_key(c) in results])
+        runs = [config for stage in stages for config in by_stage[stage]]
+        watcher.plan(runs, [config for config in runs if run_key(config) in results])
 
         def baseline(seed: int) -> dict[str, float]:
             values: dict[str, float] = {}
             for config in singles:
-                if config.seed == seed:
+                if config.seed == seed and run_key(config) in results:
                     (task,) = chosen_tasks(bundle, config.tasks)
                     values |= primary_values(results[run_key(config)]["validation"], (task,))
-            return values
+            return values | {task: v for task, v in (stand_ins or {}).items() if not is_finite(values.get(task))}
 
         def save(config: RunConfig, result: Result) -> None:
             folder.save(config, result)
@@ -106,21 +128,21 @@ def compare(
             watcher.finish(config, result)
 
         with Workers(jobs) if jobs > 1 else OneByOne(bundle) as engine:
-            for stage, needs_baseline in ((singles, False), (methods, True)):
+            for stage in stages:
                 todo = [
-                    (config, baseline(config.seed) if needs_baseline else None)
-                    for config in stage
+                    (config, baseline(config.seed) if stage == "methods" else None)
+                    for config in by_stage[stage]
                     if run_key(config) not in results
                 ]
                 failures = engine.run(todo, watcher, save)
                 if failures:
-                    raise FailedRunsError("\n".join(f"{run_label(config)}: {text}" for config, text in failures))
+                    text = "\n".join(f"{run_label(config)}: {why}" for config, why in failures)
+                    raise FailedRunsError(text, failures)
     return results
 
 
 Todo = Sequence[tuple[RunConfig, Mapping[str, float] | None]]
 Save = Callable[[RunConfig, Result], None]
-Failures = list[tuple[RunConfig, str]]
 _EXPECTED = (RuntimeError, ValueError, ArithmeticError, OSError)
 """What may go wrong in one run and leave the others alone: a loss that isn't finite, memory, a file, a killed worker."""
 

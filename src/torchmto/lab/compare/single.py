@@ -1,9 +1,10 @@
 """One run of a comparison, from its configuration to everything that is kept of it."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from torchmto import StepInfo
 from torchmto.lab.data import DataBundle, Split, Task
@@ -13,7 +14,7 @@ from torchmto.lab.training import Metrics, RunConfig, build_run, evaluate, prima
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
 
-__all__ = ["train_and_measure"]
+__all__ = ["is_finite", "train_and_measure", "validation_score"]
 
 TRACE_POINTS = 60
 """About how many steps of a run are kept with everything the method records."""
@@ -76,19 +77,32 @@ class Recorder:
         return {**per_batch, "seconds_per_batch": self.seconds / self.steps}
 
 
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether this is a finite number; in files the others are null.
+
+    Example:
+        >>> is_finite(0.5), is_finite(math.inf), is_finite(None)
+        (True, False, False)
+    """
+    return value is not None and math.isfinite(value)
+
+
 def validation_score(
-    values: Mapping[str, float], tasks: tuple[Task, ...], baseline: Mapping[str, float] | None
+    values: Mapping[str, float | None], tasks: tuple[Task, ...], baseline: Mapping[str, float] | None
 ) -> float | None:
     """What the best epoch has most of: validation Δm, or for a single task its metric. None: nothing to go by."""
     higher = {task.name: primary_metric(task)[1] for task in tasks}
+    known = {name: value for name, value in values.items() if is_finite(value)}
+    if len(known) < len(values):
+        return None
     try:
         if baseline is not None:
-            return delta_m(values, {name: baseline[name] for name in values}, higher)
-    except (ValueError, TypeError):  # a baseline of 0, or a metric that isn't finite
+            return delta_m(known, {name: baseline[name] for name in known}, higher)
+    except (ValueError, TypeError):  # a baseline of 0, or one that isn't finite
         return None
     if len(tasks) > 1:
         return None
-    ((name, value),) = values.items()
+    ((name, value),) = known.items()
     return value if higher[name] else -value
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torchmto.lab.compare.experiment import Experiment
 from torchmto.lab.compare.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.compare.single import is_finite
 from torchmto.lab.compare.versus import versus
 from torchmto.lab.data import DataBundle, Task
 from torchmto.lab.metrics import higher_is_better, primary_metric
@@ -86,13 +87,20 @@ def summarize(
 def _delta_m(
     tests: Sequence[Mapping[str, Any]], singles: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
 ) -> dict[str, Any]:
+    for task in tasks:
+        metric, _ = primary_metric(task)
+        for kind, runs in (("run", tests), ("single-task run", singles)):
+            for seed, run in enumerate(runs):
+                if not is_finite(run[task.name][metric]):
+                    reason = f"{task.name}'s {metric} isn't a finite number in the {kind} of seed {seed}."
+                    return {"delta_m": None, "reason": reason}
     higher = {task.name: primary_metric(task)[1] for task in tasks}
     try:
         per_seed = [
             delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
             for test, single in zip(tests, singles, strict=True)
         ]
-    except (ValueError, TypeError) as error:
+    except ValueError as error:  # a single-task value of 0
         return {"delta_m": None, "reason": str(error)}
     mean = sum(per_seed) / len(per_seed)
     return {"delta_m": {"mean": mean, "ci95": confidence95(per_seed), "per_seed": per_seed}}

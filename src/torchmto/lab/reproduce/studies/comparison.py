@@ -193,7 +193,10 @@ def _settings_table(name: str, arm: ArmResult, recipe: Recipe) -> Table:
     ]
     shorter = "".join(f", with {key} {value}" for key, value in recipe.tune_run.items())
     note = f"Chosen among {len(recipe.tune)} settings by validation on seed 0{shorter}. Edge: the largest or smallest on offer."
-    return Table(f"Chosen settings, arm {name}", ["run", "settings", "edge"], rows, [note])
+    failed = f"Failed while tuning, and so not chosen: {'; '.join(arm.failed)}."
+    return Table(
+        f"Chosen settings, arm {name}", ["run", "settings", "edge"], rows, [note, failed] if arm.failed else [note]
+    )
 
 
 def _edges(settings: Mapping[str, Any], offers: Sequence[Mapping[str, Any]]) -> list[str]:
