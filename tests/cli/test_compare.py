@@ -120,6 +120,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
         (["--device", "abacus"], "device of this machine"),
         (["--model", "no_such"], "should be one of"),
         (["--model-option", "width"], "KEY=VALUE"),
+        (["--data-option", "train=abc"], "(with --data-option train=abc)"),
+        (["--model-option", "widths=3"], "(with --model-option widths=3)"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_written(tmp_path, arguments, message, capsys):

@@ -5,9 +5,11 @@ used, which need no download.
 """
 
 import argparse
+import contextlib
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,16 @@ def _options(entries: list[str]) -> dict[str, Any]:
     return parse_options(entries)
 
 
+@contextlib.contextmanager
+def _given(option: str, entries: list[str]) -> Iterator[None]:
+    """Errors inside the block name these options: Python's own words about a wrong value don't say where it came from."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        given = " ".join(f"{option} {entry}" for entry in entries)
+        raise ValueError(f"{error} (with {given})" if entries else str(error)) from error
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what isn't finished, print the table, write the files."""
     from rich.console import Console  # noqa: PLC0415  the lab takes seconds to import
@@ -73,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from torchmto.lab.compare.tables import rich_tables  # noqa: PLC0415
     from torchmto.lab.data import load_data  # noqa: PLC0415
     from torchmto.lab.specs import parse_methods  # noqa: PLC0415
-    from torchmto.lab.training import check_device  # noqa: PLC0415
+    from torchmto.lab.training import build_run, check_device  # noqa: PLC0415
 
     began = time.monotonic()
     console = Console()
@@ -83,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         methods = {"methods": [spec.label for spec in parse_methods(args.methods)]} if args.methods is not None else {}
         check_device(args.device)
         data_options = _options(args.data_option)
-        bundle = load_data(args.data, **data_options)
+        with _given("--data-option", args.data_option):
+            bundle = load_data(args.data, **data_options)
         experiment = default_experiment(
             bundle,
             data=args.data,
@@ -98,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
             data_options=data_options,
             device=args.device,
         )
+        with _given("--model-option", args.model_option):
+            build_run(experiment.run, bundle)
         experiment.check(bundle)
         folder = RunFolder(args.out, experiment.settings)
     batches = experiment.run.epochs * len(bundle.loader("train", experiment.run.batch_size))
