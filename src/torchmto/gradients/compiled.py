@@ -18,31 +18,26 @@ from torch._functorch import config as functorch_config
 TAG = "torchmto"
 """Part of the names under which the caches on disk keep what is compiled in a step."""
 
+_CACHES: Any = getattr(torch.compiler, "config", None)
+_TAGGED = hasattr(_CACHES, "cache_key_tag")
+if not _TAGGED:
+    # An older PyTorch: nothing is read from the cache then.
+    from torch._inductor import config as _CACHES
 
-def _settings() -> list[tuple[Any, str, object]]:
-    """The compiler's settings in a step: module, name, value."""
-    tags: Any = getattr(torch.compiler, "config", None)
-    if hasattr(tags, "cache_key_tag"):
-        apart: tuple[Any, str, object] = (tags, "cache_key_tag", f"{tags.cache_key_tag}{TAG}")
-    else:
-        from torch._inductor import config as inductor_config  # noqa: PLC0415 - PyTorch before the tag only
-
-        apart = (inductor_config, "fx_graph_cache", False)
-    return [(functorch_config, "donated_buffer", False), apart]
+_CACHE = "cache_key_tag" if _TAGGED else "fx_graph_cache"
 
 
 @contextlib.contextmanager
 def keeping_buffers() -> Iterator[None]:
     """Whatever is compiled in this context keeps what its forward has saved, however many backwards there are."""
-    settings = _settings()
-    before = [getattr(module, name) for module, name, _ in settings]
-    for module, name, value in settings:
-        setattr(module, name, value)
+    donated, cache = functorch_config.donated_buffer, getattr(_CACHES, _CACHE)
+    functorch_config.donated_buffer = False
+    setattr(_CACHES, _CACHE, cache + TAG if _TAGGED else False)
     try:
         yield
     finally:
-        for (module, name, _), value in zip(settings, before, strict=True):
-            setattr(module, name, value)
+        functorch_config.donated_buffer = donated
+        setattr(_CACHES, _CACHE, cache)
 
 
 def check_keeps(losses: Iterable[Tensor]) -> None:
