@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -307,6 +309,42 @@ def test_searching_leaves_the_model_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Drawing(nn.Module):
+    """A residual block that is dropped at random, and a counter, as in many pretrained models."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.conv, self.norm, self.draw = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), draw
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = self.last + 1
+        return x if self.draw() < 0.5 else self.norm(self.conv(x))
+
+
+GLOBAL_RANDOMNESS = {
+    "torch": lambda: float(torch.rand(())),
+    "numpy": lambda: float(np.random.uniform()),  # noqa: NPY002
+    "python": random.random,
+}
+
+
+@pytest.mark.parametrize("draw", GLOBAL_RANDOMNESS)
+def test_tracing_draws_nothing_and_finds_the_same_whenever_it_runs(draw):
+    draw = GLOBAL_RANDOMNESS[draw]
+    model = nn.Sequential(*(Drawing(draw) for _ in range(6)))
+    expected = described(model, find_norm_pairs(model))
+    for _ in range(3):
+        states = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+        assert described(model, find_norm_pairs(model)) == expected
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert (random.getstate(), repr(np.random.get_state())) == states[1:]  # noqa: NPY002
+        draw()
+    assert not any(value for key, value in model.state_dict().items() if key.endswith(("calls", "last")))
 
 
 def test_a_recording_of_the_training_step_itself():

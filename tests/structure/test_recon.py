@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import torchmto
 from torchmto.structure import TaskSpecific, conflict_scores, make_task_specific
@@ -47,6 +48,23 @@ def test_task_specific_layers_end_the_conflict_and_train():
     assert mt.network.roles.is_shared("first.weight")
     assert model["second"].get_submodule("other").weight.grad is None
     assert set(conflict_scores(model, [closure], TASKS)) == {"first"}
+
+
+def test_a_checkpointed_task_specific_layer():
+    """The forward runs again inside the backward, for the same task."""
+    scores = []
+    for checkpointed in (True, False):
+        model, _ = problem()
+        make_task_specific(model, TASKS, ["second"])
+        x = torch.ones(8, 3, dtype=torch.float64, requires_grad=True)
+
+        def closure(asked, model=model, x=x, checkpointed=checkpointed):
+            run = nn.Sequential(model["first"], model["second"])
+            y = checkpoint(run, x, use_reentrant=False) if checkpointed else run(x)
+            return {t: (y.mean() - i) ** 2 for i, t in enumerate(TASKS) if t in asked}
+
+        scores.append(conflict_scores(model, [closure], TASKS))
+    assert scores[0] == scores[1]
 
 
 def test_mistakes():

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from shared_data import golden
 from torchmto.structure import (
@@ -324,3 +325,24 @@ def test_oracle_runs_split_norms_task_by_task():
     assert torch.isfinite(result.decrease).all()
     assert all(len(tasks) == 1 for tasks in seen)
     assert len(seen) == 2 * (1 + 1 + 2)  # gradients, before, one per (group, task)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_oracle_of_a_checkpointed_trunk(split):
+    """The forward runs again inside the backward, for the same task."""
+    results = []
+    for checkpointed in (True, False):
+        net = two_layer_net() if split else nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double()
+        torch.manual_seed(0)
+        x = torch.randn(6, *([2, 3, 3] if split else [3]), dtype=torch.float64, requires_grad=True)
+
+        def closure(tasks, net=net, x=x, checkpointed=checkpointed):
+            y = checkpoint(net, x, use_reentrant=False) if checkpointed else net(x)
+            return {task: (y - i).square().mean() for i, task in enumerate("ab") if task in tasks}
+
+        torch.manual_seed(1)
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+        (layer, *_) = find_norm_pairs(net)
+        results.append(oracle_priority(net, closure, [(layer, [0])], ["a", "b"]))
+    torch.testing.assert_close(*(result.decrease for result in results), rtol=0, atol=0)

@@ -1,11 +1,13 @@
 """Which operations feed which: the graph in which conv, linear and norm layers are paired."""
 
 import inspect
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchmto.structure.norms import SplitNorm, is_norm
+from torchmto.structure.preserve import undisturbed
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention)
@@ -85,25 +88,34 @@ class _Tracer(fx.Tracer):
         return _is_opaque(m)
 
 
-def trace_subtrees(model: nn.Module) -> Iterator[tuple[nn.Module, list[Node]]]:
+def trace_subtrees(model: nn.Module) -> list[tuple[nn.Module, list[Node]]]:
     """The graphs of the largest subtrees of a model that ``torch.fx`` can trace.
 
-    Tracing runs the modules' Python code on stand-ins for tensors, with arguments that have a plain default
-    (a flag, None) fixed to it. No parameter or buffer is touched, and attributes that the code sets are put
-    back.
+    Tracing runs the modules' Python code on stand-ins for tensors and parameters, with arguments that have a
+    plain default (a flag, None) fixed to it. Attributes that the code sets, buffers and random states are put
+    back. The code draws from fixed seeds, so that the graphs are the same whenever and on whichever rank it
+    runs.
 
     Args:
         model: any module.
 
-    Yields:
+    Returns:
         Each traced module with its operations in order.
     """
+    with undisturbed(model):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - models draw from it
+        return list(_traced_subtrees(model))
+
+
+def _traced_subtrees(model: nn.Module) -> Iterator[tuple[nn.Module, list[Node]]]:
     if _is_opaque(model):
         return
     graph = _trace(model)
     if graph is None:
         for child in model.children():
-            yield from trace_subtrees(child)
+            yield from _traced_subtrees(child)
     else:
         yield model, _nodes_of(model, graph)
 

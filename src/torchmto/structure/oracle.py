@@ -1,7 +1,7 @@
 """Which task should lead a group of channels, measured instead of estimated."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torchmto.structure.strength import channels_first, wide_dtype
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 ChannelGroup = tuple[StructuredLayer, Sequence[int]]
+Result = TypeVar("Result")
 
 
 class OraclePriority(NamedTuple):
@@ -78,23 +79,17 @@ def oracle_priority(
     factors = [1.0 if weights is None else float(weights[task]) for task in tasks]
     parameters = list(dict.fromkeys(parameter for layer, _ in groups for parameter in layer.parameters))
 
+    def gradient(loss: Tensor) -> dict[nn.Parameter, Tensor | None]:
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return dict(zip(parameters, found, strict=True))
+
     with undisturbed(model), torch.enable_grad():
-        losses = _losses(model, closure, tasks)
-        gradients = [
-            dict(
-                zip(
-                    parameters,
-                    torch.autograd.grad(losses[task], parameters, retain_graph=True, allow_unused=True),
-                    strict=True,
-                )
-            )
-            for task in tasks
-        ]
+        gradients = _per_task(model, closure, tasks, gradient)
 
     def total() -> float:
         with undisturbed(model), torch.no_grad():
-            measured = _losses(model, closure, tasks)
-            return sum(factor * float(measured[task]) for factor, task in zip(factors, tasks, strict=True))
+            losses = _per_task(model, closure, tasks, float)
+            return sum(factor * loss for factor, loss in zip(factors, losses, strict=True))
 
     before = total()
     decrease = torch.zeros(len(groups), len(tasks), dtype=wide_dtype(torch.device("cpu")))
@@ -114,14 +109,18 @@ def oracle_priority(
     return OraclePriority(top, decrease)
 
 
-def _losses(model: nn.Module, closure: Closure, tasks: Sequence[str]) -> Mapping[str, Tensor]:
+def _per_task(
+    model: nn.Module, closure: Closure, tasks: Sequence[str], read: Callable[[Tensor], Result]
+) -> list[Result]:
+    """What ``read`` makes of every task's loss; with split norms while the task is active, as a backward may need it."""
     if not has_split_norms(model):
-        return closure(tuple(tasks))
-    losses: dict[str, Tensor] = {}
+        losses = closure(tuple(tasks))
+        return [read(losses[task]) for task in tasks]
+    results = []
     for task in tasks:
         with active_task(task):
-            losses[task] = closure((task,))[task]
-    return losses
+            results.append(read(closure((task,))[task]))
+    return results
 
 
 def _move(

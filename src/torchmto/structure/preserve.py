@@ -1,8 +1,10 @@
 """Forward passes that leave no trace."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -10,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Buffers of the model (norm statistics) and torch's random state are afterwards as they were before.
+    """Buffers of the model (norm statistics) and the random states of torch, numpy and Python are afterwards as before.
 
     Args:
         model: the module whose buffers are kept.
@@ -23,10 +25,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     ]
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models draw from it
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
             with torch.no_grad():
                 for module, name, buffer, value in kept:
                     buffer.copy_(value)

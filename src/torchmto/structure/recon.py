@@ -1,5 +1,6 @@
 """Recon: find the layers in which the tasks' gradients conflict most, and make them task-specific."""
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -79,15 +80,13 @@ def conflict_scores(
     for closure in closures:
         gradients: dict[str, list[Tensor | None]] = {}
         for names in [(task,) for task in tasks] if has_split_norms(model) else [tuple(tasks)]:
-            if len(names) == 1:
-                with active_task(names[0]):
-                    losses = closure(names)
-            else:
+            # Checkpointed regions run their forward again inside the backward.
+            with active_task(names[0]) if len(names) == 1 else contextlib.nullcontext():
                 losses = closure(names)
-            for task, loss in losses.items():
-                gradients[task] = list(
-                    torch.autograd.grad(loss, everything, retain_graph=task != list(losses)[-1], allow_unused=True)
-                )
+                for task, loss in losses.items():
+                    gradients[task] = list(
+                        torch.autograd.grad(loss, everything, retain_graph=task != list(losses)[-1], allow_unused=True)
+                    )
         start = 0
         for path, own in layers.items():
             parts = {task: rows[start : start + len(own)] for task, rows in gradients.items()}
