@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
+from torchmto.methods.method import derived_seed
 from torchmto.problem import Network, Problem, StepInfo
 from torchmto.problem.finite import SkippedError
 from torchmto.problem.losses import Source, Weigh, needs_closure
@@ -79,7 +80,7 @@ class MultiTask:
             (a name or a method), whose weights are then used.
         scaler: A ``torch.amp.GradScaler``. Gradients are unscaled before they are combined.
         clip: Largest global norm of the gradient over all parameters, after combining, per optimizer step.
-        seed: Reseeds the method's random generator.
+        seed: Reseeds the method's random generator; those of methods inside it and of ``weights`` get seeds derived from it.
         process_group: The processes that train together; default the default group if ``torch.distributed`` is initialised.
         on_nonfinite: "raise": a NaN or infinite loss or gradient raises :class:`~torchmto.NonFiniteError`; "skip": the step
             is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
@@ -167,8 +168,12 @@ class MultiTask:
         if isinstance(self.weights, LossWeighting):
             self.weights.bind(self.tasks)
         if seed is not None:
-            for part in self._methods():
-                part.seed(seed)
+            method.seed(seed)
+        if isinstance(self.weights, LossWeighting):
+            # Unless it was given a seed by hand.
+            first = method.generator.initial_seed()
+            if seed is not None or self.weights.generator.initial_seed() == first:
+                self.weights.seed(derived_seed(first, "weights"))
 
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""

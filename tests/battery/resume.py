@@ -23,6 +23,7 @@ VARIANTS = {
     "wpcgrad, by a loss weighting": {"name": "wpcgrad", "options": {"priority": "uw"}},
     "pcgrad, weights reused": {"name": "pcgrad", "options": {"refresh_every": 4}},
     "task_groups, grouping": {"name": "task_groups", "options": {"warmup": 1, "measure_last": True}},
+    "task_groups, wpcgrad inside": {"name": "task_groups", "options": {"groups": "random", "inner": "wpcgrad"}},
     "connection_strength, both phases": {"name": "connection_strength", "options": {"total_steps": 6}},
     "pcgrad, with uw": {"name": "pcgrad", "weights": "uw"},
     "sequential, shuffled": {"name": "sequential", "options": {"shuffle": True}},

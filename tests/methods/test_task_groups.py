@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import torchmto
+from torchmto.methods import Cost
+from toy import same
 
 TASKS = ("a", "b", "c", "d")
 
@@ -114,6 +116,7 @@ def test_a_gramian_method_inside_the_groups():
     model, mt, losses = setup(groups=[["a", "b", "c"], ["d"]], inner="pcgrad")
     info = mt.step(lambda asked: losses(model, asked))
     assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (2, 4, 2)
+    assert mt.method.cost(4) == Cost(2, 4, 2)
     assert bool((info.records["affinity"] != 0).any())
 
 
@@ -132,6 +135,101 @@ def test_a_gramian_method_inside_the_groups_meets_missing_tasks_and_bad_losses()
     info = mt.step(second_forward_is_bad)
     assert (info.num_optimizer_steps, info.skipped) == (1, True)
     assert bool(mt.method.affinity.matrix.isfinite().all())
+
+
+INNER = {
+    "pcgrad": {},
+    "wpcgrad": {"priority": "loss", "window": 2},
+    "gradnorm": {"layer": "trunk"},
+    "cr_mogm": {"method": torchmto.make_method("gradnorm", layer="trunk")},
+    "modo": {"gamma": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_all_tasks_in_one_group_are_the_inner_method_alone(name):
+    """Its step, its state and what it reports, also where a task is missing."""
+    inner = torchmto.make_method(name, **copy.deepcopy(INNER[name]))
+    model, mt, losses = setup(groups="joint", inner=inner)
+    alone = torchmto.make_method(name, **copy.deepcopy(INNER[name]))
+    alone.seed(inner.generator.initial_seed())
+    other = copy.deepcopy(model)
+    expected = torchmto.MultiTask(other, torch.optim.SGD(other.parameters(), lr=0.05), tasks=TASKS, method=alone)
+    for missing in ("", "b", "", "", "d", ""):
+        info, by_itself = (
+            each.step(lambda asked, net=net: losses(net, [t for t in asked if t != missing]))  # noqa: B023
+            for each, net in ((mt, model), (expected, other))
+        )
+        (told,) = info.records["inner"]
+        assert told == {"group": list(TASKS), "num_fallbacks": 0, **by_itself.records}
+        assert same(inner.state_dict(), alone.state_dict())
+        assert same(model.state_dict(), other.state_dict())
+
+
+def test_the_inner_method_learns_from_every_group_that_was_updated():
+    """Tasks on their own too, so that it knows them once they share a group; not those of a group left out."""
+    inner = torchmto.make_method("wpcgrad", priority="loss", window=3)
+    model, mt, losses = setup(groups=[["a", "b"], ["c"], ["d"]], inner=inner)
+    info = mt.step(lambda asked: {t: v for t, v in losses(model, asked).items() if t != "d"})
+    assert [entry["group"] for entry in info.records["inner"]] == [["a", "b"]]
+    assert inner.priority.last.isnan().all()
+    info = mt.step(lambda asked: losses(model, asked))
+    assert inner.priority.last[:3].isfinite().any()
+    mt.end_window()
+    assert inner.priority.last.isfinite().all()
+
+
+def test_an_inner_method_keeps_its_state_where_a_group_is_left_out():
+    class Broken(type(torchmto.make_method("pcgrad"))):
+        def weights(self, gramian, losses=None, indices=None):
+            self.add_state("calls", getattr(self, "calls", 0) + 1)
+            torch.rand(3, generator=self.generator)
+            return torch.full((len(gramian),), torch.nan if self.calls == 2 else 1.0, dtype=torch.float64)
+
+    inner = Broken()
+    model, mt, losses = setup(groups=[["a", "b"], ["c", "d"]], inner=inner)
+    mt.on_nonfinite = "skip"
+    inner.add_state("calls", 0)
+    expected = copy.deepcopy(inner.generator)
+    info = mt.step(lambda asked: losses(model, asked))
+    torch.rand(3, generator=expected)
+    assert (info.skipped, info.num_optimizer_steps, inner.calls) == (True, 1, 1)
+    assert len(info.records["inner"]) == 1
+    assert torch.equal(inner.generator.get_state(), expected.get_state())
+
+
+def test_fallbacks_inside_the_groups_are_counted():
+    class Failing(type(torchmto.make_method("pcgrad"))):
+        def weights(self, gramian, losses=None, indices=None):
+            self.num_fallbacks += 1
+            return torch.ones(len(gramian), dtype=gramian.dtype)
+
+    model, mt, losses = setup(groups=[["a", "b"], ["c", "d"]], inner=Failing())
+    for _ in range(2):
+        assert mt.step(lambda asked: losses(model, asked)).num_fallbacks == 2
+
+
+def test_affinities_are_of_the_batch_even_if_the_inner_method_looks_at_others():
+    model, mt, losses = setup(groups=[["a", "b"], ["c", "d"]], inner="modo", decay=1.0, measure_last=True)
+    model.requires_grad_(requires_grad=True)
+    mt.network.optimizer.param_groups[0]["lr"] = 0.0
+    other = [lambda asked, s=s: {t: s * v for t, v in losses(model, asked).items()} for s in (2.0, 5.0)]
+    info = mt.step(lambda asked: losses(model, asked), independent=other)
+    assert not info.records["affinity"].any()
+
+
+@pytest.mark.parametrize("inner", [None, "pcgrad"])
+@pytest.mark.parametrize("attribution", ["actor", "official"])
+def test_a_group_without_labels_loses_nothing(inner, attribution):
+    """The losses after the step before it are those before the step after it."""
+    model, mt, losses = setup(groups=[["a"], ["b", "c"], ["d"]], inner=inner, decay=1.0, attribution=attribution)
+    for _ in range(12):
+        mt.method.affinity = torchmto.ProximalAffinity(TASKS, 1.0, attribution)
+        info = mt.step(lambda asked: {t: v for t, v in losses(model, asked).items() if t in "ad"})
+        first, last = (group for group in info.records["order"] if group in (["a"], ["d"]))
+        (credited,) = first if attribution == "actor" else last
+        moved = info.records["affinity"].any(1)
+        assert [task for task, row in zip(TASKS, moved, strict=True) if row] == [credited]
 
 
 def test_same_noise_makes_affinities_repeatable():
@@ -157,6 +255,7 @@ def test_same_noise_makes_affinities_repeatable():
         ({"attribution": "next"}, "attribution"),
         ({"warmup": -1}, "an int >= 0"),
         ({"inner": "gd"}, "a Gramian method"),
+        ({"inner": torchmto.make_method("pcgrad", refresh_every=2)}, "inner.refresh_every"),
     ],
 )
 def test_wrong_options(options, message):

@@ -88,9 +88,33 @@ def test_seed():
         runs.append(state(mt)["model"])
     assert same(runs[0], runs[1])
     assert not same(runs[0], runs[2])
-    method = torchmto.make_method("wpcgrad", priority="rlw")
-    make(method, seed=5)
-    assert method.generator.initial_seed() == method.priority.weighting.generator.initial_seed() == 5
+
+
+@pytest.mark.parametrize("seed", [None, 0, 5, -1, 2**64 - 1])
+def test_methods_that_work_together_draw_independently(seed):
+    """The outer method has the seed itself; what is inside it, or before it, has seeds derived from that."""
+
+    def generators():
+        method = torchmto.make_method("wpcgrad", priority="rlw")
+        groups = torchmto.make_method("task_groups", inner=torchmto.make_method("cr_mogm", method=method))
+        _, _, mt = make(groups, weights="rlw", seed=seed)
+        parts = (groups, groups.inner, method, method.priority, method.priority.weighting, mt.weights)
+        return [part.generator for part in parts]
+
+    outer, *others = generators()
+    assert torch.equal(outer.get_state(), torch.Generator().manual_seed(seed or 0).get_state())
+    draws = torch.stack([torch.rand(400, generator=generator) for generator in (outer, *others)])
+    assert (torch.corrcoef(draws) - torch.eye(len(draws))).abs().max() < 0.2
+    assert torch.equal(draws, torch.stack([torch.rand(400, generator=generator) for generator in generators()]))
+
+
+def test_a_seed_given_to_the_weights_by_hand_stays():
+    weights = torchmto.make_method("rlw")
+    weights.seed(7)
+    make("pcgrad", weights=weights)
+    assert weights.generator.initial_seed() == 7
+    make("pcgrad", weights=weights, seed=7)
+    assert weights.generator.initial_seed() != 7
 
 
 def test_roles_given_on_loading_follow_the_saved_ones():

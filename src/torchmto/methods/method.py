@@ -74,7 +74,8 @@ class Method(ABC):
         properties: What it promises.
         needs_closure: Whether it runs the model more than once per step.
         needs_losses_after: Whether it needs the losses after the step.
-        generator: The random generator, seed 0 at construction.
+        generator: The random generator, seed 0 at construction. That of a method inside this one has a seed derived from this
+            one's (:func:`derived_seed`).
     """
 
     name: ClassVar[str] = ""
@@ -104,6 +105,8 @@ class Method(ABC):
         if name not in self._states:
             self._states.append(name)
         setattr(self, name, value)
+        if isinstance(value, Method):
+            value.seed(derived_seed(self.generator.initial_seed(), name))
 
     def setup(self, num_tasks: int) -> None:
         """Declare the states whose size depends on the number of tasks. Called once, before the first use."""
@@ -133,12 +136,12 @@ class Method(ABC):
             inner.attach(network)
 
     def seed(self, seed: int) -> None:
-        """Reseed every random choice, inner methods included."""
+        """Reseed every random choice, inner methods included, each with a seed of its own."""
         self.generator.manual_seed(seed)
         for state in self._states:
             value = getattr(self, state)
             if isinstance(value, Method):
-                value.seed(seed)
+                value.seed(derived_seed(seed, state))
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
@@ -263,6 +266,14 @@ class Method(ABC):
 
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Update state once the step has been taken."""
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """The seed of the method called ``name`` inside, or beside, one with the seed ``seed``.
+
+    With one seed for both their draws would be the same numbers.
+    """
+    return zlib.crc32(name.encode(), seed)
 
 
 def copied(value: Any) -> Any:
@@ -424,6 +435,15 @@ class GramianWeighting(Method):
         """The weights of this step's gradients; overridden by methods that look at more than their Gramian."""
         return self.weights(gradients.gramian, gradients.losses, gradients.indices)
 
+    def descend(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+        """One optimizer step along the weighted sum of these gradients; returns the weights."""
+        self.num_fallbacks = 0
+        weights = self.step_weights(problem, gradients)
+        problem.combine(gradients, weights, heads=self.heads)
+        problem.apply()
+        self.after_step(gradients.reduced, problem)
+        return weights
+
     def step(self, problem: Problem) -> StepInfo:
         """Per-task gradients, weights from their Gramian, one combined step."""
         if self.refresh_every > 1 and self._age % self.refresh_every:
@@ -431,14 +451,10 @@ class GramianWeighting(Method):
             if info is not None:
                 return info
         gradients = problem.gradients()
-        self.num_fallbacks = 0
-        weights = self.step_weights(problem, gradients)
-        problem.combine(gradients, weights, heads=self.heads)
-        problem.apply()
+        weights = self.descend(problem, gradients)
         if self.refresh_every > 1:
             self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
             self._age = 1
-        self.after_step(gradients.reduced, problem)
         return problem.info(
             weights=weights,
             indices=gradients.indices,

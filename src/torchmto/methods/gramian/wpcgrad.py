@@ -57,7 +57,8 @@ class WPCGrad(GramianWeighting):
     algorithm read literally): PCGrad's inner loop with each task's order drawn from the probabilities.
 
     Scale: sum. Heads: their own task's gradient. Uniform probabilities are not PCGrad, which alters both members of a
-    conflicting pair. Random: one draw per step from :attr:`generator`.
+    conflicting pair. Random, from :attr:`generator`: the order ("pcgrad": every task's own); in mode "pairwise" who is kept in
+    each pair, and the order of every task's projections.
 
     Args:
         mode: "order", "pairwise" or "pcgrad".

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from torchmto.checks import check_choice, check_flag, check_integer, found
 from torchmto.methods.method import Cost, GramianWeighting, Procedure, Properties
@@ -29,8 +30,8 @@ class TaskGroups(Procedure):
 
     With M groups a batch costs M forwards, M backwards and M optimizer steps (plus one forward without gradient where
     ``measure_last`` or a single group needs it): compare methods by ``StepInfo``'s counters, and step schedulers once per
-    batch. Scale: sum within a group. Heads: their own task's gradient, once per batch. Random: the order of the groups, and
-    random groups, from :attr:`generator`.
+    batch. Scale: sum within a group. Heads: their own task's gradient, once per batch (twice where ``single="twice"`` updates
+    the only group twice). Random: the order of the groups, and random groups, from :attr:`generator`.
 
     Args:
         groups: "adaptive": from the affinities; a fixed partition (a list of lists of names); or a baseline of the paper's
@@ -52,7 +53,9 @@ class TaskGroups(Procedure):
         regroup_every: Form new groups every n batches; the released code does so every batch.
         num_groups: Number of random groups; default half the number of tasks, rounded up.
         random_state: Seed of affinity propagation.
-        inner: A Gramian method (name or object) that combines the gradients inside a group; default their sum.
+        inner: A Gramian method (name or object) that combines the gradients inside a group; default their sum. Then a batch
+            costs K backwards. A task on its own gets its plain gradient; the method is told its loss. To its windows of
+            losses every group's update is a step. What it records is in ``records["inner"]``, group by group.
         noise_floor: Record, at the cost of one extra forward per batch, the affinity of a step that changes nothing: how much
             losses move between two forwards of one batch by dropout and the like.
 
@@ -115,6 +118,8 @@ class TaskGroups(Procedure):
         made = make_method(inner) if isinstance(inner, str) else inner
         if made is not None and not isinstance(made, GramianWeighting):
             raise ValueError(found("inner", "a Gramian method", inner))
+        if made is not None and made.refresh_every > 1:
+            raise ValueError(found("inner.refresh_every", "1: groups don't keep their weights", made.refresh_every))
         self.add_state("inner", made)
         self.noise_floor = check_flag("noise_floor", noise_floor)
         self.add_state("num_batches", 0)
@@ -145,7 +150,7 @@ class TaskGroups(Procedure):
         return [list(group) for group in self.grouping]
 
     def cost(self, num_tasks: int) -> Cost:
-        """M of everything for M groups; adaptive groups start with M = K."""
+        """M of everything for M groups, with an inner method K backwards; adaptive groups start with M = K."""
         num_groups = num_tasks
         if self.grouping == "joint" or num_tasks == 1:
             num_groups = 1
@@ -154,9 +159,11 @@ class TaskGroups(Procedure):
         elif not isinstance(self.grouping, str):
             num_groups = len(self.grouping)
         alone = num_groups == 1 and num_tasks > 1 and self._tracks()
-        substeps = 2 if alone and self.single == "twice" else num_groups
+        times = 2 if alone and self.single == "twice" else 1
+        substeps = times * num_groups
         last = self.measure_last or (alone and self.single == "measure")
-        return Cost(substeps + last + self.noise_floor, substeps, substeps)
+        num_backward = substeps if self.inner is None else times * num_tasks
+        return Cost(substeps + last + self.noise_floor, num_backward, substeps)
 
     def _tracks(self) -> bool:
         """Whether the grouping uses affinities."""
@@ -178,41 +185,48 @@ class TaskGroups(Procedure):
             groups = groups * 2
         self.affinity.new_batch()
         still = problem.losses(replay=False) if self.noise_floor else None
+        told: list[dict[str, Any]] = []
         for number, group in enumerate(groups):
             steps = problem.num_optimizer_steps
-            losses = self._update(problem, group)
+            losses = self._update(problem, group, told)
             if number == 0 and still is not None and losses is not None:
-                floor = 1 - losses.raw / still.raw
-                records["noise_floor"] = dict(
-                    zip((problem.tasks[i] for i in losses.indices), floor.tolist(), strict=True)
-                )
-            if problem.num_optimizer_steps == steps:
-                self.affinity.new_batch()
-                continue
-            present = [name for name in group if name in problem.last_losses]
-            self.affinity.update(present, problem.last_losses)
+                records["noise_floor"] = _named(problem, losses, 1 - losses.raw / still.raw)
+            # A group that was left out has moved nothing: the losses after the step before it are those before the next.
+            if losses is not None and problem.num_optimizer_steps > steps:
+                before = _named(problem, losses, losses.raw)
+                self.affinity.update([name for name in group if name in before], before)
         measure = self.measure_last or (self._alone and self.single == "measure")
         if measure and problem.num_optimizer_steps:
             after = problem.losses()
-            values = dict(zip((problem.tasks[i] for i in after.indices), after.raw.tolist(), strict=True))
+            values = _named(problem, after, after.raw)
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
         self.num_batches += 1
         if self._tracks() and self.num_batches >= self.warmup and self.num_batches % self.regroup_every == 0:
             self.current = self._regroup()
         records.update(order=[list(group) for group in groups], affinity=self.affinity.matrix)
-        return problem.info(records=records)
+        if self.inner is not None:
+            records["inner"] = told
+        return problem.info(num_fallbacks=sum(entry["num_fallbacks"] for entry in told), records=records)
 
-    def _update(self, problem: Problem, group: list[str]) -> Losses | None:
-        """One group's optimizer step; returns the losses of all tasks before it, None if it was left out."""
-        if self.inner is None or len(group) == 1:
-            return problem.descend(group, forward=problem.asked)
+    def _update(self, problem: Problem, group: list[str], told: list[dict[str, Any]]) -> Losses | None:
+        """One group's optimizer step; returns the losses of all tasks before it, None if it was left out.
+
+        What the inner method has to tell about its step is added to ``told``.
+        """
+        inner, steps = self.inner, problem.num_optimizer_steps
+        if inner is None or len(group) == 1:
+            losses = problem.descend(group, forward=problem.asked)
+            if inner is not None and problem.num_optimizer_steps > steps:
+                inner.after_step(losses.only({problem.tasks.index(name) for name in group}), problem)
+            return losses
+        kept = inner.snapshot()
         with problem.leaving_out():
             gradients = problem.gradients(group, forward=problem.asked)
-            weights = self.inner.weights(gradients.gramian, gradients.losses, gradients.indices)
-            problem.combine(gradients, weights, heads=self.inner.heads)
-            problem.apply()
+            inner.descend(problem, gradients)
+            told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
             return gradients.all_losses
+        inner.restore(kept)
         return None
 
     def _regroup(self) -> list[list[str]]:
@@ -234,3 +248,8 @@ class TaskGroups(Procedure):
         """Pass on to the inner method."""
         if self.inner is not None:
             self.inner.end_window()
+
+
+def _named(problem: Problem, losses: Losses, values: Tensor) -> dict[str, float]:
+    """Task -> number, of one number per loss."""
+    return dict(zip((problem.tasks[i] for i in losses.indices), values.tolist(), strict=True))
