@@ -190,6 +190,29 @@ def test_equal_projections_that_do_not_exist():
     assert config.weights.tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    ("solver", "exists"), [(solvers.aligned, True), (solvers.imtl_g, False), (solvers.config, False)]
+)
+@pytest.mark.parametrize("dependence", ["sum", "plane", "twin"])
+def test_dependent_gradients_in_single_precision(solver, exists, dependence):
+    """Rounding errors of float32 products are no direction of their own."""
+    for seed in range(12):
+        J = np.random.default_rng(seed).normal(size=(3, 2 if dependence == "plane" else 500))
+        J[2] = {"sum": J[0] + J[1], "plane": J[2], "twin": 2 * J[0]}[dependence]
+        single = J.astype(np.float32)
+        found, expected = solver(single @ single.T), solver(J @ J.T)
+        update = expected.weights @ J
+        assert np.linalg.norm(found.weights @ J - update) <= 1e-3 * np.linalg.norm(update)
+        assert found.converged == expected.converged == (exists or dependence == "twin")
+
+
+def test_config_can_conflict_where_no_equal_projections_exist():
+    J = np.array([[-0.57, -1.03], [-1.04, 0.27], [0.36, 1.32], [-0.01, 1.04]])
+    solution = solvers.config(J @ J.T)
+    assert not solution.converged
+    assert (J @ (solution.weights @ J)).min() < 0 < (J @ (solvers.min_norm(J @ J.T).weights @ J)).min()
+
+
 @few
 @given(J=full_rank(), scale=st.sampled_from(["min", "median", "rmse"]))
 def test_aligned_gradients_are_orthogonal_and_equally_long(J, scale):

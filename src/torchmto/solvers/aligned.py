@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Solution
-from torchmto.solvers.unit import check_weights, factor, unit_gramian
+from torchmto.solvers.unit import SINGLE, check_weights, factor, unit_gramian
 
 Scale = Literal["min", "median", "rmse"]
 
@@ -17,7 +17,9 @@ def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.Arr
     The gradients are replaced by the nearest set of orthogonal vectors of one length, which has condition
     number 1. The eigenvectors V and eigenvalues :math:`\Lambda` come from a singular value decomposition of a
     factor of the Gramian, which keeps the small eigenvalues accurate when the gradients' lengths differ by
-    orders of magnitude.
+    orders of magnitude. The rank is that of gradients in single precision: where what the others leave of a
+    unit gradient has a squared length below K times 1e-6, it counts as dependent on them, as the "min" scale
+    would otherwise be the length of rounding errors.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -46,7 +48,7 @@ def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.Arr
     preference = check_weights(preference, unit.num_tasks, 1.0)
     if len(unit.live) == 0 or unit.num_tasks == 1:
         return Solution(preference, converged=True, residual=0.0, iterations=0)
-    rows = factor(unit.live_cosines()) * unit.norms[unit.live]
+    rows = factor(unit.live_cosines(), SINGLE) * unit.norms[unit.live]
     _, lengths, directions = np.linalg.svd(rows, full_matrices=False)
     if scale == "min":
         length = lengths[-1]

@@ -4,15 +4,18 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import UnitGramian, positive_eigenvalues, uniform, unit_gramian
+from torchmto.solvers.unit import SINGLE, UnitGramian, positive_eigenvalues, uniform, unit_gramian
 
 
-def imtl_g(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
+def imtl_g(gramian: npt.ArrayLike, *, tolerance: float = 1e-5) -> Solution:
     r"""Weights with sum 1 whose update has equal projections on all unit gradients.
 
     With unit gradients U the update is along :math:`U^\top (U U^\top)^{+} \mathbb{1}`. As the sum of the
     weights fixes its sign, the common projection can be negative when gradients of unequal length conflict;
     that is the method.
+
+    The rank is that of gradients in single precision: eigenvalues of the cosines below K times 1e-6 of the
+    largest one count as zero.
 
     Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
     weights are the least-squares solution; where that is zero, or its weights sum to zero, they are 1/K. Zero
@@ -46,11 +49,14 @@ def imtl_g(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
     return Solution(unit.expand(weights / total), residual <= tolerance, residual, iterations=0)
 
 
-def config(gramian: npt.ArrayLike, *, tolerance: float = 1e-6) -> Solution:
+def config(gramian: npt.ArrayLike, *, tolerance: float = 1e-5) -> Solution:
     r"""Weights of the conflict-free direction with the length that the gradients agree on.
 
     The direction is that of :math:`U^{+} \mathbb{1} = U^\top (U U^\top)^{+} \mathbb{1}` for unit gradients U,
     on which all projections are equal; the length is :math:`\sum_i g_i \cdot \hat d`.
+
+    The rank is that of gradients in single precision: eigenvalues of the cosines below K times 1e-6 of the
+    largest one count as zero.
 
     Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
     direction is the least-squares one; where that is zero, so are the weights. Zero gradients take no part
@@ -90,7 +96,7 @@ def _equalize(unit: UnitGramian) -> tuple[Array, Array, float]:
     """Combination of live unit gradients nearest to equal projections, the projections, their deviation."""
     cosines = unit.live_cosines()
     size = len(cosines)
-    eigenvalues, vectors = positive_eigenvalues(cosines)
+    eigenvalues, vectors = positive_eigenvalues(cosines, SINGLE)
     share = vectors.sum(axis=0)
     if float(share @ share) <= 1e-12 * size:
         return np.zeros(size), np.zeros(size), 1.0

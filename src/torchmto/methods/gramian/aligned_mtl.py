@@ -21,8 +21,9 @@ class AlignedMTL(PreferenceWeighting):
     condition number 1; V and :math:`\Lambda` are eigenvectors and eigenvalues of G over its numerical rank, u the
     preference.
 
-    Scale: sum, as in LibMTL; TorchJD takes the mean (``scale="mean"``). Threshold of the rank: K times the machine
-    precision, relative. Heads: their own task's gradient. Not random.
+    Scale: sum, as in LibMTL; TorchJD takes the mean (``scale="mean"``). Threshold of the rank: a unit gradient
+    whose squared distance from what the others span is below K times 1e-6, the rounding error of single precision with
+    some room, counts as dependent on them. Heads: their own task's gradient. Not random.
 
     Args:
         scale_mode: The common squared length: the smallest eigenvalue ("min", paper), the "median" one, or the mean

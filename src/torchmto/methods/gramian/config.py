@@ -17,8 +17,9 @@ class ConFIG(GramianWeighting):
 
     The direction is that of :math:`U^{+} \mathbb{1} = U^\top (U U^\top)^{+} \mathbb{1}` for unit gradients U, on
     which all projections are equal; the length is :math:`\sum_i g_i \cdot \hat d`. Where linearly dependent gradients
-    allow no equal projections, the direction is the least-squares one (counted as a fallback); zero gradients take no
-    part.
+    allow no equal projections, the direction is the least-squares one (counted as a fallback), which can conflict with
+    some of them. Gradients are dependent where an eigenvalue of their cosines is below K times 1e-6 of the largest one,
+    the rounding error of single precision with some room. Zero gradients take no part.
 
     With three tasks or more it can stop short of the Pareto set: where some combination of the unit gradients whose
     weights sum to 1 vanishes, even with negative weights, no direction projects equally on all.
@@ -39,7 +40,7 @@ class ConFIG(GramianWeighting):
 
     source = "Liu et al., ICLR 2025, equations 2-4"
     use = "When every update has to help every task at an equal rate."
-    properties = Properties(pareto=False, nonconflicting=True)
+    properties = Properties(pareto=False)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""

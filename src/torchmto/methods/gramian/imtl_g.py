@@ -17,7 +17,9 @@ class IMTLG(GramianWeighting):
 
     The weights have sum 1. They can be negative, and where gradients of very different length conflict even the
     common projection can be. Where linearly dependent gradients allow no equal projections, the weights are the
-    least-squares ones, or 1/K if these are 0; both are counted as fallbacks. Zero gradients take no part and have weight 0.
+    least-squares ones, or 1/K if these are 0; both are counted as fallbacks. Gradients are dependent where an eigenvalue
+    of their cosines is below K times 1e-6 of the largest one, the rounding error of single precision with some room. Zero
+    gradients take no part and have weight 0.
 
     Scale: the weights sum to 1. No eps. Heads: their own task's gradient. Not random. The loss part is the loss
     weighting ``imtl_l``; the paper's full method is ``MultiTask(..., method="imtl_g", weights="imtl_l")``.
