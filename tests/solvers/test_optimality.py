@@ -141,6 +141,33 @@ def test_fair_solves_its_equation(J, alpha):
     np.testing.assert_allclose(J @ (w @ J), w ** (-1 / alpha), rtol=1e-6)
 
 
+def spread_rows(seed, span):
+    """Rows whose lengths span 10**±span."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(5, 50)) * 10 ** rng.uniform(-span, span, size=(5, 1))
+
+
+@pytest.mark.parametrize(("alpha", "span"), [(0.5, 2), (10, 2), (20, 2), (50, 1), (100, 1), (100, 2)])
+def test_fair_with_strong_preferences(alpha, span):
+    for seed in range(6):
+        J = spread_rows(seed, span)
+        solution = solvers.fair(J @ J.T, alpha)
+        assert solution.converged
+        # Of large projections the weights underflow to 0.
+        np.testing.assert_allclose((J @ (solution.weights @ J)) ** -alpha, solution.weights, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("alpha", "span"), [(0.1, 3), (1000, 3)])
+def test_fair_that_stops_on_the_way_conflicts_with_no_task(alpha, span):
+    solutions = []
+    for seed in range(6):
+        J = spread_rows(seed, span)
+        solutions.append(solvers.fair(J @ J.T, alpha))
+        update = solutions[-1].weights @ J
+        assert (unit_rows(J) @ update > -1e-12 * np.linalg.norm(update)).all()
+    assert not all(solution.converged for solution in solutions)
+
+
 @few
 @given(J=full_rank(), exponents=st.integers(0, 1000))
 def test_nash_direction_does_not_depend_on_lengths(J, exponents):

@@ -7,6 +7,11 @@ from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import factor, uniform, unit_gramian
 
 MAX_STEPS = 60
+"""Newton steps of one run."""
+
+MAX_TOTAL = 300
+"""Newton steps after which the way to alpha is given up."""
+
 RIDGE = 1e-6
 """Added to the diagonal of the cosines where the equation has no solution."""
 
@@ -15,7 +20,7 @@ def nash(gramian: npt.ArrayLike, *, tolerance: float = 1e-8) -> Solution:
     r"""Weights of the Nash bargaining solution, :math:`G w = 1/w` with w > 0.
 
     The same as :func:`fair` with ``alpha=1``, the case in which the update's direction doesn't depend on the
-    lengths of the gradients. See there for the algorithm and the fallback.
+    lengths of the gradients. See there for the algorithm and the fallbacks.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -40,12 +45,17 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     r"""Weights of the alpha-fair update, :math:`G w = w^{-1/\alpha}` with w > 0.
 
     The solution is the minimum of a strictly convex function, :math:`w^\top G w / 2` minus a concave utility
-    of each weight, found by Newton steps with a line search on gradients of unit length.
+    of each weight, found by Newton steps with a line search on gradients of unit length. Where they don't
+    reach it, as with a large alpha, whose weights span many orders of magnitude, the solution for alpha 1 is
+    followed to the alpha asked for, in as many stages as it takes, by Newton steps on the logarithm of the
+    equation that keep all projections positive.
 
-    There is no solution where a convex combination of the gradients vanishes: the weights grow without bound.
-    The fallback, reported as not converged, solves the equation with 1e-6 added to the squared length of
-    every unit gradient, which bounds the weights. Zero gradients take no part and get weight 0; if all are
-    zero the weights are 1/K.
+    Two fallbacks are reported as not converged. There is no solution where a convex combination of the
+    gradients vanishes: the weights grow without bound. Then 1e-6 is added to the squared length of every unit
+    gradient, which bounds the weights. And where the projections are too small to be told from rounding
+    errors (alpha below 0.5 with lengths that span orders of magnitude), the solution is that for the last
+    alpha that was reached on the way from 1, which conflicts with no task either. Zero gradients take no part
+    and get weight 0; if all are zero the weights are 1/K.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -76,12 +86,18 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     scale = np.exp(np.log(norms).mean())
     demand = (norms / scale) ** (power - 1.0)
     lengths, residual, iterations = _solve(cosines, demand, power)
-    converged = residual <= tolerance
-    if not converged:
-        lengths, _, extra = _solve(cosines + RIDGE * np.eye(len(cosines)), demand, power)
-        iterations += extra
+    if residual > tolerance:
+        for matrix in (cosines, cosines + RIDGE * np.eye(len(cosines))):
+            bargain, error, steps = _solve(matrix, np.ones_like(demand), 1.0)
+            iterations += steps
+            if error <= tolerance:
+                break
+        x, steps = _follow(matrix, np.log(bargain), np.log(norms / scale), power, tolerance)
+        iterations += steps
+        lengths = np.exp(x)
+        residual = float(np.abs((cosines @ lengths) * np.exp(power * x) / demand - 1.0).max())
     weights = unit.expand(lengths * scale ** ((power - 1.0) / (power + 1.0)) / norms)
-    return Solution(weights, converged, residual, iterations)
+    return Solution(weights, residual <= tolerance, residual, iterations)
 
 
 def _solve(cosines: Array, demand: Array, power: float) -> tuple[Array, float, int]:
@@ -124,3 +140,54 @@ def _step_size(cosines: Array, demand: Array, power: float, x: Array, change: Ar
             break
         size /= 2
     return size
+
+
+def _follow(cosines: Array, x: Array, logs: Array, power: float, tolerance: float) -> tuple[Array, int]:
+    """From the solution for power 1 towards that for ``power``: the logarithms of the last one reached, the steps."""
+    done, target, total = 0.0, float(np.log(power)), 0
+    stage = target
+    while done != target and abs(stage) > 1e-3 and total < MAX_TOTAL:
+        ahead = target if abs(stage) >= abs(target - done) else done + stage
+        tried = np.exp(ahead)
+        found, error, steps = _newton(cosines, x, tried, (tried - 1.0) * logs)
+        total += steps
+        if error <= tolerance:
+            x, done, stage = found, ahead, 2 * stage
+        else:
+            stage /= 4
+    return x, total
+
+
+def _newton(cosines: Array, x: Array, power: float, target: Array) -> tuple[Array, float, int]:
+    """The x with ``log(cosines @ e**x) + power * x = target``, its largest error, the steps taken.
+
+    With all projections positive the derivative is invertible and the squared error falls along a Newton step.
+    """
+    diagonal = np.arange(len(x))
+    lengths = np.exp(x)
+    given = cosines @ lengths
+    if given.min() <= 0.0:
+        return x, np.inf, 0
+    error = np.log(given) + power * x - target
+    step = 0
+    while np.abs(error).max() > 1e-13 and step < MAX_STEPS:
+        derivative = cosines * lengths / given[:, None]
+        derivative[diagonal, diagonal] += power
+        try:
+            change = np.linalg.solve(derivative, -error)
+        except np.linalg.LinAlgError:
+            break
+        size = min(1.0, 30.0 / float(np.abs(change).max()))
+        while size > 1e-6:
+            moved = x + size * change
+            lengths = np.exp(moved)
+            given = cosines @ lengths
+            if given.min() > 0.0:
+                left = np.log(given) + power * moved - target
+                if left @ left <= (1.0 - size / 2) * (error @ error):
+                    break
+            size /= 2
+        else:
+            break
+        x, error, step = moved, left, step + 1
+    return x, float(np.abs(error).max()), step
