@@ -250,6 +250,7 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
     }
     (line,) = arms["a"].failed
     assert f"{hurt}, seed 0, learning_rate 0.3: " in line
+    assert line in comparison._settings_table("a", arms["a"], loaded).notes[-1]
     again, _ = run_arms(context)
     assert again["a"].experiment == arms["a"].experiment
     assert again["a"].failed == arms["a"].failed
@@ -269,17 +270,19 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("study: oracle\narms: {a: {methods: [gd], run: {model: nothing}}}", "arm a: .*nothing"),
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {model: nothing}}}", "arm b: .*nothing"),
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {epochs: many}}}", "arm b: .*epochs.*'many'"),
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], method_run: {epochs: 0}}}", "arm b: .*epochs.*0"),
         ("arms: {a: {methods: [gd, 'pcgrad(c=1)']}}", "arm a: .*pcgrad"),
         ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
     ],
-    ids=["model", "epochs", "method_run", "method", "tune"],
+    ids=["study", "model", "epochs", "method_run", "method", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.setattr(runner, "train_and_measure", None)
-    path = recipe(tmp_path, f"study: comparison\nsummary: toy\n{text}\n")
+    study = "" if "study" in text else "study: comparison\n"
+    path = recipe(tmp_path, f"{study}summary: toy\n{text}\n")
     assert main(["reproduce", str(path), "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)

@@ -1,10 +1,12 @@
 """The training runs of an experiment: each arm is one comparison of `torchmto.lab.compare` in a folder of its own."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchmto.lab.atomic import canonical, write_bytes
 from torchmto.lab.compare import Experiment, FailedRunsError, RunFolder, compare, summarize, write_outputs
@@ -15,10 +17,12 @@ from torchmto.lab.data import DataBundle, Task, load_data
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.reproduce.budget import BudgetSpentError, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, RecipeError
-from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.training import RunConfig, chosen_tasks, primary_values
 
-__all__ = ["ArmResult", "TunedExperiment", "run_arms"]
+if TYPE_CHECKING:  # the studies import this module
+    from torchmto.lab.reproduce.studies.context import Context
+
+__all__ = ["ArmResult", "TunedExperiment", "check_arm", "run_arms"]
 
 Result = Mapping[str, Any]
 
@@ -122,19 +126,29 @@ def run_arms(context: Context) -> tuple[dict[str, ArmResult], bool]:
     return done, complete
 
 
-def _planned(context: Context, arm: Arm) -> TunedExperiment:
-    """An arm's comparison before tuning, of which everything can be built."""
+def check_arm(context: Context, arm: Arm, methods: tuple[str, ...]) -> None:
+    """Build everything once, so that a mistake shows before hours of training.
+
+    Raises:
+        FileNotFoundError: If the arm's data isn't there.
+        RecipeError: If its settings make no sense for these methods.
+    """
     recipe = context.recipe
     try:
         run = recipe.run_config(arm, context.data_root)
-        own = {method: dict(arm.method_run) for method in arm.methods if arm.method_run}
-        experiment = TunedExperiment(arm.methods, context.seeds, run, chosen=own)
-        for settings in (arm.method_run, *({**recipe.tune_run, **settings} for settings in recipe.tune)):
-            variant = Experiment(arm.methods, 1, replace(run, **settings))
-            variant.check(_data(variant))
+        for settings in ({}, arm.method_run, *({**recipe.tune_run, **settings} for settings in recipe.tune)):
+            experiment = Experiment(methods, 1, replace(run, **settings))
+            experiment.check(_data(experiment))
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{recipe.name}, arm {arm.name}: {error}") from error
-    return experiment
+
+
+def _planned(context: Context, arm: Arm) -> TunedExperiment:
+    """An arm's comparison before tuning."""
+    check_arm(context, arm, arm.methods)
+    own = {method: dict(arm.method_run) for method in arm.methods if arm.method_run}
+    run = context.recipe.run_config(arm, context.data_root)
+    return TunedExperiment(arm.methods, context.seeds, run, chosen=own)
 
 
 def _data(experiment: Experiment) -> DataBundle:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torchmto.checks import check_choice
 from torchmto.lab.report import write_report
+from torchmto.lab.reproduce.arms import check_arm
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import Findings, check_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
@@ -38,7 +39,7 @@ def reproduce(
         What was found, which is also in ``results.json``, ``results.md``, ``report.html`` and ``plots/`` of the folder.
 
     Raises:
-        RecipeError: If there is no such study.
+        RecipeError: If there is no such study, or an arm's settings make no sense.
         FolderError: If the folder belongs to something else.
     """
     try:
@@ -46,10 +47,13 @@ def reproduce(
     except ValueError as error:
         raise RecipeError(str(error)) from error
     check_folder(folder, recipe)
-    folder.mkdir(parents=True, exist_ok=True)
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
-    findings = STUDIES[recipe.study](Context(recipe, folder, data_root, asked, budget, jobs, say))
+    context = Context(recipe, folder, data_root, asked, budget, jobs, say)
+    for arm in recipe.arms:  # some studies change the tasks, and methods may name them: what runs methods checks those
+        check_arm(context, arm, ("gd",))
+    folder.mkdir(parents=True, exist_ok=True)
+    findings = STUDIES[recipe.study](context)
     write_findings(folder, recipe, findings, seeds=asked, minutes=budget.used)
     try:
         write_report([folder])
