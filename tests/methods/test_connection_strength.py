@@ -1,6 +1,9 @@
 """Connection strength as a method: phases, schedules, phase 2 against a computation by hand."""
 
+import contextlib
 import copy
+import dataclasses
+import io
 
 import pytest
 import torch
@@ -170,10 +173,211 @@ def test_a_phase_drawn_per_epoch_holds_until_the_window_ends():
         mt.end_window()
 
 
-def test_any_method_can_be_the_second_phase():
-    _, mt, closure = setup(schedule="phase2", phase2="pcgrad")
+@pytest.mark.parametrize("phase2", ["pcgrad", "gd"])
+def test_any_method_can_be_the_second_phase_and_reports_as_it_does_alone(phase2):
+    _, mt, closure = setup(schedule="phase2", phase2=phase2)
+    alone, _, same_closure = setup(schedule="phase2")
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.05)
+    expected = torchmto.MultiTask(alone, optimizer, tasks=TASKS, method=phase2).step(same_closure)
     info = mt.step(closure)
-    assert (info.records["phase"], info.num_backward, info.num_optimizer_steps) == (2, 3, 1)
+    assert info.records["phase"] == 2
+    assert set(info.records["layer_priority_shares"]) == {"trunk.0", "trunk.3"}
+    for field in dataclasses.fields(info):
+        if field.name == "cosines":
+            assert (info.cosines is None) == (expected.cosines is None)
+            assert info.cosines is None or torch.equal(info.cosines, expected.cosines)
+        elif field.name != "records":
+            assert getattr(info, field.name) == getattr(expected, field.name), field.name
+
+
+@pytest.mark.parametrize("how", ["frozen", "not in the optimizer"])
+def test_a_layer_keeps_its_priorities_where_only_its_weight_is_trained(how):
+    model, _, closure = setup()
+    bias = model.trunk[3].bias
+    bias.requires_grad_(how != "frozen")
+    trained = [p for p in model.parameters() if p is not bias]
+    gradients = {}
+    for phase2 in ("priority", "gd"):
+        optimizer = torch.optim.SGD(trained, lr=0.0)
+        method = torchmto.make_method("connection_strength", schedule="phase2", phase2=phase2)
+        info = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method).step(closure)
+        gradients[phase2] = model.trunk[3].weight.grad
+        assert set(info.records["layer_priority_shares"]) == {"trunk.0", "trunk.3"}
+        assert bias.grad is None
+    assert not torch.allclose(gradients["priority"], gradients["gd"])
+
+
+class Branching(nn.Module):
+    """Nothing of it traces, norms are registered before their layers, and a task may leave before the second block."""
+
+    def __init__(self, early=(), tasks=("a", "b", "c")):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.convs = nn.ModuleList([nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1)])
+        self.heads = nn.ModuleDict({task: nn.Conv2d(4, 1, 1) for task in tasks})
+        self.early = set(early)
+
+    def forward(self, x, tasks):
+        y = self.norms[0](self.convs[0](x)).relu()
+        if float(y.detach().sum()) > 1e9 or not set(tasks) & set(self.heads):
+            return {}
+        z = y if set(tasks) <= self.early else self.norms[1](self.convs[1](y)).relu()
+        return {task: self.heads[task](z) for task in tasks}
+
+
+def branching(seed=0, early=(), stacked=False, **options):
+    tasks = ("a", "b", "c")
+    torch.manual_seed(seed)
+    model = structure.split_norms(Branching(early), tasks).double()
+    method = torchmto.make_method("connection_strength", **{"schedule": "phase2", **options})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    mt = torchmto.MultiTask(model, optimizer, tasks=tasks, method=method, stacked=stacked)
+
+    def closure_of_step(step, present=tasks):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 2, 3, 3, dtype=torch.float64, generator=generator)
+
+        def closure(asked):
+            wanted = tuple(task for task in asked if task in present)
+            copies = x.repeat(len(wanted), 1, 1, 1)
+            with structure.norms.active_tasks(wanted) if stacked and wanted else contextlib.nullcontext():
+                out = model(copies, wanted)
+            parts = {task: out[task].chunk(len(wanted))[i] for i, task in enumerate(wanted)}
+            return {task: (y - tasks.index(task) * x[:, :1]).square().mean() for task, y in parts.items()}
+
+        return closure
+
+    return model, mt, closure_of_step
+
+
+def fails(asked):
+    raise RuntimeError("a corrupt image")
+
+
+FIRST_STEPS = {
+    "all tasks": (["abc"], {}),
+    "an error before any forward": ([fails, "abc"], {}),
+    "an error after a forward": (["a!", "abc"], {}),
+    "a task that leaves early": (["c", "a", "b"], {"early": "c"}),
+    "the same in phase 1": (["c", "c", "ab"], {"early": "c", "schedule": "phase1"}),
+    "all tasks in one pass": (["abc"], {"stacked": True}),
+    "another second phase": (["c", "ab"], {"early": "c", "phase2": "pcgrad"}),
+}
+
+
+@pytest.mark.parametrize("case", FIRST_STEPS)
+def test_layers_are_found_whatever_the_first_steps_saw(case):
+    first, options = FIRST_STEPS[case]
+    _, mt, closure_of_step = branching(**options)
+    for step, present in enumerate(first):
+        good = closure_of_step(step, present.strip("!") if isinstance(present, str) else "abc")
+        if isinstance(present, str) and "!" not in present:
+            mt.step(good)
+            continue
+        before = mt.state_dict()["method_state"]["priorities"]
+        with pytest.raises(RuntimeError, match="corrupt"):
+            mt.step(fails if present is fails else lambda asked, good=good: good(asked) or fails(asked))
+        assert mt.state_dict()["method_state"]["priorities"] == before
+    info = mt.step(closure_of_step(9))
+    assert set(info.records["layer_priority_shares"]) == {"convs.0", "convs.1"}
+    pairs = mt.state_dict()["method_state"]["priorities"]["pairs"]
+    assert pairs["convs.1"] == ["norms.1", None, "recorded"]
+
+
+SCHEDULE = ("c", "ac", "c", "abc", "b", "abc")
+
+
+@pytest.mark.parametrize("number", range(len(SCHEDULE)))
+def test_a_resumed_training_has_the_same_layers(number):
+    """Tasks come one after the other; wherever the training is cut, it goes on bit for bit."""
+    whole, mt, closure_of_step = branching(early="c", degenerate="project")
+    infos = []
+    for step, present in enumerate(SCHEDULE):
+        if step == number:
+            saved = io.BytesIO()
+            torch.save((whole.state_dict(), mt.state_dict()), saved)
+        infos.append(mt.step(closure_of_step(step, present)))
+    saved.seek(0)
+    model_state, state = torch.load(saved, weights_only=True)
+    model, resumed, closure_of_step = branching(seed=1, early="c", degenerate="project")
+    model.load_state_dict(model_state)
+    resumed.load_state_dict(state)
+    for step in range(number, len(SCHEDULE)):
+        assert resumed.step(closure_of_step(step, SCHEDULE[step])).records == infos[step].records
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    assert resumed.state_dict()["method_state"]["priorities"] == mt.state_dict()["method_state"]["priorities"]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        {"convs.7": ["norms.0", None, "fx"]},
+        {"convs.0": ["norms.7", None, "fx"]},
+        {"norms.0": ["norms.1", None, "fx"]},
+        {"convs.0": [None, "norms.0", "fx"]},
+        {"convs.0": ["norms.0"]},
+    ],
+)
+def test_states_that_name_other_layers_are_refused(pairs):
+    _, mt, closure_of_step = branching()
+    mt.step(closure_of_step(0))
+    state = mt.state_dict()
+    wrong = copy.deepcopy(state)
+    wrong["method_state"]["priorities"]["pairs"] = pairs
+    with pytest.raises(ValueError, match=r"layer|don't fit|unpack"):
+        mt.load_state_dict(wrong)
+    assert mt.state_dict()["method_state"]["priorities"] == state["method_state"]["priorities"]
+
+
+def test_a_state_from_before_pairs_were_saved():
+    _, mt, closure_of_step = branching(early="c")
+    mt.step(closure_of_step(0))
+    state = mt.state_dict()
+    expected = state["method_state"].pop("priorities")
+    _, resumed, closure_of_step = branching(early="c")
+    resumed.load_state_dict(state)
+    for present in ("c", "ab"):
+        resumed.step(closure_of_step(1, present))
+    assert resumed.state_dict()["method_state"]["priorities"] == expected
+
+
+@pytest.mark.parametrize("options", [{}, {"measure": "gradients"}, {"schedule": "phase1"}, {"phase2": "gd"}])
+def test_a_task_that_never_reaches_a_layer_leads_none_of_its_channels(options):
+    _, mt, closure_of_step = branching(early="c", **options)
+    for step in range(6):
+        info = mt.step(closure_of_step(step))
+    shares = info.records["layer_priority_shares"]["convs.1"]
+    assert shares["c"] == 0
+    assert shares["a"] + shares["b"] == 1
+    assert set(mt.step(closure_of_step(7, "c")).losses) == {"c"}  # nobody to lead it
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("excluded", [(), "heads"])
+def test_a_norm_of_a_head_is_not_the_trunks(traceable, excluded):
+    class Tasks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(4, 6), nn.Linear(6, 5)
+            self.norm = nn.LayerNorm(6)
+            self.heads = nn.ModuleDict({t: nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 1)) for t in "ab"})
+
+        def forward(self, x):
+            y = self.norm(self.inner(x))
+            y = self.last(y.relu() if traceable or float(y.detach().sum()) < 1e9 else y)
+            return {task: head(y) for task, head in self.heads.items()}
+
+    torch.manual_seed(0)
+    model = structure.split_norms(Tasks(), ["a", "b"], exclude=excluded)
+    method = torchmto.make_method("connection_strength", schedule="phase2")
+    mt = torchmto.MultiTask(model, torch.optim.Adam(model.parameters()), tasks=["a", "b"], method=method)
+    x = torch.randn(8, 4)
+    for tasks in ("a", "ab", "ab"):
+        info = mt.step(lambda asked, tasks=tasks: {t: model(x)[t].square().mean() for t in asked if t in tasks})
+    # The norm before the last layer is of both tasks, so it goes with that.
+    assert set(info.records["layer_priority_shares"]) == {"inner", "last"}
+    assert mt.state_dict()["method_state"]["priorities"]["pairs"]["last"][:2] == [None, "norm"]
 
 
 @pytest.mark.parametrize("measure", ["gradients", "saliency"])

@@ -23,6 +23,9 @@ from torchmto.structure.preserve import undisturbed
 
 logger = logging.getLogger(__name__)
 
+Pairs = dict[str, list[str | None]]
+"""A layer's name -> the names of the norms after and before it, and how they were found; None for what there isn't."""
+
 
 def find_norm_pairs(
     model: nn.Module,
@@ -69,27 +72,33 @@ def find_norm_pairs(
     """
     if forward is not None and recording is not None:
         raise ValueError("Parameters `forward` and `recording` exclude each other. Found both.")
-    search = _Search(model)
+    search = PairSearch(model)
     if pairs is not None:
         search.take(pairs)
         return search.result()
-    for root, nodes in trace_subtrees(model):
-        search.read(nodes, "fx", whole=root is model)
+    search.trace()
     if forward is not None:
         with undisturbed(model), torch.no_grad(), record_dataflow(model) as recorded:
             forward()
         recording = recorded
     if recording is not None:
-        search.read(recording.nodes, "recorded", whole=True)
+        search.watch(recording)
     search.guess_by_order()
     return search.result()
 
 
-class _Search:
-    """What is known so far about each layer: a module and, for attentions, one of its projections."""
+class PairSearch:
+    """What is known so far about each layer: a module and, for attentions, one of its projections.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        serves: whether a norm may go with the layer of a weight; asked for pairs that aren't given explicitly.
+            By default any may. A norm that only one of a layer's tasks runs says nothing about the others.
+    """
+
+    def __init__(self, model: nn.Module, serves: Callable[[nn.Parameter, nn.Module], bool] | None = None) -> None:
         self.model = model
+        self.serves = serves
         copies = {copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()}
         inner = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         self.modules = {
@@ -102,6 +111,7 @@ class _Search:
         self.settled: set[nn.Module] = set()
 
     def result(self) -> list[StructuredLayer]:
+        """The paired layers, in the order of the model's modules."""
         chosen: dict[int, StructuredLayer] = {}
         for layer in self.layers:
             for part in _parts(layer):
@@ -116,6 +126,51 @@ class _Search:
                     described = ", ".join(f"{side} {self.modules[norm]}" for side, norm in norms if norm is not None)
                     logger.info("%s: %s (%s)", structured.name, described, structured.source)
         return list(chosen.values())
+
+    def pairs(self) -> Pairs:
+        """What is known, by name: also of layers that were seen and have no norm."""
+        known: Pairs = {}
+        for layer in self.layers:
+            for part in _parts(layer):
+                structured = self.found.get((layer, part))
+                if structured is not None:
+                    norms = [structured.norm_out, structured.norm_in]
+                    paths = [None if norm is None else self.modules[norm] for norm in norms]
+                    known[structured.name] = [*paths, structured.source]
+                elif layer in self.settled:
+                    known[self._name(layer, part)] = [None, None, None]
+        return known
+
+    def recall(self, pairs: Pairs) -> None:
+        """Take over what an earlier search of this model knew and this one doesn't.
+
+        Raises:
+            ValueError: a name that the model doesn't have, or channels that don't fit.
+        """
+        layers = {self._name(layer, part): (layer, part) for layer in self.layers for part in _parts(layer)}
+        norms: dict[str | None, nn.Module | None] = {None: None}
+        norms |= {path: module for module, path in self.modules.items() if isinstance_of_norm(module)}
+        for name, (after, before, source) in pairs.items():
+            if name not in layers or after not in norms or before not in norms:
+                raise ValueError(f"The model has no layer {name!r} with the norms {after!r} and {before!r}.")
+            (layer, part), norm_out, norm_in = layers[name], norms[after], norms[before]
+            if not (
+                self._fits(layer, part, norm_out, incoming=False) and self._fits(layer, part, norm_in, incoming=True)
+            ):
+                raise ValueError(f"The channels of layer {name!r} and the norms {after!r} and {before!r} don't fit.")
+            if norm_out is None and norm_in is None:
+                self.settled.add(layer)
+            elif (layer, part) not in self.found and self._serve(layer, part, norm_out, norm_in):
+                self._add(layer, part, norm_out, norm_in, source or "")
+
+    def trace(self) -> None:
+        """Pair the layers of the subtrees that ``torch.fx`` can trace."""
+        for root, nodes in trace_subtrees(self.model):
+            self.read(nodes, "fx", whole=root is self.model)
+
+    def watch(self, recording: Recording) -> None:
+        """Pair the layers of recorded forward passes."""
+        self.read(recording.nodes, "recorded", whole=True)
 
     def read(self, nodes: Sequence[Node], source: str, *, whole: bool) -> None:
         """Pair the layers of a graph. ``whole``: it is the whole model's, so what it lacks doesn't exist."""
@@ -135,19 +190,21 @@ class _Search:
             self.settled.update(layer for _, layer in layer_nodes)
 
     def guess_by_order(self) -> None:
+        """Pair layers that no graph holds with the norm right after them, or right before a linear one."""
         order = list(self.modules)
         for before, after in pairwise(order):
             if is_layer(before) and isinstance_of_norm(after) and self._open(before):
                 part = _parts(before)[-1]
-                if self._fits(before, part, after, incoming=False):
+                if self._suits(before, part, after, incoming=False):
                     self._add(before, part, after, None, "module order")
         for before, after in pairwise(order):
             if isinstance_of_norm(before) and isinstance(after, (nn.Linear, nn.MultiheadAttention)):
                 part = _parts(after)[0]
-                if self._open(after, part) and self._fits(after, part, before, incoming=True):
+                if self._open(after, part) and self._suits(after, part, before, incoming=True):
                     self._add(after, part, None, before, "module order")
 
     def take(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Pair explicitly; see :func:`find_norm_pairs`."""
         for first, second in pairs:
             before, after = self._module(first), self._module(second)
             incoming = isinstance_of_norm(before)
@@ -191,7 +248,7 @@ class _Search:
             seen.add(user)
             if not user.is_norm:
                 queue.extend(user.users)
-            elif user.module is not None and self._fits(layer, part, user.module, incoming=False):
+            elif user.module is not None and self._suits(layer, part, user.module, incoming=False):
                 return user.module
         return None
 
@@ -199,12 +256,21 @@ class _Search:
         """The one norm that all of the input comes from."""
         norms = {_source_norm(source) for source in node.inputs}
         norm = norms.pop() if len(norms) == 1 else None
-        return norm if norm is not None and self._fits(layer, part, norm, incoming=True) else None
+        return norm if norm is not None and self._suits(layer, part, norm, incoming=True) else None
 
-    def _fits(self, layer: nn.Module, part: str, norm: nn.Module, *, incoming: bool) -> bool:
+    def _suits(self, layer: nn.Module, part: str, norm: nn.Module, *, incoming: bool) -> bool:
+        return self._fits(layer, part, norm, incoming=incoming) and self._serve(layer, part, norm)
+
+    def _serve(self, layer: nn.Module, part: str, *norms: nn.Module | None) -> bool:
         candidate = self._structured(layer, part, None, None, "")
-        if candidate is None:
-            return False
+        if self.serves is None or candidate is None:
+            return candidate is not None
+        return all(norm is None or self.serves(candidate.weight, norm) for norm in norms)
+
+    def _fits(self, layer: nn.Module, part: str, norm: nn.Module | None, *, incoming: bool) -> bool:
+        candidate = self._structured(layer, part, None, None, "")
+        if norm is None or candidate is None:
+            return norm is None
         have = norm_channels(norm, spatial=candidate.spatial)
         if incoming:
             return have == candidate.num_inputs

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_flag, check_integer, check_number, found
 from torchmto.gradients.ranks import is_sharded
@@ -20,56 +22,175 @@ from torchmto.structure import (
     Recording,
     SplitNorm,
     StructuredLayer,
-    find_norm_pairs,
     group_coefficients,
     has_split_norms,
     normalized_strength,
     record_dataflow,
     top_priority,
 )
+from torchmto.structure.pairing import Pairs, PairSearch
 
 Measure = Literal["parameters", "gradients", "saliency"]
 Degenerate = Literal["sum", "project"]
 
 
 class ChannelPriorities:
-    """The structured layers of a model and the task that leads each of their channels."""
+    """The structured layers of a model and the task that leads each of their channels.
 
-    def __init__(self, tasks: Sequence[str], measure: Measure, pairs: Sequence[tuple[str, str]] | None) -> None:
-        self.tasks = tuple(tasks)
+    Which norm goes with which layer is found from the forwards of the first steps, until every task has had one. What is
+    found is state, so that a resumed training has the same layers.
+
+    Args:
+        measure: What the strengths are read from.
+        pairs: Explicit (layer, norm) paths; then nothing is searched.
+
+    Attributes:
+        layers: The conv and linear layers known so far whose norm is task-specific.
+    """
+
+    def __init__(self, measure: Measure, pairs: Sequence[tuple[str, str]] | None) -> None:
         self.measure = measure
-        self.pairs = pairs
-        self.recording: Recording | None = None
-        self._layers: list[StructuredLayer] | None = None
+        self.explicit = pairs
+        self.tasks: tuple[str, ...] = ()
+        self.layers: list[StructuredLayer] = []
+        self._network: Network | None = None
+        self._pairs: Pairs = {}
+        self._seen: list[str] = []
+        self._searching = False
+        self._recording: Recording | None = None
+
+    def attach(self, network: Network, tasks: tuple[str, ...]) -> None:
+        """Take a model; what is known of a former one is forgotten."""
+        if self._network is not None:
+            self._pairs, self._seen = {}, []
+        self._network, self.tasks = network, tasks
+        search = PairSearch(network.model)
+        if self.explicit is not None:
+            search.take(self.explicit)
+        else:
+            search.recall(self._pairs)
+        self._searching = self.explicit is None and has_split_norms(network.model)
+        self._take(search)
 
     @property
-    def found(self) -> bool:
-        """Whether the layers have been looked for."""
-        return self._layers is not None
+    def network(self) -> Network:
+        """The network that was attached."""
+        assert self._network is not None
+        return self._network
 
-    def layers(self, network: Network) -> list[StructuredLayer]:
-        """The conv and linear layers whose norm is task-specific, found on the first call."""
-        if self._layers is None:
-            found_layers = find_norm_pairs(network.model, pairs=self.pairs, recording=self.recording)
-            self._layers = [
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record the forwards inside, as long as a task hasn't been seen; an error drops what was recorded."""
+        if not self._searching or len(self._seen) == len(self.tasks):
+            yield
+            return
+        with record_dataflow(self.network.model) as recording:
+            self._recording = recording
+            try:
+                yield
+            finally:
+                self._recording = None
+
+    def learn(self, present: Collection[str]) -> None:
+        """Pair layers with norms by the forwards recorded in this step, of the tasks ``present``; on all ranks together."""
+        if self._recording is None:
+            return
+        reached = self._reached()
+
+        def serves(weight: nn.Parameter, norm: nn.Module) -> bool:
+            return reached.get(id(weight), frozenset()) <= self._running([norm], reached)
+
+        search = PairSearch(self.network.model, serves)
+        # The order of the modules is for layers that no graph holds yet.
+        search.recall({name: pair for name, pair in self._pairs.items() if pair[-1] != "module order"})
+        if not self._seen:
+            search.trace()
+        search.watch(self._recording)
+        ranks = self.network.ranks
+        if ranks.size > 1:
+            found = ranks.objects(search.pairs())
+            search = PairSearch(self.network.model, serves)
+            for pairs in found:
+                search.recall(pairs)
+        search.guess_by_order()
+        self._seen = [task for task in self.tasks if task in present or task in self._seen]
+        self._take(search)
+
+    def _take(self, search: PairSearch) -> None:
+        pairs = search.pairs()
+        if pairs != self._pairs or not self.layers:
+            self._pairs = pairs
+            self.layers = [
                 layer
-                for layer in found_layers
+                for layer in search.result()
                 if isinstance(layer.norm_out, SplitNorm) or isinstance(layer.norm_in, SplitNorm)
             ]
-            self.recording = None
-        return self._layers
 
-    def shared_layers(self, network: Network) -> list[StructuredLayer]:
-        """The layers whose parameters several tasks have reached: a head's layers have no priority."""
-        shared = {id(p) for p in network.parameters if network.roles.is_shared(network.name(p))}
-        return [layer for layer in self.layers(network) if all(id(p) in shared for p in layer.parameters)]
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs known so far, by name, and the tasks whose forwards they come from."""
+        return {"pairs": self._pairs, "seen": self._seen}
 
-    def top(self, layer: StructuredLayer, indices: Sequence[int], gradients: TaskGradients | None = None) -> Tensor:
-        """The leading task of each channel as a position in ``indices``, -1 for none, int64 [C]."""
-        names = [self.tasks[i] for i in indices]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over saved pairs; explicit ones stay.
+
+        Raises:
+            ValueError: If the model has no such layer or norm.
+        """
+        pairs, seen = dict(state["pairs"]), [task for task in self.tasks if task in state["seen"]]
+        if self.explicit is not None:
+            return
+        if self._network is not None and pairs != self._pairs:
+            search = PairSearch(self.network.model)
+            search.recall(pairs)
+            self._take(search)
+        self._pairs, self._seen = pairs, seen
+
+    def shared_layers(self) -> list[tuple[StructuredLayer, set[int]]]:
+        """The layers whose weight is trained and was reached by several tasks; and the tasks that can lead their channels.
+
+        These are the tasks that reach the layer and their copies of its norms: a copy that never ran says nothing. A head's
+        layers have no priority.
+        """
+        roles, reached = self.network.roles, self._reached()
+        return [
+            (layer, self._running((layer.norm_out, layer.norm_in), reached) & reached[id(layer.weight)])
+            for layer in self.layers
+            if id(layer.weight) in reached and roles.is_shared(self.network.name(layer.weight))
+        ]
+
+    def top(
+        self,
+        layer: StructuredLayer,
+        candidates: Collection[int],
+        indices: Sequence[int],
+        gradients: TaskGradients | None = None,
+    ) -> Tensor:
+        """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
         views = None if gradients is None or self.measure == "parameters" else gradients.view(layer.weight)
-        strengths = layer.strengths(names, measure=self.measure, task_grads=views)
-        return top_priority(normalized_strength(strengths))
+        strengths = layer.strengths([self.tasks[i] for i in indices], measure=self.measure, task_grads=views)
+        rows = [row for row, index in enumerate(indices) if index in candidates]
+        if len(rows) == len(indices):
+            return top_priority(normalized_strength(strengths))
+        if not rows:
+            return torch.full((layer.num_channels,), -1, device=strengths.device)
+        top = top_priority(normalized_strength(strengths[rows]))
+        return torch.tensor([*rows, -1], device=top.device)[top]
+
+    def _reached(self) -> dict[int, frozenset[int]]:
+        """The ``id`` of every trained parameter -> the tasks that have reached it."""
+        network = self.network
+        return {id(p): network.roles.tasks_of(network.name(p)) for p in network.parameters}
+
+    def _running(self, norms: Iterable[nn.Module | None], reached: Mapping[int, frozenset[int]]) -> set[int]:
+        """The tasks that run all ``norms``, as far as the norms have trained parameters to tell by."""
+        running = set(range(len(self.tasks)))
+        for norm in norms:
+            for index in list(running):
+                copy = norm.copy_for(self.tasks[index]) if isinstance(norm, SplitNorm) else norm
+                known = [] if copy is None else [reached[id(p)] for p in copy.parameters() if id(p) in reached]
+                if known and not any(index in tasks for tasks in known):
+                    running.remove(index)
+        return running
 
 
 class PriorityProjection(GradientCombiner):
@@ -78,47 +199,37 @@ class PriorityProjection(GradientCombiner):
     A part of :class:`ConnectionStrength`, which describes it.
     """
 
-    def __init__(self, *, measure: Measure, degenerate: Degenerate, pairs: Sequence[tuple[str, str]] | None) -> None:
+    def __init__(self, priorities: ChannelPriorities, *, degenerate: Degenerate) -> None:
         super().__init__(heads="unit")
-        self.measure = measure
+        self.priorities = priorities
         self.degenerate = degenerate
-        self.pairs = pairs
-        self.network: Network | None = None
-        self.priorities: ChannelPriorities | None = None
         self.tops: list[tuple[str, Tensor]] = []
-
-    def attach(self, network: Network) -> None:
-        """Remember the network whose layers are structured."""
-        self.network = network
-        self.priorities = ChannelPriorities(self.tasks, self.measure, self.pairs)
 
     def refusal(self, network: Network) -> str:
         """With FSDP every rank has whole channels; with ``shard_gradients`` it has any columns."""
-        if network.sharded and self.measure != "parameters":
-            return f"needs whole rows for measure={self.measure!r}"
+        measure = self.priorities.measure
+        if network.sharded and measure != "parameters":
+            return f"needs whole rows for {measure=!r}"
         return "groups the rows by channel in phase 2" if network.shard_gradients else ""
 
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of the rows, except that each leading task's channels are scaled up by what the others lose, [P]."""
-        assert self.network is not None
-        assert self.priorities is not None
         flat, views = task_grads.rows.combined()
         torch.sum(task_grads.matrix, dim=0, out=flat)
         self.tops = []
-        for layer in self.priorities.layers(self.network):
-            if not all(task_grads.has(parameter) for parameter in layer.parameters):
-                continue
-            rows = [task_grads.view(parameter) for parameter in layer.parameters]
-            top = self.priorities.top(layer, task_grads.indices, task_grads)
+        for layer, candidates in self.priorities.shared_layers():
+            # A bias may be frozen.
+            parameters = [parameter for parameter in layer.parameters if task_grads.has(parameter)]
+            rows = [task_grads.view(parameter) for parameter in parameters]
+            top = self.priorities.top(layer, candidates, task_grads.indices, task_grads)
             self.tops.append((layer.name, top))
             coefficients = self._coefficients(layer, rows, top)
-            for parameter, combined in zip(layer.parameters, layer.combine(rows, coefficients), strict=True):
+            for parameter, combined in zip(parameters, layer.combine(rows, coefficients), strict=True):
                 views[task_grads.rows.position[id(parameter)]].copy_(combined)
         return flat
 
     def _coefficients(self, layer: StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
         """The multipliers of the channels this rank has: all of them, unless FSDP shards the layer."""
-        assert self.network is not None
         if not is_sharded(layer.weight):
             return layer.coefficients(rows, top, degenerate=self.degenerate)
         if layer.transposed:
@@ -126,7 +237,7 @@ class PriorityProjection(GradientCombiner):
                 f"Layer {layer.name} is a transposed convolution, whose output channels FSDP doesn't shard: phase 2 can't "
                 "group them. Leave it out of `fully_shard`."
             )
-        ranks = self.network.ranks
+        ranks = self.priorities.network.ranks
         start = min(len(top), ranks.rank * -(-len(top) // ranks.size))
         own = slice(start, start + rows[0].shape[1])
         dots = rows[0].new_zeros(len(rows[0]), len(top), dtype=torch.float64)
@@ -149,6 +260,10 @@ class ConnectionStrength(Procedure):
     summed. Equivalently the leading row is multiplied by
     :math:`1 + \sum_j \max(0, -\langle G_{ii}, G_{ij} \rangle) / \|G_{ii}\|^2`. Channels without a unique leader, and parameters
     outside structured layers, are summed plainly. Strengths are read after the step's forwards.
+
+    A layer has priorities if its weight is trained, several tasks reach it and a task-specific norm goes with it, one that all
+    of these tasks run (:func:`torchmto.structure.find_norm_pairs`, from the forwards of the first steps, until every task has
+    had one). A trained bias follows its weight's channels. Only tasks that reach the layer and run its norm can lead a channel.
 
     Cost per batch: phase 1 K forwards, K backwards, K optimizer steps; phase 2 K forwards (one per task, since norms differ),
     K backwards, 1 step. Scale: sum. Heads: their own task's gradient. Random: the phase, from :attr:`generator`. On a model
@@ -189,6 +304,7 @@ class ConnectionStrength(Procedure):
     second: Method
     num_steps: int
     drawn: int
+    priorities: ChannelPriorities
 
     def __init__(
         self,
@@ -214,20 +330,19 @@ class ConnectionStrength(Procedure):
         self.shuffle = check_flag("shuffle", shuffle)
         check_choice("measure", measure, ("parameters", "gradients", "saliency"))
         check_choice("degenerate", degenerate, ("sum", "project"))
+        priorities = ChannelPriorities(measure if phase2 == "priority" else "parameters", pairs)
         if phase2 == "priority":
-            second: Method = PriorityProjection(measure=measure, degenerate=degenerate, pairs=pairs)
+            second: Method = PriorityProjection(priorities, degenerate=degenerate)
         else:
             second = make_method(phase2) if isinstance(phase2, str) else phase2
         if not isinstance(second, Method):
             raise TypeError(found("phase2", "'priority' or a method", phase2))
         self.measure = measure
-        self.pairs = pairs
         self.record_layers = check_flag("record_layers", record_layers)
         self.add_state("second", second)
         self.add_state("num_steps", 0)
         self.add_state("drawn", 0)
-        self._network: Network | None = None
-        self._priorities: ChannelPriorities | None = None
+        self.add_state("priorities", priorities)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Bind the second phase too."""
@@ -236,12 +351,8 @@ class ConnectionStrength(Procedure):
 
     def attach(self, network: Network) -> None:
         """Look for task-specific norms."""
-        self._network = network
         self.second.attach(network)
-        if isinstance(self.second, PriorityProjection):
-            self._priorities = self.second.priorities
-        else:
-            self._priorities = ChannelPriorities(self.tasks, "parameters", self.pairs)
+        self.priorities.attach(network, self.tasks)
         if len(self.tasks) > 1 and not has_split_norms(network.model):
             warnings.warn(
                 "connection_strength: the model has no task-specific norms, so no channel has a priority and phase 2 is the "
@@ -286,7 +397,7 @@ class ConnectionStrength(Procedure):
     def step(self, problem: Problem) -> StepInfo:
         """One batch in phase 1 or 2."""
         phase = self._phase()
-        with self._recording(problem):
+        with self.priorities.watching():
             if phase == 1:
                 one_task_at_a_time(problem, self.generator if self.shuffle else None)
                 info = problem.info(records=self._records(problem, phase))
@@ -295,28 +406,21 @@ class ConnectionStrength(Procedure):
         self.num_steps += 1
         return info
 
-    def _recording(self, problem: Problem) -> contextlib.AbstractContextManager[Any]:
-        """Record the dataflow of the first step, by which layers that torch.fx can't trace are paired with norms.
-
-        Pairs aren't part of the state, so a resumed training records its own first step and finds the same ones.
-        """
-        stack = contextlib.ExitStack()
-        assert self._priorities is not None
-        known = self._priorities.found or self._priorities.recording is not None
-        if not known and self.pairs is None and problem.network.split:
-            self._priorities.recording = stack.enter_context(record_dataflow(problem.network.model))
-        return stack
-
     def _second_phase(self, problem: Problem) -> StepInfo:
         second = self.second
         if not isinstance(second, PriorityProjection):
             info: StepInfo = second.step(problem)
-            return problem.info(records={**info.records, **self._records(problem, 2)})
+            return replace(info, records=MappingProxyType({**info.records, **self._records(problem, 2)}))
         gradients = problem.gradients()
+        self.priorities.learn(problem.info().losses)
         problem.combine(gradients, vector=second.combine(gradients))
         problem.apply()
         tops = [(name, top, gradients.indices) for name, top in second.tops]
         return problem.info(gradients=gradients, records=self._records(problem, 2, tops))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; older ones hold no pairs of layers and norms, which are then found anew."""
+        super().load_state_dict({"priorities": {"pairs": {}, "seen": []}, **state})
 
     def after_step(self, losses: Losses, problem: Problem) -> None:
         """Nothing: the phases keep their own state."""
@@ -326,11 +430,12 @@ class ConnectionStrength(Procedure):
     ) -> dict[str, Any]:
         """The phase, and the share of channels that each task leads, overall and per layer."""
         records: dict[str, Any] = {"phase": phase}
-        assert self._priorities is not None
-        if tops is None and (self.measure == "parameters"):
+        if tops is None:
+            self.priorities.learn(problem.info().losses)
+        if tops is None and self.measure == "parameters":
             everyone = tuple(range(len(self.tasks)))
-            layers = self._priorities.shared_layers(problem.network)
-            tops = [(layer.name, self._priorities.top(layer, everyone), everyone) for layer in layers]
+            layers = self.priorities.shared_layers()
+            tops = [(layer.name, self.priorities.top(layer, tasks, everyone), everyone) for layer, tasks in layers]
         if not tops:
             return records
         counts = torch.stack([torch.bincount(top + 1, minlength=len(indices) + 1) for _, top, indices in tops]).tolist()
