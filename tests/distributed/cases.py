@@ -61,6 +61,8 @@ def build(kind: str) -> nn.Module:
                 for j in range(5):
                     model.get_parameter(f"trunk.1.{task}.weight")[j] = 1 + 0.3 * i + 0.1 * j * (-1) ** i
         return model.eval()
+    if kind == "split groups":
+        return split_norms(Toy(TASKS, norm=nn.GroupNorm(3, 6), width=6), TASKS)
     return Toy(TASKS)
 
 
@@ -259,10 +261,10 @@ def try_sharded(rank: int, size: int, group: Any, table: Sequence[tuple[str, Map
 
 
 def decide(  # noqa: PLR0917
-    rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], steps: int
+    rank: int, size: int, group: Any, name: str, options: Mapping[str, Any], steps: int, model: str
 ):
     """Train on data whose scale depends on the rank; record what the method decides."""
-    net = build("split" if name == "connection_strength" else "toy").train()
+    net = build(model).train()
     mt = torchmto.MultiTask(
         net,
         torch.optim.SGD(net.parameters(), lr=0.02),
@@ -285,6 +287,44 @@ def decide(  # noqa: PLR0917
         decisions.append((repr(chosen), repr(dict(info.losses)), info.num_optimizer_steps, info.num_conflicts))
     net_state = torch.cat([flat(net), *(buffer.double().flatten() for buffer in net.buffers())])
     return {"parameters": net_state, "decisions": decisions, "local": local}
+
+
+class _Apart(nn.Module):
+    """Tasks b and c share a layer that a doesn't reach; its norm can be found from a forward only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 5)
+        self.heads = nn.ModuleDict({task: nn.Linear(5, 1) for task in TASKS})
+
+    def forward(self, x: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        features = self.first(x).tanh()
+        if float(features.detach().sum()) > 1e9 or "a" not in tasks:
+            features = self.norm(self.second(features))
+        return {task: self.heads[task](features) for task in tasks}
+
+
+def pair(rank: int, size: int, group: Any, schedule: str):
+    """Rank 0 has task a alone, the others the other tasks; what the ranks pair, and the parameters."""
+    torch.manual_seed(0)
+    net = split_norms(_Apart(), TASKS).double()
+    mt = torchmto.MultiTask(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        tasks=TASKS,
+        method=method_of("connection_strength", {"schedule": schedule, "degenerate": "project"}),
+        process_group=group,
+    )
+    for step in range(4):
+        x, y, mask = data(10 * step + rank, 4, "all")
+        mask[:, slice(1, 3) if rank == 0 else slice(0, 1)] = False
+        info = mt.step(closure(net, (x, y, mask), count=False))
+    return {
+        "parameters": flat(net),
+        "priorities": mt.state_dict()["method_state"]["priorities"],
+        "records": dict(info.records),
+    }
 
 
 class _Broken(torch.autograd.Function):

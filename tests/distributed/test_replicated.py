@@ -125,6 +125,7 @@ def test_independent_batches(pool, name, shard):
 DECIDING = {
     "sequential": {"shuffle": True},
     "connection_strength": {"total_steps": 12},
+    "connection_strength ": {"schedule": "phase2"},
     "task_groups": {"warmup": 1, "decay": 0.9, "inner": "wpcgrad"},
     "task_groups ": {"groups": "random"},
     "wpcgrad": {"priority": "loss", "window": 2},
@@ -135,14 +136,28 @@ DECIDING = {
 }
 
 
+NORMS = {"connection_strength": "split", "connection_strength ": "split groups"}
+"""The models of methods that need norms."""
+
+
 @pytest.mark.parametrize("name", DECIDING)
 def test_decisions_are_the_same_though_losses_differ(pool, name):
     """Each rank's data have another scale; phases, orders, groups and weights must agree all the same."""
-    results = pool.run(4, cases.decide, name.strip(), DECIDING[name], 8)
+    results = pool.run(4, cases.decide, name.strip(), DECIDING[name], 8, NORMS.get(name, "toy"))
     for result in results[1:]:
         assert torch.equal(result["parameters"], results[0]["parameters"])
         assert result["decisions"] == results[0]["decisions"]
     assert results[0]["local"] != results[1]["local"]
+
+
+@pytest.mark.parametrize("schedule", ["phase1", "phase2"])
+def test_layers_that_one_rank_alone_has_seen_have_the_same_priorities_everywhere(pool, schedule):
+    results = pool.run(2, cases.pair, schedule)
+    assert torch.equal(results[0]["parameters"], results[1]["parameters"])
+    for key in ("priorities", "records"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["priorities"]["pairs"]["second"] == ["norm", None, "recorded"]
+    assert results[0]["records"]["layer_priority_shares"]["second"]["a"] == 0
 
 
 FAILURES = {

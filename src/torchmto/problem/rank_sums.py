@@ -163,12 +163,17 @@ def own_columns(network: Network, rows: Rows | ShardedRows) -> list[slice]:
 def average_statistics(network: Network) -> None:
     """Average the running statistics of norms in training mode, so that the ranks' models stay the same.
 
-    What a method decides by them (connection strength) must be the same everywhere.
+    What a method decides by them (connection strength) must be the same everywhere: those that split norms track for it
+    count too.
     """
     if network.ranks.size == 1:
         return
-    norms = [m for m in network.model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
-    pairs = [(norm, buffer) for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
+    pairs = [
+        (norm, buffer)
+        for norm in network.model.modules()
+        for name, buffer in norm.named_buffers(recurse=False)
+        if name == "running_group_var" or (isinstance(norm, _NormBase) and name in ("running_mean", "running_var"))
+    ]
     sums = [buffer.clone() for _, buffer in pairs]
     network.ranks.sum_all_(sums)
     for (norm, buffer), total in zip(pairs, sums, strict=True):
