@@ -162,3 +162,12 @@ def test_without_conflicts_nothing_changes(J):
     G = np.abs(J) @ np.abs(J).T
     for projection in (solvers.pcgrad(G), solvers.wpcgrad(G, np.arange(len(G)))):
         np.testing.assert_array_equal(projection.coefficients, np.eye(len(G)))
+
+
+def test_gradvac_a_gradient_that_vanished_on_the_way_has_no_cosine():
+    J = np.array([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    given = np.full((3, 3), 0.5)
+    given[0, 1] = 0.0
+    targets = solvers.gradvac(J @ J.T, given, beta=0.5).targets
+    assert targets[0, 1] == -0.5  # opposite; projected off, nothing is left of task 0
+    assert targets[0, 2] == 0.5

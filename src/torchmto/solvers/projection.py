@@ -16,7 +16,7 @@ from torchmto.solvers.unit import UnitGramian, unit_gramian
 Order = npt.NDArray[np.intp]
 
 ANNIHILATED = 1e-10
-"""wPCGrad: a reference whose squared length has fallen to this share of its original counts as zero."""
+"""wPCGrad, GradVac: a gradient whose squared length has fallen to this share of its original counts as zero."""
 
 CONFLICT = 1e-9
 """wPCGrad: a conflict is a cosine, of the original lengths, below minus this."""
@@ -173,7 +173,7 @@ def gradvac(
 
     and in any case :math:`\rho_{ij} \leftarrow (1 - \beta) \rho_{ij} + \beta c`. With targets of 0 it is
     PCGrad. Targets are bounded by 1 - 1e-12, the pole of the formula. A zero gradient has no cosine: it
-    changes nothing, targets included.
+    changes nothing, targets included; so has a :math:`g_i'` of which nothing is left.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -220,7 +220,7 @@ def gradvac(
         shifts[turn] = shift
         product = product + shift
         square = perpendicular + product * product
-    cosines = np.divide(products, np.sqrt(squares), out=np.zeros(turns.shape), where=squares > 0)
+    cosines = np.divide(products, np.sqrt(squares), out=turns.pick(targets), where=squares > ANNIHILATED)
     observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
     observed[unit.norms == 0] = targets[unit.norms == 0]
     observed[:, unit.norms == 0] = targets[:, unit.norms == 0]
