@@ -36,13 +36,11 @@ class FiniteChecks:
 
     Attributes:
         recorded: Task index -> the first loss of the step that passed.
-        last: Task -> the last losses that passed.
         overflowed: Whether the scaler lowered its scale.
     """
 
     def __init__(self, network: Network, tasks: tuple[str, ...], on_nonfinite: str, reduction: Reduction) -> None:
         self.recorded: dict[int, float] = {}
-        self.last: dict[str, float] = {}
         self.overflowed = False
         self._network = network
         self._tasks = tasks
@@ -54,7 +52,6 @@ class FiniteChecks:
         for index, value in zip(losses.indices, values, strict=True):
             if value - value != 0:
                 self.fail(f"The loss of task `{self._tasks[index]}` is {value}.")
-        self.last = {self._tasks[i]: value for i, value in zip(losses.indices, values, strict=True)}
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
 

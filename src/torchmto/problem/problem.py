@@ -101,11 +101,6 @@ class Problem:
         """Whether any loss has been seen in this step."""
         return self._reduction.first is not None and bool(self._reduction.first.indices)
 
-    @property
-    def last_losses(self) -> Mapping[str, float]:
-        """Task -> loss, those that were checked last."""
-        return self._finite.last
-
     def raise_empty(self) -> NoReturn:
         """Raise the error of a batch without any loss."""
         raise empty_batch(self.asked)
