@@ -378,6 +378,22 @@ def test_adatask_is_the_sum_of_the_tasks_own_adams() -> None:
     assert torch.allclose(toy.flat(model), toy.flat(plain), rtol=1e-10)
 
 
+def test_adatask_goes_back_when_the_optimizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = ("a", "b")
+    model, optimizer, mt = toy.make("adatask", tasks, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    mt.step(toy.closure(model, toy.batch(tasks)))
+    before = copy.deepcopy(toy.state(mt))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("lost")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer, "step", fail)
+        with pytest.raises(OSError, match="lost"):
+            mt.step(toy.closure(model, toy.batch(tasks, seed=1)))
+    assert toy.same(toy.state(mt), before)
+
+
 def test_adatask_wants_plain_sgd() -> None:
     for optimizer in (torch.optim.Adam, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
         with pytest.warns(UserWarning, match="is Adam itself"):

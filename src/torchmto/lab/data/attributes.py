@@ -65,7 +65,7 @@ def load(
     def part(size: int) -> TensorData:
         causes = generator.standard_normal((size, CAUSES))
         labels = causes @ weights + NOISE * generator.standard_normal((size, num_tasks)) > thresholds
-        targets = torch.from_numpy(labels).float().split(1, dim=1)
+        targets = torch.split(torch.from_numpy(labels).float(), 1, dim=1)
         images = torch.from_numpy(_render(causes, colours))
         return TensorData(tasks, images, {task.name: column for task, column in zip(tasks, targets, strict=True)})
 
@@ -91,5 +91,5 @@ def _render(causes: NDArray[np.float64], colours: NDArray[np.float64]) -> NDArra
     middle, pixels = (SIZE - 1) / 2, np.arange(SIZE)
     down = np.exp(-(((middle + (7 + shift) * np.sin(angle))[..., None] - pixels) ** 2) / 4)
     right = np.exp(-(((middle + (7 + shift) * np.cos(angle))[..., None] - pixels) ** 2) / 4)
-    pictures = np.einsum("nb,bc,nbh,nbw->nchw", strength, colours, down, right, optimize=True)
-    return np.round(255 * pictures.clip(0, 1)).astype(np.uint8)
+    pictures: NDArray[np.float64] = np.einsum("nb,bc,nbh,nbw->nchw", strength, colours, down, right, optimize=True)
+    return np.round(255 * np.clip(pictures, 0, 1)).astype(np.uint8)

@@ -125,8 +125,9 @@ class AdaTask(GradientCombiner):
             name = network.name(parameter)
             tasks = list(held)
             gradient = held[tasks[0]] if len(held) == 1 else torch.stack(list(held.values())).sum(0)
-            moments = self.head_moments.setdefault(name, [torch.zeros_like(gradient), torch.zeros_like(gradient)])
-            moments[:] = [moment.to(gradient) for moment in moments]
+            # Copies, so that a step that fails later can go back to the old ones.
+            before = self.head_moments.get(name, [torch.zeros_like(gradient)] * 2)
+            moments = self.head_moments[name] = [moment.to(gradient, copy=True) for moment in before]
             self.head_times[name] = self.head_times.get(name, 0) + 1
             direction = self._direction(moments[0], moments[1], gradient, self.head_times[name])
             task_grads.heads[key] = (parameter, {tasks[0]: direction})
