@@ -26,6 +26,7 @@ from torchmto.lab.compare.tables import csv_text, header, markdown, rows, task_h
 from torchmto.lab.data import load_data
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.training import RunConfig
+from torchmto.lab.versions import RESULTS_VERSION
 
 RUN = RunConfig(epochs=1, batch_size=32, model_options={"widths": [8]})
 
@@ -192,18 +193,20 @@ def test_the_history_counts_batches_and_optimizer_steps(finished):
 
 def test_runs_whose_results_mean_something_else_are_refused(finished, bundle, monkeypatch):
     experiment, folder, _ = finished
-    monkeypatch.setattr("torchmto.lab.compare.folder.RESULTS_VERSION", 2)
-    with pytest.raises(FolderError, match=r"mean something else \(version 1; this torchmto has 2\)"):
+    monkeypatch.setattr("torchmto.lab.compare.folder.RESULTS_VERSION", RESULTS_VERSION + 1)
+    versions = f"version {RESULTS_VERSION}; this torchmto has {RESULTS_VERSION + 1}"
+    with pytest.raises(FolderError, match=rf"mean something else \({versions}\)"):
         compare(experiment, RunFolder(folder.path, experiment.settings), bundle)
 
 
-def test_runs_of_before_results_had_versions_are_read(finished, bundle, tmp_path, monkeypatch):
+def test_runs_of_before_results_had_versions_have_the_first(finished, bundle, tmp_path, monkeypatch):
     experiment, folder, results = finished
     shutil.copytree(folder.path, tmp_path / "old")
     for path in (tmp_path / "old" / "runs").iterdir():
         content = read_json(path, "torchmto compare run", 1)
-        assert content.pop("results_version") == 1
+        assert content.pop("results_version") == RESULTS_VERSION
         write_json(path, "torchmto compare run", 1, content)
+    monkeypatch.setattr("torchmto.lab.compare.folder.RESULTS_VERSION", 1)
     monkeypatch.setattr("torchmto.lab.compare.runner.train_and_measure", None)
     assert compare(experiment, RunFolder(tmp_path / "old", experiment.settings), bundle) == results
 
