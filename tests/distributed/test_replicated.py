@@ -14,7 +14,7 @@ OPTIONS = {
     "task_groups": {"warmup": 1, "decay": 0.5, "measure_last": True},
     "connection_strength": {"total_steps": 3},
     "stch": {"warmup": 1},
-    "nash_mtl": {"update_every": 3, "max_norm": 0.5},
+    "nash_mtl": {"update_every": 3, "max_norm": 0.5, "heads": "weighted"},
 }
 """Hyper-parameters where the defaults need some, or do nothing special in three steps."""
 

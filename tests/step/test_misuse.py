@@ -79,7 +79,7 @@ STEPS = {
         ValueError,
         "more than 1 value per channel",
     ),
-    "error in the closure": (returns(lambda r: 1 / 0), ZeroDivisionError, ""),
+    "error in the closure": (returns(lambda r: 1 / 0), ZeroDivisionError, "division by zero"),
     "no closure at all": (lambda model: torch.zeros(()), TypeError, "takes a closure"),
     "no micro-batch": (lambda model: [], ValueError, "at least one closure"),
     "nested list": (lambda model: [[closure(model, batch(TASKS))]], TypeError, "takes a closure"),
