@@ -181,6 +181,7 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     assert len(trials[0]) == 5
     for entry in findings.numbers["arms"]["a"]["methods"].values():
         assert entry["settings"] in [dict(settings) for settings in loaded.tune]
+    assert "each at its chosen settings, seeds 0 to 0" in findings.tables[0].notes[0]
     (chosen,) = [table for table in findings.tables if table.title == "Chosen settings, arm a"]
     assert [row[0] for row in chosen.rows][-2:] == ["gd", "sequential"]
 

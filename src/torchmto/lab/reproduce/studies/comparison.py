@@ -123,9 +123,11 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
             ]
         )
     run = replace(arm.experiment.run, **arm.arm.method_run)
+    tuned = any("learning_rate" in entry or "optimizer" in entry for entry in arm.experiment.chosen.values())
+    optimizer = "each at its chosen settings" if tuned else f"{run.optimizer} {run.learning_rate:g}"
     settings = (
         f"{run.data.partition(':')[0]}, {run.model or arm.bundle.default_model}, {run.epochs} epochs of batches of "
-        f"{run.batch_size}, {run.optimizer} {run.learning_rate:g}, seeds 0 to {arm.experiment.seeds - 1}."
+        f"{run.batch_size}, {optimizer}, seeds 0 to {arm.experiment.seeds - 1}."
     )
     critical = ""
     if numbers["critical_difference"] is not None:
