@@ -18,7 +18,7 @@ from torchmto.lab.statistics import holm, paired
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["add_comparison", "per_seed", "run"]
+__all__ = ["add_comparison", "per_seed", "run", "task_columns"]
 
 MANY = 12
 """Tables with a column per task show so many of them."""
@@ -65,12 +65,6 @@ def per_seed(arm: ArmResult, method: str) -> list[float] | None:
     return None if delta is None else list(delta["per_seed"])
 
 
-def last_loss(arm: ArmResult, method: str) -> float:
-    """Training loss of the last epoch, averaged over tasks and seeds."""
-    ends = [run["history"][-1]["losses"].values() for run in arm.runs(method)]
-    return float(np.mean([np.mean(list(losses)) for losses in ends]))
-
-
 def last_losses(arm: ArmResult, method: str) -> dict[str, float]:
     """Each task's training loss of the last epoch, averaged over seeds."""
     ends = [run["history"][-1]["losses"] for run in arm.runs(method)]
@@ -85,11 +79,12 @@ def _arm_numbers(arm: ArmResult) -> dict[str, Any]:
     reference, ranks = versus["reference"], versus["ranks"]["tasks"]
     numbers: dict[str, Any] = {"reference": reference, "seeds": arm.experiment.seeds, "methods": {}}
     for method in arm.experiment.methods:
+        losses = last_losses(arm, method)
         entry: dict[str, Any] = {
             "delta_m": arm.summary["methods"][method]["delta_m"],
             "cost": arm.summary["methods"][method]["cost"],
-            "last_train_loss": last_loss(arm, method),
-            "last_train_losses": last_losses(arm, method),
+            "last_train_loss": float(np.mean(list(losses.values()))),
+            "last_train_losses": losses,
             "settings": dict(arm.experiment.chosen.get(method, {})),
             "average_rank": None if ranks is None else ranks["average"][method],
         }
@@ -155,14 +150,22 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
     return Table(f"Arm {name}", header, rows, notes)
 
 
+def task_columns(tasks: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The tasks that a table has columns for, and what its note says of the others.
+
+    Example:
+        >>> task_columns(["a", "b"])
+        (['a', 'b'], '')
+    """
+    return tasks[:MANY], f" The first {MANY} of {len(tasks)} tasks." if len(tasks) > MANY else ""
+
+
 def _losses_table(name: str, methods: Mapping[str, Any]) -> Table:
-    tasks = list(next(iter(methods.values()))["last_train_losses"])
-    shown = tasks[:MANY]
+    shown, more = task_columns(list(next(iter(methods.values()))["last_train_losses"]))
     rows = [
         [who, *(number(entry["last_train_losses"].get(task), digits=4) for task in shown)]
         for who, entry in methods.items()
     ]
-    more = f" The first {MANY} of {len(tasks)} tasks." if len(tasks) > MANY else ""
     note = f"Each task's training loss of the last epoch, as the model meets it while it learns; mean over seeds.{more}"
     return Table(f"Training losses, arm {name}", ["method", *shown], rows, [note])
 

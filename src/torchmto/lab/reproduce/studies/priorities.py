@@ -7,7 +7,7 @@ from typing import Any
 
 from torchmto.lab.reproduce.arms import ArmResult, run_arms
 from torchmto.lab.reproduce.findings import Findings, Table, number
-from torchmto.lab.reproduce.studies.comparison import MANY, add_comparison
+from torchmto.lab.reproduce.studies.comparison import add_comparison, task_columns
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.specs import parse_method
 
@@ -41,16 +41,12 @@ def _tasks(arm: ArmResult) -> dict[str, Any]:
 
 
 def _table(name: str, entry: Mapping[str, Any]) -> Table:
-    tasks = list(next(iter(entry["methods"].values()))["changes"])
-    shown = tasks[:MANY]
+    shown, more = task_columns(list(next(iter(entry["methods"].values()))["changes"]))
     rows = [
         [method, *(_change(row["changes"][task]) for task in shown), number(row["conflicts_per_step"])]
         for method, row in entry["methods"].items()
     ]
-    note = (
-        f"Change of each task's test metric relative to {entry['reference']} in %, more is better, paired by seed."
-        + (f" The first {len(shown)} of {len(tasks)} tasks." if len(shown) < len(tasks) else "")
-    )
+    note = f"Change of each task's test metric relative to {entry['reference']} in %, more is better, paired by seed.{more}"
     return Table(f"Tasks, arm {name}", ["method", *shown, "conflicts/step"], rows, [note])
 
 
