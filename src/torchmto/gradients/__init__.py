@@ -2,7 +2,8 @@
 
 from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import all_finite, dense, finite_mark
+from torchmto.gradients.finite import all_finite, dense, finite_mark, plain, real
+from torchmto.gradients.hooks import quiet, run_hooks
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.representation import Representation
@@ -24,5 +25,9 @@ __all__ = [
     "finite_mark",
     "gramian",
     "keeping_buffers",
+    "plain",
+    "quiet",
     "reached_parameters",
+    "real",
+    "run_hooks",
 ]

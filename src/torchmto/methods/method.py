@@ -99,8 +99,8 @@ class Method(ABC):
         """Declare the attribute ``name`` as state, with its initial value.
 
         Values are tensors, numbers, strings, None, lists, tuples and dicts of these, or objects with a ``state_dict``.
-        Tensors with more than 100,000 elements must only be changed once a step's gradients are known to be finite
-        (that is, inside ``combine``), because they aren't copied to undo an error.
+        Tensors with more than 100,000 elements must only be changed once the optimizer step has been taken (in ``after_step``,
+        or a combiner's ``remember``), because they aren't copied to undo an error.
         """
         if name not in self._states:
             self._states.append(name)
@@ -530,12 +530,20 @@ class GradientCombiner(Method):
             A vector [P].
         """
 
+    def remember(self, task_grads: Any) -> None:
+        """Move states as large as the rows, once the step has been taken.
+
+        Args:
+            task_grads: The same object, as :meth:`combine` left it.
+        """
+
     def step(self, problem: Problem) -> StepInfo:
         """Per-task gradients, their combination, one step."""
         gradients = problem.gradients()
         vector = self.combine(gradients)
         problem.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
         problem.apply()
+        self.remember(gradients)
         self.after_step(gradients.reduced, problem)
         return problem.info(gradients=gradients, records=self.records())
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, ShardedRows, dense
+from torchmto.gradients import Rows, ShardedRows, plain, quiet
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk
@@ -74,9 +74,9 @@ class Collector(ABC):
             if gradient is None or not network.reaches(task, parameter):
                 continue
             if id(parameter) in rows.position:
-                shared.append((parameter, dense(gradient)))
+                shared.append((parameter, plain(gradient)))
             else:
-                others.append((parameter, dense(gradient)))
+                others.append((parameter, plain(gradient)))
         grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
         if grown and network.ranks.size == 1:
             network.lay_out(rows, heads)
@@ -180,7 +180,7 @@ class Shards(Collector):
             for index in todo:
                 loss = chunk.losses[index]
                 network.zero_grad()
-                with chunk.activated():
+                with chunk.activated(), quiet(network.parameters):
                     torch.autograd.backward(
                         [loss],
                         [torch.ones_like(loss) * (chunk.counts[index] * network.ranks.size)],

@@ -8,10 +8,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import all_finite
 from torchmto.gradients.ranks import local
 from torchmto.problem.losses import Losses, NonFiniteError
-from torchmto.problem.network import Heads, Network
+from torchmto.problem.network import Network
 from torchmto.problem.reduction import Reduction
 
 
@@ -55,26 +54,27 @@ class FiniteChecks:
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
 
-    def task_gradients(self, losses: Losses, gramian: Tensor, heads: Heads) -> None:
-        """Check the tasks' gradients, those of the shared parameters by the Gramian's diagonal."""
+    def task_gradients(self, losses: Losses, gramian: Tensor) -> None:
+        """Check the tasks' gradients on the shared parameters, by the Gramian's diagonal."""
         for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
             if not good:
                 self.fail_with_gradient(losses, f"The gradient of task `{self._tasks[index]}` isn't finite.")
-        if not self._all_finite([gradient for _, held in heads.values() for gradient in held.values()]):
-            self._overflow("The gradient of a head isn't finite.")
 
-    def combined(self, losses: Losses) -> None:
-        """Check what a method has made of finite gradients by arithmetic of its own, and what heads got by its weights."""
-        if not self._all_finite([local(gradient) for gradient in self._network.gradients()]):
-            self.fail_with_gradient(losses, "The combined gradient isn't finite.")
+    def applied(self, gradients: Sequence[Tensor], mark: float) -> bool:
+        """Whether what the optimizer will see is finite, on all ranks if it is sharded.
 
-    def _all_finite(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether gradients are finite, on all ranks if they are sharded."""
+        Args:
+            gradients: All of it.
+            mark: A number that is finite only if all of it is, the same on all ranks.
+        """
+        if mark - mark == 0:
+            return True
+        # A sum or norm of finite numbers may overflow.
         network = self._network
-        if not network.sharded:
-            return all_finite(gradients)
-        worst = torch.tensor([float(not all(bool(g.isfinite().all()) for g in gradients))], device=network.device)
-        return not network.ranks.max_(worst).item()
+        bad = not all(bool(local(gradient).isfinite().all()) for gradient in gradients)
+        if network.sharded:
+            bad = bool(network.ranks.max_(torch.tensor([float(bad)], device=network.device)).item())
+        return not bad
 
     def _weights(self, losses: Losses) -> None:
         """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
@@ -91,22 +91,16 @@ class FiniteChecks:
             raise SkippedError(message)
         raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
 
-    def fail_with_gradient(self, losses: Losses, message: str) -> NoReturn:
-        """The same for a gradient, unless the losses' weights are to blame."""
-        self._weights(losses)
+    def fail_with_gradient(self, losses: Losses | None, message: str) -> NoReturn:
+        """The same for a gradient, unless the weights of its losses are to blame."""
+        if losses is not None:
+            self._weights(losses)
         self._overflow(message)
 
     def _overflow(self, message: str) -> NoReturn:
         """Leave the step out, or raise; a scaler sees an infinite gradient and lowers its scale by itself."""
-        network, scaler = self._network, self._network.scaler
-        if scaler is None:
+        if self._network.scaler is None:
             self.fail(message)
-        network.zero_grad()
-        parameter = network.parameters[0]
-        parameter.grad = torch.full_like(parameter, float("inf"))
-        scaler.unscale_(network.optimizer)
-        scaler.step(network.optimizer)
-        scaler.update()
-        network.zero_grad()
+        self._network.show_overflow()
         self.overflowed = True
         raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)

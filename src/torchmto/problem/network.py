@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense
+from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense, real, run_hooks
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.problem.agreement import Agreement
 from torchmto.problem.buffers import BufferSnapshot
@@ -62,6 +62,8 @@ class Network:
         self.ranks = ranks
         self._names: dict[int, str] = {}
         self._known: list[Tensor] = []
+        self._by_name: dict[str, Tensor] = {}
+        self._complex = False
         self.parameters: list[Tensor] = []
         self.refresh()
         self.roles = Roles(num_tasks, self._given_names(shared))
@@ -75,6 +77,7 @@ class Network:
         self.warned_unasked = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
+        self._warned_taken = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
@@ -86,6 +89,8 @@ class Network:
         if not sharded:
             return False
         for parameter in sharded:
+            if parameter.is_complex():
+                raise ValueError(f"Parameter {self.name(parameter)} is complex, which can't be sharded (FSDP) here.")
             mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
             if mesh.ndim != 1 or mesh.size() != self.ranks.size or not all(p.is_shard(0) for p in placements):
                 raise ValueError(
@@ -128,11 +133,22 @@ class Network:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         if list(map(id, everything)) != list(map(id, self._known)):
-            names = {id(p): name for name, p in self.model.named_parameters()}
+            self._complex = any(p.is_complex() for p in everything)
+            if self.scaler is not None and self._complex:
+                raise ValueError(
+                    "Parameter `scaler` should be None with complex parameters: a GradScaler can't unscale complex gradients."
+                )
+            in_model = {id(p): name for name, p in self.model.named_parameters()}
+            before = {id(p): self._names[id(p)] for p in self._known}
             self._names = {}
             for g, group in enumerate(self.optimizer.param_groups):
                 for i, p in enumerate(group["params"]):
-                    self._names[id(p)] = names.get(id(p), f"param_groups.{g}.{i}")
+                    name = in_model.get(id(p)) or before.get(id(p)) or f"param_groups.{g}.{i}"
+                    while id(p) not in in_model and self._by_name.get(name, p) is not p:
+                        # The place of another one, before groups left the optimizer.
+                        name += "'"
+                    self._names[id(p)] = name
+                    self._by_name[name] = p
             self._known = everything
         self.parameters = [p for p in everything if p.requires_grad]
 
@@ -158,21 +174,26 @@ class Network:
         """
         layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self.agreement.columns]
         if len(rows.parameters) < len(layout):
-            by_name = {self._names[id(p)]: p for p in self._known}
-            rows.grow([by_name[name] for name in layout[len(rows.parameters) :]])
+            rows.grow([self._by_name[name] for name in layout[len(rows.parameters) :]])
         for key in [key for key in heads if key in rows.position]:
             parameter, held = heads.pop(key)
             for task, gradient in held.items():
                 rows.put(task, parameter, gradient)
 
     def load_roles(self, state: Mapping[str, Any]) -> None:
-        """Take over saved roles; the columns of the gradient matrices are laid out anew."""
+        """Take over saved roles; the columns of the gradient matrices are laid out anew.
+
+        Shared parameters that have left the optimizer keep their columns, to which methods' states belong.
+        """
         roles = Roles(self.num_tasks)
         roles.load_state_dict(state)
-        known = set(self._names.values())
+        known = {**dict(self.model.named_parameters()), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
         if missing:
-            raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train.")
+            raise ValueError(
+                f"The saved state has a shared parameter `{missing[0]}` that neither the optimizer nor the model has."
+            )
+        self._by_name = known
         self.roles = roles
         self.rows = []
         self.walked = set()
@@ -247,10 +268,20 @@ class Network:
         """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
         return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients that are set; of sparse ones their entries, which can be changed in place."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+    def gradients(self, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The gradients that are set, as real numbers that can be changed in place; of sparse ones their entries.
+
+        Args:
+            parameters: Whose; default all that are trained.
+        """
+        given = self.parameters if parameters is None else parameters
+        if self._complex:
+            for parameter in given:
+                if parameter.grad is not None and parameter.grad.is_conj():
+                    parameter.grad = parameter.grad.resolve_conj()
+        gradients = [p.grad for p in given if p.grad is not None]
+        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+        return [real(gradient) for gradient in gradients] if self._complex else gradients
 
     @torch.no_grad()
     def tidy_sparse(self) -> None:
@@ -284,8 +315,13 @@ class Network:
 
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Set ``.grad`` of parameters, converted to their dtype and device."""
+        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
         for parameter, gradient in pairs:
+            if self._complex and parameter.is_complex():
+                # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
+                copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
+                parameter.grad = torch.view_as_complex(copy)
+                continue
             converted = gradient.to(device=parameter.device, dtype=parameter.dtype)
             parameter.grad = sharded_like(converted, parameter) if is_sharded(parameter) else converted
 
@@ -310,6 +346,28 @@ class Network:
         torch._foreach_mul_([local(g) for g in gradients], factor)
 
     @torch.no_grad()
+    def exact_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global norm of finite gradients whose squares leave the range of their type; called by all ranks together."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        apart, alike = (
+            [local(g) for g in gradients if is_sharded(g) == sharded and g.numel()] for sharded in (True, False)
+        )
+        largest = torch.tensor([max([float(g.abs().max()) for g in apart + alike], default=0.0)], dtype=wide)
+        if self.sharded:
+            largest = self.ranks.max_(largest.to(self.device))
+        least = torch.finfo(wide).tiny
+        total, rest = (
+            sum(
+                [(g.to(wide) / max(float(largest), least)).square().sum().to(largest) for g in part],
+                torch.zeros_like(largest),
+            )
+            for part in (apart, alike)
+        )
+        if self.sharded:
+            self.ranks.sum_(total)
+        return ((total + rest).sqrt() * largest).clamp_max(torch.finfo(wide).max).squeeze(0)
+
+    @torch.no_grad()
     def clip_gradients(self, norm: Tensor) -> None:
         """Scale the gradients down to the norm ``clip``, given their present norm."""
         if self.clip is not None:
@@ -317,3 +375,69 @@ class Network:
                 self.multiply(self.gradients(), float((self.clip / (norm + 1e-6)).clamp(max=1)))
             else:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+
+    # ------------------------------------------------------------------ hooks and the scaler
+
+    def run_hooks(self) -> bool:
+        """Run the parameters' post-accumulate-grad hooks on what the step has set; return whether there are any."""
+        hooked = run_hooks(self.parameters)
+        taken = [parameter for parameter in hooked if parameter.grad is None]
+        if taken and not self._warned_taken:
+            self._warned_taken = True
+            warnings.warn(
+                f"A post-accumulate-grad hook of parameter `{self.name(taken[0])}` has taken its gradient away ({len(taken)} "
+                "such in all), so the optimizer of mt.step doesn't move it. A hook that takes an optimizer step of its own "
+                "does so before the gradient is checked and clipped. This warning isn't repeated.",
+                stacklevel=2,
+            )
+        return bool(hooked)
+
+    @property
+    def _scaler_states(self) -> dict[int, dict[str, Any]]:
+        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
+        states: dict[int, dict[str, Any]] = self.scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
+        return states
+
+    @contextlib.contextmanager
+    def scaling(self) -> Iterator[None]:
+        """After an error inside the scaler knows as much of the optimizer as before, so that the step can be repeated."""
+        if self.scaler is None:
+            yield
+            return
+        key = id(self.optimizer)
+        kept = dict(self._scaler_states[key]) if key in self._scaler_states else None
+        try:
+            yield
+        except BaseException:
+            self._scaler_states.pop(key, None)
+            if kept is not None:
+                self._scaler_states[key] = kept
+            raise
+
+    def show_overflow(self) -> None:
+        """Show the scaler an infinite gradient, so that it lowers its scale by itself."""
+        assert self.scaler is not None
+        self._scaler_states.pop(id(self.optimizer), None)
+        self.zero_grad()
+        parameter = self.parameters[0]
+        parameter.grad = torch.full_like(parameter, float("inf"))
+        with self.scaling():
+            self.scaler.unscale_(self.optimizer)
+            self.step()
+        self.zero_grad()
+
+    def step(self) -> None:
+        """The optimizer's step, through the scaler if there is one, which then updates its scale."""
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)
+        # Gradients of the user's other optimizers that are unscaled already mustn't be unscaled again.
+        states = self._scaler_states
+        others = {key: state for key, state in states.items() if state["stage"].name == "UNSCALED"}
+        for key in others:
+            del states[key]
+        try:
+            self.scaler.update()
+        finally:
+            self._scaler_states.update(others)

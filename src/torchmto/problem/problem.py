@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import all_finite, finite_mark
+from torchmto.gradients import finite_mark
 from torchmto.problem.finite import FiniteChecks, SkippedError
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes, StepInfo, conflicts
@@ -70,8 +70,10 @@ class Problem:
             network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
         )
         self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction)
-        # What `.grad` holds before `apply`: losses that are still to be checked, and whether the scaler's scale is in it.
-        self._unchecked: Losses | None = None
+        # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
+        # scaler's scale is in it.
+        self._losses: Losses | None = None
+        self._unchecked = False
         self._scaled = False
 
     @property
@@ -186,7 +188,7 @@ class Problem:
             heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
 
         Raises:
-            NonFiniteError: If the weights or the combined gradient aren't finite (see ``on_nonfinite``).
+            NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
@@ -196,10 +198,7 @@ class Problem:
             self._finite.fail("A method's weights aren't finite.")
         self._computation.combine(gradients, weights, vector)
         set_heads(network, gradients, weights if heads == "weighted" else None)
-        if vector is not None:
-            self._finite.combined(gradients.reduced)
-        self._scaled = False
-        self._unchecked = None
+        self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
@@ -238,8 +237,7 @@ class Problem:
         wanted = {self.tasks.index(name) for name in names}
         weighted = WeightedBackward(self.network, self._forwards, self._reduction, self._noise, self._passes)
         losses = weighted.run(weigh, asked, wanted, source, fixed=fixed, heads=heads)
-        self._scaled = self.network.scaler is not None
-        self._unchecked = losses
+        self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
 
     @torch.no_grad()
@@ -254,8 +252,10 @@ class Problem:
             The factor; 1 if the gradient is short enough.
         """
         network = self.network
-        shared = [p.grad for p in network.parameters if p.grad is not None and network.roles.is_shared(network.name(p))]
+        shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
         norm = network.norm(shared)
+        if not bool(norm.isfinite()) and self._finite.applied(shared, float("inf")):
+            norm = network.exact_norm(shared)
         scale = network.scale(norm.device)
         if scale is not None:
             norm = norm / scale
@@ -273,40 +273,46 @@ class Problem:
             ValueError: If no task was present.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
-        network, scaler = self.network, self.network.scaler
-        losses, self._unchecked = self._unchecked, None
-        if losses is not None and not losses.indices:
+        network, losses = self.network, self._losses
+        unchecked = losses is not None and self._unchecked
+        self._losses, self._unchecked = None, False
+        if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
-        if not network.gradients():
-            if losses is not None:
-                self._finite.losses(losses, losses.raw.tolist())
-            return False
-        needed = network.clip is not None or scaler is not None or (network.sharded and losses is not None)
-        norm = network.norm() if needed else None
-        if losses is not None:
-            mark = finite_mark(network.gradients()) if norm is None else norm
-            *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-            self._finite.losses(losses, values)
-            if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
-                self._finite.fail_with_gradient(losses, "The gradient isn't finite.")
-        if scaler is not None:
-            assert norm is not None
-            scale = network.scale(norm.device)
-            assert scale is not None
-            if self._scaled:
-                norm = norm / scale
+        with network.scaling():
+            gradients = self._final_gradients()
+            if not gradients:
+                if unchecked and losses is not None:
+                    self._finite.losses(losses, losses.raw.tolist())
+                return False
+            norm = network.norm(gradients) if network.clip is not None or network.sharded else None
+            mark = finite_mark(gradients) if norm is None else norm
+            if unchecked and losses is not None:
+                *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
+                self._finite.losses(losses, values)
             else:
-                torch._foreach_mul_(network.gradients(), scale)
-            scaler.unscale_(network.optimizer)
-        if network.clip is not None and norm is not None:
-            network.clip_gradients(norm)
-        if scaler is not None:
-            scaler.step(network.optimizer)
-            scaler.update()
-        else:
-            network.optimizer.step()
+                total = float(mark)
+            if total - total != 0:
+                if not self._finite.applied(gradients, total):
+                    self._finite.fail_with_gradient(
+                        losses, f"The {'' if unchecked else 'combined '}gradient isn't finite."
+                    )
+                norm = None if norm is None else network.exact_norm(gradients)
+            if norm is not None:
+                network.clip_gradients(norm)
+            network.step()
         self.num_optimizer_steps += 1
         return True
+
+    def _final_gradients(self) -> list[Tensor]:
+        """The gradients that are set, unscaled, as the parameters' hooks leave them: what the optimizer will see."""
+        network = self.network
+        gradients = network.gradients()
+        if network.scaler is not None and gradients:
+            scale = network.scale(network.device)
+            if scale is not None and not self._scaled:
+                torch._foreach_mul_(gradients, scale)
+            network.scaler.unscale_(network.optimizer)
+        return network.gradients() if network.run_hooks() else gradients
 
     def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:
         """One plain sub-step of a procedure: forward, backward of the tasks' summed losses, optimizer step.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchmto.gradients import quiet
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes
 from torchmto.problem.losses import Chunk, Losses, Weigh
@@ -224,7 +225,7 @@ class WeightedBackward:
         inputs: list[Tensor] | None = None if network.sharded else network.parameters
         if network.compiled and inputs is not None:
             inputs = [p for p in inputs if any(network.reaches(index, p) for index in parts)]
-        with chunk.activated():
+        with chunk.activated(), quiet(network.parameters):
             if unit is not None:
                 unit.before(chunk.losses, weights.by_task, parts)
             roots, seeds = [chunk.losses[index] for index in parts], weights.times(parts)

@@ -40,7 +40,7 @@ class WithRows(Computation):
             rescale_heads(heads, losses, factors)
         product = self._gramian(rows)
         self._finite.losses(everything, everything.raw.tolist())
-        self._finite.task_gradients(losses, product, heads)
+        self._finite.task_gradients(losses, product)
         return TaskGradients(rows, losses, product, heads, everything)
 
     def _gramian(self, rows: Rows | ShardedRows) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, all_finite
+from torchmto.gradients import Rows
 from torchmto.gradients.engine import Piece
 from torchmto.problem.losses import Chunk
 from torchmto.problem.network import Heads
@@ -77,7 +77,7 @@ class WithoutRows(Computation):
             product = product * torch.outer(factors, factors)
             rescale_heads(heads, losses, factors)
         self._finite.losses(everything, everything.raw.tolist())
-        self._finite.task_gradients(losses, product, heads)
+        self._finite.task_gradients(losses, product)
         kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
         return TaskGradients(rows, losses, product, heads, everything, graph=kept)
 
@@ -127,8 +127,5 @@ class WithoutRows(Computation):
         self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
         network.tidy_sparse()
         sum_gradients(network, failure)
-        # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
-        if not all_finite([p.grad for p in shared if p.grad is not None]):
-            self._finite.fail_with_gradient(losses, "The combined gradient isn't finite.")
         if scale is not None:
-            torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
+            torch._foreach_div_(network.gradients(shared), scale)

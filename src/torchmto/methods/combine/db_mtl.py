@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchmto.checks import check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
+from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.method import GradientCombiner, Properties
 from torchmto.methods.registry import register
 from torchmto.problem import TaskGradients
@@ -74,16 +74,19 @@ class DBMTL(GradientCombiner):
         largest = torch.finfo(task_grads.matrix.dtype).max
         lengths = task_grads.gramian.diagonal().clamp_min(0).sqrt()
         if bool((lengths.clamp_min(1) * inverse >= largest).any()):
-            # Tracked, a gradient (or its factor) that overflows would stay for good.
+            # A length that overflows would make all weights 0.
             return torch.full_like(task_grads.matrix[0], torch.inf)
         present = list(task_grads.indices)
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
         self.times[present] += 1
-        for row, task, factor in zip(task_grads.matrix, present, inverse.tolist(), strict=True):
-            beta = self.beta / int(self.times[task]) ** self.sigma
-            self.tracked[task].mul_(beta).add_(row, alpha=(1 - beta) * factor)
-        norms = gramian(self.tracked).diagonal()[present].clamp_min(0).sqrt()
+        pasts = [self.beta / int(self.times[task]) ** self.sigma for task in present]
+        shares = [(beta, (1 - beta) * factor) for beta, factor in zip(pasts, inverse.tolist(), strict=True)]
+        track_(task_grads.matrix, self.tracked, present, shares)
+        norms = gramian(task_grads.matrix).diagonal().clamp_min(0).sqrt()
         ratios = norms.max() / norms
-        weights = self.tracked.new_zeros(self.num_tasks)
-        weights[present] = torch.where(ratios <= largest, ratios, 0.0).to(weights)
-        return torch.mv(self.tracked.T, weights)
+        weights = torch.where(ratios <= largest, ratios, 0.0).to(task_grads.matrix)
+        return torch.mv(task_grads.matrix.T, weights)
+
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Keep the tracked gradients."""
+        remember_(self.tracked, task_grads.matrix, task_grads.indices)

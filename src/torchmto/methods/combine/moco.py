@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_choice, check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
+from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
@@ -95,10 +95,10 @@ class MoCo(GradientCombiner):
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
         self.num_steps += 1
         self.times[present] += 1
-        for row, task, factor in zip(task_grads.matrix, present, factors, strict=True):
-            beta = self.beta / int(self.times[task]) ** self.beta_sigma
-            self.tracked[task].mul_(1 - beta).add_(row, alpha=beta * factor)
-        own = gramian(self.tracked)[present][:, present]
+        rates = [self.beta / int(self.times[task]) ** self.beta_sigma for task in present]
+        shares_of_rows = [(1 - beta, beta * factor) for beta, factor in zip(rates, factors, strict=True)]
+        track_(task_grads.matrix, self.tracked, present, shares_of_rows)
+        own = gramian(task_grads.matrix)
         own.diagonal().add_(self.rho)
         shares = shares_of(self.shares, present)
         moved = shares - self.gamma / self.num_steps**self.gamma_sigma * (own @ shares)
@@ -109,9 +109,11 @@ class MoCo(GradientCombiner):
         )
         set_shares(self.shares, present, moved)
         self.head_weights = moved
-        weights = torch.zeros(self.num_tasks, dtype=torch.float64)
-        weights[present] = moved
-        return torch.mv(self.tracked.T, weights.to(self.tracked))
+        return torch.mv(task_grads.matrix.T, moved.to(task_grads.matrix))
+
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Keep the tracked gradients."""
+        remember_(self.tracked, task_grads.matrix, task_grads.indices)
 
     def _factors(self, task_grads: TaskGradients) -> list[float]:
         """What each gradient is multiplied with before it is tracked."""

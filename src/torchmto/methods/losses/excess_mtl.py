@@ -59,7 +59,7 @@ class ExcessMTL(Method):
 
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:
-        """Add the squared gradients to their sums; the estimated excess risks of the present tasks, float64 [k]."""
+        """The estimated excess risks of the present tasks, float64 [k]."""
         matrix = gradients.matrix
         squares = self.squares.to(matrix)
         if squares.shape[1] < matrix.shape[1]:
@@ -70,9 +70,8 @@ class ExcessMTL(Method):
         excess = []
         for row, task in zip(matrix, gradients.indices, strict=True):
             square = row.square()
-            squares[task] += square
             # In this order nothing overflows that the gradient's square doesn't.
-            excess.append(torch.where(square > 0, square * squares[task].rsqrt(), 0.0).sum())
+            excess.append(torch.where(square > 0, square * (squares[task] + square).rsqrt(), 0.0).sum())
         return torch.stack(excess).to("cpu", torch.float64)
 
     def _update(self, chosen: Sequence[int], excess: Tensor) -> Tensor:
@@ -103,6 +102,10 @@ class ExcessMTL(Method):
         gradients = problem.gradients()
         self._check(problem, gradients)
         weights = self._update(gradients.indices, self._excess(gradients))
-        problem.combine(gradients, weights, heads=self.heads)
+        # Beside the rows, which are needed once more.
+        vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
+        problem.combine(gradients, weights, vector=vector, heads=self.heads)
         problem.apply()
+        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
+            self.squares[task].addcmul_(row, row)
         return problem.info(weights=weights, indices=gradients.indices, gradients=gradients)

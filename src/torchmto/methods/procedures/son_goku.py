@@ -7,10 +7,10 @@ from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
+from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, Problem, StepInfo
+from torchmto.problem import Network, Problem, StepInfo, TaskGradients
 
 
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
@@ -105,10 +105,10 @@ class SonGoku(Procedure):
         present = gradients.indices
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
-            for row, task in zip(gradients.matrix, present, strict=True):
-                self.tracked[task].mul_(self.beta).add_(row, alpha=1 - self.beta)
         if self.num_steps % self.refresh_every == 0:
-            self.groups = colour_conflicts(gramian(self.tracked), self.tau)
+            moved = (self._moved(gradients, piece) for piece in pieces(gradients.matrix.shape[1]))
+            start = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
+            self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau)
             self.turn = 0
         self.num_steps += 1
         while not set(self.groups[self.turn % len(self.groups)]) & set(present):
@@ -118,12 +118,16 @@ class SonGoku(Procedure):
         weights = torch.tensor([float(task in group) for task in present], dtype=torch.float64)
         for key, (parameter, held) in list(gradients.heads.items()):
             gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
-        problem.combine(gradients, weights)
+        # Beside the rows, which are needed once more.
+        vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
+        problem.combine(gradients, weights, vector=vector)
         # What only waiting tasks reach has zeros now, and optimizers with moments would move it.
         for parameter in gradients.parameters:
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
         problem.apply()
+        for piece in pieces(gradients.matrix.shape[1]):
+            self.tracked[:, piece] = self._moved(gradients, piece)
         names = problem.tasks
         return problem.info(
             weights=weights,
@@ -134,3 +138,11 @@ class SonGoku(Procedure):
                 "active": [names[task] for task in group if task in present],
             },
         )
+
+    @torch.no_grad()
+    def _moved(self, gradients: TaskGradients, piece: slice) -> Tensor:
+        """Some columns of the tracked gradients after this step."""
+        tracked = self.tracked[:, piece].clone()
+        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
+            tracked[task].mul_(self.beta).add_(row[piece], alpha=1 - self.beta)
+        return tracked

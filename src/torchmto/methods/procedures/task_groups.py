@@ -221,12 +221,17 @@ class TaskGroups(Procedure):
                 inner.after_step(losses.only({problem.tasks.index(name) for name in group}), problem)
             return losses
         kept = inner.snapshot()
-        with problem.leaving_out():
-            gradients = problem.gradients(group, forward=problem.asked)
-            inner.descend(problem, gradients)
-            told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
-            return gradients.all_losses
-        inner.restore(kept)
+        taken = False
+        try:
+            with problem.leaving_out():
+                gradients = problem.gradients(group, forward=problem.asked)
+                inner.descend(problem, gradients)
+                taken = True
+                told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
+                return gradients.all_losses
+        finally:
+            if not taken:
+                inner.restore(kept)
         return None
 
     def _regroup(self) -> list[list[str]]:
