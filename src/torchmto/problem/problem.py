@@ -15,7 +15,7 @@ from torchmto.gradients import all_finite, finite_mark
 from torchmto.problem.finite import FiniteChecks, SkippedError
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes, StepInfo, conflicts
-from torchmto.problem.losses import Losses, Source, Weigh, empty_batch
+from torchmto.problem.losses import Losses, Outside, Source, Weigh, empty_batch
 from torchmto.problem.network import Network
 from torchmto.problem.noise import Noise
 from torchmto.problem.reduction import Reduction, Sums
@@ -41,6 +41,7 @@ class Problem:
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Problem:
         weigh_fixed: bool = True,
         noise: Noise,
         fingerprint: str = "",
+        outside: Sequence[Outside] = (),
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -69,7 +71,7 @@ class Problem:
         self._forwards = Forwards(
             network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
         )
-        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction)
+        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction, outside)
         # What `.grad` holds before `apply`: losses that are still to be checked, and whether the scaler's scale is in it.
         self._unchecked: Losses | None = None
         self._scaled = False
@@ -176,6 +178,7 @@ class Problem:
         *,
         vector: Tensor | None = None,
         heads: str = "unit",
+        head_weights: Tensor | None = None,
     ) -> None:
         """Set ``.grad``: ``weights @ J`` or a ready ``vector`` on the shared parameters, own gradients on the heads.
 
@@ -183,7 +186,8 @@ class Problem:
             gradients: What :meth:`gradients` returned.
             weights: One weight per present task, [k].
             vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
-            heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+            heads: "unit": a head gets its own task's gradient; otherwise times the task's weight.
+            head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
             NonFiniteError: If the weights or the combined gradient aren't finite (see ``on_nonfinite``).
@@ -195,7 +199,7 @@ class Problem:
         if weights is not None and not bool(weights.isfinite().all()):
             self._finite.fail("A method's weights aren't finite.")
         self._computation.combine(gradients, weights, vector)
-        set_heads(network, gradients, weights if heads == "weighted" else None)
+        set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
         if vector is not None:
             self._finite.combined(gradients.reduced)
         self._scaled = False
@@ -285,8 +289,10 @@ class Problem:
         norm = network.norm() if needed else None
         if losses is not None:
             mark = finite_mark(network.gradients()) if norm is None else norm
-            *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-            self._finite.losses(losses, values)
+            weights = losses.raw[:0] if self._reduction.weights is None else self._reduction.weights.to(losses.raw)
+            *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
+            self._finite.losses(losses, numbers[: len(losses.raw)])
+            self._finite.weights(losses, numbers[len(losses.raw) :])
             if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
                 self._finite.fail_with_gradient(losses, "The gradient isn't finite.")
         if scaler is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice, check_flag
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -33,8 +33,7 @@ class MGDA(GramianWeighting):
         **options: ``heads``, ``refresh_every``.
 
     Raises:
-        ValueError: If ``normalize`` needs losses and there are none, or one is negative (when the weights are
-            computed).
+        ValueError: If ``normalize`` needs losses and there are none (when the weights are computed).
 
     Source: Désidéri, 2012; Sener & Koltun, NeurIPS 2018, equation 4 (normalisations: its released code).
 
@@ -47,6 +46,10 @@ class MGDA(GramianWeighting):
     source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
+    domain = Domain(
+        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. A zero gradient gets all the weight and the '
+        "shared parameters stand still, unless gradients are normalised: the point is Pareto-stationary."
+    )
 
     def __init__(
         self, *, normalize: str = "none", normalize_update: bool = False, **options: Unpack[WeightingOptions]
@@ -54,11 +57,15 @@ class MGDA(GramianWeighting):
         super().__init__(**options)
         self.normalize = check_choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.normalize_update = check_flag("normalize_update", normalize_update)
+        if self.normalize.startswith("loss"):
+            self.domain = Domain("0", attained=True)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
         if self.normalize == "none":
             return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
+        if losses is not None:
+            self.check_losses(losses, indices)
         sizes = self._sizes(gramian, losses)
         scaled = gramian / sizes / sizes.unsqueeze(1)
         weights = self.accept(solvers.min_norm(self.as_array(scaled)), gramian)
@@ -69,11 +76,8 @@ class MGDA(GramianWeighting):
         norms = gramian.diagonal().clamp_min(0).sqrt()
         if self.normalize == "l2":
             sizes = norms
-        elif losses is None or bool((losses < 0).any()):
-            raise ValueError(
-                f"Method `mgda` with normalize={self.normalize!r} needs non-negative losses. "
-                f"Found {None if losses is None else losses.tolist()}."
-            )
+        elif losses is None:
+            raise ValueError(f"Method `mgda` with normalize={self.normalize!r} needs the losses. Found `losses = None`.")
         else:
             sizes = losses.to(norms) if self.normalize == "loss" else losses.to(norms) * norms
         return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
