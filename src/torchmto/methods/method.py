@@ -216,8 +216,8 @@ class Method(ABC):
             bounds = self.lower_bounds(indices).to(losses)
             for index, loss, bound in zip(indices, losses.tolist(), bounds.tolist(), strict=True):
                 if not (loss > bound or (self.domain.attained and loss == bound)):
-                    bound_is = "" if self.domain.above == "0" else f" ({bound:g})"
-                    return f"Method `{self.name}` needs {self.domain.losses}{bound_is}. That of task `{self.label(index)}` is {loss:g}."
+                    needed = self.domain.losses if self.domain.above == "0" else f"{self.domain.losses} ({bound:g})"
+                    return f"Method `{self.name}` needs {needed}. That of task `{self.label(index)}` is {loss:g}."
         reasons = (inner.outside(losses, indices) for inner in self._inner())
         return next((reason for reason in reasons if reason), "")
 

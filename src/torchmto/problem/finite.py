@@ -75,7 +75,9 @@ class FiniteChecks:
         if not reason:
             seen = raw if losses.factors is None else losses.values.cpu()
             reason = method(seen, losses.indices)
-            reason += " (This is its loss times the weight that `weights=` gives it.)" if reason and seen is not raw else ""
+            reason += (
+                " (This is its loss times the weight that `weights=` gives it.)" if reason and seen is not raw else ""
+            )
         if reason:
             self.fail(reason)
 
@@ -103,8 +105,8 @@ class FiniteChecks:
     def weights(self, losses: Losses, values: Sequence[float]) -> None:
         """Check the losses' weights, ``values`` as plain numbers: times a gradient of zero they may leave no trace."""
         if any(value - value != 0 for value in values):
-            values = zip(losses.indices, losses.raw.tolist(), strict=True)
-            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in values)
+            raw = zip(losses.indices, losses.raw.tolist(), strict=True)
+            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in raw)
             self.fail(f"The method's loss weights aren't finite. The losses are {named}.")
 
     def fail(self, message: str) -> NoReturn:

@@ -51,7 +51,10 @@ class MoCo(GradientCombiner):
     source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
     properties = Properties(homogeneity=None, identity=False)
-    domain = Domain(corners='With `normalize="loss"` non-negative losses only.')
+    domain = Domain(
+        corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
+        'others, and with `step="projection"` in the end all.'
+    )
     tracked: Tensor
     shares: Tensor
     times: Tensor
@@ -125,5 +128,4 @@ class MoCo(GradientCombiner):
 
     def records(self) -> Mapping[str, Any]:
         """The weights lambda of all tasks."""
-
         return {"weights": named(self.tasks, self.shares)} if self.num_tasks else {}

@@ -19,8 +19,8 @@ class FairGrad(GramianWeighting):
 
     alpha = 1 is Nash-MTL without its clipping; a large alpha favours the task that gains least. The update scales
     with the gradients to the power :math:`(1 - \alpha)/(1 + \alpha)`. Solved by Newton steps, where need
-    be in stages from alpha = 1 on (the released supervised code runs a non-linear least-squares solver). Tested for alpha from 0.5
-    to 100 with norms that span four orders of magnitude; beyond that it can stop on the way, and the solution for the
+    be in stages from alpha = 1 on (the released supervised code runs a non-linear least-squares solver). Tested for alpha
+    from 0.5 to 100 with norms that span four orders of magnitude; beyond that it can stop on the way, and the solution for the
     alpha reached is taken, which conflicts with no task either. Where a convex combination of the gradients vanishes
     there is no solution, and 1e-6 is added to every squared unit length. Both are counted as fallbacks.
 

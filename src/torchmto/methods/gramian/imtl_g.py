@@ -39,8 +39,8 @@ class IMTLG(GramianWeighting):
     use = "When the update should make equal progress along every unit gradient."
     properties = Properties(pareto=False)
     domain = Domain(
-        corners="Linearly dependent gradients: the least-squares weights, or 1/K, a fallback. Zero gradients take no part. Where "
-        "gradients of very different length conflict the update can conflict with all of them."
+        corners="Linearly dependent gradients: the least-squares weights, or 1/K, a fallback. Zero gradients take no part. "
+        "Where gradients of very different length conflict the update can conflict with all of them."
     )
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:

@@ -24,7 +24,8 @@ class MGDA(GramianWeighting):
     weights then apply to the gradients as they are; LibMTL updates with the normalised ones
     (``normalize_update=True``).
 
-    Scale: the weights sum to 1. No eps. Heads: their own task's gradient; the released code weights the loss and so
+    Scale: the weights sum to 1. No eps. Zero gradients take no part, where the definition would give them all the weight
+    and stop the other tasks. Heads: their own task's gradient; the released code weights the loss and so
     the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
 
     Args:
@@ -47,8 +48,8 @@ class MGDA(GramianWeighting):
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
     domain = Domain(
-        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. A zero gradient gets all the weight and the '
-        "shared parameters stand still, unless gradients are normalised: the point is Pareto-stationary."
+        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. Zero gradients take no part; the shortest of '
+        "the others takes most of the weight, and what it leaves of the update can be very short."
     )
 
     def __init__(
@@ -62,6 +63,13 @@ class MGDA(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
+        live = gramian.diagonal() > 0
+        if not bool(live.all()) and bool(live.any()):
+            # The shortest combination would be zero, and one task without a gradient stop all the others.
+            weights, where = torch.zeros_like(gramian[0]), live.nonzero().flatten().tolist()
+            tasks = where if indices is None else [indices[i] for i in where]
+            weights[where] = self.weights(gramian[where][:, where], None if losses is None else losses[where], tasks)
+            return weights
         if self.normalize == "none":
             return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
         if losses is not None:
@@ -77,7 +85,9 @@ class MGDA(GramianWeighting):
         if self.normalize == "l2":
             sizes = norms
         elif losses is None:
-            raise ValueError(f"Method `mgda` with normalize={self.normalize!r} needs the losses. Found `losses = None`.")
+            raise ValueError(
+                f"Method `mgda` with normalize={self.normalize!r} needs the losses. Found `losses = None`."
+            )
         else:
             sizes = losses.to(norms) if self.normalize == "loss" else losses.to(norms) * norms
         return torch.where(sizes > 0, sizes, torch.ones_like(sizes))

@@ -51,8 +51,8 @@ class NashMTL(GramianWeighting):
     use = "Tasks on different scales that should bargain for a proportionally fair update."
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
     domain = Domain(
-        corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a fallback. "
-        "The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
+        corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "
+        "fallback. The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
     )
     HEADS = ("unit", "weighted", "unclipped")
     _bargain: Tensor

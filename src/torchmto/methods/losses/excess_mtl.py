@@ -28,7 +28,8 @@ class ExcessMTL(Method):
     A loss weighting, but it needs the K gradients: K backwards per step, and a K x P state with the sums of squared
     gradients on the shared parameters. Scale: sum; the update's weights sum to the number of present tasks. Heads:
     times the task's weight by default. Deviation: no epsilon in the denominator; entries whose gradient has always been
-    zero count as zero; a weight's share of the sum doesn't fall below 1e-6. A gradient whose squares overflow makes the step non-finite.
+    zero count as zero; a weight's share of the sum doesn't fall below
+    1e-6. A gradient whose squares overflow makes the step non-finite.
 
     Args:
         step_size: :math:`\eta`.

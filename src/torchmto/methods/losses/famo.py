@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
-from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.losses.inside import inside
+from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register

@@ -56,7 +56,9 @@ class GradNorm(GramianWeighting):
     source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
     properties = Properties(uses_losses=True)
-    domain = Domain(corners="A loss that isn't positive counts as trained, r = 0; where none is positive r = 1.")
+    domain = Domain(
+        corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
+    )
     scales: LearnableScales
     first: Tensor
 
@@ -134,8 +136,7 @@ class GradNorm(GramianWeighting):
         first = self.first[chosen]
         # Below 0 there is nothing left to gain: the mean of the others' progress must stay positive.
         progress = (values / first).clamp_min(0)
-        mean = progress[~first.isnan()].mean()
-        rates = torch.where(first.isnan() | ~(mean > 0), 1.0, progress / mean)
+        rates = torch.where(first.isnan(), 1.0, progress / progress[~first.isnan()].mean())
         distances = scaled - scaled.mean() * rates**self.alpha
         if not bool(distances.isfinite().all()):
             return

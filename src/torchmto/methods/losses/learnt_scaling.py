@@ -29,7 +29,9 @@ class LearntScaling(LossWeighting):
     """
 
     fixed = True
-    domain = Domain(corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one.")
+    domain = Domain(
+        corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
+    )
     scales: LearnableScales
 
     def __init__(self, *, lr: float = 0.025, initial: float = 0.0) -> None:

@@ -41,7 +41,9 @@ class PBI(LossWeighting):
     use = "A chosen preference direction in loss space."
     properties = Properties(pareto=False)
     domain = Domain(
-        "`reference`", attained=True, corners="The penalty can give a loss below its share a negative weight: it may rise."
+        "`reference`",
+        attained=True,
+        corners="The penalty can give a loss below its share a negative weight: it may rise.",
     )
 
     def __init__(
