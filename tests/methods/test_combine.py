@@ -232,7 +232,7 @@ def test_moco_needs_non_negative_losses_to_multiply_with() -> None:
     made("moco").combine(rows(J, losses))
     method = made("moco", num_tasks=3, normalize="loss")
     before = copy.deepcopy(method.state_dict())
-    with pytest.raises(ValueError, match="non-negative losses. That of task `1` is -3"):
+    with pytest.raises(ValueError, match=r"non-negative losses. That of task `1` is -3"):
         method.combine(rows(J, losses))
     assert toy.same(method.state_dict(), before)
 

@@ -225,9 +225,9 @@ def test_mgda_normalisations(normalize: str) -> None:
 
 
 def test_mgda_needs_losses_to_normalise_by() -> None:
-    with pytest.raises(ValueError, match="needs the losses. Found `losses = None`"):
+    with pytest.raises(ValueError, match=r"needs the losses. Found `losses = None`"):
         made("mgda", normalize="loss").weights(torch.eye(2))
-    with pytest.raises(ValueError, match="needs non-negative losses. That of task `0` is -1"):
+    with pytest.raises(ValueError, match=r"needs non-negative losses. That of task `0` is -1"):
         made("mgda", normalize="loss+").weights(torch.eye(2), torch.tensor([-1.0, 1.0]))
 
 

@@ -752,7 +752,7 @@ def test_losses_that_are_not_positive_are_refused(name, loss):
         feed = Feed(options.pop("method"), lr=0.1, **options)
         feed(a=1.0, b=2.0)
         before, parameter = feed.mt.state_dict(), feed.parameter.detach().clone()
-        with pytest.raises(torchmto.NonFiniteError, match=rf"Method `{name}` needs .*losses.*task `b` is {loss:g}"):
+        with pytest.raises(torchmto.NonFiniteError, match=rf"Method `{name}` needs .*losses.*task `b` is "):
             feed(a=1.0, b=loss)
         assert torch.equal(feed.parameter, parameter)
         assert same(feed.mt.state_dict(), before)

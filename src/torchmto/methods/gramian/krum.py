@@ -40,7 +40,8 @@ class Krum(GramianWeighting):
     use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
     domain = Domain(
-        corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be selected."
+        corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be "
+        "the one that is selected."
     )
 
     def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:

@@ -20,7 +20,8 @@ class DWA(WindowedWeighting):
     :math:`r_i` is the task's mean loss over the last window divided by that over the window before: tasks that stagnate
     weigh more. A window is an epoch (``mt.end_window()``), or ``window`` steps. The weights are 1 until two windows
     have ended; a task that wasn't present in two windows, or whose mean isn't positive, has r = 1,
-    and a window without a task leaves its means as they are. K is the number of present tasks. Scale: sum. Heads: times the task's weight.
+    and a window without a task leaves its means as they are. K is the number of present tasks. Scale: sum. Heads: times
+    the task's weight.
 
     Args:
         temperature: T; large values make the weights alike.
