@@ -56,8 +56,8 @@ def try_out(method, constants, judges, **options):
     seen = torch.tensor(constants, dtype=torch.float64)
     refused = any(judge(mt).outside(seen, range(len(constants))) for judge in judges)
     before = state(mt)
-    if refused or undefined(judges[0](mt), seen):
-        with pytest.raises(torchmto.NonFiniteError, match="Method `|weights"):
+    if refused:
+        with pytest.raises(torchmto.NonFiniteError, match=r"Method `.*` needs .*losses"):
             mt.step(scaled(model, constants))
         assert same(state(mt), before)
         return
@@ -67,11 +67,6 @@ def try_out(method, constants, judges, **options):
         assert info.weights is None or all(weight - weight == 0 for weight in info.weights.values())
         mt.report({"t0": 0.5})
         mt.end_window()
-
-
-def undefined(method, losses):
-    """Whether an objective has no gradient there: the cosine of cosmos where all losses are 0."""
-    return method.name == "cosmos" and not losses.any()
 
 
 def own(mt):

@@ -41,7 +41,8 @@ class COSMOS(LossWeighting):
     domain = Domain(
         "0",
         attained=True,
-        corners="One loss at least must be positive. The cosine's part of the weights grows like 1/‖l‖ as all losses near 0.",
+        corners="Where all losses are 0 the cosine isn't defined and doesn't count. Its part of the weights grows like 1 / ‖l‖ "
+        "as all losses near 0.",
     )
 
     def __init__(self, *, preference: TaskFloats | None = None, penalty: float = 1.0) -> None:
@@ -59,6 +60,7 @@ class COSMOS(LossWeighting):
         r = self.preference.of(self.present(losses, indices)).to(losses)
         losses = inside(losses, losses >= 0)
         # The cosine of the losses over their largest one, whose squares stay in range.
-        scaled = losses / losses.detach().amax()
+        largest = losses.detach().amax()
+        scaled = torch.where(largest == 0, 1.0, losses / torch.where(largest == 0, 1.0, largest))
         cosine: Tensor = (r * scaled).sum() / (torch.linalg.vector_norm(r) * torch.linalg.vector_norm(scaled))
         return (r * losses).sum() - self.penalty * cosine
