@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found
+from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest
 from torchmto.gradients.ranks import is_sharded
 from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, register
+from torchmto.methods.registry import make_method, methods, register
 from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
 from torchmto.structure import (
     Recording,
@@ -338,6 +338,11 @@ class ConnectionStrength(Procedure):
         if phase2 == "priority":
             second: Method = PriorityProjection(priorities, degenerate=degenerate)
         else:
+            if isinstance(phase2, str) and phase2 not in methods():
+                known = ("priority", *methods())
+                raise ValueError(
+                    f"Unknown method `{phase2}` as `phase2`: 'priority' or a method.{nearest(phase2, known)}"
+                )
             second = make_method(phase2) if isinstance(phase2, str) else phase2
         if not isinstance(second, Method):
             raise TypeError(found("phase2", "'priority' or a method", phase2))
