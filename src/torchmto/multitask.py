@@ -79,13 +79,14 @@ class MultiTask:
         shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
             once a second task has reached it.
         weights: Factors of the losses before any method sees them: task -> float (missing ones are 1), or a loss weighting
-            (a name or a method), whose weights are then used.
+            (a name or a method), whose weights are then used; "si" gives the gradients of the log-losses, which some code
+            calls the LOG variant of a method.
         scaler: A ``torch.amp.GradScaler``. Gradients are unscaled before they are combined.
         clip: Largest global norm of the gradient over all parameters, after combining, per optimizer step.
         seed: Reseeds the method's random generator; those of methods inside it and of ``weights`` get seeds derived from it.
         process_group: The processes that train together; default the default group if ``torch.distributed`` is initialised.
-        on_nonfinite: "raise": a NaN or infinite loss or gradient raises :class:`~torchmto.NonFiniteError`; "skip": the step
-            is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
+        on_nonfinite: "raise": a NaN or infinite loss or gradient, or a loss outside the method's domain, raises
+            :class:`~torchmto.NonFiniteError`; "skip": the step is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
             scaler, non-finite gradients skip the step and lower the scale.
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
@@ -278,7 +279,8 @@ class MultiTask:
         Raises:
             ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the tasks share no parameter,
                 or the method needs a closure.
-            NonFiniteError: If a loss or a gradient isn't finite, under ``on_nonfinite="raise"``.
+            NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
+                under ``on_nonfinite="raise"``.
         """
         asked = self.tasks if tasks is None else check_tasks(tasks)
         unknown = [name for name in asked if name not in self.tasks]

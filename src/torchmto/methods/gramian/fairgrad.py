@@ -27,9 +27,9 @@ class FairGrad(GramianWeighting):
     With alpha > 1 the update grows as the gradients shrink or cancel, so near the Pareto set it only settles if the
     learning rate falls.
 
-    Scale: see above. No eps. Heads: their own task's gradient. Not random. Deviation: the released code for supervised
-    learning multiplies the update of the shared parameters by K and then clips it to norm 1, heads apart; that for
-    reinforcement learning does neither, and solves by 20 steps of SGD. There heads get their own task's gradient too.
+    Scale: see above. No eps. Heads: their own task's gradient, as in the released code for supervised learning. That
+    code also multiplies the update of the shared parameters by K and clips it to norm 1, which we leave to the learning
+    rate; the one for reinforcement learning does neither. Not random.
 
     Args:
         alpha: Positive. 2 in the paper's experiments; 1 is the class default of the released code.

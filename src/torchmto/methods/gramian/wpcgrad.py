@@ -63,7 +63,7 @@ class WPCGrad(GramianWeighting):
     Args:
         mode: "order", "pairwise" or "pcgrad".
         priority: Where the probabilities come from. A mapping of probabilities (missing tasks have 0); "loss": the previous
-            window's mean loss to the power ``gamma``; "relative_loss": each divided by its first window's mean; a loss
+            window's mean loss to the power ``gamma``; "relative_loss": each divided by its first positive window's mean; a loss
             weighting (name or object), normalised to sum 1; "performance": the shortfall of the reported validation metric
             (``mt.report``) to ``baseline``, to the power ``gamma``; "uniform"; or a callable of the losses [k]. Uniform until
             a first window or report.
