@@ -86,7 +86,8 @@ class MultiTask:
         seed: Reseeds the method's random generator; those of methods inside it and of ``weights`` get seeds derived from it.
         process_group: The processes that train together; default the default group if ``torch.distributed`` is initialised.
         on_nonfinite: "raise": a NaN or infinite loss or gradient, or a loss outside the method's domain, raises
-            :class:`~torchmto.NonFiniteError`; "skip": the step is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
+            :class:`~torchmto.NonFiniteError`; "skip": the step is left
+            out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
             scaler, non-finite gradients skip the step and lower the scale.
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
