@@ -1,5 +1,7 @@
 """What methods do at the edges of their domains, beyond the battery: no scale runs away, no task is lost for good."""
 
+import math
+
 import pytest
 import torch
 
@@ -62,13 +64,18 @@ def test_relative_priority_waits_for_a_positive_mean():
     assert info.records["probabilities"] == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25})
 
 
-def test_mgda_a_zero_gradient_takes_no_part():
-    gramian = torch.tensor([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])
-    assert make("mgda").weights(gramian).tolist() == [0, 0.75, 0.25]
-    losses = torch.tensor([9.0, 1.0, 2.0])
-    weights = make("mgda", normalize="loss", normalize_update=True).weights(gramian, losses)
-    inner = make("mgda", normalize="loss", normalize_update=True).weights(gramian[1:, 1:], losses[1:])
-    assert weights.tolist() == [0, *inner.tolist()]
+def test_mgda_a_zero_gradient_takes_no_part_in_a_step():
+    """By the definition it has all the weight, and the other tasks would stand still."""
+    gramian = torch.diag(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+    assert make("mgda").weights(gramian).tolist() == [1, 0, 0]
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    for method in (make("mgda"), make("cr_mogm", alpha=0.0), make("task_groups", groups="joint", inner="mgda")):
+        optimizer = torch.optim.SGD([parameter], lr=0.0)
+        mt = torchmto.MultiTask(torch.nn.ParameterList([parameter]), optimizer, tasks=["a", "b", "c"], method=method)
+        mt.step(
+            lambda tasks: {t: parameter["abc".index(t)] * math.sqrt(gramian.diagonal()["abc".index(t)]) for t in tasks}
+        )
+        assert parameter.grad.tolist() == pytest.approx([0, 0.75, 0.25 * math.sqrt(3)])
 
 
 def test_db_mtl_drops_what_is_stale():

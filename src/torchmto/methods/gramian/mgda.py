@@ -12,6 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_choice, check_flag
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
+from torchmto.problem import Problem, TaskGradients
 
 
 @register("mgda")
@@ -24,8 +25,8 @@ class MGDA(GramianWeighting):
     weights then apply to the gradients as they are; LibMTL updates with the normalised ones
     (``normalize_update=True``).
 
-    Scale: the weights sum to 1. No eps. Zero gradients take no part, where the definition would give them all the weight
-    and stop the other tasks. Heads: their own task's gradient; the released code weights the loss and so
+    Scale: the weights sum to 1. No eps. In a step zero gradients take no part, where the definition (:meth:`weights`) gives
+    them all the weight and so stops the other tasks. Heads: their own task's gradient; the released code weights the loss and so
     the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
 
     Args:
@@ -48,7 +49,7 @@ class MGDA(GramianWeighting):
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
     domain = Domain(
-        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. Zero gradients take no part; the shortest of '
+        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the shortest of '
         "the others takes most of the weight, and what it leaves of the update can be very short."
     )
 
@@ -61,15 +62,18 @@ class MGDA(GramianWeighting):
         if self.normalize.startswith("loss"):
             self.domain = Domain("0", attained=True)
 
+    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+        """The weights; without the zero gradients, of which one would stop all other tasks."""
+        gramian, losses, indices = gradients.gramian, gradients.losses, gradients.indices
+        live = (gramian.diagonal() > 0).nonzero().flatten().tolist()
+        if len(live) in (0, len(gramian)):
+            return super().step_weights(problem, gradients)
+        weights = torch.zeros_like(gramian[0])
+        weights[live] = self.weights(gramian[live][:, live], losses[live], [indices[i] for i in live])
+        return weights
+
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
-        live = gramian.diagonal() > 0
-        if not bool(live.all()) and bool(live.any()):
-            # The shortest combination would be zero, and one task without a gradient stop all the others.
-            weights, where = torch.zeros_like(gramian[0]), live.nonzero().flatten().tolist()
-            tasks = where if indices is None else [indices[i] for i in where]
-            weights[where] = self.weights(gramian[where][:, where], None if losses is None else losses[where], tasks)
-            return weights
         if self.normalize == "none":
             return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
         if losses is not None:

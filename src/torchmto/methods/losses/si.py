@@ -20,9 +20,9 @@ class ScaleInvariant(LossWeighting):
     perfectly it doesn't settle.
 
     In front of a method on gradients, ``MultiTask(..., method="mgda", weights="si")``, every gradient is that of the
-    log-loss, :math:`g_i / l_i`: what released code calls the LOG\_ variant (LOG\_MGDA, LOG\_CAGrad, LOG\_IMTLG),
-    without the eps of 1e-8 that some add. LOG\_MGDA also divides the sum of the weighted log-losses by :math:`\sum_i w_i / l_i`. A method that looks at the
-    losses then sees 1 for each.
+    log-loss, :math:`g_i / l_i`: what released code calls the LOG\_ variant (LOG\_MGDA, LOG\_CAGrad, LOG\_IMTLG), without
+    the eps of 1e-8 that some add. LOG\_MGDA also divides the sum of the weighted log-losses by :math:`\sum_i w_i / l_i`.
+    A method that looks at the losses then sees 1 for each.
 
     Source: a baseline of Navon et al., Multi-Task Learning as a Bargaining Game, ICML 2022.
 
