@@ -26,8 +26,8 @@ class MGDA(GramianWeighting):
     (``normalize_update=True``).
 
     Scale: the weights sum to 1. No eps. In a step zero gradients take no part, where the definition (:meth:`weights`) gives
-    them all the weight and so stops the other tasks. Heads: their own task's gradient; the released code weights the loss and so
-    the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
+    them all the weight and so stops the other tasks. Heads: their own task's gradient; the released code weights the loss
+    and so the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
 
     Args:
         normalize: "none" (paper), "l2", "loss" or "loss+".
@@ -49,8 +49,8 @@ class MGDA(GramianWeighting):
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
     domain = Domain(
-        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the shortest of '
-        "the others takes most of the weight, and what it leaves of the update can be very short."
+        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the '
+        "shortest of the others takes most of the weight, and what it leaves of the update can be very short."
     )
 
     def __init__(
