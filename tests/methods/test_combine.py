@@ -239,7 +239,7 @@ def test_moco_needs_non_negative_losses_to_multiply_with() -> None:
     made("moco").combine(rows(J, losses))
     method = made("moco", num_tasks=3, normalize="loss")
     before = copy.deepcopy(method.state_dict())
-    with pytest.raises(ValueError, match=r"non-negative losses. Found \[2.0, -3.0, 1.0\]"):
+    with pytest.raises(ValueError, match=r"non-negative losses. That of task `1` is -3"):
         method.combine(rows(J, losses))
     assert toy.same(method.state_dict(), before)
 
@@ -269,7 +269,7 @@ def test_db_mtl_by_hand() -> None:
 def test_db_mtl_ignores_the_scale_of_the_losses() -> None:
     J, losses = random_rows(18, 3), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert torch.allclose(made("db_mtl").combine(rows(J * 1e6, losses * 1e6)), made("db_mtl").combine(rows(J, losses)))
-    with pytest.raises(ValueError, match="should be positive"):
+    with pytest.raises(ValueError, match="non-negative losses"):
         made("db_mtl").combine(rows(J, -losses))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients.ranks import local
-from torchmto.problem.losses import Losses, NonFiniteError
+from torchmto.problem.losses import Losses, NonFiniteError, Outside
 from torchmto.problem.network import Network
 from torchmto.problem.reduction import Reduction
 
@@ -32,27 +32,53 @@ class FiniteChecks:
         tasks: The names of all tasks.
         on_nonfinite: "raise" or "skip".
         reduction: Knows the losses' weights, so that these can be told from gradients.
+        outside: Why the step's method, and a loss weighting before it, can't take the losses they see.
 
     Attributes:
         recorded: Task index -> the first loss of the step that passed.
         overflowed: Whether the scaler lowered its scale.
     """
 
-    def __init__(self, network: Network, tasks: tuple[str, ...], on_nonfinite: str, reduction: Reduction) -> None:
+    def __init__(
+        self,
+        network: Network,
+        tasks: tuple[str, ...],
+        on_nonfinite: str,
+        reduction: Reduction,
+        outside: Sequence[Outside] = (),
+    ) -> None:
         self.recorded: dict[int, float] = {}
         self.overflowed = False
         self._network = network
         self._tasks = tasks
         self._on_nonfinite = on_nonfinite
         self._reduction = reduction
+        self._outside = outside
 
     def losses(self, losses: Losses, values: Sequence[float]) -> None:
         """Check the losses, ``values`` as plain numbers, and record them."""
         for index, value in zip(losses.indices, values, strict=True):
             if value - value != 0:
                 self.fail(f"The loss of task `{self._tasks[index]}` is {value}.")
+        self._domains(losses, values)
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
+
+    def _domains(self, losses: Losses, values: Sequence[float]) -> None:
+        """Check that the methods can take the losses: a loss weighting in front the raw ones, the method weighted ones."""
+        if not self._outside:
+            return
+        raw = torch.tensor(values, dtype=losses.raw.dtype)
+        method, *weighting = self._outside
+        reason = weighting[0](raw, losses.indices) if weighting else ""
+        if not reason:
+            seen = raw if losses.factors is None else losses.values.cpu()
+            reason = method(seen, losses.indices)
+            reason += (
+                " (This is its loss times the weight that `weights=` gives it.)" if reason and seen is not raw else ""
+            )
+        if reason:
+            self.fail(reason)
 
     def task_gradients(self, losses: Losses, gramian: Tensor) -> None:
         """Check the tasks' gradients on the shared parameters, by the Gramian's diagonal."""
@@ -76,12 +102,11 @@ class FiniteChecks:
             bad = bool(network.ranks.max_(torch.tensor([float(bad)], device=network.device)).item())
         return not bad
 
-    def _weights(self, losses: Losses) -> None:
-        """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
-        weights = self._reduction.weights
-        if weights is not None and not bool(weights.isfinite().all()):
-            values = zip(losses.indices, losses.raw.tolist(), strict=True)
-            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in values)
+    def weights(self, losses: Losses, values: Sequence[float]) -> None:
+        """Check the losses' weights, ``values`` as plain numbers: times a gradient of zero they may leave no trace."""
+        if any(value - value != 0 for value in values):
+            raw = zip(losses.indices, losses.raw.tolist(), strict=True)
+            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in raw)
             self.fail(f"The method's loss weights aren't finite. The losses are {named}.")
 
     def fail(self, message: str) -> NoReturn:
@@ -93,8 +118,9 @@ class FiniteChecks:
 
     def fail_with_gradient(self, losses: Losses | None, message: str) -> NoReturn:
         """The same for a gradient, unless the weights of its losses are to blame."""
-        if losses is not None:
-            self._weights(losses)
+        weights = self._reduction.weights
+        if losses is not None and weights is not None:
+            self.weights(losses, weights.tolist())
         self._overflow(message)
 
     def _overflow(self, message: str) -> NoReturn:

@@ -15,7 +15,7 @@ from torchmto.gradients import finite_mark
 from torchmto.problem.finite import FiniteChecks, SkippedError
 from torchmto.problem.forwards import Forwards
 from torchmto.problem.info import Passes, StepInfo, conflicts
-from torchmto.problem.losses import Losses, Source, Weigh, empty_batch
+from torchmto.problem.losses import Losses, Outside, Source, Weigh, empty_batch
 from torchmto.problem.network import Network
 from torchmto.problem.noise import Noise
 from torchmto.problem.reduction import Reduction, Sums
@@ -41,6 +41,7 @@ class Problem:
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Problem:
         weigh_fixed: bool = True,
         noise: Noise,
         fingerprint: str = "",
+        outside: Sequence[Outside] = (),
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -69,7 +71,7 @@ class Problem:
         self._forwards = Forwards(
             network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
         )
-        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction)
+        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction, outside)
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
         self._losses: Losses | None = None
@@ -178,6 +180,7 @@ class Problem:
         *,
         vector: Tensor | None = None,
         heads: str = "unit",
+        head_weights: Tensor | None = None,
     ) -> None:
         """Set ``.grad``: ``weights @ J`` or a ready ``vector`` on the shared parameters, own gradients on the heads.
 
@@ -185,7 +188,8 @@ class Problem:
             gradients: What :meth:`gradients` returned.
             weights: One weight per present task, [k].
             vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
-            heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+            heads: "unit": a head gets its own task's gradient; otherwise times the task's weight.
+            head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
             NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
@@ -197,7 +201,7 @@ class Problem:
         if weights is not None and not bool(weights.isfinite().all()):
             self._finite.fail("A method's weights aren't finite.")
         self._computation.combine(gradients, weights, vector)
-        set_heads(network, gradients, weights if heads == "weighted" else None)
+        set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
         self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
@@ -287,8 +291,10 @@ class Problem:
             norm = network.norm(gradients) if network.clip is not None or network.sharded else None
             mark = finite_mark(gradients) if norm is None else norm
             if unchecked and losses is not None:
-                *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-                self._finite.losses(losses, values)
+                weights = losses.raw[:0] if self._reduction.weights is None else self._reduction.weights.to(losses.raw)
+                *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
+                self._finite.losses(losses, numbers[: len(losses.raw)])
+                self._finite.weights(losses, numbers[len(losses.raw) :])
             else:
                 total = float(mark)
             if total - total != 0:

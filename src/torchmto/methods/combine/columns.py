@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,23 +23,23 @@ def pieces(num_columns: int) -> Iterator[slice]:
 
 
 @torch.no_grad()
-def track_(matrix: Tensor, memory: Tensor, tasks: Sequence[int], shares: Sequence[tuple[float, float]]) -> None:
-    """Turn the rows of J [k, P] into moving averages of those in a memory [K, P], which stays as it is.
+def track_(rows: Iterable[Tensor], memory: Tensor, tasks: Sequence[int], shares: Sequence[tuple[float, float]]) -> None:
+    """Turn rows of J [k, P] into moving averages of those in a memory [K, P], which stays as it is.
 
     Args:
-        matrix: J, changed in place.
+        rows: Rows of J, changed in place.
         memory: The averages so far.
         tasks: The task of every row.
         shares: For every row the share of the past, and what its own values are multiplied with.
     """
-    for row, task, (past, new) in zip(matrix, tasks, shares, strict=True):
+    for row, task, (past, new) in zip(rows, tasks, shares, strict=True):
         row.mul_(new).add_(memory[task], alpha=past)
 
 
 @torch.no_grad()
-def remember_(memory: Tensor, matrix: Tensor, tasks: Sequence[int]) -> None:
-    """Write the rows of J [k, P] over those of their tasks in a memory [K, P]."""
-    for row, task in zip(matrix, tasks, strict=True):
+def remember_(memory: Tensor, rows: Iterable[Tensor], tasks: Sequence[int]) -> None:
+    """Write rows of J [k, P] over those of their tasks in a memory [K, P]."""
+    for row, task in zip(rows, tasks, strict=True):
         memory[task].copy_(row)
 
 

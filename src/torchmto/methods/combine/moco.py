@@ -13,7 +13,8 @@ from torchmto.checks import check_choice, check_number
 from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
+from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.problem import TaskGradients
 
@@ -44,15 +45,16 @@ class MoCo(GradientCombiner):
         normalize: "none" or "loss".
         **options: ``heads``.
 
-    Raises:
-        ValueError: If a loss is negative and ``normalize="loss"`` (in the step).
-
     Source: Fernando et al., Mitigating Gradient Bias in Multi-objective Learning, ICLR 2023, Algorithm 1.
     """
 
     source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
     properties = Properties(homogeneity=None, identity=False)
+    domain = Domain(
+        corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
+        'others, and with `step="projection"` in the end all.'
+    )
     tracked: Tensor
     shares: Tensor
     times: Tensor
@@ -78,6 +80,8 @@ class MoCo(GradientCombiner):
         self.rho = check_number("rho", rho, minimum=0)
         self.step_rule = check_choice("step", step, ("softmax", "projection"))
         self.normalize = check_choice("normalize", normalize, ("none", "loss"))
+        if normalize == "loss":
+            self.domain = Domain("0", attained=True)
 
     def setup(self, num_tasks: int) -> None:
         """Tracked gradients, weights and counts of steps."""
@@ -121,14 +125,9 @@ class MoCo(GradientCombiner):
             return [1.0] * len(task_grads.matrix)
         norms = task_grads.gramian.diagonal().clamp_min(0).sqrt()
         losses = task_grads.losses.to(norms)
-        if bool((losses < 0).any()):
-            raise ValueError(
-                "Method `moco` with normalize='loss' multiplies gradients with the losses, so it needs non-negative "
-                f"losses. Found {losses.tolist()}."
-            )
+        self.check_losses(losses, task_grads.indices)
         return [loss / norm if norm > 0 else 0.0 for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
 
     def records(self) -> Mapping[str, Any]:
         """The weights lambda of all tasks."""
-        names = self.tasks or tuple(str(i) for i in range(self.num_tasks))
-        return {"weights": dict(zip(names, self.shares.tolist(), strict=True))}
+        return {"weights": named(self.tasks, self.shares)} if self.num_tasks else {}

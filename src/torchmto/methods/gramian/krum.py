@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -39,6 +39,10 @@ class Krum(GramianWeighting):
     source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
     use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
+    domain = Domain(
+        corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be "
+        "the one that is selected."
+    )
 
     def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)

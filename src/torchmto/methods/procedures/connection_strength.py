@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found
+from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest
 from torchmto.gradients.ranks import is_sharded
-from torchmto.methods.method import Cost, GradientCombiner, Method, Procedure, Properties
+from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, register
+from torchmto.methods.registry import make_method, methods, register
 from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
 from torchmto.structure import (
     Recording,
@@ -301,6 +301,10 @@ class ConnectionStrength(Procedure):
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+    domain = Domain(
+        corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
+        "in the second phase."
+    )
     second: Method
     num_steps: int
     drawn: int
@@ -334,11 +338,17 @@ class ConnectionStrength(Procedure):
         if phase2 == "priority":
             second: Method = PriorityProjection(priorities, degenerate=degenerate)
         else:
+            if isinstance(phase2, str) and phase2 not in methods():
+                known = ("priority", *methods())
+                raise ValueError(
+                    f"Unknown method `{phase2}` as `phase2`: 'priority' or a method.{nearest(phase2, known)}"
+                )
             second = make_method(phase2) if isinstance(phase2, str) else phase2
         if not isinstance(second, Method):
             raise TypeError(found("phase2", "'priority' or a method", phase2))
         self.measure = measure
         self.record_layers = check_flag("record_layers", record_layers)
+        self._now = 0
         self.add_state("second", second)
         self.add_state("num_steps", 0)
         self.add_state("drawn", 0)
@@ -394,9 +404,13 @@ class ConnectionStrength(Procedure):
         """Pass on to the second phase."""
         self.second.report(performance)
 
+    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+        """What the second phase says in the second phase."""
+        return super().outside(losses, indices) if self._now == 2 else ""
+
     def step(self, problem: Problem) -> StepInfo:
         """One batch in phase 1 or 2."""
-        phase = self._phase()
+        phase = self._now = self._phase()
         with self.priorities.watching():
             if phase == 1:
                 one_task_at_a_time(problem, self.generator if self.shuffle else None)
