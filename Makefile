@@ -36,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# What is never imported needn't be compiled.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
