@@ -5,7 +5,6 @@ import os
 import socket
 import stat
 import struct
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -564,10 +563,10 @@ def count_bytes(rank: int, size: int, group: Any, name: str, more: Mapping[str, 
         inner(tensor, passes)
 
     ranks._count = count
-    dist.barrier(group=group)
-    time.sleep(0.05)
+    dist.barrier(group=group)  # all have received what was sent to them, so it was sent
     counted, sent = ranks.bytes_sent, _tcp_bytes_sent()
     mt.step(losses)
+    dist.barrier(group=group)
     return {"counted": ranks.bytes_sent - counted, "sent": _tcp_bytes_sent() - sent, "collectives": len(numbers)}
 
 
