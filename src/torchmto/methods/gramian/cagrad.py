@@ -64,6 +64,8 @@ class CAGrad(GramianWeighting):
         """The weights of d, [k]."""
         if len(gramian) == 1:
             return torch.ones_like(gramian[0])
-        solution = solvers.cagrad(self.as_array(gramian), self.c, rescale=self.rescale)
+        solution = solvers.cagrad(
+            self.as_array(gramian), self.c, rescale=self.rescale, precision=self.precision_of(gramian)
+        )
         weights = self.accept(solution, gramian)
         return weights * len(gramian) if self.scale == "sum" else weights

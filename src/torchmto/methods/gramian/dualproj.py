@@ -36,6 +36,6 @@ class DualProj(PreferenceWeighting):
     use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """Weights of at least the preference, [k]."""
-        return solvers.dual_cone(gramian, preference)
+        return solvers.dual_cone(gramian, preference, precision=precision)

@@ -47,5 +47,10 @@ class Krum(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """1/m for the selected tasks, 0 for the others, [k]."""
-        solution = solvers.krum(self.as_array(gramian), num_outliers=self.num_outliers, num_selected=self.num_selected)
+        solution = solvers.krum(
+            self.as_array(gramian),
+            num_outliers=self.num_outliers,
+            num_selected=self.num_selected,
+            precision=self.precision_of(gramian),
+        )
         return self.accept(solution, gramian)

@@ -63,7 +63,8 @@ class NashMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        self._bargain = weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
+        solution = solvers.nash(self.as_array(gramian), precision=self.precision_of(gramian))
+        self._bargain = weights = self.accept(solution, gramian)
         if self.max_norm == 0:
             return weights
         lengths = gramian.diagonal().clamp_min(0).sqrt() * weights

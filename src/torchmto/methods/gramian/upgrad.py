@@ -36,6 +36,6 @@ class UPGrad(PreferenceWeighting):
     use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """Weights of at least the preference, [k]."""
-        return solvers.upgrad(gramian, preference)
+        return solvers.upgrad(gramian, preference, precision=precision)
