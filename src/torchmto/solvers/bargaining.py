@@ -3,6 +3,7 @@ r"""Fair shares of the update: :math:`G w = w^{-1/\alpha}` with positive w."""
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import factor, uniform, unit_gramian
 
@@ -56,7 +57,7 @@ def fair(
     Two fallbacks are reported as not converged. There is no solution where a convex combination of the
     gradients vanishes: the weights grow without bound, or, where it vanishes up to rounding, the rounding errors
     decide on them. Then 1e-6, or the noise of the cosines' eigenvalues if that is more, is added to the squared
-    length of every unit gradient, which bounds the weights. And where the projections are too small to be told from rounding
+    length of every unit gradient, which bounds the weights, and what conflicts are left are projected away. And where the projections are too small to be told from rounding
     errors (alpha below 0.5 with lengths that span orders of magnitude), the solution is that for the last
     alpha that was reached on the way from 1, which conflicts with no task either. Zero gradients take no part
     and get weight 0; if all are zero the weights are 1/K.
@@ -100,7 +101,10 @@ def fair(
         x, steps = _follow(matrix, np.log(bargain), np.log(norms / scale), power, tolerance)
         iterations += steps
         lengths = np.exp(x)
-        residual = float(np.abs((cosines @ lengths) * np.exp(power * x) / demand - 1.0).max())
+        if matrix is not cosines:
+            multipliers, _ = project_on_dual_cone(unit, lengths[None])
+            lengths = lengths + multipliers[0]
+        residual = float(np.abs((cosines @ lengths) * lengths**power / demand - 1.0).max())
     weights = unit.expand(lengths * scale ** ((power - 1.0) / (power + 1.0)) / norms)
     return Solution(weights, residual <= tolerance, residual, iterations)
 

@@ -44,8 +44,8 @@ def cagrad(
 
     Returns:
         The weights of d, whose scale is that of the mean gradient (some public codes multiply by K). The
-        residual is the largest violation of the optimality conditions by a unit gradient, relative to the
-        radius.
+        residual is the largest violation of the optimality conditions by a unit gradient, with what rounding
+        errors can make of it, relative to the radius.
 
     Raises:
         ValueError: if the Gramian isn't a square matrix of finite numbers or c is negative.
@@ -66,15 +66,13 @@ def cagrad(
     columns = factor(unit.live_cosines())
     center = columns @ norms / unit.num_tasks
     radius = c * float(np.linalg.norm(center))
-    if radius <= c * unit.resolution * norms.sum() / unit.num_tasks:
+    if radius <= c * np.sqrt(len(norms) * EPS) * norms.sum() / unit.num_tasks:
         return Solution(mean * factor_of_rescale, converged=True, residual=0.0, iterations=0)
     nearest, _ = project_on_dual_cone(unit, norms[None] / unit.num_tasks)
-    problem = _Ball(columns, center, radius, norms.min() / norms, unit.noise)
+    floor = c * unit.resolution * float(norms.sum()) / unit.num_tasks
+    problem = _Ball(columns, center, radius, norms.min() / norms, unit.noise, floor)
     multipliers, residual, iterations = problem.solve(nearest[0], bounded=len(norms) < unit.num_tasks)
-    # The ball holds whatever the rounding errors: what they can add to the step's length is taken off.
-    error = unit.rounding * multipliers.sum() / radius
-    multipliers = multipliers / np.sqrt(1.0 + error * multipliers.sum() / radius)
-    residual += float(error)
+    residual += float(unit.rounding * multipliers.sum() / max(radius, floor))
     weights = (mean + unit.expand(multipliers / norms)) * factor_of_rescale
     return Solution(weights, residual <= max(tolerance, unit.resolution), residual, iterations)
 
@@ -82,12 +80,13 @@ def cagrad(
 class _Ball:
     """Maximise the smallest ``columns.T @ d / margins`` in a ball; ``d = center + columns @ multipliers``."""
 
-    def __init__(self, columns: Array, center: Array, radius: float, margins: Array, noise: float):
+    def __init__(self, columns: Array, center: Array, radius: float, margins: Array, noise: float, floor: float):
         self.columns = columns
         self.center = center
         self.radius = radius
         self.margins = margins
         self.noise = noise
+        self.size = max(radius, floor)
         self.projections = columns.T @ center
 
     def solve(self, multipliers: Array, *, bounded: bool) -> tuple[Array, float, int]:
@@ -164,4 +163,4 @@ class _Ball:
             length_error = abs(float(np.linalg.norm(step)) - self.radius)
         slack = projections - level * self.margins
         active = np.abs(slack) * (multipliers / max(multipliers.max(), EPS))
-        return float(max(-slack.min(), active.max(), length_error)) / self.radius
+        return float(max(-slack.min(), active.max(), length_error)) / self.size

@@ -102,8 +102,9 @@ def project_on_dual_cone(unit: UnitGramian, targets: Array) -> tuple[Array, floa
     r"""What has to be added to combinations of unit gradients so that they conflict with none.
 
     A positive combination of the gradients that vanishes up to rounding leaves the multipliers at the mercy of the rounding
-    errors. Where they grow beyond :math:`1 / (2 \sqrt{\nu})` times the target, :math:`\nu` being the noise of an eigenvalue,
-    the problem is solved again with :math:`\nu` added to the squared length of every unit gradient, which bounds them so.
+    errors. Where they grow beyond :math:`1 / (4 \sqrt{\nu})` times the target, :math:`\nu` being the noise of an eigenvalue,
+    the problem is solved again with :math:`\nu` added to the squared length of every unit gradient, which bounds them by
+    twice as much.
 
     Args:
         unit: the gradients; zero ones take no part.
@@ -121,7 +122,7 @@ def project_on_dual_cone(unit: UnitGramian, targets: Array) -> tuple[Array, floa
     lengths = np.maximum(np.linalg.norm(directions, axis=1), unit.resolution * sizes)
     for index in np.flatnonzero((directions @ columns < 0).any(axis=1)):
         solution = nonnegative_least_squares(columns, -directions[index])
-        if solution is not None and 4 * unit.noise * (solution @ solution) > lengths[index] ** 2:
+        if solution is not None and 16 * unit.noise * (solution @ solution) > lengths[index] ** 2:
             ridge = unit.resolution * np.eye(len(cosines))
             target = np.concatenate([-directions[index], np.zeros(len(cosines))])
             solution = nonnegative_least_squares(np.vstack([columns, ridge]), target)

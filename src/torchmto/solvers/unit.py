@@ -124,7 +124,7 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     cosines = np.clip(array * inverse * inverse[:, None], -1.0, 1.0)
     live = np.flatnonzero(norms)
     cosines[live, live] = 1.0
-    return UnitGramian(norms, cosines, live, rounding, max(len(array) * rounding, (2 * precision) ** 2))
+    return UnitGramian(norms, cosines, live, rounding, max(len(array) ** 0.5 * rounding, (2 * precision) ** 2))
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
