@@ -6,7 +6,7 @@ import numpy.typing as npt
 from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import EPS, UnitGramian, factor, uniform, unit_gramian
+from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
 
 MAX_STEPS = 60
 
@@ -70,7 +70,7 @@ def cagrad(
         return Solution(mean * factor_of_rescale, converged=True, residual=0.0, iterations=0)
     nearest, _ = project_on_dual_cone(unit, norms[None] / unit.num_tasks)
     floor = c * unit.resolution * float(norms.sum()) / unit.num_tasks
-    problem = _Ball(columns, center, radius, norms.min() / norms, unit.noise, floor)
+    problem = _Ball(columns, center, norms.min() / norms, radius=radius, floor=floor, noise=unit.noise)
     multipliers, residual, iterations = problem.solve(nearest[0], bounded=len(norms) < unit.num_tasks)
     residual += float(unit.rounding * multipliers.sum() / max(radius, floor))
     weights = (mean + unit.expand(multipliers / norms)) * factor_of_rescale
@@ -80,7 +80,7 @@ def cagrad(
 class _Ball:
     """Maximise the smallest ``columns.T @ d / margins`` in a ball; ``d = center + columns @ multipliers``."""
 
-    def __init__(self, columns: Array, center: Array, radius: float, margins: Array, noise: float, floor: float):
+    def __init__(self, columns: Array, center: Array, margins: Array, *, radius: float, floor: float, noise: float):
         self.columns = columns
         self.center = center
         self.radius = radius

@@ -14,8 +14,8 @@ def imtl_g(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance:
     weights fixes its sign, the common projection can be negative when gradients of unequal length conflict;
     that is the method.
 
-    The rank is that of gradients in single precision, or in their own if that is coarser: eigenvalues of the cosines below K times 1e-6 of the
-    largest one count as zero.
+    The rank is that of gradients in single precision, or in their own if that is coarser: eigenvalues of the
+    cosines below K times 1e-6 of the largest one count as zero.
 
     Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
     weights are the least-squares solution; where that is zero, or its weights sum to zero, up to rounding in
@@ -60,8 +60,8 @@ def config(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance:
     The direction is that of :math:`U^{+} \mathbb{1} = U^\top (U U^\top)^{+} \mathbb{1}` for unit gradients U,
     on which all projections are equal; the length is :math:`\sum_i g_i \cdot \hat d`.
 
-    The rank is that of gradients in single precision, or in their own if that is coarser: eigenvalues of the cosines below K times 1e-6 of the
-    largest one count as zero.
+    The rank is that of gradients in single precision, or in their own if that is coarser: eigenvalues of the
+    cosines below K times 1e-6 of the largest one count as zero.
 
     Fallbacks, reported as not converged: where linearly dependent gradients allow no equal projections the
     direction is the least-squares one; where that is zero, so are the weights. Zero gradients take no part

@@ -225,7 +225,9 @@ def gradvac(
         shifts[turn] = shift
         product = product + shift
         square = perpendicular + product * product
-    cosines = np.divide(products, np.sqrt(squares), out=turns.pick(targets), where=squares > max(ANNIHILATED, unit.noise))
+    cosines = np.divide(
+        products, np.sqrt(squares), out=turns.pick(targets), where=squares > max(ANNIHILATED, unit.noise)
+    )
     observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
     observed[unit.norms == 0] = targets[unit.norms == 0]
     observed[:, unit.norms == 0] = targets[:, unit.norms == 0]

@@ -124,7 +124,7 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     cosines = np.clip(array * inverse * inverse[:, None], -1.0, 1.0)
     live = np.flatnonzero(norms)
     cosines[live, live] = 1.0
-    return UnitGramian(norms, cosines, live, rounding, max(len(array) ** 0.5 * rounding, (2 * precision) ** 2))
+    return UnitGramian(norms, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
@@ -139,7 +139,12 @@ def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
 
 def rounding_error(precision: float) -> float:
     """The rounding error of a cosine of gradients: half-precision ones are multiplied in single precision."""
-    return ROOM * min(precision, SINGLE)
+    return float(ROOM * min(precision, SINGLE))
+
+
+def eigenvalue_noise(precision: float, num_tasks: int) -> float:
+    """What rounding errors can make of an eigenvalue of the cosines: by the products' errors, and by the entries' squared."""
+    return float(max(num_tasks**0.5 * rounding_error(precision), (2 * precision) ** 2))
 
 
 def factor(cosines: Array, noise: float | None = None) -> Array:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 Measure = Literal["parameters", "gradients", "saliency"]
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
+TIE = 1e-6
+"""Shares that differ by less than this part are equal: strengths come from parameters and gradients of float32."""
 
 
 def connection_strength(weight: Tensor, gamma: Tensor, running_var: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -147,7 +149,8 @@ def top_priority(normalized: Tensor) -> Tensor:
 
     Returns:
         int64 ``[C_out]``: the index of the task with the largest share, -1 where the two largest are within a
-        relative 1e-12 (as they are for all channels at initialisation) or a share isn't a number.
+        relative 1e-6, which is what rounding in single precision hides (as they are for all channels at
+        initialisation, and for tasks with opposed gradients), or a share isn't a number.
 
     Raises:
         ValueError: ``normalized`` isn't a matrix with at least one task.
@@ -161,7 +164,7 @@ def top_priority(normalized: Tensor) -> Tensor:
     if normalized.shape[0] == 1:
         return torch.zeros(normalized.shape[1], dtype=torch.int64, device=normalized.device)
     largest, tasks = normalized.topk(2, dim=0)
-    leads = largest[0] - largest[1] > 1e-12 * largest[0]
+    leads = largest[0] - largest[1] > TIE * largest[0]
     return torch.where(leads, tasks[0], torch.full_like(tasks[0], -1))
 
 
