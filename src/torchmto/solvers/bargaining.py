@@ -55,12 +55,13 @@ def fair(
     equation that keep all projections positive.
 
     Two fallbacks are reported as not converged. There is no solution where a convex combination of the
-    gradients vanishes: the weights grow without bound, or, where it vanishes up to rounding, the rounding errors
-    decide on them. Then 1e-6, or the noise of the cosines' eigenvalues if that is more, is added to the squared
-    length of every unit gradient, which bounds the weights, and what conflicts are left are projected away. And where the projections are too small to be told from rounding
-    errors (alpha below 0.5 with lengths that span orders of magnitude), the solution is that for the last
-    alpha that was reached on the way from 1, which conflicts with no task either. Zero gradients take no part
-    and get weight 0; if all are zero the weights are 1/K.
+    gradients vanishes: the weights grow without bound, or, where it vanishes up to rounding, the rounding
+    errors decide on them. Then 1e-6, or the noise of the cosines' eigenvalues if that is more, is added to the
+    squared length of every unit gradient, which bounds the weights, and conflicts that are left are projected
+    away. And where the projections are too small to be told from rounding errors (alpha below 0.5 with lengths
+    that span orders of magnitude), the solution is that for the last alpha that was reached on the way from 1,
+    which conflicts with no task either. Zero gradients take no part and get weight 0; if all are zero the
+    weights are 1/K.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -100,11 +101,12 @@ def fair(
                 break
         x, steps = _follow(matrix, np.log(bargain), np.log(norms / scale), power, tolerance)
         iterations += steps
-        lengths = np.exp(x)
         if matrix is not cosines:
-            multipliers, _ = project_on_dual_cone(unit, lengths[None])
-            lengths = lengths + multipliers[0]
-        residual = float(np.abs((cosines @ lengths) * lengths**power / demand - 1.0).max())
+            multipliers, _ = project_on_dual_cone(unit, np.exp(x)[None])
+            with np.errstate(divide="ignore"):
+                x = np.logaddexp(x, np.log(multipliers[0]))
+        lengths = np.exp(x)
+        residual = float(np.abs((cosines @ lengths) * np.exp(power * x) / demand - 1.0).max())
     weights = unit.expand(lengths * scale ** ((power - 1.0) / (power + 1.0)) / norms)
     return Solution(weights, residual <= tolerance, residual, iterations)
 
