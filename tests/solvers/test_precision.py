@@ -135,7 +135,9 @@ def test_the_type_of_the_gramian_tells_its_precision():
     J = cancelling("opposed", 3, 3, seed=7)
     G = (J.astype(np.float32) @ J.astype(np.float32).T).astype(np.float32)
     precision = float(np.finfo(np.float32).eps)
-    np.testing.assert_array_equal(solvers.upgrad(G).weights, solvers.upgrad(G.astype(float), precision=precision).weights)
+    np.testing.assert_array_equal(
+        solvers.upgrad(G).weights, solvers.upgrad(G.astype(float), precision=precision).weights
+    )
 
 
 @pytest.mark.parametrize("precision", [0.0, -1e-7, 1.0, np.nan])

@@ -74,7 +74,9 @@ def test_the_precision_of_the_rows_is_told(dtype: torch.dtype, gradients: str) -
 def test_methods_inside_methods_are_told() -> None:
     for outer in ("cr_mogm", "task_groups"):
         watch = Watch()
-        options: dict[str, Any] = {"method": watch} if outer == "cr_mogm" else {"inner": watch, "groups": [["task0", "task1"]]}
+        options: dict[str, Any] = (
+            {"method": watch} if outer == "cr_mogm" else {"inner": watch, "groups": [["task0", "task1"]]}
+        )
         descend(torch.eye(2, 3), torchmto.make_method(outer, **options))
         assert watch.told == torch.finfo(torch.float32).eps
 

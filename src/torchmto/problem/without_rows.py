@@ -79,8 +79,7 @@ class WithoutRows(Computation):
         self._finite.losses(everything, everything.raw.tolist())
         self._finite.task_gradients(losses, product, heads)
         kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
-        precision = network.precision(shared)
-        return TaskGradients(rows, losses, product, heads, everything, precision=precision, graph=kept)
+        return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
 
     def _shared(self) -> list[Tensor]:
         """The shared parameters, in the same order on all ranks."""

@@ -14,6 +14,8 @@ class DualProj(PreferenceWeighting):
     r"""The mean gradient's projection on :math:`\{d : J d \ge 0\}`: the nearest direction without conflict.
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add.
+    Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these would
+    decide on the weights, a ridge of their size is added.
 
     Scale: mean. No eps. Heads: their own task's gradient. Not random.
 

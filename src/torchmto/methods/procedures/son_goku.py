@@ -17,8 +17,9 @@ from torchmto.solvers.unit import rounding_error
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: float | None = None) -> list[list[int]]:
     """Groups without conflict by greedy colouring (Welsh-Powell) of the conflict graph.
 
-    Two tasks conflict if the cosine of their gradients is below minus the threshold by more than its rounding error. Tasks are coloured in the order
-    of falling number of conflicts, ties by index, each with the first colour that no conflicting task has.
+    Two tasks conflict if the cosine of their gradients is below minus the threshold by more than its rounding error.
+    Tasks are coloured in the order of falling number of conflicts, ties by index, each with the first colour that no
+    conflicting task has.
 
     Args:
         gramian: Inner products of the tasks' gradients, [K, K].
