@@ -12,19 +12,20 @@ _SINK = "_DDPSink"
 """A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
 
 
-def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
+def reached_parameters(loss: Tensor) -> tuple[dict[int, float], bool]:
     """Walk the autograd graph of ``loss`` down to its leaves.
 
     Args:
         loss: A tensor that requires a gradient.
 
     Returns:
-        The ``id`` of every leaf that the graph reaches, and whether the walk met a compiled region. A compiled region
-        hides which of its outputs depends on which parameter, so the leaves found are then only an upper bound.
+        The ``id`` of every leaf that the graph reaches with the machine precision of its gradient, and whether the walk met a
+        compiled region. Under autocast a leaf is read through a copy of lower precision, whose gradient it gets. A compiled
+        region hides which of its outputs depends on which parameter, so the leaves found are then only an upper bound.
     """
     if loss.grad_fn is None:
-        return {id(loss)}, False
-    leaves: set[int] = set()
+        return {id(loss): torch.finfo(loss.dtype).eps}, False
+    leaves: dict[int, float] = {}
     compiled = False
     visited: set[object] = {loss.grad_fn}
     stack = [(loss.grad_fn, loss.output_nr)]
@@ -32,7 +33,7 @@ def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
         node, output = stack.pop()
         variable = getattr(node, "variable", None)
         if variable is not None:
-            leaves.add(id(variable))
+            leaves[id(variable)] = max(leaves.get(id(variable), 0.0), torch.finfo(variable.dtype).eps)
         name = node.name()
         compiled = compiled or name.startswith("CompiledFunction")
         following = node.next_functions
@@ -41,6 +42,9 @@ def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
         for next_node, position in following:
             if next_node is None:
                 continue
+            if name == "ToCopyBackward0" and hasattr(next_node, "variable"):
+                copied = id(next_node.variable)
+                leaves[copied] = max(leaves.get(copied, 0.0), torch.finfo(node._input_metadata[0].dtype).eps)  # noqa: SLF001
             key = (next_node, position) if next_node.name().startswith(_SINK) else next_node
             if key not in visited:
                 visited.add(key)

@@ -468,6 +468,7 @@ class GramianWeighting(Method):
         self.head_weights: Tensor | None = None
         self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
         self.num_fallbacks = 0
+        self._precision: float | None = None
         self._warned = False
         self._age: int
         self._kept_weights: dict[int, float]
@@ -486,7 +487,7 @@ class GramianWeighting(Method):
         """The weight of every present task's gradient in the update.
 
         Args:
-            gramian: G = J Jᵀ of the present tasks, [k, k].
+            gramian: G = J Jᵀ of the present tasks, [k, k]. Called by itself, the gradients count as precise as its type.
             losses: Their losses, [k].
             indices: Which tasks they are, ascending; default the first k.
 
@@ -499,6 +500,10 @@ class GramianWeighting(Method):
         """A tensor as the float64 array the solvers take."""
         array: Array = tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
         return array
+
+    def precision_of(self, gramian: Tensor) -> float:
+        """The machine precision of the gradients behind ``gramian``: of this step's rows, or without a step of its type."""
+        return torch.finfo(gramian.dtype).eps if self._precision is None else self._precision
 
     def accept(self, solution: Solution | Projection, gramian: Tensor) -> Tensor:
         """A solver's weights as a tensor like ``gramian``; a solve that fell back is counted, and warned of once."""
@@ -515,7 +520,11 @@ class GramianWeighting(Method):
 
     def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
         """The weights of this step's gradients; overridden by methods that look at more than their Gramian."""
-        return self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        self._precision = gradients.precision
+        try:
+            return self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        finally:
+            self._precision = None
 
     def descend(self, problem: Problem, gradients: TaskGradients) -> Tensor:
         """One optimizer step along the weighted sum of these gradients; returns the weights."""

@@ -138,6 +138,7 @@ class Forwards:
         by_id = {id(p): network.name(p) for p in network.parameters}
         columns = len(roles.layout)
         for index, (leaves, _) in found.items():
+            network.note_precision(leaves)
             roles.observe(index, [name for key, name in by_id.items() if key in leaves])
         if network.ranks.size == 1:
             # As several ranks do it, whose methods then draw the same random numbers for the same columns.
@@ -146,7 +147,7 @@ class Forwards:
 
     def _probe_eagerly(
         self, closure: Source, names: tuple[str, ...], new: list[int]
-    ) -> dict[int, tuple[set[int], bool]]:
+    ) -> dict[int, tuple[dict[int, float], bool]]:
         """Roles of a compiled model: its graph shows one opaque node, so the forward is run once without compiling."""
         if isinstance(closure, Mapping):
             raise ValueError(

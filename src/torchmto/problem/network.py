@@ -22,6 +22,17 @@ Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
 
 
+TF32 = 2.0**-10
+"""The machine precision of TensorFloat-32."""
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether PyTorch may multiply matrices of float32 in less precision on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # Where PyTorch has the newer setting, reading the older one raises if the newer was used.
+    return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
+
+
 class Network:
     """A model and its optimizer, as a step sees them.
 
@@ -64,6 +75,7 @@ class Network:
         self._known: list[Tensor] = []
         self._by_name: dict[str, Tensor] = {}
         self._complex = False
+        self._precisions: dict[str, float] = {}
         self.parameters: list[Tensor] = []
         self.refresh()
         self.roles = Roles(num_tasks, self._given_names(shared))
@@ -159,6 +171,24 @@ class Network:
     def names(self) -> list[str]:
         """The names of the parameters trained now, in the optimizer's order."""
         return [self._names[id(p)] for p in self.parameters]
+
+    def note_precision(self, leaves: Mapping[int, float]) -> None:
+        """Remember the machine precision of parameters' gradients, by ``id``, where a graph shows it."""
+        for parameter in self.parameters:
+            if id(parameter) in leaves:
+                name = self.name(parameter)
+                self._precisions[name] = max(leaves[id(parameter)], self._precisions.get(name, 0.0))
+
+    def precision(self, parameters: Sequence[Tensor]) -> float:
+        """The machine precision of the gradients of these parameters, the coarsest of them.
+
+        That of the parameters' types, or of what the forward has converted them to (as first seen; a compiled or FSDP model
+        doesn't show it). Where matrices of float32 are multiplied in TensorFloat-32 on a GPU, that of its 10 bits.
+        """
+        known = max((self._precisions.get(self.name(p), 0.0) for p in parameters), default=0.0)
+        precision = max((torch.finfo(dtype).eps for dtype in {p.dtype for p in parameters}), default=known)
+        on_gpu = any(p.is_cuda and p.dtype == torch.float32 for p in parameters)
+        return max(known, precision, TF32 if on_gpu and multiplies_in_tf32() else 0.0)
 
     def rows_of(self, source: int) -> Rows | ShardedRows:
         """The gradient matrix of one independent batch."""

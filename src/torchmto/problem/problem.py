@@ -378,7 +378,9 @@ class Problem:
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
-        cosines, num_conflicts = (None, None) if gradients is None else conflicts(gradients.gramian)
+        cosines, num_conflicts = (
+            (None, None) if gradients is None else conflicts(gradients.gramian, gradients.precision)
+        )
         return StepInfo(
             losses=MappingProxyType({name: self._finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),

@@ -27,6 +27,7 @@ class TaskGradients:
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
         reduced: The losses of the rows' tasks, with counts.
         all_losses: The losses of all tasks of the forward, more where more were asked for.
+        precision: The machine precision of the rows, the coarsest of their parameters'.
         graph: Where the rows aren't kept: the losses with graph, of this rank.
     """
 
@@ -38,6 +39,7 @@ class TaskGradients:
         heads: Heads,
         everything: Losses,
         *,
+        precision: float,
         graph: Sequence[Chunk] | None = None,
     ) -> None:
         self.rows = rows
@@ -47,6 +49,7 @@ class TaskGradients:
         self.all_losses = everything
         self.gramian = gramian
         self.heads = heads
+        self.precision = precision
         self.graph = graph
 
     @property

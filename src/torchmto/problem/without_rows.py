@@ -79,7 +79,7 @@ class WithoutRows(Computation):
         self._finite.losses(everything, everything.raw.tolist())
         self._finite.task_gradients(losses, product)
         kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
-        return TaskGradients(rows, losses, product, heads, everything, graph=kept)
+        return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
 
     def _shared(self) -> list[Tensor]:
         """The shared parameters, in the same order on all ranks."""

@@ -56,7 +56,7 @@ class AlignedMTL(PreferenceWeighting):
         super().__init__(scale=scale, preference=preference, **options)
         self.scale_mode = check_choice("scale_mode", scale_mode, ("min", "median", "rmse"))
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """The weights of the aligned sum, [k]; they can be negative."""
         mode = cast("Literal['min', 'median', 'rmse']", self.scale_mode)
-        return solvers.aligned(gramian, scale=mode, preference=preference)
+        return solvers.aligned(gramian, scale=mode, preference=preference, precision=precision)

@@ -47,4 +47,5 @@ class ConFIG(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""
-        return self.accept(solvers.config(self.as_array(gramian)), gramian)
+        solution = solvers.config(self.as_array(gramian), precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

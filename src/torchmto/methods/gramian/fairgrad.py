@@ -57,4 +57,5 @@ class FairGrad(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        return self.accept(solvers.fair(self.as_array(gramian), self.alpha), gramian)
+        solution = solvers.fair(self.as_array(gramian), self.alpha, precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

@@ -45,4 +45,5 @@ class IMTLG(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k]."""
-        return self.accept(solvers.imtl_g(self.as_array(gramian)), gramian)
+        solution = solvers.imtl_g(self.as_array(gramian), precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

@@ -20,7 +20,7 @@ class Krum(GramianWeighting):
     Made for distributed learning with faulty workers; as a multi-task method it ignores outlying tasks.
 
     Scale: mean of the selected gradients. With fewer than f + 3 tasks one neighbour counts, where the paper's
-    guarantee doesn't hold. Ties go to the first task. Heads: their own task's gradient. Not random.
+    guarantee doesn't hold. Ties, up to rounding errors, go to the first task. Heads: their own task's gradient. Not random.
 
     Args:
         num_outliers: The number f of gradients not to be trusted.
@@ -51,5 +51,10 @@ class Krum(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """1/m for the selected tasks, 0 for the others, [k]."""
-        solution = solvers.krum(self.as_array(gramian), num_outliers=self.num_outliers, num_selected=self.num_selected)
+        solution = solvers.krum(
+            self.as_array(gramian),
+            num_outliers=self.num_outliers,
+            num_selected=self.num_selected,
+            precision=self.precision_of(gramian),
+        )
         return self.accept(solution, gramian)

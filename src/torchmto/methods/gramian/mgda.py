@@ -75,13 +75,16 @@ class MGDA(GramianWeighting):
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
         if self.normalize == "none":
-            return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
+            return self._min_norm(gramian)
         if losses is not None:
             self.check_losses(losses, indices)
         sizes = self._sizes(gramian, losses)
         scaled = gramian / sizes / sizes.unsqueeze(1)
-        weights = self.accept(solvers.min_norm(self.as_array(scaled)), gramian)
+        weights = self._min_norm(scaled)
         return weights / sizes if self.normalize_update else weights
+
+    def _min_norm(self, gramian: Tensor) -> Tensor:
+        return self.accept(solvers.min_norm(self.as_array(gramian), precision=self.precision_of(gramian)), gramian)
 
     def _sizes(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
         """What each gradient is divided by, [k]."""

@@ -69,7 +69,8 @@ class NashMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        self._bargain = weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
+        solution = solvers.nash(self.as_array(gramian), precision=self.precision_of(gramian))
+        self._bargain = weights = self.accept(solution, gramian)
         self.head_weights = weights if self.heads == "unclipped" else None
         if self.max_norm == 0:
             return weights

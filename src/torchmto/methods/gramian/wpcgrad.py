@@ -128,7 +128,7 @@ class WPCGrad(GramianWeighting):
         if self.mode == "order":
             (order,) = plackett_luce(p, self.generator).tolist()
             self._drawn["order"] = [present[i] for i in order]
-            return self.accept(solvers.wpcgrad(array, order), gramian)
+            return self.accept(solvers.wpcgrad(array, order, precision=self.precision_of(gramian)), gramian)
         if self.mode == "pairwise":
             both = p.unsqueeze(1) + p.unsqueeze(0)
             chance = torch.where(both > 0, p.unsqueeze(1) / both.clamp_min(torch.finfo(p.dtype).tiny), 0.5)

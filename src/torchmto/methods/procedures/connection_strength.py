@@ -18,6 +18,7 @@ from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Proc
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.methods.registry import make_method, methods, register
 from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
+from torchmto.solvers.unit import rounding_error
 from torchmto.structure import (
     Recording,
     SplitNorm,
@@ -168,12 +169,13 @@ class ChannelPriorities:
         """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
         views = None if gradients is None or self.measure == "parameters" else gradients.view(layer.weight)
         strengths = layer.strengths([self.tasks[i] for i in indices], measure=self.measure, task_grads=views)
+        tie = 1e-12 if views is None or gradients is None else rounding_error(gradients.precision)
         rows = [row for row, index in enumerate(indices) if index in candidates]
         if len(rows) == len(indices):
-            return top_priority(normalized_strength(strengths))
+            return top_priority(normalized_strength(strengths), tie=tie)
         if not rows:
             return torch.full((layer.num_channels,), -1, device=strengths.device)
-        top = top_priority(normalized_strength(strengths[rows]))
+        top = top_priority(normalized_strength(strengths[rows]), tie=tie)
         return torch.tensor([*rows, -1], device=top.device)[top]
 
     def _reached(self) -> dict[int, frozenset[int]]:

@@ -11,17 +11,20 @@ from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
 from torchmto.problem import Network, Problem, StepInfo, TaskGradients
+from torchmto.solvers.unit import rounding_error
 
 
-def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
+def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: float | None = None) -> list[list[int]]:
     """Groups without conflict by greedy colouring (Welsh-Powell) of the conflict graph.
 
-    Two tasks conflict if the cosine of their gradients is below minus the threshold. Tasks are coloured in the order
-    of falling number of conflicts, ties by index, each with the first colour that no conflicting task has.
+    Two tasks conflict if the cosine of their gradients is below minus the threshold by more than its rounding error.
+    Tasks are coloured in the order of falling number of conflicts, ties by index, each with the first colour that no
+    conflicting task has.
 
     Args:
         gramian: Inner products of the tasks' gradients, [K, K].
         threshold: In [0, 1].
+        precision: The gradients' machine precision; default that of the Gramian's type.
 
     Returns:
         Groups of task indices, ascending in each group, one group per colour.
@@ -31,7 +34,8 @@ def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]
         [[0, 2], [1]]
     """
     norms = gramian.diagonal().clamp_min(0).sqrt()
-    conflicts = gramian < -threshold * torch.outer(norms, norms)
+    rounding = rounding_error(torch.finfo(gramian.dtype).eps if precision is None else precision)
+    conflicts = gramian < -(threshold + rounding) * torch.outer(norms, norms)
     conflicts.fill_diagonal_(fill_value=False)
     table = conflicts.tolist()
     order = sorted(range(len(table)), key=lambda task: -sum(table[task]))
@@ -108,7 +112,7 @@ class SonGoku(Procedure):
         if self.num_steps % self.refresh_every == 0:
             moved = (self._moved(gradients, piece) for piece in pieces(gradients.matrix.shape[1]))
             start = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
-            self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau)
+            self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau, precision=gradients.precision)
             self.turn = 0
         self.num_steps += 1
         while not set(self.groups[self.turn % len(self.groups)]) & set(present):
