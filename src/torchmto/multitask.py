@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
@@ -21,6 +20,7 @@ from torchmto.problem import Network, Problem, StepInfo
 from torchmto.problem.finite import SkippedError
 from torchmto.problem.losses import Source, Weigh, needs_closure
 from torchmto.problem.noise import Noise
+from torchmto.problem.wrappers import replicas
 
 STATE_VERSION = 1
 
@@ -145,8 +145,8 @@ class MultiTask:
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self.method = method
         self.weights = self._check_weights(weights)
-        if process_group is None and isinstance(model, DistributedDataParallel):
-            process_group = model.process_group
+        if process_group is None:
+            process_group = next((replica.process_group for replica in replicas(model)), None)
         ranks = Ranks(process_group)
         self.network = Network(
             model,

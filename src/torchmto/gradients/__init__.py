@@ -5,8 +5,9 @@ from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import all_finite, dense, finite_mark
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.reach import nodes_made, reach_of, refuse_hidden, refuse_reentrant, run_apart
 from torchmto.gradients.representation import Representation
-from torchmto.gradients.roles import Roles, reached_parameters
+from torchmto.gradients.roles import Roles
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
@@ -24,5 +25,9 @@ __all__ = [
     "finite_mark",
     "gramian",
     "keeping_buffers",
-    "reached_parameters",
+    "nodes_made",
+    "reach_of",
+    "refuse_hidden",
+    "refuse_reentrant",
+    "run_apart",
 ]

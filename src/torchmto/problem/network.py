@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense
+from torchmto.gradients import (
+    Engine,
+    Ranks,
+    Roles,
+    Rows,
+    ShardedRows,
+    dense,
+    reach_of,
+    refuse_hidden,
+    refuse_reentrant,
+    run_apart,
+)
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.problem.agreement import Agreement
 from torchmto.problem.buffers import BufferSnapshot
+from torchmto.problem.losses import Chunk
+from torchmto.problem.wrappers import check_wrappers, replicas, unreduced, unwrapped
 from torchmto.structure import has_split_norms
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
@@ -26,7 +39,7 @@ class Network:
     """A model and its optimizer, as a step sees them.
 
     Args:
-        model: Any module; a ``DistributedDataParallel`` wrapper is looked through.
+        model: Any module; ``DistributedDataParallel`` and ``torch.compile`` around it are looked through.
         optimizer: The optimizer; its parameters are the ones that are trained.
         num_tasks: K.
         shared: The shared parameters, or None to find them from the autograd graph.
@@ -37,6 +50,10 @@ class Network:
         shard_gradients: Every rank holds a part of the gradient matrix' columns only.
         engine: What computes Gramians without the gradient matrix; None for the matrix.
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
+
+    Attributes:
+        sizes: Tasks -> the sizes of those graphs of theirs that have been looked at; forgotten when other parameters are trained.
+        nodes_made: How many graph nodes there had been at the last look.
     """
 
     def __init__(
@@ -54,27 +71,35 @@ class Network:
         engine: Engine | None = None,
         sparse: bool = False,
     ) -> None:
-        self.wrapper = model
-        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.replicas = replicas(model)
+        self.model = unwrapped(model)
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.clip = clip
         self.ranks = ranks
         self._names: dict[int, str] = {}
+        self._by_name: dict[str, Tensor] = {}
         self._known: list[Tensor] = []
+        self._trained: list[bool] | None = None
         self.parameters: list[Tensor] = []
+        self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.nodes_made = 0
+        self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
+        self.roles = Roles(num_tasks)
         self.refresh()
+        check_wrappers(model, optimizer, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
+        self.roles.look(self.names())
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
-        self.walked: set[int] = set()
         self.warned_unasked = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
+        self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
@@ -128,13 +153,21 @@ class Network:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         if list(map(id, everything)) != list(map(id, self._known)):
-            names = {id(p): name for name, p in self.model.named_parameters()}
+            self._by_name.update(self.model.named_parameters())
+            names = {id(p): name for name, p in self._by_name.items()}
             self._names = {}
             for g, group in enumerate(self.optimizer.param_groups):
                 for i, p in enumerate(group["params"]):
                     self._names[id(p)] = names.get(id(p), f"param_groups.{g}.{i}")
-            self._known = everything
-        self.parameters = [p for p in everything if p.requires_grad]
+                    self._by_name[self._names[id(p)]] = p
+            self._known, self._trained = everything, None
+        trained = [p.requires_grad for p in everything]
+        if trained != self._trained:
+            self._trained = trained
+            self.parameters = list(itertools.compress(everything, trained))
+            self.sizes = {}
+            self.roles.look(self.names())
+            self._beyond = (-1, {})
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -158,8 +191,7 @@ class Network:
         """
         layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self.agreement.columns]
         if len(rows.parameters) < len(layout):
-            by_name = {self._names[id(p)]: p for p in self._known}
-            rows.grow([by_name[name] for name in layout[len(rows.parameters) :]])
+            rows.grow([self._by_name[name] for name in layout[len(rows.parameters) :]])
         for key in [key for key in heads if key in rows.position]:
             parameter, held = heads.pop(key)
             for task, gradient in held.items():
@@ -169,13 +201,14 @@ class Network:
         """Take over saved roles; the columns of the gradient matrices are laid out anew."""
         roles = Roles(self.num_tasks)
         roles.load_state_dict(state)
-        known = set(self._names.values())
-        missing = [name for name in roles.layout if name not in known]
+        # Those that have left the optimizer keep their columns.
+        missing = [name for name in roles.layout if name not in self._by_name]
         if missing:
-            raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train.")
+            raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the model doesn't have.")
         self.roles = roles
         self.rows = []
-        self.walked = set()
+        self.sizes = {}
+        self._trained = None
         self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
@@ -193,7 +226,6 @@ class Network:
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()
-        self.walked &= self.roles.seen
 
     @property
     def divided(self) -> bool:
@@ -225,11 +257,7 @@ class Network:
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
-        if isinstance(self.wrapper, DistributedDataParallel):
-            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
-            self.wrapper.require_forward_param_sync = False
-            return self.wrapper.no_sync()
-        return contextlib.nullcontext()
+        return unreduced(self.replicas) if self.replicas else contextlib.nullcontext()
 
     def scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a scalar tensor, None without a scaler."""
@@ -246,6 +274,54 @@ class Network:
     def reaches(self, task: int, parameter: Tensor) -> bool:
         """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
         return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
+
+    def look(self, chunk: Chunk) -> None:
+        """Look at the graph of a forward for what the tasks' roles can't be read from.
+
+        Raises:
+            ValueError: If it hides parameters that are trained.
+        """
+        found = reach_of(chunk.losses.values())
+        refuse_reentrant(found)
+        self.compiled = self.compiled or found.compiled
+        if found.functions:
+            with chunk.activated():
+                refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
+
+    def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
+        """The parameters that ``tasks`` aren't known to reach, and that have no gradient."""
+        if self.sharded:
+            return []
+        if self._beyond[0] != self.roles.changes:
+            self._beyond = (self.roles.changes, {})
+        if tasks not in self._beyond[1]:
+            self._beyond[1][tasks] = [p for p in self.parameters if self.roles.tasks_of(self.name(p)).isdisjoint(tasks)]
+        return [p for p in self._beyond[1][tasks] if p.grad is None]
+
+    def explain(self, chunk: Chunk, tasks: Collection[int], before: Sequence[Tensor]) -> None:
+        """Learn of parameters that had no gradient ``before`` a backward of ``tasks`` and that it was the first to reach.
+
+        Raises:
+            ValueError: If the graph doesn't reach them.
+        """
+        new = [p for p in before if p.grad is not None]
+        if new:
+            reached = {index: reach_of([chunk.losses[index]]).leaves for index in tasks}
+            everything = set().union(*reached.values())
+            refuse_hidden([self.name(p) for p in new if id(p) not in everything])
+            for index, leaves in reached.items():
+                self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in leaves])
+
+    def refuse_hidden(self, allowed: Sequence[Tensor] = ()) -> None:
+        """Raise if ``.grad`` of other parameters than those ``allowed`` has been set by a backward that doesn't do so.
+
+        Raises:
+            ValueError: If that is so.
+        """
+        found = [p for p in self.parameters if p.grad is not None]
+        if found:
+            known = set(map(id, allowed))
+            refuse_hidden([self.name(p) for p in found if id(p) not in known])
 
     def gradients(self) -> list[Tensor]:
         """The gradients that are set; of sparse ones their entries, which can be changed in place."""
@@ -281,6 +357,24 @@ class Network:
                 "`requires_grad_(False)` on it if it isn't to be trained.",
                 stacklevel=2,
             )
+
+    def unshared(self) -> str:
+        """Why no parameter is shared once all tasks have been seen; empty if one is."""
+        if not self.roles.unshared:
+            return ""
+        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        return (
+            "The tasks share no parameters: the losses of no two tasks reach the same trained parameter. Causes may be a frozen "
+            f"trunk (`requires_grad_(False)`, here of {frozen} parameters; once set free it becomes shared), a trunk that isn't "
+            "in the optimizer, features that are detached, placeholders instead of losses, an inner backward (reentrant "
+            "checkpoints, functions that call `backward()`), or a model compiled as a whole: then give `shared=`."
+        )
+
+    def warn_of_unshared(self) -> None:
+        """Warn once if all tasks have been seen and share no parameter."""
+        if not self._warned_unshared and (reason := self.unshared()):
+            self._warned_unshared = True
+            warnings.warn(f"{reason} Each task trains its own parameters.", stacklevel=2)
 
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

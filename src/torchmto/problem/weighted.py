@@ -224,6 +224,7 @@ class WeightedBackward:
         inputs: list[Tensor] | None = None if network.sharded else network.parameters
         if network.compiled and inputs is not None:
             inputs = [p for p in inputs if any(network.reaches(index, p) for index in parts)]
+        before = network.without_gradient(tuple(parts))
         with chunk.activated():
             if unit is not None:
                 unit.before(chunk.losses, weights.by_task, parts)
@@ -236,3 +237,4 @@ class WeightedBackward:
                 starts = [seed.to(root) for root, seed in zip(roots, seeds.unbind(), strict=True)]
                 torch.autograd.backward(roots, starts, inputs=inputs)
         self._passes.backward += 1
+        network.explain(chunk, parts, before)

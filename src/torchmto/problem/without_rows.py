@@ -62,6 +62,7 @@ class WithoutRows(Computation):
         product = torch.zeros(0)
         try:
             product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+            network.refuse_hidden()
         except Exception as error:
             if not several:
                 raise
@@ -120,6 +121,7 @@ class WithoutRows(Computation):
         failure: Exception | None = None
         try:
             network.engine.backward(pieces, shared)
+            network.refuse_hidden(shared)
         except Exception as error:
             if network.ranks.size == 1:
                 raise
