@@ -52,7 +52,7 @@ class Network:
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
 
     Attributes:
-        sizes: Tasks -> the sizes of those graphs of theirs that have been looked at; forgotten when other parameters are trained.
+        sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
         nodes_made: How many graph nodes there had been at the last look.
     """
 
@@ -84,6 +84,7 @@ class Network:
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
         self.nodes_made = 0
+        self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
         self.roles = Roles(num_tasks)
         self.refresh()
@@ -285,18 +286,25 @@ class Network:
         refuse_reentrant(found)
         self.compiled = self.compiled or found.compiled
         if found.functions:
+            self._functions = True
             with chunk.activated():
                 refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
 
     def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
-        """The parameters that ``tasks`` aren't known to reach, and that have no gradient."""
+        """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.
+
+        They are those that the tasks aren't known to reach; all, where functions may hide some.
+        """
         if self.sharded:
             return []
         if self._beyond[0] != self.roles.changes:
             self._beyond = (self.roles.changes, {})
         if tasks not in self._beyond[1]:
-            self._beyond[1][tasks] = [p for p in self.parameters if self.roles.tasks_of(self.name(p)).isdisjoint(tasks)]
-        return [p for p in self._beyond[1][tasks] if p.grad is None]
+            self._beyond[1][tasks] = [p for p in self.parameters if not self._known_to_reach(tasks, p)]
+        return [p for p in (self.parameters if self._functions else self._beyond[1][tasks]) if p.grad is None]
+
+    def _known_to_reach(self, tasks: Collection[int], parameter: Tensor) -> bool:
+        return not self.roles.tasks_of(self.name(parameter)).isdisjoint(tasks)
 
     def explain(self, chunk: Chunk, tasks: Collection[int], before: Sequence[Tensor]) -> None:
         """Learn of parameters that had no gradient ``before`` a backward of ``tasks`` and that it was the first to reach.
@@ -306,21 +314,28 @@ class Network:
         """
         new = [p for p in before if p.grad is not None]
         if new:
-            reached = {index: reach_of([chunk.losses[index]]).leaves for index in tasks}
-            everything = set().union(*reached.values())
+            leaves = {index: reach_of([chunk.losses[index]]).leaves for index in tasks}
+            everything = set().union(*leaves.values())
             refuse_hidden([self.name(p) for p in new if id(p) not in everything])
-            for index, leaves in reached.items():
-                self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in leaves])
+            if not all(self._known_to_reach(tasks, p) for p in new):
+                for index, reached in leaves.items():
+                    self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in reached])
 
-    def refuse_hidden(self, allowed: Sequence[Tensor] = ()) -> None:
-        """Raise if ``.grad`` of other parameters than those ``allowed`` has been set by a backward that doesn't do so.
+    def refuse_hidden(self, allowed: Sequence[Tensor] = (), losses: Iterable[Tensor] = ()) -> None:
+        """Raise if ``.grad`` has been set by a backward that doesn't do so.
+
+        Args:
+            allowed: The parameters whose gradients it does set, if ``losses`` reach them.
+            losses: What it started from.
 
         Raises:
-            ValueError: If that is so.
+            ValueError: If ``.grad`` of another parameter is there.
         """
         found = [p for p in self.parameters if p.grad is not None]
         if found:
             known = set(map(id, allowed))
+            if self._functions and known:
+                known &= reach_of(losses).leaves
             refuse_hidden([self.name(p) for p in found if id(p) not in known])
 
     def gradients(self) -> list[Tensor]:
@@ -363,11 +378,12 @@ class Network:
         if not self.roles.unshared:
             return ""
         frozen = sum(not p.requires_grad for p in self.model.parameters())
+        found = f"; {frozen} parameters of the model are frozen now" if frozen else ""
         return (
-            "The tasks share no parameters: the losses of no two tasks reach the same trained parameter. Causes may be a frozen "
-            f"trunk (`requires_grad_(False)`, here of {frozen} parameters; once set free it becomes shared), a trunk that isn't "
-            "in the optimizer, features that are detached, placeholders instead of losses, an inner backward (reentrant "
-            "checkpoints, functions that call `backward()`), or a model compiled as a whole: then give `shared=`."
+            "The tasks share no parameters: the losses of no two tasks reach the same trained parameter. The cause may be a "
+            f"frozen trunk (`requires_grad_(False)`, until it is set free{found}), a trunk outside the optimizer, detached "
+            "features, placeholders instead of losses, an inner backward (a reentrant checkpoint, a function that calls "
+            "`backward()`), or a model compiled as a whole: then give `shared=`."
         )
 
     def warn_of_unshared(self) -> None:

@@ -41,9 +41,7 @@ class WithoutRows(Computation):
             sums.add(chunks[position])
         forwards = [{i: loss for i, loss in chunk.losses.items() if i in wanted} for chunk in chunks]
         self._observe(engine.read(forwards), {index for losses in forwards for index in losses})
-        if several:
-            sums, _ = reduction.tell(sums)
-        everything = reduction.average(sums)
+        everything = reduction.over_ranks(sums)
         losses = self._present(everything, wanted)
         heads: Heads = {}
 
@@ -121,7 +119,7 @@ class WithoutRows(Computation):
         failure: Exception | None = None
         try:
             network.engine.backward(pieces, shared)
-            network.refuse_hidden(shared)
+            network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
         except Exception as error:
             if network.ranks.size == 1:
                 raise
