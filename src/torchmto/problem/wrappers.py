@@ -81,14 +81,15 @@ def _options(replica: DistributedDataParallel) -> Iterator[str]:
     """The options of a DistributedDataParallel that its own reduction would carry out."""
     if replica.static_graph:
         yield "static_graph=True"
-    if getattr(replica, "_comm_hooks", None):
-        yield "a communication hook (`register_comm_hook`)"
     if getattr(replica, "mixed_precision", None) is not None:
         yield "mixed_precision="
     if getattr(replica, "_delay_all_reduce_params", None):
         yield "delay_all_reduce_named_params="
     if any(p.requires_grad and name in replica.parameters_to_ignore for name, p in replica.module.named_parameters()):
         yield "trained parameters that it is told to ignore"
+    # Last, as mixed precision is one of its hooks.
+    if getattr(replica, "_comm_hooks", None):
+        yield "a communication hook (`register_comm_hook`)"
 
 
 def _refusal(what: str, instead: str) -> ValueError:
