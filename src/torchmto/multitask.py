@@ -69,7 +69,7 @@ class MultiTask:
     """Decides, at every step, how K task losses update one model.
 
     Args:
-        model: Any module; nothing is subclassed. May be wrapped in ``DistributedDataParallel``.
+        model: Any module; nothing is subclassed. It, or parts of it, may be in ``DistributedDataParallel``.
         optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
             Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
@@ -100,7 +100,7 @@ class MultiTask:
 
     Raises:
         TypeError: If an argument has the wrong type, or the method has no such hyper-parameter.
-        ValueError: If an argument's value makes no sense.
+        ValueError: If an argument's value makes no sense, or a wrapper around the model can't be driven.
 
     Example:
         >>> import torch, torchmto
@@ -269,8 +269,8 @@ class MultiTask:
             What was done.
 
         Raises:
-            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the tasks share no parameter,
-                or the method needs a closure.
+            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
+                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
             NonFiniteError: If a loss or a gradient isn't finite, under ``on_nonfinite="raise"``.
         """
         asked = self.tasks if tasks is None else check_tasks(tasks)

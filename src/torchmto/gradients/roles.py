@@ -23,7 +23,7 @@ class Roles:
     Attributes:
         layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
             ever appended.
-        seen: The tasks that have reached a parameter.
+        seen: The tasks that have reached a parameter, since others are trained.
         walked: The tasks whose graph has been walked for what they reach.
         looked: The names of the parameters that were trained in these walks.
         changes: How often something was learnt or forgotten.
@@ -64,10 +64,10 @@ class Roles:
         return shrunk
 
     def look(self, names: Iterable[str]) -> None:
-        """Tell which parameters are trained now: if there are others than before, every task's graph is walked again."""
+        """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
         if not self.looked.issuperset(names := list(names)):
             self.looked.update(names)
-            self.walked = set()
+            self.seen, self.walked = set(), set()
 
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
