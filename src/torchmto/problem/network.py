@@ -90,7 +90,8 @@ class Network:
         self.refresh()
         check_wrappers(model, optimizer, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
-        self.roles.look(self.names())
+        # The first step looks again: parameters may be frozen by then.
+        self._trained = None
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
