@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
@@ -21,6 +20,7 @@ from torchmto.problem import Network, Problem, StepInfo
 from torchmto.problem.finite import SkippedError
 from torchmto.problem.losses import Source, Weigh, needs_closure
 from torchmto.problem.noise import Noise
+from torchmto.problem.wrappers import replicas
 
 STATE_VERSION = 1
 
@@ -71,7 +71,7 @@ class MultiTask:
     """Decides, at every step, how K task losses update one model.
 
     Args:
-        model: Any module; nothing is subclassed. May be wrapped in ``DistributedDataParallel``.
+        model: Any module; nothing is subclassed. It, or parts of it, may be in ``DistributedDataParallel``.
         optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
             Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
@@ -104,7 +104,7 @@ class MultiTask:
 
     Raises:
         TypeError: If an argument has the wrong type, or the method has no such hyper-parameter.
-        ValueError: If an argument's value makes no sense.
+        ValueError: If an argument's value makes no sense, or a wrapper around the model can't be driven.
 
     Example:
         >>> import torch, torchmto
@@ -153,8 +153,8 @@ class MultiTask:
         twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
         if twice is not None:
             raise ValueError(f"Method `{twice.name}` is used in two places. Each needs an object of its own.")
-        if process_group is None and isinstance(model, DistributedDataParallel):
-            process_group = model.process_group
+        if process_group is None:
+            process_group = next((replica.process_group for replica in replicas(model)), None)
         ranks = Ranks(process_group)
         self.network = Network(
             model,
@@ -278,8 +278,8 @@ class MultiTask:
             What was done.
 
         Raises:
-            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the tasks share no parameter,
-                or the method needs a closure.
+            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
+                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """

@@ -63,6 +63,8 @@ class Collector(ABC):
                 allow_unused=True,
             )
         self._passes.backward += 1
+        if last:
+            self._network.refuse_hidden()
         return gradients
 
     def _place(self, rows: Rows | ShardedRows, heads: Heads, task: int, gradients: Sequence[Tensor | None]) -> None:
@@ -77,7 +79,8 @@ class Collector(ABC):
                 shared.append((parameter, plain(gradient)))
             else:
                 others.append((parameter, plain(gradient)))
-        grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
+        found = others if task in network.roles.seen else shared + others
+        grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in found])
         if grown and network.ranks.size == 1:
             network.lay_out(rows, heads)
             shared += [pair for pair in others if id(pair[0]) in rows.position]

@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense, real, run_hooks
+from torchmto.gradients import (
+    Engine,
+    Ranks,
+    Roles,
+    Rows,
+    ShardedRows,
+    dense,
+    reach_of,
+    real,
+    refuse_hidden,
+    refuse_reentrant,
+    run_apart,
+    run_hooks,
+)
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.problem.agreement import Agreement
 from torchmto.problem.buffers import BufferSnapshot
+from torchmto.problem.losses import Chunk
+from torchmto.problem.wrappers import check_wrappers, replicas, unreduced, unwrapped
 from torchmto.structure import has_split_norms
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
@@ -37,7 +52,7 @@ class Network:
     """A model and its optimizer, as a step sees them.
 
     Args:
-        model: Any module; a ``DistributedDataParallel`` wrapper is looked through.
+        model: Any module; ``DistributedDataParallel`` and ``torch.compile`` around it are looked through.
         optimizer: The optimizer; its parameters are the ones that are trained.
         num_tasks: K.
         shared: The shared parameters, or None to find them from the autograd graph.
@@ -48,6 +63,10 @@ class Network:
         shard_gradients: Every rank holds a part of the gradient matrix' columns only.
         engine: What computes Gramians without the gradient matrix; None for the matrix.
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
+
+    Attributes:
+        sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        nodes_made: How many graph nodes there had been at the last look.
     """
 
     def __init__(
@@ -65,31 +84,40 @@ class Network:
         engine: Engine | None = None,
         sparse: bool = False,
     ) -> None:
-        self.wrapper = model
-        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.replicas = replicas(model)
+        self.model = unwrapped(model)
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.clip = clip
         self.ranks = ranks
         self._names: dict[int, str] = {}
-        self._known: list[Tensor] = []
         self._by_name: dict[str, Tensor] = {}
+        self._known: list[Tensor] = []
+        self._trained: list[bool] | None = None
         self._complex = False
         self._precisions: dict[str, float] = {}
         self.parameters: list[Tensor] = []
+        self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.nodes_made = 0
+        self._functions = False
+        self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
+        self.roles = Roles(num_tasks)
         self.refresh()
+        check_wrappers(model, optimizer, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
+        # The first step looks again: parameters may be frozen by then.
+        self._trained = None
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
-        self.walked: set[int] = set()
         self.warned_unasked = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
         self._warned_taken = False
+        self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
@@ -161,8 +189,14 @@ class Network:
                         name += "'"
                     self._names[id(p)] = name
                     self._by_name[name] = p
-            self._known = everything
-        self.parameters = [p for p in everything if p.requires_grad]
+            self._known, self._trained = everything, None
+        trained = [p.requires_grad for p in everything]
+        if trained != self._trained:
+            self._trained = trained
+            self.parameters = list(itertools.compress(everything, trained))
+            self.sizes = {}
+            self.roles.look(self.names())
+            self._beyond = (-1, {})
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -226,7 +260,8 @@ class Network:
         self._by_name = known
         self.roles = roles
         self.rows = []
-        self.walked = set()
+        self.sizes = {}
+        self._trained = None
         self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
@@ -244,7 +279,6 @@ class Network:
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()
-        self.walked &= self.roles.seen
 
     @property
     def divided(self) -> bool:
@@ -276,11 +310,7 @@ class Network:
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
-        if isinstance(self.wrapper, DistributedDataParallel):
-            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
-            self.wrapper.require_forward_param_sync = False
-            return self.wrapper.no_sync()
-        return contextlib.nullcontext()
+        return unreduced(self.replicas) if self.replicas else contextlib.nullcontext()
 
     def scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a scalar tensor, None without a scaler."""
@@ -313,6 +343,68 @@ class Network:
         gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
         return [real(gradient) for gradient in gradients] if self._complex else gradients
 
+    def look(self, chunk: Chunk) -> None:
+        """Look at the graph of a forward for what the tasks' roles can't be read from.
+
+        Raises:
+            ValueError: If it hides parameters that are trained.
+        """
+        found = reach_of(chunk.losses.values())
+        refuse_reentrant(found)
+        self.compiled = self.compiled or found.compiled
+        if found.functions:
+            self._functions = True
+            with chunk.activated():
+                refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
+
+    def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
+        """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.
+
+        They are those that the tasks aren't known to reach; all, where functions may hide some.
+        """
+        if self.sharded:
+            return []
+        if self._beyond[0] != self.roles.changes:
+            self._beyond = (self.roles.changes, {})
+        if tasks not in self._beyond[1]:
+            self._beyond[1][tasks] = [p for p in self.parameters if not self._known_to_reach(tasks, p)]
+        return [p for p in (self.parameters if self._functions else self._beyond[1][tasks]) if p.grad is None]
+
+    def _known_to_reach(self, tasks: Collection[int], parameter: Tensor) -> bool:
+        return not self.roles.tasks_of(self.name(parameter)).isdisjoint(tasks)
+
+    def explain(self, chunk: Chunk, tasks: Collection[int], before: Sequence[Tensor]) -> None:
+        """Learn of parameters that had no gradient ``before`` a backward of ``tasks`` and that it was the first to reach.
+
+        Raises:
+            ValueError: If the graph doesn't reach them.
+        """
+        new = [p for p in before if p.grad is not None]
+        if new:
+            leaves = {index: reach_of([chunk.losses[index]]).leaves for index in tasks}
+            everything = set().union(*leaves.values())
+            refuse_hidden([self.name(p) for p in new if id(p) not in everything])
+            if not all(self._known_to_reach(tasks, p) for p in new):
+                for index, reached in leaves.items():
+                    self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in reached])
+
+    def refuse_hidden(self, allowed: Sequence[Tensor] = (), losses: Iterable[Tensor] = ()) -> None:
+        """Raise if ``.grad`` has been set by a backward that doesn't do so.
+
+        Args:
+            allowed: The parameters whose gradients it does set, if ``losses`` reach them.
+            losses: What it started from.
+
+        Raises:
+            ValueError: If ``.grad`` of another parameter is there.
+        """
+        found = [p for p in self.parameters if p.grad is not None]
+        if found:
+            known = set(map(id, allowed))
+            if self._functions and known:
+                known.intersection_update(reach_of(losses).leaves)
+            refuse_hidden([self.name(p) for p in found if id(p) not in known])
+
     @torch.no_grad()
     def tidy_sparse(self) -> None:
         """Add up the entries that sparse gradients hold several times; where they mayn't stay sparse, make them dense."""
@@ -342,6 +434,25 @@ class Network:
                 "`requires_grad_(False)` on it if it isn't to be trained.",
                 stacklevel=2,
             )
+
+    def unshared(self) -> str:
+        """Why no parameter is shared once all tasks have been seen; empty if one is."""
+        if not self.roles.unshared:
+            return ""
+        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        found = f"; {frozen} parameters of the model are frozen now" if frozen else ""
+        return (
+            "The tasks share no parameters: the losses of no two tasks reach the same trained parameter. The cause may be a "
+            f"frozen trunk (`requires_grad_(False)`, until it is set free{found}), a trunk outside the optimizer, detached "
+            "features, placeholders instead of losses, an inner backward (a reentrant checkpoint, a function that calls "
+            "`backward()`), or a model compiled as a whole: then give `shared=`."
+        )
+
+    def warn_of_unshared(self) -> None:
+        """Warn once if all tasks have been seen and share no parameter."""
+        if not self._warned_unshared and (reason := self.unshared()):
+            self._warned_unshared = True
+            warnings.warn(f"{reason} Each task trains its own parameters.", stacklevel=2)
 
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -159,6 +159,8 @@ class Problem:
             ValueError: If no task is present, or all tasks have been seen and share no parameter.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
+        # A gradient that is there afterwards has appeared by itself.
+        self.network.zero_grad()
         names = self._forwards.names(tasks)
         asked = names if forward is None else self._forwards.names(forward)
         return self._computation.gradients(asked, {self.tasks.index(name) for name in names}, source)
@@ -241,6 +243,7 @@ class Problem:
         wanted = {self.tasks.index(name) for name in names}
         weighted = WeightedBackward(self.network, self._forwards, self._reduction, self._noise, self._passes)
         losses = weighted.run(weigh, asked, wanted, source, fixed=fixed, heads=heads)
+        self.network.warn_of_unshared()
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
 

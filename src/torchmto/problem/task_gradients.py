@@ -108,12 +108,18 @@ class Computation(ABC):
         """``weights @ J``, or a ready ``vector``, into ``.grad`` of the shared parameters that some task reached."""
 
     def _present(self, everything: Losses, wanted: set[int]) -> Losses:
-        """The losses of the tasks whose gradients are wanted; there has to be one."""
+        """The losses of the tasks whose gradients are wanted; there has to be one, and a parameter that tasks share."""
         losses = everything.only(wanted)
         if not everything.indices:
             raise empty_batch(self._forwards.asked)
         if not losses.indices:
             raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
+        reason = self._network.unshared()
+        if reason:
+            raise ValueError(
+                f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
+                "without."
+            )
         return losses
 
 

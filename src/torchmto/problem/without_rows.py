@@ -41,9 +41,7 @@ class WithoutRows(Computation):
             sums.add(chunks[position])
         forwards = [{i: loss for i, loss in chunk.losses.items() if i in wanted} for chunk in chunks]
         self._observe(engine.read(forwards), {index for losses in forwards for index in losses})
-        if several:
-            sums, _ = reduction.tell(sums)
-        everything = reduction.average(sums)
+        everything = reduction.over_ranks(sums)
         losses = self._present(everything, wanted)
         heads: Heads = {}
 
@@ -62,6 +60,7 @@ class WithoutRows(Computation):
         product = torch.zeros(0)
         try:
             product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+            network.refuse_hidden()
         except Exception as error:
             if not several:
                 raise
@@ -120,6 +119,7 @@ class WithoutRows(Computation):
         failure: Exception | None = None
         try:
             network.engine.backward(pieces, shared)
+            network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
         except Exception as error:
             if network.ranks.size == 1:
                 raise
