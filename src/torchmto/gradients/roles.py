@@ -37,15 +37,14 @@ class Roles:
         self._reached: dict[str, set[int]] = {}
         self.seen: set[int] = set()
         self.walked: set[int] = set()
-        self.looked: set[str] = set()
+        self.looked: frozenset[str] = frozenset()
         self.changes = 0
-        self._journal: list[tuple[str, int]] = []
-        self._mark: tuple[int, frozenset[int], frozenset[int]] = (len(self.layout), frozenset(), frozenset())
+        self.mark()
 
     def mark(self) -> None:
         """Remember the present state for :meth:`undo`."""
-        self._journal = []
-        self._mark = (len(self.layout), frozenset(self.seen), frozenset(self.walked))
+        self._journal: list[tuple[str, int]] = []
+        self._mark = (len(self.layout), frozenset(self.seen), frozenset(self.walked), self.looked)
 
     def undo(self) -> bool:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
@@ -54,7 +53,7 @@ class Roles:
             self._reached[name].discard(task)
             if not self._reached[name]:
                 del self._reached[name]
-        size, seen, walked = self._mark
+        size, seen, walked, self.looked = self._mark
         shrunk = len(self.layout) > size
         self._shared.difference_update(self.layout[size:])
         del self.layout[size:]
@@ -66,7 +65,7 @@ class Roles:
     def look(self, names: Iterable[str]) -> None:
         """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
         if not self.looked.issuperset(names := list(names)):
-            self.looked.update(names)
+            self.looked = self.looked.union(names)
             self.seen, self.walked = set(), set()
 
     def is_shared(self, name: str) -> bool:
@@ -145,6 +144,6 @@ class Roles:
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
         self.seen = set(state["seen"])
         self.walked = set(state.get("walked", ()))
-        self.looked = set(state.get("looked", ()))
+        self.looked = frozenset(state.get("looked", ()))
         self.changes += 1
         self.mark()

@@ -52,7 +52,7 @@ class Network:
     """A model and its optimizer, as a step sees them.
 
     Args:
-        model: Any module; ``DistributedDataParallel`` and ``torch.compile`` around it are looked through.
+        model: Any module; a ``DistributedDataParallel`` wrapper, compiled or not, is looked through.
         optimizer: The optimizer; its parameters are the ones that are trained.
         num_tasks: K.
         shared: The shared parameters, or None to find them from the autograd graph.
@@ -96,17 +96,16 @@ class Network:
         self._trained: list[bool] | None = None
         self._complex = False
         self._precisions: dict[str, float] = {}
+        # Whether other parameters may be trained than those that roles are known of.
+        self._other = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
         self.nodes_made = 0
         self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
-        self.roles = Roles(num_tasks)
         self.refresh()
         check_wrappers(model, optimizer, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
-        # The first step looks again: parameters may be frozen by then.
-        self._trained = None
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
@@ -195,8 +194,8 @@ class Network:
             self._trained = trained
             self.parameters = list(itertools.compress(everything, trained))
             self.sizes = {}
-            self.roles.look(self.names())
             self._beyond = (-1, {})
+            self._other = True
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -261,13 +260,16 @@ class Network:
         self.roles = roles
         self.rows = []
         self.sizes = {}
-        self._trained = None
+        self._other = True
         self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
         """Remember buffers and roles for :meth:`undo`."""
         self.buffers.take()
         self.roles.mark()
+        if self._other:
+            self.roles.look(self.names())
+            self._other = False
 
     def undo(self, *, keep_buffers: bool) -> None:
         """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
@@ -276,6 +278,7 @@ class Network:
             self.engine.forget()
         if not keep_buffers:
             self.buffers.restore()
+        self._other = True
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()

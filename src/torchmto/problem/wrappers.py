@@ -32,14 +32,9 @@ def _kinds(module: nn.Module) -> set[str]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and ``torch.compile``, whose names of parameters have no prefix."""
-    while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(inside := getattr(model, "_orig_mod", None), nn.Module):
-            model = inside
-        else:
-            return model
+    """The model inside DistributedDataParallel, compiled or not, whose names of parameters have no prefix then."""
+    inside = getattr(model, "_orig_mod", model)
+    return inside.module if isinstance(inside, DistributedDataParallel) else model
 
 
 def replicas(model: nn.Module) -> list[DistributedDataParallel]:
