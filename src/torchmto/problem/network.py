@@ -218,10 +218,11 @@ class Network:
         That of the parameters' types, or of what the forward has converted them to (as first seen; a compiled or FSDP model
         doesn't show it). Where matrices of float32 are multiplied in TensorFloat-32 on a GPU, that of its 10 bits.
         """
-        known = max((self._precisions.get(self.name(p), 0.0) for p in parameters), default=0.0)
-        precision = max((torch.finfo(dtype).eps for dtype in {p.dtype for p in parameters}), default=known)
-        on_gpu = any(p.is_cuda and p.dtype == torch.float32 for p in parameters)
-        return max(known, precision, TF32 if on_gpu and multiplies_in_tf32() else 0.0)
+        found = [torch.finfo(dtype).eps for dtype in {torch.float64, *(p.dtype for p in parameters)}]
+        found += [self._precisions.get(self.name(p), 0.0) for p in parameters]
+        if any(p.is_cuda and p.dtype == torch.float32 for p in parameters) and multiplies_in_tf32():
+            found.append(TF32)
+        return max(found)
 
     def rows_of(self, source: int) -> Rows | ShardedRows:
         """The gradient matrix of one independent batch."""
