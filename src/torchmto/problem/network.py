@@ -219,7 +219,7 @@ class Network:
         doesn't show it). Where matrices of float32 are multiplied in TensorFloat-32 on a GPU, that of its 10 bits.
         """
         found = [torch.finfo(dtype).eps for dtype in {torch.float64, *(p.dtype for p in parameters)}]
-        found += [self._precisions.get(self.name(p), 0.0) for p in parameters]
+        found += [self._precisions.get(self._names.get(id(p), ""), 0.0) for p in parameters]
         if any(p.is_cuda and p.dtype == torch.float32 for p in parameters) and multiplies_in_tf32():
             found.append(TF32)
         return max(found)
