@@ -5,13 +5,13 @@ import re
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
 import torchmto
 from torchmto import cli
-from torchmto._layout import cell_width, divided, plain_table, terminal_width
+from torchmto._layout import cell_width, divided, folded, plain_table, terminal_width
 from torchmto.cli._tables import metric_table
 from torchmto.lab.bench.outputs import table as bench_table
 from torchmto.lab.bench.timing import Measurement
@@ -42,6 +42,7 @@ def letters(text):
 
 
 @given(tables(), st.integers(24, 200))
+@example([["=", "=", "=" * 18 + "日日"], ["=" * 11, "+0.00", "+0.00"]], 24)
 def test_every_line_fits_every_number_is_whole_and_no_letter_is_lost(rows, width):
     for text, frame in ((plain_table(rows, width), {}), (framed(FittedTable(rows), width), {"gap": 3, "edge": 4})):
         parts = divided(rows, width, **frame)
@@ -50,6 +51,15 @@ def test_every_line_fits_every_number_is_whole_and_no_letter_is_lost(rows, width
         assert letters(text) == letters("".join(row[i] for row in rows for part in parts for i in part))
         if width >= 40:
             assert all(cell in text for row in rows[1:] for cell in row[1:])
+
+
+@given(TITLES, st.integers(2, 60))
+def test_folded_lines_fit_and_keep_every_word(text, width):
+    lines = folded(text, width)
+    assert max(map(cell_width, lines)) <= width
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    if all(cell_width(word) <= width for word in text.split()):
+        assert " ".join(lines).split() == text.split()
 
 
 @given(tables())

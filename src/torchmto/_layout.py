@@ -5,11 +5,10 @@ of all numbers.
 """
 
 import shutil
-import textwrap
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["BOUNDLESS", "cell_width", "divided", "plain_table", "terminal_width"]
+__all__ = ["BOUNDLESS", "cell_width", "divided", "folded", "plain_table", "terminal_width"]
 
 BOUNDLESS = 10**6
 """The width of a file or a pipe: a line for every row."""
@@ -93,10 +92,10 @@ def plain_table(
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool], indent: str) -> str:
-    folded = [_folded(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    stacks = [folded(cell, width) for cell, width in zip(cells, widths, strict=True)]
     lines = []
-    for number in range(max(map(len, folded))):
-        parts = [parts[number] if number < len(parts) else "" for parts in folded]
+    for number in range(max(map(len, stacks))):
+        parts = [parts[number] if number < len(parts) else "" for parts in stacks]
         blanks = [" " * (width - cell_width(part)) for part, width in zip(parts, widths, strict=True)]
         placed = [
             part + blank if at_left else blank + part for part, blank, at_left in zip(parts, blanks, left, strict=True)
@@ -105,9 +104,19 @@ def _line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool], ind
     return "\n".join(lines)
 
 
-def _folded(text: str, width: int) -> list[str]:
-    """The lines of a cell: broken at spaces where that is enough."""
+def folded(text: str, width: int) -> list[str]:
+    """The lines of a text that is too wide: broken at spaces, and inside a word that is wider than a line."""
     if cell_width(text) <= width:
         return [text]
-    narrow = max(width * len(text) // cell_width(text), 1)  # characters as wide as these on average
-    return textwrap.wrap(text, narrow, break_on_hyphens=False) or [""]
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if cell_width(longer) <= width:
+            lines[-1] = longer
+            continue
+        lines += [""] if lines[-1] else []
+        for character in word:
+            if lines[-1] and cell_width(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines

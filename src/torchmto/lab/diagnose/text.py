@@ -1,12 +1,11 @@
 """A diagnosis as text and as JSON."""
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchmto._layout import BOUNDLESS, plain_table
+from torchmto._layout import BOUNDLESS, cell_width, folded, plain_table
 from torchmto.lab.atomic import plain
 from torchmto.lab.diagnose.advice import Diagnosis, Plan
 from torchmto.lab.diagnose.measurements import Matrix, Measurements
@@ -68,7 +67,10 @@ def _visible(line: str) -> str:
 def _wrapped(line: str, width: int) -> list[str]:
     """A line in as many as it takes, those that follow as far to the right as its words."""
     indent = len(line) - len(line.lstrip(" !-+"))
-    return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_on_hyphens=False) or [""]
+    if cell_width(line) <= width:
+        return [line]
+    first, *others = folded(line[indent:], max(width - indent, 1))
+    return [line[:indent] + first, *(" " * indent + other for other in others)]
 
 
 def _task_table(m: Measurements, width: int) -> list[str]:
