@@ -17,10 +17,10 @@ from torchmto.checks import check_choice, check_number, check_tasks, found
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
-from torchmto.problem import Network, Problem, StepInfo
-from torchmto.problem.finite import SkippedError
-from torchmto.problem.losses import Source, Weigh, needs_closure
-from torchmto.problem.noise import Noise
+from torchmto.step import Network, StepContext, StepInfo
+from torchmto.step.finite import SkippedError
+from torchmto.step.losses import Source, Weigh, needs_closure
+from torchmto.step.noise import Noise
 
 STATE_VERSION = 1
 
@@ -286,7 +286,7 @@ class MultiTask:
         network.refresh()
         self._warn_of_gradients()
         weigh, weigh_fixed = self._weigh()
-        problem = Problem(
+        context = StepContext(
             network,
             self.tasks,
             sources,
@@ -297,20 +297,20 @@ class MultiTask:
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
         )
-        with network.no_sync(), keeping_buffers(), self._undoing(problem):
+        with network.no_sync(), keeping_buffers(), self._undoing(context):
             try:
-                info = self.method.step(problem)
-                if not problem.any_losses:
-                    problem.raise_empty()
-                if problem.skipped and problem.num_optimizer_steps == 0:
-                    self._undo(keep_buffers=problem.overflowed)
+                info = self.method.step(context)
+                if not context.any_losses:
+                    context.raise_empty()
+                if context.skipped and context.num_optimizer_steps == 0:
+                    self._undo(keep_buffers=context.overflowed)
                 elif isinstance(self.weights, LossWeighting):
-                    self.weights.after_step(problem.unweighted(), problem)
+                    self.weights.after_step(context.unweighted(), context)
             except SkippedError as skipped:
-                if problem.num_optimizer_steps == 0:
+                if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=skipped.overflow)
-                problem.note_skip(skipped.reason)
-                return problem.info()
+                context.note_skip(skipped.reason)
+                return context.info()
         return info
 
     def _warn_of_gradients(self) -> None:
@@ -355,14 +355,14 @@ class MultiTask:
         return entries
 
     @contextlib.contextmanager
-    def _undoing(self, problem: Problem) -> Iterator[None]:
+    def _undoing(self, context: StepContext) -> Iterator[None]:
         """After an error before the first optimizer step, put everything back."""
         self.network.mark()
         self._kept = [(part, part.snapshot()) for part in self._methods()]
         try:
             yield
         except BaseException:
-            if problem.num_optimizer_steps == 0:
+            if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=False)
             raise
         finally:

@@ -26,7 +26,7 @@ from torchmto.lab.diagnose.measurements import (
 from torchmto.methods import make_method
 from torchmto.methods.method import GradientCombiner
 from torchmto.multitask import MultiTask
-from torchmto.problem import Network, TaskGradients
+from torchmto.step import Network, TaskGradients
 from torchmto.structure import (
     SplitNorm,
     StructuredLayer,

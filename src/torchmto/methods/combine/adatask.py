@@ -12,7 +12,7 @@ from torchmto.checks import check_flag, check_number, found
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, TaskGradients
+from torchmto.step import Network, TaskGradients
 
 
 @register("adatask")

@@ -15,7 +15,7 @@ from torchmto.methods.combine.columns import fitted
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import TaskGradients
+from torchmto.step import TaskGradients
 
 
 @register("moco")

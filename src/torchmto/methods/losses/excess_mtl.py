@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_choice, check_number
 from torchmto.methods.method import Method, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, Problem, StepInfo, TaskGradients
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
 @register("excess_mtl")
@@ -89,20 +89,20 @@ class ExcessMTL(Method):
         weights = self.weights[where]
         return weights * (len(where) / weights.sum())
 
-    def _check(self, problem: Problem, gradients: TaskGradients) -> None:
+    def _check(self, context: StepContext, gradients: TaskGradients) -> None:
         """Leave out gradients whose squares overflow, before they are added: an infinite sum would stay for good."""
         largest = torch.finfo(gradients.matrix.dtype).max
         sums = self.squares.sum(1).tolist()
         for task, square in zip(gradients.indices, gradients.gramian.diagonal().tolist(), strict=True):
             # The norm's square is at least that of every entry, and so is its sum over the steps.
             if sums[task] + square > largest:
-                problem.fail(gradients, f"The squares of the gradient of task `{problem.tasks[task]}` overflow.")
+                context.fail(gradients, f"The squares of the gradient of task `{context.tasks[task]}` overflow.")
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, new weights, one combined step."""
-        gradients = problem.gradients()
-        self._check(problem, gradients)
+        gradients = context.gradients()
+        self._check(context, gradients)
         weights = self._update(gradients.indices, self._excess(gradients))
-        problem.combine(gradients, weights, heads=self.heads)
-        problem.apply()
-        return problem.info(weights=weights, indices=gradients.indices, gradients=gradients)
+        context.combine(gradients, weights, heads=self.heads)
+        context.apply()
+        return context.info(weights=weights, indices=gradients.indices, gradients=gradients)

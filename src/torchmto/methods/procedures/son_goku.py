@@ -10,7 +10,7 @@ from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, Problem, StepInfo
+from torchmto.step import Network, StepContext, StepInfo
 
 
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
@@ -99,9 +99,9 @@ class SonGoku(Procedure):
         """The tracked rows are its state."""
         return "tracks the rows in its state" if network.divided else ""
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Track all gradients; update by those of one group."""
-        gradients = problem.gradients()
+        gradients = context.gradients()
         present = gradients.indices
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
@@ -118,14 +118,14 @@ class SonGoku(Procedure):
         weights = torch.tensor([float(task in group) for task in present], dtype=torch.float64)
         for key, (parameter, held) in list(gradients.heads.items()):
             gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
-        problem.combine(gradients, weights)
+        context.combine(gradients, weights)
         # What only waiting tasks reach has zeros now, and optimizers with moments would move it.
         for parameter in gradients.parameters:
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
-        problem.apply()
-        names = problem.tasks
-        return problem.info(
+        context.apply()
+        names = context.tasks
+        return context.info(
             weights=weights,
             indices=present,
             gradients=gradients,

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from torchmto.gradients import all_finite
 from torchmto.gradients.ranks import local
-from torchmto.problem.losses import Losses, NonFiniteError
-from torchmto.problem.network import Heads, Network
-from torchmto.problem.reduction import Reduction
+from torchmto.step.losses import Losses, NonFiniteError
+from torchmto.step.network import Heads, Network
+from torchmto.step.reduction import Reduction
 
 
 class SkippedError(Exception):

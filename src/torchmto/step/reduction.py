@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchmto.problem.exchange import Exchange
-from torchmto.problem.losses import Chunk, Losses, Weigh, detached, stack
-from torchmto.problem.network import Network
+from torchmto.step.exchange import Exchange
+from torchmto.step.losses import Chunk, Losses, Weigh, detached, stack
+from torchmto.step.network import Network
 
 
 @dataclass

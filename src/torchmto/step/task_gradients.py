@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows
-from torchmto.problem.finite import FiniteChecks, SkippedError
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes
-from torchmto.problem.losses import Chunk, Losses, empty_batch
-from torchmto.problem.network import Heads, Network
-from torchmto.problem.reduction import Reduction
+from torchmto.step.finite import FiniteChecks, SkippedError
+from torchmto.step.forwards import Forwards
+from torchmto.step.info import Passes
+from torchmto.step.losses import Chunk, Losses, empty_batch
+from torchmto.step.network import Heads, Network
+from torchmto.step.reduction import Reduction
 
 
 class TaskGradients:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from torchmto.gradients import Rows, ShardedRows
 from torchmto.gradients.ranks import is_sharded, local
-from torchmto.problem.exchange import raise_together
-from torchmto.problem.network import Heads, Network
+from torchmto.step.exchange import raise_together
+from torchmto.step.network import Heads, Network
 
 
 @torch.no_grad()

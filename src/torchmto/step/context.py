@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import all_finite, finite_mark
-from torchmto.problem.finite import FiniteChecks, SkippedError
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes, StepInfo, conflicts
-from torchmto.problem.losses import Losses, Source, Weigh, empty_batch
-from torchmto.problem.network import Network
-from torchmto.problem.noise import Noise
-from torchmto.problem.reduction import Reduction, Sums
-from torchmto.problem.task_gradients import Computation, TaskGradients, set_heads
-from torchmto.problem.weighted import WeightedBackward
-from torchmto.problem.with_rows import WithRows, inner_products
-from torchmto.problem.without_rows import WithoutRows
+from torchmto.step.finite import FiniteChecks, SkippedError
+from torchmto.step.forwards import Forwards
+from torchmto.step.info import Passes, StepInfo, conflicts
+from torchmto.step.losses import Losses, Source, Weigh, empty_batch
+from torchmto.step.network import Network
+from torchmto.step.noise import Noise
+from torchmto.step.reduction import Reduction, Sums
+from torchmto.step.task_gradients import Computation, TaskGradients, set_heads
+from torchmto.step.weighted import WeightedBackward
+from torchmto.step.with_rows import WithRows, inner_products
+from torchmto.step.without_rows import WithoutRows
 
 
-class Problem:
+class StepContext:
     """One step of multi-task training, as a method sees it.
 
     A method asks it for losses, per-task gradients or a weighted backward, and tells it what to apply; only here are
@@ -219,7 +219,7 @@ class Problem:
     ) -> Losses:
         """Forward and one backward of the weighted sum of the losses into ``.grad``.
 
-        Several micro-batches may need two forwards each: :class:`~torchmto.problem.weighted.WeightedBackward`.
+        Several micro-batches may need two forwards each: :class:`~torchmto.step.weighted.WeightedBackward`.
 
         Args:
             weigh: (losses [k], indices) -> weights [k].

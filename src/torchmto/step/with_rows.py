@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows, gramian
-from torchmto.problem.collect import Collector, ManyProcesses, OneProcess, Shards
-from torchmto.problem.finite import FiniteChecks
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes
-from torchmto.problem.network import Heads, Network
-from torchmto.problem.rank_sums import own_columns
-from torchmto.problem.reduction import Reduction
-from torchmto.problem.task_gradients import Computation, TaskGradients, factors_of, rescale_heads
+from torchmto.step.collect import Collector, ManyProcesses, OneProcess, Shards
+from torchmto.step.finite import FiniteChecks
+from torchmto.step.forwards import Forwards
+from torchmto.step.info import Passes
+from torchmto.step.network import Heads, Network
+from torchmto.step.rank_sums import own_columns
+from torchmto.step.reduction import Reduction
+from torchmto.step.task_gradients import Computation, TaskGradients, factors_of, rescale_heads
 
 
 class WithRows(Computation):
@@ -74,7 +74,7 @@ class WithRows(Computation):
 
 
 def inner_products(network: Network, first: TaskGradients, second: TaskGradients) -> Tensor:
-    """Inner products between the rows of two batches, [k1, k2]; see :meth:`torchmto.problem.Problem.inner_products`."""
+    """Inner products between the rows of two batches, [k1, k2]; see :meth:`torchmto.step.StepContext.inner_products`."""
     if network.shard_gradients and len(first.parameters) != len(second.parameters):
         raise ValueError(
             "A parameter became shared between two independent batches, which divides the columns differently. With "

@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmto.checks import found
 from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
-from torchmto.problem.agreement import Agreement
-from torchmto.problem.buffers import BufferSnapshot
+from torchmto.step.agreement import Agreement
 from torchmto.structure import has_split_norms
+from torchmto.undo import BufferSnapshot
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""

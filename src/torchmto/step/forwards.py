@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import torch
 
 from torchmto.gradients import check_keeps, reached_parameters
-from torchmto.problem.info import Passes
-from torchmto.problem.losses import Chunk, Source, needs_closure, parse
-from torchmto.problem.network import Network
-from torchmto.problem.noise import Noise
-from torchmto.problem.reduction import Reduction, Sums
+from torchmto.step.info import Passes
+from torchmto.step.losses import Chunk, Source, needs_closure, parse
+from torchmto.step.network import Network
+from torchmto.step.noise import Noise
+from torchmto.step.reduction import Reduction, Sums
 from torchmto.structure import active_task
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from torchmto.gradients import Rows, all_finite
 from torchmto.gradients.engine import Piece
-from torchmto.problem.losses import Chunk
-from torchmto.problem.network import Heads
-from torchmto.problem.rank_sums import sum_gradients, sum_heads
-from torchmto.problem.reduction import Sums
-from torchmto.problem.task_gradients import Computation, TaskGradients, factors_of, hold, rescale_heads
+from torchmto.step.losses import Chunk
+from torchmto.step.network import Heads
+from torchmto.step.rank_sums import sum_gradients, sum_heads
+from torchmto.step.reduction import Sums
+from torchmto.step.task_gradients import Computation, TaskGradients, factors_of, hold, rescale_heads
 
 
 class WithoutRows(Computation):

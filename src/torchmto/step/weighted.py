@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes
-from torchmto.problem.losses import Chunk, Losses, Weigh
-from torchmto.problem.network import Network
-from torchmto.problem.noise import Noise
-from torchmto.problem.rank_sums import average_statistics, sum_gradients
-from torchmto.problem.reduction import Reduction, Sums, shape_of
-from torchmto.problem.unit_heads import UnitHeads
+from torchmto.step.forwards import Forwards
+from torchmto.step.info import Passes
+from torchmto.step.losses import Chunk, Losses, Weigh
+from torchmto.step.network import Network
+from torchmto.step.noise import Noise
+from torchmto.step.rank_sums import average_statistics, sum_gradients
+from torchmto.step.reduction import Reduction, Sums, shape_of
+from torchmto.step.unit_heads import UnitHeads
 
 
 @dataclass

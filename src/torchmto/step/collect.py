@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows, dense
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes
-from torchmto.problem.losses import Chunk
-from torchmto.problem.network import Heads, Network
-from torchmto.problem.rank_sums import settle, sum_heads, take_shards
-from torchmto.problem.reduction import Reduction, Sums
-from torchmto.problem.task_gradients import hold
+from torchmto.step.forwards import Forwards
+from torchmto.step.info import Passes
+from torchmto.step.losses import Chunk
+from torchmto.step.network import Heads, Network
+from torchmto.step.rank_sums import settle, sum_heads, take_shards
+from torchmto.step.reduction import Reduction, Sums
+from torchmto.step.task_gradients import hold
 
 
 class Collector(ABC):
