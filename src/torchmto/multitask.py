@@ -20,6 +20,7 @@ from torchmto.methods.method import derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
+from torchmto.step.messages import EndedTogether, check_alike, tell
 from torchmto.step.noise import Noise
 
 STATE_VERSION = 1
@@ -161,6 +162,7 @@ class MultiTask:
             engine=_engine(check_choice("gradients", gradients, ENGINES), features, model, ranks),
             sparse=isinstance(method, LossWeighting),
         )
+        self._met = False
         self._check_engine()
         self._check_methods()
         method.bind(self.tasks)
@@ -273,11 +275,51 @@ class MultiTask:
                 or the method needs a closure.
             NonFiniteError: If a loss or a gradient isn't finite, under ``on_nonfinite="raise"``.
         """
+        with self._together():
+            context = self._context(losses, tasks, independent)
+            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
+                return self._step(context)
+
+    def _step(self, context: StepContext) -> StepInfo:
+        try:
+            info = self.method.step(context)
+            if not context.any_losses:
+                context.raise_empty()
+            if context.skipped and context.num_optimizer_steps == 0:
+                self._undo(keep_buffers=context.overflowed)
+            elif isinstance(self.weights, LossWeighting):
+                self.weights.after_step(context.unweighted(), context)
+        except SkippedError as skipped:
+            if context.num_optimizer_steps == 0:
+                self._undo(keep_buffers=skipped.overflow)
+            context.note_skip(skipped.reason)
+            return context.info()
+        return info
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """An error on one rank ends the step on all of them."""
+        network = self.network
+        ranks = network.ranks
+        if ranks.size > 1 and not self._met:
+            check_alike(ranks, self.tasks)
+            self._met = True
+        try:
+            yield
+        except EndedTogether as ended:
+            raise ended.error from None
+        except BaseException as error:
+            tell(ranks, len(self.tasks), network.device, error)
+            raise
+
+    def _context(
+        self, losses: Source | Sequence[Source], tasks: Iterable[str] | None, independent: Sequence[Any]
+    ) -> StepContext:
+        """Check the arguments of a step."""
         asked = self.tasks if tasks is None else check_tasks(tasks)
         unknown = [name for name in asked if name not in self.tasks]
         if unknown:
             raise ValueError(f"Unknown task `{unknown[0]}`. The tasks are {', '.join(self.tasks)}.")
-        asked = tuple(name for name in self.tasks if name in asked)
         sources = [self._micro_batches("losses", losses)]
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
@@ -286,32 +328,17 @@ class MultiTask:
         network.refresh()
         self._warn_of_gradients()
         weigh, weigh_fixed = self._weigh()
-        context = StepContext(
+        return StepContext(
             network,
             self.tasks,
             sources,
-            asked=asked,
+            asked=tuple(name for name in self.tasks if name in asked),
             on_nonfinite=self.on_nonfinite,
             weigh=weigh,
             weigh_fixed=weigh_fixed,
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
         )
-        with network.no_sync(), keeping_buffers(), self._undoing(context):
-            try:
-                info = self.method.step(context)
-                if not context.any_losses:
-                    context.raise_empty()
-                if context.skipped and context.num_optimizer_steps == 0:
-                    self._undo(keep_buffers=context.overflowed)
-                elif isinstance(self.weights, LossWeighting):
-                    self.weights.after_step(context.unweighted(), context)
-            except SkippedError as skipped:
-                if context.num_optimizer_steps == 0:
-                    self._undo(keep_buffers=skipped.overflow)
-                context.note_skip(skipped.reason)
-                return context.info()
-        return info
 
     def _warn_of_gradients(self) -> None:
         """Before an optimizer's first step: gradients that are there were set by somebody else."""

@@ -44,7 +44,7 @@ def current_tasks() -> tuple[str, ...]:
         return _OWN.tasks
     if type(threading.current_thread()).__name__ != "_DummyThread":  # what Python makes of threads that others started
         return ()
-    training = set(tuple(_TRAINING.values()))
+    training = set(list(_TRAINING.values()))  # noqa: C414 - in one go, while other threads come and go
     if len(training) > 1:
         raise RuntimeError(
             "Several threads train different tasks at the same time, and a checkpointed block is run again by a thread of "

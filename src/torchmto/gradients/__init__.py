@@ -6,11 +6,12 @@ from torchmto.gradients.finite import all_finite, dense, finite_mark
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.representation import Representation
-from torchmto.gradients.roles import Roles, reached_parameters
+from torchmto.gradients.roles import Agreement, Roles, reached_parameters
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
 __all__ = [
+    "Agreement",
     "Engine",
     "Layerwise",
     "Ranks",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -13,16 +12,17 @@ from torch import Tensor
 
 from torchmto.gradients import all_finite, finite_mark
 from torchmto.step.finite import FiniteChecks, SkippedError
-from torchmto.step.forwards import Forwards
-from torchmto.step.info import Passes, StepInfo, conflicts
+from torchmto.step.forwards import forwards
+from torchmto.step.info import StepInfo, conflicts
 from torchmto.step.losses import Losses, Source, Weigh, empty_batch
 from torchmto.step.network import Network
 from torchmto.step.noise import Noise
+from torchmto.step.parts import Parts
 from torchmto.step.reduction import Reduction, Sums
-from torchmto.step.task_gradients import Computation, TaskGradients, set_heads
-from torchmto.step.weighted import WeightedBackward
-from torchmto.step.with_rows import WithRows, inner_products
-from torchmto.step.without_rows import WithoutRows
+from torchmto.step.task_gradients import TaskGradients, set_heads
+from torchmto.step.weighted import weighted_backward
+from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products
+from torchmto.step.without_rows import combine_graphs, gradients_without_rows
 
 
 class StepContext:
@@ -63,13 +63,9 @@ class StepContext:
         self.skipped = False
         self.reason = ""
         about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
-        self._noise = noise
-        self._passes = Passes()
-        self._reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        self._forwards = Forwards(
-            network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
-        )
-        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction)
+        reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
+        finite = FiniteChecks(network, tasks, on_nonfinite, reduction)
+        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite)
         # What `.grad` holds before `apply`: losses that are still to be checked, and whether the scaler's scale is in it.
         self._unchecked: Losses | None = None
         self._scaled = False
@@ -77,29 +73,29 @@ class StepContext:
     @property
     def num_sources(self) -> int:
         """How many independent batches this step has: 1, or more if ``mt.step(..., independent=)`` gave them."""
-        return len(self._forwards.sources)
+        return len(self._parts.sources)
 
     @property
     def num_forward(self) -> int:
         """Calls of closures so far."""
-        return self._passes.forward
+        return self._parts.num_forward
 
     @property
     def num_backward(self) -> int:
         """Backward passes so far."""
-        return self._passes.backward
+        return self._parts.num_backward
 
     @property
     def overflowed(self) -> bool:
         """Whether the scaler has found an overflow and lowered its scale."""
-        return self._finite.overflowed
+        return self._parts.finite.overflowed
 
     # ------------------------------------------------------------------ losses
 
     @property
     def any_losses(self) -> bool:
         """Whether any loss has been seen in this step."""
-        return self._reduction.first is not None and bool(self._reduction.first.indices)
+        return self._parts.reduction.first is not None and bool(self._parts.reduction.first.indices)
 
     def raise_empty(self) -> NoReturn:
         """Raise the error of a batch without any loss."""
@@ -116,28 +112,23 @@ class StepContext:
             replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
                 state back; else draw new noise (unless ``same_noise`` is on).
         """
-        sums = Sums()
-        self._reduction.doing = "losses"
-        with self._noise.extra(replay=replay):
-            for chunk in self._forwards.run(self._forwards.names(tasks), source, grad=False):
+        parts, sums = self._parts, Sums()
+        parts.reduction.doing = "losses"
+        with parts.noise.extra(replay=replay):
+            for chunk in forwards(parts, parts.request(tasks, None, source), grad=False):
                 sums.add(chunk)
-        return self._reduction.over_ranks(sums)
+        return parts.reduction.over_ranks(sums)
 
     def unweighted(self) -> Losses:
         """End the user's loss weighting for this step, and return the losses it weighted: the first of every task."""
-        self._reduction.weigh = None
-        recorded, first = self._finite.recorded, self._reduction.first
+        self._parts.reduction.weigh = None
+        recorded, first = self._parts.finite.recorded, self._parts.reduction.first
         indices = tuple(sorted(recorded))
         like = torch.zeros(0, device=self.network.device) if first is None else first.raw
         values = like.new_tensor([recorded[index] for index in indices])
         return Losses(indices, values, values, dict.fromkeys(indices, 1.0))
 
     # ------------------------------------------------------------------ per-task gradients
-
-    @functools.cached_property
-    def _computation(self) -> Computation:
-        parts = self.network, self._forwards, self._reduction, self._finite, self._passes
-        return WithRows(*parts) if self.network.engine is None else WithoutRows(*parts)
 
     def gradients(
         self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0
@@ -155,9 +146,8 @@ class StepContext:
             ValueError: If no task is present, or all tasks have been seen and share no parameter.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
-        names = self._forwards.names(tasks)
-        asked = names if forward is None else self._forwards.names(forward)
-        return self._computation.gradients(asked, {self.tasks.index(name) for name in names}, source)
+        compute = gradients_with_rows if self.network.engine is None else gradients_without_rows
+        return compute(self._parts, self._parts.request(tasks, forward, source))
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
@@ -190,20 +180,22 @@ class StepContext:
         """
         network = self.network
         network.zero_grad()
-        if weights is not None:
-            weights = network.ranks.first(weights, network.device)
+        weights = self._parts.reduction.agree(weights)
         if weights is not None and not bool(weights.isfinite().all()):
-            self._finite.fail("A method's weights aren't finite.")
-        self._computation.combine(gradients, weights, vector)
+            self._parts.finite.fail("A method's weights aren't finite.")
+        if gradients.graph is None:
+            combine_rows(self._parts, gradients, weights, vector)
+        else:
+            combine_graphs(self._parts, gradients, weights)
         set_heads(network, gradients, weights if heads == "weighted" else None)
         if vector is not None:
-            self._finite.combined(gradients.reduced)
+            self._parts.finite.combined(gradients.reduced)
         self._scaled = False
         self._unchecked = None
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
-        self._finite.fail_with_gradient(gradients.reduced, message)
+        self._parts.finite.fail_with_gradient(gradients.reduced, message)
 
     # ------------------------------------------------------------------ one weighted backward
 
@@ -219,7 +211,7 @@ class StepContext:
     ) -> Losses:
         """Forward and one backward of the weighted sum of the losses into ``.grad``.
 
-        Several micro-batches may need two forwards each: :class:`~torchmto.step.weighted.WeightedBackward`.
+        Several micro-batches may need two forwards each: :func:`~torchmto.step.weighted.weighted_backward`.
 
         Args:
             weigh: (losses [k], indices) -> weights [k].
@@ -233,11 +225,8 @@ class StepContext:
             The reduced losses of all tasks the closure was asked for.
         """
         self.network.zero_grad()
-        names = self._forwards.names(tasks)
-        asked = names if forward is None else self._forwards.names(forward)
-        wanted = {self.tasks.index(name) for name in names}
-        weighted = WeightedBackward(self.network, self._forwards, self._reduction, self._noise, self._passes)
-        losses = weighted.run(weigh, asked, wanted, source, fixed=fixed, heads=heads)
+        request = self._parts.request(tasks, forward, source)
+        losses = weighted_backward(self._parts, request, weigh, fixed=fixed, heads=heads)
         self._scaled = self.network.scaler is not None
         self._unchecked = losses
         return losses
@@ -279,16 +268,17 @@ class StepContext:
             self.raise_empty()
         if not network.gradients():
             if losses is not None:
-                self._finite.losses(losses, losses.raw.tolist())
+                self._parts.finite.losses(losses, losses.raw.tolist())
             return False
         needed = network.clip is not None or scaler is not None or (network.sharded and losses is not None)
         norm = network.norm() if needed else None
         if losses is not None:
             mark = finite_mark(network.gradients()) if norm is None else norm
             *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-            self._finite.losses(losses, values)
+            self._parts.finite.losses(losses, values)
             if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
-                self._finite.fail_with_gradient(losses, "The gradient isn't finite.")
+                self._parts.finite.fail_with_gradient(losses, "The gradient isn't finite.")
+        self._parts.reduction.agree()
         if scaler is not None:
             assert norm is not None
             scale = network.scale(norm.device)
@@ -361,14 +351,14 @@ class StepContext:
             records: What the method records besides.
             indices: The tasks the weights belong to; default the present tasks.
         """
-        names = {index: self.tasks[index] for index in sorted(self._finite.recorded)}
+        names = {index: self.tasks[index] for index in sorted(self._parts.finite.recorded)}
         by_name = None
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
         cosines, num_conflicts = (None, None) if gradients is None else conflicts(gradients.gramian)
         return StepInfo(
-            losses=MappingProxyType({name: self._finite.recorded[index] for index, name in names.items()}),
+            losses=MappingProxyType({name: self._parts.finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),
             skipped=self.skipped,
             reason=self.reason,

@@ -46,19 +46,6 @@ class StepInfo:
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass
-class Passes:
-    """What a step has cost so far.
-
-    Attributes:
-        forward: Calls of closures.
-        backward: Backward passes.
-    """
-
-    forward: int = 0
-    backward: int = 0
-
-
 def conflicts(gramian: Tensor) -> tuple[Tensor, int]:
     """Cosines between the tasks' gradients, [k, k], 0 where a gradient is zero; and how many pairs are in conflict."""
     values = gramian.numpy()

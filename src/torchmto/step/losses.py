@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.structure import active_task
+from torchmto.task_norms import active_task
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 """A forward-only callable: the wanted tasks -> one scalar loss, or ``(loss, count)``, for each one this batch has."""

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Engine, Ranks, Roles, Rows, ShardedRows, dense
+from torchmto.gradients import Agreement, Engine, Ranks, Roles, Rows, ShardedRows, dense
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
-from torchmto.step.agreement import Agreement
-from torchmto.structure import has_split_norms
+from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from torchmto.step.exchange import Exchange
 from torchmto.step.losses import Chunk, Losses, Weigh, detached, stack
+from torchmto.step.messages import Exchange
 from torchmto.step.network import Network
 
 
@@ -76,7 +76,7 @@ class Reduction:
         self._exchange = Exchange(network.ranks, num_tasks, step)
 
     def tell(
-        self, sums: Sums, *, counts: Sequence[object] | None = None, failure: Exception | None = None
+        self, sums: Sums, *, counts: Sequence[object] | None = None, failure: BaseException | None = None
     ) -> tuple[Sums, bool]:
         """Sum losses over the ranks and agree on roles; also, whether all ranks have the same ``counts``."""
         network = self._network
@@ -92,6 +92,21 @@ class Reduction:
         if told.disagree:
             network.agree()
         return Sums(told.totals, told.weighted), told.even
+
+    def agree(self, weights: Tensor | None = None, *, failure: BaseException | None = None) -> Tensor | None:
+        """Before what can't be undone: no rank has failed; and all go on with the first one's ``weights`` [k].
+
+        So the ranks' processors may differ.
+        """
+        network = self._network
+        if network.ranks.size == 1:
+            return weights
+        own = () if weights is None or network.ranks.rank else weights.unbind()
+        self.doing = "what was decided"
+        told, _ = self.tell(Sums(dict.fromkeys(range(len(own)), 1.0), dict(enumerate(own))), failure=failure)
+        if weights is None:
+            return None
+        return torch.stack([told.weighted[place] for place in range(len(weights))]).to(weights)
 
     def check_same(self, chunk: Chunk, num_micro_batches: int) -> None:
         """With sharded parameters all ranks take part in every forward and backward."""

@@ -1,4 +1,4 @@
-"""Task gradients whose rows are kept: the default."""
+"""Task gradients whose rows are kept."""
 
 from __future__ import annotations
 
@@ -6,71 +6,66 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows, gramian
-from torchmto.step.collect import Collector, ManyProcesses, OneProcess, Shards
-from torchmto.step.finite import FiniteChecks
-from torchmto.step.forwards import Forwards
-from torchmto.step.info import Passes
+from torchmto.step.collect import collect
+from torchmto.step.messages import own_columns
 from torchmto.step.network import Heads, Network
-from torchmto.step.rank_sums import own_columns
-from torchmto.step.reduction import Reduction
-from torchmto.step.task_gradients import Computation, TaskGradients, factors_of, rescale_heads
+from torchmto.step.parts import Parts, Request
+from torchmto.step.task_gradients import TaskGradients, factors_of, present, rescale_heads
 
 
-class WithRows(Computation):
-    """K backwards into the K x P matrix, its Gramian, and combinations of its rows."""
+def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
+    """K backwards into the K x P matrix, and its Gramian.
 
-    def __init__(
-        self, network: Network, forwards: Forwards, reduction: Reduction, finite: FiniteChecks, passes: Passes
-    ) -> None:
-        super().__init__(network, forwards, reduction, finite, passes)
-        kind = Shards if network.sharded else OneProcess if network.ranks.size == 1 else ManyProcesses
-        self._collector: Collector = kind(network, forwards, reduction, passes)
+    Sums over micro-batches and ranks turn into means, unscaled and weighted, by one factor per task.
+    """
+    network = parts.network
+    rows = network.rows_of(request.source)
+    rows.begin()
+    heads: Heads = {}
+    everything = parts.reduction.average(collect(parts, request, rows, heads))
+    losses = present(parts, everything, request)
+    factors = factors_of(network, losses)
+    if factors is not None:
+        rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
+        rescale_heads(heads, losses, factors)
+    product = _gramian(network, rows)
+    parts.finite.losses(everything, everything.raw.tolist())
+    parts.finite.task_gradients(losses, product, heads)
+    return TaskGradients(rows, losses, product, heads, everything)
 
-    def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
-        """Rows, heads and Gramian; sums turn into means, unscaled and weighted, by one factor per task."""
-        network = self._network
-        rows = network.rows_of(source)
-        rows.begin()
-        heads: Heads = {}
-        everything = self._reduction.average(self._collector.collect(asked, wanted, source, rows, heads))
-        losses = self._present(everything, wanted)
-        factors = factors_of(network, losses)
-        if factors is not None:
-            rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
-            rescale_heads(heads, losses, factors)
-        product = self._gramian(rows)
-        self._finite.losses(everything, everything.raw.tolist())
-        self._finite.task_gradients(losses, product, heads)
-        return TaskGradients(rows, losses, product, heads, everything)
 
-    def _gramian(self, rows: Rows | ShardedRows) -> Tensor:
-        """The Gramian of the rows; every rank computes that of its part of the columns, and they are summed."""
-        matrix, ranks = rows.matrix, self._network.ranks
-        if ranks.size == 1:
-            return gramian(matrix)
-        total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64)
-        for columns in own_columns(self._network, rows):
-            total += gramian(matrix[:, columns])
-        return ranks.sum_(total.to(self._network.device)).cpu()
+def _gramian(network: Network, rows: Rows | ShardedRows) -> Tensor:
+    """The Gramian of the rows; every rank computes that of its part of the columns, and they are summed."""
+    matrix, ranks = rows.matrix, network.ranks
+    if ranks.size == 1:
+        return gramian(matrix)
+    total = torch.full((len(matrix), len(matrix)), torch.nan, dtype=torch.float64)
+    try:
+        total = sum((gramian(matrix[:, columns]) for columns in own_columns(network, rows)), torch.zeros_like(total))
+    finally:
+        # After an error, too: the other ranks wait for it.
+        total = ranks.sum_(total.to(network.device)).cpu()
+    return total
 
-    def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
-        """One matrix-vector product over the rows, in place where they are whole."""
-        rows = gradients.rows
-        if vector is None and isinstance(rows, Rows):
+
+def combine_rows(parts: Parts, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
+    """One matrix-vector product over the rows, in place where they are whole."""
+    rows = gradients.rows
+    if vector is None and isinstance(rows, Rows):
+        assert weights is not None, "either weights or a vector"
+        views = rows.weighted_sum_(weights)
+    else:
+        flat, views = rows.combined()
+        if vector is None:
             assert weights is not None, "either weights or a vector"
-            views = rows.weighted_sum_(weights)
-        else:
-            flat, views = rows.combined()
-            if vector is None:
-                assert weights is not None, "either weights or a vector"
-                torch.mv(rows.matrix.T, weights.to(flat), out=flat)
-            elif vector is not flat:
-                flat.copy_(vector)
-        if isinstance(rows, ShardedRows):
-            rows.gather()
-        self._network.set_gradients(
-            [(rows.parameters[i], views[i]) for i in rows.reached() if rows.parameters[i].requires_grad]
-        )
+            torch.mv(rows.matrix.T, weights.to(flat), out=flat)
+        elif vector is not flat:
+            flat.copy_(vector)
+    if isinstance(rows, ShardedRows):
+        rows.gather()
+    parts.network.set_gradients(
+        [(rows.parameters[i], views[i]) for i in rows.reached() if rows.parameters[i].requires_grad]
+    )
 
 
 def inner_products(network: Network, first: TaskGradients, second: TaskGradients) -> Tensor:
