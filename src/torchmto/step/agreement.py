@@ -46,7 +46,6 @@ class Agreement:
         self._reached = {name: roles.tasks_of(name) for name in names}
         self._changes = roles.changes
         self.columns = len(roles.layout)
-        roles.check()
 
     def shrink(self) -> None:
         """Parameters may have ceased to be shared: an error has undone what a step had found out."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, ShardedRows, dense
+from torchmto.gradients import Rows, ShardedRows, plain, quiet
 from torchmto.step.forwards import Forwards
 from torchmto.step.info import Passes
 from torchmto.step.losses import Chunk
@@ -63,6 +63,8 @@ class Collector(ABC):
                 allow_unused=True,
             )
         self._passes.backward += 1
+        if last:
+            self._network.refuse_hidden()
         return gradients
 
     def _place(self, rows: Rows | ShardedRows, heads: Heads, task: int, gradients: Sequence[Tensor | None]) -> None:
@@ -74,10 +76,11 @@ class Collector(ABC):
             if gradient is None or not network.reaches(task, parameter):
                 continue
             if id(parameter) in rows.position:
-                shared.append((parameter, dense(gradient)))
+                shared.append((parameter, plain(gradient)))
             else:
-                others.append((parameter, dense(gradient)))
-        grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
+                others.append((parameter, plain(gradient)))
+        found = others if task in network.roles.seen else shared + others
+        grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in found])
         if grown and network.ranks.size == 1:
             network.lay_out(rows, heads)
             shared += [pair for pair in others if id(pair[0]) in rows.position]
@@ -180,7 +183,7 @@ class Shards(Collector):
             for index in todo:
                 loss = chunk.losses[index]
                 network.zero_grad()
-                with chunk.activated():
+                with chunk.activated(), quiet(network.parameters):
                     torch.autograd.backward(
                         [loss],
                         [torch.ones_like(loss) * (chunk.counts[index] * network.ranks.size)],

@@ -11,11 +11,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import all_finite, finite_mark
+from torchmto.gradients import finite_mark
 from torchmto.step.finite import FiniteChecks, SkippedError
 from torchmto.step.forwards import Forwards
 from torchmto.step.info import Passes, StepInfo, conflicts
-from torchmto.step.losses import Losses, Source, Weigh, empty_batch
+from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
 from torchmto.step.network import Network
 from torchmto.step.noise import Noise
 from torchmto.step.reduction import Reduction, Sums
@@ -41,6 +41,7 @@ class StepContext:
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StepContext:
         weigh_fixed: bool = True,
         noise: Noise,
         fingerprint: str = "",
+        outside: Sequence[Outside] = (),
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -69,9 +71,11 @@ class StepContext:
         self._forwards = Forwards(
             network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
         )
-        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction)
-        # What `.grad` holds before `apply`: losses that are still to be checked, and whether the scaler's scale is in it.
-        self._unchecked: Losses | None = None
+        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction, outside)
+        # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
+        # scaler's scale is in it.
+        self._losses: Losses | None = None
+        self._unchecked = False
         self._scaled = False
 
     @property
@@ -155,6 +159,8 @@ class StepContext:
             ValueError: If no task is present, or all tasks have been seen and share no parameter.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
+        # A gradient that is there afterwards has appeared by itself.
+        self.network.zero_grad()
         names = self._forwards.names(tasks)
         asked = names if forward is None else self._forwards.names(forward)
         return self._computation.gradients(asked, {self.tasks.index(name) for name in names}, source)
@@ -176,6 +182,7 @@ class StepContext:
         *,
         vector: Tensor | None = None,
         heads: str = "unit",
+        head_weights: Tensor | None = None,
     ) -> None:
         """Set ``.grad``: ``weights @ J`` or a ready ``vector`` on the shared parameters, own gradients on the heads.
 
@@ -183,10 +190,11 @@ class StepContext:
             gradients: What :meth:`gradients` returned.
             weights: One weight per present task, [k].
             vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
-            heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+            heads: "unit": a head gets its own task's gradient; otherwise times the task's weight.
+            head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
-            NonFiniteError: If the weights or the combined gradient aren't finite (see ``on_nonfinite``).
+            NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
@@ -195,11 +203,8 @@ class StepContext:
         if weights is not None and not bool(weights.isfinite().all()):
             self._finite.fail("A method's weights aren't finite.")
         self._computation.combine(gradients, weights, vector)
-        set_heads(network, gradients, weights if heads == "weighted" else None)
-        if vector is not None:
-            self._finite.combined(gradients.reduced)
-        self._scaled = False
-        self._unchecked = None
+        set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
+        self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
@@ -238,8 +243,8 @@ class StepContext:
         wanted = {self.tasks.index(name) for name in names}
         weighted = WeightedBackward(self.network, self._forwards, self._reduction, self._noise, self._passes)
         losses = weighted.run(weigh, asked, wanted, source, fixed=fixed, heads=heads)
-        self._scaled = self.network.scaler is not None
-        self._unchecked = losses
+        self.network.warn_of_unshared()
+        self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
 
     @torch.no_grad()
@@ -254,8 +259,10 @@ class StepContext:
             The factor; 1 if the gradient is short enough.
         """
         network = self.network
-        shared = [p.grad for p in network.parameters if p.grad is not None and network.roles.is_shared(network.name(p))]
+        shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
         norm = network.norm(shared)
+        if not bool(norm.isfinite()) and self._finite.applied(shared, float("inf")):
+            norm = network.exact_norm(shared)
         scale = network.scale(norm.device)
         if scale is not None:
             norm = norm / scale
@@ -273,40 +280,48 @@ class StepContext:
             ValueError: If no task was present.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
-        network, scaler = self.network, self.network.scaler
-        losses, self._unchecked = self._unchecked, None
-        if losses is not None and not losses.indices:
+        network, losses = self.network, self._losses
+        unchecked = losses is not None and self._unchecked
+        self._losses, self._unchecked = None, False
+        if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
-        if not network.gradients():
-            if losses is not None:
-                self._finite.losses(losses, losses.raw.tolist())
-            return False
-        needed = network.clip is not None or scaler is not None or (network.sharded and losses is not None)
-        norm = network.norm() if needed else None
-        if losses is not None:
-            mark = finite_mark(network.gradients()) if norm is None else norm
-            *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-            self._finite.losses(losses, values)
-            if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
-                self._finite.fail_with_gradient(losses, "The gradient isn't finite.")
-        if scaler is not None:
-            assert norm is not None
-            scale = network.scale(norm.device)
-            assert scale is not None
-            if self._scaled:
-                norm = norm / scale
+        with network.scaling():
+            gradients = self._final_gradients()
+            if not gradients:
+                if unchecked and losses is not None:
+                    self._finite.losses(losses, losses.raw.tolist())
+                return False
+            norm = network.norm(gradients) if network.clip is not None or network.sharded else None
+            mark = finite_mark(gradients) if norm is None else norm
+            if unchecked and losses is not None:
+                weights = losses.raw[:0] if self._reduction.weights is None else self._reduction.weights.to(losses.raw)
+                *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
+                self._finite.losses(losses, numbers[: len(losses.raw)])
+                self._finite.weights(losses, numbers[len(losses.raw) :])
             else:
-                torch._foreach_mul_(network.gradients(), scale)
-            scaler.unscale_(network.optimizer)
-        if network.clip is not None and norm is not None:
-            network.clip_gradients(norm)
-        if scaler is not None:
-            scaler.step(network.optimizer)
-            scaler.update()
-        else:
-            network.optimizer.step()
+                total = float(mark)
+            if total - total != 0:
+                if not self._finite.applied(gradients, total):
+                    self._finite.fail_with_gradient(
+                        losses, f"The {'' if unchecked else 'combined '}gradient isn't finite."
+                    )
+                norm = None if norm is None else network.exact_norm(gradients)
+            if norm is not None:
+                network.clip_gradients(norm)
+            network.step()
         self.num_optimizer_steps += 1
         return True
+
+    def _final_gradients(self) -> list[Tensor]:
+        """The gradients that are set, unscaled, as the parameters' hooks leave them: what the optimizer will see."""
+        network = self.network
+        gradients = network.gradients()
+        if network.scaler is not None and gradients:
+            scale = network.scale(network.device)
+            if scale is not None and not self._scaled:
+                torch._foreach_mul_(gradients, scale)
+            network.scaler.unscale_(network.optimizer)
+        return network.gradients() if network.run_hooks() else gradients
 
     def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:
         """One plain sub-step of a procedure: forward, backward of the tasks' summed losses, optimizer step.
@@ -366,7 +381,9 @@ class StepContext:
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
-        cosines, num_conflicts = (None, None) if gradients is None else conflicts(gradients.gramian)
+        cosines, num_conflicts = (
+            (None, None) if gradients is None else conflicts(gradients.gramian, gradients.precision)
+        )
         return StepInfo(
             losses=MappingProxyType({name: self._finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),

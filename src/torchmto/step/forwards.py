@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
-from torchmto.gradients import check_keeps, reached_parameters
+from torchmto.gradients import check_keeps, nodes_made, reach_of
 from torchmto.step.info import Passes
 from torchmto.step.losses import Chunk, Source, needs_closure, parse
 from torchmto.step.network import Network
@@ -78,9 +78,12 @@ class Forwards:
             for group in self.groups(closure, names):
                 try:
                     self._noise.before((source, number), group)
+                    # The graph of ready losses was made since the last look.
+                    start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
                     chunk = self._call(closure, group, grad=grad)
                     if grad:
-                        self._observe(chunk, closure, group)
+                        network.nodes_made = nodes_made()
+                        self._observe(chunk, closure, group, network.nodes_made - start)
                         if apart and (network.compiled or network.sharded):
                             check_keeps(loss for index, loss in chunk.losses.items() if index in apart)
                 except Exception as error:
@@ -121,33 +124,43 @@ class Forwards:
             )
         return chunk
 
-    def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
-        """Find the roles of the parameters that tasks seen for the first time reach."""
+    def _observe(self, chunk: Chunk, closure: Source, names: tuple[str, ...], size: int) -> None:
+        """Look at graphs of a size not seen before, and find the parameters that tasks seen for the first time reach.
+
+        What hides parameters from the graph may be switched on at any time, and changes the number of its nodes.
+        """
         network, roles = self._network, self._network.roles
-        new = [index for index in chunk.losses if index not in network.walked]
-        if not new or network.sharded:
+        new = [index for index in chunk.losses if index not in roles.walked]
+        sizes = network.sizes.setdefault(tuple(chunk.losses), set())
+        if network.sharded or (not new and size in sizes):
             # FSDP gives the graph other tensors than the optimizer's: roles then come from the gradients.
             return
-        found = {index: reached_parameters(chunk.losses[index]) for index in new}
-        if any(compiled for _, compiled in found.values()):
-            network.compiled = True
-            if not (roles.given and isinstance(closure, Mapping)):
-                found = self._probe_eagerly(closure, names, new)
-        network.walked.update(new)
-        network.warn_of_untrained(set().union(*(leaves for leaves, _ in found.values())))
+        network.look(chunk)
+        if new:
+            self._learn(chunk, closure, names, new)
+        sizes.add(size)
+
+    def _learn(self, chunk: Chunk, closure: Source, names: tuple[str, ...], new: list[int]) -> None:
+        """Find the roles of the parameters that the tasks ``new`` reach."""
+        network, roles = self._network, self._network.roles
+        if network.compiled and not (roles.given and isinstance(closure, Mapping)):
+            chunk = self._probe_eagerly(closure, names)
+        found = {index: reach_of([chunk.losses[index]]).leaves for index in new}
+        network.warn_of_untrained(set().union(*found.values()))
         by_id = {id(p): network.name(p) for p in network.parameters}
         columns = len(roles.layout)
-        for index, (leaves, _) in found.items():
-            roles.observe(index, [name for key, name in by_id.items() if key in leaves])
+        for index, leaves in found.items():
+            network.note_precision(leaves)
+            reached = [name for key, name in by_id.items() if key in leaves]
+            roles.observe(index, reached)
+            if reached:
+                roles.walked.add(index)
         if network.ranks.size == 1:
             # As several ranks do it, whose methods then draw the same random numbers for the same columns.
             roles.sort(columns, list(by_id.values()))
-            roles.check()
 
-    def _probe_eagerly(
-        self, closure: Source, names: tuple[str, ...], new: list[int]
-    ) -> dict[int, tuple[set[int], bool]]:
-        """Roles of a compiled model: its graph shows one opaque node, so the forward is run once without compiling."""
+    def _probe_eagerly(self, closure: Source, names: tuple[str, ...]) -> Chunk:
+        """The losses of a compiled model, whose graph shows one opaque node, by a forward without compiling."""
         if isinstance(closure, Mapping):
             raise ValueError(
                 "The model is compiled, which hides which parameters a loss reaches. Give `shared=`, or pass a closure so "
@@ -156,4 +169,5 @@ class Forwards:
         with self._noise.extra(), torch.compiler.set_stance("force_eager"):
             self._noise.before((0, 0), names)
             chunk = self._call(closure, names, grad=True)
-        return {index: reached_parameters(chunk.losses[index]) for index in new}
+        self._network.look(chunk)
+        return chunk

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchmto.gradients import quiet
 from torchmto.step.forwards import Forwards
 from torchmto.step.info import Passes
 from torchmto.step.losses import Chunk, Losses, Weigh
@@ -224,7 +225,8 @@ class WeightedBackward:
         inputs: list[Tensor] | None = None if network.sharded else network.parameters
         if network.compiled and inputs is not None:
             inputs = [p for p in inputs if any(network.reaches(index, p) for index in parts)]
-        with chunk.activated():
+        before = network.without_gradient(tuple(parts))
+        with chunk.activated(), quiet(network.parameters):
             if unit is not None:
                 unit.before(chunk.losses, weights.by_task, parts)
             roots, seeds = [chunk.losses[index] for index in parts], weights.times(parts)
@@ -236,3 +238,4 @@ class WeightedBackward:
                 starts = [seed.to(root) for root, seed in zip(roots, seeds.unbind(), strict=True)]
                 torch.autograd.backward(roots, starts, inputs=inputs)
         self._passes.backward += 1
+        network.explain(chunk, parts, before)

@@ -40,8 +40,9 @@ class WithRows(Computation):
             rescale_heads(heads, losses, factors)
         product = self._gramian(rows)
         self._finite.losses(everything, everything.raw.tolist())
-        self._finite.task_gradients(losses, product, heads)
-        return TaskGradients(rows, losses, product, heads, everything)
+        self._finite.task_gradients(losses, product)
+        precision = network.precision(rows.parameters)
+        return TaskGradients(rows, losses, product, heads, everything, precision=precision)
 
     def _gramian(self, rows: Rows | ShardedRows) -> Tensor:
         """The Gramian of the rows; every rank computes that of its part of the columns, and they are summed."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, all_finite
+from torchmto.gradients import Rows
 from torchmto.gradients.engine import Piece
 from torchmto.step.losses import Chunk
 from torchmto.step.network import Heads
@@ -41,9 +41,7 @@ class WithoutRows(Computation):
             sums.add(chunks[position])
         forwards = [{i: loss for i, loss in chunk.losses.items() if i in wanted} for chunk in chunks]
         self._observe(engine.read(forwards), {index for losses in forwards for index in losses})
-        if several:
-            sums, _ = reduction.tell(sums)
-        everything = reduction.average(sums)
+        everything = reduction.over_ranks(sums)
         losses = self._present(everything, wanted)
         heads: Heads = {}
 
@@ -62,6 +60,7 @@ class WithoutRows(Computation):
         product = torch.zeros(0)
         try:
             product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+            network.refuse_hidden()
         except Exception as error:
             if not several:
                 raise
@@ -77,9 +76,9 @@ class WithoutRows(Computation):
             product = product * torch.outer(factors, factors)
             rescale_heads(heads, losses, factors)
         self._finite.losses(everything, everything.raw.tolist())
-        self._finite.task_gradients(losses, product, heads)
+        self._finite.task_gradients(losses, product)
         kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
-        return TaskGradients(rows, losses, product, heads, everything, graph=kept)
+        return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
 
     def _shared(self) -> list[Tensor]:
         """The shared parameters, in the same order on all ranks."""
@@ -120,6 +119,7 @@ class WithoutRows(Computation):
         failure: Exception | None = None
         try:
             network.engine.backward(pieces, shared)
+            network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
         except Exception as error:
             if network.ranks.size == 1:
                 raise
@@ -127,8 +127,5 @@ class WithoutRows(Computation):
         self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
         network.tidy_sparse()
         sum_gradients(network, failure)
-        # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
-        if not all_finite([p.grad for p in shared if p.grad is not None]):
-            self._finite.fail_with_gradient(losses, "The combined gradient isn't finite.")
         if scale is not None:
-            torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
+            torch._foreach_div_(network.gradients(shared), scale)
