@@ -1,5 +1,5 @@
 # make demo   compare six methods with single-task models on the built-in digits
-# make test   style, types, tests and the examples in the documentation
+# make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
 #
 # Both set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
 
@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
 DEMO_OUT ?= runs/demo
+WORKERS ?= 2
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
@@ -35,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	if [ ! -x $(BIN)/python ]; then "$$python" -m venv $(VENV); fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	# What is never imported needn't be compiled.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -45,7 +47,7 @@ test: $(STAMP)
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
 
 # Rewrites the generated pages and the README's table of methods from the code.
 docs: $(STAMP)

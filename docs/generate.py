@@ -104,6 +104,9 @@ def page(name: str) -> str:
         f"reaches the Pareto set on convex problems: {'yes' if properties.pareto else 'not promised'}",
         f"never conflicts with a task: {'yes' if properties.nonconflicting else 'not promised'}",
     ]
+    domain = cls.domain
+    refused = "; a step with others is refused before anything changes" if domain.above else ""
+    takes = f"{domain.losses}{refused}; any finite gradients, any number of tasks. {domain.corners}".strip()
     return "\n".join(
         [
             f"# {name}",
@@ -119,6 +122,7 @@ def page(name: str) -> str:
             f"- **Cost per batch of K tasks**: {counts(cls)}",
             f"- **Hyper-parameters**: `{name}{re.sub(r'torchmto[.][a-z_.]+[.]', '', signature).removesuffix(' -> None')}`",
             f"- **Source**: {cls.source}",
+            f"- **Domain** (tested): {takes}",
             "- **Declared properties** (tested): " + "; ".join(promises),
             "",
         ]

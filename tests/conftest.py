@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -10,3 +11,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 settings.register_profile("torchmto", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("torchmto")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one worker, for the fixtures of its module; so does the folder that shares a pool of processes."""
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415  a run in one process needs no xdist
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+    return ByFile(config, log)

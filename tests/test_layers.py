@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "torchmto"
-LAYERS = ("solvers", "gradients", "task_norms", "undo", "structure", "step", "methods", "multitask", "lab", "cli")
+LAYERS = ("solvers", "gradients", "structure", "problem", "methods", "multitask", "lab", "cli")
 EVERYWHERE = {"checks", "_version", "metrics"}
 CORE = {"torch", "numpy", "scipy", "sklearn"}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -71,13 +71,14 @@ def test_the_core_needs_no_package_of_the_lab(path):
 def test_importing_torchmto_is_quick_and_leaves_slow_packages_alone():
     code = """
 import sys, time
-import torch
 began = time.process_time()
+import torch
+middle = time.process_time()
 import torchmto
-print(time.process_time() - began)
+print((time.process_time() - middle) / (middle - began))
 print(*(name for name in ("sklearn", "scipy.stats", "transformers", "lightning", "matplotlib", "rich") if name in sys.modules))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, loaded = result.stdout.split("\n")[:2]
+    ratio, loaded = result.stdout.split("\n")[:2]
     assert loaded == ""
-    assert float(seconds) < 1.0, "0.2 s of processor time on an idle core; a loaded machine gets some slack"
+    assert float(ratio) < 0.5, "0.2 s of processor time where torch takes 2 s"

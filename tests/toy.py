@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchmto
 
@@ -120,3 +121,30 @@ def make(
     model = Toy(tasks) if model is None else model
     made = torch.optim.SGD(model.parameters(), lr=0.05) if optimizer is None else optimizer(model.parameters())
     return model, made, torchmto.MultiTask(model, made, tasks=tasks, method=method, **options)
+
+
+class Inner(torch.autograd.Function):
+    """A reentrant checkpoint as people write it: its backward sets ``.grad`` of the module's parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x)
+        return module(x.detach()).detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), gradient)
+        return None, x.grad
+
+
+def reentrant(module: nn.Module, x: Tensor) -> Tensor:
+    """A module under a reentrant checkpoint, which hides its parameters from the graph."""
+    return checkpoint(module, x, use_reentrant=True)
+
+
+def inner(module: nn.Module, x: Tensor) -> Tensor:
+    """A module inside a function that hides its parameters."""
+    return Inner.apply(module, x)

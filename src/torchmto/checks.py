@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -15,6 +16,29 @@ def found(name: str, should: str, value: object) -> str:
         'Parameter `c` should be a non-negative float. Found `c = -5`.'
     """
     return f"Parameter `{name}` should be {should}. Found `{name} = {value!r}`."
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known name that is most like it; empty if none is.
+
+    Example:
+        >>> nearest("pcgard", ["gd", "pcgrad"])
+        ' Did you mean `pcgrad`?'
+    """
+    alike = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{alike[0]}`?" if alike else ""
+
+
+def unknown_task(name: object, tasks: Iterable[str], where: str = "") -> str:
+    """The message about a name that is none of the tasks', found in ``where``.
+
+    Example:
+        >>> unknown_task("dept", ["seg", "depth"], "in `weights`")
+        'Unknown task `dept` in `weights`. The tasks are seg, depth. Did you mean `depth`?'
+    """
+    known = list(tasks)
+    place = f" {where}" if where else ""
+    return f"Unknown task `{name}`{place}. The tasks are {', '.join(known) or 'not known yet'}.{nearest(name, known)}"
 
 
 def _is_number(value: object) -> bool:
@@ -88,7 +112,9 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
         ValueError: If it is something else.
     """
     if value not in choices:
-        raise ValueError(found(name, f"one of {', '.join(repr(choice) for choice in choices)}", value))
+        raise ValueError(
+            found(name, f"one of {', '.join(repr(choice) for choice in choices)}", value) + nearest(value, choices)
+        )
     return str(value)
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from torchmto.checks import check_choice, check_number, check_tasks, found
+from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task
 from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
@@ -22,6 +21,7 @@ from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, check_alike, tell
 from torchmto.step.noise import Noise
+from torchmto.step.wrappers import replicas
 
 STATE_VERSION = 1
 
@@ -40,7 +40,9 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     if isinstance(features, str):
         modules = dict(model.named_modules())
         if features not in modules:
-            raise ValueError(found("features", "a module or the name of one in the model", features))
+            raise ValueError(
+                found("features", "a module or the name of one in the model", features) + nearest(features, modules)
+            )
         features = modules[features]
     if not isinstance(features, nn.Module):
         raise TypeError(found("features", 'a module (or its name) for gradients="representation"', features))
@@ -70,7 +72,7 @@ class MultiTask:
     """Decides, at every step, how K task losses update one model.
 
     Args:
-        model: Any module; nothing is subclassed. May be wrapped in ``DistributedDataParallel``.
+        model: Any module; nothing is subclassed. It, or parts of it, may be in ``DistributedDataParallel``.
         optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
             Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
@@ -78,13 +80,15 @@ class MultiTask:
         shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
             once a second task has reached it.
         weights: Factors of the losses before any method sees them: task -> float (missing ones are 1), or a loss weighting
-            (a name or a method), whose weights are then used.
+            (a name or a method), whose weights are then used; "si" gives the gradients of the log-losses, which some code
+            calls the LOG variant of a method.
         scaler: A ``torch.amp.GradScaler``. Gradients are unscaled before they are combined.
         clip: Largest global norm of the gradient over all parameters, after combining, per optimizer step.
         seed: Reseeds the method's random generator; those of methods inside it and of ``weights`` get seeds derived from it.
         process_group: The processes that train together; default the default group if ``torch.distributed`` is initialised.
-        on_nonfinite: "raise": a NaN or infinite loss or gradient raises :class:`~torchmto.NonFiniteError`; "skip": the step
-            is left out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
+        on_nonfinite: "raise": a NaN or infinite loss or gradient, or a loss outside the method's domain, raises
+            :class:`~torchmto.NonFiniteError`; "skip": the step is left
+            out and ``StepInfo.skipped`` says so. Either way model, optimizer and method are as before. With a
             scaler, non-finite gradients skip the step and lower the scale.
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
@@ -101,7 +105,7 @@ class MultiTask:
 
     Raises:
         TypeError: If an argument has the wrong type, or the method has no such hyper-parameter.
-        ValueError: If an argument's value makes no sense.
+        ValueError: If an argument's value makes no sense, or a wrapper around the model can't be driven.
 
     Example:
         >>> import torch, torchmto
@@ -146,8 +150,12 @@ class MultiTask:
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self.method = method
         self.weights = self._check_weights(weights)
-        if process_group is None and isinstance(model, DistributedDataParallel):
-            process_group = model.process_group
+        parts = [part for whole in self._methods() for part in whole.parts()]
+        twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
+        if twice is not None:
+            raise ValueError(f"Method `{twice.name}` is used in two places. Each needs an object of its own.")
+        if process_group is None:
+            process_group = next((replica.process_group for replica in replicas(model)), None)
         ranks = Ranks(process_group)
         self.network = Network(
             model,
@@ -169,6 +177,7 @@ class MultiTask:
         method.attach(self.network)
         if isinstance(self.weights, LossWeighting):
             self.weights.bind(self.tasks)
+            self.weights.attach(self.network)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -225,7 +234,7 @@ class MultiTask:
             raise TypeError(found("weights", "a mapping of task names to floats, or a loss weighting", weights))
         for name, value in weights.items():
             if name not in self.tasks:
-                raise ValueError(f"Unknown task `{name}` in `weights`. The tasks are {', '.join(self.tasks)}.")
+                raise ValueError(unknown_task(name, self.tasks, "in `weights`"))
             check_number(f"weights[{name!r}]", value, minimum=0)
         return {name: float(weights.get(name, 1.0)) for name in self.tasks}
 
@@ -271,9 +280,10 @@ class MultiTask:
             What was done.
 
         Raises:
-            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the tasks share no parameter,
-                or the method needs a closure.
-            NonFiniteError: If a loss or a gradient isn't finite, under ``on_nonfinite="raise"``.
+            ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
+                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
+            NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
+                under ``on_nonfinite="raise"``.
         """
         with self._together():
             context = self._context(losses, tasks, independent)
@@ -319,7 +329,7 @@ class MultiTask:
         asked = self.tasks if tasks is None else check_tasks(tasks)
         unknown = [name for name in asked if name not in self.tasks]
         if unknown:
-            raise ValueError(f"Unknown task `{unknown[0]}`. The tasks are {', '.join(self.tasks)}.")
+            raise ValueError(unknown_task(unknown[0], self.tasks))
         sources = [self._micro_batches("losses", losses)]
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
@@ -338,6 +348,7 @@ class MultiTask:
             weigh_fixed=weigh_fixed,
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
+            outside=[part.outside for part in self._methods()],
         )
 
     def _warn_of_gradients(self) -> None:
@@ -418,7 +429,7 @@ class MultiTask:
         values: dict[str, float] = {}
         for name, value in performance.items():
             if name not in self.tasks:
-                raise ValueError(f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks)}.")
+                raise ValueError(unknown_task(name, self.tasks, "in the report"))
             # Metrics often are tensors or numpy scalars.
             number = value.item() if hasattr(value, "item") else value
             values[name] = check_number(f"performance[{name!r}]", number)

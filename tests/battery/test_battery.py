@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import re
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ import torchmto
 from battery.table import ROWS, build
 from torchmto.methods import LossWeighting, method_class
 from torchmto.solvers import min_norm
-from toy import Toy, batch, closure, flat, same, state
+from toy import Toy, batch, closure, flat, inner, reentrant, same, state
 
 NAMES = [name for name in torchmto.methods() if name in ROWS]
 TASKS = ("a", "b", "c")
@@ -331,6 +332,53 @@ def test_missing_tasks(name):
         assert all(torch.equal(before[task], flat(model.heads[task])) for task in TASKS if task not in present)
         assert any(not torch.equal(before[task], flat(model.heads[task])) for task in present)
     assert flat(model).isfinite().all()
+
+
+@every
+def test_frozen_trunk(name):
+    """A trunk frozen in the first steps: the heads are trained, or refused with the cause. Set free, the trunk is shared."""
+    model, mt = start(name)
+    model.trunk.requires_grad_(False)
+    for seed in range(2):
+        before, trunk, everything = state(mt), flat(model.trunk), flat(model)
+        refusal = ""
+        try:
+            mt.step(closure(model, batch(TASKS, seed=seed)))
+        except ValueError as error:
+            refusal = str(error)
+        assert same(flat(model.trunk), trunk)
+        if refusal:
+            assert re.search("share no parameters.*frozen", refusal)
+            assert mt.method.cost(len(TASKS)).num_backward >= len(TASKS), "what needs no task's gradient needs no trunk"
+            assert same(state(mt), before)
+        else:
+            assert not same(flat(model), everything)
+    model.trunk.requires_grad_(True)
+    for seed in range(2):
+        mt.step(closure(model, batch(TASKS, seed=seed)))
+    assert set(mt.network.roles.layout) == {"trunk.0.weight", "trunk.0.bias"}
+    assert flat(model).isfinite().all()
+    assert not same(flat(model.trunk), trunk)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("kind", [reentrant, inner])
+@every
+def test_inner_backward(name, kind, steps):
+    """Parameters that a backward of its own would train are noticed, in the first step and later."""
+    model, mt = start(name)
+    for _ in range(steps):
+        mt.step(closure(model, batch(TASKS)))
+    x, targets = batch(TASKS)
+
+    def losses(tasks):
+        features = kind(model.trunk, x.clone().requires_grad_())
+        return {t: (model.heads[t](features) - targets[t]).square().mean() for t in tasks}
+
+    before = state(mt)
+    with pytest.raises(ValueError, match="reentrant checkpoint"):
+        mt.step(losses)
+    assert same(state(mt), before)
 
 
 @every

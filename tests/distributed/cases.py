@@ -1,11 +1,11 @@
 """What the workers run: training on a rank's part of a batch, with partial labels given as masks."""
 
 import contextlib
+import functools
 import os
 import socket
 import stat
 import struct
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +15,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
+from torch.nn.utils import parametrize
 
 import torchmto
 from torchmto.gradients.ranks import whole
 from torchmto.structure import active_task, split_norms
-from toy import Toy
+from toy import Toy, inner, reentrant
 
 TASKS = ("a", "b", "c")
 
@@ -351,7 +358,8 @@ def fail(  # noqa: PLR0917
         process_group=group,
         **more,
     )
-    good = closure(net, data(rank, 4, "all"), count=False)
+    part = data(rank, 4, "all")
+    good = closure(net, part, count=False)
 
     def bad(tasks: tuple[str, ...]) -> dict[str, Any]:
         losses = good(tasks)
@@ -363,13 +371,18 @@ def fail(  # noqa: PLR0917
             losses["z"] = next(iter(losses.values()))
         if kind == "backward" and "b" in losses:
             losses["b"] = _Broken.apply(losses["b"])
+        if kind in ("reentrant", "inner") and "b" in losses:
+            run = reentrant if kind == "reentrant" else inner
+            losses["b"] = run(net.heads["b"], net.trunk(part[0])).square().mean()
         return losses
 
     mt.step(good)
     before = flat(net)
     result = {}
     try:
-        mt.step([good] * (pieces - 1) + [bad if rank == 2 else good])
+        # What accumulates into a gradient that is there already is right, and not noticed.
+        first = bad if rank == 2 and kind == "inner" else good
+        mt.step([first] * (pieces - 1) + [bad if rank == 2 else good])
     except Exception as error:  # noqa: BLE001 - reported
         result = {"type": type(error).__name__, "message": str(error), "unchanged": torch.equal(before, flat(net))}
     mt.step(good)
@@ -564,10 +577,10 @@ def count_bytes(rank: int, size: int, group: Any, name: str, more: Mapping[str, 
         inner(tensor, passes)
 
     ranks._count = count
-    dist.barrier(group=group)
-    time.sleep(0.05)
+    dist.barrier(group=group)  # all have received what was sent to them, so it was sent
     counted, sent = ranks.bytes_sent, _tcp_bytes_sent()
     mt.step(losses)
+    dist.barrier(group=group)
     return {"counted": ranks.bytes_sent - counted, "sent": _tcp_bytes_sent() - sent, "collectives": len(numbers)}
 
 
@@ -606,3 +619,117 @@ def trace_events(rank: int, size: int, group: Any, divided: bool) -> list[str]:
 
     mt.step(traced)
     return events
+
+
+def _wrapped(  # noqa: C901, PLR0915 - a branch per kind
+    kind: str, group: Any
+) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+    """A model and an optimizer in what ``kind`` names, and further arguments of MultiTask."""
+    net, options = Toy(TASKS), {}
+    fsdp = functools.partial(FullyShardedDataParallel, process_group=group, device_id=torch.device("cpu"))
+    ddp = functools.partial(DistributedDataParallel, process_group=group)
+    model: nn.Module = net
+    if kind in ("fsdp flat", "fsdp", "fsdp shared", "fsdp inside"):
+        model = fsdp(net, use_orig_params=kind != "fsdp flat")
+        options = {"shared": list(net.trunk.parameters())} if kind == "fsdp shared" else {}
+        model = net if kind == "fsdp inside" else model
+    elif kind == "fsdp trunk":
+        net.trunk = fsdp(net.trunk, use_orig_params=True)
+    elif kind == "static_graph trunk":
+        net.trunk = ddp(net.trunk, static_graph=True)
+    elif kind in ("static_graph", "static_graph compiled"):
+        model = ddp(net, static_graph=True)
+        model = torch.compile(model, backend="eager") if "compiled" in kind else model
+    elif kind == "hook":
+        model = ddp(net)
+        model.register_comm_hook(None, default_hooks.allreduce_hook)
+    elif kind == "mixed precision":
+        model = ddp(net.float(), mixed_precision=_MixedPrecision(param_dtype=torch.bfloat16))
+    elif kind == "delayed":
+        names = [name for name, _ in net.named_parameters()]
+        model = ddp(
+            net,
+            delay_all_reduce_named_params=[(names[0], net.get_parameter(names[0]))],
+            param_to_hook_all_reduce=net.get_parameter(names[1]),
+        )
+    elif kind == "ignored":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["heads.a.weight"])
+        model = ddp(net)
+    elif kind == "replicate":
+        model = replicate(net, process_group=group)
+    elif kind == "tensor parallel":
+        model = parallelize_module(net, DeviceMesh.from_group(group, "cpu"), {"trunk.0": ColwiseParallel()})
+    elif kind == "deepspeed":
+        engine = type("DeepSpeedEngine", (nn.Module,), {"__module__": "deepspeed.runtime.engine"})
+        model = engine()
+        model.module = net
+    elif kind == "unused":
+        model = ddp(net, find_unused_parameters=True)
+    elif kind == "bucket view":
+        model = ddp(net, gradient_as_bucket_view=True)
+    elif kind == "parts":
+        net.trunk = ddp(net.trunk)
+        net.heads = nn.ModuleDict({task: ddp(head) for task, head in net.heads.items()})
+    elif kind == "of compiled":
+        model = ddp(torch.compile(net, backend="aot_eager"))
+    elif kind == "compiled":
+        model = torch.compile(ddp(net), backend="aot_eager")
+    elif kind == "parametrized":
+        parametrize.register_parametrization(net.trunk[0], "weight", nn.Identity())
+        model = ddp(net)
+    elif kind == "zero":
+        model = ddp(net)
+        return (
+            model,
+            ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, process_group=group, lr=0.02),
+            options,
+        )
+    return model, torch.optim.Adam(model.parameters(), lr=0.02, fused=kind == "fused"), options
+
+
+def wrap(rank: int, size: int, group: Any, kinds: Sequence[str]):
+    """What comes of building MultiTask for each kind of wrapper."""
+
+    def built(kind: str) -> None:
+        model, optimizer, options = _wrapped(kind, group)
+        torchmto.MultiTask(model, optimizer, tasks=TASKS, method="gd", process_group=group, **options)
+
+    return {kind: _message(lambda kind=kind: built(kind)) for kind in kinds}
+
+
+def drive(rank: int, size: int, group: Any, kinds: Sequence[str], method: str):
+    """The parameters after some steps with each kind of wrapper, and without one."""
+    results = {}
+    for kind in ("plain", *kinds):
+        model, optimizer, options = _wrapped(kind, group)
+        mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, process_group=group, **options)
+        for step in range(3):
+            x, y, _ = data(2 * step + rank, 4, "all")
+
+            def losses(tasks, model=model, kind=kind, x=x, y=y):
+                call = model
+                if kind == "functional":
+                    call = functools.partial(torch.func.functional_call, model, dict(model.named_parameters()))
+                    outputs = call((x, tasks))
+                else:
+                    outputs = call(x, tasks)
+                return {t: (outputs[t][:, 0] - y[:, TASKS.index(t)]).square().mean() for t in tasks}
+
+            mt.step(losses)
+        results[kind] = torch.cat([p.detach().flatten() for _, p in sorted(model.named_parameters(), key=_place)])
+    return results
+
+
+def _place(pair: tuple[str, Tensor]) -> str:
+    names = ("module.", "_orig_mod.", "parametrizations.", ".original")
+    return functools.reduce(lambda name, part: name.replace(part, ""), names, pair[0])
+
+
+def join(rank: int, size: int, group: Any):
+    """A step inside ``join()``."""
+    model = DistributedDataParallel(Toy(TASKS), process_group=group)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method="gd", process_group=group)
+    with model.join(enable=False):
+        model._join_config = model._join_config._replace(enable=True)
+        return _message(lambda: mt.step(closure(model, data(rank, 4, "all"), count=False)))

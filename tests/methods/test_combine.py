@@ -48,6 +48,13 @@ def made(name: str, num_tasks: int = 0, **hyperparameters: Any) -> GradientCombi
     return method
 
 
+def advance(method: GradientCombiner, task_grads: Rows) -> Tensor:
+    """What the method combines, in a step that is taken."""
+    combined = method.combine(task_grads)
+    method.remember(task_grads)
+    return combined
+
+
 def random_rows(seed: int, num_tasks: int, width: int = 7) -> Tensor:
     return torch.randn(num_tasks, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -108,17 +115,17 @@ def test_memory_grows_with_the_shared_parameters(name: str) -> None:
     first, second = random_rows(6, 3, 4), random_rows(7, 3, 6)
     padded = torch.cat([first, torch.zeros(3, 2, dtype=torch.float64)], dim=1)
     grown, full = made(name), made(name)
-    grown.combine(rows(first))
-    full.combine(rows(padded))
-    assert torch.allclose(grown.combine(rows(second)), full.combine(rows(second)))
+    advance(grown, rows(first))
+    advance(full, rows(padded))
+    assert torch.allclose(advance(grown, rows(second)), advance(full, rows(second)))
 
 
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "adatask"])
 def test_absent_tasks_keep_their_memory(name: str) -> None:
     method = made(name)
-    method.combine(rows(random_rows(8, 3)))
+    advance(method, rows(random_rows(8, 3)))
     before = copy.deepcopy(method.state_dict())
-    method.combine(rows(random_rows(9, 2), indices=(0, 2)))
+    advance(method, rows(random_rows(9, 2), indices=(0, 2)))
     memory = "first" if name == "adatask" else "tracked"
     after = method.state_dict()
     assert torch.equal(after[memory][1], before[memory][1])
@@ -214,7 +221,7 @@ def test_moco_by_hand() -> None:
         tracked = tracked - 0.5 / step * (tracked - J)
         inner = tracked @ tracked.T + 0.1 * torch.eye(2, dtype=torch.float64)
         weights = (weights - 0.2 * inner @ weights).softmax(0)
-        assert torch.allclose(method.combine(rows(J)), weights @ tracked)
+        assert torch.allclose(advance(method, rows(J)), weights @ tracked)
     assert list(method.records()["weights"].values()) == pytest.approx(weights.tolist())
 
 
@@ -232,7 +239,7 @@ def test_moco_needs_non_negative_losses_to_multiply_with() -> None:
     made("moco").combine(rows(J, losses))
     method = made("moco", num_tasks=3, normalize="loss")
     before = copy.deepcopy(method.state_dict())
-    with pytest.raises(ValueError, match=r"non-negative losses. Found \[2.0, -3.0, 1.0\]"):
+    with pytest.raises(ValueError, match=r"non-negative losses. That of task `1` is -3"):
         method.combine(rows(J, losses))
     assert toy.same(method.state_dict(), before)
 
@@ -254,7 +261,7 @@ def test_db_mtl_by_hand() -> None:
         tracked = beta * tracked + (1 - beta) * J / torch.tensor(losses, dtype=torch.float64).unsqueeze(1)
         norms = tracked.norm(dim=1)
         expected = (norms.max() / norms) @ tracked
-        assert torch.allclose(method.combine(rows(J, losses)), expected)
+        assert torch.allclose(advance(method, rows(J, losses)), expected)
     assert method.head_weights is not None
     assert method.head_weights.tolist() == [1.0, 0.25]
 
@@ -262,7 +269,7 @@ def test_db_mtl_by_hand() -> None:
 def test_db_mtl_ignores_the_scale_of_the_losses() -> None:
     J, losses = random_rows(18, 3), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     assert torch.allclose(made("db_mtl").combine(rows(J * 1e6, losses * 1e6)), made("db_mtl").combine(rows(J, losses)))
-    with pytest.raises(ValueError, match="should be positive"):
+    with pytest.raises(ValueError, match="non-negative losses"):
         made("db_mtl").combine(rows(J, -losses))
 
 
@@ -277,24 +284,24 @@ def test_db_mtl_never_writes_what_is_not_finite(loss: float, on_nonfinite: str) 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     mt = torchmto.MultiTask(model, optimizer, tasks=("a", "b"), method="db_mtl", on_nonfinite=on_nonfinite)
 
-    def step(loss: float) -> torchmto.StepInfo:
+    def one_step(loss: float) -> torchmto.StepInfo:
         moved = [10 * J[0] @ (parameter - parameter.detach()) + loss, 1 + J[1] @ (parameter - parameter.detach())]
         return mt.step(lambda tasks: {"a": moved[0] + (head - head.detach()).sum() * loss, "b": moved[1]})
 
-    step(1.0)
+    one_step(1.0)
     before = toy.state(mt)
     if loss > 1e-37:
-        assert not step(loss).skipped
+        assert not one_step(loss).skipped
         assert parameter.grad is not None
         assert parameter.grad.isfinite().all()
     else:
         if on_nonfinite == "skip":
-            assert step(loss).skipped
+            assert one_step(loss).skipped
         else:
             with pytest.raises(torchmto.NonFiniteError, match="combined gradient isn't finite"):
-                step(loss)
+                one_step(loss)
         assert toy.same(toy.state(mt), before)
-    assert not step(1.0).skipped
+    assert not one_step(1.0).skipped
     assert all(p.isfinite().all() for p in model)
 
 

@@ -225,9 +225,9 @@ def test_mgda_normalisations(normalize: str) -> None:
 
 
 def test_mgda_needs_losses_to_normalise_by() -> None:
-    with pytest.raises(ValueError, match=r"needs non-negative losses. Found None"):
+    with pytest.raises(ValueError, match=r"needs the losses. Found `losses = None`"):
         made("mgda", normalize="loss").weights(torch.eye(2))
-    with pytest.raises(ValueError, match=r"needs non-negative losses. Found .-1.0"):
+    with pytest.raises(ValueError, match=r"needs non-negative losses. That of task `0` is -1"):
         made("mgda", normalize="loss+").weights(torch.eye(2), torch.tensor([-1.0, 1.0]))
 
 
@@ -394,7 +394,7 @@ def test_wrong_types_are_named() -> None:
         torchmto.make_method("cr_mogm", method="gd")
     with pytest.raises(TypeError, match="Parameter `preference` should be a mapping"):
         torchmto.make_method("upgrad", preference=1.0)
-    with pytest.raises(TypeError, match="unexpected"):
+    with pytest.raises(TypeError, match="no hyper-parameter"):
         torchmto.make_method("cagrad", gamma=1.0)
 
 

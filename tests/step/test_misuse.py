@@ -166,15 +166,27 @@ def test_an_error_after_the_first_sub_step_leaves_that_step():
 
 
 def test_no_shared_parameters():
-    model = nn.ModuleDict({task: nn.Linear(4, 1) for task in TASKS}).double()
-    for method in ("gd", "pcgrad", "sequential"):
+    """Separate models: a weighted sum of losses trains them and says so once; the others have nothing to combine."""
+    x, targets = batch(TASKS)
+    for method in ("gd", "uw", "sequential", "pcgrad"):
+        model = nn.ModuleDict({task: nn.Linear(4, 1) for task in TASKS}).double()
         mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method)
         before = state(mt)
-        x, targets = batch(TASKS)
-        with pytest.raises(ValueError, match=r"share no parameters.*`shared=`"):
-            mt.step(lambda tasks: {t: (model[t](x) - targets[t]).square().mean() for t in tasks})  # noqa: B023
-        if method != "sequential":
+
+        def losses(tasks, model=model):
+            return {t: (model[t](x) - targets[t]).square().mean() for t in tasks}
+
+        if method == "pcgrad":
+            with pytest.raises(ValueError, match=r"share no parameters.*frozen.*placeholders.*reentrant.*`shared=`"):
+                mt.step(losses)
             assert same(state(mt), before)
+            continue
+        with pytest.warns(UserWarning, match=r"share no parameters.*frozen.*placeholders.*reentrant"):
+            mt.step(losses)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            mt.step(losses)
+        assert not any(map(torch.equal, model.state_dict().values(), before["model"].values()))
 
 
 def test_after_an_error_the_next_step_is_what_it_would_have_been():

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torchmto._version import __version__
+from torchmto.checks import nearest
 from torchmto.cli._errors import INTERRUPTED, UsageError
 
 __all__ = ["main"]
@@ -70,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     verb = arguments[0]
     if verb not in verbs():
-        print(f"torchmto: unknown verb {verb!r}; there are {', '.join(verbs())}", file=sys.stderr)
+        near = nearest(verb, verbs())
+        print(f"torchmto: unknown verb {verb!r}; there are {', '.join(verbs())}.{near}", file=sys.stderr)
         return WRONG_USAGE
     with _interruptible():
         return _run(verb, arguments[1:])

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torchmto._layout import BOUNDLESS, plain_table
+
 COLUMNS = {
     "validation_untrained": "val., untrained",
     "validation": "validation",
@@ -14,17 +16,18 @@ ROWS = 24
 """Tasks up to which every metric has a line; of more tasks only the primary metrics are shown, of the first of them."""
 
 
-def metric_table(results: Mapping[str, Any]) -> str:
+def metric_table(results: Mapping[str, Any], width: int = BOUNDLESS) -> str:
     """Metrics by task and split.
 
     Args:
         results: Some of the entries of `COLUMNS`, each task -> metric -> value; and ``primary``, task -> the metric that
             stands for it, which gets an asterisk.
+        width: Columns of the terminal.
 
     Example:
         >>> print(metric_table({"test": {"depth": {"rmse": 0.5}}, "primary": {"depth": "rmse"}}))
-        metric        test
-        depth rmse*    0.5
+        metric       test
+        depth rmse*   0.5
     """
     columns = [name for name in COLUMNS if results.get(name)]
     metrics = results[columns[-1]]
@@ -35,13 +38,5 @@ def metric_table(results: Mapping[str, Any]) -> str:
     for task, name in names[:ROWS] if many else names:
         label = f"{task} {name}{'*' if primary[task] == name else ''}"
         rows.append([label, *(f"{results[column][task][name]:.4g}" for column in columns)])
-    widths = [max(len(row[i]) for row in rows) + 1 for i in range(len(rows[0]))]
-    lines = [
-        " ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
-    if many:
-        lines.append(f"... and {len(names) - ROWS} more tasks")
-    return "\n".join(lines)
+    more = f"\n... and {len(names) - ROWS} more tasks" if many else ""
+    return plain_table(rows, width) + more

@@ -42,16 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write bench.json and bench.png."""
-    from rich.console import Console  # noqa: PLC0415  the lab takes seconds to import
-
-    from torchmto.checks import check_choice, check_integer  # noqa: PLC0415
+    from torchmto.checks import check_choice, check_integer  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.bench.cases import CASES  # noqa: PLC0415
     from torchmto.lab.bench.contestants import bound_of, contestant_names  # noqa: PLC0415
     from torchmto.lab.bench.outputs import table, write_json, write_plot  # noqa: PLC0415
     from torchmto.lab.bench.peers import missing_peers  # noqa: PLC0415
     from torchmto.lab.bench.timing import Measurement, measure_memory, measure_times  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
-    console = Console() if Console().is_terminal else Console(width=140)
+    console = make_console(140)
     with wrong_usage():
         models = [check_choice("models", name, tuple(CASES)) for name in args.models.split(",")]
         tasks = [check_integer("tasks", int(count), minimum=2) for count in args.tasks.split(",")]
@@ -93,5 +92,5 @@ def run(args: argparse.Namespace) -> int:
                 write_json(args.out / "bench.json", results, settings)
     console.print(table(results))
     write_plot(args.out / "bench.png", results)
-    console.print(f"{args.out}/bench.json, bench.png written; {time.monotonic() - began:.0f} s.")
+    print(f"{args.out}/bench.json, bench.png written; {time.monotonic() - began:.0f} s.")
     return 0

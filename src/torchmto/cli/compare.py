@@ -69,9 +69,7 @@ def _given(option: str, entries: list[str]) -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     """Run what isn't finished, print the table, write the files."""
-    from rich.console import Console  # noqa: PLC0415  the lab takes seconds to import
-
-    from torchmto.lab.compare import (  # noqa: PLC0415
+    from torchmto.lab.compare import (  # noqa: PLC0415  the lab takes seconds to import
         FailedRunsError,
         FolderError,
         RunFolder,
@@ -85,12 +83,11 @@ def run(args: argparse.Namespace) -> int:
     from torchmto.lab.compare.tables import rich_tables  # noqa: PLC0415
     from torchmto.lab.data import load_data  # noqa: PLC0415
     from torchmto.lab.specs import parse_methods  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
     from torchmto.lab.training import build_run, check_device  # noqa: PLC0415
 
     began = time.monotonic()
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)
+    console = make_console(180)
     with wrong_usage():
         methods = {"methods": [spec.label for spec in parse_methods(args.methods)]} if args.methods is not None else {}
         check_device(args.device)
@@ -136,7 +133,5 @@ def run(args: argparse.Namespace) -> int:
     write_outputs(experiment, folder, summary, results)
     for table in rich_tables(summary):
         console.print(table)
-    console.print(
-        f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s."
-    )
+    print(f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s.")
     return 0

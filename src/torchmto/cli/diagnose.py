@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Probe, print, write."""
+    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._settings import make_settings_parser, reported  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.atomic import write_bytes  # noqa: PLC0415
     from torchmto.lab.diagnose import advise  # noqa: PLC0415
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         config = TrainConfig.from_dict(make_settings_parser("torchmto diagnose", "").parse_args(settings).settings)
         measured, plan = probe_config(config, num_batches=args.batches)
     diagnosis = advise(measured, plan)
-    print(as_text(measured, diagnosis))
+    print(as_text(measured, diagnosis, terminal_width()))
     content = json.dumps(as_json(measured, plan, diagnosis), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(args.out / "diagnose.json", content.encode() + b"\n")
     print(f"\n{args.out / 'diagnose.json'} written")

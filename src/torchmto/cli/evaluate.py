@@ -24,6 +24,7 @@ def add_arguments(parser: SettingsParser) -> None:
 
 def run(args: Namespace) -> int:
     """Evaluate, print the table and write it."""
+    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
     from torchmto.lab.trainer.inference import evaluate_run  # noqa: PLC0415
@@ -33,6 +34,6 @@ def run(args: Namespace) -> int:
         results = evaluate_run(merged(folder.read_settings(), args.given), folder, args.weights, args.split)
         path = folder.write_json(f"evaluation-{args.split}.json", results)
     print(f"{args.split} split, {results['weights']}")
-    print(metric_table(results))
+    print(metric_table(results, terminal_width()))
     print(f"Written to {path}")
     return 0

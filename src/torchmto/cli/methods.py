@@ -2,6 +2,7 @@
 
 import argparse
 
+from torchmto._layout import plain_table, terminal_width
 from torchmto.methods import Cost, Method, make_method, method_class, methods
 
 _COLUMNS = ("method", "family", "forwards", "backwards", "steps", "source")
@@ -17,10 +18,7 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown:
         print(markdown())
         return 0
-    table = [list(_COLUMNS), *rows()]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(plain_table([_COLUMNS, *rows()], terminal_width(), left=range(len(_COLUMNS))))
     print("\nCosts are per batch with K tasks, one micro-batch, shared norms and default hyper-parameters.")
     return 0
 

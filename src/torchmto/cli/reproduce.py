@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torchmto._layout import terminal_width
 from torchmto.cli._errors import UsageError, wrong_usage
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(findings: "Findings") -> None:
     for table in findings.tables:
-        print(f"\n{table.markdown()}")
+        print(f"\n{table.text(terminal_width())}")
     for note in findings.notes:
         print(note)
 

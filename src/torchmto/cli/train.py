@@ -24,6 +24,7 @@ def add_arguments(parser: SettingsParser) -> None:
 
 def run(args: Namespace) -> int:
     """Train, and print what came out."""
+    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.trainer import train  # noqa: PLC0415
     from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
@@ -37,7 +38,7 @@ def run(args: Namespace) -> int:
             config = TrainConfig.from_dict(args.settings)
         results = train(config, args.out, resume=resume, checkpoint=args.checkpoint, say=_say)
     if speaks():
-        _say(metric_table(results))
+        _say(metric_table(results, terminal_width()))
         _say(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
         _say(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
     return 0

@@ -2,11 +2,13 @@
 
 from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import all_finite, dense, finite_mark
+from torchmto.gradients.finite import all_finite, dense, finite_mark, plain, real
+from torchmto.gradients.hooks import quiet, run_hooks
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.reach import nodes_made, reach_of, refuse_hidden, refuse_reentrant, run_apart
 from torchmto.gradients.representation import Representation
-from torchmto.gradients.roles import Agreement, Roles, reached_parameters
+from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
@@ -25,5 +27,13 @@ __all__ = [
     "finite_mark",
     "gramian",
     "keeping_buffers",
-    "reached_parameters",
+    "nodes_made",
+    "plain",
+    "quiet",
+    "reach_of",
+    "real",
+    "refuse_hidden",
+    "refuse_reentrant",
+    "run_apart",
+    "run_hooks",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchmto.gradients.finite import real
 from torchmto.gradients.ranks import Pending, Ranks
 from torchmto.gradients.rows import products, views_of
 
@@ -26,7 +27,7 @@ class Bucket:
     """
 
     def __init__(self, memory: Tensor, num_tasks: int, leaves: Sequence[Tensor]) -> None:
-        width = sum(leaf.numel() for leaf in leaves)
+        width = sum(real(leaf).numel() for leaf in leaves)
         self.memory = memory
         self.rows = memory[: num_tasks * width].view(num_tasks, width)
         self._views = [dict(zip(map(id, leaves), views_of(row, leaves), strict=True)) for row in self.rows]
@@ -85,8 +86,8 @@ class Buckets:
         self._sent: tuple[Bucket, Pending] | None = None
         leaves = [leaf for group in groups for leaf in group]
         self._device = device
-        self._dtype = functools.reduce(torch.promote_types, (leaf.dtype for leaf in leaves), torch.float32)
-        self._largest = num_tasks * max((sum(leaf.numel() for leaf in group) for group in groups), default=0)
+        self._dtype = functools.reduce(torch.promote_types, (real(leaf).dtype for leaf in leaves), torch.float32)
+        self._largest = num_tasks * max((sum(real(leaf).numel() for leaf in group) for group in groups), default=0)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.product = torch.zeros(num_tasks, num_tasks, dtype=wide, device=device)
 

@@ -123,7 +123,7 @@ def _linear(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], n
     if leaf is None or not _plain(node, _INPUTS[node.name()]) or getattr(node, "_saved_alpha", 1) != 1:
         return None
     given = _inputs(node)
-    if given.layout is not torch.strided or not given.numel():
+    if given.layout is not torch.strided or given.is_complex() or not given.numel():
         return None
     samples, inputs = given.shape
     outputs = leaf.numel() // inputs

@@ -1,4 +1,4 @@
-"""Whether gradients are finite, in as little time as possible."""
+"""Gradients as plain real numbers, and whether they are finite, in as little time as possible."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ FEW = 2048
 def dense(gradient: Tensor) -> Tensor:
     """A gradient as an ordinary tensor: ``nn.Embedding(sparse=True)`` has sparse ones."""
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def real(tensor: Tensor) -> Tensor:
+    """A tensor as real numbers, without graph: of a complex one the pairs, [*shape, 2]; a view unless it is conjugated."""
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.dtype.is_complex else tensor
+
+
+def plain(gradient: Tensor) -> Tensor:
+    """A gradient as autograd gives it as an ordinary tensor of real numbers."""
+    gradient = gradient.to_dense() if gradient.is_sparse else gradient
+    return real(gradient) if gradient.dtype.is_complex else gradient
 
 
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:

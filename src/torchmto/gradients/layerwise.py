@@ -22,6 +22,7 @@ from torchmto.gradients.buckets import Buckets
 from torchmto.gradients.engine import Engine, Piece, Take
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import Graph, cut, read_graph
+from torchmto.gradients.hooks import quiet
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.walk import Walk
 
@@ -69,7 +70,7 @@ class Layerwise(Engine):
         self._graphs = []
         for piece in pieces:
             if piece.losses and shared:
-                with piece.context():
+                with piece.context(), quiet(shared):
                     torch.autograd.backward(
                         list(piece.losses.values()), list(piece.seeds.values()), inputs=list(shared)
                     )
@@ -112,7 +113,7 @@ class Layerwise(Engine):
         """The forwards, cut into segments."""
         times = Counter(key for graph in self._graphs for key in graph.reached)
         # Sums over forwards and ranks are sums of gradients, which factors don't have.
-        alone = {id(p): p for p in shared if times[id(p)] == 1 and self._ranks.size == 1}
+        alone = {id(p): p for p in shared if times[id(p)] == 1 and self._ranks.size == 1 and not p.is_complex()}
         sizes = {**dict.fromkeys(map(id, others), 0), **{id(p): p.numel() for p in shared}}
         walks = []
         for piece, graph in zip(pieces, self._graphs, strict=True):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from torchmto.gradients.engine import Engine, Piece, Take
-from torchmto.gradients.finite import dense
+from torchmto.gradients.finite import plain, real
 from torchmto.gradients.graph import read_graph
+from torchmto.gradients.hooks import quiet
 from torchmto.gradients.rows import gramian
 
 
@@ -93,13 +94,13 @@ class Representation(Engine):
             count = len(self._outputs)
             reaching = [n + (found is not None) for n, found in zip(reaching, gradients[:count], strict=True)]
             parts = [
-                (torch.zeros_like(output) if gradient is None else gradient).flatten()
+                real(torch.zeros_like(output) if gradient is None else gradient).flatten()
                 for output, gradient in zip(self._outputs, gradients[:count], strict=True)
             ]
             rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
             for parameter, gradient in zip(heads, gradients[count:], strict=True):
                 if gradient is not None:
-                    take(task, parameter, dense(gradient))
+                    take(task, parameter, plain(gradient))
         if len(losses) > 1 and max(reaching) < 2:
             raise ValueError(
                 'gradients="representation": no two tasks use the same output of `features`. Run the trunk once for all tasks, '
@@ -116,13 +117,20 @@ class Representation(Engine):
             return
         # The rows have the seeds in them already.
         factors = torch.stack([_ratio(c, self._seeds[task]).to(self._rows) for task, c in pieces[0].seeds.items()])
-        combined = torch.split(factors @ self._rows, [output.numel() for output in outputs])
+        combined = torch.split(factors @ self._rows, [real(output).numel() for output in outputs])
         self._rows = torch.empty(0, 0)
-        torch.autograd.backward(
-            outputs,
-            [part.view(output.shape).to(output) for part, output in zip(combined, outputs, strict=True)],
-            inputs=list(shared),
-        )
+        with quiet(shared):
+            torch.autograd.backward(
+                outputs,
+                [_like(output, part) for part, output in zip(combined, outputs, strict=True)],
+                inputs=list(shared),
+            )
+
+
+def _like(output: Tensor, part: Tensor) -> Tensor:
+    """A part of the combined rows as a cotangent of ``output``."""
+    shaped = part.view_as(real(output)).to(real(output))
+    return torch.view_as_complex(shaped.clone()) if output.is_complex() else shaped
 
 
 def _ratio(weighted: Tensor | None, seed: Tensor | None) -> Tensor:

@@ -10,45 +10,6 @@ from torch import Tensor
 
 from torchmto.gradients.ranks import Ranks
 
-_SINK = "_DDPSink"
-"""A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
-
-
-def reached_parameters(loss: Tensor) -> tuple[set[int], bool]:
-    """Walk the autograd graph of ``loss`` down to its leaves.
-
-    Args:
-        loss: A tensor that requires a gradient.
-
-    Returns:
-        The ``id`` of every leaf that the graph reaches, and whether the walk met a compiled region. A compiled region
-        hides which of its outputs depends on which parameter, so the leaves found are then only an upper bound.
-    """
-    if loss.grad_fn is None:
-        return {id(loss)}, False
-    leaves: set[int] = set()
-    compiled = False
-    visited: set[object] = {loss.grad_fn}
-    stack = [(loss.grad_fn, loss.output_nr)]
-    while stack:
-        node, output = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            leaves.add(id(variable))
-        name = node.name()
-        compiled = compiled or name.startswith("CompiledFunction")
-        following = node.next_functions
-        if name.startswith(_SINK) and output < len(following):
-            following = following[output : output + 1]
-        for next_node, position in following:
-            if next_node is None:
-                continue
-            key = (next_node, position) if next_node.name().startswith(_SINK) else next_node
-            if key not in visited:
-                visited.add(key)
-                stack.append((next_node, position))
-    return leaves, compiled
-
 
 class Roles:
     """Which tasks have reached which parameter.
@@ -64,6 +25,9 @@ class Roles:
     Attributes:
         layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
             ever appended.
+        seen: The tasks that have reached a parameter, since others are trained.
+        walked: The tasks whose graph has been walked for what they reach.
+        looked: The names of the parameters that were trained in these walks.
         changes: How often something was learnt or forgotten.
     """
 
@@ -74,14 +38,15 @@ class Roles:
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
         self.seen: set[int] = set()
+        self.walked: set[int] = set()
+        self.looked: frozenset[str] = frozenset()
         self.changes = 0
-        self._journal: list[tuple[str, int]] = []
-        self._mark: tuple[int, frozenset[int]] = (len(self.layout), frozenset())
+        self.mark()
 
     def mark(self) -> None:
         """Remember the present state for :meth:`undo`."""
-        self._journal = []
-        self._mark = (len(self.layout), frozenset(self.seen))
+        self._journal: list[tuple[str, int]] = []
+        self._mark = (len(self.layout), frozenset(self.seen), frozenset(self.walked), self.looked)
 
     def undo(self) -> bool:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
@@ -90,13 +55,20 @@ class Roles:
             self._reached[name].discard(task)
             if not self._reached[name]:
                 del self._reached[name]
-        size, seen = self._mark
+        size, seen, walked, self.looked = self._mark
         shrunk = len(self.layout) > size
         self._shared.difference_update(self.layout[size:])
         del self.layout[size:]
         self.seen = set(seen)
+        self.walked = set(walked)
         self._journal = []
         return shrunk
+
+    def look(self, names: Iterable[str]) -> None:
+        """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
+        if not self.looked.issuperset(names := list(names)):
+            self.looked = self.looked.union(names)
+            self.seen, self.walked = set(), set()
 
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
@@ -107,9 +79,14 @@ class Roles:
         return frozenset(self._reached.get(name, ()))
 
     def observe(self, task: int, names: Iterable[str]) -> bool:
-        """Record that ``task`` has reached the parameters ``names``; return whether a parameter became shared."""
-        self.changes += task not in self.seen
-        self.seen.add(task)
+        """Record that ``task`` has reached the parameters ``names``; return whether a parameter became shared.
+
+        A loss that reaches none may be a placeholder: its task counts as unseen.
+        """
+        names = list(names)
+        if names:
+            self.changes += task not in self.seen
+            self.seen.add(task)
         needed = 1 if self.num_tasks == 1 else 2
         grown = False
         for name in names:
@@ -125,17 +102,10 @@ class Roles:
                 grown = True
         return grown
 
-    def check(self) -> None:
-        """Raise if all tasks have been seen and share no parameter.
-
-        Raises:
-            ValueError: If no parameter is shared.
-        """
-        if len(self.seen) == self.num_tasks and not self.layout:
-            raise ValueError(
-                "The tasks share no parameters: no trainable parameter of the optimizer is reached by the losses of two "
-                "tasks. Give `shared=` if the shared parameters can't be found from the autograd graph."
-            )
+    @property
+    def unshared(self) -> bool:
+        """Whether all tasks have been seen and share no parameter."""
+        return not self.layout and len(self.seen) == self.num_tasks
 
     def sort(self, start: int, names: Sequence[str]) -> None:
         """Bring the columns from number ``start`` on, which nothing was written to yet, into the order of ``names``."""
@@ -164,6 +134,8 @@ class Roles:
             "layout": list(self.layout),
             "reached": {name: sorted(tasks) for name, tasks in self._reached.items()},
             "seen": sorted(self.seen),
+            "walked": sorted(self.walked),
+            "looked": sorted(self.looked),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -173,6 +145,8 @@ class Roles:
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
         self.seen = set(state["seen"])
+        self.walked = set(state.get("walked", ()))
+        self.looked = frozenset(state.get("looked", ()))
         self.changes += 1
         self.mark()
 
@@ -214,7 +188,6 @@ class Agreement:
         self._reached = {name: roles.tasks_of(name) for name in names}
         self._changes = roles.changes
         self.columns = len(roles.layout)
-        roles.check()
 
     def shrink(self) -> None:
         """Parameters may have ceased to be shared: an error has undone what a step had found out."""

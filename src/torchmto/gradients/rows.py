@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchmto.gradients.finite import real
 from torchmto.gradients.ranks import Pending, Ranks, local
 
 
@@ -24,10 +25,10 @@ def _kind(parameter: Tensor) -> tuple[object, ...]:
 
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters."""
+    """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters, complex ones as pairs."""
     views = []
     start = 0
-    for parameter in parameters:
+    for parameter in map(real, parameters):
         if _is_dense(parameter):
             offset = flat.storage_offset() + start
             views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
@@ -75,7 +76,7 @@ def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
 
 
 class Rows:
-    """One reused buffer J [K, P] with a view per task and parameter.
+    """One reused buffer J [K, P] with a view per task and parameter. A complex entry has two columns, its pair of reals.
 
     Rows are handed out in the order in which tasks first bring a gradient, so the rows of the present tasks are always
     ``matrix[:k]``. Parameters a task doesn't reach are zero in its row. The buffer's dtype is the widest of the
@@ -124,11 +125,11 @@ class Rows:
         self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
         self.slices = []
         start = 0
-        parts = [local(parameter) for parameter in self.parameters]
+        parts = [real(local(parameter)) for parameter in self.parameters]
         for part in parts:
             self.slices.append(slice(start, start + part.numel()))
             start += part.numel()
-        dtype = functools.reduce(torch.promote_types, (p.dtype for p in self.parameters), torch.float32)
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
         buffer = torch.empty(self.num_tasks, start, dtype=dtype, device=self.parameters[0].device)
         kept = len(self.tasks)
         if kept:
@@ -201,9 +202,9 @@ class Rows:
         return sorted(set().union(*self._filled)) if self._filled else []
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix."""
+        """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix ([..., 2] if complex)."""
         columns = self.matrix[:, self.slices[self.position[id(parameter)]]]
-        parameter = local(parameter)
+        parameter = real(local(parameter))
         if _is_dense(parameter):
             strides = (columns.stride(0), *parameter.stride())
             return columns.as_strided((len(columns), *parameter.shape), strides, columns.storage_offset())

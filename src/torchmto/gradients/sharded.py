@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from torchmto.gradients.finite import real
 from torchmto.gradients.ranks import Pending, Ranks
 from torchmto.gradients.rows import views_of
 
@@ -59,18 +60,19 @@ class ShardedRows:
         self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.slices = []
         start = 0
-        for parameter in parameters:
-            self.slices.append(slice(start, start + parameter.numel()))
-            start += parameter.numel()
+        parts = [real(parameter) for parameter in parameters]
+        for part in parts:
+            self.slices.append(slice(start, start + part.numel()))
+            start += part.numel()
         self._size = start
         self._kinds = [(parameter.dtype, parameter.device) for parameter in parameters]
-        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
         device = parameters[0].device if parameters else torch.device("cpu")
-        part = -(-start // self._ranks.size)
-        self._buffer = torch.zeros(self.num_tasks, part, dtype=dtype, device=device)
-        self._whole = torch.zeros(part * self._ranks.size, dtype=dtype, device=device)
+        width = -(-start // self._ranks.size)
+        self._buffer = torch.zeros(self.num_tasks, width, dtype=dtype, device=device)
+        self._whole = torch.zeros(width * self._ranks.size, dtype=dtype, device=device)
         self._views = views_of(self._whole, parameters)
-        self._own = self._whole[self._ranks.rank * part : (self._ranks.rank + 1) * part]
+        self._own = self._whole[self._ranks.rank * width : (self._ranks.rank + 1) * width]
 
     def grow(self, parameters: Sequence[Tensor]) -> None:
         """Append columns for ``parameters``. The columns are divided anew, for which existing rows are gathered."""

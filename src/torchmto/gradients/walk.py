@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.finite import dense
+from torchmto.gradients.finite import plain
 from torchmto.gradients.graph import Edge, Segment
 
 
@@ -99,7 +99,7 @@ class Walk:
         own = zip(segment.leaves, gradients[:num_leaves], strict=True)
         return Found(
             task,
-            [(leaf, dense(gradient)) for leaf, gradient in own if gradient is not None],
+            [(leaf, plain(gradient)) for leaf, gradient in own if gradient is not None],
             gradients[num_leaves : num_leaves + num_factors],
         )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchmto.checks import nearest
 from torchmto.lab.data.base import Task
 
 __all__ = [
@@ -253,7 +254,7 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
     if name not in choices:
         raise ValueError(
             f"Parameter `loss` of the {task.kind} task `{task.name}` should be one of {', '.join(choices)}. "
-            f"Found `loss = {name!r}`."
+            f"Found `loss = {name!r}`.{nearest(name, choices)}"
         )
     function = choices[name]
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]

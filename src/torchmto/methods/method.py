@@ -6,7 +6,7 @@ import copy
 import warnings
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
@@ -44,6 +44,39 @@ class Properties:
 
 
 @dataclass(frozen=True)
+class Domain:
+    """What a method may be given; the documentation prints it, and the test battery tries it and what lies outside.
+
+    A step with a loss outside is refused before anything has changed, as one with a loss that isn't finite. Gradients may
+    be any finite ones (zero, colinear, opposed, of any lengths), and tasks any number, unless ``corners`` says otherwise.
+
+    Attributes:
+        above: What every loss must be larger than: "" for nothing, "0", or hyper-parameters of the method
+            (see :meth:`Method.lower_bounds`).
+        attained: Whether a loss may also equal it.
+        corners: What happens at the edge, and where the method could stand still or explode.
+    """
+
+    above: str = ""
+    attained: bool = False
+    corners: str = ""
+
+    @property
+    def losses(self) -> str:
+        """The losses in words.
+
+        Example:
+            >>> Domain("0").losses, Domain("`reference`", attained=True).losses
+            ('positive losses', 'losses of at least `reference`')
+        """
+        if self.above == "0":
+            return "non-negative losses" if self.attained else "positive losses"
+        if self.above:
+            return f"losses {'of at least' if self.attained else 'above'} {self.above}"
+        return "any losses"
+
+
+@dataclass(frozen=True)
 class Cost:
     """Passes per step with K tasks, one micro-batch and shared norms.
 
@@ -72,6 +105,7 @@ class Method(ABC):
         use: When to use it, in one sentence.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         properties: What it promises.
+        domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
         needs_losses_after: Whether it needs the losses after the step.
         generator: The random generator, seed 0 at construction. That of a method inside this one has a seed derived from this
@@ -84,6 +118,7 @@ class Method(ABC):
     use: ClassVar[str] = ""
     takes_shares: ClassVar[bool] = False
     properties: ClassVar[Properties] = Properties()
+    domain: Domain = Domain()
     needs_closure: bool = False
     needs_losses_after: bool = False
 
@@ -99,8 +134,8 @@ class Method(ABC):
         """Declare the attribute ``name`` as state, with its initial value.
 
         Values are tensors, numbers, strings, None, lists, tuples and dicts of these, or objects with a ``state_dict``.
-        Tensors with more than 100,000 elements must only be changed once a step's gradients are known to be finite
-        (that is, inside ``combine``), because they aren't copied to undo an error.
+        Tensors with more than 100,000 elements must only be changed once the optimizer step has been taken (in ``after_step``,
+        or a combiner's ``remember``), because they aren't copied to undo an error.
         """
         if name not in self._states:
             self._states.append(name)
@@ -154,6 +189,47 @@ class Method(ABC):
         """The methods inside this one."""
         values = (getattr(self, state) for state in self._states)
         return [value for value in values if isinstance(value, Method)]
+
+    def label(self, index: int) -> str:
+        """The name of a task; its number while no tasks are known."""
+        return self.tasks[index] if self.tasks else str(index)
+
+    def parts(self) -> Iterator[Method]:
+        """This method and all methods inside it."""
+        yield self
+        for inner in self._inner():
+            yield from inner.parts()
+
+    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+        """What the losses of the tasks ``indices`` must exceed (or reach: ``domain.attained``), on the CPU, [k]."""
+        return torch.zeros(len(indices), dtype=torch.float64)
+
+    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+        """Why this method, or one inside it, can't take these losses; empty if it can.
+
+        Args:
+            losses: Losses of the present tasks, on the CPU, [k].
+            indices: Which tasks they are.
+        """
+        if self.domain.above and len(losses):
+            # In the losses' own precision, which the objective is computed in.
+            bounds = self.lower_bounds(indices).to(losses)
+            for index, loss, bound in zip(indices, losses.tolist(), bounds.tolist(), strict=True):
+                if not (loss > bound or (self.domain.attained and loss == bound)):
+                    needed = self.domain.losses if self.domain.above == "0" else f"{self.domain.losses} ({bound:g})"
+                    return f"Method `{self.name}` needs {needed}. That of task `{self.label(index)}` is {loss:g}."
+        reasons = (inner.outside(losses, indices) for inner in self._inner())
+        return next((reason for reason in reasons if reason), "")
+
+    def check_losses(self, losses: Tensor, indices: Sequence[int] | None = None) -> None:
+        """For use without :class:`MultiTask`, whose steps check losses before they change anything.
+
+        Raises:
+            ValueError: If the losses are outside the method's domain.
+        """
+        reason = self.outside(losses.detach().cpu(), range(len(losses)) if indices is None else indices)
+        if reason:
+            raise ValueError(reason)
 
     def refusal(self, network: Network) -> str:
         """Why the method can't work on a network; empty if it can.
@@ -377,15 +453,22 @@ class GramianWeighting(Method):
     Args:
         heads: "unit" or "weighted".
         refresh_every: Recompute the weights every n steps.
+
+    Attributes:
+        HEADS: The values that ``heads`` may have.
+        head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.
     """
 
     family = "gramian"
+    HEADS: ClassVar[tuple[str, ...]] = ("unit", "weighted")
 
     def __init__(self, *, heads: str = "unit", refresh_every: int = 1) -> None:
         super().__init__()
-        self.heads = check_choice("heads", heads, ("unit", "weighted"))
+        self.heads = check_choice("heads", heads, self.HEADS)
+        self.head_weights: Tensor | None = None
         self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
         self.num_fallbacks = 0
+        self._precision: float | None = None
         self._warned = False
         self._age: int
         self._kept_weights: dict[int, float]
@@ -404,7 +487,7 @@ class GramianWeighting(Method):
         """The weight of every present task's gradient in the update.
 
         Args:
-            gramian: G = J Jᵀ of the present tasks, [k, k].
+            gramian: G = J Jᵀ of the present tasks, [k, k]. Called by itself, the gradients count as precise as its type.
             losses: Their losses, [k].
             indices: Which tasks they are, ascending; default the first k.
 
@@ -417,6 +500,10 @@ class GramianWeighting(Method):
         """A tensor as the float64 array the solvers take."""
         array: Array = tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
         return array
+
+    def precision_of(self, gramian: Tensor) -> float:
+        """The machine precision of the gradients behind ``gramian``: of this step's rows, or without a step of its type."""
+        return torch.finfo(gramian.dtype).eps if self._precision is None else self._precision
 
     def accept(self, solution: Solution | Projection, gramian: Tensor) -> Tensor:
         """A solver's weights as a tensor like ``gramian``; a solve that fell back is counted, and warned of once."""
@@ -433,13 +520,17 @@ class GramianWeighting(Method):
 
     def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The weights of this step's gradients; overridden by methods that look at more than their Gramian."""
-        return self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        self._precision = gradients.precision
+        try:
+            return self.weights(gradients.gramian, gradients.losses, gradients.indices)
+        finally:
+            self._precision = None
 
     def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """One optimizer step along the weighted sum of these gradients; returns the weights."""
         self.num_fallbacks = 0
         weights = self.step_weights(context, gradients)
-        context.combine(gradients, weights, heads=self.heads)
+        context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
         context.apply()
         self.after_step(gradients.reduced, context)
         return weights
@@ -530,12 +621,20 @@ class GradientCombiner(Method):
             A vector [P].
         """
 
+    def remember(self, task_grads: Any) -> None:
+        """Move states as large as the rows, once the step has been taken.
+
+        Args:
+            task_grads: The same object, as :meth:`combine` left it.
+        """
+
     def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, their combination, one step."""
         gradients = context.gradients()
         vector = self.combine(gradients)
         context.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
         context.apply()
+        self.remember(gradients)
         self.after_step(gradients.reduced, context)
         return context.info(gradients=gradients, records=self.records())
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
+from torchmto.checks import check_number, found, nearest, unknown_task
 from torchmto.methods.losses.window import LossWindow, check_window
 from torchmto.methods.method import LossWeighting, Method
-from torchmto.methods.registry import make_method
+from torchmto.methods.registry import make_method, methods
 from torchmto.step import Losses, StepContext, StepInfo
 
 SUM_TOLERANCE = 1e-6
+SOURCES = ("loss", "relative_loss", "performance", "uniform")
 
 
 class Priority(Method):
@@ -74,7 +75,7 @@ class FixedPriority(Priority):
         if isinstance(self._given, Mapping):
             unknown = [name for name in self._given if name not in tasks]
             if unknown:
-                raise ValueError(f"Unknown task `{unknown[0]}` in `priority`. The tasks are {', '.join(tasks)}.")
+                raise ValueError(unknown_task(unknown[0], tasks, "in `priority`"))
             self._values = [float(self._given.get(name, 0.0)) for name in tasks]
         elif len(self._given) != len(tasks):
             raise ValueError(found("priority", f"a sequence of {len(tasks)} probabilities", list(self._given)))
@@ -92,7 +93,7 @@ class LossPriority(Priority):
 
     Args:
         gamma: The exponent.
-        relative: Divide each loss by its first window's mean first.
+        relative: Divide each loss by the mean of its first window with a positive one.
         window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
     """
 
@@ -116,11 +117,11 @@ class LossPriority(Priority):
         """(Mean loss)^gamma; a task not seen in any window gets the mean of the others."""
         self.ensure_setup(max(indices) + 1)
         chosen = list(indices)
-        means = self.last[chosen] / self.first[chosen] if self.relative else self.last[chosen]
+        means = self.last[chosen].clamp_min(0)
+        means = means / self.first[chosen] if self.relative else means
         known = ~means.isnan()
         if not bool(known.any()):
             return torch.ones(len(chosen), dtype=torch.float64)
-        means = means.clamp_min(0)
         means = means / means[known].max().clamp_min(torch.finfo(torch.float64).tiny)
         scores = means**self.gamma
         return torch.where(known, scores, scores[known].mean())
@@ -139,7 +140,7 @@ class LossPriority(Priority):
         """Take over the window's means; tasks absent from it keep their last mean."""
         mean = self.means.close()
         mean = torch.where(mean.isnan(), self.last, mean)
-        self.first = torch.where(self.first.isnan(), mean, self.first)
+        self.first = torch.where(self.first.isnan() & (mean > 0), mean, self.first)
         self.last = mean
 
 
@@ -299,6 +300,7 @@ def make_priority(
                     "'loss', 'relative_loss', 'performance', 'uniform', a loss weighting, probabilities or a callable",
                     priority,
                 )
+                + nearest(priority, (*SOURCES, *methods()))
             )
         return WeightingPriority(weighting)
     if isinstance(priority, LossWeighting):

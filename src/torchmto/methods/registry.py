@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
+import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from torchmto.checks import nearest
 from torchmto.methods.method import Method
 
 _REGISTRY: dict[str, type[Method]] = {}
@@ -55,8 +58,27 @@ def method_class(name: str) -> type[Method]:
         ValueError: If there is none.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"Unknown method `{name}`. The methods are {', '.join(methods())}.")
+        raise ValueError(f"Unknown method `{name}`. The methods are {', '.join(methods())}.{nearest(name, methods())}")
     return _REGISTRY[name]
+
+
+def hyperparameters_of(cls: type[Method]) -> dict[str, bool] | None:
+    """The hyper-parameters of a method: name -> whether it has to be given; None if it takes any name.
+
+    Example:
+        >>> hyperparameters_of(method_class("pcgrad"))
+        {'shuffle': False, 'heads': False, 'refresh_every': False}
+    """
+    known: dict[str, bool] = {}
+    for parameter in inspect.signature(cls).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options = typing.get_args(typing.get_type_hints(cls.__init__).get(parameter.name))
+            if not options:
+                return None
+            known |= dict.fromkeys(typing.get_type_hints(options[0]), False)
+        elif parameter.kind is not parameter.VAR_POSITIONAL:
+            known[parameter.name] = parameter.default is parameter.empty
+    return known
 
 
 def make_method(name: str, /, **hyperparameters: Any) -> Method:
@@ -76,6 +98,15 @@ def make_method(name: str, /, **hyperparameters: Any) -> Method:
         'wpcgrad'
     """
     cls = method_class(name)
+    known = hyperparameters_of(cls)
+    if known is not None:
+        listed = f"Its hyper-parameters are {', '.join(known)}." if known else "It has none."
+        for given in hyperparameters:
+            if given not in known:
+                raise TypeError(f"Method `{name}` has no hyper-parameter `{given}`.{nearest(given, known)} {listed}")
+        for needed, required in known.items():
+            if required and needed not in hyperparameters:
+                raise TypeError(f"Method `{name}` needs the hyper-parameter `{needed}`. {listed}")
     try:
         return cls(**hyperparameters)
     except TypeError as error:

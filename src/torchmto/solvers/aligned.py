@@ -6,20 +6,27 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Solution
-from torchmto.solvers.unit import SINGLE, check_weights, factor, unit_gramian
+from torchmto.solvers.unit import check_weights, factor, unit_gramian
 
 Scale = Literal["min", "median", "rmse"]
 
 
-def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.ArrayLike | None = None) -> Solution:
+def aligned(
+    gramian: npt.ArrayLike,
+    *,
+    scale: Scale = "min",
+    preference: npt.ArrayLike | None = None,
+    precision: float | None = None,
+) -> Solution:
     r"""Weights :math:`\sqrt{\lambda} V \Lambda^{-1/2} V^\top u` over the numerical rank of the Gramian.
 
     The gradients are replaced by the nearest set of orthogonal vectors of one length, which has condition
     number 1. The eigenvectors V and eigenvalues :math:`\Lambda` come from a singular value decomposition of a
     factor of the Gramian, which keeps the small eigenvalues accurate when the gradients' lengths differ by
-    orders of magnitude. The rank is that of gradients in single precision: where what the others leave of a
-    unit gradient has a squared length below K times 1e-6, it counts as dependent on them, as the "min" scale
-    would otherwise be the length of rounding errors.
+    orders of magnitude. The rank is that of gradients in single precision, or in
+    their own if that is coarser: where what the others leave of a unit gradient has a squared length below K
+    times 1e-6, it counts as dependent on them, as the "min" scale would otherwise be the length of rounding
+    errors.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -27,6 +34,7 @@ def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.Arr
             one (of two middle ones the smaller), or the mean one.
         preference: the weights u of the tasks, shape [K]; 1 each by default, so the update is a sum (TorchJD
             takes the mean).
+        precision: machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The weights; the preference itself where all gradients are zero.
@@ -44,11 +52,11 @@ def aligned(gramian: npt.ArrayLike, *, scale: Scale = "min", preference: npt.Arr
     """
     if scale not in get_args(Scale):
         raise ValueError(f"Parameter `scale` should be one of {get_args(Scale)}. Found `scale = {scale!r}`.")
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     preference = check_weights(preference, unit.num_tasks, 1.0)
     if len(unit.live) == 0 or unit.num_tasks == 1:
         return Solution(preference, converged=True, residual=0.0, iterations=0)
-    rows = factor(unit.live_cosines(), SINGLE) * unit.norms[unit.live]
+    rows = factor(unit.live_cosines(), unit.rank_noise) * unit.norms[unit.live]
     _, lengths, directions = np.linalg.svd(rows, full_matrices=False)
     if scale == "min":
         length = lengths[-1]

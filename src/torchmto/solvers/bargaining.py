@@ -3,6 +3,7 @@ r"""Fair shares of the update: :math:`G w = w^{-1/\alpha}` with positive w."""
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import factor, uniform, unit_gramian
 
@@ -13,10 +14,10 @@ MAX_TOTAL = 300
 """Newton steps after which the way to alpha is given up."""
 
 RIDGE = 1e-6
-"""Added to the diagonal of the cosines where the equation has no solution."""
+"""Added to the diagonal of the cosines where the equation has no solution; at least the noise of their eigenvalues."""
 
 
-def nash(gramian: npt.ArrayLike, *, tolerance: float = 1e-8) -> Solution:
+def nash(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: float = 1e-8) -> Solution:
     r"""Weights of the Nash bargaining solution, :math:`G w = 1/w` with w > 0.
 
     The same as :func:`fair` with ``alpha=1``, the case in which the update's direction doesn't depend on the
@@ -24,6 +25,7 @@ def nash(gramian: npt.ArrayLike, *, tolerance: float = 1e-8) -> Solution:
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
+        precision: machine precision of the gradients; by default that of the Gramian's type.
         tolerance: the residual up to which the solution counts as converged.
 
     Returns:
@@ -38,10 +40,12 @@ def nash(gramian: npt.ArrayLike, *, tolerance: float = 1e-8) -> Solution:
     >>> nash([[1.0, 0.0], [0.0, 4.0]]).weights
     array([1. , 0.5])
     """
-    return fair(gramian, alpha=1.0, tolerance=tolerance)
+    return fair(gramian, alpha=1.0, precision=precision, tolerance=tolerance)
 
 
-def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8) -> Solution:
+def fair(
+    gramian: npt.ArrayLike, alpha: float = 2.0, *, precision: float | None = None, tolerance: float = 1e-8
+) -> Solution:
     r"""Weights of the alpha-fair update, :math:`G w = w^{-1/\alpha}` with w > 0.
 
     The solution is the minimum of a strictly convex function, :math:`w^\top G w / 2` minus a concave utility
@@ -51,15 +55,18 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     equation that keep all projections positive.
 
     Two fallbacks are reported as not converged. There is no solution where a convex combination of the
-    gradients vanishes: the weights grow without bound. Then 1e-6 is added to the squared length of every unit
-    gradient, which bounds the weights. And where the projections are too small to be told from rounding
-    errors (alpha below 0.5 with lengths that span orders of magnitude), the solution is that for the last
-    alpha that was reached on the way from 1, which conflicts with no task either. Zero gradients take no part
-    and get weight 0; if all are zero the weights are 1/K.
+    gradients vanishes: the weights grow without bound, or, where it vanishes up to rounding, the rounding
+    errors decide on them. Then 1e-6, or the noise of the cosines' eigenvalues if that is more, is added to the
+    squared length of every unit gradient, which bounds the weights, and conflicts that are left are projected
+    away. And where the projections are too small to be told from rounding errors (alpha below 0.5 with lengths
+    that span orders of magnitude), the solution is that for the last alpha that was reached on the way from 1,
+    which conflicts with no task either. Zero gradients take no part and get weight 0; if all are zero the
+    weights are 1/K.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
         alpha: positive; 1 is proportional fairness, large values favour the worst-off task.
+        precision: machine precision of the gradients; by default that of the Gramian's type.
         tolerance: the residual up to which the solution counts as converged.
 
     Returns:
@@ -76,7 +83,7 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     """
     if not 0.0 < alpha < np.inf:
         raise ValueError(f"Parameter `alpha` should be a positive float. Found `alpha = {alpha}`.")
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     if len(unit.live) == 0:
         return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)
     norms = unit.norms[unit.live]
@@ -86,18 +93,27 @@ def fair(gramian: npt.ArrayLike, alpha: float = 2.0, *, tolerance: float = 1e-8)
     scale = np.exp(np.log(norms).mean())
     demand = (norms / scale) ** (power - 1.0)
     lengths, residual, iterations = _solve(cosines, demand, power)
-    if residual > tolerance:
-        for matrix in (cosines, cosines + RIDGE * np.eye(len(cosines))):
+    if residual > tolerance or _is_noise(lengths, cosines, unit.noise):
+        for matrix in (cosines, cosines + max(RIDGE, unit.noise) * np.eye(len(cosines))):
             bargain, error, steps = _solve(matrix, np.ones_like(demand), 1.0)
             iterations += steps
-            if error <= tolerance:
+            if error <= tolerance and not _is_noise(bargain, cosines, unit.noise):
                 break
         x, steps = _follow(matrix, np.log(bargain), np.log(norms / scale), power, tolerance)
         iterations += steps
+        if matrix is not cosines:
+            multipliers, _ = project_on_dual_cone(unit, np.exp(x)[None])
+            with np.errstate(divide="ignore"):
+                x = np.logaddexp(x, np.log(multipliers[0]))
         lengths = np.exp(x)
         residual = float(np.abs((cosines @ lengths) * np.exp(power * x) / demand - 1.0).max())
     weights = unit.expand(lengths * scale ** ((power - 1.0) / (power + 1.0)) / norms)
     return Solution(weights, residual <= tolerance, residual, iterations)
+
+
+def _is_noise(lengths: Array, cosines: Array, noise: float) -> bool:
+    """Whether rounding errors can change the squared length of a combination of unit gradients by a quarter."""
+    return bool(lengths @ cosines @ lengths < 4 * noise * (lengths @ lengths))
 
 
 def _solve(cosines: Array, demand: Array, power: float) -> tuple[Array, float, int]:

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
@@ -10,7 +11,14 @@ from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
 MAX_STEPS = 60
 
 
-def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tolerance: float = 1e-8) -> Solution:
+def cagrad(
+    gramian: npt.ArrayLike,
+    c: float = 0.5,
+    *,
+    rescale: bool = False,
+    precision: float | None = None,
+    tolerance: float = 1e-8,
+) -> Solution:
     r"""Weights of the conflict-averse direction around the mean gradient.
 
     With the mean gradient :math:`g_0`, the direction d maximises :math:`\min_i g_i \cdot d` over the ball
@@ -31,12 +39,13 @@ def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tol
         gramian: inner products of the gradients, shape [K, K].
         c: radius of the ball relative to the length of the mean gradient.
         rescale: divide the weights by :math:`1 + c^2`, as the paper's released code does by default.
-        tolerance: the residual up to which the solution counts as converged.
+        precision: machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights of d, whose scale is that of the mean gradient (some public codes multiply by K). The
-        residual is the largest violation of the optimality conditions by a unit gradient, relative to the
-        radius.
+        residual is the largest violation of the optimality conditions by a unit gradient, with what rounding
+        errors can make of it, relative to the radius.
 
     Raises:
         ValueError: if the Gramian isn't a square matrix of finite numbers or c is negative.
@@ -50,7 +59,7 @@ def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tol
     """
     if not 0.0 <= c < np.inf:
         raise ValueError(f"Parameter `c` should be a non-negative float. Found `c = {c}`.")
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     mean = uniform(unit.num_tasks)
     factor_of_rescale = 1.0 / (1.0 + c * c) if rescale else 1.0
     norms = unit.norms[unit.live] / unit.norms.max(initial=np.finfo(np.float64).tiny)
@@ -59,25 +68,34 @@ def cagrad(gramian: npt.ArrayLike, c: float = 0.5, *, rescale: bool = False, tol
     radius = c * float(np.linalg.norm(center))
     if radius <= c * np.sqrt(len(norms) * EPS) * norms.sum() / unit.num_tasks:
         return Solution(mean * factor_of_rescale, converged=True, residual=0.0, iterations=0)
-    problem = _Ball(columns, center, radius, norms.min() / norms)
-    multipliers, residual, iterations = problem.solve(bounded=len(norms) < unit.num_tasks)
+    nearest, _ = project_on_dual_cone(unit, norms[None] / unit.num_tasks)
+    floor = c * unit.resolution * float(norms.sum()) / unit.num_tasks
+    problem = _Ball(columns, center, norms.min() / norms, radius=radius, floor=floor, noise=unit.noise)
+    multipliers, residual, iterations = problem.solve(nearest[0], bounded=len(norms) < unit.num_tasks)
+    residual += float(unit.rounding * multipliers.sum() / max(radius, floor))
     weights = (mean + unit.expand(multipliers / norms)) * factor_of_rescale
-    return Solution(weights, residual <= tolerance, residual, iterations)
+    return Solution(weights, residual <= max(tolerance, unit.resolution), residual, iterations)
 
 
 class _Ball:
     """Maximise the smallest ``columns.T @ d / margins`` in a ball; ``d = center + columns @ multipliers``."""
 
-    def __init__(self, columns: Array, center: Array, radius: float, margins: Array):
+    def __init__(self, columns: Array, center: Array, margins: Array, *, radius: float, floor: float, noise: float):
         self.columns = columns
         self.center = center
         self.radius = radius
         self.margins = margins
+        self.noise = noise
+        self.size = max(radius, floor)
         self.projections = columns.T @ center
 
-    def solve(self, *, bounded: bool) -> tuple[Array, float, int]:
-        """Multipliers, residual and steps; ``bounded`` says that a zero gradient caps the level at 0."""
-        multipliers = self._reach_zero()
+    def solve(self, multipliers: Array, *, bounded: bool) -> tuple[Array, float, int]:
+        """Multipliers, residual and steps.
+
+        Args:
+            multipliers: those of the nearest direction that conflicts with no task.
+            bounded: whether a zero gradient caps the level at 0.
+        """
         level = 0.0
         if np.linalg.norm(self.columns @ multipliers) < self.radius:
             upper = float(((self.projections + self.radius) / self.margins).min())
@@ -100,11 +118,6 @@ class _Ball:
         multipliers = multipliers * (self.radius / distance)
         return multipliers, self._residual(multipliers), step
 
-    def _reach_zero(self) -> Array:
-        """The nearest direction that conflicts with no task."""
-        multipliers = None if self.projections.min() >= 0 else nonnegative_least_squares(self.columns, -self.center)
-        return np.zeros_like(self.projections) if multipliers is None else multipliers
-
     def _reach(self, level: float) -> Array | None:
         """The nearest direction with projections of at least ``level * margins``; None if there is none."""
         demand = level * self.margins - self.projections
@@ -114,9 +127,8 @@ class _Ball:
         solution = nonnegative_least_squares(np.vstack([self.columns, demand / size]), target)
         if solution is None:
             return None
-        rounding = 4 * np.sqrt(len(demand) * EPS) * solution.sum()
         excess = 1.0 - demand @ solution / size
-        if excess <= 0 or np.linalg.norm(self.columns @ solution) <= rounding:
+        if excess <= 0 or np.linalg.norm(self.columns @ solution) <= np.sqrt(2 * self.noise) * solution.sum():
             return None
         return np.asarray(solution * (size / excess))
 
@@ -151,4 +163,4 @@ class _Ball:
             length_error = abs(float(np.linalg.norm(step)) - self.radius)
         slack = projections - level * self.margins
         active = np.abs(slack) * (multipliers / max(multipliers.max(), EPS))
-        return float(max(-slack.min(), active.max(), length_error)) / self.radius
+        return float(max(-slack.min(), active.max(), length_error)) / self.size

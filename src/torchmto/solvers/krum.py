@@ -4,21 +4,24 @@ import numpy as np
 import numpy.typing as npt
 
 from torchmto.solvers.solution import Solution
-from torchmto.solvers.unit import check_gramian
+from torchmto.solvers.unit import check_gramian, check_precision, rounding_error
 
 
-def krum(gramian: npt.ArrayLike, *, num_outliers: int = 1, num_selected: int = 1) -> Solution:
+def krum(
+    gramian: npt.ArrayLike, *, num_outliers: int = 1, num_selected: int = 1, precision: float | None = None
+) -> Solution:
     r"""Weights of the mean of the gradients whose nearest neighbours are closest (multi-Krum).
 
     The score of a task is the sum of the squared distances from its gradient to the nearest K - f - 2 others,
     with :math:`\|g_i - g_j\|^2 = G_{ii} + G_{jj} - 2 G_{ij}`. The m tasks with the lowest scores get 1/m
-    each; ties go to the first.
+    each; ties, which are scores that rounding errors can't tell apart, go to the first.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
         num_outliers: the number f of gradients not to be trusted. With fewer than f + 3 tasks one neighbour
             counts, where the paper's guarantee doesn't hold.
         num_selected: the number m of gradients to average, K at most.
+        precision: machine precision of the gradients; by default that of the Gramian's type.
 
     Raises:
         ValueError: if the Gramian isn't a square matrix of finite numbers or a count is out of range.
@@ -36,14 +39,20 @@ def krum(gramian: npt.ArrayLike, *, num_outliers: int = 1, num_selected: int = 1
         )
     if num_selected < 1:
         raise ValueError(f"Parameter `num_selected` should be a positive int. Found `num_selected = {num_selected}`.")
+    rounding = rounding_error(check_precision(precision, gramian))
     gramian = check_gramian(gramian)
     size = len(gramian)
     squares = gramian.diagonal()
     distances = (squares + squares[:, None] - 2 * gramian).clip(min=0.0)
     np.fill_diagonal(distances, np.inf)
     neighbours = min(max(size - num_outliers - 2, 1), size - 1)
-    scores = np.sort(distances, axis=1)[:, :neighbours].sum(axis=1)
-    selected = np.argsort(scores, kind="stable")[:num_selected]
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, :neighbours]
+    scores = np.take_along_axis(distances, nearest, axis=1).sum(axis=1)
+    errors = 2 * rounding * (neighbours * squares + squares[nearest].sum(axis=1))
     weights = np.zeros(size)
-    weights[selected] = 1.0 / len(selected)
+    for _ in range(min(num_selected, size)):
+        best = int(scores.argmin())
+        first = int(np.flatnonzero(scores <= scores[best] + errors[best])[0])
+        weights[first] = 1.0 / min(num_selected, size)
+        scores[first] = np.inf
     return Solution(weights, converged=True, residual=0.0, iterations=0)

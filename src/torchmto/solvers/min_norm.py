@@ -8,7 +8,7 @@ from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import check_gramian, factor, uniform, unit_gramian
 
 
-def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
+def min_norm(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: float = 1e-9) -> Solution:
     r"""Weights on the simplex that minimise :math:`w^\top G w`.
 
     Exact: a closed form for two tasks, an active-set method otherwise. The shortest point ``x`` of the hull
@@ -21,7 +21,8 @@ def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
-        tolerance: the residual up to which the solution counts as converged.
+        precision: machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights, with sum 1. The residual is the largest violation of :math:`g_i \cdot x \ge \|x\|^2`, per
@@ -37,7 +38,7 @@ def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
     >>> min_norm([[1.0, 0.0], [0.0, 3.0]]).weights
     array([0.75, 0.25])
     """
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     num_tasks = unit.num_tasks
     if len(unit.live) < num_tasks:
         zero = unit.norms == 0
@@ -50,7 +51,7 @@ def min_norm(gramian: npt.ArrayLike, *, tolerance: float = 1e-9) -> Solution:
     else:
         weights, iterations = _active_set(columns, unit.norms)
     residual = _kkt_residual(columns, unit.norms, weights)
-    return Solution(weights, converged=residual <= tolerance, residual=residual, iterations=iterations)
+    return Solution(weights, converged=residual <= max(tolerance, unit.noise), residual=residual, iterations=iterations)
 
 
 def _two_tasks(gramian: Array) -> Array:

@@ -16,13 +16,14 @@ from torchmto.solvers.unit import UnitGramian, unit_gramian
 Order = npt.NDArray[np.intp]
 
 ANNIHILATED = 1e-10
-"""wPCGrad, GradVac: a gradient whose squared length has fallen to this share of its original counts as zero."""
+"""wPCGrad, GradVac: a gradient whose squared length has fallen to this share of its original, or to that of rounding
+errors if they are larger, counts as zero."""
 
 CONFLICT = 1e-9
-"""wPCGrad: a conflict is a cosine, of the original lengths, below minus this."""
+"""wPCGrad: a conflict is a cosine, of the original lengths, below minus this and minus its rounding error."""
 
-MAX_TARGET = 1.0 - 1e-12
-"""GradVac: bound of the cosine targets, whose formula has a pole at 1."""
+POLE = 1e-12
+"""GradVac: cosine targets, whose formula has a pole at 1, stay this far from it, or as far as cosines are uncertain."""
 
 
 def identity_orders(num_tasks: int) -> Order:
@@ -162,6 +163,7 @@ def gradvac(
     orders: npt.ArrayLike | None = None,
     *,
     beta: float = 0.01,
+    precision: float | None = None,
 ) -> GradVacResult:
     r"""Gradients turned towards each other until their cosines reach targets; the weights of their sum.
 
@@ -172,8 +174,9 @@ def gradvac(
         \frac{\|g_i'\| (\rho \sqrt{1 - c^2} - c \sqrt{1 - \rho^2})}{\|g_j\| \sqrt{1 - \rho^2}}
 
     and in any case :math:`\rho_{ij} \leftarrow (1 - \beta) \rho_{ij} + \beta c`. With targets of 0 it is
-    PCGrad. Targets are bounded by 1 - 1e-12, the pole of the formula. A zero gradient has no cosine: it
-    changes nothing, targets included; so has a :math:`g_i'` of which nothing is left.
+    PCGrad. The formula has a pole at targets of 1: they are bounded by 1 - 1e-12, or 1 minus what rounding
+    errors hide of a cosine. A zero gradient has no cosine: it changes nothing, targets included; so has a
+    :math:`g_i'` of which nothing but rounding errors is left.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
@@ -181,6 +184,7 @@ def gradvac(
         orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
             ascending by default.
         beta: share of a new cosine in the target (paper: 0.01; public codes: 0.5).
+        precision: machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The projection and the new targets (a new array). Weights of one where all gradients are zero.
@@ -198,14 +202,15 @@ def gradvac(
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"Parameter `beta` should be a float in [0, 1]. Found `beta = {beta}`.")
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     orders = _check_orders(orders, unit.num_tasks)
     shape = unit.cosines.shape
     targets = np.zeros(shape) if targets is None else np.array(targets, dtype=np.float64)
     if targets.shape != shape or not np.isfinite(targets).all():
         raise ValueError(f"Parameter `targets` should be finite, of shape {shape}. Found `{targets}`.")
     turns = _Turns(unit, orders)
-    bounded = targets.clip(-MAX_TARGET, MAX_TARGET)
+    largest = 1.0 - max(POLE, unit.noise)
+    bounded = targets.clip(-largest, largest)
     bounded[unit.norms == 0] = bounded[:, unit.norms == 0] = 0.0
     cotangents = turns.pick(bounded / np.sqrt(1.0 - bounded**2))
     shifts, products, squares = (np.zeros(turns.shape) for _ in range(3))
@@ -220,7 +225,9 @@ def gradvac(
         shifts[turn] = shift
         product = product + shift
         square = perpendicular + product * product
-    cosines = np.divide(products, np.sqrt(squares), out=turns.pick(targets), where=squares > ANNIHILATED)
+    cosines = np.divide(
+        products, np.sqrt(squares), out=turns.pick(targets), where=squares > max(ANNIHILATED, unit.noise)
+    )
     observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
     observed[unit.norms == 0] = targets[unit.norms == 0]
     observed[:, unit.norms == 0] = targets[:, unit.norms == 0]
@@ -228,7 +235,7 @@ def gradvac(
     return GradVacResult(projection, (1.0 - beta) * targets + beta * observed)
 
 
-def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
+def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike, *, precision: float | None = None) -> Projection:
     r"""Going down an order, every later gradient is projected off those before it; the weights of the sum.
 
     Each task i in turn is the reference: every later task j with :math:`g_j \cdot g_i < 0`, both as modified
@@ -237,11 +244,13 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
 
     The latter holds in floating point because of two guards: a reference whose squared length has fallen to
     1e-10 of its original is set to zero and skipped, and a conflict is
-    :math:`g_j \cdot g_i < -10^{-9} \|g_j\| \|g_i\|` with the original lengths.
+    :math:`g_j \cdot g_i < -10^{-9} \|g_j\| \|g_i\|` with the original lengths. Where rounding errors are larger
+    than that, as in single precision, they take the place of both numbers.
 
     Args:
         gramian: inner products of the gradients, shape [K, K].
         order: the tasks from first to last, a permutation of 0 ... K - 1, shape [K].
+        precision: machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The weights and coefficients. Ones where all gradients are zero.
@@ -256,23 +265,24 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike) -> Projection:
     >>> wpcgrad([[1.0, -1.0], [-1.0, 4.0]], order=[0, 1]).weights
     array([2., 1.])
     """
-    unit = unit_gramian(gramian)
+    unit = unit_gramian(gramian, precision)
     size = unit.num_tasks
     order = np.asarray(order)
     if order.shape != (size,) or not np.array_equal(np.sort(order), np.arange(size)):
         raise ValueError(f"Parameter `order` should be a permutation of {size} tasks. Found `order = {order}`.")
     cosines = unit.cosines[order][:, order]
     coefficients = np.eye(size)
+    annihilated, conflict = max(ANNIHILATED, unit.noise), max(CONFLICT, unit.rounding)
     for position in np.flatnonzero(unit.norms[order]).tolist():
         reference = coefficients[position]
         products = cosines @ reference
         square = float(reference @ products)
-        if square <= ANNIHILATED:
+        if square <= annihilated:
             reference[:] = 0.0
             continue
         later = coefficients[position + 1 :]
         dots = later @ products
-        dots[dots >= -CONFLICT] = 0.0
+        dots[dots >= -conflict] = 0.0
         dots /= square
         later -= dots[:, None] * reference
     back = np.argsort(order)

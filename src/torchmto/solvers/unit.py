@@ -15,12 +15,10 @@ from torchmto.solvers.solution import Array
 
 EPS = float(np.finfo(np.float64).eps)
 
-SINGLE = 1e-6
-"""Rounding error of the cosines of gradients in single precision, per task and with some room.
+SINGLE = float(np.finfo(np.float32).eps)
 
-A Gramian's products are taken in the gradients' own precision and handed on in float64, so their error can't be told
-from its dtype. Measured: up to 4 machine precisions of float32 times K, 5e-7 K.
-"""
+ROOM = 8
+"""How many machine precisions a product of gradients may be off per task; measured: up to 4."""
 
 ZERO_NORM = 1e-12
 """A gradient shorter than this share of the root of the trace counts as zero."""
@@ -34,16 +32,31 @@ class UnitGramian:
         norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
         cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
         live: indices of the gradients that aren't zero.
+        rounding: rounding error of a cosine.
+        noise: what rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
+            gradients whose squared length is no more than this, with squared weights that sum to 1, may vanish.
     """
 
     norms: Array
     cosines: Array
     live: npt.NDArray[np.intp]
+    rounding: float
+    noise: float
 
     @property
     def num_tasks(self) -> int:
         """The number of tasks K, zero gradients included."""
         return len(self.norms)
+
+    @property
+    def resolution(self) -> float:
+        """The length up to which a combination of unit gradients can't be told from zero: the root of the noise."""
+        return float(self.noise**0.5)
+
+    @property
+    def rank_noise(self) -> float:
+        """The noise below which a direction of the gradients is no reason for a large weight, single precision's at least."""
+        return max(self.noise, ROOM * SINGLE * self.num_tasks)
 
     def live_cosines(self) -> Array:
         """Cosines between the gradients that aren't zero."""
@@ -88,52 +101,80 @@ def check_weights(weights: npt.ArrayLike | None, num_tasks: int, default: float,
     return array
 
 
-def unit_gramian(gramian: npt.ArrayLike) -> UnitGramian:
+def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> UnitGramian:
     """Split a Gramian into lengths and cosines.
+
+    Two rounding errors are told apart. That of the products, which are taken in single precision at least, is in every
+    cosine. That of the gradients' entries moves each gradient by a share of its length, so it adds only its square to the
+    squared length of a combination that should vanish.
 
     Args:
         gramian: inner products of the gradients, shape [K, K], positive semi-definite up to rounding.
+        precision: machine precision of the gradients it was made from; by default that of the array's own type.
 
     Raises:
-        ValueError: if it isn't a square matrix of finite numbers.
+        ValueError: if it isn't a square matrix of finite numbers, or the precision isn't in (0, 1).
     """
+    precision = check_precision(precision, gramian)
     array = check_gramian(gramian)
+    rounding = rounding_error(precision)
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     cosines = np.clip(array * inverse * inverse[:, None], -1.0, 1.0)
     live = np.flatnonzero(norms)
     cosines[live, live] = 1.0
-    return UnitGramian(norms, cosines, live)
+    return UnitGramian(norms, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
 
 
-def factor(cosines: Array, rounding: float = EPS) -> Array:
+def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
+    """The machine precision of gradients; where it isn't given, that of their Gramian's type, double at best."""
+    if precision is None:
+        dtype = getattr(gramian, "dtype", None)
+        return max(EPS, float(np.finfo(dtype).eps)) if isinstance(dtype, np.dtype) and dtype.kind == "f" else EPS
+    if not 0.0 < precision < 1.0:
+        raise ValueError(f"Parameter `precision` should be a float between 0 and 1. Found `precision = {precision}`.")
+    return max(EPS, float(precision))
+
+
+def rounding_error(precision: float) -> float:
+    """The rounding error of a cosine of gradients: half-precision ones are multiplied in single precision."""
+    return float(ROOM * min(precision, SINGLE))
+
+
+def eigenvalue_noise(precision: float, num_tasks: int) -> float:
+    """What rounding errors can make of an eigenvalue of the cosines: by the products' errors, and by the entries' squared."""
+    return float(max(num_tasks**0.5 * rounding_error(precision), (2 * precision) ** 2))
+
+
+def factor(cosines: Array, noise: float | None = None) -> Array:
     """Unit columns in the fewest dimensions that have these cosines, shape [rank, K].
 
     Cholesky with pivoting. It stops where what is left of every gradient is rounding error (squared length
-    below K times ``rounding``), so the number of rows is the numerical rank. A matrix with negative
+    at most ``noise``, K machine precisions by default), so the number of rows is the numerical rank. A matrix with negative
     eigenvalues, such as a Gramian taken in single precision, isn't one of cosines: the nearest that is takes
     its place, without the eigenvalues that are no larger than the negative ones.
     """
     size = len(cosines)
     if size == 0:
         return np.zeros((0, 0))
+    noise = size * EPS if noise is None else noise
     from scipy.linalg.lapack import dpstrf  # noqa: PLC0415 - slow to import
 
-    triangle, pivots, rank, _ = dpstrf(cosines, lower=0, tol=size * rounding)
+    triangle, pivots, rank, _ = dpstrf(cosines, lower=0, tol=noise)
     columns = np.empty((rank, size))
     columns[:, pivots - 1] = np.triu(triangle)[:rank]
-    if np.abs(columns.T @ columns - cosines).max() <= 4 * size * rounding:
+    if np.abs(columns.T @ columns - cosines).max() <= 4 * noise:
         return columns
-    eigenvalues, vectors = positive_eigenvalues(cosines, rounding)
+    eigenvalues, vectors = positive_eigenvalues(cosines, noise)
     columns = np.sqrt(eigenvalues)[:, None] * vectors.T
     return np.asarray(columns / np.linalg.norm(columns, axis=0))
 
 
-def positive_eigenvalues(matrix: Array, rounding: float = EPS) -> tuple[Array, Array]:
-    """Eigenvalues above the rounding error, of which negative ones tell the size, and their vectors as columns."""
+def positive_eigenvalues(matrix: Array, noise: float) -> tuple[Array, Array]:
+    """Eigenvalues above that share of the largest, and above the negative ones' size; their vectors as columns."""
     eigenvalues, vectors = np.linalg.eigh(matrix)
-    kept = eigenvalues > max(len(matrix) * rounding * eigenvalues[-1], -eigenvalues[0])
+    kept = eigenvalues > max(noise * eigenvalues[-1], -eigenvalues[0])
     return eigenvalues[kept], vectors[:, kept]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, ShardedRows, dense
+from torchmto.gradients import Rows, ShardedRows, plain, quiet
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import settle, sum_heads, take_shards
@@ -111,9 +111,10 @@ def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence
         if network.sharded:
             # Its backwards leave gradients in `.grad`, averaged over the ranks.
             network.zero_grad()
-            torch.autograd.backward(
-                [loss], [torch.ones_like(loss) * (factor * network.ranks.size)], retain_graph=not last
-            )
+            with quiet(network.parameters):
+                torch.autograd.backward(
+                    [loss], [torch.ones_like(loss) * (factor * network.ranks.size)], retain_graph=not last
+                )
             gradients: Sequence[Tensor | None] = take_shards(network)
         else:
             gradients = torch.autograd.grad(
@@ -124,6 +125,8 @@ def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence
                 allow_unused=True,
             )
     parts.num_backward += 1
+    if last:
+        network.refuse_hidden()
     return gradients
 
 
@@ -136,10 +139,11 @@ def _place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, grad
         if gradient is None or not network.reaches(task, parameter):
             continue
         if id(parameter) in rows.position:
-            shared.append((parameter, dense(gradient)))
+            shared.append((parameter, plain(gradient)))
         else:
-            others.append((parameter, dense(gradient)))
-    grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in others])
+            others.append((parameter, plain(gradient)))
+    found = others if task in network.roles.seen else shared + others
+    grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in found])
     if grown and not parts.several:
         network.lay_out(rows, heads)
         shared += [pair for pair in others if id(pair[0]) in rows.position]

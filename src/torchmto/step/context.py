@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import all_finite, finite_mark
+from torchmto.gradients import finite_mark
 from torchmto.step.finite import FiniteChecks, SkippedError
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo, conflicts
-from torchmto.step.losses import Losses, Source, Weigh, empty_batch
+from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
 from torchmto.step.network import Network
 from torchmto.step.noise import Noise
 from torchmto.step.parts import Parts
@@ -41,6 +41,7 @@ class StepContext:
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StepContext:
         weigh_fixed: bool = True,
         noise: Noise,
         fingerprint: str = "",
+        outside: Sequence[Outside] = (),
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -64,10 +66,12 @@ class StepContext:
         self.reason = ""
         about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
         reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        finite = FiniteChecks(network, tasks, on_nonfinite, reduction)
+        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside)
         self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite)
-        # What `.grad` holds before `apply`: losses that are still to be checked, and whether the scaler's scale is in it.
-        self._unchecked: Losses | None = None
+        # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
+        # scaler's scale is in it.
+        self._losses: Losses | None = None
+        self._unchecked = False
         self._scaled = False
 
     @property
@@ -146,6 +150,8 @@ class StepContext:
             ValueError: If no task is present, or all tasks have been seen and share no parameter.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
+        # A gradient that is there afterwards has appeared by itself.
+        self.network.zero_grad()
         compute = gradients_with_rows if self.network.engine is None else gradients_without_rows
         return compute(self._parts, self._parts.request(tasks, forward, source))
 
@@ -166,6 +172,7 @@ class StepContext:
         *,
         vector: Tensor | None = None,
         heads: str = "unit",
+        head_weights: Tensor | None = None,
     ) -> None:
         """Set ``.grad``: ``weights @ J`` or a ready ``vector`` on the shared parameters, own gradients on the heads.
 
@@ -173,10 +180,11 @@ class StepContext:
             gradients: What :meth:`gradients` returned.
             weights: One weight per present task, [k].
             vector: The combined gradient, [P]; instead of, or besides, weights (then the weights only matter to heads).
-            heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+            heads: "unit": a head gets its own task's gradient; otherwise times the task's weight.
+            head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
-            NonFiniteError: If the weights or the combined gradient aren't finite (see ``on_nonfinite``).
+            NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
@@ -187,11 +195,8 @@ class StepContext:
             combine_rows(self._parts, gradients, weights, vector)
         else:
             combine_graphs(self._parts, gradients, weights)
-        set_heads(network, gradients, weights if heads == "weighted" else None)
-        if vector is not None:
-            self._parts.finite.combined(gradients.reduced)
-        self._scaled = False
-        self._unchecked = None
+        set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
+        self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
@@ -227,8 +232,8 @@ class StepContext:
         self.network.zero_grad()
         request = self._parts.request(tasks, forward, source)
         losses = weighted_backward(self._parts, request, weigh, fixed=fixed, heads=heads)
-        self._scaled = self.network.scaler is not None
-        self._unchecked = losses
+        self.network.warn_of_unshared()
+        self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
 
     @torch.no_grad()
@@ -243,8 +248,10 @@ class StepContext:
             The factor; 1 if the gradient is short enough.
         """
         network = self.network
-        shared = [p.grad for p in network.parameters if p.grad is not None and network.roles.is_shared(network.name(p))]
+        shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
         norm = network.norm(shared)
+        if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
+            norm = network.exact_norm(shared)
         scale = network.scale(norm.device)
         if scale is not None:
             norm = norm / scale
@@ -262,41 +269,48 @@ class StepContext:
             ValueError: If no task was present.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
         """
-        network, scaler = self.network, self.network.scaler
-        losses, self._unchecked = self._unchecked, None
-        if losses is not None and not losses.indices:
+        network, losses = self.network, self._losses
+        unchecked = losses is not None and self._unchecked
+        self._losses, self._unchecked = None, False
+        if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
-        if not network.gradients():
-            if losses is not None:
-                self._parts.finite.losses(losses, losses.raw.tolist())
-            return False
-        needed = network.clip is not None or scaler is not None or (network.sharded and losses is not None)
-        norm = network.norm() if needed else None
-        if losses is not None:
-            mark = finite_mark(network.gradients()) if norm is None else norm
-            *values, total = torch.cat([losses.raw, mark.to(losses.raw).reshape(1)]).tolist()
-            self._parts.finite.losses(losses, values)
-            if total - total != 0 and (norm is not None or not all_finite(network.gradients())):
-                self._parts.finite.fail_with_gradient(losses, "The gradient isn't finite.")
-        self._parts.reduction.agree()
-        if scaler is not None:
-            assert norm is not None
-            scale = network.scale(norm.device)
-            assert scale is not None
-            if self._scaled:
-                norm = norm / scale
+        finite, reduction = self._parts.finite, self._parts.reduction
+        with network.scaling():
+            gradients = self._final_gradients()
+            if not gradients:
+                if unchecked and losses is not None:
+                    finite.losses(losses, losses.raw.tolist())
+                return False
+            norm = network.norm(gradients) if network.clip is not None or network.sharded else None
+            mark = finite_mark(gradients) if norm is None else norm
+            if unchecked and losses is not None:
+                weights = losses.raw[:0] if reduction.weights is None else reduction.weights.to(losses.raw)
+                *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
+                finite.losses(losses, numbers[: len(losses.raw)])
+                finite.weights(losses, numbers[len(losses.raw) :])
             else:
-                torch._foreach_mul_(network.gradients(), scale)
-            scaler.unscale_(network.optimizer)
-        if network.clip is not None and norm is not None:
-            network.clip_gradients(norm)
-        if scaler is not None:
-            scaler.step(network.optimizer)
-            scaler.update()
-        else:
-            network.optimizer.step()
+                total = float(mark)
+            if total - total != 0:
+                if not finite.applied(gradients, total):
+                    finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
+                norm = None if norm is None else network.exact_norm(gradients)
+            if norm is not None:
+                network.clip_gradients(norm)
+            reduction.agree()
+            network.step()
         self.num_optimizer_steps += 1
         return True
+
+    def _final_gradients(self) -> list[Tensor]:
+        """The gradients that are set, unscaled, as the parameters' hooks leave them: what the optimizer will see."""
+        network = self.network
+        gradients = network.gradients()
+        if network.scaler is not None and gradients:
+            scale = network.scale(network.device)
+            if scale is not None and not self._scaled:
+                torch._foreach_mul_(gradients, scale)
+            network.scaler.unscale_(network.optimizer)
+        return network.gradients() if network.run_hooks() else gradients
 
     def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:
         """One plain sub-step of a procedure: forward, backward of the tasks' summed losses, optimizer step.
@@ -356,7 +370,9 @@ class StepContext:
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
-        cosines, num_conflicts = (None, None) if gradients is None else conflicts(gradients.gramian)
+        cosines, num_conflicts = (
+            (None, None) if gradients is None else conflicts(gradients.gramian, gradients.precision)
+        )
         return StepInfo(
             losses=MappingProxyType({name: self._parts.finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),

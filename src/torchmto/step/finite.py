@@ -8,10 +8,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import all_finite
 from torchmto.gradients.ranks import local
-from torchmto.step.losses import Losses, NonFiniteError
-from torchmto.step.network import Heads, Network
+from torchmto.step.losses import Losses, NonFiniteError, Outside
+from torchmto.step.network import Network
 from torchmto.step.reduction import Reduction
 
 
@@ -33,55 +32,81 @@ class FiniteChecks:
         tasks: The names of all tasks.
         on_nonfinite: "raise" or "skip".
         reduction: Knows the losses' weights, so that these can be told from gradients.
+        outside: Why the step's method, and a loss weighting before it, can't take the losses they see.
 
     Attributes:
         recorded: Task index -> the first loss of the step that passed.
         overflowed: Whether the scaler lowered its scale.
     """
 
-    def __init__(self, network: Network, tasks: tuple[str, ...], on_nonfinite: str, reduction: Reduction) -> None:
+    def __init__(
+        self,
+        network: Network,
+        tasks: tuple[str, ...],
+        on_nonfinite: str,
+        reduction: Reduction,
+        outside: Sequence[Outside] = (),
+    ) -> None:
         self.recorded: dict[int, float] = {}
         self.overflowed = False
         self._network = network
         self._tasks = tasks
         self._on_nonfinite = on_nonfinite
         self._reduction = reduction
+        self._outside = outside
 
     def losses(self, losses: Losses, values: Sequence[float]) -> None:
         """Check the losses, ``values`` as plain numbers, and record them."""
         for index, value in zip(losses.indices, values, strict=True):
             if value - value != 0:
                 self.fail(f"The loss of task `{self._tasks[index]}` is {value}.")
+        self._domains(losses, values)
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
 
-    def task_gradients(self, losses: Losses, gramian: Tensor, heads: Heads) -> None:
-        """Check the tasks' gradients, those of the shared parameters by the Gramian's diagonal."""
+    def _domains(self, losses: Losses, values: Sequence[float]) -> None:
+        """Check that the methods can take the losses: a loss weighting in front the raw ones, the method weighted ones."""
+        if not self._outside:
+            return
+        raw = torch.tensor(values, dtype=losses.raw.dtype)
+        method, *weighting = self._outside
+        reason = weighting[0](raw, losses.indices) if weighting else ""
+        if not reason:
+            seen = raw if losses.factors is None else losses.values.cpu()
+            reason = method(seen, losses.indices)
+            reason += (
+                " (This is its loss times the weight that `weights=` gives it.)" if reason and seen is not raw else ""
+            )
+        if reason:
+            self.fail(reason)
+
+    def task_gradients(self, losses: Losses, gramian: Tensor) -> None:
+        """Check the tasks' gradients on the shared parameters, by the Gramian's diagonal."""
         for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
             if not good:
                 self.fail_with_gradient(losses, f"The gradient of task `{self._tasks[index]}` isn't finite.")
-        if not self._all_finite([gradient for _, held in heads.values() for gradient in held.values()]):
-            self._overflow("The gradient of a head isn't finite.")
 
-    def combined(self, losses: Losses) -> None:
-        """Check what a method has made of finite gradients by arithmetic of its own, and what heads got by its weights."""
-        if not self._all_finite([local(gradient) for gradient in self._network.gradients()]):
-            self.fail_with_gradient(losses, "The combined gradient isn't finite.")
+    def applied(self, gradients: Sequence[Tensor], mark: float) -> bool:
+        """Whether what the optimizer will see is finite, on all ranks if it is sharded.
 
-    def _all_finite(self, gradients: Sequence[Tensor]) -> bool:
-        """Whether gradients are finite, on all ranks if they are sharded."""
+        Args:
+            gradients: All of it.
+            mark: A number that is finite only if all of it is, the same on all ranks.
+        """
+        if mark - mark == 0:
+            return True
+        # A sum or norm of finite numbers may overflow.
         network = self._network
-        if not network.sharded:
-            return all_finite(gradients)
-        worst = torch.tensor([float(not all(bool(g.isfinite().all()) for g in gradients))], device=network.device)
-        return not network.ranks.max_(worst).item()
+        bad = not all(bool(local(gradient).isfinite().all()) for gradient in gradients)
+        if network.sharded:
+            bad = bool(network.ranks.max_(torch.tensor([float(bad)], device=network.device)).item())
+        return not bad
 
-    def _weights(self, losses: Losses) -> None:
-        """Tell weights that aren't finite from gradients: a method of logarithms has met a loss that isn't positive."""
-        weights = self._reduction.weights
-        if weights is not None and not bool(weights.isfinite().all()):
-            values = zip(losses.indices, losses.raw.tolist(), strict=True)
-            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in values)
+    def weights(self, losses: Losses, values: Sequence[float]) -> None:
+        """Check the losses' weights, ``values`` as plain numbers: times a gradient of zero they may leave no trace."""
+        if any(value - value != 0 for value in values):
+            raw = zip(losses.indices, losses.raw.tolist(), strict=True)
+            named = ", ".join(f"`{self._tasks[index]}` {value:g}" for index, value in raw)
             self.fail(f"The method's loss weights aren't finite. The losses are {named}.")
 
     def fail(self, message: str) -> NoReturn:
@@ -91,22 +116,17 @@ class FiniteChecks:
             raise SkippedError(message)
         raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
 
-    def fail_with_gradient(self, losses: Losses, message: str) -> NoReturn:
-        """The same for a gradient, unless the losses' weights are to blame."""
-        self._weights(losses)
+    def fail_with_gradient(self, losses: Losses | None, message: str) -> NoReturn:
+        """The same for a gradient, unless the weights of its losses are to blame."""
+        weights = self._reduction.weights
+        if losses is not None and weights is not None:
+            self.weights(losses, weights.tolist())
         self._overflow(message)
 
     def _overflow(self, message: str) -> NoReturn:
         """Leave the step out, or raise; a scaler sees an infinite gradient and lowers its scale by itself."""
-        network, scaler = self._network, self._network.scaler
-        if scaler is None:
+        if self._network.scaler is None:
             self.fail(message)
-        network.zero_grad()
-        parameter = network.parameters[0]
-        parameter.grad = torch.full_like(parameter, float("inf"))
-        scaler.unscale_(network.optimizer)
-        scaler.step(network.optimizer)
-        scaler.update()
-        network.zero_grad()
+        self._network.show_overflow()
         self.overflowed = True
         raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from torchmto.gradients import check_keeps, reached_parameters
+from torchmto.gradients import check_keeps, nodes_made, reach_of
 from torchmto.step.losses import Chunk, Source, needs_closure, parse
 from torchmto.step.parts import Parts, Request
 from torchmto.task_norms import active_task
@@ -34,9 +34,12 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
     for number, closure in enumerate(parts.sources[request.source]):
         for group in groups(parts, closure, request.asked):
             parts.noise.before((request.source, number), group)
+            # The graph of ready losses was made since the last look.
+            start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
             chunk = _call(parts, closure, group, grad=grad)
             if grad:
-                _observe(parts, chunk, closure, group)
+                network.nodes_made = nodes_made()
+                _observe(parts, chunk, closure, group, size=network.nodes_made - start)
                 if apart and (network.compiled or network.sharded):
                     check_keeps(loss for index, loss in chunk.losses.items() if index in request.wanted)
             if network.sharded:
@@ -69,34 +72,45 @@ def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) 
     return chunk
 
 
-def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...]) -> None:
-    """Find the roles of the parameters that tasks seen for the first time reach."""
-    network, roles = parts.network, parts.network.roles
-    new = [index for index in chunk.losses if index not in network.walked]
-    if not new or network.sharded:
+def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, size: int) -> None:
+    """Look at graphs of a size not seen before, and find the parameters that tasks seen for the first time reach.
+
+    What hides parameters from the graph may be switched on at any time, and changes the number of its nodes.
+    """
+    network = parts.network
+    new = [index for index in chunk.losses if index not in network.roles.walked]
+    sizes = network.sizes.setdefault(tuple(chunk.losses), set())
+    if network.sharded or (not new and size in sizes):
         # FSDP gives the graph other tensors than the optimizer's: roles then come from the gradients.
         return
-    found = {index: reached_parameters(chunk.losses[index]) for index in new}
-    if any(compiled for _, compiled in found.values()):
-        network.compiled = True
-        if not (roles.given and isinstance(closure, Mapping)):
-            found = _probe_eagerly(parts, closure, names, new)
-    network.walked.update(new)
-    network.warn_of_untrained(set().union(*(leaves for leaves, _ in found.values())))
+    network.look(chunk)
+    if new:
+        _learn(parts, chunk, closure, names, new)
+    sizes.add(size)
+
+
+def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], new: list[int]) -> None:
+    """Find the roles of the parameters that the tasks ``new`` reach."""
+    network, roles = parts.network, parts.network.roles
+    if network.compiled and not (roles.given and isinstance(closure, Mapping)):
+        chunk = _run_eagerly(parts, closure, names)
+    found = {index: reach_of([chunk.losses[index]]).leaves for index in new}
+    network.warn_of_untrained(set().union(*found.values()))
     by_id = {id(p): network.name(p) for p in network.parameters}
     columns = len(roles.layout)
-    for index, (leaves, _) in found.items():
-        roles.observe(index, [name for key, name in by_id.items() if key in leaves])
+    for index, leaves in found.items():
+        network.note_precision(leaves)
+        reached = [name for key, name in by_id.items() if key in leaves]
+        roles.observe(index, reached)
+        if reached:
+            roles.walked.add(index)
     if network.ranks.size == 1:
         # As several ranks do it, whose methods then draw the same random numbers for the same columns.
         roles.sort(columns, list(by_id.values()))
-        roles.check()
 
 
-def _probe_eagerly(
-    parts: Parts, closure: Source, names: tuple[str, ...], new: list[int]
-) -> dict[int, tuple[set[int], bool]]:
-    """Roles of a compiled model: its graph shows one opaque node, so the forward is run once without compiling."""
+def _run_eagerly(parts: Parts, closure: Source, names: tuple[str, ...]) -> Chunk:
+    """The losses of a compiled model, whose graph shows one opaque node, by a forward without compiling."""
     if isinstance(closure, Mapping):
         raise ValueError(
             "The model is compiled, which hides which parameters a loss reaches. Give `shared=`, or pass a closure so "
@@ -105,4 +119,5 @@ def _probe_eagerly(
     with parts.noise.extra(), torch.compiler.set_stance("force_eager"):
         parts.noise.before((0, 0), names)
         chunk = _call(parts, closure, names, grad=True)
-    return {index: reached_parameters(chunk.losses[index]) for index in new}
+    parts.network.look(chunk)
+    return chunk

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchmto.solvers.unit import rounding_error
+
 
 @dataclass(frozen=True)
 class StepInfo:
@@ -26,7 +28,8 @@ class StepInfo:
         num_forward: Calls of the closure, micro-batches and extra forwards included.
         num_backward: Backward passes.
         num_optimizer_steps: Optimizer steps taken.
-        num_conflicts: Pairs of tasks whose gradients have a negative inner product; None if not computed.
+        num_conflicts: Pairs of tasks whose gradients have a negative inner product, by more than rounding errors; None if not
+            computed.
         cosines: Cosines between the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the
             order of ``losses`` (0 where a gradient is zero); None if the method doesn't compute the Gramian.
         num_fallbacks: Solves that didn't converge and used the method's documented fallback.
@@ -46,10 +49,10 @@ class StepInfo:
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def conflicts(gramian: Tensor) -> tuple[Tensor, int]:
-    """Cosines between the tasks' gradients, [k, k], 0 where a gradient is zero; and how many pairs are in conflict."""
+def conflicts(gramian: Tensor, precision: float) -> tuple[Tensor, int]:
+    """Cosines between the tasks' gradients, [k, k], 0 where a gradient is zero; and how many are below -rounding errors."""
     values = gramian.numpy()
     norms = np.sqrt(values.diagonal().clip(0))
     product = np.outer(norms, norms)
     cosines = np.divide(values, product, out=np.zeros_like(values), where=product > 0)
-    return torch.from_numpy(cosines), int(np.count_nonzero(np.triu(cosines, 1) < 0))
+    return torch.from_numpy(cosines), int(np.count_nonzero(np.triu(cosines, 1) < -rounding_error(precision)))

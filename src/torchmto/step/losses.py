@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.checks import unknown_task
 from torchmto.task_norms import active_task
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
@@ -21,9 +22,12 @@ Source = Closure | Mapping[str, Any]
 Weigh = Callable[[Tensor, tuple[int, ...]], Tensor]
 """(losses [k], indices of the present tasks) -> one weight per present task, [k]."""
 
+Outside = Callable[[Tensor, Sequence[int]], str]
+"""(losses [k] on the CPU, indices of the present tasks) -> why a method can't take them; empty if it can."""
+
 
 class NonFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite. Nothing was updated."""
+    """A loss or a gradient is NaN or infinite, or a loss lies outside the method's domain. Nothing was updated."""
 
 
 def needs_closure(who: str) -> ValueError:
@@ -131,7 +135,7 @@ def parse(
         )
     unknown = [name for name in result if name not in tasks]
     if unknown:
-        raise ValueError(f"Unknown task `{unknown[0]}` among the losses. The tasks are {', '.join(tasks)}.")
+        raise ValueError(unknown_task(unknown[0], tasks, "among the losses"))
     unasked = next((name for name in result if name not in asked), None)
     losses: dict[int, Tensor] = {}
     counts: dict[int, float] = {}

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from torchmto.gradients import Ranks, Rows, ShardedRows
+from torchmto.gradients import Ranks, Rows, ShardedRows, real
 from torchmto.gradients.ranks import all_equal, fingerprint, is_sharded, local
 from torchmto.step.network import Heads, Network
 
@@ -236,24 +236,26 @@ def _sum_pairs(
 ) -> tuple[bool, bool]:
     """Sum the gradients of ``pairs``, marks for what is there, and two flags."""
     columns = len(rows.parameters)
-    dtype = functools.reduce(torch.promote_types, (p.dtype for p, _ in pairs), torch.float32)
+    dtype = functools.reduce(torch.promote_types, (real(p).dtype for p, _ in pairs), torch.float32)
+    shapes = [real(parameter).shape for parameter, _ in pairs]
     num_marks = 2 + columns + len(pairs)
-    flat = torch.zeros(num_marks + sum(p.numel() for p, _ in pairs), dtype=dtype, device=network.device)
-    parts = torch.split(flat[num_marks:], [p.numel() for p, _ in pairs])
+    flat = torch.zeros(num_marks + sum(shape.numel() for shape in shapes), dtype=dtype, device=network.device)
+    split = torch.split(flat[num_marks:], [shape.numel() for shape in shapes])
+    parts = [part.view(shape) for part, shape in zip(split, shapes, strict=True)]
     reached = set(rows.reached())
     marks = [float(flag) for flag in flags] + [float(position in reached) for position in range(columns)]
     for (parameter, task), part in zip(pairs, parts, strict=True):
         gradient = heads.get(id(parameter), (parameter, {}))[1].get(task)
         marks.append(float(gradient is not None))
         if gradient is not None:
-            part.view(parameter.shape).copy_(gradient)
+            part.copy_(gradient)
     flat[:num_marks] = torch.tensor(marks)
     marks = network.ranks.sum_(flat)[:num_marks].tolist()
     rows.fill(position for position in range(columns) if marks[2 + position])
     for (parameter, task), part, mark in zip(pairs, parts, marks[2 + columns :], strict=True):
         if mark:
             _, held = heads.setdefault(id(parameter), (parameter, {}))
-            held[task] = part.view(parameter.shape)
+            held[task] = part
     for key, (parameter, held) in heads.items():
         heads[key] = parameter, dict(sorted(held.items()))
     return bool(marks[0]), bool(marks[1])

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.checks import found
-from torchmto.gradients import Agreement, Engine, Ranks, Roles, Rows, ShardedRows, dense
+from torchmto.gradients import (
+    Agreement,
+    Engine,
+    Ranks,
+    Roles,
+    Rows,
+    ShardedRows,
+    dense,
+    reach_of,
+    real,
+    refuse_hidden,
+    refuse_reentrant,
+    run_apart,
+    run_hooks,
+)
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
+from torchmto.step.losses import Chunk
+from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
 from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
 
@@ -21,11 +37,22 @@ Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
 
 
+TF32 = 2.0**-10
+"""The machine precision of TensorFloat-32."""
+
+
+def multiplies_in_tf32() -> bool:
+    """Whether PyTorch may multiply matrices of float32 in less precision on a GPU."""
+    matmul = torch.backends.cuda.matmul
+    # Where PyTorch has the newer setting, reading the older one raises if the newer was used.
+    return bool(matmul.fp32_precision == "tf32") if hasattr(matmul, "fp32_precision") else bool(matmul.allow_tf32)
+
+
 class Network:
     """A model and its optimizer, as a step sees them.
 
     Args:
-        model: Any module; a ``DistributedDataParallel`` wrapper is looked through.
+        model: Any module; a ``DistributedDataParallel`` wrapper, compiled or not, is looked through.
         optimizer: The optimizer; its parameters are the ones that are trained.
         num_tasks: K.
         shared: The shared parameters, or None to find them from the autograd graph.
@@ -36,6 +63,10 @@ class Network:
         shard_gradients: Every rank holds a part of the gradient matrix' columns only.
         engine: What computes Gramians without the gradient matrix; None for the matrix.
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
+
+    Attributes:
+        sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        nodes_made: How many graph nodes there had been at the last look.
     """
 
     def __init__(
@@ -53,16 +84,27 @@ class Network:
         engine: Engine | None = None,
         sparse: bool = False,
     ) -> None:
-        self.wrapper = model
-        self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+        self.replicas = replicas(model)
+        self.model = unwrapped(model)
         self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.clip = clip
         self.ranks = ranks
         self._names: dict[int, str] = {}
+        self._by_name: dict[str, Tensor] = {}
         self._known: list[Tensor] = []
+        self._trained: list[bool] | None = None
+        self._complex = False
+        self._precisions: dict[str, float] = {}
+        # Whether other parameters may be trained than those that roles are known of.
+        self._other = True
         self.parameters: list[Tensor] = []
+        self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.nodes_made = 0
+        self._functions = False
+        self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
         self.refresh()
+        check_wrappers(model, optimizer, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
@@ -70,10 +112,11 @@ class Network:
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
-        self.walked: set[int] = set()
         self.warned_unasked = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
+        self._warned_taken = False
+        self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
         self.engine = engine
@@ -85,6 +128,8 @@ class Network:
         if not sharded:
             return False
         for parameter in sharded:
+            if parameter.is_complex():
+                raise ValueError(f"Parameter {self.name(parameter)} is complex, which can't be sharded (FSDP) here.")
             mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
             if mesh.ndim != 1 or mesh.size() != self.ranks.size or not all(p.is_shard(0) for p in placements):
                 raise ValueError(
@@ -127,13 +172,30 @@ class Network:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = [p for group in self.optimizer.param_groups for p in group["params"]]
         if list(map(id, everything)) != list(map(id, self._known)):
-            names = {id(p): name for name, p in self.model.named_parameters()}
+            self._complex = any(p.is_complex() for p in everything)
+            if self.scaler is not None and self._complex:
+                raise ValueError(
+                    "Parameter `scaler` should be None with complex parameters: a GradScaler can't unscale complex gradients."
+                )
+            in_model = {id(p): name for name, p in self.model.named_parameters()}
+            before = {id(p): self._names[id(p)] for p in self._known}
             self._names = {}
             for g, group in enumerate(self.optimizer.param_groups):
                 for i, p in enumerate(group["params"]):
-                    self._names[id(p)] = names.get(id(p), f"param_groups.{g}.{i}")
-            self._known = everything
-        self.parameters = [p for p in everything if p.requires_grad]
+                    name = in_model.get(id(p)) or before.get(id(p)) or f"param_groups.{g}.{i}"
+                    while id(p) not in in_model and self._by_name.get(name, p) is not p:
+                        # The place of another one, before groups left the optimizer.
+                        name += "'"
+                    self._names[id(p)] = name
+                    self._by_name[name] = p
+            self._known, self._trained = everything, None
+        trained = [p.requires_grad for p in everything]
+        if trained != self._trained:
+            self._trained = trained
+            self.parameters = list(itertools.compress(everything, trained))
+            self.sizes = {}
+            self._beyond = (-1, {})
+            self._other = True
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -142,6 +204,25 @@ class Network:
     def names(self) -> list[str]:
         """The names of the parameters trained now, in the optimizer's order."""
         return [self._names[id(p)] for p in self.parameters]
+
+    def note_precision(self, leaves: Mapping[int, float]) -> None:
+        """Remember the machine precision of parameters' gradients, by ``id``, where a graph shows it."""
+        for parameter in self.parameters:
+            if id(parameter) in leaves:
+                name = self.name(parameter)
+                self._precisions[name] = max(leaves[id(parameter)], self._precisions.get(name, 0.0))
+
+    def precision(self, parameters: Sequence[Tensor]) -> float:
+        """The machine precision of the gradients of these parameters, the coarsest of them.
+
+        That of the parameters' types, or of what the forward has converted them to (as first seen; a compiled or FSDP model
+        doesn't show it). Where matrices of float32 are multiplied in TensorFloat-32 on a GPU, that of its 10 bits.
+        """
+        found = [torch.finfo(dtype).eps for dtype in {torch.float64, *(p.dtype for p in parameters)}]
+        found += [self._precisions.get(self._names.get(id(p), ""), 0.0) for p in parameters]
+        if any(p.is_cuda and p.dtype == torch.float32 for p in parameters) and multiplies_in_tf32():
+            found.append(TF32)
+        return max(found)
 
     def rows_of(self, source: int) -> Rows | ShardedRows:
         """The gradient matrix of one independent batch."""
@@ -157,30 +238,39 @@ class Network:
         """
         layout = self.roles.layout if self.ranks.size == 1 else self.roles.layout[: self.agreement.columns]
         if len(rows.parameters) < len(layout):
-            by_name = {self._names[id(p)]: p for p in self._known}
-            rows.grow([by_name[name] for name in layout[len(rows.parameters) :]])
+            rows.grow([self._by_name[name] for name in layout[len(rows.parameters) :]])
         for key in [key for key in heads if key in rows.position]:
             parameter, held = heads.pop(key)
             for task, gradient in held.items():
                 rows.put(task, parameter, gradient)
 
     def load_roles(self, state: Mapping[str, Any]) -> None:
-        """Take over saved roles; the columns of the gradient matrices are laid out anew."""
+        """Take over saved roles; the columns of the gradient matrices are laid out anew.
+
+        Shared parameters that have left the optimizer keep their columns, to which methods' states belong.
+        """
         roles = Roles(self.num_tasks)
         roles.load_state_dict(state)
-        known = set(self._names.values())
+        known = {**dict(self.model.named_parameters()), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
         if missing:
-            raise ValueError(f"The saved state has a shared parameter `{missing[0]}` that the optimizer doesn't train.")
+            raise ValueError(
+                f"The saved state has a shared parameter `{missing[0]}` that neither the optimizer nor the model has."
+            )
+        self._by_name = known
         self.roles = roles
         self.rows = []
-        self.walked = set()
+        self.sizes = {}
+        self._other = True
         self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
         """Remember buffers and roles for :meth:`undo`."""
         self.buffers.take()
         self.roles.mark()
+        if self._other:
+            self.roles.look(self.names())
+            self._other = False
 
     def undo(self, *, keep_buffers: bool) -> None:
         """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
@@ -189,10 +279,10 @@ class Network:
             self.engine.forget()
         if not keep_buffers:
             self.buffers.restore()
+        self._other = True
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()
-        self.walked &= self.roles.seen
 
     @property
     def divided(self) -> bool:
@@ -224,11 +314,7 @@ class Network:
 
     def no_sync(self) -> contextlib.AbstractContextManager[Any]:
         """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
-        if isinstance(self.wrapper, DistributedDataParallel):
-            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
-            self.wrapper.require_forward_param_sync = False
-            return self.wrapper.no_sync()
-        return contextlib.nullcontext()
+        return unreduced(self.replicas) if self.replicas else contextlib.nullcontext()
 
     def scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a scalar tensor, None without a scaler."""
@@ -246,10 +332,82 @@ class Network:
         """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
         return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
 
-    def gradients(self) -> list[Tensor]:
-        """The gradients that are set; of sparse ones their entries, which can be changed in place."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        return [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+    def gradients(self, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The gradients that are set, as real numbers that can be changed in place; of sparse ones their entries.
+
+        Args:
+            parameters: Whose; default all that are trained.
+        """
+        given = self.parameters if parameters is None else parameters
+        if self._complex:
+            for parameter in given:
+                if parameter.grad is not None and parameter.grad.is_conj():
+                    parameter.grad = parameter.grad.resolve_conj()
+        gradients = [p.grad for p in given if p.grad is not None]
+        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+        return [real(gradient) for gradient in gradients] if self._complex else gradients
+
+    def look(self, chunk: Chunk) -> None:
+        """Look at the graph of a forward for what the tasks' roles can't be read from.
+
+        Raises:
+            ValueError: If it hides parameters that are trained.
+        """
+        found = reach_of(chunk.losses.values())
+        refuse_reentrant(found)
+        self.compiled = self.compiled or found.compiled
+        if found.functions:
+            self._functions = True
+            with chunk.activated():
+                refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
+
+    def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
+        """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.
+
+        They are those that the tasks aren't known to reach; all, where functions may hide some.
+        """
+        if self.sharded:
+            return []
+        if self._beyond[0] != self.roles.changes:
+            self._beyond = (self.roles.changes, {})
+        if tasks not in self._beyond[1]:
+            self._beyond[1][tasks] = [p for p in self.parameters if not self._known_to_reach(tasks, p)]
+        return [p for p in (self.parameters if self._functions else self._beyond[1][tasks]) if p.grad is None]
+
+    def _known_to_reach(self, tasks: Collection[int], parameter: Tensor) -> bool:
+        return not self.roles.tasks_of(self.name(parameter)).isdisjoint(tasks)
+
+    def explain(self, chunk: Chunk, tasks: Collection[int], before: Sequence[Tensor]) -> None:
+        """Learn of parameters that had no gradient ``before`` a backward of ``tasks`` and that it was the first to reach.
+
+        Raises:
+            ValueError: If the graph doesn't reach them.
+        """
+        new = [p for p in before if p.grad is not None]
+        if new:
+            leaves = {index: reach_of([chunk.losses[index]]).leaves for index in tasks}
+            everything = set().union(*leaves.values())
+            refuse_hidden([self.name(p) for p in new if id(p) not in everything])
+            if not all(self._known_to_reach(tasks, p) for p in new):
+                for index, reached in leaves.items():
+                    self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in reached])
+
+    def refuse_hidden(self, allowed: Sequence[Tensor] = (), losses: Iterable[Tensor] = ()) -> None:
+        """Raise if ``.grad`` has been set by a backward that doesn't do so.
+
+        Args:
+            allowed: The parameters whose gradients it does set, if ``losses`` reach them.
+            losses: What it started from.
+
+        Raises:
+            ValueError: If ``.grad`` of another parameter is there.
+        """
+        found = [p for p in self.parameters if p.grad is not None]
+        if found:
+            known = set(map(id, allowed))
+            if self._functions and known:
+                known.intersection_update(reach_of(losses).leaves)
+            refuse_hidden([self.name(p) for p in found if id(p) not in known])
 
     @torch.no_grad()
     def tidy_sparse(self) -> None:
@@ -281,10 +439,34 @@ class Network:
                 stacklevel=2,
             )
 
+    def unshared(self) -> str:
+        """Why no parameter is shared once all tasks have been seen; empty if one is."""
+        if not self.roles.unshared:
+            return ""
+        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        found = f"; {frozen} parameters of the model are frozen now" if frozen else ""
+        return (
+            "The tasks share no parameters: the losses of no two tasks reach the same trained parameter. The cause may be a "
+            f"frozen trunk (`requires_grad_(False)`, until it is set free{found}), a trunk outside the optimizer, detached "
+            "features, placeholders instead of losses, an inner backward (a reentrant checkpoint, a function that calls "
+            "`backward()`), or a model compiled as a whole: then give `shared=`."
+        )
+
+    def warn_of_unshared(self) -> None:
+        """Warn once if all tasks have been seen and share no parameter."""
+        if not self._warned_unshared and (reason := self.unshared()):
+            self._warned_unshared = True
+            warnings.warn(f"{reason} Each task trains its own parameters.", stacklevel=2)
+
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Set ``.grad`` of parameters, converted to their dtype and device."""
+        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
         for parameter, gradient in pairs:
+            if self._complex and parameter.is_complex():
+                # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
+                copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
+                parameter.grad = torch.view_as_complex(copy)
+                continue
             converted = gradient.to(device=parameter.device, dtype=parameter.dtype)
             parameter.grad = sharded_like(converted, parameter) if is_sharded(parameter) else converted
 
@@ -309,6 +491,28 @@ class Network:
         torch._foreach_mul_([local(g) for g in gradients], factor)
 
     @torch.no_grad()
+    def exact_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global norm of finite gradients whose squares leave the range of their type; called by all ranks together."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        apart, alike = (
+            [local(g) for g in gradients if is_sharded(g) == sharded and g.numel()] for sharded in (True, False)
+        )
+        largest = torch.tensor([max([float(g.abs().max()) for g in apart + alike], default=0.0)], dtype=wide)
+        if self.sharded:
+            largest = self.ranks.max_(largest.to(self.device))
+        least = torch.finfo(wide).tiny
+        total, rest = (
+            sum(
+                [(g.to(wide) / max(float(largest), least)).square().sum().to(largest) for g in part],
+                torch.zeros_like(largest),
+            )
+            for part in (apart, alike)
+        )
+        if self.sharded:
+            self.ranks.sum_(total)
+        return ((total + rest).sqrt() * largest).clamp_max(torch.finfo(wide).max).squeeze(0)
+
+    @torch.no_grad()
     def clip_gradients(self, norm: Tensor) -> None:
         """Scale the gradients down to the norm ``clip``, given their present norm."""
         if self.clip is not None:
@@ -316,3 +520,69 @@ class Network:
                 self.multiply(self.gradients(), float((self.clip / (norm + 1e-6)).clamp(max=1)))
             else:
                 nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+
+    # ------------------------------------------------------------------ hooks and the scaler
+
+    def run_hooks(self) -> bool:
+        """Run the parameters' post-accumulate-grad hooks on what the step has set; return whether there are any."""
+        hooked = run_hooks(self.parameters)
+        taken = [parameter for parameter in hooked if parameter.grad is None]
+        if taken and not self._warned_taken:
+            self._warned_taken = True
+            warnings.warn(
+                f"A post-accumulate-grad hook of parameter `{self.name(taken[0])}` has taken its gradient away ({len(taken)} "
+                "such in all), so the optimizer of mt.step doesn't move it. A hook that takes an optimizer step of its own "
+                "does so before the gradient is checked and clipped. This warning isn't repeated.",
+                stacklevel=2,
+            )
+        return bool(hooked)
+
+    @property
+    def _scaler_states(self) -> dict[int, dict[str, Any]]:
+        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
+        states: dict[int, dict[str, Any]] = self.scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
+        return states
+
+    @contextlib.contextmanager
+    def scaling(self) -> Iterator[None]:
+        """After an error inside the scaler knows as much of the optimizer as before, so that the step can be repeated."""
+        if self.scaler is None:
+            yield
+            return
+        key = id(self.optimizer)
+        kept = dict(self._scaler_states[key]) if key in self._scaler_states else None
+        try:
+            yield
+        except BaseException:
+            self._scaler_states.pop(key, None)
+            if kept is not None:
+                self._scaler_states[key] = kept
+            raise
+
+    def show_overflow(self) -> None:
+        """Show the scaler an infinite gradient, so that it lowers its scale by itself."""
+        assert self.scaler is not None
+        self._scaler_states.pop(id(self.optimizer), None)
+        self.zero_grad()
+        parameter = self.parameters[0]
+        parameter.grad = torch.full_like(parameter, float("inf"))
+        with self.scaling():
+            self.scaler.unscale_(self.optimizer)
+            self.step()
+        self.zero_grad()
+
+    def step(self) -> None:
+        """The optimizer's step, through the scaler if there is one, which then updates its scale."""
+        if self.scaler is None:
+            self.optimizer.step()
+            return
+        self.scaler.step(self.optimizer)
+        # Gradients of the user's other optimizers that are unscaled already mustn't be unscaled again.
+        states = self._scaler_states
+        others = {key: state for key, state in states.items() if state["stage"].name == "UNSCALED"}
+        for key in others:
+            del states[key]
+        try:
+            self.scaler.update()
+        finally:
+            self._scaler_states.update(others)

@@ -24,6 +24,7 @@ class TaskGradients:
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
         reduced: The losses of the rows' tasks, with counts.
         all_losses: The losses of all tasks of the forward, more where more were asked for.
+        precision: The machine precision of the rows, the coarsest of their parameters'.
         graph: Where the rows aren't kept: the losses with graph, of this rank.
     """
 
@@ -35,6 +36,7 @@ class TaskGradients:
         heads: Heads,
         everything: Losses,
         *,
+        precision: float,
         graph: Sequence[Chunk] | None = None,
     ) -> None:
         self.rows = rows
@@ -44,6 +46,7 @@ class TaskGradients:
         self.all_losses = everything
         self.gramian = gramian
         self.heads = heads
+        self.precision = precision
         self.graph = graph
 
     @property
@@ -71,12 +74,18 @@ class TaskGradients:
 
 
 def present(parts: Parts, everything: Losses, request: Request) -> Losses:
-    """The losses of the tasks whose gradients are wanted; there has to be one."""
+    """The losses of the tasks whose gradients are wanted; there has to be one, and a parameter that tasks share."""
     losses = everything.only(request.wanted)
     if not everything.indices:
         raise empty_batch(parts.asked)
     if not losses.indices:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
+    reason = parts.network.unshared()
+    if reason:
+        raise ValueError(
+            f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
+            "without."
+        )
     return losses
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchmto.gradients import quiet
 from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Weigh
 from torchmto.step.messages import average_statistics, sum_gradients
@@ -237,7 +238,8 @@ def _backward(
     inputs: list[Tensor] | None = None if network.sharded else network.parameters
     if network.compiled and inputs is not None:
         inputs = [p for p in inputs if any(network.reaches(index, p) for index in shares)]
-    with chunk.activated():
+    before = network.without_gradient(tuple(shares))
+    with chunk.activated(), quiet(network.parameters):
         if unit is not None:
             unit.before(chunk.losses, weights.by_task, shares)
         roots, seeds = [chunk.losses[index] for index in shares], weights.times(shares)
@@ -249,3 +251,4 @@ def _backward(
             starts = [seed.to(root) for root, seed in zip(roots, seeds.unbind(), strict=True)]
             torch.autograd.backward(roots, starts, inputs=inputs)
     parts.num_backward += 1
+    network.explain(chunk, shares, before)

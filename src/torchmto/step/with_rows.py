@@ -30,8 +30,8 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
         rescale_heads(heads, losses, factors)
     product = _gramian(network, rows)
     parts.finite.losses(everything, everything.raw.tolist())
-    parts.finite.task_gradients(losses, product, heads)
-    return TaskGradients(rows, losses, product, heads, everything)
+    parts.finite.task_gradients(losses, product)
+    return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(rows.parameters))
 
 
 def _gramian(network: Network, rows: Rows | ShardedRows) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, all_finite
+from torchmto.gradients import Rows
 from torchmto.gradients.engine import Piece
 from torchmto.step.collect import hold
 from torchmto.step.forwards import forwards
@@ -41,9 +41,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         sums.add(chunks[position])
     own_losses = [{i: loss for i, loss in chunk.losses.items() if i in request.wanted} for chunk in chunks]
     _observe(network, engine.read(own_losses), {index for losses in own_losses for index in losses})
-    if several:
-        sums, _ = reduction.tell(sums)
-    everything = reduction.average(sums)
+    everything = reduction.over_ranks(sums)
     losses = present(parts, everything, request)
     heads: Heads = {}
 
@@ -62,6 +60,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     product = torch.zeros(0)
     try:
         product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+        network.refuse_hidden()
     except BaseException as error:
         if not several:
             raise
@@ -77,9 +76,9 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         product = product * torch.outer(factors, factors)
         rescale_heads(heads, losses, factors)
     parts.finite.losses(everything, everything.raw.tolist())
-    parts.finite.task_gradients(losses, product, heads)
+    parts.finite.task_gradients(losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
-    return TaskGradients(rows, losses, product, heads, everything, graph=kept)
+    return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
 
 
 def _shared(network: Network) -> list[Tensor]:
@@ -121,6 +120,7 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     failure: BaseException | None = None
     try:
         network.engine.backward(pieces, shared)
+        network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
     except BaseException as error:
         if network.ranks.size == 1:
             raise
@@ -128,8 +128,5 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     parts.num_backward += sum(bool(piece.losses and shared) for piece in pieces)
     network.tidy_sparse()
     sum_gradients(network, failure)
-    # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
-    if not all_finite([p.grad for p in shared if p.grad is not None]):
-        parts.finite.fail_with_gradient(losses, "The combined gradient isn't finite.")
     if scale is not None:
-        torch._foreach_div_([p.grad for p in shared if p.grad is not None], scale)
+        torch._foreach_div_(network.gradients(shared), scale)

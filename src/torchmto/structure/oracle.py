@@ -46,7 +46,8 @@ def oracle_priority(
 
     It costs a forward pass per (group, task), K of them where norms are split: an instrument to check
     connection strengths against, not for training. Differences of losses drown in rounding for small steps in
-    float32; use a float64 copy of the model where it matters.
+    float32: where the two largest differ by no more than that, no task leads. Use a float64 copy of the model
+    where it matters.
 
     Args:
         model: the model with split or plain norms.
@@ -104,7 +105,8 @@ def oracle_priority(
                     for parameter, original in zip(layer.parameters, originals, strict=True):
                         parameter.copy_(original)
     largest = decrease.amax(dim=1, keepdim=True)
-    is_largest = largest - decrease <= 1e-12 * largest.abs()
+    rounding = max((torch.finfo(parameter.dtype).eps for parameter in parameters), default=0.0) * abs(before)
+    is_largest = largest - decrease <= rounding
     top = torch.where(is_largest.sum(dim=1) == 1, decrease.argmax(dim=1), -1)
     return OraclePriority(top, decrease)
 

@@ -139,15 +139,17 @@ def normalized_strength(strengths: Tensor) -> Tensor:
     return scaled / scaled.sum(dim=1, keepdim=True)
 
 
-def top_priority(normalized: Tensor) -> Tensor:
+def top_priority(normalized: Tensor, *, tie: float = 1e-12) -> Tensor:
     """The task that leads each channel.
 
     Args:
         normalized: ``[T, C_out]``, from :func:`normalized_strength`.
+        tie: shares that differ by no more than this part are equal. The default is for strengths of parameters,
+            which are exact; those of gradients are as uncertain as these.
 
     Returns:
-        int64 ``[C_out]``: the index of the task with the largest share, -1 where the two largest are within a
-        relative 1e-12 (as they are for all channels at initialisation) or a share isn't a number.
+        int64 ``[C_out]``: the index of the task with the largest share, -1 where the two largest are equal (as
+        they are for all channels at initialisation) or a share isn't a number.
 
     Raises:
         ValueError: ``normalized`` isn't a matrix with at least one task.
@@ -161,7 +163,7 @@ def top_priority(normalized: Tensor) -> Tensor:
     if normalized.shape[0] == 1:
         return torch.zeros(normalized.shape[1], dtype=torch.int64, device=normalized.device)
     largest, tasks = normalized.topk(2, dim=0)
-    leads = largest[0] - largest[1] > 1e-12 * largest[0]
+    leads = largest[0] - largest[1] > tie * largest[0]
     return torch.where(leads, tasks[0], torch.full_like(tasks[0], -1))
 
 

@@ -186,6 +186,9 @@ def test_text_and_json_hold_the_numbers_and_no_control_characters() -> None:
     text = as_text(measured, diagnosis)
     assert "\x1b" not in text
     assert "-0.20" in text
+    narrow = as_text(measured, diagnosis, 60)
+    assert max(map(len, narrow.splitlines())) <= 60
+    assert sorted(set(narrow.split())) == sorted(set(text.split()))
     content = as_json(measured, plan, diagnosis)
     assert content["measurements"]["cosines"][0][1] == -0.2
     assert content["measurements"]["margins"]["median"] == 0.001

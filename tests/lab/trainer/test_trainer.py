@@ -119,7 +119,7 @@ def test_new_process_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert "optimizer.lr changed" in capsys.readouterr().err
     program = "import sys; from torchmto.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program, "train", "--resume", "--keep", "5", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Data wait:" in done.stdout
     assert "left accuracy*" in done.stdout

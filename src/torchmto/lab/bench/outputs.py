@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 import torchmto
 from torchmto.lab.atomic import write_bytes
 from torchmto.lab.bench.peers import missing_peers, peer_versions
 from torchmto.lab.bench.timing import Measurement
+from torchmto.lab.terminal import FittedTable
 
 __all__ = ["table", "write_json", "write_plot"]
 
@@ -24,10 +24,9 @@ def _ratio(measurement: Measurement, reference: str) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def table(results: Sequence[Measurement]) -> Table:
-    """One row per contestant and case."""
-    view = Table(title="median step times; ratios are medians over interleaved rounds")
-    for column in (
+def table(results: Sequence[Measurement]) -> FittedTable:
+    """One row per contestant and case; below them why some failed."""
+    titles = [
         "model",
         "K",
         "contestant",
@@ -40,31 +39,22 @@ def table(results: Sequence[Measurement]) -> Table:
         "ratio",
         "peak MB",
         "tensors",
-    ):
-        view.add_column(column, justify="left" if column in ("model", "contestant", "own bound") else "right")
-    before = None
+    ]
+    rows, notes = [titles], []
     for entry in results:
-        if before is not None and before != (entry.model, entry.num_tasks):
-            view.add_section()
-        before = (entry.model, entry.num_tasks)
         shared = [entry.model, str(entry.num_tasks), entry.name]
         if entry.failed or entry.seconds is None or entry.iqr is None:
-            view.add_row(*shared, "failed", *[""] * 4, entry.failed[:60], "", "", "")
+            rows.append([*shared, "failed", *[""] * 8])
+            notes.append(f"{entry.name} failed on {entry.model}, K={entry.num_tasks}: {entry.failed}")
             continue
         own = _ratio(entry, entry.bound)
         spread = "" if entry.ratio_iqr is None else f" ± {entry.ratio_iqr / 2:.2f}"
         peaks = ["" if size is None else f"{size / 1e6:.0f}" for size in (entry.peak_bytes, entry.tensor_bytes)]
         references = [_ratio(entry, name) for name in ("gd*", "lb*", "lbm*")]
-        view.add_row(
-            *shared,
-            f"{1e3 * entry.seconds:.1f}",
-            f"{1e3 * entry.iqr:.1f}",
-            *references,
-            entry.bound,
-            own + spread,
-            *peaks,
-        )
-    return view
+        times = [f"{1e3 * entry.seconds:.1f}", f"{1e3 * entry.iqr:.1f}"]
+        rows.append([*shared, *times, *references, entry.bound, own + spread, *peaks])
+    title = "median step times; ratios are medians over interleaved rounds"
+    return FittedTable(rows, names=3, left=(0, 2, 8), title=title, notes=notes)
 
 
 def write_json(path: Path, results: Sequence[Measurement], settings: dict[str, Any]) -> None:

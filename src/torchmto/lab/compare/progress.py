@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torchmto.lab.compare.folder import is_single_task, run_key, run_label
@@ -79,7 +80,7 @@ class ProgressBars:
         if batches <= self._done.get(key, 0):  # a report may be overtaken by the run's end
             return
         if key not in self._bars:
-            self._bars[key] = self._progress.add_task(run_label(config), total=self._batches)
+            self._bars[key] = self._progress.add_task(escape(run_label(config)), total=self._batches)
         self._progress.update(self._bars[key], completed=batches)
         new = batches - self._done.get(key, 0)
         self._done[key] = batches
@@ -92,4 +93,6 @@ class ProgressBars:
         self.finished += 1
         self._progress.update(self._grid, description=self._title())
         if not self.console.is_terminal:
-            self.console.print(f"{self.finished:>4} of {self.total}  {run_label(config)}  {result['seconds']:.1f} s")
+            self.console.print(
+                f"{self.finished:>4} of {self.total}  {run_label(config)}  {result['seconds']:.1f} s", markup=False
+            )

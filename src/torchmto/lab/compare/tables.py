@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from torchmto.lab.terminal import FittedTable
 
 __all__ = [
     "csv_text",
@@ -136,25 +136,14 @@ def notes(summary: Summary) -> list[str]:
     return lines
 
 
-def rich_tables(summary: Summary) -> "list[Table]":
+def rich_tables(summary: Summary) -> "list[FittedTable]":
     """For the terminal: the table, after that of the tasks where there are many."""
-    tables = [_rich(header(summary), rows(summary))]
+    from torchmto.lab.terminal import FittedTable  # noqa: PLC0415  rich
+
+    tables = [FittedTable([header(summary), *rows(summary)], notes=notes(summary))]
     if many_tasks(summary):
-        tables.insert(0, _rich(task_header(summary), task_rows(summary)))
-    tables[-1].caption = "\n".join(notes(summary))
-    tables[-1].caption_justify = "left"
+        tables.insert(0, FittedTable([task_header(summary), *task_rows(summary)]))
     return tables
-
-
-def _rich(titles: list[str], cells: list[list[str]]) -> "Table":
-    from rich.table import Table  # noqa: PLC0415
-
-    table = Table()
-    for position, title in enumerate(titles):
-        table.add_column(title, justify="right" if position else "left", no_wrap=position > 0)
-    for row in cells:
-        table.add_row(*row)
-    return table
 
 
 def markdown(summary: Summary) -> str:

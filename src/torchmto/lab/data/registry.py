@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchmto.checks import found, nearest
 from torchmto.lab.data.base import DataBundle
 
 _MODULES = (
@@ -86,7 +87,7 @@ def dataset_info(name: str) -> DatasetInfo:
     """Summary, source, layouts and options of the data set ``name``."""
     known = _known()
     if name not in known:
-        raise ValueError(f"Parameter `name` should be one of {', '.join(known)}. Found `name = {name!r}`.")
+        raise ValueError(found("name", f"one of {', '.join(known)}", name) + nearest(name, known))
     return known[name]
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from torchmto.solvers.unit import EPS, eigenvalue_noise, rounding_error
+
 Array = npt.NDArray[np.float64]
 Matrix = tuple[tuple[float, ...], ...]
 """K x K, NaN where nothing was measured."""
@@ -103,7 +105,7 @@ class Measurements:
 
 
 _CANCELLED = 1e-12
-"""Such a part of the squared norms is what rounding in float32 leaves of a sum that cancels: it has no direction."""
+"""A sum with at most this part of the squared norms, or what rounding leaves of one that cancels, has no direction."""
 
 
 def matrix_of(array: Array) -> Matrix:
@@ -129,11 +131,12 @@ def _median(samples: Array) -> Array:
     return np.array(np.median(known) if known.size else np.nan)
 
 
-def summarize_gramians(gramians: Array) -> dict[str, Array]:
+def summarize_gramians(gramians: Array, precision: float = EPS) -> dict[str, Array]:
     """Statistics of several batches' Gramians.
 
     Args:
         gramians: [B, K, K], NaN in the rows and columns of tasks without a label.
+        precision: Machine precision of the gradients: conflicts, sums and eigenvalues within their rounding errors are 0.
 
     Returns:
         ``cosines``, ``cosine_errors``, ``conflict_shares`` [K, K]; ``norms``, ``sum_cosines``, ``sum_shares`` [K], the last
@@ -146,24 +149,24 @@ def summarize_gramians(gramians: Array) -> dict[str, Array]:
         >>> found["cosines"].tolist(), found["conditions"].round(6).tolist()
         ([[1.0, -0.5], [-0.5, 1.0]], [3.0])
     """
+    rounding = rounding_error(precision)
     squares = np.diagonal(gramians, axis1=1, axis2=2)
     norms = np.sqrt(np.maximum(squares, 0))
     with np.errstate(invalid="ignore", divide="ignore"):
         cosines = gramians / (norms[:, :, None] * norms[:, None, :])
         known = np.isfinite(cosines)
-        conflicts = np.where(known, gramians < 0, 0).sum(axis=0) / known.sum(axis=0)
+        conflicts = np.where(known, cosines < -rounding, 0).sum(axis=0) / known.sum(axis=0)
         with_sum = np.where(np.isfinite(gramians), gramians, 0.0).sum(axis=2)
         total = with_sum.sum(axis=1, keepdims=True)
         ratios = total / np.nansum(squares, axis=1, keepdims=True)
-        total = np.where(ratios > _CANCELLED, total, np.nan)
+        total = np.where(ratios > max(_CANCELLED, rounding), total, np.nan)
         sum_cosines = np.where(np.isfinite(norms), with_sum / (norms * np.sqrt(total)), np.nan)
         sum_shares = np.where(np.isfinite(norms), with_sum / total, np.nan)
     # A task without a gradient has no cosines; for this one it makes the matrix singular.
     complete = np.nan_to_num(cosines[np.isfinite(gramians).all(axis=(1, 2))])
     eigenvalues = np.linalg.eigvalsh(complete) if len(complete) else np.zeros((0, 1))
-    tiny = np.finfo(float).eps * eigenvalues[:, -1:] * gramians.shape[1]
     lowest = eigenvalues[:, 0]
-    singular = lowest <= tiny[:, 0]
+    singular = lowest <= eigenvalue_noise(precision, gramians.shape[1]) * eigenvalues[:, -1]
     conditions = np.where(singular, np.inf, eigenvalues[:, -1] / np.where(singular, 1.0, lowest))
     mean, error = mean_and_error(cosines)
     return {

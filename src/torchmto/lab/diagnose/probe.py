@@ -26,6 +26,7 @@ from torchmto.lab.diagnose.measurements import (
 from torchmto.methods import make_method
 from torchmto.methods.method import GradientCombiner
 from torchmto.multitask import MultiTask
+from torchmto.solvers.unit import EPS
 from torchmto.step import Network, TaskGradients
 from torchmto.structure import (
     SplitNorm,
@@ -49,6 +50,7 @@ class _Watch(GradientCombiner):
     def __init__(self) -> None:
         super().__init__()
         self.gramians: list[Array] = []
+        self.precision = EPS
         self.layers: list[dict[str, Array]] = []
         self.sizes: dict[str, int] = {}
         self._network: Network | None = None
@@ -75,6 +77,7 @@ class _Watch(GradientCombiner):
         total = np.full((number, number), np.nan)
         total[present] = task_grads.gramian.numpy()
         self.gramians.append(total)
+        self.precision = max(self.precision, task_grads.precision)
         self.layers.append(layers)
         self.sizes = sizes
         return task_grads.matrix.sum(dim=0)
@@ -133,7 +136,7 @@ def probe(
             if affinity
             else {}
         )
-    statistics = summarize_gramians(np.array(watch.gramians))
+    statistics = summarize_gramians(np.array(watch.gramians), watch.precision)
     conditions = statistics["conditions"]
     condition = float(np.median(conditions)) if len(conditions) else math.inf
     num_shared = sum(watch.sizes.values())

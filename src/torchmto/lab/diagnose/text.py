@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torchmto._layout import BOUNDLESS, cell_width, folded, plain_table
 from torchmto.lab.atomic import plain
 from torchmto.lab.diagnose.advice import Diagnosis, Plan
 from torchmto.lab.diagnose.measurements import Matrix, Measurements
@@ -30,16 +31,16 @@ def as_json(measured: Measurements, plan: Plan, diagnosis: Diagnosis) -> dict[st
     return content
 
 
-def as_text(measured: Measurements, diagnosis: Diagnosis) -> str:
-    """What the command prints: the numbers, the findings, the methods that suit."""
+def as_text(measured: Measurements, diagnosis: Diagnosis, width: int = BOUNDLESS) -> str:
+    """What the command prints: the numbers, the findings, the methods that suit; on a terminal of so many columns."""
     lines = [f"Measured on {measured.num_batches} batches", ""]
-    lines += _task_table(measured)
+    lines += _task_table(measured, width)
     if len(measured.tasks) > 1:
-        lines += ["", "Mean cosines of the gradients", *_matrix(measured.tasks, measured.cosines, "{:+.2f}")]
+        lines += ["", "Mean cosines of the gradients", *_matrix(measured.tasks, measured.cosines, "{:+.2f}", width)]
         if measured.affinity is not None:
             title = "Mean affinity: what one step of the row's task takes off the column's loss, in percent"
             percent = tuple(tuple(100 * value for value in row) for row in measured.affinity)
-            lines += ["", title, *_matrix(measured.tasks, percent, "{:+.2g}")]
+            lines += ["", title, *_matrix(measured.tasks, percent, "{:+.2g}", width)]
     for heading, kinds in (("Found", ("warning", "note")), ("In order", ("fine",))):
         chosen = [finding for finding in diagnosis.findings if finding.kind in kinds]
         if chosen:
@@ -55,7 +56,7 @@ def as_text(measured: Measurements, diagnosis: Diagnosis) -> str:
         "",
         "A probing run sees the beginning of a training only: let `torchmto compare` decide between the candidates.",
     ]
-    return "\n".join(_visible(line) for line in lines)
+    return "\n".join(part for line in lines for part in _wrapped(_visible(line), width))
 
 
 def _visible(line: str) -> str:
@@ -63,7 +64,16 @@ def _visible(line: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in line)
 
 
-def _task_table(m: Measurements) -> list[str]:
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in as many as it takes, those that follow as far to the right as its words."""
+    indent = len(line) - len(line.lstrip(" !-+"))
+    if cell_width(line) <= width:
+        return [line]
+    first, *others = folded(line[indent:], max(width - indent, 1))
+    return [line[:indent] + first, *(" " * indent + other for other in others)]
+
+
+def _task_table(m: Measurements, width: int) -> list[str]:
     rows = [["task", "loss", "gradient norm", "cosine with sum", "part of sum"]]
     rows += [
         [
@@ -75,26 +85,18 @@ def _task_table(m: Measurements) -> list[str]:
         ]
         for name in m.tasks
     ]
-    return _aligned(rows)
+    return _table(rows, width)
 
 
-def _matrix(tasks: Sequence[str], matrix: Matrix, form: str) -> list[str]:
+def _matrix(tasks: Sequence[str], matrix: Matrix, form: str, width: int) -> list[str]:
     rows = [["", *tasks]]
     rows += [[name, *(_cell(v, form) for v in row)] for name, row in zip(tasks, matrix, strict=True)]
-    return _aligned(rows)
+    return _table(rows, width)
 
 
 def _cell(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "-"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    rows = [[cell if len(cell) <= 24 else f"{cell[:23]}…" for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    return plain_table([[_visible(cell) for cell in row] for row in rows], width, indent="  ").split("\n")

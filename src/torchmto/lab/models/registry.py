@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from torchmto.checks import check_tasks
+from torchmto.checks import check_tasks, found, nearest
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.blocks import DECODERS, PooledHead
@@ -44,9 +44,8 @@ def with_decoders(trunk: Trunk, tasks: Sequence[Task], *, decoder: str = "mlp", 
     if decoder == "mti":
         return MTINet(trunk, tasks, width=width)
     if decoder not in DECODERS:
-        raise ValueError(
-            f"Parameter `decoder` should be one of {', '.join(DECODERS)}, mti. Found `decoder = {decoder!r}`."
-        )
+        known = (*DECODERS, "mti")
+        raise ValueError(found("decoder", f"one of {', '.join(known)}", decoder) + nearest(decoder, known))
 
     def head(task: Task) -> nn.Module:
         if task.dense:
@@ -149,7 +148,7 @@ def model_options(name: str) -> dict[str, Any]:
         ['own', 'widths']
     """
     if name not in _BUILDERS:
-        raise ValueError(f"Parameter `name` should be one of {', '.join(_BUILDERS)}. Found `name = {name!r}`.")
+        raise ValueError(found("name", f"one of {', '.join(_BUILDERS)}", name) + nearest(name, _BUILDERS))
     parameters = inspect.signature(_BUILDERS[name]).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -207,7 +206,10 @@ def build_model(
     known = list(model_options(name))
     names = check_tasks(task.name for task in tasks)
     if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.")
+        raise TypeError(
+            f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}."
+            + nearest(unknown[0], known)
+        )
     model = _BUILDERS[name](tuple(tasks), tuple(input_shape), **options)
     if task_norms:
         split_norms(model.trunk, names)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchmto._layout import BOUNDLESS, plain_table
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.compare import FolderError
 from torchmto.lab.reproduce.recipe import Recipe
@@ -44,6 +45,12 @@ class Table:
         lines = [f"### {self.title}", "", _line(self.header), _line(["---"] + ["---:"] * (len(self.header) - 1))]
         lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.rows]
         return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+
+    def text(self, width: int = BOUNDLESS) -> str:
+        """The table on a terminal of so many columns."""
+        return "\n".join(
+            [self.title, "", plain_table([self.header, *self.rows], width), "", *(f"{n}\n" for n in self.notes)]
+        )
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import torchmto
+from torchmto.checks import unknown_task
 from torchmto.lab.data import Batch, DataBundle, Task, labelled_tasks, load_data
 from torchmto.lab.losses import TaskLoss, task_loss
 from torchmto.lab.models import MultiTaskModel, build_model
@@ -158,7 +159,7 @@ def losses_of(tasks: Sequence[Task], settings: Mapping[str, Mapping[str, Any]]) 
     """
     names = [task.name for task in tasks]
     if unknown := [name for name in settings if name not in names]:
-        raise ConfigError(f"Unknown task `{unknown[0]}` in `losses`. The tasks are {', '.join(names)}.")
+        raise ConfigError(unknown_task(unknown[0], names, "in `losses`"))
     try:
         return {task.name: task_loss(task, **settings.get(task.name, {})) for task in tasks}
     except (ValueError, TypeError) as error:
@@ -211,7 +212,7 @@ def load_bundle(config: TrainConfig) -> DataBundle:
     names = [task.name for task in bundle.tasks]
     for setting, given in (("method.weights", config.method.weights), ("baseline", config.baseline)):
         if unknown := [name for name in given or {} if name not in names]:
-            raise ConfigError(f"Unknown task `{unknown[0]}` in `{setting}`. The tasks are {', '.join(names)}.")
+            raise ConfigError(unknown_task(unknown[0], names, f"in `{setting}`"))
     if config.baseline is not None and set(config.baseline) != set(names):
         missing = next(name for name in names if name not in config.baseline)
         raise ConfigError(f"`baseline` should have a value for each task. There is none for `{missing}`.")

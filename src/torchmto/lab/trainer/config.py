@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torchmto.checks import check_choice, check_integer, check_number, found
+from torchmto.checks import check_choice, check_integer, check_number, found, nearest
 
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 Schedule = Literal["constant", "poly", "cosine", "step"]
@@ -289,7 +289,8 @@ def _check_data(config: DataConfig) -> None:
         raise ValueError(f"The data set `{name}` needs a path: `{name}:PATH`. Where to get it: {info.source}.")
     if unknown := sorted(set(config.options) - set(info.options)):
         taken = ", ".join(info.options) or "none"
-        raise TypeError(f"The data set `{name}` has no option `{unknown[0]}`. It takes: {taken}.")
+        near = nearest(unknown[0], info.options)
+        raise TypeError(f"The data set `{name}` has no option `{unknown[0]}`. It takes: {taken}.{near}")
 
 
 def _check_model(config: ModelConfig) -> None:
@@ -303,7 +304,10 @@ def _check_model(config: ModelConfig) -> None:
     check_choice("model.name", config.name, models())
     known = model_options(config.name)
     if unknown := sorted(set(config.options) - set(known)):
-        raise TypeError(f"The model `{config.name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.")
+        raise TypeError(
+            f"The model `{config.name}` has the options {', '.join(known)}. Found {', '.join(unknown)}."
+            + nearest(unknown[0], known)
+        )
 
 
 def _check_method(config: MethodConfig) -> None:

@@ -92,8 +92,11 @@ class AdaTask(GradientCombiner):
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
-        """Update the moments; the sum of the tasks' Adam directions, [P]."""
+        """The sum of the tasks' Adam directions, [P]."""
         matrix = task_grads.matrix
+        if bool((task_grads.gramian.diagonal() > torch.finfo(matrix.dtype).max).any()):
+            # A square that overflows would stay in the second moment, and its entry never move again.
+            return torch.full_like(matrix[0], torch.inf)
         self.ensure_setup(len(matrix))
         self.first = fitted(self.first, self.num_tasks, matrix)
         self.second = fitted(self.second, self.num_tasks, matrix)
@@ -102,16 +105,28 @@ class AdaTask(GradientCombiner):
         for row, task in zip(matrix, task_grads.indices, strict=True):
             first, second, times = self.first[task], self.second[task], int(self.times[task])
             for piece in pieces(len(combined)):
-                combined[piece] += self._direction(first[piece], second[piece], row[piece], times)
+                moments = first[piece].clone(), second[piece].clone()
+                combined[piece] += self._direction(*moments, row[piece], times)
         if self.adam_heads and self._network is not None:
             self._turn_heads(task_grads, self._network)
         return combined
 
-    def _direction(self, first: Tensor, second: Tensor, gradient: Tensor, times: int) -> Tensor:
-        """Update two moments in place; Adam's direction after that."""
+    @torch.no_grad()
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Update the moments."""
+        for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
+            self._move(self.first[task], self.second[task], row)
+
+    def _move(self, first: Tensor, second: Tensor, gradient: Tensor) -> None:
+        """Update two moments in place."""
         decay, decay_second = self.betas
         first.mul_(decay).add_(gradient, alpha=1 - decay)
         second.mul_(decay_second).addcmul_(gradient, gradient, value=1 - decay_second)
+
+    def _direction(self, first: Tensor, second: Tensor, gradient: Tensor, times: int) -> Tensor:
+        """Update two moments in place; Adam's direction after that."""
+        decay, decay_second = self.betas
+        self._move(first, second, gradient)
         root = (second / (1 - decay_second**times)).sqrt_().add_(self.eps)
         direction = first / (1 - decay**times)
         # 0/0 of an entry that never had a gradient, with eps = 0.
@@ -130,4 +145,7 @@ class AdaTask(GradientCombiner):
             moments = self.head_moments[name] = [moment.to(gradient, copy=True) for moment in before]
             self.head_times[name] = self.head_times.get(name, 0) + 1
             direction = self._direction(moments[0], moments[1], gradient, self.head_times[name])
+            if not bool(moments[1].isfinite().all()):
+                # As for the rows: not even with eps = 0 a direction.
+                direction = torch.full_like(gradient, torch.inf)
             task_grads.heads[key] = (parameter, {tasks[0]: direction})

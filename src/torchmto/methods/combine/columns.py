@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 PIECE = 1 << 20
@@ -19,6 +20,27 @@ def pieces(num_columns: int) -> Iterator[slice]:
     """
     for start in range(0, num_columns, PIECE):
         yield slice(start, min(start + PIECE, num_columns))
+
+
+@torch.no_grad()
+def track_(rows: Iterable[Tensor], memory: Tensor, tasks: Sequence[int], shares: Sequence[tuple[float, float]]) -> None:
+    """Turn rows of J [k, P] into moving averages of those in a memory [K, P], which stays as it is.
+
+    Args:
+        rows: Rows of J, changed in place.
+        memory: The averages so far.
+        tasks: The task of every row.
+        shares: For every row the share of the past, and what its own values are multiplied with.
+    """
+    for row, task, (past, new) in zip(rows, tasks, shares, strict=True):
+        row.mul_(new).add_(memory[task], alpha=past)
+
+
+@torch.no_grad()
+def remember_(memory: Tensor, rows: Iterable[Tensor], tasks: Sequence[int]) -> None:
+    """Write rows of J [k, P] over those of their tasks in a memory [K, P]."""
+    for row, task in zip(rows, tasks, strict=True):
+        memory[task].copy_(row)
 
 
 def fitted(memory: Tensor, num_tasks: int, matrix: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from torchmto.checks import check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
-from torchmto.methods.method import GradientCombiner, Properties
+from torchmto.methods.combine.columns import fitted, remember_, track_
+from torchmto.methods.method import Domain, GradientCombiner, Properties
 from torchmto.methods.registry import register
 from torchmto.step import TaskGradients
 
@@ -26,8 +26,9 @@ class DBMTL(GradientCombiner):
 
     Scale: sum of vectors as long as the longest; multiplying all losses by one number changes nothing. The tracked
     gradients start at 0, as in the released code, so with ``sigma=0`` the first updates are short by 1 - beta. No eps
-    (1e-8 in the logarithm and the norms there). A loss of 0 or a gradient of 0 contributes 0; :math:`g_i / l_i` that
-    overflows makes the step non-finite. Memory: one more K x P matrix; absent tasks keep their rows. Heads: as in the
+    (1e-8 in the logarithm and the norms there). A task whose loss or gradient is 0 takes no part in a step, as if it
+    were absent: what is tracked of it would be brought to full length too. :math:`g_i / l_i` that overflows makes the
+    step non-finite. Memory: one more K x P matrix; absent tasks keep their rows. Heads: as in the
     paper, the gradient of their log-loss ("weighted": times :math:`1 / l_i`, the default here); "unit": their task's
     plain gradient. Not random.
 
@@ -36,9 +37,6 @@ class DBMTL(GradientCombiner):
         sigma: Its decay over the steps.
         heads: "weighted" or "unit".
 
-    Raises:
-        ValueError: If a loss is negative (in the step).
-
     Source: Lin et al., Dual-Balancing for Multi-Task Learning, 2023 (arXiv 2308.12029), Algorithm 1; defaults of its
     code.
     """
@@ -46,6 +44,11 @@ class DBMTL(GradientCombiner):
     source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)
+    domain = Domain(
+        "0",
+        attained=True,
+        corners="A task whose loss or gradient is 0 takes no part in the step, as if it were absent.",
+    )
     tracked: Tensor
     times: Tensor
 
@@ -64,26 +67,33 @@ class DBMTL(GradientCombiner):
         """Track the gradients of the log-losses and sum them at equal length, [P]."""
         self.ensure_setup(len(task_grads.matrix))
         losses = task_grads.losses.to(device="cpu", dtype=torch.float64)
-        if bool((losses < 0).any()):
-            raise ValueError(
-                "Method `db_mtl` takes the logarithm of the losses, so they should be positive. "
-                f"Found {losses.tolist()}."
-            )
+        self.check_losses(losses, task_grads.indices)
         inverse = torch.where(losses > 0, 1 / losses, 0.0)
         self.head_weights = inverse
         largest = torch.finfo(task_grads.matrix.dtype).max
         lengths = task_grads.gramian.diagonal().clamp_min(0).sqrt()
         if bool((lengths.clamp_min(1) * inverse >= largest).any()):
-            # Tracked, a gradient (or its factor) that overflows would stay for good.
+            # A length that overflows would make all weights 0.
             return torch.full_like(task_grads.matrix[0], torch.inf)
-        present = list(task_grads.indices)
+        # What is tracked of a task without a gradient would be brought to full length all the same, however old it is.
+        moving = ((lengths > 0) & (inverse > 0)).tolist()
+        self._moving = [place for place, moves in enumerate(moving) if moves]
+        present = [task_grads.indices[place] for place in self._moving]
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
+        if not present:
+            return torch.zeros_like(task_grads.matrix[0])
         self.times[present] += 1
-        for row, task, factor in zip(task_grads.matrix, present, inverse.tolist(), strict=True):
-            beta = self.beta / int(self.times[task]) ** self.sigma
-            self.tracked[task].mul_(beta).add_(row, alpha=(1 - beta) * factor)
-        norms = gramian(self.tracked).diagonal()[present].clamp_min(0).sqrt()
+        matrix = task_grads.matrix
+        pasts = [self.beta / int(self.times[task]) ** self.sigma for task in present]
+        shares = [(beta, (1 - beta) * factor) for beta, factor in zip(pasts, inverse[moving].tolist(), strict=True)]
+        track_([matrix[place] for place in self._moving], self.tracked, present, shares)
+        norms = gramian(matrix).diagonal()[self._moving].clamp_min(0).sqrt()
         ratios = norms.max() / norms
-        weights = self.tracked.new_zeros(self.num_tasks)
-        weights[present] = torch.where(ratios <= largest, ratios, 0.0).to(weights)
-        return torch.mv(self.tracked.T, weights)
+        weights = matrix.new_zeros(len(matrix))
+        weights[self._moving] = torch.where(ratios <= largest, ratios, 0.0).to(weights)
+        return torch.mv(matrix.T, weights)
+
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Keep the tracked gradients."""
+        rows, tasks = task_grads.matrix, task_grads.indices
+        remember_(self.tracked, [rows[place] for place in self._moving], [tasks[place] for place in self._moving])

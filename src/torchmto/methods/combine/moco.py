@@ -11,9 +11,10 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_choice, check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
+from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
+from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.step import TaskGradients
 
@@ -44,15 +45,16 @@ class MoCo(GradientCombiner):
         normalize: "none" or "loss".
         **options: ``heads``.
 
-    Raises:
-        ValueError: If a loss is negative and ``normalize="loss"`` (in the step).
-
     Source: Fernando et al., Mitigating Gradient Bias in Multi-objective Learning, ICLR 2023, Algorithm 1.
     """
 
     source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
     properties = Properties(homogeneity=None, identity=False)
+    domain = Domain(
+        corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
+        'others, and with `step="projection"` in the end all.'
+    )
     tracked: Tensor
     shares: Tensor
     times: Tensor
@@ -78,6 +80,8 @@ class MoCo(GradientCombiner):
         self.rho = check_number("rho", rho, minimum=0)
         self.step_rule = check_choice("step", step, ("softmax", "projection"))
         self.normalize = check_choice("normalize", normalize, ("none", "loss"))
+        if normalize == "loss":
+            self.domain = Domain("0", attained=True)
 
     def setup(self, num_tasks: int) -> None:
         """Tracked gradients, weights and counts of steps."""
@@ -95,10 +99,10 @@ class MoCo(GradientCombiner):
         self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
         self.num_steps += 1
         self.times[present] += 1
-        for row, task, factor in zip(task_grads.matrix, present, factors, strict=True):
-            beta = self.beta / int(self.times[task]) ** self.beta_sigma
-            self.tracked[task].mul_(1 - beta).add_(row, alpha=beta * factor)
-        own = gramian(self.tracked)[present][:, present]
+        rates = [self.beta / int(self.times[task]) ** self.beta_sigma for task in present]
+        shares_of_rows = [(1 - beta, beta * factor) for beta, factor in zip(rates, factors, strict=True)]
+        track_(task_grads.matrix, self.tracked, present, shares_of_rows)
+        own = gramian(task_grads.matrix)
         own.diagonal().add_(self.rho)
         shares = shares_of(self.shares, present)
         moved = shares - self.gamma / self.num_steps**self.gamma_sigma * (own @ shares)
@@ -109,9 +113,11 @@ class MoCo(GradientCombiner):
         )
         set_shares(self.shares, present, moved)
         self.head_weights = moved
-        weights = torch.zeros(self.num_tasks, dtype=torch.float64)
-        weights[present] = moved
-        return torch.mv(self.tracked.T, weights.to(self.tracked))
+        return torch.mv(task_grads.matrix.T, moved.to(task_grads.matrix))
+
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Keep the tracked gradients."""
+        remember_(self.tracked, task_grads.matrix, task_grads.indices)
 
     def _factors(self, task_grads: TaskGradients) -> list[float]:
         """What each gradient is multiplied with before it is tracked."""
@@ -119,14 +125,9 @@ class MoCo(GradientCombiner):
             return [1.0] * len(task_grads.matrix)
         norms = task_grads.gramian.diagonal().clamp_min(0).sqrt()
         losses = task_grads.losses.to(norms)
-        if bool((losses < 0).any()):
-            raise ValueError(
-                "Method `moco` with normalize='loss' multiplies gradients with the losses, so it needs non-negative "
-                f"losses. Found {losses.tolist()}."
-            )
+        self.check_losses(losses, task_grads.indices)
         return [loss / norm if norm > 0 else 0.0 for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
 
     def records(self) -> Mapping[str, Any]:
         """The weights lambda of all tasks."""
-        names = self.tasks or tuple(str(i) for i in range(self.num_tasks))
-        return {"weights": dict(zip(names, self.shares.tolist(), strict=True))}
+        return {"weights": named(self.tasks, self.shares)} if self.num_tasks else {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import check_integer
 from torchmto.methods.combine.columns import pieces
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
 from torchmto.step import Network, TaskGradients
 
@@ -33,6 +33,7 @@ class TrimmedMean(GradientCombiner):
     source = "Yin et al., ICML 2018, Definition 2"
     use = "Gradients of some tasks may be outliers, entry by entry."
     properties = Properties(pareto=False)
+    domain = Domain(corners="With one or two tasks nothing is trimmed: the mean.")
 
     def __init__(self, *, num_trimmed: int = 1, **options: Unpack[GradientOptions]) -> None:
         super().__init__(**options)

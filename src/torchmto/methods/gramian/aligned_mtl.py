@@ -7,7 +7,7 @@ from typing import Literal, Unpack, cast
 from torchmto import solvers
 from torchmto.checks import check_choice
 from torchmto.methods.gramian.preference import PreferenceWeighting
-from torchmto.methods.method import Properties, WeightingOptions
+from torchmto.methods.method import Domain, Properties, WeightingOptions
 from torchmto.methods.per_task import TaskFloats
 from torchmto.methods.registry import register
 from torchmto.solvers.solution import Array, Solution
@@ -43,6 +43,7 @@ class AlignedMTL(PreferenceWeighting):
     source = "Senushkin et al., CVPR 2023, Algorithm 1"
     use = "Gradients of very different size that should be orthogonalised without favouring any."
     properties = Properties(pareto=False)
+    domain = Domain(corners="Zero gradients take no part; what dependent ones span is aligned over its own rank.")
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class AlignedMTL(PreferenceWeighting):
         super().__init__(scale=scale, preference=preference, **options)
         self.scale_mode = check_choice("scale_mode", scale_mode, ("min", "median", "rmse"))
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """The weights of the aligned sum, [k]; they can be negative."""
         mode = cast("Literal['min', 'median', 'rmse']", self.scale_mode)
-        return solvers.aligned(gramian, scale=mode, preference=preference)
+        return solvers.aligned(gramian, scale=mode, preference=preference, precision=precision)

@@ -21,7 +21,8 @@ class CAGrad(GramianWeighting):
     With the mean gradient :math:`g_0`: :math:`\max_d \min_i g_i \cdot d` over :math:`\|d - g_0\| \le c \|g_0\|`, that
     is :math:`d = g_0 + c \|g_0\| g_w / \|g_w\|` where w minimises :math:`w^\top G \mathbb{1}/K + c \|g_0\|
     \sqrt{w^\top G w}` over the simplex and :math:`g_w = w^\top J`. Solved exactly; where :math:`g_w = 0`, which the
-    formula leaves open, d is the direction of the ball nearest to :math:`g_0` that conflicts with no task.
+    formula leaves open, d is the direction of the ball nearest to :math:`g_0` that conflicts with no task. Zero means: up to
+    the rounding errors of the gradients' type.
 
     Scale: that of the mean gradient, as in the paper. Three public codes multiply by K (``scale="sum"``); the
     released one also divides by :math:`1 + c^2` (``rescale=True``; dividing by 1 + c is left to the learning rate).
@@ -64,6 +65,8 @@ class CAGrad(GramianWeighting):
         """The weights of d, [k]."""
         if len(gramian) == 1:
             return torch.ones_like(gramian[0])
-        solution = solvers.cagrad(self.as_array(gramian), self.c, rescale=self.rescale)
+        solution = solvers.cagrad(
+            self.as_array(gramian), self.c, rescale=self.rescale, precision=self.precision_of(gramian)
+        )
         weights = self.accept(solution, gramian)
         return weights * len(gramian) if self.scale == "sum" else weights

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import GramianWeighting, Properties
+from torchmto.methods.method import Domain, GramianWeighting, Properties
 from torchmto.methods.registry import register
 
 
@@ -41,7 +41,11 @@ class ConFIG(GramianWeighting):
     source = "Liu et al., ICLR 2025, equations 2-4"
     use = "When every update has to help every task at an equal rate."
     properties = Properties(pareto=False)
+    domain = Domain(
+        corners="Linearly dependent gradients: the least-squares direction, a fallback. Zero gradients take no part."
+    )
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""
-        return self.accept(solvers.config(self.as_array(gramian)), gramian)
+        solution = solvers.config(self.as_array(gramian), precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number, found
-from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
 from torchmto.methods.registry import make_method, register
 from torchmto.step import Losses, StepContext, TaskGradients
 
@@ -46,6 +46,7 @@ class CRMOGM(GramianWeighting):
 
     source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
+    domain = Domain(corners="Those of the other method; its domain holds.")
     smoothed: Tensor
     seen: Tensor
 

@@ -14,6 +14,8 @@ class DualProj(PreferenceWeighting):
     r"""The mean gradient's projection on :math:`\{d : J d \ge 0\}`: the nearest direction without conflict.
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add.
+    Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these would
+    decide on the weights, a ridge of their size is added.
 
     Scale: mean. No eps. Heads: their own task's gradient. Not random.
 
@@ -36,6 +38,6 @@ class DualProj(PreferenceWeighting):
     use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """Weights of at least the preference, [k]."""
-        return solvers.dual_cone(gramian, preference)
+        return solvers.dual_cone(gramian, preference, precision=precision)

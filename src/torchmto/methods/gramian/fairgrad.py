@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_number
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -19,16 +19,17 @@ class FairGrad(GramianWeighting):
 
     alpha = 1 is Nash-MTL without its clipping; a large alpha favours the task that gains least. The update scales
     with the gradients to the power :math:`(1 - \alpha)/(1 + \alpha)`. Solved by Newton steps, where need
-    be in stages from alpha = 1 on (the released code runs a non-linear least-squares solver). Tested for alpha from 0.5
-    to 100 with norms that span four orders of magnitude; beyond that it can stop on the way, and the solution for the
+    be in stages from alpha = 1 on (the released supervised code runs a non-linear least-squares solver). Tested for alpha
+    from 0.5 to 100 with norms that span four orders of magnitude; beyond that it can stop on the way, and the solution for the
     alpha reached is taken, which conflicts with no task either. Where a convex combination of the gradients vanishes
     there is no solution, and 1e-6 is added to every squared unit length. Both are counted as fallbacks.
 
     With alpha > 1 the update grows as the gradients shrink or cancel, so near the Pareto set it only settles if the
     learning rate falls.
 
-    Scale: see above. No eps. Heads: their own task's gradient; the released code weights them too
-    (``heads="weighted"``). Not random.
+    Scale: see above. No eps. Heads: their own task's gradient, as in the released code for supervised learning. That
+    code also multiplies the update of the shared parameters by K and clips it to norm 1, which we leave to the learning
+    rate; the one for reinforcement learning does neither. Not random.
 
     Args:
         alpha: Positive. 2 in the paper's experiments; 1 is the class default of the released code.
@@ -45,6 +46,10 @@ class FairGrad(GramianWeighting):
     source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
+    domain = Domain(
+        corners="With alpha > 1 the update has no bound as gradients shrink or cancel. A zero gradient takes no part; where a "
+        "convex combination of the others vanishes a ridge is added, a fallback."
+    )
 
     def __init__(self, *, alpha: float = 2.0, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
@@ -52,4 +57,5 @@ class FairGrad(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        return self.accept(solvers.fair(self.as_array(gramian), self.alpha), gramian)
+        solution = solvers.fair(self.as_array(gramian), self.alpha, precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

@@ -65,7 +65,11 @@ class GradVac(GramianWeighting):
         where = (present.unsqueeze(1), present)
         orders = random_orders(size, self.generator).numpy() if self.shuffle else None
         projection, targets = solvers.gradvac(
-            self.as_array(gramian), self.targets[where].numpy(), orders, beta=self.beta
+            self.as_array(gramian),
+            self.targets[where].numpy(),
+            orders,
+            beta=self.beta,
+            precision=self.precision_of(gramian),
         )
         self.targets[where] = torch.from_numpy(targets)
         return self.accept(projection, gramian)

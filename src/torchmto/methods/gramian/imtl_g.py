@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import GramianWeighting, Properties
+from torchmto.methods.method import Domain, GramianWeighting, Properties
 from torchmto.methods.registry import register
 
 
@@ -38,7 +38,12 @@ class IMTLG(GramianWeighting):
     source = "Liu et al., ICLR 2021, equation 5"
     use = "When the update should make equal progress along every unit gradient."
     properties = Properties(pareto=False)
+    domain = Domain(
+        corners="Linearly dependent gradients: the least-squares weights, or 1/K, a fallback. Zero gradients take no part. "
+        "Where gradients of very different length conflict the update can conflict with all of them."
+    )
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k]."""
-        return self.accept(solvers.imtl_g(self.as_array(gramian)), gramian)
+        solution = solvers.imtl_g(self.as_array(gramian), precision=self.precision_of(gramian))
+        return self.accept(solution, gramian)

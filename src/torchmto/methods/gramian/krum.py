@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -20,7 +20,7 @@ class Krum(GramianWeighting):
     Made for distributed learning with faulty workers; as a multi-task method it ignores outlying tasks.
 
     Scale: mean of the selected gradients. With fewer than f + 3 tasks one neighbour counts, where the paper's
-    guarantee doesn't hold. Ties go to the first task. Heads: their own task's gradient. Not random.
+    guarantee doesn't hold. Ties, up to rounding errors, go to the first task. Heads: their own task's gradient. Not random.
 
     Args:
         num_outliers: The number f of gradients not to be trusted.
@@ -39,6 +39,10 @@ class Krum(GramianWeighting):
     source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
     use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
+    domain = Domain(
+        corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be "
+        "the one that is selected."
+    )
 
     def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
@@ -47,5 +51,10 @@ class Krum(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """1/m for the selected tasks, 0 for the others, [k]."""
-        solution = solvers.krum(self.as_array(gramian), num_outliers=self.num_outliers, num_selected=self.num_selected)
+        solution = solvers.krum(
+            self.as_array(gramian),
+            num_outliers=self.num_outliers,
+            num_selected=self.num_selected,
+            precision=self.precision_of(gramian),
+        )
         return self.accept(solution, gramian)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice, check_flag
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
+from torchmto.step import StepContext, TaskGradients
 
 
 @register("mgda")
@@ -24,8 +25,9 @@ class MGDA(GramianWeighting):
     weights then apply to the gradients as they are; LibMTL updates with the normalised ones
     (``normalize_update=True``).
 
-    Scale: the weights sum to 1. No eps. Heads: their own task's gradient; the released code weights the loss and so
-    the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
+    Scale: the weights sum to 1. No eps. In a step zero gradients take no part, where the definition (:meth:`weights`) gives
+    them all the weight and so stops the other tasks. Heads: their own task's gradient; the released code weights the loss
+    and so the heads too (``heads="weighted"``). Not random. LibMTL bounds the weights to [.001, .999]; we don't.
 
     Args:
         normalize: "none" (paper), "l2", "loss" or "loss+".
@@ -33,8 +35,7 @@ class MGDA(GramianWeighting):
         **options: ``heads``, ``refresh_every``.
 
     Raises:
-        ValueError: If ``normalize`` needs losses and there are none, or one is negative (when the weights are
-            computed).
+        ValueError: If ``normalize`` needs losses and there are none (when the weights are computed).
 
     Source: Désidéri, 2012; Sener & Koltun, NeurIPS 2018, equation 4 (normalisations: its released code).
 
@@ -47,6 +48,10 @@ class MGDA(GramianWeighting):
     source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     properties = Properties(nonconflicting=True)
+    domain = Domain(
+        corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the '
+        "shortest of the others takes most of the weight, and what it leaves of the update can be very short."
+    )
 
     def __init__(
         self, *, normalize: str = "none", normalize_update: bool = False, **options: Unpack[WeightingOptions]
@@ -54,25 +59,41 @@ class MGDA(GramianWeighting):
         super().__init__(**options)
         self.normalize = check_choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
         self.normalize_update = check_flag("normalize_update", normalize_update)
+        if self.normalize.startswith("loss"):
+            self.domain = Domain("0", attained=True)
+
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
+        """The weights; without the zero gradients, of which one would stop all other tasks."""
+        gramian, losses, indices = gradients.gramian, gradients.losses, gradients.indices
+        live = (gramian.diagonal() > 0).nonzero().flatten().tolist()
+        if len(live) in (0, len(gramian)):
+            return super().step_weights(context, gradients)
+        weights = torch.zeros_like(gramian[0])
+        weights[live] = self.weights(gramian[live][:, live], losses[live], [indices[i] for i in live])
+        return weights
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
         if self.normalize == "none":
-            return self.accept(solvers.min_norm(self.as_array(gramian)), gramian)
+            return self._min_norm(gramian)
+        if losses is not None:
+            self.check_losses(losses, indices)
         sizes = self._sizes(gramian, losses)
         scaled = gramian / sizes / sizes.unsqueeze(1)
-        weights = self.accept(solvers.min_norm(self.as_array(scaled)), gramian)
+        weights = self._min_norm(scaled)
         return weights / sizes if self.normalize_update else weights
+
+    def _min_norm(self, gramian: Tensor) -> Tensor:
+        return self.accept(solvers.min_norm(self.as_array(gramian), precision=self.precision_of(gramian)), gramian)
 
     def _sizes(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
         """What each gradient is divided by, [k]."""
         norms = gramian.diagonal().clamp_min(0).sqrt()
         if self.normalize == "l2":
             sizes = norms
-        elif losses is None or bool((losses < 0).any()):
+        elif losses is None:
             raise ValueError(
-                f"Method `mgda` with normalize={self.normalize!r} needs non-negative losses. "
-                f"Found {None if losses is None else losses.tolist()}."
+                f"Method `mgda` with normalize={self.normalize!r} needs the losses. Found `losses = None`."
             )
         else:
             sizes = losses.to(norms) if self.normalize == "loss" else losses.to(norms) * norms

@@ -12,7 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_number
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Properties, WeightingOptions
+from torchmto.methods.method import Domain, Properties, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -44,6 +44,9 @@ class MoDo(DoubleSampling):
     source = "Chen et al., NeurIPS 2023, Algorithm 1"
     use = "Generalisation-minded multi-objective training with independent mini-batches."
     properties = Properties(homogeneity=None)
+    domain = Domain(
+        corners="A task whose gradient stays short takes weight from the others, against the pull of `rho`."
+    )
 
     def __init__(self, *, gamma: float = 1e-3, rho: float = 0.1, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)

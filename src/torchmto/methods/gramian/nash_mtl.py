@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
 from torchmto.step import StepContext
 
@@ -27,13 +27,14 @@ class NashMTL(GramianWeighting):
     there is no solution; 1e-6 is then added to every squared unit length (counted as a fallback; the released code
     keeps its last weights).
 
-    Scale: see above. No eps. Heads: their own task's gradient; the released code weights them too
-    (``heads="weighted"``, by weights that include the clipping). Not random.
+    Scale: see above. No eps. Heads: their own task's gradient. The released code clips the shared gradient alone and weights
+    heads by the alpha from before that: ``heads="unclipped"``. With ``heads="weighted"`` the clipping shortens heads too. Not
+    random.
 
     Args:
         max_norm: Largest norm of the update of the shared parameters; 0 for no bound.
         update_every: The paper's name for ``refresh_every``.
-        **options: ``heads``, ``refresh_every``.
+        **options: ``heads`` ("unit", "weighted" or "unclipped"), ``refresh_every``.
 
     Raises:
         ValueError: If ``update_every`` and ``refresh_every`` are both given and differ.
@@ -49,6 +50,11 @@ class NashMTL(GramianWeighting):
     source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
+    domain = Domain(
+        corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "
+        "fallback. The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
+    )
+    HEADS = ("unit", "weighted", "unclipped")
     _bargain: Tensor
 
     def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:
@@ -63,7 +69,9 @@ class NashMTL(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        self._bargain = weights = self.accept(solvers.nash(self.as_array(gramian)), gramian)
+        solution = solvers.nash(self.as_array(gramian), precision=self.precision_of(gramian))
+        self._bargain = weights = self.accept(solution, gramian)
+        self.head_weights = weights if self.heads == "unclipped" else None
         if self.max_norm == 0:
             return weights
         lengths = gramian.diagonal().clamp_min(0).sqrt() * weights

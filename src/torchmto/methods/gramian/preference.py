@@ -67,8 +67,8 @@ class PreferenceWeighting(GramianWeighting):
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The solution, [k]."""
         preference = self.preference.of(range(len(gramian)) if indices is None else indices)
-        return self.accept(self.solve(self.as_array(gramian), preference), gramian)
+        return self.accept(self.solve(self.as_array(gramian), preference, self.precision_of(gramian)), gramian)
 
     @abstractmethod
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
-        """The weights, [k], for a Gramian [k, k] and as many preferences."""
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
+        """The weights, [k], for a Gramian [k, k] of gradients of that machine precision and as many preferences."""

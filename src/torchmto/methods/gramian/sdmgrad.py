@@ -12,7 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import WeightingOptions
+from torchmto.methods.method import Domain, WeightingOptions
 from torchmto.methods.registry import register
 
 
@@ -47,6 +47,9 @@ class SDMGrad(DoubleSampling):
 
     source = "Xiao et al., NeurIPS 2023, Algorithm 1"
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
+    domain = Domain(
+        corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
+    )
 
     def __init__(
         self,

@@ -15,6 +15,11 @@ class UPGrad(PreferenceWeighting):
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add (which lets the update
     conflict with tasks of small gradients), and at any scale (below a norm of 1e-2 or so they return the mean).
+    Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these would
+    decide on the weights, a ridge of their size is added.
+
+    Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these
+    would decide on the weights, a ridge of their size is added.
 
     Scale: mean, as in the paper. No eps. Heads: their own task's gradient. Not random.
 
@@ -36,6 +41,6 @@ class UPGrad(PreferenceWeighting):
     use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float]) -> Solution:
+    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
         """Weights of at least the preference, [k]."""
-        return solvers.upgrad(gramian, preference)
+        return solvers.upgrad(gramian, preference, precision=precision)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_choice
 from torchmto.methods.gramian.pcgrad import random_orders
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
 from torchmto.methods.registry import register
 from torchmto.step import Losses, StepContext
@@ -63,7 +63,7 @@ class WPCGrad(GramianWeighting):
     Args:
         mode: "order", "pairwise" or "pcgrad".
         priority: Where the probabilities come from. A mapping of probabilities (missing tasks have 0); "loss": the previous
-            window's mean loss to the power ``gamma``; "relative_loss": each divided by its first window's mean; a loss
+            window's mean loss to the power ``gamma``; "relative_loss": each divided by its first positive window's mean; a loss
             weighting (name or object), normalised to sum 1; "performance": the shortfall of the reported validation metric
             (``mt.report``) to ``baseline``, to the power ``gamma``; "uniform"; or a callable of the losses [k]. Uniform until
             a first window or report.
@@ -88,6 +88,10 @@ class WPCGrad(GramianWeighting):
     source = "Bohn et al., 2024, arXiv 2409.01793"
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
     properties = Properties(equivariant=False, uses_losses=True)
+    domain = Domain(
+        corners="A mean loss that isn't positive has priority 0; where all have, the tasks are alike. Of a loss weighting as "
+        "priority its own domain holds, and weights below 0 count as 0."
+    )
     priority: Priority
 
     def __init__(
@@ -124,7 +128,7 @@ class WPCGrad(GramianWeighting):
         if self.mode == "order":
             (order,) = plackett_luce(p, self.generator).tolist()
             self._drawn["order"] = [present[i] for i in order]
-            return self.accept(solvers.wpcgrad(array, order), gramian)
+            return self.accept(solvers.wpcgrad(array, order, precision=self.precision_of(gramian)), gramian)
         if self.mode == "pairwise":
             both = p.unsqueeze(1) + p.unsqueeze(0)
             chance = torch.where(both > 0, p.unsqueeze(1) / both.clamp_min(torch.finfo(p.dtype).tiny), 0.5)
@@ -152,10 +156,7 @@ class WPCGrad(GramianWeighting):
     def records(self) -> Mapping[str, Any]:
         """The probabilities and, in mode "order", the order drawn."""
         named = {key: value for key, value in self._drawn.items() if key != "probabilities"}
-        names = self.tasks or tuple(str(i) for i in range(self.num_tasks))
         if "order" in named:
-            named["order"] = [names[i] for i in named["order"]]
-        return {
-            **named,
-            "probabilities": {names[i]: p for i, p in self._drawn.get("probabilities", {}).items()},
-        }
+            named["order"] = [self.label(i) for i in named["order"]]
+        probabilities = self._drawn.get("probabilities", {})
+        return {**named, "probabilities": {self.label(i): p for i, p in probabilities.items()}}

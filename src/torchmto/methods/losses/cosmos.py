@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
+from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import TaskFloats
 from torchmto.methods.registry import register
 
@@ -37,6 +38,12 @@ class COSMOS(LossWeighting):
     source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
     use = "One model for a chosen preference between tasks on a Pareto front."
     properties = Properties(homogeneity=None, identity=False, pareto=False)
+    domain = Domain(
+        "0",
+        attained=True,
+        corners="Where all losses are 0 the cosine isn't defined and doesn't count. Its part of the weights grows like 1 / ‖l‖ "
+        "as all losses near 0.",
+    )
 
     def __init__(self, *, preference: TaskFloats | None = None, penalty: float = 1.0) -> None:
         super().__init__()
@@ -51,6 +58,9 @@ class COSMOS(LossWeighting):
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum minus the cosine."""
         r = self.preference.of(self.present(losses, indices)).to(losses)
-        dot = (r * losses).sum()
-        cosine: Tensor = dot / (torch.linalg.vector_norm(r) * torch.linalg.vector_norm(losses))
-        return dot - self.penalty * cosine
+        losses = inside(losses, losses >= 0)
+        # The cosine of the losses over their largest one, whose squares stay in range.
+        largest = losses.detach().amax()
+        scaled = torch.where(largest == 0, 1.0, losses / torch.where(largest == 0, 1.0, largest))
+        cosine: Tensor = (r * scaled).sum() / (torch.linalg.vector_norm(r) * torch.linalg.vector_norm(scaled))
+        return (r * losses).sum() - self.penalty * cosine

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.checks import check_number, found, unknown_task
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register
 
@@ -51,6 +51,7 @@ class DTP(LossWeighting):
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
     takes_shares = True
     properties = Properties(identity=False)
+    domain = Domain(corners="Once every task is at performance 1, nothing moves.")
     fixed = True
     performance: Tensor
 
@@ -81,9 +82,7 @@ class DTP(LossWeighting):
         """Average in validation results."""
         for name, value in performance.items():
             if name not in self.tasks:
-                raise ValueError(
-                    f"Unknown task `{name}` in the report. The tasks are {', '.join(self.tasks) or 'not known yet'}."
-                )
+                raise ValueError(unknown_task(name, self.tasks, "in the report"))
             if not 0 <= value <= 1:
                 raise ValueError(found(f"performance[{name!r}]", "in [0, 1]: method `dtp` needs shares", value))
         for name, value in performance.items():
@@ -93,5 +92,7 @@ class DTP(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The averaged performances that have been reported."""
+        if not self.num_tasks:
+            return {}
         averages = named(self.tasks, self.performance)
         return {"performance": {name: value for name, value in averages.items() if not math.isnan(value)}}

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import check_number
 from torchmto.methods.losses.window import WindowedWeighting
+from torchmto.methods.method import Domain
 from torchmto.methods.registry import register
 
 
@@ -18,8 +19,9 @@ class DWA(WindowedWeighting):
 
     :math:`r_i` is the task's mean loss over the last window divided by that over the window before: tasks that stagnate
     weigh more. A window is an epoch (``mt.end_window()``), or ``window`` steps. The weights are 1 until two windows
-    have ended; a task that wasn't present in two windows has r = 1, and a window without a task leaves its means as
-    they are. K is the number of present tasks. Scale: sum. Heads: times the task's weight.
+    have ended; a task that wasn't present in two windows, or whose mean isn't positive, has r = 1,
+    and a window without a task leaves its means as they are. K is the number of present tasks. Scale: sum. Heads: times
+    the task's weight.
 
     Args:
         temperature: T; large values make the weights alike.
@@ -35,6 +37,10 @@ class DWA(WindowedWeighting):
 
     source = "Liu et al., CVPR 2019, Eq. 7"
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
+    domain = Domain(
+        corners="Where a window's mean isn't positive a ratio has no meaning: r = 1. A task whose loss has grown many times "
+        "over takes nearly all of the weight for a window."
+    )
     last: Tensor
     before: Tensor
 
@@ -51,8 +57,9 @@ class DWA(WindowedWeighting):
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""
         chosen = self.present(losses, indices)
-        rates = self.last[chosen] / self.before[chosen]
-        rates = torch.where(rates.isfinite(), rates, 1.0)
+        last, before = self.last[chosen], self.before[chosen]
+        rates = last / before
+        rates = torch.where(rates.isfinite() & (last >= 0) & (before > 0), rates, 1.0)
         return ((rates / self.temperature).softmax(0) * len(chosen)).to(losses).mul(losses).sum()
 
     def close(self, means: Tensor) -> None:

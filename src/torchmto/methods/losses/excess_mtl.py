@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_number
-from torchmto.methods.method import Method, Properties
+from torchmto.methods.method import Domain, Method, Properties
 from torchmto.methods.registry import register
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+
+LEAST = 1e-6
+"""Smallest share of a weight in their sum: from 0 no factor brings it back."""
 
 
 @register("excess_mtl")
@@ -25,7 +28,8 @@ class ExcessMTL(Method):
     A loss weighting, but it needs the K gradients: K backwards per step, and a K x P state with the sums of squared
     gradients on the shared parameters. Scale: sum; the update's weights sum to the number of present tasks. Heads:
     times the task's weight by default. Deviation: no epsilon in the denominator; entries whose gradient has always been
-    zero count as zero. A gradient whose squares overflow makes the step non-finite.
+    zero count as zero; a weight's share of the sum doesn't fall below
+    1e-6. A gradient whose squares overflow makes the step non-finite.
 
     Args:
         step_size: :math:`\eta`.
@@ -38,6 +42,7 @@ class ExcessMTL(Method):
     source = "He et al., ICML 2024, Algorithm 1"
     use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
     properties = Properties()
+    domain = Domain(corners="No weight falls below 1e-6 of the sum, from where a task can come back.")
     weights: Tensor
     first: Tensor
     squares: Tensor
@@ -59,7 +64,7 @@ class ExcessMTL(Method):
 
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:
-        """Add the squared gradients to their sums; the estimated excess risks of the present tasks, float64 [k]."""
+        """The estimated excess risks of the present tasks, float64 [k]."""
         matrix = gradients.matrix
         squares = self.squares.to(matrix)
         if squares.shape[1] < matrix.shape[1]:
@@ -70,9 +75,8 @@ class ExcessMTL(Method):
         excess = []
         for row, task in zip(matrix, gradients.indices, strict=True):
             square = row.square()
-            squares[task] += square
             # In this order nothing overflows that the gradient's square doesn't.
-            excess.append(torch.where(square > 0, square * squares[task].rsqrt(), 0.0).sum())
+            excess.append(torch.where(square > 0, square * (squares[task] + square).rsqrt(), 0.0).sum())
         return torch.stack(excess).to("cpu", torch.float64)
 
     def _update(self, chosen: Sequence[int], excess: Tensor) -> Tensor:
@@ -83,7 +87,8 @@ class ExcessMTL(Method):
         relative = torch.where(relative.isfinite(), relative, 0.0)
         self.first[where] = torch.where(self.first[where].isnan(), excess, self.first[where])
         before = self.weights[where]
-        moved = (before.log() + self.step_size * relative).softmax(0)
+        moved = (before.log() + self.step_size * relative).softmax(0).clamp_min(LEAST)
+        moved = moved / moved.sum()
         if bool((relative != 0).any()):
             self.weights[where] = moved * before.sum()
         weights = self.weights[where]
@@ -103,6 +108,10 @@ class ExcessMTL(Method):
         gradients = context.gradients()
         self._check(context, gradients)
         weights = self._update(gradients.indices, self._excess(gradients))
-        context.combine(gradients, weights, heads=self.heads)
+        # Beside the rows, which are needed once more.
+        vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
+        context.combine(gradients, weights, vector=vector, heads=self.heads)
         context.apply()
+        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
+            self.squares[task].addcmul_(row, row)
         return context.info(weights=weights, indices=gradients.indices, gradients=gradients)

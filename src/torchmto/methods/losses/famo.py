@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
+from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.losses.logarithm import safe_log
-from torchmto.methods.method import Cost, LossWeighting, Properties
+from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register
 from torchmto.step import Losses, StepContext
@@ -28,9 +28,11 @@ class FAMO(LossWeighting):
     that improved more than others loses weight. Logits of absent tasks stay.
 
     Scale: mean (weights sum to 1). Heads: times the task's weight. Cost: one more forward per step, without gradient,
-    with the random state of the step's own forward and without moving norm buffers; so it needs a closure. The released
-    code also clips the shared gradient to norm 1 (use ``clip=``), and its default decay is 0.01. Losses must be larger
-    than ``min_losses``; another loss makes the step non-finite.
+    with the random state of the step's own forward and without moving norm buffers; so it needs a closure. Clipping: the
+    released experiments clip the shared gradient to norm 1 before the backward, which does nothing; the released package
+    clips after it, if it is given the shared parameters (here ``clip=``, over all parameters). The default decay is
+    1e-5 in the former and 0.01 in the latter. Losses must be larger than ``min_losses + eps``: with a task at its bound
+    all others would stand still. Not random.
 
     Args:
         lr: Adam's learning rate for the logits.
@@ -49,6 +51,11 @@ class FAMO(LossWeighting):
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
     properties = Properties(homogeneity=None, identity=False)
+    domain = Domain(
+        "`min_losses` + `eps`",
+        corners="A loss close to its bound takes nearly all of the weight, as its gradient is the shortest, until the logits "
+        "have made up for it.",
+    )
     needs_losses_after = True
     logits: LearnableScales
 
@@ -68,13 +75,18 @@ class FAMO(LossWeighting):
         """One logit per task."""
         self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, weight_decay=self.gamma))
 
+    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+        """Less than eps above its lower bound a task would take all the weight, and the others would stand still."""
+        return self.min_losses.of(indices) + self.eps
+
     def cost(self, num_tasks: int) -> Cost:
         """Two forwards and one backward."""
         return Cost(2, 1, 1)
 
     def _log_distance(self, losses: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        distance = losses - self.min_losses.of(chosen).to(losses) + self.eps
-        return distance, safe_log(distance)
+        distance = losses - self.min_losses.of(chosen).to(losses)
+        distance = inside(distance, losses > self.lower_bounds(chosen).to(losses)) + self.eps
+        return distance, distance.log()
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the logarithms, scaled so that the weights sum to 1."""
@@ -102,4 +114,4 @@ class FAMO(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The logits after the step."""
-        return {"logits": named(self.tasks, self.logits.values)}
+        return {"logits": named(self.tasks, self.logits.values)} if self.num_tasks else {}

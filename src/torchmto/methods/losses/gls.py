@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchmto.methods.losses.logarithm import safe_log
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.losses.inside import safe_log
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.registry import register
 
 
@@ -17,7 +17,7 @@ class GLS(LossWeighting):
 
     Over the present tasks; computed from logarithms, so that products of many losses don't under- or overflow. The
     weights are :math:`L / (K l_i)` with the geometric mean L: invariant to a common scale of the losses. Scale: mean.
-    Heads: times the task's weight. Losses must be positive; another loss makes the step non-finite. Where a loss tends
+    Heads: times the task's weight. Losses must be positive. Where a loss tends
     to 0, the mean has a kink and a constant learning rate doesn't settle.
 
     Source: Chennupati et al., MultiNet++, CVPR Workshops 2019.
@@ -31,6 +31,7 @@ class GLS(LossWeighting):
     source = "Chennupati et al., CVPR Workshops 2019"
     use = "Positive losses on different scales, without any hyper-parameter."
     properties = Properties(identity=False, pareto=False)
+    domain = Domain("0", corners="As one loss nears 0 so do the weights of all others.")
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The geometric mean."""

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.step import Losses, StepContext
+
+LEAST = 1e-6
+"""Smallest share: from 0 no factor brings it back."""
 
 
 def group_means(values: Tensor, num_groups: int) -> Tensor:
@@ -65,8 +68,8 @@ class GO4Align(LossWeighting):
     \leftarrow q_i e^{-\eta l_i}`, normalised to sum 1. The indicators are clustered by k-means into groups, and a
     task's weight is the mean indicator of its group. The weights are constants in the derivative. The share of present
     tasks in q is renormalised; absent tasks keep theirs. Scale: equal losses have weight 1. Heads: times the task's
-    weight. Deviation: one-dimensional k-means is solved exactly, so the groups don't depend on a random start. Losses
-    must be positive.
+    weight. Deviation: one-dimensional k-means is solved exactly, so the groups don't depend on a random start, and
+    no share of the present tasks falls below 1e-6. Losses must be positive. Not random.
 
     Args:
         num_groups: Number of groups; 1 gives all tasks the mean indicator. The paper tunes it per data set.
@@ -83,6 +86,7 @@ class GO4Align(LossWeighting):
     source = "Shen et al., NeurIPS 2024"
     use = "Tasks that learn in step with each other and should share a weight."
     properties = Properties(homogeneity=None, pareto=False)
+    domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
     shares: Tensor
 
     def __init__(self, *, num_groups: int = 2, step_size: float = 1e-4) -> None:
@@ -97,7 +101,8 @@ class GO4Align(LossWeighting):
     def _updated(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
         """The shares of the present tasks after these losses, summing to 1."""
         logarithm = self.shares[list(chosen)].log() - self.step_size * losses.detach().to("cpu", torch.float64)
-        return logarithm.softmax(0)
+        shares = logarithm.softmax(0).clamp_min(LEAST)
+        return shares / shares.sum()
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The sum of the losses times their groups' weights."""
@@ -116,4 +121,4 @@ class GO4Align(LossWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The shares after the step."""
-        return {"shares": named(self.tasks, self.shares)}
+        return {"shares": named(self.tasks, self.shares)} if self.num_tasks else {}

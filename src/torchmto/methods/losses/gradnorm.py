@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found
 from torchmto.gradients import gramian as gramian_of_rows
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
 from torchmto.step import Losses, Network, StepContext, TaskGradients
@@ -56,6 +56,9 @@ class GradNorm(GramianWeighting):
     source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
     properties = Properties(uses_losses=True)
+    domain = Domain(
+        corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
+    )
     scales: LearnableScales
     first: Tensor
 
@@ -131,8 +134,9 @@ class GradNorm(GramianWeighting):
         before = self.scales.of(chosen)
         scaled = before * norms
         first = self.first[chosen]
-        progress = values / first
-        rates = torch.where(first.isnan(), 1.0, progress / progress[~first.isnan()].mean()).clamp_min(0)
+        # Below 0 there is nothing left to gain: the mean of the others' progress must stay positive.
+        progress = (values / first).clamp_min(0)
+        rates = torch.where(first.isnan(), 1.0, progress / progress[~first.isnan()].mean())
         distances = scaled - scaled.mean() * rates**self.alpha
         if not bool(distances.isfinite().all()):
             return
@@ -142,4 +146,4 @@ class GradNorm(GramianWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The weights after the step."""
-        return {"scales": named(self.tasks, self.scales.values)}
+        return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer
-from torchmto.methods.losses.logarithm import safe_log
+from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Properties
+from torchmto.methods.method import Domain, Properties
 from torchmto.methods.registry import register
 
 
@@ -22,8 +22,7 @@ class IGB(WindowedWeighting):
     improvable gap that is left, the ideal loss taken as 0. The weights are constants in the derivative, and 1 until the
     base is known. A task that the base window hasn't seen has a gap of 1 until the end of its first window. K is the
     number of present tasks. This is the paper's first version (IGBv1); the second one learns the weights by
-    reinforcement learning. Scale: sum. Heads: times the task's weight. Losses must be positive; another loss makes the
-    step non-finite.
+    reinforcement learning. Scale: sum. Heads: times the task's weight. Losses must be positive.
 
     Args:
         base_window: The number, from 1, of the window whose means are the base.
@@ -41,6 +40,7 @@ class IGB(WindowedWeighting):
     source = "Dai et al., UAI 2023, IGBv1"
     use = "Losses on different scales, when tasks far from their start value should catch up."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
+    domain = Domain("0", corners="A task at many times its base takes nearly all of the weight.")
     base: Tensor
     windows: int
 

@@ -14,8 +14,9 @@ class IMTLL(LearntScaling):
     r"""Learnt scales that make all scaled losses alike, :math:`\sum_i e^{s_i} l_i - s_i` with learnable :math:`s_i`.
 
     At the optimum :math:`e^{s_i} l_i = 1`. The scales belong to the method: they have an Adam of their own, are updated
-    after each step from the step's losses, and are saved in its state. An absent task's scale stays. Scale: sum, with
-    weights :math:`e^{s_i}` that start at 1. Heads: times the task's weight.
+    after each step from the step's losses, and are saved in its state. An absent task's scale stays, and so does
+    that of a loss that isn't positive. Scale: sum, with weights :math:`e^{s_i}` that start at 1. Heads: times the task's
+    weight.
 
     Args:
         lr: Adam's learning rate for the scales. The paper learns them with the model's optimizer; 0.025 is ours.

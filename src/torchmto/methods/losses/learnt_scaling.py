@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchmto.checks import check_number
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import LossWeighting
+from torchmto.methods.method import Domain, LossWeighting
 from torchmto.methods.per_task import named
 from torchmto.step import Losses, StepContext
 
@@ -20,7 +20,8 @@ class LearntScaling(LossWeighting):
     """A sum of losses weighted by learnable scales, plus a penalty on the scales.
 
     The scales belong to the method: they have an Adam of their own, are updated after each step from the step's losses, and
-    are saved in its state. An absent task's scale stays.
+    are saved in its state. An absent task's scale stays, and so does that of a task whose loss isn't positive: it has no
+    optimum, and would move without bound.
 
     Args:
         lr: Adam's learning rate for the scales.
@@ -28,6 +29,9 @@ class LearntScaling(LossWeighting):
     """
 
     fixed = True
+    domain = Domain(
+        corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
+    )
     scales: LearnableScales
 
     def __init__(self, *, lr: float = 0.025, initial: float = 0.0) -> None:
@@ -52,11 +56,14 @@ class LearntScaling(LossWeighting):
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """One step of Adam on the scales, along the objective's derivative."""
         values = losses.values.to("cpu", torch.float64)
-        self.scales.step(self.slope(values, self.scales.of(losses.indices)), losses.indices)
+        positive = (values > 0).tolist()
+        chosen = [index for index, good in zip(losses.indices, positive, strict=True) if good]
+        if chosen:
+            self.scales.step(self.slope(values[positive], self.scales.of(chosen)), chosen)
 
     def records(self) -> Mapping[str, Any]:
         """The scales after the step."""
-        return {"scales": named(self.tasks, self.scales.values)}
+        return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}
 
     @abstractmethod
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
+from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
 from torchmto.methods.registry import register
 
@@ -39,6 +40,11 @@ class PBI(LossWeighting):
     source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
     use = "A chosen preference direction in loss space."
     properties = Properties(pareto=False)
+    domain = Domain(
+        "`reference`",
+        attained=True,
+        corners="The penalty can give a loss below its share a negative weight: it may rise.",
+    )
 
     def __init__(
         self,
@@ -58,13 +64,21 @@ class PBI(LossWeighting):
         self.reference.bind(tasks)
         super().bind(tasks)
 
+    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+        """Distances to a point that isn't below the losses mean nothing."""
+        return self.reference.of(indices)
+
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The two distances."""
         chosen = self.present(losses, indices)
         direction = self.preference.of(chosen)
         direction = (direction / torch.linalg.vector_norm(direction)).to(losses)
         gap = losses - self.reference.of(chosen).to(losses)
+        gap = inside(gap, gap >= 0)
         along = (gap * direction).sum()
-        across: Tensor = torch.linalg.vector_norm(gap - along * direction)
-        value: Tensor = along + self.theta * across
+        across = gap - along * direction
+        # Divided by its largest entry, whose square stays in range.
+        largest = across.detach().abs().amax()
+        largest = torch.where(largest > 0, largest, 1.0)
+        value: Tensor = along + self.theta * largest * torch.linalg.vector_norm(across / largest)
         return value

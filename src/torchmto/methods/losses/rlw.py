@@ -15,7 +15,7 @@ from torchmto.methods.registry import register
 class RLW(LossWeighting):
     r"""Random weights in every step: :math:`\sum_i w_i l_i` with :math:`w = K\,\mathrm{softmax}(z)`, z standard normal.
 
-    K is the number of present tasks. Scale: sum (the paper's weights sum to 1, its code's to K). Heads: times the
+    K is the number of present tasks. Scale: sum (in the paper and its code they sum to 1). Heads: times the
     task's weight. Random: one draw per step from :attr:`generator`.
 
     Source: Lin et al., Reasonable Effectiveness of Random Weighting, TMLR 2022.

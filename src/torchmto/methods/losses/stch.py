@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
-from torchmto.methods.losses.logarithm import safe_log
+from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Properties
+from torchmto.methods.method import Domain, Properties
 from torchmto.methods.registry import register
 
 
@@ -23,7 +23,7 @@ class STCH(WindowedWeighting):
     released multi-task code. A window is an epoch (``mt.end_window()``), or ``window`` steps; without either, the
     warm-up never ends. A task that the warm-up hasn't seen has f = 0 until the end of its first window. Scale: the
     weights are a softmax divided by the losses, not multiplied by K (LibMTL multiplies). Heads: times the task's
-    weight. Losses must be positive; another loss makes the step non-finite.
+    weight. Losses must be positive.
 
     Args:
         mu: Smoothing: towards 0 the objective becomes the maximum.
@@ -41,6 +41,7 @@ class STCH(WindowedWeighting):
     source = "Lin et al., ICML 2024"
     use = "The worst task counts most, smoothly, at one backward."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
+    domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l during the warm-up.")
     nadir: Tensor
     windows: int
 

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
 from torchmto.methods.registry import register
 
 
 @register("tchebycheff")
 class Tchebycheff(LossWeighting):
-    r"""The largest weighted loss, :math:`\max_i \lambda_i |l_i - z_i|`.
+    r"""The largest weighted loss, :math:`\max_i \lambda_i (l_i - z_i)`.
 
     Only the worst task has a gradient; tasks that tie share it evenly. For the smooth form see ``stch``. Scale: the
     weight of the worst task is its preference (which sum to 1 over the present tasks). Heads: times the task's weight,
@@ -22,7 +23,7 @@ class Tchebycheff(LossWeighting):
 
     Args:
         preference: Task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
-        reference: The ideal point z: one number, or one per task (mapping or sequence).
+        reference: The ideal point z, a lower bound of the losses: one number, or one per task (mapping or sequence).
 
     Source: Zhang & Li, MOEA/D: A Multiobjective Evolutionary Algorithm Based on Decomposition, IEEE TEVC 2007, Section
     II-B.
@@ -36,6 +37,7 @@ class Tchebycheff(LossWeighting):
     source = "Zhang & Li, IEEE TEVC 2007, Section II-B"
     use = "The worst weighted loss is all that counts."
     properties = Properties(pareto=False)
+    domain = Domain("`reference`", attained=True)
 
     def __init__(
         self,
@@ -53,6 +55,10 @@ class Tchebycheff(LossWeighting):
         self.reference.bind(tasks)
         super().bind(tasks)
 
+    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+        """Below the reference the distance falls as the loss rises: descent would climb."""
+        return self.reference.of(indices)
+
     def _scaled(self, preference: Tensor) -> Tensor:
         return preference
 
@@ -60,12 +66,13 @@ class Tchebycheff(LossWeighting):
         """The largest weighted distance to the reference."""
         chosen = self.present(losses, indices)
         scale = self._scaled(self.preference.of(chosen)).to(losses)
-        return (scale * (losses - self.reference.of(chosen).to(losses)).abs()).amax()
+        gap = losses - self.reference.of(chosen).to(losses)
+        return (scale * inside(gap, gap >= 0)).amax()
 
 
 @register("mtchebycheff")
 class ModifiedTchebycheff(Tchebycheff):
-    r"""The largest loss divided by its preference, :math:`\max_i |l_i - z_i| / \lambda_i`.
+    r"""The largest loss divided by its preference, :math:`\max_i (l_i - z_i) / \lambda_i`.
 
     Minimal where the losses are in proportion to the preference, if the Pareto front has such a point, while the
     optimum of ``tchebycheff`` has them in inverse proportion. Scale: the weight of the worst task is the inverse of its
@@ -73,7 +80,7 @@ class ModifiedTchebycheff(Tchebycheff):
 
     Args:
         preference: Task -> positive weight or a sequence; scaled to sum 1 over the present tasks. None: all alike.
-        reference: The ideal point z: one number, or one per task (mapping or sequence).
+        reference: The ideal point z, a lower bound of the losses: one number, or one per task (mapping or sequence).
 
     Source: Ma et al., On Tchebycheff Decomposition Approaches for Multiobjective Evolutionary Optimization, IEEE TEVC
     2018.

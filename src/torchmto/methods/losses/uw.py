@@ -15,7 +15,8 @@ class UW(LearntScaling):
 
     :math:`s_i` is the logarithm of the task's observation variance; at its optimum :math:`e^{s_i} = l_i`. The scales
     belong to the method: they have an Adam of their own, are updated after each step from the step's losses, and are
-    saved in its state. An absent task's scale stays. Scale: sum, but the weights :math:`e^{-s_i} / 2` start at 1/2.
+    saved in its state. An absent task's scale stays, and so does that of a loss that isn't
+    positive. Scale: sum, but the weights :math:`e^{-s_i} / 2` start at 1/2.
     Heads: times the task's weight.
 
     Args:

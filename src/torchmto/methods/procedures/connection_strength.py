@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found
+from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest
 from torchmto.gradients.ranks import is_sharded
-from torchmto.methods.method import Cost, GradientCombiner, Method, Procedure, Properties
+from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, register
+from torchmto.methods.registry import make_method, methods, register
+from torchmto.solvers.unit import rounding_error
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure import (
     Recording,
@@ -168,12 +169,13 @@ class ChannelPriorities:
         """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
         views = None if gradients is None or self.measure == "parameters" else gradients.view(layer.weight)
         strengths = layer.strengths([self.tasks[i] for i in indices], measure=self.measure, task_grads=views)
+        tie = 1e-12 if views is None or gradients is None else rounding_error(gradients.precision)
         rows = [row for row, index in enumerate(indices) if index in candidates]
         if len(rows) == len(indices):
-            return top_priority(normalized_strength(strengths))
+            return top_priority(normalized_strength(strengths), tie=tie)
         if not rows:
             return torch.full((layer.num_channels,), -1, device=strengths.device)
-        top = top_priority(normalized_strength(strengths[rows]))
+        top = top_priority(normalized_strength(strengths[rows]), tie=tie)
         return torch.tensor([*rows, -1], device=top.device)[top]
 
     def _reached(self) -> dict[int, frozenset[int]]:
@@ -301,6 +303,10 @@ class ConnectionStrength(Procedure):
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+    domain = Domain(
+        corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
+        "in the second phase."
+    )
     second: Method
     num_steps: int
     drawn: int
@@ -334,11 +340,17 @@ class ConnectionStrength(Procedure):
         if phase2 == "priority":
             second: Method = PriorityProjection(priorities, degenerate=degenerate)
         else:
+            if isinstance(phase2, str) and phase2 not in methods():
+                known = ("priority", *methods())
+                raise ValueError(
+                    f"Unknown method `{phase2}` as `phase2`: 'priority' or a method.{nearest(phase2, known)}"
+                )
             second = make_method(phase2) if isinstance(phase2, str) else phase2
         if not isinstance(second, Method):
             raise TypeError(found("phase2", "'priority' or a method", phase2))
         self.measure = measure
         self.record_layers = check_flag("record_layers", record_layers)
+        self._now = 0
         self.add_state("second", second)
         self.add_state("num_steps", 0)
         self.add_state("drawn", 0)
@@ -394,9 +406,13 @@ class ConnectionStrength(Procedure):
         """Pass on to the second phase."""
         self.second.report(performance)
 
+    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+        """What the second phase says in the second phase."""
+        return super().outside(losses, indices) if self._now == 2 else ""
+
     def step(self, context: StepContext) -> StepInfo:
         """One batch in phase 1 or 2."""
-        phase = self._phase()
+        phase = self._now = self._phase()
         with self.priorities.watching():
             if phase == 1:
                 one_task_at_a_time(context, self.generator if self.shuffle else None)

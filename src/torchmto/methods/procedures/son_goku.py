@@ -7,21 +7,24 @@ from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
 from torchmto.gradients import gramian
-from torchmto.methods.combine.columns import fitted
+from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.step import Network, StepContext, StepInfo
+from torchmto.solvers.unit import rounding_error
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
-def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]:
+def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: float | None = None) -> list[list[int]]:
     """Groups without conflict by greedy colouring (Welsh-Powell) of the conflict graph.
 
-    Two tasks conflict if the cosine of their gradients is below minus the threshold. Tasks are coloured in the order
-    of falling number of conflicts, ties by index, each with the first colour that no conflicting task has.
+    Two tasks conflict if the cosine of their gradients is below minus the threshold by more than its rounding error.
+    Tasks are coloured in the order of falling number of conflicts, ties by index, each with the first colour that no
+    conflicting task has.
 
     Args:
         gramian: Inner products of the tasks' gradients, [K, K].
         threshold: In [0, 1].
+        precision: The gradients' machine precision; default that of the Gramian's type.
 
     Returns:
         Groups of task indices, ascending in each group, one group per colour.
@@ -31,7 +34,8 @@ def colour_conflicts(gramian: Tensor, threshold: float = 0.0) -> list[list[int]]
         [[0, 2], [1]]
     """
     norms = gramian.diagonal().clamp_min(0).sqrt()
-    conflicts = gramian < -threshold * torch.outer(norms, norms)
+    rounding = rounding_error(torch.finfo(gramian.dtype).eps if precision is None else precision)
+    conflicts = gramian < -(threshold + rounding) * torch.outer(norms, norms)
     conflicts.fill_diagonal_(fill_value=False)
     table = conflicts.tolist()
     order = sorted(range(len(table)), key=lambda task: -sum(table[task]))
@@ -105,10 +109,10 @@ class SonGoku(Procedure):
         present = gradients.indices
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
-            for row, task in zip(gradients.matrix, present, strict=True):
-                self.tracked[task].mul_(self.beta).add_(row, alpha=1 - self.beta)
         if self.num_steps % self.refresh_every == 0:
-            self.groups = colour_conflicts(gramian(self.tracked), self.tau)
+            moved = (self._moved(gradients, piece) for piece in pieces(gradients.matrix.shape[1]))
+            start = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
+            self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau, precision=gradients.precision)
             self.turn = 0
         self.num_steps += 1
         while not set(self.groups[self.turn % len(self.groups)]) & set(present):
@@ -118,12 +122,16 @@ class SonGoku(Procedure):
         weights = torch.tensor([float(task in group) for task in present], dtype=torch.float64)
         for key, (parameter, held) in list(gradients.heads.items()):
             gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
-        context.combine(gradients, weights)
+        # Beside the rows, which are needed once more.
+        vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
+        context.combine(gradients, weights, vector=vector)
         # What only waiting tasks reach has zeros now, and optimizers with moments would move it.
         for parameter in gradients.parameters:
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
         context.apply()
+        for piece in pieces(gradients.matrix.shape[1]):
+            self.tracked[:, piece] = self._moved(gradients, piece)
         names = context.tasks
         return context.info(
             weights=weights,
@@ -134,3 +142,11 @@ class SonGoku(Procedure):
                 "active": [names[task] for task in group if task in present],
             },
         )
+
+    @torch.no_grad()
+    def _moved(self, gradients: TaskGradients, piece: slice) -> Tensor:
+        """Some columns of the tracked gradients after this step."""
+        tracked = self.tracked[:, piece].clone()
+        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
+            tracked[task].mul_(self.beta).add_(row[piece], alpha=1 - self.beta)
+        return tracked

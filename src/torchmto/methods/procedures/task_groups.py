@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_flag, check_integer, found
-from torchmto.methods.method import Cost, GramianWeighting, Procedure, Properties
+from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
+from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
 from torchmto.methods.registry import make_method, register
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
@@ -72,6 +72,10 @@ class TaskGroups(Procedure):
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
+    domain = Domain(
+        corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
+        "method its own domain holds."
+    )
     inner: GramianWeighting | None
     num_batches: int
     affinity: ProximalAffinity
@@ -130,7 +134,7 @@ class TaskGroups(Procedure):
             members = [name for group in self.grouping for name in group]
             unknown = [name for name in members if name not in tasks]
             if unknown:
-                raise ValueError(f"Unknown task `{unknown[0]}` in `groups`. The tasks are {', '.join(tasks)}.")
+                raise ValueError(unknown_task(unknown[0], tasks, "in `groups`"))
             if set(members) != set(tasks):
                 raise ValueError(found("groups", f"a partition of all tasks {list(tasks)}", self.grouping))
         if self.num_groups is not None and self.num_groups > len(tasks):
@@ -221,12 +225,17 @@ class TaskGroups(Procedure):
                 inner.after_step(losses.only({context.tasks.index(name) for name in group}), context)
             return losses
         kept = inner.snapshot()
-        with context.leaving_out():
-            gradients = context.gradients(group, forward=context.asked)
-            inner.descend(context, gradients)
-            told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
-            return gradients.all_losses
-        inner.restore(kept)
+        taken = False
+        try:
+            with context.leaving_out():
+                gradients = context.gradients(group, forward=context.asked)
+                inner.descend(context, gradients)
+                taken = True
+                told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
+                return gradients.all_losses
+        finally:
+            if not taken:
+                inner.restore(kept)
         return None
 
     def _regroup(self) -> list[list[str]]:

@@ -1,9 +1,14 @@
-"""A logarithm of losses that tells when there is none."""
+"""Functions of losses that tell where they have no value."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def inside(values: Tensor, good: Tensor) -> Tensor:
+    """``values``; NaN, also in the derivative, where they aren't ``good``."""
+    return values * torch.where(good, 1.0, torch.nan).to(values)
 
 
 def safe_log(losses: Tensor) -> Tensor:
@@ -12,4 +17,4 @@ def safe_log(losses: Tensor) -> Tensor:
     The derivative of ``torch.log`` at a negative loss is a finite negative number, which would turn descent into
     ascent.
     """
-    return (losses + torch.where(losses > 0, 0.0, torch.nan).to(losses)).log()
+    return inside(losses, losses > 0).log()

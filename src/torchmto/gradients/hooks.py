@@ -1,0 +1,33 @@
+"""Post-accumulate-grad hooks of parameters: run once for every optimizer step, whichever backwards made the gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def quiet(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the hooks of ``parameters`` from running in the backwards inside: what these leave isn't the step's gradient yet."""
+    every = [parameter._post_accumulate_grad_hooks for parameter in parameters]  # noqa: SLF001 - no public name
+    held = [(hooks, dict(hooks)) for hooks in every if hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, own in held:
+            hooks.update(own)
+
+
+@torch.no_grad()
+def run_hooks(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Run the hooks of all ``parameters`` that have a gradient; return those that had hooks."""
+    hooked = [p for p in parameters if p._post_accumulate_grad_hooks and p.grad is not None]  # noqa: SLF001
+    for parameter in hooked:
+        for hook in list(parameter._post_accumulate_grad_hooks.values()):  # noqa: SLF001
+            hook(parameter)
+    return hooked

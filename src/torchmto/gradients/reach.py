@@ -1,0 +1,162 @@
+"""What the autograd graph of losses reaches, and what functions with a backward of their own hide from it.
+
+A reentrant checkpoint runs its forward without graph, and its part of the backward as a backward of its own, which adds to
+``.grad`` of the parameters inside by itself. The graph outside doesn't know of them: a backward that is asked for chosen
+parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node
+
+_SINK = "_DDPSink"
+"""A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
+
+_REENTRANT = "CheckpointFunctionBackward"
+"""The node of a reentrant checkpoint, in PyTorch and in libraries that follow it."""
+
+
+@dataclass
+class Reach:
+    """What a walk has met.
+
+    Attributes:
+        leaves: The ``id`` of every leaf that the graph reaches -> the machine precision of its gradient. Under autocast it is
+            read through a copy of lower precision, whose gradient it gets.
+        compiled: Whether there is a compiled region. It hides which of its outputs depends on which parameter, so the leaves
+            are then only an upper bound.
+        reentrant: Whether there is a reentrant checkpoint.
+        functions: The nodes of functions written in Python outside PyTorch.
+    """
+
+    leaves: dict[int, float] = field(default_factory=dict)
+    compiled: bool = False
+    reentrant: bool = False
+    functions: list[Node] = field(default_factory=list)
+
+    def note(self, leaf: Tensor | None, dtype: torch.dtype | None = None) -> None:
+        """Note a leaf, read in its own ``dtype`` or in another."""
+        if leaf is not None:
+            precision = torch.finfo(dtype or leaf.dtype).eps
+            self.leaves[id(leaf)] = max(precision, self.leaves.get(id(leaf), 0.0))
+
+
+def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
+    """Walk the autograd graph from nodes, each with the number of its output, down to its leaves."""
+    found = Reach()
+    visited: set[object] = set()
+    stack: list[tuple[Node, int]] = []
+    following: Iterable[tuple[Node | None, int]] = roots
+    while True:
+        for node, output in following:
+            if node is not None:
+                key = (node, output) if node.name().startswith(_SINK) else node
+                if key not in visited:
+                    visited.add(key)
+                    stack.append((node, output))
+        if not stack:
+            return found
+        node, output = stack.pop()
+        found.note(getattr(node, "variable", None))
+        following = node.next_functions
+        name = node.name()
+        if name.startswith(_SINK) and output < len(node.next_functions):
+            following = node.next_functions[output : output + 1]
+        elif name.startswith("CompiledFunction"):
+            found.compiled = True
+        elif name == _REENTRANT:
+            found.reentrant = True
+        elif name == "ToCopyBackward0":
+            for below, _ in following:
+                found.note(getattr(below, "variable", None), node._input_metadata[0].dtype)  # noqa: SLF001 - no public name
+        elif isinstance(node, BackwardCFunction) and not _of_torch(node):
+            found.functions.append(node)
+
+
+def reach_of(losses: Iterable[Tensor]) -> Reach:
+    """Walk the autograd graph of losses that require a gradient, down to its leaves."""
+    losses = list(losses)
+    found = reach((loss.grad_fn, loss.output_nr) for loss in losses)
+    for loss in losses:
+        found.note(loss if loss.grad_fn is None else None)
+    return found
+
+
+def _of_torch(node: Any) -> bool:
+    """Whether a Python function is PyTorch's own; those it generates around a user's operator are the user's."""
+    module: str = node._forward_cls.__module__  # noqa: SLF001 - no public way from a node to its function
+    return module.startswith("torch.") and not module.startswith("torch._library")
+
+
+def nodes_made() -> int:
+    """How many graph nodes this thread has made: its growth over a forward is the size of that forward's graph."""
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def refuse_reentrant(found: Reach) -> None:
+    """Raise if a walk has met a reentrant checkpoint.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if found.reentrant:
+        raise ValueError(
+            "The model runs a part of its forward under a reentrant checkpoint, which hides the parameters inside from the "
+            "autograd graph: they would stay untrained, also if `shared=` named them. Use "
+            "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`; in transformers "
+            '`gradient_checkpointing_enable({"use_reentrant": False})`.'
+        )
+
+
+def refuse_hidden(names: Sequence[str]) -> None:
+    """Raise if ``.grad`` of the parameters called ``names`` has appeared by itself.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if names:
+        raise ValueError(
+            f"The gradient of parameter `{names[0]}` ({len(names)} such in all) has appeared by itself: a backward inside "
+            "mt.step's backward has set it, so the autograd graph hides the parameter, also if `shared=` named it. That may be "
+            "a reentrant checkpoint (use one with use_reentrant=False), or a torch.autograd.Function or a hook that calls "
+            "`backward()`: give the parameters to the function as inputs, and return the gradients that "
+            "`torch.autograd.grad` gives for them."
+        )
+
+
+def run_apart(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Run those functions below which no parameter is trained, which a backward for the parameters would never run.
+
+    Args:
+        found: What a walk from the losses has met.
+        losses: The losses. Their graphs are kept.
+        parameters: The trained parameters; their ``.grad`` is left as it is.
+
+    Returns:
+        The parameters whose ``.grad`` that has set: hidden ones.
+    """
+    edges = unreached(found.functions, set(map(id, parameters)))
+    if not edges:
+        return []
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.grad(list(losses), edges, retain_graph=True, allow_unused=True)
+        return [parameter for parameter in parameters if parameter.grad is not None]
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+
+def unreached(functions: Sequence[Node], trained: Collection[int]) -> list[GradientEdge]:
+    """The edges down from functions that lie on no way to a trained parameter."""
+    apart = [node for node in functions if not reach(node.next_functions).leaves.keys() & set(trained)]
+    return [GradientEdge(below, number) for node in apart for below, number in node.next_functions if below is not None]

@@ -1,0 +1,113 @@
+"""Modules around a model that train it in their own way: those a step can drive, and those it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from torchmto.gradients.ranks import is_sharded
+
+_REPLICATE = "use DistributedDataParallel, or `torch.distributed.fsdp.fully_shard` (FSDP2)"
+
+_FOREIGN = {
+    "DDP": f"it comes from `replicate`: {_REPLICATE}",
+    "ReplicateModule": f"it comes from `replicate`: {_REPLICATE}",
+    "FullyShardedDataParallel": "shard the model by `torch.distributed.fsdp.fully_shard` (FSDP2), whose parameters keep their "
+    "shapes",
+    "ShardedDataParallel": _REPLICATE,
+    "DeepSpeedEngine": "give the module itself and an ordinary optimizer, on several processes in DistributedDataParallel or "
+    "`torch.distributed.fsdp.fully_shard` (FSDP2)",
+}
+"""Wrappers that own backward and step, by name, so that none has to be imported; and what to use instead."""
+
+_LIBRARIES = ("torch", "fairscale", "deepspeed")
+
+
+def _kinds(module: nn.Module) -> set[str]:
+    """The names of a module's classes that come from PyTorch or a library of wrappers."""
+    return {kind.__name__ for kind in type(module).__mro__ if kind.__module__.split(".")[0] in _LIBRARIES}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, compiled or not, whose names of parameters have no prefix then."""
+    inside = getattr(model, "_orig_mod", model)
+    return inside.module if isinstance(inside, DistributedDataParallel) else model
+
+
+def replicas(model: nn.Module) -> list[DistributedDataParallel]:
+    """All DistributedDataParallel wrappers in a model."""
+    return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+
+
+def check_wrappers(model: nn.Module, optimizer: object, parameters: Iterable[Tensor]) -> None:
+    """Raise if something around a model, or a part of it, trains it in a way that a step can't drive.
+
+    Raises:
+        ValueError: If there is such a wrapper, or an option of one.
+    """
+    sharded: set[int] = set()
+    for module in model.modules():
+        kinds = _kinds(module)
+        for name in kinds & _FOREIGN.keys():
+            raise _refusal(name, _FOREIGN[name])
+        if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+            raise _refusal(
+                "DataParallel on several devices",
+                "one node of its graph gets all parameters, whatever a task reaches. Use DistributedDataParallel",
+            )
+        if isinstance(module, DistributedDataParallel):
+            for option in _options(module):
+                raise _refusal(f"DistributedDataParallel with {option}", "wrap the model without it")
+        if "FSDPModule" in kinds:
+            sharded.update(map(id, module.parameters()))
+    for parameter in parameters:
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise _refusal("FullyShardedDataParallel", _FOREIGN["FullyShardedDataParallel"])
+        if is_sharded(parameter) and id(parameter) not in sharded:
+            raise _refusal("Tensor parallelism", "use `fully_shard` over a one-dimensional mesh of all ranks")
+    if getattr(optimizer, "_overlap_with_ddp", False):
+        raise _refusal("ZeroRedundancyOptimizer with overlap_with_ddp=True", "leave that out")
+
+
+def _options(replica: DistributedDataParallel) -> Iterator[str]:
+    """The options of a DistributedDataParallel that its own reduction would carry out."""
+    if replica.static_graph:
+        yield "static_graph=True"
+    if getattr(replica, "mixed_precision", None) is not None:
+        yield "mixed_precision="
+    if getattr(replica, "_delay_all_reduce_params", None):
+        yield "delay_all_reduce_named_params="
+    if any(p.requires_grad and name in replica.parameters_to_ignore for name, p in replica.module.named_parameters()):
+        yield "trained parameters that it is told to ignore"
+    # Last, as mixed precision is one of its hooks.
+    if getattr(replica, "_comm_hooks", None):
+        yield "a communication hook (`register_comm_hook`)"
+
+
+def _refusal(what: str, instead: str) -> ValueError:
+    return ValueError(
+        f"{what} can't be driven by mt.step, which takes and reduces the tasks' gradients itself: {instead}."
+    )
+
+
+@contextlib.contextmanager
+def unreduced(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """Keep DistributedDataParallel from reducing gradients: the step reduces them itself.
+
+    Raises:
+        ValueError: Inside ``join()``, whose collectives would meet the step's.
+    """
+    with contextlib.ExitStack() as stack:
+        for wrapper in wrappers:
+            if getattr(getattr(wrapper, "_join_config", None), "enable", False):
+                raise _refusal(
+                    "`join()` of DistributedDataParallel",
+                    "on a rank that has no batch left return no losses, `{}`, from the closure",
+                )
+            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
+            wrapper.require_forward_param_sync = False
+            stack.enter_context(wrapper.no_sync())
+        yield

@@ -1,0 +1,57 @@
+"""Wrappers of PyTorch around a model or an optimizer: the same step as without them, or a refusal at construction."""
+
+import cases
+import pytest
+import torch
+
+REFUSED = {
+    "fsdp flat": "FullyShardedDataParallel",
+    "fsdp": "FullyShardedDataParallel",
+    "fsdp shared": "FullyShardedDataParallel",
+    "fsdp trunk": "FullyShardedDataParallel",
+    "fsdp inside": "FullyShardedDataParallel",
+    "static_graph": "static_graph=True",
+    "static_graph trunk": "static_graph=True",
+    "static_graph compiled": "static_graph=True",
+    "hook": "register_comm_hook",
+    "mixed precision": "mixed_precision=",
+    "delayed": "delay_all_reduce_named_params=",
+    "ignored": "ignore",
+    "replicate": "`replicate`",
+    "tensor parallel": "Tensor parallelism",
+    "deepspeed": "DeepSpeedEngine",
+}
+DRIVEN = [
+    "unused",
+    "bucket view",
+    "parts",
+    "of compiled",
+    "compiled",
+    "zero",
+    "fused",
+    "parametrized",
+    "functional",
+    "module",
+]
+
+
+def test_refused_at_construction(pool):
+    """With the wrapper's name or that of its option, on all ranks."""
+    for result in pool.run(2, cases.wrap, list(REFUSED)):
+        for kind, told in REFUSED.items():
+            assert result[kind].startswith("ValueError"), (kind, result[kind])
+            assert told in result[kind], (kind, result[kind])
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+def test_driven_as_without(pool, method):
+    results = pool.run(2, cases.drive, DRIVEN, method)
+    for kind in DRIVEN:
+        for result in results:
+            torch.testing.assert_close(result[kind], result["plain"], msg=lambda text, kind=kind: f"{kind}: {text}")
+
+
+def test_join_is_refused_in_the_step(pool):
+    for message in pool.run(2, cases.join):
+        assert message.startswith("ValueError: `join()`")
+        assert "return no losses" in message
