@@ -1,5 +1,6 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
+from torchmto.gradients.choice import Auto
 from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import all_finite, dense, finite_mark
@@ -11,6 +12,7 @@ from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 
 __all__ = [
+    "Auto",
     "Engine",
     "Layerwise",
     "Ranks",

@@ -137,7 +137,9 @@ class StepContext:
     @functools.cached_property
     def _computation(self) -> Computation:
         parts = self.network, self._forwards, self._reduction, self._finite, self._passes
-        return WithRows(*parts) if self.network.engine is None else WithoutRows(*parts)
+        engine = self.network.engine
+        rows = engine is None or not engine.suits(self._forwards.sources, self.network.parameters)
+        return WithRows(*parts) if rows else WithoutRows(*parts)
 
     def gradients(
         self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0
@@ -377,6 +379,7 @@ class StepContext:
             num_optimizer_steps=self.num_optimizer_steps,
             num_conflicts=num_conflicts,
             cosines=cosines,
+            engine=self._passes.engine,
             num_fallbacks=num_fallbacks,
             records=MappingProxyType(dict(records or {})),
         )

@@ -49,6 +49,7 @@ class Forwards:
         self._passes = passes
         self._reduction = reduction
         self._consumed: set[int] = set()
+        self.held: list[Chunk] = []
 
     def names(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         """Those of ``tasks`` that this step is about; all of them by default."""
@@ -74,6 +75,11 @@ class Forwards:
             apart: The tasks that get a backward each, one after the other through the same graph.
         """
         network = self._network
+        if self.held:
+            # They have been run: an engine has left their gradients to the rows.
+            held, self.held = self.held, []
+            yield from held
+            return
         for number, closure in enumerate(self.sources[source]):
             for group in self.groups(closure, names):
                 try:

@@ -29,6 +29,8 @@ class StepInfo:
         num_conflicts: Pairs of tasks whose gradients have a negative inner product; None if not computed.
         cosines: Cosines between the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the
             order of ``losses`` (0 where a gradient is zero); None if the method doesn't compute the Gramian.
+        engine: How the gradients of the tasks were computed: "parameters" (the rows), "layerwise", "mixed" or "representation";
+            None if the step needed none.
         num_fallbacks: Solves that didn't converge and used the method's documented fallback.
         records: What the method records besides: phase, priority shares, groups, affinity, ...
     """
@@ -42,6 +44,7 @@ class StepInfo:
     num_optimizer_steps: int = 0
     num_conflicts: int | None = None
     cosines: Tensor | None = None
+    engine: str | None = None
     num_fallbacks: int = 0
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
@@ -53,10 +56,12 @@ class Passes:
     Attributes:
         forward: Calls of closures.
         backward: Backward passes.
+        engine: What has computed gradients of tasks: see :class:`StepInfo`.
     """
 
     forward: int = 0
     backward: int = 0
+    engine: str | None = None
 
 
 def conflicts(gramian: Tensor) -> tuple[Tensor, int]:

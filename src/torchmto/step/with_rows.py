@@ -29,6 +29,7 @@ class WithRows(Computation):
     def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
         """Rows, heads and Gramian; sums turn into means, unscaled and weighted, by one factor per task."""
         network = self._network
+        self._passes.engine = "parameters"
         rows = network.rows_of(source)
         rows.begin()
         heads: Heads = {}

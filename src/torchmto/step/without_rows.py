@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 
 import torch
@@ -14,10 +15,16 @@ from torchmto.step.network import Heads
 from torchmto.step.rank_sums import sum_gradients, sum_heads
 from torchmto.step.reduction import Sums
 from torchmto.step.task_gradients import Computation, TaskGradients, factors_of, hold, rescale_heads
+from torchmto.step.with_rows import WithRows
 
 
 class WithoutRows(Computation):
     """The Gramian and the heads' gradients by the network's engine; the graphs stay for the combination."""
+
+    @functools.cached_property
+    def _rows(self) -> WithRows:
+        """For steps in which rows are cheaper."""
+        return WithRows(self._network, self._forwards, self._reduction, self._finite, self._passes)
 
     def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
         """The Gramian and the heads' gradients."""
@@ -32,15 +39,14 @@ class WithoutRows(Computation):
             )
         reduction.doing = f"gradients {sorted(wanted)} of batch {source}"
         engine.begin()
-        chunks = list(self._forwards.run(asked, source, apart=wanted))
-        averaged = several or number > 1
-        sums = Sums()
-        for position, chunk in enumerate(chunks):
-            counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
-            chunks[position] = Chunk(chunk.losses, counts, chunk.active)
-            sums.add(chunks[position])
+        chunks, sums = self._run(asked, wanted, source, averaged=several or number > 1)
         forwards = [{i: loss for i, loss in chunk.losses.items() if i in wanted} for chunk in chunks]
         self._observe(engine.read(forwards), {index for losses in forwards for index in losses})
+        if not engine.pays(self._shared(), sum(map(len, forwards))):
+            engine.forget()
+            self._forwards.held = chunks
+            return self._rows.gradients(asked, wanted, source)
+        self._passes.engine = engine.name
         if several:
             sums, _ = reduction.tell(sums)
         everything = reduction.average(sums)
@@ -51,6 +57,7 @@ class WithoutRows(Computation):
             if network.reaches(task, parameter):
                 hold(heads, task, parameter, gradient)
 
+        # Telling the ranks has told this one which parameters others share.
         shared = self._shared()
         known = set(map(id, shared))
         others = [p for p in network.parameters if id(p) not in known]
@@ -81,6 +88,18 @@ class WithoutRows(Computation):
         kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(forwards, chunks, strict=True)]
         return TaskGradients(rows, losses, product, heads, everything, graph=kept)
 
+    def _run(
+        self, asked: tuple[str, ...], wanted: set[int], source: int, *, averaged: bool
+    ) -> tuple[list[Chunk], Sums]:
+        """All forwards of a batch, and the sums of their losses."""
+        chunks = list(self._forwards.run(asked, source, apart=wanted))
+        sums = Sums()
+        for position, chunk in enumerate(chunks):
+            counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
+            chunks[position] = Chunk(chunk.losses, counts, chunk.active)
+            sums.add(chunks[position])
+        return chunks, sums
+
     def _shared(self) -> list[Tensor]:
         """The shared parameters, in the same order on all ranks."""
         network = self._network
@@ -98,8 +117,10 @@ class WithoutRows(Computation):
     def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
         """``weights @ J`` by one more backward through the graphs of the task gradients."""
         network, losses = self._network, gradients.reduced
+        if gradients.graph is None:
+            self._rows.combine(gradients, weights, vector)
+            return
         assert weights is not None, "only Gramian methods do without rows"
-        assert gradients.graph is not None
         assert network.engine is not None
         chunks, gradients.graph = gradients.graph, None
         if losses.factors is not None:
@@ -119,12 +140,11 @@ class WithoutRows(Computation):
         shared = self._shared()
         failure: Exception | None = None
         try:
-            network.engine.backward(pieces, shared)
+            self._passes.backward += network.engine.backward(pieces, shared)
         except Exception as error:
             if network.ranks.size == 1:
                 raise
             failure = error
-        self._passes.backward += sum(bool(piece.losses and shared) for piece in pieces)
         network.tidy_sparse()
         sum_gradients(network, failure)
         # Products of factors are taken in float32: a gradient formed in half precision may overflow here for the first time.
