@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task
-from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
 from torchmto.step import Network, StepContext, StepInfo
@@ -28,7 +28,7 @@ STATE_VERSION = 1
 _DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers of a first step: the gradients that are there afterwards are a step's own."""
 
-ENGINES = ("parameters", "layerwise", "representation")
+ENGINES = ("auto", "parameters", "layerwise", "representation")
 
 
 def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks: Ranks) -> Engine | None:
@@ -36,7 +36,7 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     if name != "representation":
         if features is not None:
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
-        return Layerwise(ranks) if name == "layerwise" else None
+        return Layerwise(ranks) if name == "layerwise" else Auto() if name == "auto" else None
     if isinstance(features, str):
         modules = dict(model.named_modules())
         if features not in modules:
@@ -93,11 +93,15 @@ class MultiTask:
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
             them. The update is the same. Refused for methods that need whole rows.
-        gradients: How Gramian methods get their Gramian. "parameters": from the K x P matrix of the tasks' gradients, which
-            is kept. "layerwise": the same Gramian, segment by segment of the graph, never holding more than one segment's K
-            gradients, then one weighted backward: a backward more, much less memory (all micro-batches' graphs are kept,
-            though). "representation": an approximation, from the gradients with respect to the output of ``features``: K
-            backwards through the heads and one through the trunk; one micro-batch, one process. The last two are for
+        gradients: How Gramian methods get their Gramian. "auto": exactly, by what a rule over the graph's shapes and K says is
+            cheapest, the rows of "parameters", or a mix: rows for some parameters, and for layers with few samples only what
+            combines their gradients, which are never formed; ``StepInfo.engine`` says which. Rows wherever else could cost
+            memory or surprise: several micro-batches, ready losses, several ranks, hooks on activations or parameters,
+            checkpointing. "parameters": from the K x P matrix of the tasks' gradients, which is kept. "layerwise": the same
+            Gramian, segment by segment of the graph, never holding more than one segment's K gradients, then one weighted
+            backward: a backward more, much less memory (all micro-batches' graphs are kept, though). "representation": an
+            approximation, from the gradients with respect to the output of ``features``: K backwards through the heads and
+            one through the trunk; one micro-batch, one process. "layerwise" and "representation" are for
             Gramian methods.
         features: For "representation": the module, or its name in the model, whose output all tasks share.
         stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
@@ -136,7 +140,7 @@ class MultiTask:
         same_noise: bool = False,
         shard_gradients: bool = False,
         stacked: bool = False,
-        gradients: str = "parameters",
+        gradients: str = "auto",
         features: str | nn.Module | None = None,
     ) -> None:
         _check_parts(model, optimizer, scaler, seed)
@@ -202,7 +206,10 @@ class MultiTask:
             reason = "task-specific norms run one forward per task, so the tasks have no features in common"
         elif self.network.ranks.size > 1 and not engine.adds:
             reason = "it works on one process"
-        if reason:
+        if engine.optional:
+            if reason or any(part.refusal(self.network) for part in self._methods()):
+                self.network.engine = None
+        elif reason:
             raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
 
     def _check_methods(self) -> None:

@@ -1,5 +1,6 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
+from torchmto.gradients.choice import Auto
 from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import all_finite, dense, finite_mark, plain, real
@@ -14,6 +15,7 @@ from torchmto.gradients.sharded import ShardedRows
 
 __all__ = [
     "Agreement",
+    "Auto",
     "Engine",
     "Layerwise",
     "Ranks",

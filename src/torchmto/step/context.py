@@ -152,8 +152,10 @@ class StepContext:
         """
         # A gradient that is there afterwards has appeared by itself.
         self.network.zero_grad()
-        compute = gradients_with_rows if self.network.engine is None else gradients_without_rows
-        return compute(self._parts, self._parts.request(tasks, forward, source))
+        parts, engine = self._parts, self.network.engine
+        rows = engine is None or not engine.suits(parts.sources, self.network.parameters)
+        compute = gradients_with_rows if rows else gradients_without_rows
+        return compute(parts, parts.request(tasks, forward, source))
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
@@ -383,6 +385,7 @@ class StepContext:
             num_optimizer_steps=self.num_optimizer_steps,
             num_conflicts=num_conflicts,
             cosines=cosines,
+            engine=self._parts.engine,
             num_fallbacks=num_fallbacks,
             records=MappingProxyType(dict(records or {})),
         )

@@ -30,6 +30,10 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
         grad: Whether the losses have a graph.
         apart: Whether the wanted tasks get a backward each, one after the other through the same graph.
     """
+    if parts.held:
+        held, parts.held = parts.held, []
+        yield from held
+        return
     network = parts.network
     for number, closure in enumerate(parts.sources[request.source]):
         for group in groups(parts, closure, request.asked):

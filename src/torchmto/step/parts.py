@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torchmto.step.finite import FiniteChecks
-from torchmto.step.losses import Source
+from torchmto.step.losses import Chunk, Source
 from torchmto.step.network import Network
 from torchmto.step.noise import Noise
 from torchmto.step.reduction import Reduction
@@ -41,7 +41,9 @@ class Parts:
         finite: Checks losses and gradients.
         num_forward: Calls of closures so far.
         num_backward: Backward passes so far.
+        engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
         consumed: The ``id`` of ready losses that were used.
+        held: Forwards that have been run already: an engine has left their gradients to the rows.
     """
 
     network: Network
@@ -53,7 +55,9 @@ class Parts:
     finite: FiniteChecks
     num_forward: int = 0
     num_backward: int = 0
+    engine: str | None = None
     consumed: set[int] = field(default_factory=set)
+    held: list[Chunk] = field(default_factory=list)
 
     @property
     def several(self) -> bool:

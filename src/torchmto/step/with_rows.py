@@ -19,6 +19,7 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
     Sums over micro-batches and ranks turn into means, unscaled and weighted, by one factor per task.
     """
     network = parts.network
+    parts.engine = "parameters"
     rows = network.rows_of(request.source)
     rows.begin()
     heads: Heads = {}

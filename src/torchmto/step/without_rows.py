@@ -17,6 +17,7 @@ from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import Sums
 from torchmto.step.task_gradients import TaskGradients, factors_of, present, rescale_heads
+from torchmto.step.with_rows import gradients_with_rows
 
 
 def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
@@ -32,15 +33,17 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         )
     reduction.doing = f"gradients {sorted(request.wanted)} of batch {request.source}"
     engine.begin()
-    chunks = list(forwards(parts, request, apart=True))
-    averaged = several or number > 1
-    sums = Sums()
-    for position, chunk in enumerate(chunks):
-        counts = chunk.counts if averaged else dict.fromkeys(chunk.counts, 1.0)
-        chunks[position] = Chunk(chunk.losses, counts, chunk.active)
-        sums.add(chunks[position])
+    chunks = _run(parts, request)
     own_losses = [{i: loss for i, loss in chunk.losses.items() if i in request.wanted} for chunk in chunks]
     _observe(network, engine.read(own_losses), {index for losses in own_losses for index in losses})
+    if not engine.pays(_shared(network), sum(map(len, own_losses))):
+        engine.forget()
+        parts.held = chunks
+        return gradients_with_rows(parts, request)
+    parts.engine = engine.name
+    sums = Sums()
+    for chunk in chunks:
+        sums.add(chunk)
     everything = reduction.over_ranks(sums)
     losses = present(parts, everything, request)
     heads: Heads = {}
@@ -49,6 +52,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         if network.reaches(task, parameter):
             hold(heads, task, parameter, gradient)
 
+    # Telling the ranks has told this one which parameters others share.
     shared = _shared(network)
     known = set(map(id, shared))
     others = [p for p in network.parameters if id(p) not in known]
@@ -79,6 +83,14 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     parts.finite.task_gradients(losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
+
+
+def _run(parts: Parts, request: Request) -> list[Chunk]:
+    """All forwards of a batch; counts only matter to averages."""
+    chunks = list(forwards(parts, request, apart=True))
+    if parts.several or len(parts.sources[request.source]) > 1:
+        return chunks
+    return [Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0), chunk.active) for chunk in chunks]
 
 
 def _shared(network: Network) -> list[Tensor]:
@@ -119,13 +131,12 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     shared = _shared(network)
     failure: BaseException | None = None
     try:
-        network.engine.backward(pieces, shared)
+        parts.num_backward += network.engine.backward(pieces, shared)
         network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
     except BaseException as error:
         if network.ranks.size == 1:
             raise
         failure = error
-    parts.num_backward += sum(bool(piece.losses and shared) for piece in pieces)
     network.tidy_sparse()
     sum_gradients(network, failure)
     if scale is not None:
