@@ -21,6 +21,7 @@ from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, check_alike, tell
 from torchmto.step.noise import Noise
+from torchmto.step.parts import Carried
 from torchmto.step.wrappers import replicas
 
 STATE_VERSION = 1
@@ -49,23 +50,28 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     return Representation(features)
 
 
-def _check_parts(model: object, optimizer: object, scaler: object, seed: object) -> None:
-    """Raise if a part isn't what it should be, or the optimizer can't be driven."""
+def _check_parts(model: object, optimizers: Sequence[object], scaler: object, seed: object) -> None:
+    """Raise if a part isn't what it should be, or an optimizer can't be driven."""
     if not isinstance(model, nn.Module):
         raise TypeError(found("model", "a torch.nn.Module", type(model)))
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(found("optimizer", "a torch.optim.Optimizer", type(optimizer)))
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(found("optimizer", "a torch.optim.Optimizer, or a sequence of them", type(optimizer)))
+        _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+        if any(
+            argument.default is argument.empty and argument.kind < argument.VAR_POSITIONAL for argument in arguments
+        ):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"Parameter `optimizer` should be one whose `step()` needs no closure. Found {name}, which evaluates the loss "
+                "several times per step, and a multi-task step has gradients instead of one loss."
+            )
+    if not optimizers:
+        raise ValueError(found("optimizer", "at least one torch.optim.Optimizer", list(optimizers)))
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(found("scaler", "a torch.amp.GradScaler", scaler))
     if seed is not None and not hasattr(seed, "__index__"):
         raise TypeError(found("seed", "an int", seed))
-    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
-    if any(argument.default is argument.empty and argument.kind < argument.VAR_POSITIONAL for argument in arguments):
-        name = type(optimizer).__name__
-        raise ValueError(
-            f"Parameter `optimizer` should be one whose `step()` needs no closure. Found {name}, which evaluates the loss "
-            "several times per step, and a multi-task step has gradients instead of one loss."
-        )
 
 
 class MultiTask:
@@ -73,7 +79,8 @@ class MultiTask:
 
     Args:
         model: Any module; nothing is subclassed. It, or parts of it, may be in ``DistributedDataParallel``.
-        optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
+        optimizer: An ordinary optimizer, or several with different parameters, which step one after the other. Their parameters
+            that require a gradient are trained, and no others get a gradient.
             Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
         method: A method's name, or a method from :func:`torchmto.make_method`.
@@ -126,7 +133,7 @@ class MultiTask:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         tasks: Iterable[str],
         method: str | Method,
@@ -143,7 +150,8 @@ class MultiTask:
         gradients: str = "auto",
         features: str | nn.Module | None = None,
     ) -> None:
-        _check_parts(model, optimizer, scaler, seed)
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        _check_parts(model, optimizers, scaler, seed)
         self.tasks = check_tasks(tasks)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -163,7 +171,7 @@ class MultiTask:
         ranks = Ranks(process_group)
         self.network = Network(
             model,
-            optimizer,
+            optimizers,
             num_tasks=len(self.tasks),
             shared=shared,
             scaler=scaler,
@@ -175,6 +183,7 @@ class MultiTask:
             sparse=isinstance(method, LossWeighting),
         )
         self._met = False
+        self._carried: dict[int, Carried] | None = None
         self._check_engine()
         self._check_methods()
         method.bind(self.tasks)
@@ -221,7 +230,7 @@ class MultiTask:
                 where = "sharded parameters" if network.sharded else "shard_gradients=True"
                 where = where if network.engine is None else f'gradients="{network.engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
-        if isinstance(network.optimizer, torch.optim.SparseAdam) and not network.sparse:
+        if not network.sparse and any(isinstance(o, torch.optim.SparseAdam) for o in network.optimizers.all):
             raise ValueError(
                 "SparseAdam takes sparse gradients only. They stay sparse for loss weightings on one process; method "
                 f"`{self.method.name}` on {network.ranks.size} makes them dense. Use SGD or Adagrad, say, or sparse=False."
@@ -292,10 +301,85 @@ class MultiTask:
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """
+        self._carried = None
         with self._together():
             context = self._context(losses, tasks, independent)
             with self.network.no_sync(), keeping_buffers(), self._undoing(context):
                 return self._step(context)
+
+    def backward(
+        self,
+        losses: Source | Sequence[Source],
+        *,
+        tasks: Iterable[str] | None = None,
+        independent: Sequence[Source | Sequence[Source]] = (),
+        final: bool = True,
+    ) -> StepInfo:
+        """Fill ``.grad`` of every trained parameter with what :meth:`step` would hand to the optimizer, and take no step.
+
+        For trainers that own the step, in place of ``loss.backward()``. Gradients that are there are replaced; ``clip`` is left
+        to the trainer. With ``scaler`` the gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
+        ``scaler.step`` leaves the step out. What the method learns, it learns here.
+
+        Args:
+            losses: As in :meth:`step`.
+            tasks: As in :meth:`step`.
+            independent: As in :meth:`step`.
+            final: Whether this is the whole batch, or the last micro-batch of one that is accumulated over several calls. With
+                False the tasks' gradients of this micro-batch are kept, K backwards, and nothing is set; the call with True
+                combines those of all. A loss weighting whose weights don't depend on these losses keeps their weighted sum, one
+                backward. An error, :meth:`step` or :meth:`load_state_dict` drops what is kept.
+
+        Returns:
+            What was done, with 0 optimizer steps; of a micro-batch that isn't the last, its losses.
+
+        Raises:
+            ValueError: As in :meth:`step`; and for a method that takes several optimizer steps or forwards per batch, or steps
+                itself.
+            NonFiniteError: As in :meth:`step`.
+
+        Example:
+            >>> import torch, torchmto
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> mt = torchmto.MultiTask(model, optimizer, tasks=["a", "b"], method="pcgrad")
+            >>> info = mt.backward(lambda tasks: dict(zip("ab", model(torch.ones(2)).square())))
+            >>> optimizer.step()
+        """
+        carried, self._carried = self._carried, None
+        with self._together():
+            accumulated = carried is not None or not final
+            self._check_backward(1 + len(independent), accumulated=accumulated)
+            carried = {} if carried is None and accumulated else carried
+            context = self._context(losses, tasks, independent, stepping=False, carried=carried)
+            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
+                if final:
+                    return self._step(context)
+                context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
+                info = context.info()
+        self._carried = carried
+        return info
+
+    def _check_backward(self, num_sources: int, *, accumulated: bool) -> None:
+        """Raise if a method, or an engine, can't do with one backward and no step."""
+        for part in self._methods():
+            reason = part.no_backward(num_sources)
+            if reason:
+                raise ValueError(
+                    f"Method `{part.name}` {reason}, so mt.backward can't serve it: call mt.step(closure)."
+                )
+        engine = self.network.engine
+        if accumulated and (self.network.shard_gradients or (engine is not None and engine.name == "representation")):
+            raise ValueError(
+                "A batch that is accumulated over several calls needs whole rows: neither shard_gradients=True nor "
+                'gradients="representation".'
+            )
+
+    @property
+    def _summed(self) -> bool:
+        """Whether accumulated batches are kept as a weighted sum: no weights depend on the losses."""
+        fixed = self.weights is None or not isinstance(self.weights, LossWeighting) or self.weights.fixed
+        return fixed and isinstance(self.method, LossWeighting) and self.method.fixed
 
     def _step(self, context: StepContext) -> StepInfo:
         try:
@@ -309,6 +393,8 @@ class MultiTask:
         except SkippedError as skipped:
             if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=skipped.overflow)
+            if skipped.overflow and not context.stepping:
+                self.network.set_infinite()
             context.note_skip(skipped.reason)
             return context.info()
         return info
@@ -330,7 +416,13 @@ class MultiTask:
             raise
 
     def _context(
-        self, losses: Source | Sequence[Source], tasks: Iterable[str] | None, independent: Sequence[Any]
+        self,
+        losses: Source | Sequence[Source],
+        tasks: Iterable[str] | None,
+        independent: Sequence[Any],
+        *,
+        stepping: bool = True,
+        carried: dict[int, Carried] | None = None,
     ) -> StepContext:
         """Check the arguments of a step."""
         asked = self.tasks if tasks is None else check_tasks(tasks)
@@ -356,14 +448,17 @@ class MultiTask:
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
             outside=[part.outside for part in self._methods()],
+            stepping=stepping,
+            carried=carried,
+            summed=carried is not None and self._summed,
         )
 
     def _warn_of_gradients(self) -> None:
         """Before an optimizer's first step: gradients that are there were set by somebody else."""
         network = self.network
-        if network.optimizer in _DRIVEN:
+        if all(optimizer in _DRIVEN for optimizer in network.optimizers.all):
             return
-        _DRIVEN.add(network.optimizer)
+        _DRIVEN.update(network.optimizers.all)
         given = [network.name(parameter) for parameter in network.parameters if parameter.grad is not None]
         if given:
             warnings.warn(
@@ -499,6 +594,7 @@ class MultiTask:
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"The saved state isn't complete: it has no {missing[0]}.")
+        self._carried = None
         kept = [(part, part.state_dict()) for part in self._methods()]
         loading = "method_state"
         try:

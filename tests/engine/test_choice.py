@@ -193,7 +193,7 @@ def test_steps_after_loading_are_the_same_to_the_bit() -> None:
     other.load_state_dict(net.state_dict())
     again = _made(other)
     again.load_state_dict(mt.state_dict())
-    again.network.optimizer.load_state_dict(copy.deepcopy(mt.network.optimizer.state_dict()))
+    again.network.optimizers.all[0].load_state_dict(copy.deepcopy(mt.network.optimizers.all[0].state_dict()))
     for made, model in ((mt, net), (again, other)):
         for _ in range(2):
             made.step(lambda tasks, model=model: model.losses(x, tasks))

@@ -336,6 +336,14 @@ class Method(ABC):
         """Passes per step with ``num_tasks`` tasks, shared norms and one micro-batch."""
         return Cost(1, num_tasks, 1)
 
+    def no_backward(self, num_sources: int) -> str:
+        """Why ``mt.backward`` can't serve the method: it doesn't take one step from one pass. Empty if it does.
+
+        Args:
+            num_sources: How many independent batches there are.
+        """
+        return "runs the model again after the step" if self.needs_losses_after else ""
+
     @abstractmethod
     def step(self, context: StepContext) -> StepInfo:
         """Take one step on ``context`` and report what was done."""
@@ -648,3 +656,7 @@ class Procedure(Method):
 
     family = "procedure"
     needs_closure = True
+
+    def no_backward(self, num_sources: int) -> str:
+        """Overridden by those that take one step from one pass."""
+        return "takes several optimizer steps or forwards per batch"

@@ -35,26 +35,12 @@ def collect(parts: Parts, request: Request, rows: Rows | ShardedRows, heads: Hea
     network, reduction, several = parts.network, parts.reduction, parts.several
     number = len(parts.sources[request.source])
     divided = isinstance(rows, ShardedRows)
-    streamed = several and not network.sharded and (number == 1 or divided)
+    streamed = several and not network.sharded and (number == 1 or divided) and parts.carried is None
     reduction.doing = f"gradients {sorted(request.wanted)} of batch {request.source}"
     if divided or network.split:
         # There is more than one exchange per list, so all ranks need lists of one length.
         reduction.doing += f" by {number} micro-batches"
-    sums = Sums()
-    failure: BaseException | None = None
-    for position, chunk in enumerate(forwards(parts, request, apart=True)):
-        counted = (
-            chunk if several or number > 1 else Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0), chunk.active)
-        )
-        own = Sums()
-        own.add(counted)
-        if streamed:
-            own, _ = reduction.tell(own)
-        if position == 0 or not several:
-            network.lay_out(rows, heads)
-        turn = [index for index in own.totals if index in request.wanted]
-        failure = _backwards(parts, counted, turn, rows, heads, streamed=streamed, failure=failure)
-        sums.merge(own)
+    sums, failure = gather(parts, request, rows, heads, streamed=streamed)
     if several and not streamed:
         sums, _ = reduction.tell(sums)
     present = tuple(index for index in sums.totals if index in request.wanted)
@@ -71,6 +57,32 @@ def collect(parts: Parts, request: Request, rows: Rows | ShardedRows, heads: Hea
     if several:
         sum_heads(network, rows, heads, present, failure)
     return sums
+
+
+def gather(
+    parts: Parts, request: Request, rows: Rows | ShardedRows, heads: Heads, *, streamed: bool
+) -> tuple[Sums, BaseException | None]:
+    """This rank's forwards and backwards; rows that are ``streamed`` are sent on the way.
+
+    Returns:
+        The losses, with those of earlier calls, and what failed where the other ranks wait for rows all the same.
+    """
+    network, several = parts.network, parts.several
+    averaged = several or len(parts.sources[request.source]) > 1 or parts.carried is not None
+    sums = parts.left_by_earlier_calls(request.source).sums
+    failure: BaseException | None = None
+    for position, chunk in enumerate(forwards(parts, request, apart=True)):
+        counted = chunk if averaged else Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0), chunk.active)
+        own = Sums()
+        own.add(counted)
+        if streamed:
+            own, _ = parts.reduction.tell(own)
+        if position == 0 or not several:
+            network.lay_out(rows, heads)
+        turn = [index for index in own.totals if index in request.wanted]
+        failure = _backwards(parts, counted, turn, rows, heads, streamed=streamed, failure=failure)
+        sums.merge(own)
+    return sums, failure
 
 
 def _backwards(

@@ -17,11 +17,11 @@ from torchmto.step.info import StepInfo, conflicts
 from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
 from torchmto.step.network import Network
 from torchmto.step.noise import Noise
-from torchmto.step.parts import Parts
+from torchmto.step.parts import Carried, Parts
 from torchmto.step.reduction import Reduction, Sums
 from torchmto.step.task_gradients import TaskGradients, set_heads
-from torchmto.step.weighted import weighted_backward
-from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products
+from torchmto.step.weighted import accumulate, finish, weighted_backward
+from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products, keep_rows
 from torchmto.step.without_rows import combine_graphs, gradients_without_rows
 
 
@@ -42,6 +42,9 @@ class StepContext:
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
         outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
+        stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
+        carried: What earlier calls have left of a batch that is accumulated; None for a batch of one call.
+        summed: Whether that is a weighted sum, and not rows.
     """
 
     def __init__(
@@ -57,6 +60,9 @@ class StepContext:
         noise: Noise,
         fingerprint: str = "",
         outside: Sequence[Outside] = (),
+        stepping: bool = True,
+        carried: dict[int, Carried] | None = None,
+        summed: bool = False,
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -66,8 +72,9 @@ class StepContext:
         self.reason = ""
         about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
         reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside)
-        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite)
+        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside, stepping=stepping)
+        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite, carried=carried, summed=summed)
+        self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
         self._losses: Losses | None = None
@@ -153,7 +160,7 @@ class StepContext:
         # A gradient that is there afterwards has appeared by itself.
         self.network.zero_grad()
         parts, engine = self._parts, self.network.engine
-        rows = engine is None or not engine.suits(parts.sources, self.network.parameters)
+        rows = engine is None or parts.carried is not None or not engine.suits(parts.sources, self.network.parameters)
         compute = gradients_with_rows if rows else gradients_without_rows
         return compute(parts, parts.request(tasks, forward, source))
 
@@ -232,11 +239,38 @@ class StepContext:
             The reduced losses of all tasks the closure was asked for.
         """
         self.network.zero_grad()
-        request = self._parts.request(tasks, forward, source)
-        losses = weighted_backward(self._parts, request, weigh, fixed=fixed, heads=heads)
+        parts, request = self._parts, self._parts.request(tasks, forward, source)
+        if parts.carried is not None and not parts.summed:
+            gradients = self.gradients(tasks, forward=forward, source=source)
+            self.combine(gradients, weigh(gradients.losses, gradients.indices), heads=heads)
+            return gradients.all_losses
+        if parts.summed:
+            accumulate(parts, request, weigh, heads=heads)
+            losses = finish(parts, request)
+        else:
+            losses = weighted_backward(parts, request, weigh, fixed=fixed, heads=heads)
         self.network.warn_of_unshared()
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
+
+    def keep(self, weigh: Weigh | None) -> None:
+        """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.
+
+        Its rows are kept, or the gradient of its weighted losses where these weights are fixed; ``.grad`` stays as it is.
+
+        Args:
+            weigh: The fixed weights, for a weighted sum.
+        """
+        parts = self._parts
+        with self.network.gradients_aside():
+            for source in range(self.num_sources):
+                request = parts.request(None, None, source)
+                if parts.summed and weigh is not None:
+                    accumulate(parts, request, weigh, heads="weighted")
+                else:
+                    keep_rows(parts, request)
+        sums = parts.left_by_earlier_calls(0).sums
+        parts.finite.recorded = {i: float(sums.weighted[i]) / sums.totals[i] for i in sorted(sums.totals)}
 
     @torch.no_grad()
     def bound(self, largest: float, *, heads: str) -> float:
@@ -267,6 +301,8 @@ class StepContext:
     def apply(self) -> bool:
         """Check, unscale, clip and take one optimizer step; return whether it was taken.
 
+        Where a trainer takes the step (``mt.backward``) the checked gradient is left, neither unscaled nor clipped.
+
         Raises:
             ValueError: If no task was present.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
@@ -277,7 +313,7 @@ class StepContext:
         if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
         finite, reduction = self._parts.finite, self._parts.reduction
-        with network.scaling():
+        with network.optimizers.scaling():
             gradients = self._final_gradients()
             if not gradients:
                 if unchecked and losses is not None:
@@ -296,22 +332,28 @@ class StepContext:
                 if not finite.applied(gradients, total):
                     finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
+            reduction.agree()
+            if not self.stepping:
+                return True
             if norm is not None:
                 network.clip_gradients(norm)
-            reduction.agree()
-            network.step()
-        self.num_optimizer_steps += 1
+            try:
+                network.optimizers.step()
+            finally:
+                # One of several that has stepped can't be undone.
+                self.num_optimizer_steps += network.optimizers.num_stepped > 0
         return True
 
     def _final_gradients(self) -> list[Tensor]:
-        """The gradients that are set, unscaled, as the parameters' hooks leave them: what the optimizer will see."""
+        """The gradients that are set, as hooks of parameters leave them: what the optimizer will see, or a trainer's scaler."""
         network = self.network
         gradients = network.gradients()
         if network.scaler is not None and gradients:
             scale = network.scale(network.device)
             if scale is not None and not self._scaled:
                 torch._foreach_mul_(gradients, scale)
-            network.scaler.unscale_(network.optimizer)
+            if self.stepping:
+                network.optimizers.unscale()
         return network.gradients() if network.run_hooks() else gradients
 
     def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:

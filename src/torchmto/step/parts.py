@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from torchmto.step.finite import FiniteChecks
 from torchmto.step.losses import Chunk, Source
-from torchmto.step.network import Network
+from torchmto.step.network import Heads, Network
 from torchmto.step.noise import Noise
-from torchmto.step.reduction import Reduction
+from torchmto.step.reduction import Proportions, Reduction, Sums
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,23 @@ class Request:
 
 
 @dataclass
+class Carried:
+    """What earlier micro-batches of an accumulated batch have left, for one independent batch. Rows stay with the network.
+
+    Attributes:
+        sums: Their losses.
+        heads: Where rows are kept: the heads' gradients.
+        gradients: Where a weighted sum is kept instead: the ``id`` of a parameter -> its gradient.
+        proportions: Then: whether all bring the same tasks in the same proportions.
+    """
+
+    sums: Sums = field(default_factory=Sums)
+    heads: Heads = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    proportions: Proportions = field(default_factory=Proportions)
+
+
+@dataclass
 class Parts:
     """The parts of one step, which its functions hand on.
 
@@ -43,6 +62,8 @@ class Parts:
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
         consumed: The ``id`` of ready losses that were used.
+        carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
+        summed: Then: whether weighted sums are kept, and not rows.
         held: Forwards that have been run already: an engine has left their gradients to the rows.
     """
 
@@ -57,6 +78,8 @@ class Parts:
     num_backward: int = 0
     engine: str | None = None
     consumed: set[int] = field(default_factory=set)
+    carried: dict[int, Carried] | None = None
+    summed: bool = False
     held: list[Chunk] = field(default_factory=list)
 
     @property
@@ -73,3 +96,7 @@ class Parts:
         names = self.names(tasks)
         asked = names if forward is None else self.names(forward)
         return Request(asked, frozenset(self.tasks.index(name) for name in names), source)
+
+    def left_by_earlier_calls(self, source: int) -> Carried:
+        """What earlier calls have left for an accumulated batch."""
+        return Carried() if self.carried is None else self.carried.setdefault(source, Carried())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,6 +48,52 @@ class Sums:
 def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[object]:
     """The number of micro-batches, and the tasks and counts of each chunk: what must be the same for equal shares."""
     return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
+
+
+class Proportions:
+    """Whether all micro-batches bring the same tasks in the same proportions.
+
+    Attributes:
+        alike: Whether those so far did.
+        first: Task index -> count in the first micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.alike = True
+        self.first: dict[int, float] = {}
+        self._number = -1
+        self._own: dict[int, float] = {}
+
+    def begin(self) -> None:
+        """Before the first call of a micro-batch."""
+        self.close()
+        self._number += 1
+        self._own = {} if self._number else self.first
+
+    def add(self, counts: Mapping[int, float]) -> float:
+        """Add the counts of one call; returns its micro-batch's size: the count of its first task."""
+        self._own.update(counts)
+        if not self._own:
+            return 1.0
+        lead = next(iter(self._own))
+        size = self._own[lead]
+        self.alike = self.alike and lead == next(iter(self.first), None)
+        self.alike = self.alike and all(self.first.get(i, 0) * size == n * self.first[lead] for i, n in counts.items())
+        return size
+
+    def close(self) -> None:
+        """After the last call of a micro-batch: has it brought all tasks?"""
+        self.alike = self.alike and (self._number < 0 or self._own.keys() == self.first.keys())
+
+    @property
+    def lead(self) -> int:
+        """The task that sizes are counts of."""
+        return next(iter(self.first))
+
+    @property
+    def relative(self) -> list[tuple[int, float]]:
+        """Every task with its count relative to that of the first."""
+        return sorted((i, count / self.first[self.lead]) for i, count in self.first.items())
 
 
 class Reduction:

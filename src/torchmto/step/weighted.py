@@ -14,7 +14,7 @@ from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Weigh
 from torchmto.step.messages import average_statistics, sum_gradients
 from torchmto.step.parts import Parts, Request
-from torchmto.step.reduction import Sums
+from torchmto.step.reduction import Proportions, Sums
 from torchmto.step.unit_heads import UnitHeads
 
 
@@ -109,49 +109,6 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     return losses
 
 
-class _Proportions:
-    """Whether all micro-batches bring the same tasks in the same proportions.
-
-    Args:
-        calls: Calls of the closure per micro-batch.
-
-    Attributes:
-        alike: Whether those so far did.
-        first: Task index -> count in the first micro-batch.
-    """
-
-    def __init__(self, calls: int) -> None:
-        self.alike = True
-        self.first: dict[int, float] = {}
-        self._calls = calls
-        self._position = 0
-        self._own = self.first
-
-    def add(self, counts: Mapping[int, float]) -> float:
-        """Add the counts of one call; returns its micro-batch's size: the count of its first task."""
-        if self._position and self._position % self._calls == 0:
-            self.close()
-            self._own = {}
-        self._position += 1
-        self._own.update(counts)
-        if not self._own:
-            return 1.0
-        lead = next(iter(self._own))
-        size = self._own[lead]
-        self.alike = self.alike and lead == next(iter(self.first), None)
-        self.alike = self.alike and all(self.first.get(i, 0) * size == n * self.first[lead] for i, n in counts.items())
-        return size
-
-    def close(self) -> None:
-        """After the last call of a micro-batch: has it brought all tasks?"""
-        self.alike = self.alike and self._own.keys() == self.first.keys()
-
-    @property
-    def lead(self) -> int:
-        """The task that sizes are counts of."""
-        return next(iter(self.first))
-
-
 def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads | None) -> Losses | None:
     """One pass over micro-batches that bring the same tasks in the same proportions, on all ranks.
 
@@ -161,16 +118,14 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
     network, reduction = parts.network, parts.reduction
     micro_batches = parts.sources[request.source]
     nominal = len(micro_batches) * network.ranks.size
-    # Fixed weights don't depend on the losses, so those of all tasks are known before the first forward.
-    indices = tuple(sorted(request.wanted))
-    ones = torch.ones(len(indices), dtype=torch.float64, device=network.device)
-    user_factors = None if reduction.weigh is None else reduction.weigh(ones, indices)
-    weights = _weights(parts, weigh, Losses(indices, ones, ones, {}, user_factors))
+    weights = _known_weights(parts, request, weigh)
     sums = Sums()
-    proportions = _Proportions(len(groups(parts, micro_batches[0], request.asked)))
+    proportions, calls = Proportions(), len(groups(parts, micro_batches[0], request.asked))
     unit_size = 0.0
     with parts.noise.attempt() as undo:
-        for chunk in forwards(parts, request, apart=unit is not None):
+        for position, chunk in enumerate(forwards(parts, request, apart=unit is not None)):
+            if position % calls == 0:
+                proportions.begin()
             size = proportions.add(chunk.counts)
             # In one process equal sizes cancel before anything is rounded.
             unit_size = unit_size or (1.0 if parts.several else size)
@@ -184,8 +139,7 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
         proportions.close()
         alike, first = proportions.alike, proportions.first
         if parts.several:
-            relative = sorted((i, count / first[proportions.lead]) for i, count in first.items())
-            sums, alike = reduction.tell(sums, counts=[len(micro_batches), relative] if alike else None)
+            sums, alike = reduction.tell(sums, counts=[len(micro_batches), proportions.relative] if alike else None)
         if not alike:
             network.zero_grad()
             undo()
@@ -196,6 +150,66 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
     if left != 1:
         network.multiply(network.gradients(), left)
     return losses
+
+
+def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> None:
+    """One more micro-batch of a batch that is accumulated over several calls, under fixed weights: its weighted gradient.
+
+    It is kept beside ``.grad``.
+
+    Raises:
+        ValueError: If the micro-batch doesn't bring the same tasks in the same proportions as those before.
+    """
+    network, carried = parts.network, parts.left_by_earlier_calls(request.source)
+    unit = UnitHeads(network) if heads == "unit" else None
+    weights = _known_weights(parts, request, weigh)
+    carried.proportions.begin()
+    for chunk in forwards(parts, request, apart=unit is not None):
+        size = carried.proportions.add(chunk.counts)
+        carried.sums.add(chunk)
+        _backward(parts, chunk, weights, {i: weights.share(i, size) for i in chunk.losses if i in request.wanted}, unit)
+    carried.proportions.close()
+    if not carried.proportions.alike:
+        raise ValueError(
+            "With fixed weights every micro-batch of an accumulated batch should bring the same tasks, with their counts in "
+            "the same proportions: one backward serves all of its tasks, so their shares can't be told apart later. Pass the list of "
+            "all micro-batches to one call instead."
+        )
+    if unit is not None:
+        unit.finish(weights.by_task)
+    for parameter in network.parameters:
+        if parameter.grad is not None:
+            gradient, parameter.grad = parameter.grad, None
+            known = carried.gradients.get(id(parameter))
+            carried.gradients[id(parameter)] = gradient if known is None else known + gradient
+
+
+def finish(parts: Parts, request: Request) -> Losses:
+    """The mean of what :func:`accumulate` has kept, into ``.grad``; returns the losses."""
+    network, reduction, carried = parts.network, parts.reduction, parts.left_by_earlier_calls(request.source)
+    sums, proportions = carried.sums, carried.proportions
+    if parts.several:
+        reduction.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}, accumulated"
+        sums, alike = reduction.tell(sums, counts=proportions.relative)
+        if not alike:
+            raise ValueError("With fixed weights every rank should bring the same tasks in the same proportions.")
+    for parameter in network.parameters:
+        parameter.grad = carried.gradients.get(id(parameter))
+    losses = reduction.average(sums)
+    network.tidy_sparse()
+    sum_gradients(network)
+    average_statistics(network)
+    if proportions.first:
+        network.multiply(network.gradients(), 1 / losses.totals[proportions.lead])
+    return losses
+
+
+def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
+    """Fixed weights don't depend on the losses: those of all tasks are known before the first forward."""
+    indices = tuple(sorted(request.wanted))
+    ones = torch.ones(len(indices), dtype=torch.float64, device=parts.network.device)
+    factors = None if parts.reduction.weigh is None else parts.reduction.weigh(ones, indices)
+    return _weights(parts, weigh, Losses(indices, ones, ones, {}, factors))
 
 
 def _settle(parts: Parts, unit: UnitHeads | None, weights: _Weights, failure: BaseException | None = None) -> None:

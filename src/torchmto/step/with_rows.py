@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows, gramian
-from torchmto.step.collect import collect
+from torchmto.step.collect import collect, gather
 from torchmto.step.messages import own_columns
 from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
@@ -20,9 +20,7 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
     """
     network = parts.network
     parts.engine = "parameters"
-    rows = network.rows_of(request.source)
-    rows.begin()
-    heads: Heads = {}
+    rows, heads = _begun(parts, request.source)
     everything = parts.reduction.average(collect(parts, request, rows, heads))
     losses = present(parts, everything, request)
     factors = factors_of(network, losses)
@@ -33,6 +31,20 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
     parts.finite.losses(everything, everything.raw.tolist())
     parts.finite.task_gradients(losses, product)
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(rows.parameters))
+
+
+def keep_rows(parts: Parts, request: Request) -> None:
+    """One more micro-batch of a batch that is accumulated over several calls: its rows are added to those of earlier ones."""
+    rows, heads = _begun(parts, request.source)
+    gather(parts, request, rows, heads, streamed=False)
+
+
+def _begun(parts: Parts, source: int) -> tuple[Rows | ShardedRows, Heads]:
+    """The rows and heads of a batch, empty unless earlier calls have left some."""
+    rows = parts.network.rows_of(source)
+    if parts.carried is None or source not in parts.carried:
+        rows.begin()
+    return rows, parts.left_by_earlier_calls(source).heads
 
 
 def _gramian(network: Network, rows: Rows | ShardedRows) -> Tensor:

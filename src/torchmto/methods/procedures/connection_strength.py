@@ -381,6 +381,12 @@ class ConnectionStrength(Procedure):
             return self.second.cost(num_tasks)
         return Cost(num_tasks, num_tasks, num_tasks)
 
+    def no_backward(self, num_sources: int) -> str:
+        """Phase 2 alone takes one step."""
+        if self.schedule == "phase2":
+            return self.second.no_backward(num_sources)
+        return f"takes one optimizer step per task in phase 1 (schedule={self.schedule!r})"
+
     @property
     def progress(self) -> float:
         """Steps done over total steps, at most 1; 1/2 where the total isn't known."""

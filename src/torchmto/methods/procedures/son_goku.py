@@ -99,6 +99,10 @@ class SonGoku(Procedure):
         """K backwards: the gradients of the waiting tasks are tracked as well."""
         return Cost(1, num_tasks, 1)
 
+    def no_backward(self, num_sources: int) -> str:
+        """One step from one forward."""
+        return ""
+
     def refusal(self, network: Network) -> str:
         """The tracked rows are its state."""
         return "tracks the rows in its state" if network.divided else ""
