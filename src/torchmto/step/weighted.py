@@ -171,9 +171,9 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
     carried.proportions.close()
     if not carried.proportions.alike:
         raise ValueError(
-            "With fixed weights every micro-batch of an accumulated batch should bring the same tasks, their counts in the same "
-            "proportions: one backward serves all of its tasks, so their shares can't be told apart later. Pass the list of all "
-            "micro-batches to one call instead."
+            "With fixed weights every micro-batch of an accumulated batch should bring the same tasks, their counts in the "
+            "same proportions: one backward serves all of its tasks, so their shares can't be told apart later. Pass the list "
+            "of all micro-batches to one call instead."
         )
     if unit is not None:
         unit.finish(weights.by_task)
