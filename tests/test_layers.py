@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "torchmto"
-LAYERS = ("solvers", "gradients", "structure", "problem", "methods", "multitask", "lab", "cli")
+LAYERS = ("solvers", "gradients", "task_norms", "undo", "structure", "step", "methods", "multitask", "lab", "cli")
 EVERYWHERE = {"checks", "_version", "metrics"}
 CORE = {"torch", "numpy", "scipy", "sklearn"}
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -102,7 +102,7 @@ def state(mt: torchmto.MultiTask) -> dict[str, Any]:
     return copy.deepcopy(
         {
             "model": dict(network.model.state_dict()),
-            "optimizer": network.optimizer.state_dict(),
+            "optimizer": network.optimizers.all[0].state_dict(),
             "mt": mt.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }

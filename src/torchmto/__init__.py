@@ -4,7 +4,7 @@ from torchmto import metrics, structure
 from torchmto._version import __version__
 from torchmto.methods import Method, make_method, methods
 from torchmto.multitask import MultiTask
-from torchmto.problem import NonFiniteError, StepInfo
+from torchmto.step import NonFiniteError, StepInfo
 from torchmto.structure import ProximalAffinity
 
 __all__ = [

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task
-from torchmto.gradients import Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
-from torchmto.problem import Network, Problem, StepInfo
-from torchmto.problem.finite import SkippedError
-from torchmto.problem.losses import Source, Weigh, needs_closure
-from torchmto.problem.noise import Noise
-from torchmto.problem.wrappers import replicas
+from torchmto.step import Network, StepContext, StepInfo
+from torchmto.step.finite import SkippedError
+from torchmto.step.losses import Source, Weigh, needs_closure
+from torchmto.step.messages import EndedTogether, check_alike, tell
+from torchmto.step.noise import Noise
+from torchmto.step.parts import Carried
+from torchmto.step.wrappers import replicas
 
 STATE_VERSION = 1
 
 _DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers of a first step: the gradients that are there afterwards are a step's own."""
 
-ENGINES = ("parameters", "layerwise", "representation")
+ENGINES = ("auto", "parameters", "layerwise", "representation")
 
 
 def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks: Ranks) -> Engine | None:
@@ -35,7 +37,7 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     if name != "representation":
         if features is not None:
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
-        return Layerwise(ranks) if name == "layerwise" else None
+        return Layerwise(ranks) if name == "layerwise" else Auto() if name == "auto" else None
     if isinstance(features, str):
         modules = dict(model.named_modules())
         if features not in modules:
@@ -48,23 +50,28 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
     return Representation(features)
 
 
-def _check_parts(model: object, optimizer: object, scaler: object, seed: object) -> None:
-    """Raise if a part isn't what it should be, or the optimizer can't be driven."""
+def _check_parts(model: object, optimizers: Sequence[object], scaler: object, seed: object) -> None:
+    """Raise if a part isn't what it should be, or an optimizer can't be driven."""
     if not isinstance(model, nn.Module):
         raise TypeError(found("model", "a torch.nn.Module", type(model)))
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(found("optimizer", "a torch.optim.Optimizer", type(optimizer)))
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(found("optimizer", "a torch.optim.Optimizer, or a sequence of them", type(optimizer)))
+        _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
+        if any(
+            argument.default is argument.empty and argument.kind < argument.VAR_POSITIONAL for argument in arguments
+        ):
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"Parameter `optimizer` should be one whose `step()` needs no closure. Found {name}, which evaluates the loss "
+                "several times per step, and a multi-task step has gradients instead of one loss."
+            )
+    if not optimizers:
+        raise ValueError(found("optimizer", "at least one torch.optim.Optimizer", list(optimizers)))
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(found("scaler", "a torch.amp.GradScaler", scaler))
     if seed is not None and not hasattr(seed, "__index__"):
         raise TypeError(found("seed", "an int", seed))
-    _, *arguments = inspect.signature(type(optimizer).step).parameters.values()
-    if any(argument.default is argument.empty and argument.kind < argument.VAR_POSITIONAL for argument in arguments):
-        name = type(optimizer).__name__
-        raise ValueError(
-            f"Parameter `optimizer` should be one whose `step()` needs no closure. Found {name}, which evaluates the loss "
-            "several times per step, and a multi-task step has gradients instead of one loss."
-        )
 
 
 class MultiTask:
@@ -72,7 +79,8 @@ class MultiTask:
 
     Args:
         model: Any module; nothing is subclassed. It, or parts of it, may be in ``DistributedDataParallel``.
-        optimizer: An ordinary optimizer. Its parameters that require a gradient are trained, and no others get a gradient.
+        optimizer: An ordinary optimizer, or several with different parameters, which step one after the other. Their parameters
+            that require a gradient are trained, and no others get a gradient.
             Schedulers, hooks and parameter groups keep working. One that needs a closure (LBFGS) is refused.
         tasks: The names of the tasks.
         method: A method's name, or a method from :func:`torchmto.make_method`.
@@ -92,11 +100,15 @@ class MultiTask:
         same_noise: Give all forwards of one batch the same random state.
         shard_gradients: Divide the columns of the K x P gradient matrix among the N ranks, each of which then holds K x P/N of
             them. The update is the same. Refused for methods that need whole rows.
-        gradients: How Gramian methods get their Gramian. "parameters": from the K x P matrix of the tasks' gradients, which
-            is kept. "layerwise": the same Gramian, segment by segment of the graph, never holding more than one segment's K
-            gradients, then one weighted backward: a backward more, much less memory (all micro-batches' graphs are kept,
-            though). "representation": an approximation, from the gradients with respect to the output of ``features``: K
-            backwards through the heads and one through the trunk; one micro-batch, one process. The last two are for
+        gradients: How Gramian methods get their Gramian. "auto": exactly, by what a rule over the graph's shapes and K says is
+            cheapest, the rows of "parameters", or a mix: rows for some parameters, and for layers with few samples only what
+            combines their gradients, which are never formed; ``StepInfo.engine`` says which. Rows wherever else could cost
+            memory or surprise: several micro-batches, ready losses, several ranks, hooks on activations or parameters,
+            checkpointing. "parameters": from the K x P matrix of the tasks' gradients, which is kept. "layerwise": the same
+            Gramian, segment by segment of the graph, never holding more than one segment's K gradients, then one weighted
+            backward: a backward more, much less memory (all micro-batches' graphs are kept, though). "representation": an
+            approximation, from the gradients with respect to the output of ``features``: K backwards through the heads and
+            one through the trunk; one micro-batch, one process. "layerwise" and "representation" are for
             Gramian methods.
         features: For "representation": the module, or its name in the model, whose output all tasks share.
         stacked: The closure itself runs several tasks through task-specific norms (:func:`torchmto.structure.stacked`), so
@@ -121,7 +133,7 @@ class MultiTask:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         tasks: Iterable[str],
         method: str | Method,
@@ -135,10 +147,11 @@ class MultiTask:
         same_noise: bool = False,
         shard_gradients: bool = False,
         stacked: bool = False,
-        gradients: str = "parameters",
+        gradients: str = "auto",
         features: str | nn.Module | None = None,
     ) -> None:
-        _check_parts(model, optimizer, scaler, seed)
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        _check_parts(model, optimizers, scaler, seed)
         self.tasks = check_tasks(tasks)
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
@@ -158,7 +171,7 @@ class MultiTask:
         ranks = Ranks(process_group)
         self.network = Network(
             model,
-            optimizer,
+            optimizers,
             num_tasks=len(self.tasks),
             shared=shared,
             scaler=scaler,
@@ -169,6 +182,8 @@ class MultiTask:
             engine=_engine(check_choice("gradients", gradients, ENGINES), features, model, ranks),
             sparse=isinstance(method, LossWeighting),
         )
+        self._met = False
+        self._carried: dict[int, Carried] | None = None
         self._check_engine()
         self._check_methods()
         method.bind(self.tasks)
@@ -200,7 +215,10 @@ class MultiTask:
             reason = "task-specific norms run one forward per task, so the tasks have no features in common"
         elif self.network.ranks.size > 1 and not engine.adds:
             reason = "it works on one process"
-        if reason:
+        if engine.optional:
+            if reason or any(part.refusal(self.network) for part in self._methods()):
+                self.network.engine = None
+        elif reason:
             raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
 
     def _check_methods(self) -> None:
@@ -212,7 +230,7 @@ class MultiTask:
                 where = "sharded parameters" if network.sharded else "shard_gradients=True"
                 where = where if network.engine is None else f'gradients="{network.engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
-        if isinstance(network.optimizer, torch.optim.SparseAdam) and not network.sparse:
+        if not network.sparse and any(isinstance(o, torch.optim.SparseAdam) for o in network.optimizers.all):
             raise ValueError(
                 "SparseAdam takes sparse gradients only. They stay sparse for loss weightings on one process; method "
                 f"`{self.method.name}` on {network.ranks.size} makes them dense. Use SGD or Adagrad, say, or sparse=False."
@@ -283,11 +301,134 @@ class MultiTask:
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """
+        self._carried = None
+        with self._together():
+            context = self._context(losses, tasks, independent)
+            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
+                return self._step(context)
+
+    def backward(
+        self,
+        losses: Source | Sequence[Source],
+        *,
+        tasks: Iterable[str] | None = None,
+        independent: Sequence[Source | Sequence[Source]] = (),
+        final: bool = True,
+    ) -> StepInfo:
+        """Fill ``.grad`` of every trained parameter with what :meth:`step` would hand to the optimizer, and take no step.
+
+        For trainers that own the step, in place of ``loss.backward()``. Gradients that are there are replaced; ``clip`` is left
+        to the trainer. With ``scaler`` the gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
+        ``scaler.step`` leaves the step out. What the method learns, it learns here.
+
+        Args:
+            losses: As in :meth:`step`.
+            tasks: As in :meth:`step`.
+            independent: As in :meth:`step`.
+            final: Whether this is the whole batch, or the last micro-batch of one that is accumulated over several calls. With
+                False the tasks' gradients of this micro-batch are kept, K backwards, and nothing is set; the call with True
+                combines those of all. A loss weighting whose weights don't depend on these losses keeps their weighted sum, one
+                backward. An error, :meth:`step` or :meth:`load_state_dict` drops what is kept.
+
+        Returns:
+            What was done, with 0 optimizer steps; of a micro-batch that isn't the last, its losses.
+
+        Raises:
+            ValueError: As in :meth:`step`; and for a method that takes several optimizer steps or forwards per batch, or steps
+                itself.
+            NonFiniteError: As in :meth:`step`.
+
+        Example:
+            >>> import torch, torchmto
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> mt = torchmto.MultiTask(model, optimizer, tasks=["a", "b"], method="pcgrad")
+            >>> info = mt.backward(lambda tasks: dict(zip("ab", model(torch.ones(2)).square())))
+            >>> optimizer.step()
+        """
+        carried, self._carried = self._carried, None
+        with self._together():
+            accumulated = carried is not None or not final
+            self._check_backward(1 + len(independent), accumulated=accumulated)
+            carried = {} if carried is None and accumulated else carried
+            context = self._context(losses, tasks, independent, stepping=False, carried=carried)
+            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
+                if final:
+                    return self._step(context)
+                context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
+                info = context.info()
+        self._carried = carried
+        return info
+
+    def _check_backward(self, num_sources: int, *, accumulated: bool) -> None:
+        """Raise if a method, or an engine, can't do with one backward and no step."""
+        for part in self._methods():
+            reason = part.no_backward(num_sources)
+            if reason:
+                raise ValueError(
+                    f"Method `{part.name}` {reason}, so mt.backward can't serve it: call mt.step(closure)."
+                )
+        engine = self.network.engine
+        if accumulated and (self.network.shard_gradients or (engine is not None and engine.name == "representation")):
+            raise ValueError(
+                "A batch that is accumulated over several calls needs whole rows: neither shard_gradients=True nor "
+                'gradients="representation".'
+            )
+
+    @property
+    def _summed(self) -> bool:
+        """Whether accumulated batches are kept as a weighted sum: no weights depend on the losses."""
+        fixed = self.weights is None or not isinstance(self.weights, LossWeighting) or self.weights.fixed
+        return fixed and isinstance(self.method, LossWeighting) and self.method.fixed
+
+    def _step(self, context: StepContext) -> StepInfo:
+        try:
+            info = self.method.step(context)
+            if not context.any_losses:
+                context.raise_empty()
+            if context.skipped and context.num_optimizer_steps == 0:
+                self._undo(keep_buffers=context.overflowed)
+            elif isinstance(self.weights, LossWeighting):
+                self.weights.after_step(context.unweighted(), context)
+        except SkippedError as skipped:
+            if context.num_optimizer_steps == 0:
+                self._undo(keep_buffers=skipped.overflow)
+            if skipped.overflow and not context.stepping:
+                self.network.set_infinite()
+            context.note_skip(skipped.reason)
+            return context.info()
+        return info
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """An error on one rank ends the step on all of them."""
+        network = self.network
+        ranks = network.ranks
+        if ranks.size > 1 and not self._met:
+            check_alike(ranks, self.tasks)
+            self._met = True
+        try:
+            yield
+        except EndedTogether as ended:
+            raise ended.error from None
+        except BaseException as error:
+            tell(ranks, len(self.tasks), network.device, error)
+            raise
+
+    def _context(
+        self,
+        losses: Source | Sequence[Source],
+        tasks: Iterable[str] | None,
+        independent: Sequence[Any],
+        *,
+        stepping: bool = True,
+        carried: dict[int, Carried] | None = None,
+    ) -> StepContext:
+        """Check the arguments of a step."""
         asked = self.tasks if tasks is None else check_tasks(tasks)
         unknown = [name for name in asked if name not in self.tasks]
         if unknown:
             raise ValueError(unknown_task(unknown[0], self.tasks))
-        asked = tuple(name for name in self.tasks if name in asked)
         sources = [self._micro_batches("losses", losses)]
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
@@ -296,40 +437,28 @@ class MultiTask:
         network.refresh()
         self._warn_of_gradients()
         weigh, weigh_fixed = self._weigh()
-        problem = Problem(
+        return StepContext(
             network,
             self.tasks,
             sources,
-            asked=asked,
+            asked=tuple(name for name in self.tasks if name in asked),
             on_nonfinite=self.on_nonfinite,
             weigh=weigh,
             weigh_fixed=weigh_fixed,
             noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
             fingerprint=self._fingerprint(),
             outside=[part.outside for part in self._methods()],
+            stepping=stepping,
+            carried=carried,
+            summed=carried is not None and self._summed,
         )
-        with network.no_sync(), keeping_buffers(), self._undoing(problem):
-            try:
-                info = self.method.step(problem)
-                if not problem.any_losses:
-                    problem.raise_empty()
-                if problem.skipped and problem.num_optimizer_steps == 0:
-                    self._undo(keep_buffers=problem.overflowed)
-                elif isinstance(self.weights, LossWeighting):
-                    self.weights.after_step(problem.unweighted(), problem)
-            except SkippedError as skipped:
-                if problem.num_optimizer_steps == 0:
-                    self._undo(keep_buffers=skipped.overflow)
-                problem.note_skip(skipped.reason)
-                return problem.info()
-        return info
 
     def _warn_of_gradients(self) -> None:
         """Before an optimizer's first step: gradients that are there were set by somebody else."""
         network = self.network
-        if network.optimizer in _DRIVEN:
+        if all(optimizer in _DRIVEN for optimizer in network.optimizers.all):
             return
-        _DRIVEN.add(network.optimizer)
+        _DRIVEN.update(network.optimizers.all)
         given = [network.name(parameter) for parameter in network.parameters if parameter.grad is not None]
         if given:
             warnings.warn(
@@ -366,14 +495,14 @@ class MultiTask:
         return entries
 
     @contextlib.contextmanager
-    def _undoing(self, problem: Problem) -> Iterator[None]:
+    def _undoing(self, context: StepContext) -> Iterator[None]:
         """After an error before the first optimizer step, put everything back."""
         self.network.mark()
         self._kept = [(part, part.snapshot()) for part in self._methods()]
         try:
             yield
         except BaseException:
-            if problem.num_optimizer_steps == 0:
+            if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=False)
             raise
         finally:
@@ -465,6 +594,7 @@ class MultiTask:
         missing = [key for key in needed if key not in state]
         if missing:
             raise ValueError(f"The saved state isn't complete: it has no {missing[0]}.")
+        self._carried = None
         kept = [(part, part.state_dict()) for part in self._methods()]
         loading = "method_state"
         try:

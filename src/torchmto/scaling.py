@@ -62,15 +62,15 @@ class Setting:
     def collectives(self) -> list[tuple[str, float]]:
         """The step's collectives in order: what they carry, and the bytes one rank sends.
 
-        All-reduce of S bytes: 2 S (N-1)/N; reduce-scatter, all-gather and (on average) broadcast: S (N-1)/N.
+        All-reduce of S bytes: 2 S (N-1)/N; reduce-scatter and all-gather: S (N-1)/N.
         """
         once = (self.ranks - 1) / self.ranks
         exchange = ("losses and counts", 2 * once * 8 * (2 * self.tasks + 7))
-        marks = ("which parameters were reached", 2 * once * (1 + self.shared_tensors + self.head_tensors))
+        marks = ("which parameters were reached", 2 * once * (2 + self.shared_tensors + self.head_tensors))
+        decided = ("what was decided", exchange[1])
         marks_and_heads = 2 + self.shared_tensors + self.head_tensors + self.heads
         heads = ("heads", 2 * once * self.bytes_per_entry * marks_and_heads)
         product = ("Gramian", 2 * once * 8 * self.tasks**2)
-        weights = ("weights", once * 8 * self.tasks)
         if self.family == "layerwise":
             segment = 2 * once * self.bytes_per_entry * self.tasks * self.shared / self.segments
             return [
@@ -79,15 +79,16 @@ class Setting:
                 *[("one segment's rows", segment)] * self.segments,
                 product,
                 heads,
-                weights,
+                decided,
                 marks,
                 ("gradients", 2 * once * self.bytes_per_entry * self.shared),
+                decided,
             ]
         if self.family != "gramian":
             substeps = {"loss weighting": 1, "sequential": self.tasks, "task groups": self.groups}[self.family]
             # In a sub-step only the heads of its tasks have a gradient.
             gradients = 2 * once * self.bytes_per_entry * (self.shared + self.heads / substeps)
-            return [exchange, marks, ("gradients", gradients)] * substeps
+            return [exchange, marks, ("gradients", gradients), decided] * substeps
         padded = -(-self.shared // self.ranks) * self.ranks if self.shard_gradients else self.shared
         passes = 1 if self.shard_gradients else 2
         return [
@@ -95,8 +96,9 @@ class Setting:
             *[("one task's row", passes * once * self.bytes_per_entry * padded)] * self.tasks,
             heads,
             product,
-            weights,
+            decided,
             *([("combined gradient", once * self.bytes_per_entry * padded)] if self.shard_gradients else []),
+            decided,
         ]
 
     def bytes_sent(self) -> float:

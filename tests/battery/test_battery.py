@@ -524,7 +524,7 @@ def test_state_survives_a_copy(name):
     frozen = copy.deepcopy(kept)
     clone, again = start(name)
     clone.load_state_dict(model.state_dict())
-    again.network.optimizer.load_state_dict(copy.deepcopy(mt.network.optimizer.state_dict()))
+    again.network.optimizers.all[0].load_state_dict(copy.deepcopy(mt.network.optimizers.all[0].state_dict()))
     again.load_state_dict(kept)
     mt.step(closure(model, batch(TASKS)))
     assert same(kept, frozen)

@@ -158,7 +158,7 @@ def test_interrupted_step(name, scaled, error, few_copies):
                 if pending:
                     raise pending.pop()
 
-            mt.network.optimizer.register_step_pre_hook(raise_once)
+            mt.network.optimizers.all[0].register_step_pre_hook(raise_once)
             before = state(mt)
             with pytest.raises(type(error)):
                 mt.step(closure(model, batch(TASKS)))
@@ -196,7 +196,7 @@ def test_state_after_a_group_left(name):
         parts = [model.trunk, upper, *model.heads.values()]
         mt = start(name, model, parameters=[{"params": list(part.parameters())} for part in parts])
         mt.step(losses(1))
-        optimizer = mt.network.optimizer
+        optimizer = mt.network.optimizers.all[0]
         for parameter in [*optimizer.param_groups.pop(0)["params"], *optimizer.param_groups.pop()["params"]]:
             parameter.requires_grad_(requires_grad=False)
         mt.step(losses(2))

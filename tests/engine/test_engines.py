@@ -14,7 +14,8 @@ import torchmto
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import read_graph
-from torchmto.gradients.layerwise import Layerwise
+from torchmto.gradients.layerwise import Kept, Layerwise
+from torchmto.gradients.nodes import hooked
 from torchmto.gradients.ranks import Ranks
 from torchmto.structure import split_norms
 from toy import Toy, batch, closure, flat, make
@@ -214,8 +215,58 @@ def wide() -> Sample:
     return _sample(nn.ModuleList([model, own, nn.ParameterList([bare])]), outputs)
 
 
+def deep_convolutions() -> Sample:
+    """Few positions, many inputs: kernels with strides, paddings and dilations of all kinds."""
+    model = nn.Sequential(
+        nn.Conv2d(8, 10, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(10, 12, (3, 2), padding=(2, 1), dilation=(2, 1), bias=False),
+        nn.GroupNorm(2, 12),
+        nn.LeakyReLU(),
+        nn.Conv2d(12, 14, 2),
+        nn.Flatten(),
+    )
+    images = torch.randn(1, 8, 4, 4)
+    return _sample(model, lambda: [model(images)])
+
+
+def attention() -> Sample:
+    """Two blocks of attention over tokens with packed projections, and a head on their mean."""
+    layer = nn.TransformerEncoderLayer(12, 3, 20, dropout=0.0, activation="gelu", batch_first=True)
+    model = nn.ModuleList(
+        [nn.Linear(5, 12), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(12, 2)]
+    )
+    x = torch.randn(2, 3, 5)
+
+    def outputs() -> list[Tensor]:
+        hidden = model[1](model[0](x))
+        return [model[2](hidden.mean(1)), hidden]
+
+    return _sample(model, outputs)
+
+
+def shapes() -> Sample:
+    """Views, slices, broadcasts, stacks, changes in place and of dtype, on both sides of products."""
+    first, second = nn.Linear(6, 12), nn.Linear(4, 5)
+    scale, rows = nn.Parameter(torch.randn(1, 3, 1)), nn.Parameter(torch.randn(4))
+    x = torch.randn(5, 6)
+
+    def outputs() -> list[Tensor]:
+        h = first(x).view(5, 3, 4).transpose(-1, -2).unsqueeze(1).expand(5, 2, 4, 3).permute(1, 0, 3, 2)
+        h = (h * scale + rows).float().double() - 0.5 * rows
+        h = h.clone().mul_(rows.exp())
+        h[:, 1:3, 0] = h[:, 2:4, 1].sigmoid() / (1 + rows.square())
+        parts = second(torch.stack([h[0], h[1] @ h[1].mT @ h[0]]).flatten(0, 2)).chunk(2)
+        return [torch.cat(parts, -1), parts[0].pow(2.0).neg() * parts[1].cos(), h.select(-1, -1)]
+
+    return _sample(nn.ModuleList([first, second, nn.ParameterList([scale, rows])]), outputs)
+
+
 ZOO = [
     chain,
+    deep_convolutions,
+    attention,
+    shapes,
     residual,
     checkpointed,
     several_scales,
@@ -265,6 +316,20 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
         [Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never
     )
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
+    if any(map(hooked, read_graph(losses).common)):
+        return
+    kept = Kept()
+    kept.read([losses])
+    wanted = {id(p): p for p in parameters}
+    kept.factors = find_factors(kept.graph.common, kept.graph.uses, wanted, K)
+    found = kept.gramian(
+        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never
+    )
+    torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
+    weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    kept.backward([Piece(losses, dict(enumerate(weights.unbind())))], parameters)
+    combined = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    torch.testing.assert_close(combined, weights @ matrix, rtol=1e-10, atol=1e-12)
 
 
 def _reached(loss: Tensor, parameter: Tensor) -> bool:
@@ -290,7 +355,7 @@ def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
 
 
-FACTORED = {chain: 0, residual: 4, checkpointed: 0, lookups: 1, wide: 4}
+FACTORED = {chain: 0, deep_convolutions: 3, residual: 4, checkpointed: 0, lookups: 1, wide: 4}
 """Samples -> how many parameters' gradients aren't formed: few samples, no other use, no checkpointing."""
 
 

@@ -534,8 +534,10 @@ def test_gradnorm_on_a_layer():
     assert method.scales.values.sum().item() == pytest.approx(3)
     assert whole.method.layer is None
     with pytest.raises(ValueError, match="path of a module"):
-        torchmto.MultiTask(model, mt.network.optimizer, tasks=TASKS, method=make("gradnorm", layer="nowhere"))
-    wrong = torchmto.MultiTask(model, mt.network.optimizer, tasks=TASKS, method=make("gradnorm", layer="heads.a"))
+        torchmto.MultiTask(model, mt.network.optimizers.all[0], tasks=TASKS, method=make("gradnorm", layer="nowhere"))
+    wrong = torchmto.MultiTask(
+        model, mt.network.optimizers.all[0], tasks=TASKS, method=make("gradnorm", layer="heads.a")
+    )
     before = flat(model)
     with pytest.raises(ValueError, match="shared parameters"):
         wrong.step(closure(model, data))

@@ -212,7 +212,7 @@ def test_fallbacks_inside_the_groups_are_counted():
 def test_affinities_are_of_the_batch_even_if_the_inner_method_looks_at_others():
     model, mt, losses = setup(groups=[["a", "b"], ["c", "d"]], inner="modo", decay=1.0, measure_last=True)
     model.requires_grad_(requires_grad=True)
-    mt.network.optimizer.param_groups[0]["lr"] = 0.0
+    mt.network.optimizers.all[0].param_groups[0]["lr"] = 0.0
     other = [lambda asked, s=s: {t: s * v for t, v in losses(model, asked).items()} for s in (2.0, 5.0)]
     info = mt.step(lambda asked: losses(model, asked), independent=other)
     assert not info.records["affinity"].any()

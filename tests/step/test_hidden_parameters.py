@@ -196,8 +196,8 @@ def test_frozen_parameters_are_not_hidden():
 def test_graphs_are_looked_at_once(monkeypatch):
     """Further steps whose graphs have as many nodes aren't walked."""
     walks = []
-    original = torchmto.problem.network.reach_of
-    monkeypatch.setattr("torchmto.problem.network.reach_of", lambda losses: walks.append(1) or original(losses))
+    original = torchmto.step.network.reach_of
+    monkeypatch.setattr("torchmto.step.network.reach_of", lambda losses: walks.append(1) or original(losses))
     for method in ("gd", "pcgrad"):
         model, mt = made(method)
         mt.step(model)

@@ -321,7 +321,7 @@ def test_gradients_set_before_the_first_step_are_warned_of_once():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             mt.step(closure(model, batch(TASKS)))
-            another = torchmto.MultiTask(model, mt.network.optimizer, tasks=TASKS, method="pcgrad")
+            another = torchmto.MultiTask(model, mt.network.optimizers.all[0], tasks=TASKS, method="pcgrad")
             for one in (mt, another):
                 one.step(closure(model, batch(TASKS)))
         assert len(warned(caught, "`trunk.0.weight` has a gradient already (1 in all)")) == given

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import torchmto
 from gradient_matrices import CANCELLING, cancelling
 from torchmto.methods import GramianWeighting
-from torchmto.problem import network
+from torchmto.step import network
 
 METHODS = [("upgrad", {}), ("dualproj", {}), ("cagrad", {"c": 1.0})]
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchmto
-from torchmto.problem.forwards import Forwards
+from torchmto.step import forwards
 from toy import Toy, batch, closure, flat, make, same
 
 TASKS = ("a", "b", "c")
@@ -34,13 +34,13 @@ def test_a_resumed_run_learns_no_role_anew(monkeypatch, method, first):
     other, loaded = resumed(model, optimizer, mt, method)
     assert same(loaded.state_dict(), mt.state_dict())
     learnt = []
-    original = Forwards._learn
+    original = forwards._learn
 
-    def learn(self, chunk, closure, names, new):
-        learnt.extend(self._tasks[index] for index in new)
-        original(self, chunk, closure, names, new)
+    def learn(parts, chunk, closure, names, new):
+        learnt.extend(parts.tasks[index] for index in new)
+        original(parts, chunk, closure, names, new)
 
-    monkeypatch.setattr(Forwards, "_learn", learn)
+    monkeypatch.setattr(forwards, "_learn", learn)
     for net, driver in ((model, mt), (other, loaded)):
         learnt.clear()
         for seed in range(2):

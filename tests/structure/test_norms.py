@@ -1,5 +1,6 @@
 """Split norms: what is copied, under which keys, and which copy a call uses."""
 
+import _thread
 import copy
 import io
 import pickle
@@ -186,13 +187,78 @@ def test_active_task_nests_and_is_restored_after_errors():
     assert current_tasks() == ()
 
 
-def test_other_threads_see_the_active_task():
-    seen = []
+def asked_by_a_worker():
+    """What a thread sees that wasn't started by Python's threading, as those of autograd aren't."""
+    seen, done = [], threading.Event()
+
+    def ask():
+        try:
+            seen.append(current_tasks())
+        except RuntimeError as error:
+            seen.append(str(error))
+        done.set()
+
+    _thread.start_new_thread(ask, ())
+    done.wait()
+    return seen[0]
+
+
+def test_workers_see_the_task_of_the_thread_that_trains():
+    assert asked_by_a_worker() == ()
     with active_task("seg"):
-        thread = threading.Thread(target=lambda: seen.append(current_tasks()))
+        assert asked_by_a_worker() == ("seg",)
+    assert asked_by_a_worker() == ()
+
+
+def test_every_thread_has_its_own_active_task():
+    inside, done = threading.Event(), threading.Event()
+    seen = []
+
+    def train():
+        seen.append(current_tasks())
+        with active_task("depth"):
+            inside.set()
+            done.wait()
+            seen.append(current_tasks())
+
+    thread = threading.Thread(target=train)
+    with active_task("seg"):
         thread.start()
+        inside.wait()
+        assert current_tasks() == ("seg",)
+        # For whom a worker runs a checkpointed block again can't be told.
+        assert "Several threads train different tasks" in asked_by_a_worker()
+        done.set()
         thread.join()
-    assert seen == [("seg",)]
+    assert seen == [(), ("depth",)]
+
+
+def test_two_threads_train_two_models_as_one_after_the_other():
+    def build(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return split_norms(nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 1)), TASKS)
+
+    def train(model, seed):
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(50):
+            with active_task(TASKS[(step + seed) % 2]):
+                optimizer.zero_grad()
+                x = torch.randn(4, 3, generator=generator)
+                checkpoint(model, x, use_reentrant=False).square().sum().backward()
+                optimizer.step()
+
+    alone, beside = [build(0), build(1)], [build(0), build(1)]
+    for seed, model in enumerate(alone):
+        train(model, seed)
+    threads = [threading.Thread(target=train, args=(model, seed)) for seed, model in enumerate(beside)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, beside, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -65,7 +65,7 @@ def reported(resume: str = "") -> Iterator[None]:
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
     from torchmto.lab.trainer import CheckpointError, Interrupted  # noqa: PLC0415
     from torchmto.lab.trainer.processes import is_follower, speaks  # noqa: PLC0415
-    from torchmto.problem.exchange import RankFailedError  # noqa: PLC0415
+    from torchmto.step import RankFailedError  # noqa: PLC0415
 
     again = f"\nGo on with: {resume}" if resume else ""
     try:

@@ -2,8 +2,8 @@
 
 Every contestant takes one step (or one cycle of refresh_every steps) per round, in random order; ratios are medians over
 rounds. Names with a star are hand-written in plain PyTorch: gd*, the plain sum; lb*, the bound for K task gradients (one
-forward, K backwards, one optimizer step); lbm*, with the rows copied, their Gramian and one combination. Peak memory is
-that of three steps in a process of its own, above model and batch.
+forward, K backwards whose gradients nobody adds up, one optimizer step); lbm*, with the rows copied, their Gramian and one
+combination. Peak memory is that of three steps in a process of its own, above model and batch.
 
 Set OMP_NUM_THREADS to the number of threads to use. Other libraries: `pip install torchmto[bench]`.
 """
@@ -18,13 +18,16 @@ from torchmto.cli._errors import wrong_usage
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `torchmto bench`."""
     parser.add_argument(
-        "--models", default="mlp,conv,transformer,segnet", metavar="A,B", help="of these, and segnet_third (all)"
+        "--models",
+        default="mlp,mlp512,pinn,conv,transformer,segnet",
+        metavar="A,B",
+        help="of these, and segnet_third (mlp,mlp512,pinn,conv,transformer,segnet)",
     )
     parser.add_argument("--tasks", default="2,4,8,20,40", metavar="K,K", help="numbers of tasks (2,4,8,20,40)")
     parser.add_argument(
         "--methods",
         metavar="A,B",
-        help="methods, METHOD@layerwise, METHOD@representation, METHOD@NAME=VALUE (refresh_every=10), torchjd/METHOD, "
+        help="methods, METHOD@parameters|layerwise|representation, METHOD@NAME=VALUE (refresh_every=10), torchjd/METHOD, "
         "torchjd-gramian/METHOD, LibMTL/METHOD (all methods)",
     )
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds (20)")

@@ -35,14 +35,29 @@ class Engine(ABC):
     Attributes:
         name: What ``MultiTask(gradients=)`` calls it.
         adds: Whether it can add gradients up: over several forwards and processes.
+        optional: Whether the rows take its place where it can't be used, or isn't worth it.
     """
 
     name: ClassVar[str]
     adds: ClassVar[bool] = False
+    optional: ClassVar[bool] = False
+
+    def suits(self, sources: Sequence[Sequence[Any]], parameters: Sequence[Tensor]) -> bool:
+        """Whether it should be used in a step, as far as that can be told before a forward.
+
+        Args:
+            sources: For every independent batch its micro-batches, each a closure or ready losses.
+            parameters: What is trained.
+        """
+        return True
+
+    def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
+        """Whether it should compute the Gramian of the graphs that it has read: else the rows do."""
+        return True
 
     @abstractmethod
     def begin(self) -> None:
-        """Called before the forwards."""
+        """Called before the forwards that :meth:`read` will read."""
 
     @abstractmethod
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
@@ -79,10 +94,19 @@ class Engine(ABC):
         """Give up the graphs of a step that ended before its backward."""
 
     @abstractmethod
-    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """Backward of all losses into ``.grad`` of the shared parameters, of this rank. The graphs are given up.
 
         Args:
             pieces: The forwards, now with each loss's weight in its seed.
             shared: The shared parameters.
+
+        Returns:
+            How many backward passes it took.
         """
+
+
+def ratio(weighted: Tensor | None, seed: Tensor | None) -> Tensor:
+    """A weighted loss's cotangent relative to the loss's own."""
+    assert weighted is not None
+    return (weighted if seed is None else weighted / seed).detach()

@@ -1,25 +1,31 @@
-"""Inner products of gradients that needn't be formed: those of linear layers' weights and of embeddings.
+"""Inner products of gradients that needn't be formed: those of the weights of linear layers and convolutions, and embeddings.
 
 The gradient of a linear layer's weight is D_i^T X, with the layer's input X [n, in], the same for all tasks, and task i's
 cotangent D_i [n, out]. So the inner product of two is the sum of the elements of D_i * (X X^T D_j): with few samples n that
-is much less work than K gradients [out, in], and needs less room. An embedding's input is one-hot: only looked-up rows
-of its gradients differ from zero.
+is much less work than K gradients [out, in], and needs less room. A convolution is the same with positions for samples and
+patches for inputs. An embedding's input is one-hot: only looked-up rows of its gradients differ from zero. A weighted sum of
+the gradients takes no more than one product, with the weighted sum of the cotangents.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torchmto.gradients.nodes import has_hooks, hooked, saved
 from torchmto.gradients.rows import products
 
 AT_ONCE = 2**20
-"""Elements of the cotangents that are copied next to each other at a time: as much as stays in a processor's cache."""
+"""Elements of the cotangents that are multiplied at a time: as much as stays in a processor's cache."""
+
+TRAFFIC = 60
+"""What an element of a gradient costs that is written, copied to its row, read for the Gramian and again for the combination,
+in multiplications: a fit to processors, where memory is slow in about the same way."""
 
 _INPUTS = {"AddmmBackward0": "mat1", "MmBackward0": "self"}
 """Nodes of products with a matrix -> what they call the other one."""
@@ -33,64 +39,120 @@ class Factor(ABC):
         node: The node of the only operation that uses it; its first input takes the cotangents.
         between: The nodes between that one and the parameter.
         size: What the cotangent of one task has in elements.
+        gain: How many multiplications fewer the K gradients take than if they were formed.
     """
 
-    def __init__(self, leaf: Tensor, node: Node, between: Sequence[Node], size: int) -> None:
+    def __init__(self, leaf: Tensor, node: Node, between: Sequence[Node], size: int, gain: float) -> None:
         self.leaf = leaf
-        self.node = node
+        self.node: Any = node
         self.between = between
         self.size = size
+        self.gain = gain
 
     @abstractmethod
-    def products(self, cotangents: Sequence[Tensor | None]) -> Tensor:
-        """The inner products of the gradients, [k, k], from one cotangent per task, None for zero."""
+    def products(self, cotangents: Tensor) -> Tensor:
+        """The inner products of the gradients, [k, k], from one cotangent per task, [k, *shape]."""
+
+    def combined(self, cotangent: Tensor) -> Tensor:
+        """The gradient that belongs to one cotangent: a weighted sum of the tasks'."""
+        gradient = self._gradient(cotangent)
+        for node in self.between:
+            gradient = gradient.mT if node.name() == "TBackward0" else gradient
+        return gradient.to(self.leaf)
+
+    @abstractmethod
+    def _gradient(self, cotangent: Tensor) -> Tensor:
+        """The gradient as it leaves the node."""
 
 
 class Linear(Factor):
     """A matrix that samples are multiplied with."""
 
-    def products(self, cotangents: Sequence[Tensor | None]) -> Tensor:
+    def _given(self) -> Tensor:
+        return _inputs(self.node)
+
+    def _samples(self, cotangents: Tensor) -> Tensor:
+        """Cotangents as [k, samples, outputs]."""
+        return cotangents
+
+    def products(self, cotangents: Tensor) -> Tensor:
         """Sum of D_i * (X X^T D_j), a few columns of the D at a time."""
-        inputs = _inputs(self.node)
-        inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        inner = inputs @ inputs.T
-        width = self.size // len(inputs)
-        step = max(1, AT_ONCE // (len(cotangents) * len(inputs)))
-        total = torch.zeros(())
-        for start in range(0, width, step):
-            columns = slice(start, min(start + step, width))
-            stacked = _stack(cotangents, (len(inputs), width), inputs, columns)
-            total = total.to(inner.device) + products(stacked.flatten(1), torch.matmul(inner, stacked).flatten(1))
+        given = _wide(self._given())
+        inner = given @ given.T
+        cotangents = self._samples(cotangents)
+        step = max(1, AT_ONCE // (len(cotangents) * len(given)))
+        total: Tensor | None = None
+        for start in range(0, cotangents.shape[2], step):
+            # One long product instead of k short ones.
+            part = _wide(cotangents[:, :, start : start + step]).transpose(0, 1).contiguous()
+            other = (inner @ part.flatten(1)).view(part.shape)
+            found = _over_samples(part, other)
+            total = found if total is None else total + found
+        assert total is not None
         return (total + total.T) / 2
+
+    def _gradient(self, cotangent: Tensor) -> Tensor:
+        return (cotangent.mT @ _inputs(self.node).to(cotangent)).mT
+
+
+class Patches(Linear):
+    """The kernels of a convolution in two dimensions."""
+
+    def _given(self) -> Tensor:
+        node = self.node
+        patches = torch.nn.functional.unfold(
+            saved(node, "input").detach(),
+            self.leaf.shape[2:],
+            dilation=saved(node, "dilation"),
+            padding=saved(node, "padding"),
+            stride=saved(node, "stride"),
+        )
+        return patches.transpose(1, 2).flatten(0, 1)
+
+    def _samples(self, cotangents: Tensor) -> Tensor:
+        return cotangents.flatten(3).transpose(2, 3).flatten(1, 2)
+
+    def _gradient(self, cotangent: Tensor) -> Tensor:
+        node = self.node
+        given = saved(node, "input").detach().to(cotangent)
+        geometry = [saved(node, name) for name in ("stride", "padding", "dilation")]
+        found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            cotangent, given, self.leaf.detach().to(cotangent), None, *geometry, False, [0, 0], 1, [False, True, False]
+        )
+        return found[1]
 
 
 class Lookup(Factor):
     """A matrix whose rows are looked up."""
 
-    def products(self, cotangents: Sequence[Tensor | None]) -> Tensor:
+    def _rows(self, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        """Cotangents as [k, lookups, width] without those of padding, and what was looked up."""
+        indices: Tensor = saved(self.node, "indices").flatten()
+        kept = indices != saved(self.node, "padding_idx")
+        stacked = _wide(cotangents).reshape(len(cotangents), len(indices), self.leaf.shape[1])
+        return stacked * kept[:, None], indices
+
+    def products(self, cotangents: Tensor) -> Tensor:
         """Inner products of the rows that were looked up."""
-        indices: Tensor = self.node._saved_indices.flatten()  # type: ignore[attr-defined] # noqa: SLF001
-        stacked = _stack(cotangents, (len(indices), self.leaf.shape[1]), self.leaf)
-        padding: int = self.node._saved_padding_idx  # type: ignore[attr-defined] # noqa: SLF001
-        stacked[:, indices == padding] = 0
+        stacked, indices = self._rows(cotangents)
         known, place = torch.unique(indices, return_inverse=True)
         rows = stacked.new_zeros(len(stacked), len(known), stacked.shape[2]).index_add_(1, place, stacked)
         return products(rows.flatten(1))
 
+    def _gradient(self, cotangent: Tensor) -> Tensor:
+        stacked, indices = self._rows(cotangent.unsqueeze(0))
+        return stacked.new_zeros(self.leaf.shape).index_add_(0, indices, stacked[0])
 
-def _stack(
-    cotangents: Sequence[Tensor | None], shape: tuple[int, int], like: Tensor, columns: slice = slice(None)
-) -> Tensor:
-    """Columns of cotangents [*shape] as one tensor [k, shape[0], columns], float32 at least."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    width = len(range(*columns.indices(shape[1])))
-    stacked = torch.empty(len(cotangents), shape[0], width, dtype=dtype, device=like.device)
-    for place, cotangent in zip(stacked, cotangents, strict=True):
-        if cotangent is None:
-            place.zero_()
-        else:
-            place.copy_(cotangent.reshape(shape)[:, columns])
-    return stacked
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _over_samples(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products [k, k] of tasks' cotangents [samples, k, columns], sample by sample."""
+    wide = torch.float32 if left.device.type == "mps" else torch.float64
+    return torch.bmm(left, right.mT).sum(0, dtype=wide)
 
 
 def find_factors(
@@ -99,52 +161,91 @@ def find_factors(
     """The nodes whose parameters' inner products are cheaper without their gradients.
 
     Args:
-        order: The nodes of a graph.
+        order: Nodes of a graph.
         uses: How many edges lead to each of them.
         wanted: ``id`` of a parameter -> it; parameters that no other graph uses.
         num_tasks: K.
     """
     factors: dict[Node, Factor] = {}
     for node in order:
-        name = node.name()
-        if name in _INPUTS:
-            found = _linear(node, uses, wanted, num_tasks)
-        elif name == "EmbeddingBackward0":
-            found = _lookup(node, uses, wanted)
-        else:
-            continue
-        if found is not None:
-            factors[node] = found
+        find = _FINDERS.get(node.name())
+        factor = None if find is None else find(node, uses, wanted, num_tasks)
+        if factor is not None:
+            factors[node] = factor
     return factors
 
 
 def _linear(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], num_tasks: int) -> Factor | None:
     leaf, between = _parameter(node.next_functions[-1][0], uses, wanted)
-    if leaf is None or not _plain(node, _INPUTS[node.name()]) or getattr(node, "_saved_alpha", 1) != 1:
+    if leaf is None or hooked(node) or saved(node, "alpha", 1) != 1:
         return None
     given = _inputs(node)
     if given.layout is not torch.strided or given.is_complex() or not given.numel():
         return None
     samples, inputs = given.shape
-    outputs = leaf.numel() // inputs
-    # Multiplications and room of either way.
-    formed = num_tasks * (samples + num_tasks) * leaf.numel()
-    factored = samples * samples * inputs + num_tasks * (samples + num_tasks) * samples * outputs
-    room = samples * samples + num_tasks * samples * outputs
+    return _if_cheaper(Linear, (leaf, node, between), (samples, inputs), num_tasks)
+
+
+def _convolution(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], num_tasks: int) -> Factor | None:
+    leaf, between = _parameter(node.next_functions[1][0], uses, wanted)
+    if leaf is None or leaf.dim() != 4 or hooked(node) or saved(node, "transposed") or saved(node, "groups") != 1:
+        return None
+    given = saved(node, "input")
+    if given.dim() != 4 or not given.numel():
+        return None
+    positions = 1
+    for side, kernel, stride, padding, dilation in zip(
+        given.shape[2:],
+        leaf.shape[2:],
+        saved(node, "stride"),
+        saved(node, "padding"),
+        saved(node, "dilation"),
+        strict=True,
+    ):
+        positions *= (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    inputs = leaf[0].numel()
+    samples = len(given) * positions
+    # The patches aren't there yet.
+    return _if_cheaper(Patches, (leaf, node, between), (samples, inputs), num_tasks, room=samples * inputs)
+
+
+def _if_cheaper(
+    kind: Callable[[Tensor, Node, Sequence[Node], int, float], Factor],
+    found: tuple[Tensor, Node, Sequence[Node]],
+    given: tuple[int, int],
+    num_tasks: int,
+    room: int = 0,
+) -> Factor | None:
+    """A factor for a matrix of ``given`` = (samples, inputs), if it takes less time and room than the gradients."""
+    leaf, node, between = found
+    samples, inputs = given
+    size = samples * (leaf.numel() // inputs)
+    formed = num_tasks * (samples + num_tasks + TRAFFIC) * leaf.numel()
+    factored = samples * samples * inputs + samples * leaf.numel() + num_tasks * (samples + num_tasks + TRAFFIC) * size
+    room += samples * samples + num_tasks * size
     if factored >= formed or room > num_tasks * leaf.numel():
         return None
-    return Linear(leaf, node, between, samples * outputs)
+    return kind(leaf, node, between, size, formed - factored)
 
 
-def _lookup(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor]) -> Factor | None:
+def _lookup(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tensor], num_tasks: int) -> Factor | None:
     leaf, between = _parameter(node.next_functions[0][0], uses, wanted)
     turned = any(step.name() == "TBackward0" for step in between)
-    if leaf is None or turned or not _plain(node, "indices"):
+    if leaf is None or turned or hooked(node):
         return None
-    if node._saved_sparse or node._saved_scale_grad_by_freq:  # noqa: SLF001
+    if saved(node, "sparse") or saved(node, "scale_grad_by_freq"):
         return None
-    size = node._saved_indices.numel() * leaf.shape[1]  # noqa: SLF001
-    return Lookup(leaf, node, between, size) if 2 * size < leaf.numel() else None
+    size = saved(node, "indices").numel() * leaf.shape[1]
+    gain = num_tasks * (TRAFFIC + num_tasks) * (leaf.numel() - size)
+    return Lookup(leaf, node, between, size, gain) if 2 * size < leaf.numel() else None
+
+
+_FINDERS = {
+    "AddmmBackward0": _linear,
+    "MmBackward0": _linear,
+    "ConvolutionBackward0": _convolution,
+    "EmbeddingBackward0": _lookup,
+}
 
 
 def _parameter(
@@ -155,8 +256,8 @@ def _parameter(
     while node is not None and uses[node] == 1:
         leaf: Tensor | None = getattr(node, "variable", None)
         if leaf is not None:
-            hooked = bool(leaf._backward_hooks)  # noqa: SLF001 - they change gradients that factors never form
-            return None if hooked else wanted.get(id(leaf)), between
+            # Hooks change gradients, and factors never form any.
+            return None if has_hooks(leaf) else wanted.get(id(leaf)), between
         if node.name() not in {"TBackward0", "ToCopyBackward0"}:
             break
         between.append(node)
@@ -166,11 +267,5 @@ def _parameter(
 
 def _inputs(node: Any) -> Tensor:
     """The samples [n, in] of a product with a matrix."""
-    inputs: Tensor = getattr(node, f"_saved_{_INPUTS[node.name()]}")
+    inputs: Tensor = saved(node, _INPUTS[node.name()])
     return inputs.detach()
-
-
-def _plain(node: Any, name: str) -> bool:
-    """Whether a saved tensor is there as it is: hooks (checkpointing, offloading) may be run by backwards only."""
-    saved = getattr(node, f"_raw_saved_{name}")
-    return getattr(saved, "unpack_hook", saved) is None

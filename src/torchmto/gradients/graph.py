@@ -1,15 +1,17 @@
-"""The backward graph of losses: its nodes in order, and its segments."""
+"""The backward graph of losses: its nodes in order, and how it is gone through."""
 
 from __future__ import annotations
 
+import functools
 import heapq
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
+from torchmto.gradients.nodes import has_hooks, native, number_of
 
 Edge = tuple[Node, int]
 """A node of the backward graph and which of its inputs: the gradient of one output of a forward operation."""
@@ -24,15 +26,27 @@ class Graph:
 
     Attributes:
         order: Its nodes, every node after all nodes whose results it takes; leaves are left out.
+        masks: The tasks whose losses reach each of these nodes, as a bit mask.
+        leaves: The nodes of the leaves, and the leaves.
         reached: ``id`` of a leaf -> the leaf and the tasks whose losses reach it, as a bit mask.
-        roots: Where the tasks' backwards start.
         uses: How many edges lead to each node, leaves included.
     """
 
     order: list[Node] = field(default_factory=list)
+    masks: dict[Node, int] = field(default_factory=dict)
+    leaves: dict[Node, Tensor] = field(default_factory=dict)
     reached: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
-    roots: list[Edge] = field(default_factory=list)
     uses: dict[Node, int] = field(default_factory=dict)
+
+    @functools.cached_property
+    def common(self) -> list[Node]:
+        """The nodes that more than one task reaches, in order."""
+        return [node for node in self.order if _several(self.masks[node])]
+
+
+def _several(mask: int) -> bool:
+    """Whether a bit mask has more than one task."""
+    return mask & (mask - 1) != 0
 
 
 def leaf_of(node: Node) -> Tensor | None:
@@ -43,107 +57,215 @@ def leaf_of(node: Node) -> Tensor | None:
 
 def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Graph:
     """Walk the graph of ``losses``, task -> loss, from the last operation to the first, as far as the nodes ``stop``."""
-    roots = [loss.grad_fn for loss in losses.values() if loss.grad_fn is not None]
-    waiting: dict[Node, int] = dict.fromkeys(roots, 0)
+    masks: dict[Node, int] = {}
+    for task, loss in losses.items():
+        if loss.grad_fn is not None:
+            masks[loss.grad_fn] = masks.get(loss.grad_fn, 0) | 1 << task
+    waiting: dict[Node, int] = dict.fromkeys(masks, 0)
+    following: dict[Node, list[Node]] = {}
     stack = list(waiting)
     while stack:
         node = stack.pop()
-        for following, _ in () if node in stop else node.next_functions:
-            if following is not None:
-                if following not in waiting:
-                    waiting[following] = 0
-                    stack.append(following)
-                waiting[following] += 1
-    masks: dict[Node, int] = dict.fromkeys(waiting, 0)
-    for task, loss in losses.items():
-        if loss.grad_fn is not None:
-            masks[loss.grad_fn] |= 1 << task
-    graph = Graph(
-        roots=[(loss.grad_fn, loss.output_nr) for loss in losses.values() if loss.grad_fn is not None],
-        uses=dict(waiting),
-    )
+        followers = [] if node in stop else [other for other, _ in node.next_functions if other is not None]
+        following[node] = followers
+        for other in followers:
+            if other not in waiting:
+                waiting[other] = 0
+                stack.append(other)
+            waiting[other] += 1
+    graph = Graph(masks=masks, uses=dict(waiting))
     # Of the operations whose gradient is complete the one that ran last comes first, as in the autograd engine itself.
-    ready = [(-_number(node), place, node) for place, node in enumerate(waiting) if waiting[node] == 0]
+    ready = [(-number_of(node), place, node) for place, node in enumerate(waiting) if waiting[node] == 0]
     heapq.heapify(ready)
     place = len(waiting)
     while ready:
         node = heapq.heappop(ready)[2]
-        leaf = leaf_of(node)
+        mask = masks[node]
+        leaf = None if following[node] else leaf_of(node)
         if leaf is not None:
-            graph.reached[id(leaf)] = (leaf, masks[node])
+            graph.leaves[node] = leaf
+            graph.reached[id(leaf)] = (leaf, mask)
             continue
         graph.order.append(node)
-        for following, _ in () if node in stop else node.next_functions:
-            if following is not None:
-                masks[following] |= masks[node]
-                waiting[following] -= 1
-                if waiting[following] == 0:
-                    place += 1
-                    heapq.heappush(ready, (-_number(following), place, following))
+        for other in following[node]:
+            masks[other] = masks.get(other, 0) | mask
+            waiting[other] -= 1
+            if waiting[other] == 0:
+                place += 1
+                heapq.heappush(ready, (-number_of(other), place, other))
     return graph
 
 
-def _number(node: Node) -> int:
-    # Private, but for 2.1 and later the only way to the order in which operations ran; only the sizes of boundaries depend
-    # on it. Leaves have the largest number.
-    return int(node._sequence_nr())  # noqa: SLF001
+@dataclass
+class Run:
+    """Consecutive nodes of a graph: one that is called with all tasks' cotangents, or some that autograd goes through.
+
+    Attributes:
+        nodes: The nodes.
+        direct: Whether the node is called.
+        needs: Of a called node: which of its inputs need cotangents.
+        factor: Of a called node: the parameter that it multiplies, if that one's gradients aren't formed.
+        leaves: Parameters that the nodes use, each once, and whose gradients are wanted.
+        below: Inputs of later nodes that the nodes give gradients to.
+        stop: Whether a backward has to be stopped there: else it stops by itself.
+    """
+
+    nodes: list[Node]
+    direct: bool = False
+    needs: tuple[bool, ...] = ()
+    factor: Factor | None = None
+    leaves: list[Tensor] = field(default_factory=list)
+    below: list[Edge] = field(default_factory=list)
+    stop: bool = True
 
 
 @dataclass
 class Segment:
-    """Consecutive nodes of a graph.
+    """Consecutive runs, whose parameters' gradients are reduced together.
 
     Attributes:
-        leaves: Parameters that its nodes use, each once, and whose gradients are wanted.
-        factors: Parameters of its nodes whose gradients needn't be formed.
-        below: Inputs of later nodes that its nodes, or those of segments above, give gradients to: its lower boundary.
+        runs: The runs.
+        leaves: Parameters that they use.
     """
 
+    runs: list[Run] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
-    factors: list[Factor] = field(default_factory=list)
-    below: list[Edge] = field(default_factory=list)
 
 
-def cut(graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor]) -> list[Segment]:
-    """Cut a graph into segments.
+def cut(
+    graph: Graph,
+    sizes: Mapping[int, int],
+    factors: Mapping[Node, Factor],
+    *,
+    direct: bool = True,
+    whole: bool = False,
+) -> list[Segment]:
+    """Cut a graph into runs, and these into segments.
 
     Args:
         graph: The graph.
         sizes: ``id`` of a wanted parameter -> what it counts: its number of elements if it is shared, else 0.
         factors: The nodes whose parameters' gradients aren't formed; these parameters have no size.
+        direct: Whether nodes may be called outside of a backward.
+        whole: Don't cut: one run has everything.
     """
-    # What lies between a factor's node and its parameter is gone through by no backward.
-    passed = {node for factor in factors.values() for node in factor.between}
-    total = sum(sizes[key] for key in graph.reached if key in sizes) + sum(f.size for f in factors.values())
-    enough = max(1, total // SEGMENTS)
-    segments: list[Segment] = []
-    current, known, size = Segment(), set[int](), 0
-    # Inputs of nodes that aren't in a segment yet, with their nodes: dict for the order.
-    boundary: dict[Node, dict[int, None]] = {}
-    # A task with a forward of its own may start below the first segments.
-    for root, number in graph.roots:
-        boundary.setdefault(root, {})[number] = None
-    for node in graph.order:
-        if node in passed:
-            continue
-        boundary.setdefault(node, {})
-        # A boundary of one tensor is best; but a segment with twice enough parameters is closed anyhow.
-        if size >= 2 * enough or (size >= enough and len(boundary) == 1):
-            current.below = [(other, number) for other, numbers in boundary.items() for number in numbers]
-            segments.append(current)
-            current, known, size = Segment(), set(), 0
-        del boundary[node]
-        if node in factors:
-            current.factors.append(factors[node])
-            size += factors[node].size
-        for following, number in node.next_functions:
-            if following is None or following in passed:
+    parts = _Cut(graph, sizes, factors, direct=direct)
+    return [parts.whole()] if whole else parts.segments()
+
+
+class _Cut:
+    """A graph that is being cut."""
+
+    def __init__(self, graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor], *, direct: bool) -> None:
+        self._graph = graph
+        self._factors = factors
+        self._direct = direct
+        self._sizes = {node: sizes[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in sizes}
+        # What lies between a factor's node and its parameter is gone through by nobody.
+        self._passed = {node for factor in factors.values() for node in factor.between}
+        total = sum(self._sizes.values()) + sum(factor.size for factor in factors.values())
+        self._enough = max(1, total // SEGMENTS)
+        self._needed: set[Node] = set(self._sizes)
+        for node in reversed(graph.order):
+            if node not in self._passed and (node in factors or any(self._needs(node))):
+                self._needed.add(node)
+
+    def _needs(self, node: Node) -> tuple[bool, ...]:
+        return tuple(other in self._needed for other, _ in node.next_functions)
+
+    def whole(self) -> Segment:
+        """All that is needed as one run."""
+        run = self._run([node for node in self._graph.order if node in self._needed])
+        run.stop = False
+        return Segment([run], run.leaves)
+
+    def segments(self) -> list[Segment]:
+        """The segments: those nodes first that one task alone reaches, task by task."""
+        graph = self._graph
+        runs = list(self._heads())
+        done = {node for run in runs for node in run.nodes}
+        rest = [node for node in graph.order if node in self._needed and node not in done]
+        runs += self._trunk(rest)
+        segments, current, size = [], Segment(), 0
+        known: set[Tensor] = set()
+        for run in runs:
+            if size >= self._enough:
+                segments.append(current)
+                current, size, known = Segment(), 0, set()
+            current.runs.append(run)
+            new = [leaf for leaf in run.leaves if leaf not in known]
+            known.update(new)
+            current.leaves += new
+            size += self._size(run)
+        return [*segments, current]
+
+    def _size(self, run: Run) -> int:
+        leaves = {other for node in run.nodes for other, _ in node.next_functions if other in self._sizes}
+        return sum(self._sizes[leaf] for leaf in leaves) + (0 if run.factor is None else run.factor.size)
+
+    def _heads(self) -> list[Run]:
+        """One run for each task's own nodes, unless they use many shared parameters: then a task has its own forward."""
+        own: dict[int, list[Node]] = {}
+        for node in self._graph.order:
+            mask = self._graph.masks[node]
+            if node in self._needed and not _several(mask):
+                own.setdefault(mask, []).append(node)
+        runs = []
+        for nodes in own.values():
+            shared = {
+                other
+                for node in nodes
+                for other, _ in node.next_functions
+                if other in self._sizes and _several(self._graph.masks[other])
+            }
+            if sum(self._sizes[leaf] for leaf in shared) <= self._enough:
+                run = self._run(nodes)
+                run.stop = bool(shared) or len({node for node, _ in run.below}) > 1
+                runs.append(run)
+        return runs
+
+    def _trunk(self, nodes: Sequence[Node]) -> list[Run]:
+        """Nodes that are called, one by one; what lies between, in runs of about the same number of parameters."""
+        runs: list[Run] = []
+        waiting: list[Node] = []
+        boundary: set[Node] = set()
+        size = 0
+
+        def close() -> None:
+            nonlocal size
+            if waiting:
+                runs.append(self._run(list(waiting)))
+            waiting.clear()
+            size = 0
+
+        for node in nodes:
+            following = [other for other, _ in node.next_functions if other in self._needed]
+            # Parameters' own hooks are called by backwards.
+            leaves = [self._graph.leaves[other] for other in following if other in self._sizes]
+            if self._direct and native(node) and not any(map(has_hooks, leaves)):
+                close()
+                run = self._run([node])
+                run.direct, run.needs, run.factor = True, self._needs(node), self._factors.get(node)
+                runs.append(run)
                 continue
-            leaf = leaf_of(following)
-            if leaf is None:
-                boundary.setdefault(following, {})[number] = None
-            elif id(leaf) in sizes and id(leaf) not in known:
-                known.add(id(leaf))
-                current.leaves.append(leaf)
-                size += sizes[id(leaf)]
-    return [*segments, current]
+            boundary.discard(node)
+            # A boundary of one tensor is best; but a run with twice enough parameters is closed anyhow.
+            if size >= 2 * self._enough or (size >= self._enough and not boundary):
+                close()
+            waiting.append(node)
+            boundary.update(other for other in following if other not in self._sizes)
+            size += self._size(Run([node]))
+        close()
+        return runs
+
+    def _run(self, nodes: list[Node]) -> Run:
+        inside = set(nodes)
+        leaves: dict[Node, None] = {}
+        below: dict[Edge, None] = {}
+        for node in nodes:
+            for other, number in node.next_functions:
+                if other in self._sizes:
+                    leaves[other] = None
+                elif other in self._needed and other not in inside:
+                    below[other, number] = None
+        return Run(nodes, leaves=[self._graph.leaves[leaf] for leaf in leaves], below=list(below))

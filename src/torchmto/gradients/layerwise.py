@@ -1,29 +1,37 @@
-"""The Gramian of the tasks' gradients without the K x P matrix: the graph is walked down in segments.
+"""The Gramian of the tasks' gradients without the K x P matrix: the graph is walked down with all tasks side by side.
 
-The backward graph of a forward is cut into segments of about a sixteenth of the shared parameters each. Segment by segment
-from the top, one backward per task goes through the segment alone: it starts from what that task's backward has left at the
-segment's upper boundary, and ends at its lower boundary. So at any time there are the K tasks' gradients of one segment's
-parameters, which are reduced to their K x K products at once, and their K cotangents at one boundary; every segment is gone
-through once per task, as in K whole backwards.
+The K backwards go through one node of the backward graph after the other, each node with the cotangents of all tasks before the
+next: products of all cotangents with one matrix are one product. What autograd alone can go through (custom functions,
+checkpointing) is gone through in runs of nodes, by one backward per task from what has arrived above the run down to what
+lies below it.
 
-The weights of linear layers with few samples, and embeddings, don't even need their gradients (:mod:`.factors`).
+:class:`Layerwise` reduces the gradients of about a sixteenth of the shared parameters at a time to their K x K products, and
+keeps nothing; one more backward, of the weighted losses, combines them. :class:`Kept` keeps what the gradients can be
+combined from, and needs no other backward: gradients where they are small, cotangents of layers with few samples.
+
+The weights of linear layers and convolutions with few samples, and embeddings, don't even need their gradients
+(:mod:`.factors`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from torchmto.gradients.buckets import Buckets
-from torchmto.gradients.engine import Engine, Piece, Take
-from torchmto.gradients.factors import find_factors
-from torchmto.gradients.graph import Graph, cut, read_graph
+from torchmto.gradients.engine import Engine, Piece, Take, ratio
+from torchmto.gradients.factors import Factor, find_factors
+from torchmto.gradients.graph import Graph, Segment, cut, read_graph
 from torchmto.gradients.hooks import quiet
+from torchmto.gradients.nodes import Hooks, hooked
 from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.rows import products
+from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.walk import Walk
 
 
@@ -34,8 +42,9 @@ class Layerwise(Engine):
     their products are taken; their graphs are all kept. Among several ranks each segment's K gradients are summed while
     the next segment is gone through.
 
-    Hooks that change gradients: those on parameters count. Those on activations may run more than once, where a segment
-    begins at the activation, or not at all, where a layer's gradients aren't formed; use the rows for such models.
+    Hooks that change gradients: those on parameters count. Where a forward sets hooks on activations, there is one segment,
+    through which autograd goes with one task after the other, as for the rows. Ready losses hide that there are hooks, which
+    then may not run at all: use a closure, or the rows.
 
     Args:
         ranks: The processes.
@@ -48,9 +57,11 @@ class Layerwise(Engine):
         self._ranks = ranks
         self._spare: list[Tensor] = []
         self._graphs: list[Graph] = []
+        self._hooks = Hooks()
 
     def begin(self) -> None:
-        """Nothing: the graphs tell all."""
+        """Count the hooks that there are."""
+        self._hooks = Hooks()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graphs."""
@@ -65,15 +76,14 @@ class Layerwise(Engine):
         """Give up the graphs."""
         self._graphs = []
 
-    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """One whole backward per forward."""
         self._graphs = []
+        pieces = [piece for piece in pieces if piece.losses and shared]
         for piece in pieces:
-            if piece.losses and shared:
-                with piece.context(), quiet(shared):
-                    torch.autograd.backward(
-                        list(piece.losses.values()), list(piece.seeds.values()), inputs=list(shared)
-                    )
+            with piece.context(), quiet(shared):
+                torch.autograd.backward(list(piece.losses.values()), list(piece.seeds.values()), inputs=list(shared))
+        return len(pieces)
 
     def gramian(
         self,
@@ -85,21 +95,23 @@ class Layerwise(Engine):
         take: Take,
     ) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
-        walks = self._walks(pieces, len(tasks), shared, others)
-        groups = self._groups(walks, shared)
+        row = {task: number for number, task in enumerate(tasks)}
+        walks = [Walk(piece, row) for piece in pieces]
+        plans = self._plans(len(tasks), shared, others)
+        groups = self._groups(plans, shared)
         device = shared[0].device if shared else torch.device("cpu")
         buckets = Buckets(groups, len(tasks), ranks=self._ranks, spare=self._spare, device=device)
-        row = {task: number for number, task in enumerate(tasks)}
         failure: Exception | None = None
-        for number in range(max([len(groups), *(len(walk.segments) for walk in walks)])):
+        for number in range(max([len(groups), *map(len, plans)])):
             try:
-                for walk in walks:
-                    _advance(walk, number, row, buckets, take)
+                for walk, plan in zip(walks, plans, strict=True):
+                    if number < len(plan):
+                        _advance(walk, plan[number], tasks, buckets, take)
             except Exception as error:
                 if self._ranks.size == 1:
                     raise
                 # The other ranks wait for this one's part of every bucket.
-                failure, walks = error, []
+                failure, walks, plans = error, [], []
             buckets.close(number)
         buckets.finish()
         product = self._ranks.sum_(buckets.product)
@@ -107,27 +119,32 @@ class Layerwise(Engine):
             raise failure
         return product
 
-    def _walks(
-        self, pieces: Sequence[Piece], num_tasks: int, shared: Sequence[Tensor], others: Sequence[Tensor]
-    ) -> list[Walk]:
-        """The forwards, cut into segments."""
+    def _plans(self, num_tasks: int, shared: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[Segment]]:
+        """The segments of each forward."""
         times = Counter(key for graph in self._graphs for key in graph.reached)
         # Sums over forwards and ranks are sums of gradients, which factors don't have.
         alone = {id(p): p for p in shared if times[id(p)] == 1 and self._ranks.size == 1 and not p.is_complex()}
-        sizes = {**dict.fromkeys(map(id, others), 0), **{id(p): p.numel() for p in shared}}
-        walks = []
-        for piece, graph in zip(pieces, self._graphs, strict=True):
-            factors = find_factors(graph.order, graph.uses, alone, num_tasks)
-            formed = {id(factor.leaf) for factor in factors.values()}
-            wanted = {key: size for key, size in sizes.items() if key not in formed}
-            walks.append(Walk(piece, cut(graph, wanted, factors)))
-        return walks
+        return [self._plan(graph, alone, shared, others, num_tasks) for graph in self._graphs]
 
-    def _groups(self, walks: Sequence[Walk], shared: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _plan(
+        self,
+        graph: Graph,
+        alone: Mapping[int, Tensor],
+        shared: Sequence[Tensor],
+        others: Sequence[Tensor],
+        num_tasks: int,
+    ) -> list[Segment]:
+        """The segments of one forward, which has ``alone`` of the shared parameters for itself."""
+        whole = self._hooks.new
+        direct = not whole and not any(map(hooked, graph.common))
+        factors = find_factors(graph.common, graph.uses, alone, num_tasks) if direct else {}
+        return cut(graph, _sizes(shared, others, factors), factors, direct=direct, whole=whole)
+
+    def _groups(self, plans: Sequence[Sequence[Segment]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
         """The shared parameters whose gradients are complete after each segment, on all ranks."""
         last: dict[int, int] = {}
-        for walk in walks:
-            for number, segment in enumerate(walk.segments):
+        for segments in plans:
+            for number, segment in enumerate(segments):
                 for leaf in segment.leaves:
                     last[id(leaf)] = max(number + 1, last.get(id(leaf), 0))
         places = [last.get(id(parameter), 0) for parameter in shared]
@@ -140,17 +157,124 @@ class Layerwise(Engine):
         return groups
 
 
-def _advance(walk: Walk, number: int, row: Mapping[int, int], buckets: Buckets, take: Take) -> None:
-    """Go through one segment with every task, and sort what is found."""
-    factors = walk.factors(number)
-    cotangents: list[list[Tensor | None]] = [[None] * len(row) for _ in factors]
-    for found in walk.through(number):
-        place = row[found.task]
-        buckets.add(place, [pair for pair in found.gradients if pair[0] in buckets])
-        for leaf, gradient in found.gradients:
-            if leaf not in buckets:
-                take(found.task, leaf, gradient)
-        for kept, cotangent in zip(cotangents, found.cotangents, strict=True):
-            kept[place] = cotangent
-    for factor, kept in zip(factors, cotangents, strict=True):
-        buckets.product += factor.products(kept)
+class Kept(Engine):
+    """Computes Gramians of one forward on one process, and keeps what combines the gradients without another backward."""
+
+    name: ClassVar[str] = "mixed"
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def begin(self) -> None:
+        """Nothing: the graph tells all."""
+
+    def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
+        """Read the whole graph."""
+        self.graph = read_graph(forwards[0])
+        return {key: mask for key, (_, mask) in self.graph.reached.items()}
+
+    def forget(self) -> None:
+        """Give up the graph and what was kept."""
+        self.graph = Graph()
+        self.factors: dict[Node, Factor] = {}
+        self._cotangents: list[tuple[Factor, Stack]] = []
+        self._formed: list[tuple[Tensor, Stack]] = []
+        self._seeds: dict[int, Tensor | None] = {}
+
+    def gramian(
+        self,
+        pieces: Sequence[Piece],
+        tasks: Sequence[int],
+        *,
+        shared: Sequence[Tensor],
+        others: Sequence[Tensor],
+        take: Take,
+    ) -> Tensor:
+        """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
+        row = {task: number for number, task in enumerate(tasks)}
+        known = set(map(id, shared))
+        wide = torch.float32 if shared and shared[0].device.type == "mps" else torch.float64
+        product = torch.zeros(len(tasks), len(tasks), dtype=wide, device=shared[0].device if shared else None)
+        formed: dict[int, tuple[Tensor, list[Stack]]] = {}
+        walk = Walk(pieces[0], row)
+        for segment in cut(self.graph, _sizes(shared, others, self.factors), self.factors):
+            for place, stack in walk.through(segment.runs):
+                if isinstance(place, Factor):
+                    _add(product, stack.rows, place.products(stack.values))
+                    self._cotangents.append((place, stack))
+                elif id(place) in known:
+                    formed.setdefault(id(place), (place, []))[1].append(stack)
+                else:
+                    for number, gradient in zip(stack.rows, stack.parts, strict=True):
+                        take(tasks[number], place, gradient)
+        self._formed = [(leaf, merge(stacks)) for leaf, stacks in formed.values()]
+        for rows, matrix in _matrices([stack for _, stack in self._formed]):
+            _add(product, rows, products(matrix))
+        self._seeds, self.graph = dict(pieces[0].seeds), Graph()
+        return product
+
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
+        """Weighted sums of what was kept, and products with them."""
+        weights = [float(ratio(weighted, self._seeds[task])) for task, weighted in pieces[0].seeds.items()]
+        with torch.no_grad():
+            for leaf, stack in self._formed:
+                leaf.grad = _weighted(stack, weights).to(leaf)
+            for factor, stack in self._cotangents:
+                factor.leaf.grad = factor.combined(_weighted(stack, weights))
+        self.forget()
+        return 0
+
+
+def _sizes(shared: Sequence[Tensor], others: Sequence[Tensor], factors: Mapping[Node, Factor]) -> dict[int, int]:
+    """``id`` of a parameter whose gradients are formed -> its number of elements if it is shared, else 0."""
+    left = {id(factor.leaf) for factor in factors.values()}
+    sizes = {**dict.fromkeys(map(id, others), 0), **{id(p): p.numel() for p in shared}}
+    return {key: size for key, size in sizes.items() if key not in left}
+
+
+def _advance(walk: Walk, segment: Segment, tasks: Sequence[int], buckets: Buckets, take: Take) -> None:
+    """Go through one segment, and sort what is found."""
+    for place, stack in walk.through(segment.runs):
+        if isinstance(place, Factor):
+            _add(buckets.product, stack.rows, place.products(stack.values))
+            continue
+        for row, gradient in zip(stack.rows, stack.parts, strict=True):
+            if place in buckets:
+                buckets.add(row, [(place, gradient)])
+            else:
+                take(tasks[row], place, gradient)
+
+
+def _add(product: Tensor, rows: Sequence[int], part: Tensor) -> None:
+    """Add inner products of some rows."""
+    if list(rows) == list(range(len(product))):
+        product += part
+    else:
+        index = torch.tensor(rows, device=product.device)
+        product[index[:, None], index] += part.to(product)
+
+
+def _matrices(stacks: Collection[Stack]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Gradients as matrices [k, elements], small ones next to each other."""
+    small: dict[tuple[object, ...], list[Tensor]] = {}
+    found = []
+    for stack in stacks:
+        values = stack.values.reshape(len(stack.rows), -1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        if values.shape[1] < SMALL:
+            small.setdefault((stack.rows, values.dtype, values.device), []).append(values)
+        else:
+            found.append((stack.rows, values))
+    return found + [(key[0], torch.cat(parts, 1)) for key, parts in small.items()]  # type: ignore[misc]
+
+
+SMALL = 2**14
+"""Elements up to which a parameter's gradients are copied next to others': many small products take longer."""
+
+
+def _weighted(stack: Stack, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of a stack, in float32 at least."""
+    values = stack.values
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    total: Tensor = torch.tensordot(values.new_tensor([weights[row] for row in stack.rows]), values, 1)
+    return total

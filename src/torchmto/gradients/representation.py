@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from torchmto.gradients.engine import Engine, Piece, Take
+from torchmto.gradients.engine import Engine, Piece, Take, ratio
 from torchmto.gradients.finite import plain, real
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.hooks import quiet
@@ -110,13 +110,13 @@ class Representation(Engine):
         self._seeds = dict(seeds)
         return gramian(self._rows)
 
-    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> None:
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """One backward of the features, from the weighted sum of their gradients."""
         outputs, self._outputs = self._outputs, []
         if not shared:
-            return
+            return 0
         # The rows have the seeds in them already.
-        factors = torch.stack([_ratio(c, self._seeds[task]).to(self._rows) for task, c in pieces[0].seeds.items()])
+        factors = torch.stack([ratio(c, self._seeds[task]).to(self._rows) for task, c in pieces[0].seeds.items()])
         combined = torch.split(factors @ self._rows, [real(output).numel() for output in outputs])
         self._rows = torch.empty(0, 0)
         with quiet(shared):
@@ -125,15 +125,10 @@ class Representation(Engine):
                 [_like(output, part) for part, output in zip(combined, outputs, strict=True)],
                 inputs=list(shared),
             )
+        return 1
 
 
 def _like(output: Tensor, part: Tensor) -> Tensor:
     """A part of the combined rows as a cotangent of ``output``."""
     shaped = part.view_as(real(output)).to(real(output))
     return torch.view_as_complex(shaped.clone()) if output.is_complex() else shaped
-
-
-def _ratio(weighted: Tensor | None, seed: Tensor | None) -> Tensor:
-    """A weighted loss's cotangent relative to the loss's own."""
-    assert weighted is not None
-    return (weighted if seed is None else weighted / seed).detach()

@@ -1,9 +1,8 @@
-"""K backwards through one forward's graph, all of them segment by segment."""
+"""The K backwards through one forward's graph, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +11,14 @@ from torch.autograd.graph import GradientEdge
 
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.finite import plain
-from torchmto.gradients.graph import Edge, Segment
+from torchmto.gradients.finite import dense
+from torchmto.gradients.graph import Edge, Run
+from torchmto.gradients.nodes import places
+from torchmto.gradients.rules import RULES
+from torchmto.gradients.stack import Stack, merge
 
-
-@dataclass
-class Found:
-    """What one task's backward through one segment has found.
-
-    Attributes:
-        task: The task.
-        gradients: Parameters and their gradients.
-        cotangents: The cotangents of the segment's factors, None for zero.
-    """
-
-    task: int
-    gradients: list[tuple[Tensor, Tensor]]
-    cotangents: Sequence[Tensor | None]
+Found = tuple[Tensor | Factor, Stack]
+"""A parameter and gradients of tasks, to be added to others; or a factor and the cotangents of tasks."""
 
 
 class Walk:
@@ -36,74 +26,122 @@ class Walk:
 
     Args:
         piece: The losses and the tasks' cotangents.
-        segments: The segments of their graph, from the top.
+        row: Task -> its row in the Gramian.
     """
 
-    def __init__(self, piece: Piece, segments: list[Segment]) -> None:
-        self.segments = segments
-        self._piece = piece
-        self._cotangents: dict[int, dict[Edge, Tensor]] = {}
+    def __init__(self, piece: Piece, row: Mapping[int, int]) -> None:
+        self._context = piece.context
+        self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
             assert loss.grad_fn is not None
-            self._cotangents[task] = {(loss.grad_fn, loss.output_nr): torch.ones_like(loss) if seed is None else seed}
+            self._wait(
+                (loss.grad_fn, loss.output_nr), Stack((row[task],), [torch.ones_like(loss) if seed is None else seed])
+            )
 
-    def factors(self, number: int) -> Sequence[Factor]:
-        """The factors of segment ``number``; none below the last."""
-        return self.segments[number].factors if number < len(self.segments) else ()
+    def _wait(self, edge: Edge, stack: Stack) -> None:
+        self._waiting.setdefault(edge, []).append(stack)
 
-    def through(self, number: int) -> Iterator[Found]:
-        """Go through segment ``number`` with one task after the other; nothing below the last segment."""
-        if number >= len(self.segments):
+    def _arrived(self, node: Any) -> list[Stack | None]:
+        """What has come to the inputs of a node."""
+        edges = [(node, number) for number in range(len(places(node)))]
+        return [merge(self._waiting.pop(edge)) if edge in self._waiting else None for edge in edges]
+
+    def through(self, runs: Sequence[Run]) -> Iterator[Found]:
+        """Go through runs with all tasks."""
+        with torch.no_grad(), self._context():
+            for run in runs:
+                yield from self._called(run) if run.direct else self._backwards(run)
+
+    def _called(self, run: Run) -> Iterator[Found]:
+        """Call one node."""
+        node: Any = run.nodes[0]
+        arrived = self._arrived(node)
+        given = [stack for stack in arrived if stack is not None]
+        if not given:
             return
-        segment = self.segments[number]
-        stops = [node.register_prehook(_stop) for node in {node for node, _ in segment.below}]
+        if run.factor is not None:
+            yield run.factor, given[0]
+            if not any(run.needs):
+                return
+        results = self._by_rule(run, given[0]) if arrived[0] is not None and len(given) == 1 else None
+        if results is None:
+            results = self._one_by_one(node, arrived)
+        for (following, number), need, result in zip(node.next_functions, run.needs, results, strict=True):
+            if not need or result is None:
+                continue
+            leaf = getattr(following, "variable", None)
+            if leaf is None:
+                self._wait((following, number), result.like(places(following)[number]))
+            else:
+                yield leaf, result.like(leaf).real
+
+    @staticmethod
+    def _by_rule(run: Run, given: Stack) -> list[Stack | None] | None:
+        """All tasks at once, where there is a formula for them."""
+        rule = RULES.get(run.nodes[0].name())
+        if rule is None or not given.parts[0].is_floating_point():
+            return None
+        if given.better_apart and run.factor is None:
+            return None
+        results = rule(run.nodes[0], given.values, run.needs)
+        if results is None:
+            return None
+        return [None if value is None else Stack(given.rows, value) for value in results]
+
+    @staticmethod
+    def _one_by_one(node: Any, arrived: Sequence[Stack | None]) -> list[Stack | None]:
+        """One call for each task."""
+        rows = tuple(dict.fromkeys(row for stack in arrived if stack is not None for row in stack.rows))
+        by_row = [{} if stack is None else dict(zip(stack.rows, stack.parts, strict=True)) for stack in arrived]
+        calls = [node(*(parts.get(row) for parts in by_row)) for row in rows]
+        calls = [result if isinstance(result, tuple) else (result,) for result in calls]
+        return [_stack(rows, results) for results in zip(*calls, strict=True)]
+
+    def _backwards(self, run: Run) -> Iterator[Found]:
+        """One backward of autograd for each task."""
+        arrived = {
+            (node, number): stack
+            for node in run.nodes
+            for number, stack in enumerate(self._arrived(node))
+            if stack is not None
+        }
+        inputs: list[Any] = [*run.leaves, *(GradientEdge(*edge) for edge in run.below)]
+        if not arrived or not inputs:
+            return
+        by_edge = {edge: dict(zip(stack.rows, stack.parts, strict=True)) for edge, stack in arrived.items()}
+        rows = tuple(dict.fromkeys(row for parts in by_edge.values() for row in parts))
+        stops = [node.register_prehook(_stop) for node in {node for node, _ in run.below}] if run.stop else []
         try:
-            with self._piece.context():
-                for task in self._piece.losses:
-                    yield self._backward(task, segment)
+            with torch.enable_grad():
+                found = [
+                    torch.autograd.grad(
+                        [GradientEdge(*edge) for edge, parts in by_edge.items() if row in parts],
+                        inputs,
+                        grad_outputs=[parts[row] for parts in by_edge.values() if row in parts],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                    for row in rows
+                ]
         finally:
             for stop in stops:
                 stop.remove()
+        stacks = [_stack(rows, results) for results in zip(*found, strict=True)]
+        for edge, stack in zip(run.below, stacks[len(run.leaves) :], strict=True):
+            if stack is not None:
+                self._wait(edge, stack)
+        for leaf, stack in zip(run.leaves, stacks, strict=False):
+            if stack is not None:
+                yield leaf, stack.real
 
-    def _backward(self, task: int, segment: Segment) -> Found:
-        """One task's backward through one segment."""
-        below = set(segment.below)
-        cotangents = self._cotangents[task]
-        kept = {edge: value for edge, value in cotangents.items() if edge in below}
-        above = [(edge, value) for edge, value in cotangents.items() if edge not in below]
-        self._cotangents[task] = kept
-        del cotangents
-        if not above:
-            return Found(task, [], [None] * len(segment.factors))
-        inputs: list[Any] = [
-            *segment.leaves,
-            *(GradientEdge(factor.node, 0) for factor in segment.factors),
-            *(GradientEdge(*edge) for edge in segment.below),
-        ]
-        if not inputs:
-            return Found(task, [], [])
-        gradients = list(
-            torch.autograd.grad(
-                [GradientEdge(*edge) for edge, _ in above],
-                inputs,
-                grad_outputs=[value for _, value in above],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        )
-        num_leaves, num_factors = len(segment.leaves), len(segment.factors)
-        for edge, gradient in zip(segment.below, gradients[num_leaves + num_factors :], strict=True):
-            if gradient is not None:
-                kept[edge] = kept[edge] + gradient if edge in kept else gradient
-        own = zip(segment.leaves, gradients[:num_leaves], strict=True)
-        return Found(
-            task,
-            [(leaf, plain(gradient)) for leaf, gradient in own if gradient is not None],
-            gradients[num_leaves : num_leaves + num_factors],
-        )
+
+def _stack(rows: Sequence[int], results: Sequence[Tensor | None]) -> Stack | None:
+    """The results of some tasks, as far as there are any."""
+    kept = [(row, dense(result)) for row, result in zip(rows, results, strict=True) if result is not None]
+    return Stack(tuple(row for row, _ in kept), [result for _, result in kept]) if kept else None
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> Any:
-    """A hook before a node of the lower boundary: nothing goes further down in this segment's backward."""
+    """A hook before a node below a run: nothing goes further down in the run's backwards."""
     return (None,) * len(gradients)

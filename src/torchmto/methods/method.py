@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer
-from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
 from torchmto.solvers.solution import Array, Projection, Solution
+from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
 SMALL = 100_000
 """Elements up to which a state tensor is copied at the start of a step, so that an error can undo its change."""
@@ -336,11 +336,19 @@ class Method(ABC):
         """Passes per step with ``num_tasks`` tasks, shared norms and one micro-batch."""
         return Cost(1, num_tasks, 1)
 
-    @abstractmethod
-    def step(self, problem: Problem) -> StepInfo:
-        """Take one step on ``problem`` and report what was done."""
+    def no_backward(self, num_sources: int) -> str:
+        """Why ``mt.backward`` can't serve the method: it doesn't take one step from one pass. Empty if it does.
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+        Args:
+            num_sources: How many independent batches there are.
+        """
+        return "runs the model again after the step" if self.needs_losses_after else ""
+
+    @abstractmethod
+    def step(self, context: StepContext) -> StepInfo:
+        """Take one step on ``context`` and report what was done."""
+
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
 
 
@@ -423,7 +431,7 @@ class LossWeighting(Method):
         """One forward and one backward, whatever the number of tasks."""
         return Cost(1, 1, 1)
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Forward, one backward of the weighted losses, optimizer step, then the method's own update."""
         used: list[tuple[tuple[int, ...], Tensor]] = []
 
@@ -431,13 +439,13 @@ class LossWeighting(Method):
             used.append((indices, self.loss_weights(values, indices)))
             return used[-1][1]
 
-        losses = problem.backward(weigh, fixed=self.fixed)
-        problem.apply()
-        self.after_step(losses, problem)
+        losses = context.backward(weigh, fixed=self.fixed)
+        context.apply()
+        self.after_step(losses, context)
         indices, weights = used[-1]
         if indices != losses.indices:
             weights = weights[[indices.index(index) for index in losses.indices]]
-        return problem.info(weights=weights, indices=losses.indices, records=self.records())
+        return context.info(weights=weights, indices=losses.indices, records=self.records())
 
     def records(self) -> Mapping[str, Any]:
         """What to put into ``StepInfo.records``."""
@@ -518,7 +526,7 @@ class GramianWeighting(Method):
                 )
         return torch.from_numpy(solution.weights).to(gramian)
 
-    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The weights of this step's gradients; overridden by methods that look at more than their Gramian."""
         self._precision = gradients.precision
         try:
@@ -526,27 +534,27 @@ class GramianWeighting(Method):
         finally:
             self._precision = None
 
-    def descend(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """One optimizer step along the weighted sum of these gradients; returns the weights."""
         self.num_fallbacks = 0
-        weights = self.step_weights(problem, gradients)
-        problem.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
-        problem.apply()
-        self.after_step(gradients.reduced, problem)
+        weights = self.step_weights(context, gradients)
+        context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
+        context.apply()
+        self.after_step(gradients.reduced, context)
         return weights
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, weights from their Gramian, one combined step."""
         if self.refresh_every > 1 and self._age % self.refresh_every:
-            info = self._reuse(problem)
+            info = self._reuse(context)
             if info is not None:
                 return info
-        gradients = problem.gradients()
-        weights = self.descend(problem, gradients)
+        gradients = context.gradients()
+        weights = self.descend(context, gradients)
         if self.refresh_every > 1:
             self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
             self._age = 1
-        return problem.info(
+        return context.info(
             weights=weights,
             indices=gradients.indices,
             gradients=gradients,
@@ -554,22 +562,22 @@ class GramianWeighting(Method):
             records=self.records(),
         )
 
-    def _reuse(self, problem: Problem) -> StepInfo | None:
+    def _reuse(self, context: StepContext) -> StepInfo | None:
         """A step with the weights of an earlier one: a single backward. None if a task has no weight yet."""
         kept: dict[int, float] = self._kept_weights
-        asked = {problem.tasks.index(name) for name in problem.asked}
+        asked = {context.tasks.index(name) for name in context.asked}
         if not asked <= set(kept):
             return None
 
         def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
             return values.new_tensor([kept[i] for i in indices])
 
-        losses = problem.backward(weigh, fixed=True, heads=self.heads)
-        factor = self.bound(problem)
-        problem.apply()
+        losses = context.backward(weigh, fixed=True, heads=self.heads)
+        factor = self.bound(context)
+        context.apply()
         self._age += 1
-        self.after_step(losses, problem)
-        return problem.info(
+        self.after_step(losses, context)
+        return context.info(
             weights=weigh(losses.values, losses.indices) * factor, indices=losses.indices, records=self.records()
         )
 
@@ -577,7 +585,7 @@ class GramianWeighting(Method):
         """What the next steps reuse of a step's weights; overridden where a part of them is about that step alone."""
         return weights
 
-    def bound(self, problem: Problem) -> float:
+    def bound(self, context: StepContext) -> float:
         """Shorten the gradient of a step that reuses weights; by which factor."""
         return 1.0
 
@@ -614,7 +622,7 @@ class GradientCombiner(Method):
         """The combined gradient of the shared parameters.
 
         Args:
-            task_grads: The rows (:class:`~torchmto.problem.TaskGradients`): ``matrix`` [k, P], ``gramian``, ``losses``,
+            task_grads: The rows (:class:`~torchmto.step.TaskGradients`): ``matrix`` [k, P], ``gramian``, ``losses``,
                 ``indices`` and per-parameter views. Their gradients are finite. The matrix may be changed in place.
 
         Returns:
@@ -628,15 +636,15 @@ class GradientCombiner(Method):
             task_grads: The same object, as :meth:`combine` left it.
         """
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, their combination, one step."""
-        gradients = problem.gradients()
+        gradients = context.gradients()
         vector = self.combine(gradients)
-        problem.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
-        problem.apply()
+        context.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
+        context.apply()
         self.remember(gradients)
-        self.after_step(gradients.reduced, problem)
-        return problem.info(gradients=gradients, records=self.records())
+        self.after_step(gradients.reduced, context)
+        return context.info(gradients=gradients, records=self.records())
 
     def records(self) -> Mapping[str, Any]:
         """What to put into ``StepInfo.records``."""
@@ -648,3 +656,7 @@ class Procedure(Method):
 
     family = "procedure"
     needs_closure = True
+
+    def no_backward(self, num_sources: int) -> str:
+        """Overridden by those that take one step from one pass."""
+        return "takes several optimizer steps or forwards per batch"

@@ -13,7 +13,7 @@ from torchmto.checks import check_number, found, nearest, unknown_task
 from torchmto.methods.losses.window import LossWindow, check_window
 from torchmto.methods.method import LossWeighting, Method
 from torchmto.methods.registry import make_method, methods
-from torchmto.problem import Losses, Problem, StepInfo
+from torchmto.step import Losses, StepContext, StepInfo
 
 SUM_TOLERANCE = 1e-6
 SOURCES = ("loss", "relative_loss", "performance", "uniform")
@@ -40,7 +40,7 @@ class Priority(Method):
         scores = scores / largest
         return scores / scores.sum()
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """A priority takes no steps.
 
         Raises:
@@ -126,7 +126,7 @@ class LossPriority(Priority):
         scores = means**self.gamma
         return torch.where(known, scores, scores[known].mean())
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Add this step's losses to the window."""
         if self.means.add(losses):
             self._close()
@@ -227,9 +227,9 @@ class WeightingPriority(Priority):
         scores: Tensor = self.weighting.loss_weights(losses, indices)
         return scores
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Pass on."""
-        self.weighting.after_step(losses, problem)
+        self.weighting.after_step(losses, context)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Pass on."""

@@ -3,15 +3,6 @@
 from torchmto.structure.affinity import ProximalAffinity, normalized_affinity
 from torchmto.structure.dataflow import Recording, record_dataflow
 from torchmto.structure.layers import StructuredLayer
-from torchmto.structure.norms import (
-    SplitNorm,
-    active_task,
-    active_tasks,
-    current_tasks,
-    has_split_norms,
-    is_norm,
-    split_norms,
-)
 from torchmto.structure.oracle import OraclePriority, oracle_priority
 from torchmto.structure.pairing import find_norm_pairs
 from torchmto.structure.preserve import undisturbed
@@ -30,6 +21,15 @@ from torchmto.structure.strength import (
     normalized_strength,
     scaled_strength,
     top_priority,
+)
+from torchmto.task_norms import (
+    SplitNorm,
+    active_task,
+    active_tasks,
+    current_tasks,
+    has_split_norms,
+    is_norm,
+    split_norms,
 )
 
 __all__ = [

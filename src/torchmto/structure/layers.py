@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from torchmto.gradients.ranks import whole
-from torchmto.structure.norms import SplitNorm
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import (
     MEASURES,
@@ -18,6 +17,7 @@ from torchmto.structure.strength import (
     scaled_strength,
     wide_dtype,
 )
+from torchmto.task_norms import SplitNorm
 
 
 @dataclass(frozen=True, eq=False)

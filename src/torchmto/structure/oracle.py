@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.structure.layers import StructuredLayer
-from torchmto.structure.norms import active_task, has_split_norms
 from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import channels_first, wide_dtype
+from torchmto.task_norms import active_task, has_split_norms
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 ChannelGroup = tuple[StructuredLayer, Sequence[int]]

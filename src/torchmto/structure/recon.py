@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_number
-from torchmto.structure.norms import PerTask, active_task, current_tasks, has_split_norms
+from torchmto.task_norms import PerTask, active_task, current_tasks, has_split_norms
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 

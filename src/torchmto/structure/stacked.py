@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from torchmto.structure.norms import active_task, active_tasks
+from torchmto.task_norms import active_task, active_tasks
 
 
 def stacked(trunk: Callable[..., Any]) -> Callable[..., dict[str, Any]]:

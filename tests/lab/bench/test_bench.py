@@ -38,20 +38,25 @@ def test_every_contestant_moves_the_model(name):
     assert any(not torch.equal(p, b) for p, b in zip(case.trunk.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["lb*", "lbm*"])
-def test_bounds_of_task_gradients_take_the_step_of_the_plain_sum(name):
-    plain, other = cases.make_case("toy", 3), cases.make_case("toy", 3)
-    make_contestant("gd*", plain).run()
-    make_contestant(name, other).run()
-    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+def test_bounds_of_task_gradients_take_the_steps_that_they_say():
+    """The rows are added up, the plain bound leaves the last task's gradient on the trunk; the heads' are the same."""
+    plain, rows, bound, last = (cases.make_case("toy", 3) for _ in range(4))
+    for name, case in (("gd*", plain), ("lbm*", rows), ("lb*", bound)):
+        make_contestant(name, case).run()
+    last.loss(2, last.trunk(last.inputs)).backward()
+    torch.optim.SGD(last.trunk.parameters(), 1e-4).step()
+    expected = [*last.trunk.parameters(), *plain.heads.parameters()]
+    for a, b, c, d in zip(plain.parameters(), rows.parameters(), expected, bound.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+        torch.testing.assert_close(c, d)
 
 
 def test_every_contestant_has_the_bound_of_what_it_does():
     expected = {
         "gd": "gd*",
         "uw": "gd*",
-        "pcgrad": "lbm*",
+        "pcgrad": "lb*",
+        "pcgrad@parameters": "lbm*",
         "graddrop": "lbm*",
         "pcgrad@layerwise": "lb*",
         "torchjd/upgrad": "lb*",
@@ -63,8 +68,8 @@ def test_every_contestant_has_the_bound_of_what_it_does():
     assert {name: bound_of(name, 4).name for name in expected} == expected
     assert bound_of("mgda@refresh_every=4", 8).parts == (("gd*", 1), ("lb*", 0.25))
     assert bound_of("task_groups", 4).parts == (("turns*", 0.25),)
-    assert [holds_rows(name) for name in ("lbm*", "lb*", "pcgrad", "pcgrad@layerwise", "uw")] == [
-        True, False, True, False, False,
+    assert [holds_rows(name) for name in ("lbm*", "lb*", "pcgrad", "pcgrad@layerwise", "uw", "pcgrad@parameters")] == [
+        True, False, True, False, False, True,
     ]  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """What a step has to cost, written by hand in plain PyTorch without any torchmto code.
 
 Each function builds a step: a callable without arguments. ``gd`` is the plain sum; ``lb`` is the bound for K task
-gradients (one forward, K trunk backwards in which each head goes once, one optimizer step); ``lbm`` adds what any method
+gradients (one forward, K trunk backwards in which each head goes once, whose gradients nobody adds up or keeps, one optimizer
+step); ``lbm`` adds what any method
 that holds the rows must do (one copy into [K, P], ``J @ J.T``, one ``w @ J``); the others belong to procedures.
 """
 
@@ -30,14 +31,21 @@ def gd(case: Case, optimizer: torch.optim.Optimizer) -> Step:
 
 
 def lb(case: Case, optimizer: torch.optim.Optimizer) -> Step:
-    """One forward, K backwards, one step."""
+    """One forward, K backwards, one step: with the last task's gradients, as adding them up isn't part of the bound."""
+    trunk = list(case.trunk.parameters())
+    heads = [list(head.parameters()) for head in case.heads]
 
     def step() -> None:
         optimizer.zero_grad()
         features = case.trunk(case.inputs)
         losses = [case.loss(task, features) for task in range(case.num_tasks)]
         for task, loss in enumerate(losses):
-            loss.backward(retain_graph=task < case.num_tasks - 1)  # type: ignore[no-untyped-call]
+            retain = task < case.num_tasks - 1
+            gradients = torch.autograd.grad(loss, [*trunk, *heads[task]], retain_graph=retain)
+            for parameter, gradient in zip(heads[task], gradients[len(trunk) :], strict=True):
+                parameter.grad = gradient
+        for parameter, gradient in zip(trunk, gradients[: len(trunk)], strict=True):
+            parameter.grad = gradient
         optimizer.step()
 
     return step

@@ -17,13 +17,15 @@ class Case:
         trunk: The shared part.
         heads: One per task.
         inputs: The batch.
-        targets: Class indices, one tensor per task.
+        targets: One tensor per task: class indices by default.
+        criterion: (outputs, targets) -> loss.
     """
 
     trunk: nn.Module
     heads: nn.ModuleList
     inputs: Tensor
     targets: list[Tensor]
+    criterion: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
 
     @property
     def num_tasks(self) -> int:
@@ -40,8 +42,8 @@ class Case:
         return [*self.trunk.parameters(), *self.heads.parameters()]
 
     def loss(self, task: int, features: Tensor) -> Tensor:
-        """Cross-entropy of one task."""
-        return nn.functional.cross_entropy(self.heads[task](features), self.targets[task])
+        """The loss of one task."""
+        return self.criterion(self.heads[task](features), self.targets[task])
 
 
 def _mlp(num_tasks: int, device: torch.device) -> Case:
@@ -50,6 +52,20 @@ def _mlp(num_tasks: int, device: torch.device) -> Case:
         nn.Linear(256, 700), nn.ReLU(), nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 512), nn.ReLU()
     )
     return _with_linear_heads(trunk, 512, torch.randn(64, 256), num_tasks, device)
+
+
+def _mlp512(num_tasks: int, device: torch.device) -> Case:
+    """1.3M parameters, five layers of 512, batch 64."""
+    trunk = nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(512, 512), nn.ReLU())])
+    return _with_linear_heads(trunk, 512, torch.randn(64, 512), num_tasks, device)
+
+
+def _pinn(num_tasks: int, device: torch.device) -> Case:
+    """480 parameters, 2-20-20-1, batch 64: what a step costs whatever the network."""
+    trunk = nn.Sequential(nn.Linear(2, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh()).to(device)
+    heads = nn.ModuleList([nn.Linear(20, 1) for _ in range(num_tasks)]).to(device)
+    targets = [torch.randn(64, 1, device=device) for _ in range(num_tasks)]
+    return Case(trunk, heads, torch.randn(64, 2, device=device), targets, nn.functional.mse_loss)
 
 
 def _conv(num_tasks: int, device: torch.device) -> Case:
@@ -143,6 +159,8 @@ def _with_linear_heads(trunk: nn.Module, width: int, inputs: Tensor, num_tasks: 
 
 CASES: dict[str, Callable[[int, torch.device], Case]] = {
     "mlp": _mlp,
+    "mlp512": _mlp512,
+    "pinn": _pinn,
     "conv": _conv,
     "transformer": _transformer,
     "segnet": _segnet,

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ import torchmto
 from torchmto.lab.bench.bounds import BOUNDS, Step
 from torchmto.lab.bench.cases import Case
 from torchmto.lab.bench.peers import peer_names, peer_step
-from torchmto.methods import make_method, method_class, methods
+from torchmto.methods import GramianWeighting, make_method, method_class, methods
 from torchmto.structure import split_norms
 
 __all__ = ["Bound", "Contestant", "bound_of", "contestant_names", "holds_rows", "make_contestant"]
 
-_ENGINES = ("layerwise", "representation")
+_ENGINES = ("parameters", "layerwise", "representation")
 _NEEDS_WEIGHTS = ("static", "constant")
 _VARIANTS = (
+    "pcgrad@parameters",
     "pcgrad@layerwise",
     "mgda@layerwise",
     "mgda@representation",
@@ -72,13 +73,16 @@ def bound_of(name: str, num_tasks: int) -> Bound:
         return _bound("lb*")
     method, engine, options = _parts(name)
     if engine:
-        return _bound("lb*")
+        return _bound("lbm*" if engine == "parameters" else "lb*")
     every = int(options.get("refresh_every", 1))
     if every > 1:
         return Bound(f"gd*+lb*/{every}", (("gd*", 1.0), ("lb*", 1 / every)))
     if method == "task_groups":
         return Bound("turns*/K", (("turns*", 1 / num_tasks),), per_update=True)
     own = {"sequential": "singles*", "connection_strength": "separate*"}.get(method)
+    if issubclass(method_class(method), GramianWeighting):
+        # The fastest engine for the case, which needn't be the rows.
+        return _bound("lb*")
     one_backward = method_class(method).family == "loss weighting" and make_method(method).cost(7).num_backward == 1
     return _bound(own or ("gd*" if one_backward else "lbm*"))
 
@@ -91,7 +95,7 @@ def holds_rows(name: str) -> bool:
     """Whether a step keeps K gradients of the trunk."""
     if name in BOUNDS:
         return name == "lbm*"
-    return "/" in name or (not _parts(name)[1] and bound_of(name, 2).name != "gd*")
+    return "/" in name or (_parts(name)[1] in ("", "parameters") and bound_of(name, 2).name != "gd*")
 
 
 def make_contestant(name: str, case: Case) -> Contestant:
@@ -113,7 +117,7 @@ def make_contestant(name: str, case: Case) -> Contestant:
     if method == "connection_strength":
         # Its second phase, which has the time to lose; the first one is `sequential`.
         names = [f"task{task}" for task in range(case.num_tasks)]
-        case = Case(split_norms(case.trunk, names), case.heads, case.inputs, case.targets)
+        case = replace(case, trunk=split_norms(case.trunk, names))
         options = {"schedule": "phase2", **options}
     num_steps = int(options.get("refresh_every", 1))
     return Contestant(_ours(case, make_method(method, **options), engine, num_steps), num_steps)
@@ -145,7 +149,7 @@ def _parts(name: str) -> tuple[str, str, dict[str, Any]]:
             method = ""
     if method not in methods():
         raise ValueError(
-            f"There is no contestant `{name}`: a method, METHOD@layerwise, METHOD@representation or METHOD@NAME=VALUE, "
+            f"There is no contestant `{name}`: a method, METHOD@ENGINE or METHOD@NAME=VALUE, "
             f"`library/method` of a peer, or one of {', '.join(BOUNDS)}."
         )
     return method, engine, options
@@ -167,7 +171,7 @@ def _ours(case: Case, method: torchmto.Method, engine: str, num_steps: int) -> C
         _optimizer(case),
         tasks=names,
         method=method,
-        gradients=engine or "parameters",
+        gradients=engine or "auto",
         features="0" if engine == "representation" else None,
     )
 

@@ -26,8 +26,8 @@ from torchmto.lab.diagnose.measurements import (
 from torchmto.methods import make_method
 from torchmto.methods.method import GradientCombiner
 from torchmto.multitask import MultiTask
-from torchmto.problem import Network, TaskGradients
 from torchmto.solvers.unit import EPS
+from torchmto.step import Network, TaskGradients
 from torchmto.structure import (
     SplitNorm,
     StructuredLayer,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchmto.checks import check_choice
 from torchmto.lab.atomic import plain, write_bytes
-from torchmto.problem import StepInfo
+from torchmto.step import StepInfo
 
 LARGEST_LOGGED_AFFINITY = 10
 """Tasks up to which all K x K affinities become curves; the matrix itself is always in records.jsonl."""

@@ -20,7 +20,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from torchmto.problem.exchange import RankFailedError
+from torchmto.step import RankFailedError
 
 Result = TypeVar("Result")
 

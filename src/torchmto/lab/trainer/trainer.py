@@ -29,7 +29,7 @@ from torchmto.lab.trainer.processes import Processes, elastic_job, launched, pla
 from torchmto.lab.trainer.random_state import random_state, restore_random_state, seed_everything, seed_of_rank
 from torchmto.lab.trainer.scores import Measure, Metrics, measure_of
 from torchmto.lab.training import Measured, measure, merged_values, metric_states, primary_values, tell_method
-from torchmto.problem import StepInfo
+from torchmto.step import StepInfo
 
 STATE_VERSION = 2
 Say = Callable[[str], None]

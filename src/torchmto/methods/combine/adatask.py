@@ -12,7 +12,7 @@ from torchmto.checks import check_flag, check_number, found
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, TaskGradients
+from torchmto.step import Network, TaskGradients
 
 
 @register("adatask")
@@ -73,6 +73,10 @@ class AdaTask(GradientCombiner):
         self.add_state("head_moments", {})
         self.add_state("head_times", {})
 
+    def no_backward(self, num_sources: int) -> str:
+        """It is an optimizer's rule itself."""
+        return "takes the optimizer's step itself"
+
     def setup(self, num_tasks: int) -> None:
         """Moments of every task's gradient, and counts of steps."""
         self.add_state("first", torch.zeros(num_tasks, 0))
@@ -82,13 +86,13 @@ class AdaTask(GradientCombiner):
     def attach(self, network: Network) -> None:
         """Check that the optimizer doesn't adapt the learning rates a second time."""
         self._network = network
-        optimizer = network.optimizer
-        if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
-            warnings.warn(
-                "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
-                f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
-                stacklevel=2,
-            )
+        for optimizer in network.optimizers.all:
+            if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+                warnings.warn(
+                    "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
+                    f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
+                    stacklevel=2,
+                )
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -10,7 +10,7 @@ from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.method import Domain, GradientCombiner, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import TaskGradients
+from torchmto.step import TaskGradients
 
 
 @register("db_mtl")

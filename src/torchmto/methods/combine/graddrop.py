@@ -11,7 +11,7 @@ from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.per_task import Numbers, PerTask
 from torchmto.methods.registry import register
-from torchmto.problem import TaskGradients
+from torchmto.step import TaskGradients
 
 
 @register("graddrop")

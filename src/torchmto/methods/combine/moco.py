@@ -16,7 +16,7 @@ from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
 from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
-from torchmto.problem import TaskGradients
+from torchmto.step import TaskGradients
 
 
 @register("moco")

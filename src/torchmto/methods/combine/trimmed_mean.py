@@ -11,7 +11,7 @@ from torchmto.checks import check_integer
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, TaskGradients
+from torchmto.step import Network, TaskGradients
 
 
 @register("trimmed_mean")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found
 from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
 from torchmto.methods.registry import make_method, register
-from torchmto.problem import Losses, Problem, TaskGradients
+from torchmto.step import Losses, StepContext, TaskGradients
 
 
 @register("cr_mogm")
@@ -80,10 +80,10 @@ class CRMOGM(GramianWeighting):
         self.inner.num_fallbacks = 0
         return self._smooth(self.inner.weights(gramian, losses, indices), indices)
 
-    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The other method's weights of this step, smoothed."""
         self.inner.num_fallbacks = 0
-        return self._smooth(self.inner.step_weights(problem, gradients), gradients.indices)
+        return self._smooth(self.inner.step_weights(context, gradients), gradients.indices)
 
     def _smooth(self, weights: Tensor, indices: Sequence[int] | None) -> Tensor:
         self.num_fallbacks += self.inner.num_fallbacks
@@ -95,9 +95,9 @@ class CRMOGM(GramianWeighting):
         self.seen[present] = True
         return self.smoothed[present].to(weights)
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Tell the other method."""
-        self.inner.after_step(losses, problem)
+        self.inner.after_step(losses, context)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Tell the other method validation results."""

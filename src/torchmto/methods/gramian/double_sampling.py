@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.problem import Network, Problem, TaskGradients
+from torchmto.step import Network, StepContext, TaskGradients
 
 
 class DoubleSampling(GramianWeighting):
@@ -56,9 +56,9 @@ class DoubleSampling(GramianWeighting):
         self.move(gramian, present)
         return self.row_weights(present).to(gramian)
 
-    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """Weights for the gradients of the step's own batch, with the cross-Gramian of the independent ones."""
-        if problem.num_sources == 1:
+        if context.num_sources == 1:
             if not self._warned_of_reuse:
                 self._warned_of_reuse = True
                 warnings.warn(
@@ -66,18 +66,18 @@ class DoubleSampling(GramianWeighting):
                     "Without them the same batch is reused, which biases its weights; this warning isn't repeated.",
                     stacklevel=2,
                 )
-            return super().step_weights(problem, gradients)
-        first = gradients if problem.num_sources == 2 else problem.gradients(source=1)
-        second = problem.gradients(source=1 if problem.num_sources == 2 else 2)
+            return super().step_weights(context, gradients)
+        first = gradients if context.num_sources == 2 else context.gradients(source=1)
+        second = context.gradients(source=1 if context.num_sources == 2 else 2)
         common = [i for i in first.indices if i in second.indices and i in gradients.indices]
         if common:
-            self.move(cross_gramian(problem, first, second, common), common)
+            self.move(cross_gramian(context, first, second, common), common)
         return self.row_weights(gradients.indices).to(gradients.gramian)
 
 
-def cross_gramian(problem: Problem, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
+def cross_gramian(context: StepContext, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
     """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
-    product = problem.inner_products(first, second)
+    product = context.inner_products(first, second)
     rows = [first.indices.index(task) for task in tasks]
     columns = [second.indices.index(task) for task in tasks]
     return product[rows][:, columns]

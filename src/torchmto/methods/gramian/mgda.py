@@ -12,7 +12,7 @@ from torchmto import solvers
 from torchmto.checks import check_choice, check_flag
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
-from torchmto.problem import Problem, TaskGradients
+from torchmto.step import StepContext, TaskGradients
 
 
 @register("mgda")
@@ -62,12 +62,12 @@ class MGDA(GramianWeighting):
         if self.normalize.startswith("loss"):
             self.domain = Domain("0", attained=True)
 
-    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The weights; without the zero gradients, of which one would stop all other tasks."""
         gramian, losses, indices = gradients.gramian, gradients.losses, gradients.indices
         live = (gramian.diagonal() > 0).nonzero().flatten().tolist()
         if len(live) in (0, len(gramian)):
-            return super().step_weights(problem, gradients)
+            return super().step_weights(context, gradients)
         weights = torch.zeros_like(gramian[0])
         weights[live] = self.weights(gramian[live][:, live], losses[live], [indices[i] for i in live])
         return weights

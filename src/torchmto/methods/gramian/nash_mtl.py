@@ -11,7 +11,7 @@ from torchmto import solvers
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register
-from torchmto.problem import Problem
+from torchmto.step import StepContext
 
 
 @register("nash_mtl")
@@ -22,7 +22,7 @@ class NashMTL(GramianWeighting):
     (less if some are zero); ``max_norm`` bounds it by 1, as the released code does by clipping. So the learning rate
     alone sets the step. Steps that reuse the weights are clipped by their own gradient.
 
-    Solved exactly as a strictly convex problem, where the released code takes 20 steps of a sequence of convex
+    Solved exactly as a strictly convex context, where the released code takes 20 steps of a sequence of convex
     programs from the last solution: a warm start isn't needed. Where a convex combination of the gradients vanishes
     there is no solution; 1e-6 is then added to every squared unit length (counted as a fallback; the released code
     keeps its last weights).
@@ -87,6 +87,6 @@ class NashMTL(GramianWeighting):
         """The weights before they were clipped to the length of this step's gradients."""
         return self._bargain
 
-    def bound(self, problem: Problem) -> float:
+    def bound(self, context: StepContext) -> float:
         """Clip anew."""
-        return problem.bound(self.max_norm, heads=self.heads) if self.max_norm else 1.0
+        return context.bound(self.max_norm, heads=self.heads) if self.max_norm else 1.0

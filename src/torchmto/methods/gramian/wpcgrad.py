@@ -14,7 +14,7 @@ from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
+from torchmto.step import Losses, StepContext
 
 
 def plackett_luce(probabilities: Tensor, generator: torch.Generator, num_orders: int = 1) -> Tensor:
@@ -141,9 +141,9 @@ class WPCGrad(GramianWeighting):
         others = orders[orders != torch.arange(num_tasks).unsqueeze(1)].view(num_tasks, num_tasks - 1)
         return self.accept(solvers.pcgrad(array, others.numpy()), gramian)
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Tell the priority this step's losses."""
-        self.priority.after_step(losses, problem)
+        self.priority.after_step(losses, context)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Tell the priority validation results."""

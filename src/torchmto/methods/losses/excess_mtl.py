@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_choice, check_number
 from torchmto.methods.method import Domain, Method, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, Problem, StepInfo, TaskGradients
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 LEAST = 1e-6
 """Smallest share of a weight in their sum: from 0 no factor brings it back."""
@@ -94,24 +94,24 @@ class ExcessMTL(Method):
         weights = self.weights[where]
         return weights * (len(where) / weights.sum())
 
-    def _check(self, problem: Problem, gradients: TaskGradients) -> None:
+    def _check(self, context: StepContext, gradients: TaskGradients) -> None:
         """Leave out gradients whose squares overflow, before they are added: an infinite sum would stay for good."""
         largest = torch.finfo(gradients.matrix.dtype).max
         sums = self.squares.sum(1).tolist()
         for task, square in zip(gradients.indices, gradients.gramian.diagonal().tolist(), strict=True):
             # The norm's square is at least that of every entry, and so is its sum over the steps.
             if sums[task] + square > largest:
-                problem.fail(gradients, f"The squares of the gradient of task `{problem.tasks[task]}` overflow.")
+                context.fail(gradients, f"The squares of the gradient of task `{context.tasks[task]}` overflow.")
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, new weights, one combined step."""
-        gradients = problem.gradients()
-        self._check(problem, gradients)
+        gradients = context.gradients()
+        self._check(context, gradients)
         weights = self._update(gradients.indices, self._excess(gradients))
         # Beside the rows, which are needed once more.
         vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
-        problem.combine(gradients, weights, vector=vector, heads=self.heads)
-        problem.apply()
+        context.combine(gradients, weights, vector=vector, heads=self.heads)
+        context.apply()
         for row, task in zip(gradients.matrix, gradients.indices, strict=True):
             self.squares[task].addcmul_(row, row)
-        return problem.info(weights=weights, indices=gradients.indices, gradients=gradients)
+        return context.info(weights=weights, indices=gradients.indices, gradients=gradients)

@@ -14,7 +14,7 @@ from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
+from torchmto.step import Losses, StepContext
 
 
 @register("famo")
@@ -96,9 +96,9 @@ class FAMO(LossWeighting):
         return (z * logarithm).sum() / (z / distance.detach()).sum()
 
     @torch.no_grad()
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Measure the losses again and move the logits."""
-        again = problem.losses([problem.tasks[i] for i in losses.indices])
+        again = context.losses([context.tasks[i] for i in losses.indices])
         rows = {task: row for row, task in enumerate(losses.indices)}
         both = [task for task in again.indices if task in rows]
         before = losses.values[[rows[task] for task in both]].to("cpu", torch.float64)

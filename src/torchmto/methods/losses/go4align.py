@@ -13,7 +13,7 @@ from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Problem
+from torchmto.step import Losses, StepContext
 
 LEAST = 1e-6
 """Smallest share: from 0 no factor brings it back."""
@@ -114,7 +114,7 @@ class GO4Align(LossWeighting):
             indicators = group_means(indicators, self.num_groups)
         return (indicators.to(losses) * losses).sum()
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Keep the shares."""
         chosen = list(losses.indices)
         self.shares[chosen] = self._updated(losses.values, chosen) * self.shares[chosen].sum()

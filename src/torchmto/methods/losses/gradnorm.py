@@ -14,7 +14,7 @@ from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.per_task import named
 from torchmto.methods.registry import register
-from torchmto.problem import Losses, Network, Problem, TaskGradients
+from torchmto.step import Losses, Network, StepContext, TaskGradients
 
 LEAST = 1e-4
 """Smallest weight before the rescaling: the update of a weight isn't bounded below."""
@@ -100,7 +100,7 @@ class GradNorm(GramianWeighting):
             raise ValueError(found("layer", "the path of a module of the model", self.layer))
         self._layer_parameters = list(modules[self.layer].parameters())
 
-    def step_weights(self, problem: Problem, gradients: TaskGradients) -> Tensor:
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The weights; the norms of the gradients on the layer are kept for :meth:`after_step`."""
         return self.weights(self._layer_gramian(gradients), gradients.losses, gradients.indices)
 
@@ -123,7 +123,7 @@ class GradNorm(GramianWeighting):
         weights = self.scales.of(chosen)
         return (weights * (len(chosen) / weights.sum())).to(gramian)
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """One step of Adam on the weights; none in a step that reused its weights (``refresh_every``)."""
         norms, self._norms = self._norms, None
         if norms is None:

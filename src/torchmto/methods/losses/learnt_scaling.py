@@ -13,7 +13,7 @@ from torchmto.checks import check_number
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, LossWeighting
 from torchmto.methods.per_task import named
-from torchmto.problem import Losses, Problem
+from torchmto.step import Losses, StepContext
 
 
 class LearntScaling(LossWeighting):
@@ -53,7 +53,7 @@ class LearntScaling(LossWeighting):
         chosen = self.present(losses, indices)
         return self.factors(self.scales.of(chosen).to(losses))
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """One step of Adam on the scales, along the objective's derivative."""
         values = losses.values.to("cpu", torch.float64)
         positive = (values > 0).tolist()

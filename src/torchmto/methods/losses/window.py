@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchmto.checks import check_integer
 from torchmto.methods.method import LossWeighting
-from torchmto.problem import Losses, Problem
+from torchmto.step import Losses, StepContext
 
 
 class LossWindow:
@@ -82,7 +82,7 @@ class WindowedWeighting(LossWeighting):
         """The window's sums."""
         self.add_state("means", LossWindow(num_tasks, self.window))
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Add the step's losses to the window."""
         if self.means.add(losses):
             self.close(self.means.close())

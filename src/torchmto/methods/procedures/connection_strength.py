@@ -17,8 +17,8 @@ from torchmto.gradients.ranks import is_sharded
 from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.methods.registry import make_method, methods, register
-from torchmto.problem import Losses, Network, Problem, StepInfo, TaskGradients
 from torchmto.solvers.unit import rounding_error
+from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure import (
     Recording,
     SplitNorm,
@@ -381,6 +381,12 @@ class ConnectionStrength(Procedure):
             return self.second.cost(num_tasks)
         return Cost(num_tasks, num_tasks, num_tasks)
 
+    def no_backward(self, num_sources: int) -> str:
+        """Phase 2 alone takes one step."""
+        if self.schedule == "phase2":
+            return self.second.no_backward(num_sources)
+        return f"takes one optimizer step per task in phase 1 (schedule={self.schedule!r})"
+
     @property
     def progress(self) -> float:
         """Steps done over total steps, at most 1; 1/2 where the total isn't known."""
@@ -410,44 +416,44 @@ class ConnectionStrength(Procedure):
         """What the second phase says in the second phase."""
         return super().outside(losses, indices) if self._now == 2 else ""
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """One batch in phase 1 or 2."""
         phase = self._now = self._phase()
         with self.priorities.watching():
             if phase == 1:
-                one_task_at_a_time(problem, self.generator if self.shuffle else None)
-                info = problem.info(records=self._records(problem, phase))
+                one_task_at_a_time(context, self.generator if self.shuffle else None)
+                info = context.info(records=self._records(context, phase))
             else:
-                info = self._second_phase(problem)
+                info = self._second_phase(context)
         self.num_steps += 1
         return info
 
-    def _second_phase(self, problem: Problem) -> StepInfo:
+    def _second_phase(self, context: StepContext) -> StepInfo:
         second = self.second
         if not isinstance(second, PriorityProjection):
-            info: StepInfo = second.step(problem)
-            return replace(info, records=MappingProxyType({**info.records, **self._records(problem, 2)}))
-        gradients = problem.gradients()
-        self.priorities.learn(problem.info().losses)
-        problem.combine(gradients, vector=second.combine(gradients))
-        problem.apply()
+            info: StepInfo = second.step(context)
+            return replace(info, records=MappingProxyType({**info.records, **self._records(context, 2)}))
+        gradients = context.gradients()
+        self.priorities.learn(context.info().losses)
+        context.combine(gradients, vector=second.combine(gradients))
+        context.apply()
         tops = [(name, top, gradients.indices) for name, top in second.tops]
-        return problem.info(gradients=gradients, records=self._records(problem, 2, tops))
+        return context.info(gradients=gradients, records=self._records(context, 2, tops))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; older ones hold no pairs of layers and norms, which are then found anew."""
         super().load_state_dict({"priorities": {"pairs": {}, "seen": []}, **state})
 
-    def after_step(self, losses: Losses, problem: Problem) -> None:
+    def after_step(self, losses: Losses, context: StepContext) -> None:
         """Nothing: the phases keep their own state."""
 
     def _records(
-        self, problem: Problem, phase: int, tops: list[tuple[str, Tensor, tuple[int, ...]]] | None = None
+        self, context: StepContext, phase: int, tops: list[tuple[str, Tensor, tuple[int, ...]]] | None = None
     ) -> dict[str, Any]:
         """The phase, and the share of channels that each task leads, overall and per layer."""
         records: dict[str, Any] = {"phase": phase}
         if tops is None:
-            self.priorities.learn(problem.info().losses)
+            self.priorities.learn(context.info().losses)
         if tops is None and self.measure == "parameters":
             everyone = tuple(range(len(self.tasks)))
             layers = self.priorities.shared_layers()

@@ -7,7 +7,7 @@ import torch
 from torchmto.checks import check_flag
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Problem, StepInfo
+from torchmto.step import StepContext, StepInfo
 
 
 @register("sequential")
@@ -37,16 +37,16 @@ class Sequential(Procedure):
         """K of everything."""
         return Cost(num_tasks, num_tasks, num_tasks)
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Update task after task."""
-        one_task_at_a_time(problem, self.generator if self.shuffle else None)
-        return problem.info()
+        one_task_at_a_time(context, self.generator if self.shuffle else None)
+        return context.info()
 
 
-def one_task_at_a_time(problem: Problem, generator: torch.Generator | None = None) -> None:
-    """One plain sub-step per task of ``problem``, in the given order, or shuffled if there is a generator."""
-    order = list(problem.asked)
+def one_task_at_a_time(context: StepContext, generator: torch.Generator | None = None) -> None:
+    """One plain sub-step per task of ``context``, in the given order, or shuffled if there is a generator."""
+    order = list(context.asked)
     if generator is not None:
         order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
     for task in order:
-        problem.descend((task,))
+        context.descend((task,))

@@ -10,8 +10,8 @@ from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register
-from torchmto.problem import Network, Problem, StepInfo, TaskGradients
 from torchmto.solvers.unit import rounding_error
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: float | None = None) -> list[list[int]]:
@@ -99,13 +99,17 @@ class SonGoku(Procedure):
         """K backwards: the gradients of the waiting tasks are tracked as well."""
         return Cost(1, num_tasks, 1)
 
+    def no_backward(self, num_sources: int) -> str:
+        """One step from one forward."""
+        return ""
+
     def refusal(self, network: Network) -> str:
         """The tracked rows are its state."""
         return "tracks the rows in its state" if network.divided else ""
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Track all gradients; update by those of one group."""
-        gradients = problem.gradients()
+        gradients = context.gradients()
         present = gradients.indices
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
@@ -124,16 +128,16 @@ class SonGoku(Procedure):
             gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
         # Beside the rows, which are needed once more.
         vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
-        problem.combine(gradients, weights, vector=vector)
+        context.combine(gradients, weights, vector=vector)
         # What only waiting tasks reach has zeros now, and optimizers with moments would move it.
         for parameter in gradients.parameters:
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
-        problem.apply()
+        context.apply()
         for piece in pieces(gradients.matrix.shape[1]):
             self.tracked[:, piece] = self._moved(gradients, piece)
-        names = problem.tasks
-        return problem.info(
+        names = context.tasks
+        return context.info(
             weights=weights,
             indices=present,
             gradients=gradients,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
 from torchmto.methods.registry import make_method, register
-from torchmto.problem import Losses, Problem, StepInfo
+from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
 
 GROUPINGS = ("adaptive", "heterogeneous", "random", "per_task", "joint")
@@ -178,7 +178,7 @@ class TaskGroups(Procedure):
         """Whether a single group would leave the affinities it is formed from unmeasured."""
         return len(self.current) == 1 and self.num_tasks > 1 and self._tracks()
 
-    def step(self, problem: Problem) -> StepInfo:
+    def step(self, context: StepContext) -> StepInfo:
         """Update group after group, tracking affinities; then form the groups of the next batch."""
         if self.grouping == "random":
             self.current = self._random_groups()
@@ -188,21 +188,21 @@ class TaskGroups(Procedure):
         if self._alone and self.single == "twice":
             groups = groups * 2
         self.affinity.new_batch()
-        still = problem.losses(replay=False) if self.noise_floor else None
+        still = context.losses(replay=False) if self.noise_floor else None
         told: list[dict[str, Any]] = []
         for number, group in enumerate(groups):
-            steps = problem.num_optimizer_steps
-            losses = self._update(problem, group, told)
+            steps = context.num_optimizer_steps
+            losses = self._update(context, group, told)
             if number == 0 and still is not None and losses is not None:
-                records["noise_floor"] = _named(problem, losses, 1 - losses.raw / still.raw)
+                records["noise_floor"] = _named(context, losses, 1 - losses.raw / still.raw)
             # A group that was left out has moved nothing: the losses after the step before it are those before the next.
-            if losses is not None and problem.num_optimizer_steps > steps:
-                before = _named(problem, losses, losses.raw)
+            if losses is not None and context.num_optimizer_steps > steps:
+                before = _named(context, losses, losses.raw)
                 self.affinity.update([name for name in group if name in before], before)
         measure = self.measure_last or (self._alone and self.single == "measure")
-        if measure and problem.num_optimizer_steps:
-            after = problem.losses()
-            values = _named(problem, after, after.raw)
+        if measure and context.num_optimizer_steps:
+            after = context.losses()
+            values = _named(context, after, after.raw)
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
         self.num_batches += 1
@@ -211,25 +211,25 @@ class TaskGroups(Procedure):
         records.update(order=[list(group) for group in groups], affinity=self.affinity.matrix)
         if self.inner is not None:
             records["inner"] = told
-        return problem.info(num_fallbacks=sum(entry["num_fallbacks"] for entry in told), records=records)
+        return context.info(num_fallbacks=sum(entry["num_fallbacks"] for entry in told), records=records)
 
-    def _update(self, problem: Problem, group: list[str], told: list[dict[str, Any]]) -> Losses | None:
+    def _update(self, context: StepContext, group: list[str], told: list[dict[str, Any]]) -> Losses | None:
         """One group's optimizer step; returns the losses of all tasks before it, None if it was left out.
 
         What the inner method has to tell about its step is added to ``told``.
         """
-        inner, steps = self.inner, problem.num_optimizer_steps
+        inner, steps = self.inner, context.num_optimizer_steps
         if inner is None or len(group) == 1:
-            losses = problem.descend(group, forward=problem.asked)
-            if inner is not None and problem.num_optimizer_steps > steps:
-                inner.after_step(losses.only({problem.tasks.index(name) for name in group}), problem)
+            losses = context.descend(group, forward=context.asked)
+            if inner is not None and context.num_optimizer_steps > steps:
+                inner.after_step(losses.only({context.tasks.index(name) for name in group}), context)
             return losses
         kept = inner.snapshot()
         taken = False
         try:
-            with problem.leaving_out():
-                gradients = problem.gradients(group, forward=problem.asked)
-                inner.descend(problem, gradients)
+            with context.leaving_out():
+                gradients = context.gradients(group, forward=context.asked)
+                inner.descend(context, gradients)
                 taken = True
                 told.append({"group": group, "num_fallbacks": inner.num_fallbacks, **inner.records()})
                 return gradients.all_losses
@@ -259,6 +259,6 @@ class TaskGroups(Procedure):
             self.inner.end_window()
 
 
-def _named(problem: Problem, losses: Losses, values: Tensor) -> dict[str, float]:
+def _named(context: StepContext, losses: Losses, values: Tensor) -> dict[str, float]:
     """Task -> number, of one number per loss."""
-    return dict(zip((problem.tasks[i] for i in losses.indices), values.tolist(), strict=True))
+    return dict(zip((context.tasks[i] for i in losses.indices), values.tolist(), strict=True))

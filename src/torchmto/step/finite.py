@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients.ranks import local
-from torchmto.problem.losses import Losses, NonFiniteError, Outside
-from torchmto.problem.network import Network
-from torchmto.problem.reduction import Reduction
+from torchmto.step.losses import Losses, NonFiniteError, Outside
+from torchmto.step.network import Network
+from torchmto.step.reduction import Reduction
 
 
 class SkippedError(Exception):
@@ -33,6 +33,7 @@ class FiniteChecks:
         on_nonfinite: "raise" or "skip".
         reduction: Knows the losses' weights, so that these can be told from gradients.
         outside: Why the step's method, and a loss weighting before it, can't take the losses they see.
+        stepping: Whether this step updates the scaler; else a trainer does.
 
     Attributes:
         recorded: Task index -> the first loss of the step that passed.
@@ -46,6 +47,8 @@ class FiniteChecks:
         on_nonfinite: str,
         reduction: Reduction,
         outside: Sequence[Outside] = (),
+        *,
+        stepping: bool = True,
     ) -> None:
         self.recorded: dict[int, float] = {}
         self.overflowed = False
@@ -54,6 +57,7 @@ class FiniteChecks:
         self._on_nonfinite = on_nonfinite
         self._reduction = reduction
         self._outside = outside
+        self._stepping = stepping
 
     def losses(self, losses: Losses, values: Sequence[float]) -> None:
         """Check the losses, ``values`` as plain numbers, and record them."""
@@ -127,6 +131,8 @@ class FiniteChecks:
         """Leave the step out, or raise; a scaler sees an infinite gradient and lowers its scale by itself."""
         if self._network.scaler is None:
             self.fail(message)
+        if not self._stepping:
+            raise SkippedError(f"{message} It is left to the scaler.", overflow=True)
         self._network.show_overflow()
         self.overflowed = True
         raise SkippedError(f"{message} The scaler lowered its scale.", overflow=True)

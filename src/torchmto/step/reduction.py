@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torchmto.problem.exchange import Exchange
-from torchmto.problem.losses import Chunk, Losses, Weigh, detached, stack
-from torchmto.problem.network import Network
+from torchmto.step.losses import Chunk, Losses, Weigh, detached, stack
+from torchmto.step.messages import Exchange
+from torchmto.step.network import Network
 
 
 @dataclass
@@ -50,6 +50,52 @@ def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[o
     return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
 
 
+class Proportions:
+    """Whether all micro-batches bring the same tasks in the same proportions.
+
+    Attributes:
+        alike: Whether those so far did.
+        first: Task index -> count in the first micro-batch.
+    """
+
+    def __init__(self) -> None:
+        self.alike = True
+        self.first: dict[int, float] = {}
+        self._number = -1
+        self._own: dict[int, float] = {}
+
+    def begin(self) -> None:
+        """Before the first call of a micro-batch."""
+        self.close()
+        self._number += 1
+        self._own = {} if self._number else self.first
+
+    def add(self, counts: Mapping[int, float]) -> float:
+        """Add the counts of one call; returns its micro-batch's size: the count of its first task."""
+        self._own.update(counts)
+        if not self._own:
+            return 1.0
+        lead = next(iter(self._own))
+        size = self._own[lead]
+        self.alike = self.alike and lead == next(iter(self.first), None)
+        self.alike = self.alike and all(self.first.get(i, 0) * size == n * self.first[lead] for i, n in counts.items())
+        return size
+
+    def close(self) -> None:
+        """After the last call of a micro-batch: has it brought all tasks?"""
+        self.alike = self.alike and (self._number < 0 or self._own.keys() == self.first.keys())
+
+    @property
+    def lead(self) -> int:
+        """The task that sizes are counts of."""
+        return next(iter(self.first))
+
+    @property
+    def relative(self) -> list[tuple[int, float]]:
+        """Every task with its count relative to that of the first."""
+        return sorted((i, count / self.first[self.lead]) for i, count in self.first.items())
+
+
 class Reduction:
     """Averages the losses of one step, telling the ranks where there are several.
 
@@ -76,7 +122,7 @@ class Reduction:
         self._exchange = Exchange(network.ranks, num_tasks, step)
 
     def tell(
-        self, sums: Sums, *, counts: Sequence[object] | None = None, failure: Exception | None = None
+        self, sums: Sums, *, counts: Sequence[object] | None = None, failure: BaseException | None = None
     ) -> tuple[Sums, bool]:
         """Sum losses over the ranks and agree on roles; also, whether all ranks have the same ``counts``."""
         network = self._network
@@ -92,6 +138,21 @@ class Reduction:
         if told.disagree:
             network.agree()
         return Sums(told.totals, told.weighted), told.even
+
+    def agree(self, weights: Tensor | None = None, *, failure: BaseException | None = None) -> Tensor | None:
+        """Before what can't be undone: no rank has failed; and all go on with the first one's ``weights`` [k].
+
+        So the ranks' processors may differ.
+        """
+        network = self._network
+        if network.ranks.size == 1:
+            return weights
+        own = () if weights is None or network.ranks.rank else weights.unbind()
+        self.doing = "what was decided"
+        told, _ = self.tell(Sums(dict.fromkeys(range(len(own)), 1.0), dict(enumerate(own))), failure=failure)
+        if weights is None:
+            return None
+        return torch.stack([told.weighted[place] for place in range(len(weights))]).to(weights)
 
     def check_same(self, chunk: Chunk, num_micro_batches: int) -> None:
         """With sharded parameters all ranks take part in every forward and backward."""

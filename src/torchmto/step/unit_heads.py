@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import dense
-from torchmto.problem.network import Network
+from torchmto.step.network import Network
 
 
 class UnitHeads:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from torchmto.checks import found
 from torchmto.gradients import (
+    Agreement,
     Engine,
     Ranks,
     Roles,
@@ -27,11 +28,11 @@ from torchmto.gradients import (
     run_hooks,
 )
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
-from torchmto.problem.agreement import Agreement
-from torchmto.problem.buffers import BufferSnapshot
-from torchmto.problem.losses import Chunk
-from torchmto.problem.wrappers import check_wrappers, replicas, unreduced, unwrapped
-from torchmto.structure import has_split_norms
+from torchmto.step.losses import Chunk
+from torchmto.step.optimizers import Optimizers
+from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
+from torchmto.task_norms import has_split_norms
+from torchmto.undo import BufferSnapshot
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
@@ -53,7 +54,7 @@ class Network:
 
     Args:
         model: Any module; a ``DistributedDataParallel`` wrapper, compiled or not, is looked through.
-        optimizer: The optimizer; its parameters are the ones that are trained.
+        optimizers: The optimizers; their parameters are the ones that are trained.
         num_tasks: K.
         shared: The shared parameters, or None to find them from the autograd graph.
         scaler: A ``torch.amp.GradScaler``, or None.
@@ -72,7 +73,7 @@ class Network:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         *,
         num_tasks: int,
         shared: Iterable[Tensor] | None = None,
@@ -86,8 +87,8 @@ class Network:
     ) -> None:
         self.replicas = replicas(model)
         self.model = unwrapped(model)
-        self.optimizer = optimizer
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.optimizers = Optimizers(optimizers, self.scaler)
         self.clip = clip
         self.ranks = ranks
         self._names: dict[int, str] = {}
@@ -104,7 +105,7 @@ class Network:
         self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
         self.refresh()
-        check_wrappers(model, optimizer, self.parameters)
+        check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
@@ -170,7 +171,7 @@ class Network:
 
     def refresh(self) -> None:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
-        everything = [p for group in self.optimizer.param_groups for p in group["params"]]
+        everything = self.optimizers.parameters()
         if list(map(id, everything)) != list(map(id, self._known)):
             self._complex = any(p.is_complex() for p in everything)
             if self.scaler is not None and self._complex:
@@ -180,7 +181,8 @@ class Network:
             in_model = {id(p): name for name, p in self.model.named_parameters()}
             before = {id(p): self._names[id(p)] for p in self._known}
             self._names = {}
-            for g, group in enumerate(self.optimizer.param_groups):
+            groups = [group for optimizer in self.optimizers.all for group in optimizer.param_groups]
+            for g, group in enumerate(groups):
                 for i, p in enumerate(group["params"]):
                     name = in_model.get(id(p)) or before.get(id(p)) or f"param_groups.{g}.{i}"
                     while id(p) not in in_model and self._by_name.get(name, p) is not p:
@@ -537,52 +539,28 @@ class Network:
             )
         return bool(hooked)
 
-    @property
-    def _scaler_states(self) -> dict[int, dict[str, Any]]:
-        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
-        states: dict[int, dict[str, Any]] = self.scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
-        return states
-
-    @contextlib.contextmanager
-    def scaling(self) -> Iterator[None]:
-        """After an error inside the scaler knows as much of the optimizer as before, so that the step can be repeated."""
-        if self.scaler is None:
-            yield
-            return
-        key = id(self.optimizer)
-        kept = dict(self._scaler_states[key]) if key in self._scaler_states else None
-        try:
-            yield
-        except BaseException:
-            self._scaler_states.pop(key, None)
-            if kept is not None:
-                self._scaler_states[key] = kept
-            raise
-
     def show_overflow(self) -> None:
         """Show the scaler an infinite gradient, so that it lowers its scale by itself."""
-        assert self.scaler is not None
-        self._scaler_states.pop(id(self.optimizer), None)
-        self.zero_grad()
-        parameter = self.parameters[0]
-        parameter.grad = torch.full_like(parameter, float("inf"))
-        with self.scaling():
-            self.scaler.unscale_(self.optimizer)
-            self.step()
+        self.optimizers.forget_scaling()
+        self.set_infinite()
+        with self.optimizers.scaling():
+            self.optimizers.unscale()
+            self.optimizers.step()
         self.zero_grad()
 
-    def step(self) -> None:
-        """The optimizer's step, through the scaler if there is one, which then updates its scale."""
-        if self.scaler is None:
-            self.optimizer.step()
-            return
-        self.scaler.step(self.optimizer)
-        # Gradients of the user's other optimizers that are unscaled already mustn't be unscaled again.
-        states = self._scaler_states
-        others = {key: state for key, state in states.items() if state["stage"].name == "UNSCALED"}
-        for key in others:
-            del states[key]
+    def set_infinite(self) -> None:
+        """Make every gradient infinite: what a scaler sees of a step that overflowed."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, float("inf"))
+
+    @contextlib.contextmanager
+    def gradients_aside(self) -> Iterator[None]:
+        """Inside no gradient is set; afterwards ``.grad`` is as before."""
+        # Copies: those of the last batch may lie in the memory of the rows.
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._known]
+        self.zero_grad()
         try:
-            self.scaler.update()
+            yield
         finally:
-            self._scaler_states.update(others)
+            for parameter, gradient in zip(self._known, before, strict=True):
+                parameter.grad = gradient

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from torchmto.problem.buffers import BufferSnapshot
+from torchmto.undo import BufferSnapshot
 
 State = tuple[Tensor, list[Tensor]]
 

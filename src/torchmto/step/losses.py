@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import unknown_task
-from torchmto.structure import active_task
+from torchmto.task_norms import active_task
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 """A forward-only callable: the wanted tasks -> one scalar loss, or ``(loss, count)``, for each one this batch has."""

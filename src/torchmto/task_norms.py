@@ -1,9 +1,12 @@
 """Task-specific normalisation: one copy of every norm layer per task, everything else shared."""
 
+from __future__ import annotations
+
 import copy
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,28 +14,66 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from torchmto.checks import found
+
 _NORM_TYPES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"norm(alization)?(1d|2d|3d)?$", re.IGNORECASE)
 
 
-class _Active:
-    """The tasks whose norms are in use.
-
-    One variable of the process and not a ``contextvars.ContextVar``: autograd recomputes checkpointed
-    blocks on its own worker threads, which don't inherit the context of the thread that called
-    ``backward``, and they have to see the same task.
-    """
+class _Own(threading.local):
+    """The tasks whose norms this thread uses."""
 
     tasks: tuple[str, ...] = ()
 
 
+_OWN = _Own()
+_TRAINING: dict[int, tuple[str, ...]] = {}
+"""The same of every thread that has some, for autograd's workers."""
+
+
+def current_tasks() -> tuple[str, ...]:
+    """The tasks made active by :func:`active_task` or :func:`active_tasks` in this thread; empty where there are none.
+
+    Autograd recomputes checkpointed blocks on worker threads of its own where the backward runs on a GPU. They see the tasks of
+    the thread that trains.
+
+    Raises:
+        RuntimeError: If a worker of autograd asks while several threads train different tasks.
+    """
+    if _OWN.tasks or not _TRAINING:
+        return _OWN.tasks
+    if type(threading.current_thread()).__name__ != "_DummyThread":  # what Python makes of threads that others started
+        return ()
+    training = set(list(_TRAINING.values()))  # noqa: C414 - in one go, while other threads come and go
+    if len(training) > 1:
+        raise RuntimeError(
+            "Several threads train different tasks at the same time, and a checkpointed block is run again by a thread of "
+            f"autograd, which can't tell for whom: {sorted(training)}. Train one model at a time, or without checkpointing."
+        )
+    return next(iter(training), ())
+
+
 @contextmanager
-def active_task(name: str) -> Iterator[None]:
+def _activated(tasks: tuple[str, ...]) -> Iterator[None]:
+    former, _OWN.tasks = _OWN.tasks, tasks
+    thread = threading.get_ident()
+    _TRAINING[thread] = tasks
+    try:
+        yield
+    finally:
+        _OWN.tasks = former
+        if former:
+            _TRAINING[thread] = former
+        else:
+            del _TRAINING[thread]
+
+
+def active_task(name: str) -> AbstractContextManager[None]:
     """Split norms use this task's copy inside the ``with`` block.
 
-    Blocks nest; the former task comes back at the end, after an error too. The active task belongs to the
-    process: threads that train different tasks at the same time aren't supported. With activation checkpointing
-    the forward pass runs again inside ``backward``, so ``backward`` has to run in the block as well.
+    Blocks nest; the former task comes back at the end, after an error too. The active task is the thread's own: threads may
+    train different models at the same time. With activation checkpointing the forward pass runs again inside ``backward``, so
+    ``backward`` has to run in the block as well.
 
     Args:
         name: the task.
@@ -41,12 +82,8 @@ def active_task(name: str) -> Iterator[None]:
         TypeError: ``name`` isn't a string.
     """
     if not isinstance(name, str):
-        raise TypeError(f"Parameter `name` should be the name of a task. Found `name = {name!r}`.")
-    former, _Active.tasks = _Active.tasks, (name,)
-    try:
-        yield
-    finally:
-        _Active.tasks = former
+        raise TypeError(found("name", "the name of a task", name))
+    return _activated((name,))
 
 
 @contextmanager
@@ -65,20 +102,14 @@ def active_tasks(names: Sequence[str]) -> Iterator[None]:
         ValueError: no task, or a task twice.
     """
     tasks = _checked_names(names, "names")
-    former, _Active.tasks = _Active.tasks, tasks
     fused = torch.backends.mha.get_fastpath_enabled()
     if len(tasks) > 1:
         torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with _activated(tasks):
+            yield
     finally:
-        _Active.tasks = former
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def current_tasks() -> tuple[str, ...]:
-    """The tasks made active by :func:`active_task` or :func:`active_tasks`; empty where there are none."""
-    return _Active.tasks
 
 
 class PerTask(nn.Module):
@@ -114,16 +145,16 @@ class SplitNorm(PerTask):
         Raises:
             RuntimeError: the norm has no copy for this task.
         """
-        found = self._modules.get(task)
-        if found is None:
+        norm = self._modules.get(task)
+        if norm is None:
             raise RuntimeError(
                 f"A split norm was called for task {task!r}. It has copies for {list(self.task_names)} only."
             )
-        return found
+        return norm
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Normalise with the active task's copy, or chunk by chunk with those of several active tasks."""
-        tasks = _Active.tasks
+        tasks = current_tasks()
         if not tasks:
             raise RuntimeError(
                 "A split norm was called while no task is active. Run the forward pass inside "
@@ -158,7 +189,8 @@ class SplitNorm(PerTask):
             copies = self.__dict__.get("_modules")
             if name.startswith("__") or not copies:  # while copying or unpickling there is nothing to ask yet
                 raise
-        active = copies.get(_Active.tasks[0]) if len(_Active.tasks) == 1 else None
+        tasks = current_tasks()
+        active = copies.get(tasks[0]) if len(tasks) == 1 else None
         value = getattr(active if active is not None else next(iter(copies.values())), name)
         if active is None and isinstance(value, Tensor):
             raise AttributeError(f"`{name}` of a split norm differs between tasks: read it inside `active_task(name)`.")

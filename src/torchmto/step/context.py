@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -12,20 +11,21 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import finite_mark
-from torchmto.problem.finite import FiniteChecks, SkippedError
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes, StepInfo, conflicts
-from torchmto.problem.losses import Losses, Outside, Source, Weigh, empty_batch
-from torchmto.problem.network import Network
-from torchmto.problem.noise import Noise
-from torchmto.problem.reduction import Reduction, Sums
-from torchmto.problem.task_gradients import Computation, TaskGradients, set_heads
-from torchmto.problem.weighted import WeightedBackward
-from torchmto.problem.with_rows import WithRows, inner_products
-from torchmto.problem.without_rows import WithoutRows
+from torchmto.step.finite import FiniteChecks, SkippedError
+from torchmto.step.forwards import forwards
+from torchmto.step.info import StepInfo, conflicts
+from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
+from torchmto.step.network import Network
+from torchmto.step.noise import Noise
+from torchmto.step.parts import Carried, Parts
+from torchmto.step.reduction import Reduction, Sums
+from torchmto.step.task_gradients import TaskGradients, set_heads
+from torchmto.step.weighted import accumulate, finish, weighted_backward
+from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products, keep_rows
+from torchmto.step.without_rows import combine_graphs, gradients_without_rows
 
 
-class Problem:
+class StepContext:
     """One step of multi-task training, as a method sees it.
 
     A method asks it for losses, per-task gradients or a weighted backward, and tells it what to apply; only here are
@@ -42,6 +42,9 @@ class Problem:
         noise: Random states of the step's forwards, for those that are repeated.
         fingerprint: What must be the same on all ranks, besides the tasks.
         outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
+        stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
+        carried: What earlier calls have left of a batch that is accumulated; None for a batch of one call.
+        summed: Whether that is a weighted sum, and not rows.
     """
 
     def __init__(
@@ -57,6 +60,9 @@ class Problem:
         noise: Noise,
         fingerprint: str = "",
         outside: Sequence[Outside] = (),
+        stepping: bool = True,
+        carried: dict[int, Carried] | None = None,
+        summed: bool = False,
     ) -> None:
         self.network = network
         self.tasks = tasks
@@ -65,13 +71,10 @@ class Problem:
         self.skipped = False
         self.reason = ""
         about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
-        self._noise = noise
-        self._passes = Passes()
-        self._reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        self._forwards = Forwards(
-            network, tasks, asked, sources, noise=noise, passes=self._passes, reduction=self._reduction
-        )
-        self._finite = FiniteChecks(network, tasks, on_nonfinite, self._reduction, outside)
+        reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
+        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside, stepping=stepping)
+        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite, carried=carried, summed=summed)
+        self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
         self._losses: Losses | None = None
@@ -81,29 +84,29 @@ class Problem:
     @property
     def num_sources(self) -> int:
         """How many independent batches this step has: 1, or more if ``mt.step(..., independent=)`` gave them."""
-        return len(self._forwards.sources)
+        return len(self._parts.sources)
 
     @property
     def num_forward(self) -> int:
         """Calls of closures so far."""
-        return self._passes.forward
+        return self._parts.num_forward
 
     @property
     def num_backward(self) -> int:
         """Backward passes so far."""
-        return self._passes.backward
+        return self._parts.num_backward
 
     @property
     def overflowed(self) -> bool:
         """Whether the scaler has found an overflow and lowered its scale."""
-        return self._finite.overflowed
+        return self._parts.finite.overflowed
 
     # ------------------------------------------------------------------ losses
 
     @property
     def any_losses(self) -> bool:
         """Whether any loss has been seen in this step."""
-        return self._reduction.first is not None and bool(self._reduction.first.indices)
+        return self._parts.reduction.first is not None and bool(self._parts.reduction.first.indices)
 
     def raise_empty(self) -> NoReturn:
         """Raise the error of a batch without any loss."""
@@ -120,28 +123,23 @@ class Problem:
             replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
                 state back; else draw new noise (unless ``same_noise`` is on).
         """
-        sums = Sums()
-        self._reduction.doing = "losses"
-        with self._noise.extra(replay=replay):
-            for chunk in self._forwards.run(self._forwards.names(tasks), source, grad=False):
+        parts, sums = self._parts, Sums()
+        parts.reduction.doing = "losses"
+        with parts.noise.extra(replay=replay):
+            for chunk in forwards(parts, parts.request(tasks, None, source), grad=False):
                 sums.add(chunk)
-        return self._reduction.over_ranks(sums)
+        return parts.reduction.over_ranks(sums)
 
     def unweighted(self) -> Losses:
         """End the user's loss weighting for this step, and return the losses it weighted: the first of every task."""
-        self._reduction.weigh = None
-        recorded, first = self._finite.recorded, self._reduction.first
+        self._parts.reduction.weigh = None
+        recorded, first = self._parts.finite.recorded, self._parts.reduction.first
         indices = tuple(sorted(recorded))
         like = torch.zeros(0, device=self.network.device) if first is None else first.raw
         values = like.new_tensor([recorded[index] for index in indices])
         return Losses(indices, values, values, dict.fromkeys(indices, 1.0))
 
     # ------------------------------------------------------------------ per-task gradients
-
-    @functools.cached_property
-    def _computation(self) -> Computation:
-        parts = self.network, self._forwards, self._reduction, self._finite, self._passes
-        return WithRows(*parts) if self.network.engine is None else WithoutRows(*parts)
 
     def gradients(
         self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0
@@ -161,9 +159,10 @@ class Problem:
         """
         # A gradient that is there afterwards has appeared by itself.
         self.network.zero_grad()
-        names = self._forwards.names(tasks)
-        asked = names if forward is None else self._forwards.names(forward)
-        return self._computation.gradients(asked, {self.tasks.index(name) for name in names}, source)
+        parts, engine = self._parts, self.network.engine
+        rows = engine is None or parts.carried is not None or not engine.suits(parts.sources, self.network.parameters)
+        compute = gradients_with_rows if rows else gradients_without_rows
+        return compute(parts, parts.request(tasks, forward, source))
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
@@ -198,17 +197,19 @@ class Problem:
         """
         network = self.network
         network.zero_grad()
-        if weights is not None:
-            weights = network.ranks.first(weights, network.device)
+        weights = self._parts.reduction.agree(weights)
         if weights is not None and not bool(weights.isfinite().all()):
-            self._finite.fail("A method's weights aren't finite.")
-        self._computation.combine(gradients, weights, vector)
+            self._parts.finite.fail("A method's weights aren't finite.")
+        if gradients.graph is None:
+            combine_rows(self._parts, gradients, weights, vector)
+        else:
+            combine_graphs(self._parts, gradients, weights)
         set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
         self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
-        self._finite.fail_with_gradient(gradients.reduced, message)
+        self._parts.finite.fail_with_gradient(gradients.reduced, message)
 
     # ------------------------------------------------------------------ one weighted backward
 
@@ -224,7 +225,7 @@ class Problem:
     ) -> Losses:
         """Forward and one backward of the weighted sum of the losses into ``.grad``.
 
-        Several micro-batches may need two forwards each: :class:`~torchmto.problem.weighted.WeightedBackward`.
+        Several micro-batches may need two forwards each: :func:`~torchmto.step.weighted.weighted_backward`.
 
         Args:
             weigh: (losses [k], indices) -> weights [k].
@@ -238,14 +239,38 @@ class Problem:
             The reduced losses of all tasks the closure was asked for.
         """
         self.network.zero_grad()
-        names = self._forwards.names(tasks)
-        asked = names if forward is None else self._forwards.names(forward)
-        wanted = {self.tasks.index(name) for name in names}
-        weighted = WeightedBackward(self.network, self._forwards, self._reduction, self._noise, self._passes)
-        losses = weighted.run(weigh, asked, wanted, source, fixed=fixed, heads=heads)
+        parts, request = self._parts, self._parts.request(tasks, forward, source)
+        if parts.carried is not None and not parts.summed:
+            gradients = self.gradients(tasks, forward=forward, source=source)
+            self.combine(gradients, weigh(gradients.losses, gradients.indices), heads=heads)
+            return gradients.all_losses
+        if parts.summed:
+            accumulate(parts, request, weigh, heads=heads)
+            losses = finish(parts, request)
+        else:
+            losses = weighted_backward(parts, request, weigh, fixed=fixed, heads=heads)
         self.network.warn_of_unshared()
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
+
+    def keep(self, weigh: Weigh | None) -> None:
+        """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.
+
+        Its rows are kept, or the gradient of its weighted losses where these weights are fixed; ``.grad`` stays as it is.
+
+        Args:
+            weigh: The fixed weights, for a weighted sum.
+        """
+        parts = self._parts
+        with self.network.gradients_aside():
+            for source in range(self.num_sources):
+                request = parts.request(None, None, source)
+                if parts.summed and weigh is not None:
+                    accumulate(parts, request, weigh, heads="weighted")
+                else:
+                    keep_rows(parts, request)
+        sums = parts.left_by_earlier_calls(0).sums
+        parts.finite.recorded = {i: float(sums.weighted[i]) / sums.totals[i] for i in sorted(sums.totals)}
 
     @torch.no_grad()
     def bound(self, largest: float, *, heads: str) -> float:
@@ -261,7 +286,7 @@ class Problem:
         network = self.network
         shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
         norm = network.norm(shared)
-        if not bool(norm.isfinite()) and self._finite.applied(shared, float("inf")):
+        if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
             norm = network.exact_norm(shared)
         scale = network.scale(norm.device)
         if scale is not None:
@@ -276,6 +301,8 @@ class Problem:
     def apply(self) -> bool:
         """Check, unscale, clip and take one optimizer step; return whether it was taken.
 
+        Where a trainer takes the step (``mt.backward``) the checked gradient is left, neither unscaled nor clipped.
+
         Raises:
             ValueError: If no task was present.
             NonFiniteError: If a loss or gradient isn't finite (see ``on_nonfinite``).
@@ -285,42 +312,48 @@ class Problem:
         self._losses, self._unchecked = None, False
         if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
-        with network.scaling():
+        finite, reduction = self._parts.finite, self._parts.reduction
+        with network.optimizers.scaling():
             gradients = self._final_gradients()
             if not gradients:
                 if unchecked and losses is not None:
-                    self._finite.losses(losses, losses.raw.tolist())
+                    finite.losses(losses, losses.raw.tolist())
                 return False
             norm = network.norm(gradients) if network.clip is not None or network.sharded else None
             mark = finite_mark(gradients) if norm is None else norm
             if unchecked and losses is not None:
-                weights = losses.raw[:0] if self._reduction.weights is None else self._reduction.weights.to(losses.raw)
+                weights = losses.raw[:0] if reduction.weights is None else reduction.weights.to(losses.raw)
                 *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
-                self._finite.losses(losses, numbers[: len(losses.raw)])
-                self._finite.weights(losses, numbers[len(losses.raw) :])
+                finite.losses(losses, numbers[: len(losses.raw)])
+                finite.weights(losses, numbers[len(losses.raw) :])
             else:
                 total = float(mark)
             if total - total != 0:
-                if not self._finite.applied(gradients, total):
-                    self._finite.fail_with_gradient(
-                        losses, f"The {'' if unchecked else 'combined '}gradient isn't finite."
-                    )
+                if not finite.applied(gradients, total):
+                    finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
+            reduction.agree()
+            if not self.stepping:
+                return True
             if norm is not None:
                 network.clip_gradients(norm)
-            network.step()
-        self.num_optimizer_steps += 1
+            try:
+                network.optimizers.step()
+            finally:
+                # One of several that has stepped can't be undone.
+                self.num_optimizer_steps += network.optimizers.num_stepped > 0
         return True
 
     def _final_gradients(self) -> list[Tensor]:
-        """The gradients that are set, unscaled, as the parameters' hooks leave them: what the optimizer will see."""
+        """The gradients that are set, as hooks of parameters leave them: what the optimizer will see, or a trainer's scaler."""
         network = self.network
         gradients = network.gradients()
         if network.scaler is not None and gradients:
             scale = network.scale(network.device)
             if scale is not None and not self._scaled:
                 torch._foreach_mul_(gradients, scale)
-            network.scaler.unscale_(network.optimizer)
+            if self.stepping:
+                network.optimizers.unscale()
         return network.gradients() if network.run_hooks() else gradients
 
     def descend(self, tasks: Sequence[str], *, forward: Sequence[str] | None = None) -> Losses:
@@ -376,7 +409,7 @@ class Problem:
             records: What the method records besides.
             indices: The tasks the weights belong to; default the present tasks.
         """
-        names = {index: self.tasks[index] for index in sorted(self._finite.recorded)}
+        names = {index: self.tasks[index] for index in sorted(self._parts.finite.recorded)}
         by_name = None
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
@@ -385,7 +418,7 @@ class Problem:
             (None, None) if gradients is None else conflicts(gradients.gramian, gradients.precision)
         )
         return StepInfo(
-            losses=MappingProxyType({name: self._finite.recorded[index] for index, name in names.items()}),
+            losses=MappingProxyType({name: self._parts.finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),
             skipped=self.skipped,
             reason=self.reason,
@@ -394,6 +427,7 @@ class Problem:
             num_optimizer_steps=self.num_optimizer_steps,
             num_conflicts=num_conflicts,
             cosines=cosines,
+            engine=self._parts.engine,
             num_fallbacks=num_fallbacks,
             records=MappingProxyType(dict(records or {})),
         )

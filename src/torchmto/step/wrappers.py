@@ -42,7 +42,7 @@ def replicas(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
-def check_wrappers(model: nn.Module, optimizer: object, parameters: Iterable[Tensor]) -> None:
+def check_wrappers(model: nn.Module, optimizers: Iterable[object], parameters: Iterable[Tensor]) -> None:
     """Raise if something around a model, or a part of it, trains it in a way that a step can't drive.
 
     Raises:
@@ -68,7 +68,7 @@ def check_wrappers(model: nn.Module, optimizer: object, parameters: Iterable[Ten
             raise _refusal("FullyShardedDataParallel", _FOREIGN["FullyShardedDataParallel"])
         if is_sharded(parameter) and id(parameter) not in sharded:
             raise _refusal("Tensor parallelism", "use `fully_shard` over a one-dimensional mesh of all ranks")
-    if getattr(optimizer, "_overlap_with_ddp", False):
+    if any(getattr(optimizer, "_overlap_with_ddp", False) for optimizer in optimizers):
         raise _refusal("ZeroRedundancyOptimizer with overlap_with_ddp=True", "leave that out")
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows, ShardedRows
-from torchmto.problem.finite import FiniteChecks, SkippedError
-from torchmto.problem.forwards import Forwards
-from torchmto.problem.info import Passes
-from torchmto.problem.losses import Chunk, Losses, empty_batch
-from torchmto.problem.network import Heads, Network
-from torchmto.problem.reduction import Reduction
+from torchmto.step.finite import SkippedError
+from torchmto.step.losses import Chunk, Losses, empty_batch
+from torchmto.step.network import Heads, Network
+from torchmto.step.parts import Parts, Request
 
 
 class TaskGradients:
@@ -76,51 +73,20 @@ class TaskGradients:
         return self.rows.view(parameter)
 
 
-class Computation(ABC):
-    """How task gradients are computed and combined.
-
-    Args:
-        network: The model.
-        forwards: The step's forwards.
-        reduction: Averages the losses.
-        finite: Checks losses and gradients.
-        passes: Where backwards are counted.
-    """
-
-    def __init__(
-        self, network: Network, forwards: Forwards, reduction: Reduction, finite: FiniteChecks, passes: Passes
-    ) -> None:
-        self._network = network
-        self._forwards = forwards
-        self._reduction = reduction
-        self._finite = finite
-        self._passes = passes
-
-    @abstractmethod
-    def gradients(self, asked: tuple[str, ...], wanted: set[int], source: int) -> TaskGradients:
-        """Forward of the tasks ``asked`` on one batch, and the gradients of the tasks ``wanted``.
-
-        They are means over micro-batches and ranks, unscaled, times the user's weights, and finite.
-        """
-
-    @abstractmethod
-    def combine(self, gradients: TaskGradients, weights: Tensor | None, vector: Tensor | None) -> None:
-        """``weights @ J``, or a ready ``vector``, into ``.grad`` of the shared parameters that some task reached."""
-
-    def _present(self, everything: Losses, wanted: set[int]) -> Losses:
-        """The losses of the tasks whose gradients are wanted; there has to be one, and a parameter that tasks share."""
-        losses = everything.only(wanted)
-        if not everything.indices:
-            raise empty_batch(self._forwards.asked)
-        if not losses.indices:
-            raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
-        reason = self._network.unshared()
-        if reason:
-            raise ValueError(
-                f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
-                "without."
-            )
-        return losses
+def present(parts: Parts, everything: Losses, request: Request) -> Losses:
+    """The losses of the tasks whose gradients are wanted; there has to be one, and a parameter that tasks share."""
+    losses = everything.only(request.wanted)
+    if not everything.indices:
+        raise empty_batch(parts.asked)
+    if not losses.indices:
+        raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
+    reason = parts.network.unshared()
+    if reason:
+        raise ValueError(
+            f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
+            "without."
+        )
+    return losses
 
 
 def factors_of(network: Network, losses: Losses) -> Tensor | None:
@@ -144,13 +110,6 @@ def rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:
     by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
     for parameter, held in heads.values():
         heads[id(parameter)] = (parameter, {task: g * by_task[task] for task, g in held.items() if task in by_task})
-
-
-def hold(heads: Heads, task: int, parameter: Tensor, gradient: Tensor) -> None:
-    """Add one task's gradient of a parameter outside the shared ones."""
-    _, held = heads.setdefault(id(parameter), (parameter, {}))
-    # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
-    held[task] = held[task] + gradient if task in held else gradient.clone()
 
 
 def set_heads(network: Network, gradients: TaskGradients, weights: Tensor | None) -> None:

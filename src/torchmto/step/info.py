@@ -32,6 +32,8 @@ class StepInfo:
             computed.
         cosines: Cosines between the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the
             order of ``losses`` (0 where a gradient is zero); None if the method doesn't compute the Gramian.
+        engine: How the gradients of the tasks were computed: "parameters" (the rows), "layerwise", "mixed" or "representation";
+            None if the step needed none.
         num_fallbacks: Solves that didn't converge and used the method's documented fallback.
         records: What the method records besides: phase, priority shares, groups, affinity, ...
     """
@@ -45,21 +47,9 @@ class StepInfo:
     num_optimizer_steps: int = 0
     num_conflicts: int | None = None
     cosines: Tensor | None = None
+    engine: str | None = None
     num_fallbacks: int = 0
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@dataclass
-class Passes:
-    """What a step has cost so far.
-
-    Attributes:
-        forward: Calls of closures.
-        backward: Backward passes.
-    """
-
-    forward: int = 0
-    backward: int = 0
 
 
 def conflicts(gramian: Tensor, precision: float) -> tuple[Tensor, int]:

@@ -1,0 +1,75 @@
+"""The engine of ``gradients="auto"``: the rows, or what needs no rows, whichever a rule says is cheaper."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from torchmto.gradients.factors import find_factors
+from torchmto.gradients.layerwise import Kept
+from torchmto.gradients.nodes import Hooks, has_hooks, hooked, native, places
+
+FEW = 2**14
+"""Elements of all parameters up to which rows are always cheaper: what could be saved is less than reading the graph takes."""
+
+NODE = 500_000
+"""What it takes to read a node of the graph, in multiplications."""
+
+CALL = 2_000_000
+"""What it takes to go through a node with all tasks in Python, in multiplications."""
+
+BACKWARD = 4_000_000
+"""What it takes to begin one task's backward, in multiplications."""
+
+LIVE = 3
+"""How many cotangents as large as the largest there may be at a time."""
+
+
+class Auto(Kept):
+    """Decides at every step between the rows and :class:`~torchmto.gradients.layerwise.Kept`.
+
+    The decision depends on the graph, its shapes and K alone, never on timing: so a step that is repeated, in another process
+    or after loading a state, is repeated to the bit. It compares, in multiplications, what the rows needn't do (reading the
+    graph, calling its nodes from Python) with what gradients that aren't formed save
+    (:attr:`~torchmto.gradients.factors.Factor.gain`).
+
+    Rows wherever else could cost memory or surprise: several forwards, independent batches, ready losses (which hide whether
+    there are hooks on activations), hooks, checkpointing, offloading, compiled regions, and where K cotangents of the
+    largest activation take more room than the rows that they save.
+    """
+
+    optional: ClassVar[bool] = True
+
+    def suits(self, sources: Sequence[Sequence[Any]], parameters: Sequence[Tensor]) -> bool:
+        """One forward by one closure, with enough parameters, none of which has hooks."""
+        if len(sources) > 1 or len(sources[0]) > 1 or isinstance(sources[0][0], Mapping):
+            return False
+        return sum(p.numel() for p in parameters) > FEW and not any(map(has_hooks, parameters))
+
+    def begin(self) -> None:
+        """Count the hooks that there are."""
+        self._hooks = Hooks()
+
+    def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
+        """Whether gradients that needn't be formed save more time than the walk takes in Python, and room besides."""
+        graph = self.graph
+        if self._hooks.new or not graph.reached:
+            return False
+        nodes = graph.common
+        wanted = {id(parameter): parameter for parameter in shared}
+        factors = find_factors(nodes, graph.uses, wanted, num_tasks)
+        cost = NODE * len(graph.order) + CALL * len(nodes) + BACKWARD * num_tasks
+        if sum(factor.gain for factor in factors.values()) <= cost:
+            return False
+        if any(hooked(node) if native(node) else node.name().startswith("CompiledFunction") for node in nodes):
+            return False
+        passed = {node for factor in factors.values() for node in factor.between}
+        largest = max(math.prod(place.shape) for node in nodes if node not in passed for place in places(node))
+        room = LIVE * largest + sum(factor.size for factor in factors.values())
+        if room > sum(factor.leaf.numel() for factor in factors.values()):
+            return False
+        self.factors = factors
+        return True

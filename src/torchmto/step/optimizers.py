@@ -1,0 +1,129 @@
+"""One optimizer or several, stepped together, through a scaler if there is one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Optimizers:
+    """The optimizers of one model, with different parameters each.
+
+    Args:
+        optimizers: One or more.
+        scaler: A ``torch.amp.GradScaler``, or None.
+
+    Attributes:
+        num_stepped: How many of them have stepped in the last :meth:`step`.
+
+    Raises:
+        ValueError: If two have a parameter in common.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler | None) -> None:
+        self.all = tuple(optimizers)
+        self.num_stepped = 0
+        self._scaler = scaler
+        self._fired: set[int] = set()
+        # A wrapper's own step may do nothing: while gradients are accumulated, say.
+        self._wrapped = {id(outer): self._listen(outer) for outer in self.all if _wraps(outer)}
+        parameters = self.parameters()
+        if len(set(map(id, parameters))) < len(parameters) and len(self.all) > 1:
+            raise ValueError(
+                "Parameter `optimizer` should hold optimizers with different parameters. Found one in two of them."
+            )
+
+    def _listen(self, outer: Any) -> Any:
+        return outer.optimizer.register_step_post_hook(lambda *_: self._fired.add(id(outer)))
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters, in order."""
+        return [p for optimizer in self.all for group in optimizer.param_groups for p in group["params"]]
+
+    def step(self) -> None:
+        """Every optimizer's step, one after the other; the scaler then updates its scale.
+
+        Raises:
+            RuntimeError: If a wrapper of an optimizer swallows the step.
+        """
+        self.num_stepped = 0
+        for optimizer in self.all:
+            try:
+                self._step_one(optimizer)
+            except BaseException as error:
+                if self.num_stepped:
+                    error.add_note(
+                        f"{self.num_stepped} of {len(self.all)} optimizers had stepped already, which isn't undone."
+                    )
+                raise
+            self.num_stepped += 1
+        if self._scaler is not None:
+            self._update(self._scaler)
+
+    def _step_one(self, optimizer: Any) -> None:
+        self._fired.discard(id(optimizer))
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+        swallowed = id(optimizer) in self._wrapped and id(optimizer) not in self._fired
+        if swallowed and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
+            raise RuntimeError(
+                f"`{type(optimizer).__name__}.step()` didn't step the optimizer it wraps, as wrappers do while they accumulate "
+                "gradients, so nothing was updated. Use `mt.backward(closure)` in place of `loss.backward()`, and leave the "
+                "step to the trainer; or give mt.step the optimizer itself."
+            )
+
+    # ------------------------------------------------------------------ the scaler
+
+    @property
+    def _states(self) -> dict[int, dict[str, Any]]:
+        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
+        states: dict[int, dict[str, Any]] = self._scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
+        return states
+
+    def unscale(self) -> None:
+        """Divide all gradients by the scaler's scale, as it does itself."""
+        assert self._scaler is not None
+        for optimizer in self.all:
+            self._scaler.unscale_(optimizer)
+
+    def forget_scaling(self) -> None:
+        """Make the scaler forget what it knows of the optimizers since its last update."""
+        for optimizer in self.all:
+            self._states.pop(id(optimizer), None)
+
+    @contextlib.contextmanager
+    def scaling(self) -> Iterator[None]:
+        """After an error inside the scaler knows as much of the optimizers as before, so that the step can be repeated."""
+        if self._scaler is None:
+            yield
+            return
+        keys = [id(optimizer) for optimizer in self.all]
+        kept = {key: dict(self._states[key]) for key in keys if key in self._states}
+        try:
+            yield
+        except BaseException:
+            self.forget_scaling()
+            self._states.update(kept)
+            raise
+
+    def _update(self, scaler: torch.amp.GradScaler) -> None:
+        # Gradients of the user's other optimizers that are unscaled already mustn't be unscaled again.
+        states = self._states
+        others = {key: state for key, state in states.items() if state["stage"].name == "UNSCALED"}
+        for key in others:
+            del states[key]
+        try:
+            scaler.update()
+        finally:
+            self._states.update(others)
+
+
+def _wraps(optimizer: Any) -> bool:
+    """Whether an optimizer hands its work to another, as those that accelerate prepares do."""
+    return isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)

@@ -1,0 +1,102 @@
+"""What one step works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from torchmto.step.finite import FiniteChecks
+from torchmto.step.losses import Chunk, Source
+from torchmto.step.network import Heads, Network
+from torchmto.step.noise import Noise
+from torchmto.step.reduction import Proportions, Reduction, Sums
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a method wants of one batch.
+
+    Attributes:
+        asked: The tasks the closure is asked for.
+        wanted: The numbers of the tasks whose gradients are wanted.
+        source: Which independent batch.
+    """
+
+    asked: tuple[str, ...]
+    wanted: frozenset[int]
+    source: int = 0
+
+
+@dataclass
+class Carried:
+    """What earlier micro-batches of an accumulated batch have left, for one independent batch. Rows stay with the network.
+
+    Attributes:
+        sums: Their losses.
+        heads: Where rows are kept: the heads' gradients.
+        gradients: Where a weighted sum is kept instead: the ``id`` of a parameter -> its gradient.
+        proportions: Then: whether all bring the same tasks in the same proportions.
+    """
+
+    sums: Sums = field(default_factory=Sums)
+    heads: Heads = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    proportions: Proportions = field(default_factory=Proportions)
+
+
+@dataclass
+class Parts:
+    """The parts of one step, which its functions hand on.
+
+    Attributes:
+        network: The model, its optimizer and everything that lives longer than a step.
+        tasks: The names of all tasks.
+        asked: The tasks this step is about.
+        sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
+        noise: Random states of the forwards, for those that are repeated.
+        reduction: Averages losses over micro-batches and ranks.
+        finite: Checks losses and gradients.
+        num_forward: Calls of closures so far.
+        num_backward: Backward passes so far.
+        engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
+        consumed: The ``id`` of ready losses that were used.
+        carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
+        summed: Then: whether weighted sums are kept, and not rows.
+        held: Forwards that have been run already: an engine has left their gradients to the rows.
+    """
+
+    network: Network
+    tasks: tuple[str, ...]
+    asked: tuple[str, ...]
+    sources: Sequence[Sequence[Source]]
+    noise: Noise
+    reduction: Reduction
+    finite: FiniteChecks
+    num_forward: int = 0
+    num_backward: int = 0
+    engine: str | None = None
+    consumed: set[int] = field(default_factory=set)
+    carried: dict[int, Carried] | None = None
+    summed: bool = False
+    held: list[Chunk] = field(default_factory=list)
+
+    @property
+    def several(self) -> bool:
+        """Whether several processes train together."""
+        return self.network.ranks.size > 1
+
+    def names(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        """Those of ``tasks`` that this step is about; all of them by default."""
+        return self.asked if tasks is None else tuple(name for name in tasks if name in self.asked)
+
+    def request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
+        """Gradients of ``tasks`` (default all) from a forward of ``forward`` (default the same)."""
+        names = self.names(tasks)
+        asked = names if forward is None else self.names(forward)
+        return Request(asked, frozenset(self.tasks.index(name) for name in names), source)
+
+    def left_by_earlier_calls(self, source: int) -> Carried:
+        """What earlier calls have left for an accumulated batch."""
+        return Carried() if self.carried is None else self.carried.setdefault(source, Carried())
