@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from torchmto.lab.atomic import write_json
-from torchmto.lab.compare.versus import versus
+from torchmto.lab.grid.versus import versus
 
 METHODS = ("gd", "pcgrad", "connection_strength", "task_groups")
 TASKS = ("left", "right", "offset")

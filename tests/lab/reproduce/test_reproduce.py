@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from torchmto.cli import main
 from torchmto.lab import atomic, memory
-from torchmto.lab.compare import outputs, runner
+from torchmto.lab.grid import outputs, runner
 from torchmto.lab.reproduce import load_recipe, reproduce, units
 from torchmto.lab.reproduce.arms import run_arms
 from torchmto.lab.reproduce.budget import Budget

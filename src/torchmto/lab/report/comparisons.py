@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, read_json
-from torchmto.lab.compare.folder import SCHEMA_VERSION
-from torchmto.lab.compare.noise import noise_floor
-from torchmto.lab.compare.pace import is_recorded, progress
-from torchmto.lab.compare.versus import versus
+from torchmto.lab.grid.folder import SCHEMA_VERSION
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.pace import is_recorded, progress
+from torchmto.lab.grid.versus import versus
 from torchmto.lab.report.base import ReportError, Study, traced_point
 
 __all__ = ["comparison_study"]

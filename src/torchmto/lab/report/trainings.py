@@ -11,9 +11,9 @@ from typing import Any, get_args
 import yaml
 
 from torchmto.lab.atomic import canonical, plain
-from torchmto.lab.compare.noise import noise_floor
-from torchmto.lab.compare.pace import steps_until
 from torchmto.lab.data.base import Kind, Task
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.pace import steps_until
 from torchmto.lab.metrics import higher_is_better
 from torchmto.lab.report.base import ReportError, Study, traced_point
 from torchmto.lab.statistics import std
