@@ -124,6 +124,8 @@ def final_state(out: Path) -> dict[str, Any]:
     _, state = CheckpointFolder(out / "checkpoints").read_last()
     for timing in ("seconds", "wait_seconds"):
         state["progress"].pop(timing)
+    for epoch in state["progress"]["history"]:
+        epoch.pop("seconds")
     return state
 
 

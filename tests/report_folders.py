@@ -102,7 +102,7 @@ def comparison(
             result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
             if not single:
                 by_method[name].append(result)
-            content = {"config": config, "result": result}
+            content = {"results_version": 2, "config": config, "result": result}
             write_json(folder / "runs" / f"run{number}-seed{seed}.json", "torchmto compare run", 1, content)
     results["versus"] = versus(
         by_method,

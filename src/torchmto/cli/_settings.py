@@ -53,7 +53,7 @@ class SettingsParser(ArgumentParser):
             r"(?:Key|Option|option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted|valid)", message
         ):
             return f"There is no setting `{found[1]}`.{nearest(found[1], names)}"
-        return " ".join(lines)[:600]
+        return explained(message) or " ".join(lines)[:600]
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """All arguments; in ``settings`` those of the Run that were given on the command line or in a file."""
@@ -68,6 +68,39 @@ class SettingsParser(ArgumentParser):
         flags = {name: value for name, value in chosen.as_dict().items() if name in _SETTINGS}
         parsed.settings = _merged(_merged(from_file, flags), own)
         return parsed
+
+
+def explained(message: str) -> str:
+    """What jsonargparse says of a value of another type, as this package says it; empty for other messages.
+
+    Example:
+        >>> explained('Parser key "seeds": Not of type PositiveInt: 0 does not conform to restriction v>0')
+        'Parameter `seeds` should be v > 0. Found 0.'
+    """
+    key = re.search(r'[Pp]arser key "([^"]+)"', message)
+    if key is None:
+        return ""
+    if restricted := re.search(r"Not of type \w+: (.+) does not conform to restriction (\w+)([<>=]+)(.+)", message):
+        value, name, sign, bound = restricted.groups()
+        return f"Parameter `{key[1]}` should be {name} {sign} {bound}. Found {value}."
+    types = [_type(found) for found in re.findall(r"Expected an? (.+)", message)]
+    value = re.search(r"(?:Given value|Got value|but got|Found|value): (.+)", message)
+    kinds = " or ".join(dict.fromkeys(kind for kind in types if kind))
+    if not kinds or value is None:
+        return ""
+    return f"Parameter `{key[1]}` should be {kinds}. Found {value[1].strip()}."
+
+
+def _type(text: str) -> str:
+    text = re.sub(r"\. Got value.*|; got .*", "", text.strip())
+    if choices := re.search(r"Literal\[(.+?)\]", text):
+        return f"one of {choices[1]}"
+    name = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return (
+        ""
+        if name == "NoneType"
+        else {"int": "an int", "float": "a float", "bool": "a bool", "str": "a text"}.get(name, name)
+    )
 
 
 _SETTINGS = frozenset(RunConfig().as_dict())
@@ -183,7 +216,7 @@ def _check_types(config: RunConfig) -> None:
         parser.parse_object(config.as_dict())
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(" ".join(lines)[:400]) from error
+        raise ConfigError(explained(str(error)) or " ".join(lines)[:400]) from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from torchmto.cli._errors import UsageError
 from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
 
 
@@ -16,7 +17,7 @@ def make_parser(prog: str) -> SettingsParser:
 
 def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto train` besides the settings."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The run's folder.")
+    parser.add_argument("--out", type=Path | None, metavar="DIR", help="The run's folder; has to be given.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, by its own settings.")
     parser.add_argument("--checkpoint", type=Path | None, metavar="FILE", help="Go on from this checkpoint.")
     parser.add_argument("--print-config", action="store_true", help="Print the settings and do nothing.")
@@ -34,11 +35,14 @@ def run(args: Namespace) -> int:
 
     resume = args.resume or args.checkpoint is not None
     with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
-        base = RunFolder(args.out).read_settings() if resume and not args.config else None
+        base = RunFolder(args.out).read_settings() if resume and args.out and not args.config else None
         config = chosen_config(args, base)
         if args.print_config:
+            config.validate()
             print(RunFolder.settings_text(config), end="")
             return 0
+        if args.out is None:
+            raise UsageError("The option `--out DIR` is required.")
         results = train(
             config,
             args.out,

@@ -43,5 +43,7 @@ def _fit(value: Any, parameter: inspect.Parameter, who: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind in {int, float, bool} and not (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-        raise TypeError(f"{who} takes a {kind.__name__} for `{parameter.name}`. Found {value!r}.")
+        raise TypeError(
+            f"{who} takes {'an' if kind is int else 'a'} {kind.__name__} for `{parameter.name}`. Found {value!r}."
+        )
     return value

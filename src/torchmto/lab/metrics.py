@@ -38,7 +38,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
-__all__ = ["higher_is_better", "primary_metric", "task_metrics"]
+__all__ = ["higher_is_better", "metric_names", "primary_metric", "task_metrics"]
 
 PixelError = Callable[[Tensor, Tensor], Tensor]
 
@@ -489,6 +489,16 @@ _METRICS: dict[str, dict[str, tuple[MetricFactory, bool]]] = {
     },
     "own": {},
 }
+
+
+def metric_names(kind: str) -> tuple[str, ...]:
+    """Names of a kind's metrics.
+
+    Example:
+        >>> metric_names("map")
+        ('rmse', 'mae')
+    """
+    return tuple(_METRICS[kind])
 
 
 def task_metrics(task: Task) -> dict[str, Metric]:

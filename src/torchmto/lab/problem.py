@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state
+from torchmto.lab.metrics import metric_names
 
 __all__ = ["Loaders", "Origin", "Problem", "ProblemError", "Task"]
 
@@ -196,6 +197,9 @@ class Problem:
         if primary:
             if not isinstance(primary, Sequence) or len(primary) != 2 or not isinstance(primary[1], bool):
                 raise part_error(f"primary[{task.name!r}]", "(metric, whether higher is better)", primary)
+            known = own or metric_names(task.kind)
+            if self.evaluate is None and primary[0] not in known:
+                raise part_error(f"primary[{task.name!r}]", f"one of {', '.join(known) or 'its metrics'}", primary[0])
             extra["primary_metric"] = primary[0]
             extra["directions"] = {**extra.get("directions", {}), primary[0]: primary[1]}
         return replace(task, extra=extra)
@@ -218,6 +222,8 @@ class Problem:
         if data is None or isinstance(data, str | bytes) or not (sized or isinstance(data, Iterable)):
             hint = "" if part == "train" else " (it may be left out where `evaluate` is given)"
             raise part_error(part, f"a map-style or iterable data set{hint}", data)
+        if not sized and iter(data) is data:
+            raise part_error(part, "something that can be gone through every epoch", "a one-shot generator")
         if sized and len(data) == 0:
             raise part_error(part, "a data set with samples", "an empty one")
 
@@ -270,6 +276,8 @@ class Problem:
             ProblemError: If an input isn't a tensor.
         """
         if self.input_shape is None:
+            if self.closure is not None:
+                raise part_error("model", "a function that builds the network, where `closure` is given", self.model)
             (_, batch), *_ = self.parts(next(iter(self.loader("train", 1).epoch(0))))
             if not isinstance(batch["input"], Tensor):
                 raise part_error(

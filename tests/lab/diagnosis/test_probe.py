@@ -190,8 +190,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     )
     out = tmp_path / "out"
     assert (
-        main(["diagnose", "--config", str(config), "--batches", "2", "--set", "optimizer.lr=0.01", "--out", str(out)])
-        == 0
+        main(["diagnose", "--config", str(config), "--batches", "2", "--optimizer.lr", "0.01", "--out", str(out)]) == 0
     )
     text = capsys.readouterr().out
     assert "Methods that suit" in text
@@ -213,8 +212,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ["--config", "nowhere.yaml"],
         ["--data", "nowhere"],
         ["--method", "nowhere"],
-        ["--set", "epochs"],
-        ["--set", "epochs=-1"],
+        ["--epochs"],
+        ["--epochs", "-1"],
     ],
 )
 def test_wrong_usage(arguments: list[str], tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchmto.lab.run.evaluation import merged_values, metric_states
 
 from scripts import load_script
 from torchmto.lab.data.base import Task, TensorData
@@ -30,13 +29,14 @@ from torchmto.lab.run import (
     Trainer,
     train,
 )
+from torchmto.lab.run.evaluation import merged_values, metric_states
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import CsvLog, RecordLog
 from torchmto.lab.run.processes import attempt_name
 
 kill = load_script("benchmarks/kill_training.py")
 
-build = sys.modules["torchmto.lab.run.build"]
+build, evaluation = (sys.modules[f"torchmto.lab.run.{name}"] for name in ("build", "evaluation"))
 TINY = {"train": 100, "validation": 40, "test": 24}
 
 
@@ -211,10 +211,10 @@ def fails_at(name, owner, rank, number, error):
     ("patch", "settings", "rank", "message"),
     [
         # The data set of one node can't be read: at the start, in training, in validation.
-        (fails_at("load_data", build, 1, 1, FileNotFoundError("no such disk")), config(), 1, "no such disk"),
+        (fails_at("load_problem", build, 1, 1, FileNotFoundError("no such disk")), config(), 1, "no such disk"),
         (fails_at("batch", TensorData, 1, 5, OSError("bad sector")), config(), 1, "OSError: bad sector"),
         (fails_at("batch", TensorData, 1, 1, OSError("bad sector")), config(), 1, "OSError: bad sector"),
-        (fails_at("forward", build.PreciseModel, 1, 3, ValueError("odd shape")), config(), 1, "ValueError: odd shape"),
+        (fails_at("forward", evaluation.Network, 1, 3, ValueError("odd shape")), config(), 1, "ValueError: odd shape"),
         # Only the first process writes.
         (
             fails_at("save", CheckpointFolder, 0, 2, CheckpointError("No space")),

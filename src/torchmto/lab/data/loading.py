@@ -251,22 +251,12 @@ class StreamLoader:
         self.wait_seconds = 0.0
         self._length: int | None = None
 
-    @property
-    def one_shot(self) -> bool:
-        """Whether it can be gone through only once, like a generator."""
-        return iter(self.stream) is self.stream
-
     def __len__(self) -> int:
         """Batches per epoch; counted by going through the stream once where it doesn't say."""
         if self._length is None:
             try:
                 size = len(self.stream)  # type: ignore[arg-type]
             except TypeError:
-                if self.one_shot:
-                    raise ValueError(
-                        "Part `train` of the problem should be gone through more than once, or have a length. "
-                        "Found a one-shot generator: give a data set, or an object whose `__iter__` starts anew."
-                    ) from None
                 size = sum(1 for _ in self.stream)
             whole, rest = divmod(size, self.batch_size or 1)
             self._length = whole + int(rest > 0 and (not self.drop_last or not whole))

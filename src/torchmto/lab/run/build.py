@@ -17,7 +17,7 @@ from torchmto.lab.data.base import labelled_tasks
 from torchmto.lab.losses import OwnLoss, TaskLoss, task_loss
 from torchmto.lab.methods import make, needs_plain_sgd, needs_split_norms
 from torchmto.lab.models import MultiTaskModel
-from torchmto.lab.problem import Loaders, Problem, part_error
+from torchmto.lab.problem import Loaders, Problem, ProblemError
 from torchmto.lab.references import build_network, load_problem
 from torchmto.lab.run.config import ConfigError, OptimizerConfig, RunConfig, settled
 from torchmto.lab.run.evaluation import Network, placed
@@ -33,7 +33,7 @@ def as_settings() -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, FileNotFoundError) as error:
-        if isinstance(error, ConfigError) or not from_here(error):
+        if isinstance(error, ConfigError | ProblemError) or not from_here(error):
             raise
         raise ConfigError(str(error)) from error
 
@@ -333,8 +333,6 @@ def build(
             "Parameter `data.batch_size` should be at least the number of processes, which share each batch. "
             f"Found {samples} samples in a batch and {world_size} processes."
         )
-    if getattr(loader, "one_shot", False) and epochs > 1:
-        raise part_error("train", "something that can be gone through every epoch", "a one-shot generator")
     losses = losses_of(problem, config.losses)
     steps_per_epoch = len(loader) // config.accumulate
     if steps_per_epoch == 0:

@@ -34,7 +34,8 @@ class DataConfig:
 
     Attributes:
         name: `NAME` or `NAME:PATH`, as `torchmto datasets` lists them; or an own problem: `FILE.py:FUNCTION`,
-            `package.module:FUNCTION`, or a name of the entry-point group `torchmto.problems`. `--problem` is short for it.
+            `package.module:FUNCTION`, or a name of the entry-point group `torchmto.problems`. `--problem` is short for it. By default
+            the built-in digits.
         options: Its arguments, such as `{size: [48, 64]}`. `--problem.NAME VALUE` is short for one.
         tasks: Names of the tasks to train, all by default; one makes a single-task baseline.
         batch_size: Samples per micro-batch, over all processes: each takes its part. By default one that suits the problem.
@@ -43,7 +44,7 @@ class DataConfig:
         workers: Processes that prepare batches ahead, which never changes a batch.
     """
 
-    name: str = "digits"
+    name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     tasks: list[str] | None = None
     batch_size: int | None = None
@@ -308,7 +309,12 @@ def _check_model(config: ModelConfig) -> None:
         import torch  # noqa: PLC0415
 
         known = torch.compiler.list_backends(exclude_tags=())
-        check_choice("model.compile_backend", config.compile_backend, known)
+        if config.compile_backend not in known:
+            some = ", ".join(torch.compiler.list_backends())
+            hint = nearest(config.compile_backend, known)
+            raise ValueError(
+                f"{found('model.compile_backend', f'a backend, such as {some}', config.compile_backend)}{hint}"
+            )
     if config.name is not None:
         model_named(config.name, config.options)
 

@@ -412,7 +412,7 @@ class Trainer:
     def _log_step(self, info: StepInfo) -> None:
         step = self.progress.step
         last = self.progress.position == self.parts.steps_per_epoch
-        if self._loggers and (step % self.config.log_every == 0 or last):
+        if self.folder is not None and (step % self.config.log_every == 0 or last):
             figures = step_figures(info, self.parts.multitask.tasks)
             self._log({**figures, "lr": float(self.parts.scheduler.get_last_lr()[0])})
         if last:
