@@ -58,15 +58,14 @@ class SettingsParser(ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """All arguments; in ``settings`` those of the Run that were given on the command line or in a file."""
         given = list(sys.argv[1:] if args is None else args)
-        words, own = _translated(given, self.short)
-        words, from_file = _without_files(words)
+        words, from_file = _without_files(_translated(given, self.short))
         try:
             parsed = super().parse_args(words, *rest, **options)
             chosen = super().parse_args(words, defaults=False)
         except (ValueError, RecursionError, OverflowError) as error:
             raise UsageError(self._explained(str(error), error)) from error
         flags = {name: value for name, value in chosen.as_dict().items() if name in _SETTINGS}
-        parsed.settings = _merged(_merged(from_file, flags), own)
+        parsed.settings = _merged(from_file, flags)
         return parsed
 
 
@@ -96,17 +95,14 @@ def _type(text: str) -> str:
     if choices := re.search(r"Literal\[(.+?)\]", text):
         return f"one of {choices[1]}"
     name = re.sub(r"<class '(\w+)'>", r"\1", text)
-    return (
-        ""
-        if name == "NoneType"
-        else {"int": "an int", "float": "a float", "bool": "a bool", "str": "a text"}.get(name, name)
-    )
+    known = {"NoneType": "", "int": "an int", "float": "a float", "bool": "a bool", "str": "a text"}
+    return known.get(name, name)
 
 
 _SETTINGS = frozenset(RunConfig().as_dict())
 
 
-def _translated(args: Sequence[str], short: Mapping[str, str]) -> tuple[list[str], dict[str, Any]]:
+def _translated(args: Sequence[str], short: Mapping[str, str]) -> list[str]:
     """Short flags by their full names; ``--problem.NAME VALUE`` as an option of the data."""
     words: list[str] = []
     for word in args:
@@ -119,7 +115,7 @@ def _translated(args: Sequence[str], short: Mapping[str, str]) -> tuple[list[str
         elif words and words[-1] == "--loggers" and not word.startswith("["):
             full, equals, value = f"[{word}]", "", ""
         words.append(f"{full}{equals}{value}")
-    return words, {}
+    return words
 
 
 def _without_files(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -135,8 +131,7 @@ def _without_files(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         file = Path(value if equals else next(rest, ""))
         if not file.is_file():
             raise UsageError(f"There is no file {file} (--config).")
-        with contextlib.suppress(KeyError):
-            settings = _merged(settings, _from_file(read_settings(file)))
+        settings = _merged(settings, _from_file(read_settings(file)))
     return left, settings
 
 

@@ -276,7 +276,7 @@ def test_experiments_are_checked_before_anything_runs(problem, tmp_path):
     with pytest.raises(ValueError, match="seeds"):
         Experiment(seeds=0)
     for method in ("wpcgrad(priority=[1.0])", "gd(c=1)"):
-        with pytest.raises(ValueError, match="wpcgrad|gd|priority"):
+        with pytest.raises(ValueError, match=r"wpcgrad|gd|priority"):
             plan(config_of(SETTINGS), tmp_path / "x", problem=problem, methods=[method])
     assert not (tmp_path / "x").exists()
 

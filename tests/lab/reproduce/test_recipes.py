@@ -22,8 +22,8 @@ def test_recipe(name):
     assert recipe.arms or recipe.study == "theory"
     for arm in recipe.arms:
         run = recipe.run_config(arm, Path("somewhere"))
-        assert "{" not in run.data
-        data, _, path = run.data.partition(":")
+        assert "{" not in run.data.name
+        data, _, path = run.data.name.partition(":")
         assert bool(path) == bool(dataset_info(data).layouts)
         for method in arm.methods:
             spec = parse_method(method)
@@ -46,7 +46,7 @@ def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("study: comparison\nsummary: x\nrun: {lr: 1}\n", "no setting `lr`"),
+        ("study: comparison\nsummary: x\nrun: {rate: 1}\n", "no setting `rate`"),
         ("study: comparison\nsummary: x\nwrong: 1\n", "wrong"),
         ("study: comparison\nsummary: x\narms: {a: {methods: [nothing]}}\n", "nothing"),
         ("study: comparison\nsummary: x\nseeds: 0\n", "seeds"),

@@ -35,7 +35,8 @@ from torchmto.checks import check_choice, check_integer, found
 Kind = Literal[
     "classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map", "own"
 ]
-KINDS: tuple[str, ...] = get_args(Kind)
+KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind != "own")
+"""The kinds that have losses and metrics by default."""
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "edges", "saliency", "map"})
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -86,7 +87,7 @@ class Task:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(found("name", "the non-empty name of a task", self.name))
-        check_choice("kind", self.kind, KINDS)
+        check_choice("kind", self.kind, (*KINDS, "own"))
         check_integer("channels", self.channels, minimum=1)
 
     @property

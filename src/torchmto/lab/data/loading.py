@@ -185,7 +185,13 @@ class Loader:
         ready = iter(self._loader)
         for _ in range(len(self._asked)):
             began = time.perf_counter()
-            batch = next(ready)
+            try:
+                batch = next(ready)
+            except ValueError as error:
+                told = str(error).rstrip()
+                if "DataLoader worker process" not in told:
+                    raise
+                raise ValueError(told.rpartition("ValueError: ")[2]) from error  # what the other process said
             self.wait_seconds += time.perf_counter() - began
             yield batch
 

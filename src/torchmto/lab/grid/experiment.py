@@ -81,11 +81,11 @@ class Experiment:
         """
         computer = Computer.of(self.run)
         baseline = dict.fromkeys(problem.task_names, 1.0)
-        first, *others = self.method_runs()[: len(self.methods)]
-        first.validate()
-        check_first_batch(problem, first)
-        for config in (first, *others):
-            config.validate()
+        self.run.validate()
+        for number, config in enumerate(self.method_runs()[: len(self.methods)]):
+            replace(config, baseline=baseline).validate()
+            if number == 0:
+                check_first_batch(problem, config)
             build(config, problem, computer, baseline=baseline)
 
 

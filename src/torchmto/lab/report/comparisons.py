@@ -81,7 +81,7 @@ def _read_run(path: Path, schema: int) -> Content:
         name, tasks = run_name(config), config["data"]["tasks"] or ()
     else:  # flat settings
         name, tasks = config["method"], config["tasks"]
-    task = tasks[0] if len(tasks) == 1 else None
+    task = next(iter(tasks)) if len(tasks) == 1 else None
     return {"result": content["result"], "method": name, "task": task, "seed": config["seed"]}
 
 

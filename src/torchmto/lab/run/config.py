@@ -34,8 +34,8 @@ class DataConfig:
 
     Attributes:
         name: `NAME` or `NAME:PATH`, as `torchmto datasets` lists them; or an own problem: `FILE.py:FUNCTION`,
-            `package.module:FUNCTION`, or a name of the entry-point group `torchmto.problems`. `--problem` is short for it. By default
-            the built-in digits.
+            `package.module:FUNCTION`, or a name of the entry-point group `torchmto.problems`. `--problem` is short for it; by
+            default the built-in digits.
         options: Its arguments, such as `{size: [48, 64]}`. `--problem.NAME VALUE` is short for one.
         tasks: Names of the tasks to train, all by default; one makes a single-task baseline.
         batch_size: Samples per micro-batch, over all processes: each takes its part. By default one that suits the problem.
@@ -192,7 +192,7 @@ class RunConfig:
         try:
             self._check_numbers()
             _check_model(self.model)
-            _check_method(self.method)
+            _check_method(self.method, self.baseline)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 
@@ -319,8 +319,10 @@ def _check_model(config: ModelConfig) -> None:
         model_named(config.name, config.options)
 
 
-def _check_method(config: MethodConfig) -> None:
-    make(MethodSpec(config.name, config.options), total_steps=1)
+def _check_method(config: MethodConfig, baseline: Mapping[str, float] | None) -> None:
+    spec = MethodSpec(config.name, config.options)
+    if baseline is None or not spec.takes("baseline"):
+        make(spec, total_steps=1)
     if isinstance(config.weights, str):
         check_weighting(config.weights)
     else:
@@ -406,7 +408,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
     origin = problem.origin
     data = replace(
         config.data,
-        batch_size=config.data.batch_size or batch_size,
+        batch_size=batch_size if config.data.batch_size is None else config.data.batch_size,
         name=config.data.name or (origin.name if origin else None),
         options=config.data.options or dict(origin.arguments if origin else {}),
     )
@@ -414,8 +416,8 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
         config,
         data=data,
         model=replace(config.model, name=model, options=config.model.options or options),
-        optimizer=replace(config.optimizer, lr=config.optimizer.lr or lr),
-        epochs=config.epochs or epochs,
+        optimizer=replace(config.optimizer, lr=lr if config.optimizer.lr is None else config.optimizer.lr),
+        epochs=epochs if config.epochs is None else config.epochs,
         source=origin.source if origin else None,
     )
 

@@ -208,7 +208,7 @@ def _settings_table(name: str, arm: ArmResult, recipe: Recipe) -> Table:
 def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
     """The same method in two arms of the same data: paired differences to the first arm that has it."""
     rows: list[dict[str, Any]] = []
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str | None], str] = {}
     for name, arm in arms.items():
         for method in arm.experiment.methods:
             key = method, arm.experiment.run.data.name
