@@ -16,7 +16,9 @@ SETTINGS = {"seeds": 2, "epochs": 1, "batch_size": 16, "progress": False, "jobs"
 
 def test_the_random_plan_is_the_same_for_all_and_for_every_start():
     first, second = sampled(3), sampled(3)
-    plans = [[plan.settings(who, number) for number in range(3)] for plan in (first, second) for who in ("gd", "cagrad")]
+    plans = [
+        [plan.settings(who, number) for number in range(3)] for plan in (first, second) for who in ("gd", "cagrad")
+    ]
     assert plans[0] == plans[1] == plans[2] == plans[3]
     assert len({entry["optimizer.lr"] for entry in plans[0]}) == 3
     assert all(1e-4 <= entry["optimizer.lr"] <= 1e-1 for entry in plans[0])

@@ -231,7 +231,11 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
         return found if config.optimizer.lr == 0.3 and config.data.tasks == ["offset"] else None
 
     def wrong_method(config):
-        return found if config.optimizer.lr == 0.3 and method_label(config) == "gd" and not is_single_task(config) else None
+        return (
+            found
+            if config.optimizer.lr == 0.3 and method_label(config) == "gd" and not is_single_task(config)
+            else None
+        )
 
     def execute(job, problem, _):
         config = job.config

@@ -80,13 +80,17 @@ def fit(
     loggers: list[LoggerName] = ["csv", "tensorboard"] if settings.loggers is None else settings.loggers
     settings = replace(settings, loggers=loggers)
     check_loggers(loggers)
-    problem, settings = problem_of(settings, problem)
-    computer = None if settings.devices * settings.nodes > 1 else Computer.of(settings)
+    if settings.devices * settings.nodes == 1:
+        Computer.of(settings)  # so that a device that isn't here is refused before anything is loaded
     placed = placement(settings.devices, settings.nodes)
     with contextlib.ExitStack() as stack:
         processes, device = stack.enter_context(launched(settings.device, *placed))
         say = say if processes.is_first else lambda _: None
-        computer = computer if computer is not None and device is None else Computer.of(settings, device)
+        with processes.together():  # an error of one process, in loading say, ends all
+            problem, settings = problem_of(settings, problem)
+            if not (resume or checkpoint or folder.has_run):
+                check_first_batch(problem, settings)  # before the folder is taken
+        computer = Computer.of(settings, device)
         used, state = processes.first(
             lambda: _start(
                 stack,
@@ -99,9 +103,6 @@ def fit(
                 say=say,
             )
         )
-        with processes.together():
-            if state is None:
-                check_first_batch(problem, used)
         trainer = Trainer(used, problem, folder, computer, processes, state=state, say=say)
         return trainer.fit(), trainer
 
