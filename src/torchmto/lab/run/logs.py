@@ -47,7 +47,7 @@ class CsvLog:
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         kept = []
         if path.is_file() and resume_step is not None:
-            with path.open(newline="") as file:
+            with path.open(newline="", errors="replace") as file:
                 rows = csv.reader(file)
                 next(rows, None)
                 # A run that was killed may have left half a last line.
@@ -117,7 +117,7 @@ class RecordLog:
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
         kept = []
         if path.is_file() and resume_step is not None:
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resume_step]
         write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
         self._file = path.open("a")
 
