@@ -30,14 +30,14 @@ from typing import Any
 
 import torch
 
-from torchmto.lab.trainer import (
+from torchmto.lab.run import (
     CheckpointFolder,
     DataConfig,
     Interrupted,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
-    TrainConfig,
+    RunConfig,
     read_checkpoint,
     train,
 )
@@ -45,9 +45,9 @@ from torchmto.lab.trainer import (
 INTERVAL = 3
 
 
-def settings(method: str = "wpcgrad", epochs: int = 4, **more: Any) -> TrainConfig:
+def settings(method: str = "wpcgrad", epochs: int = 4, **more: Any) -> RunConfig:
     """A run of a few seconds that uses everything that has to be saved."""
-    return TrainConfig(
+    return RunConfig(
         data=DataConfig("digits", {"train": 192, "validation": 32, "test": 32}, batch_size=16, workers=0),
         model=ModelConfig("mlp", {"widths": [32], "dropout": 0.2}),
         method=MethodConfig(method),
@@ -124,10 +124,12 @@ def final_state(out: Path) -> dict[str, Any]:
     _, state = CheckpointFolder(out / "checkpoints").read_last()
     for timing in ("seconds", "wait_seconds"):
         state["progress"].pop(timing)
+    for epoch in state["progress"]["history"]:
+        epoch.pop("seconds")
     return state
 
 
-def stress(folder: Path, kills: int, seed: int, config: TrainConfig | None = None) -> dict[str, float]:
+def stress(folder: Path, kills: int, seed: int, config: RunConfig | None = None) -> dict[str, float]:
     """Train once in peace and once under fire, and compare.
 
     Args:

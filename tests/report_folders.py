@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from torchmto.lab.atomic import write_json
-from torchmto.lab.compare.versus import versus
+from torchmto.lab.grid.versus import versus
 
 METHODS = ("gd", "pcgrad", "connection_strength", "task_groups")
 TASKS = ("left", "right", "offset")
@@ -102,7 +102,7 @@ def comparison(
             result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
             if not single:
                 by_method[name].append(result)
-            content = {"config": config, "result": result}
+            content = {"results_version": 2, "config": config, "result": result}
             write_json(folder / "runs" / f"run{number}-seed{seed}.json", "torchmto compare run", 1, content)
     results["versus"] = versus(
         by_method,

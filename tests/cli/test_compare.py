@@ -11,7 +11,7 @@ import pytest
 
 from torchmto import cli
 
-TINY = ["--epochs", "1", "--data-option", "train=64", "--data-option", "validation=200", "--data-option", "test=200"]
+TINY = ["--epochs", "1", "--data.options.train", "64", "--data.options.validation", "200", "--data.options.test", "200"]
 
 
 def compare(out, *more):
@@ -31,7 +31,7 @@ def contents(path):
 
 def test_writes_results_and_plots(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema_version"] == 1
+    assert results["schema_version"] == 2
     assert list(results["methods"]) == ["gd", "wpcgrad(mode=pairwise)"]
     delta = results["methods"]["gd"]["delta_m"]
     assert delta["mean"] == pytest.approx(sum(delta["per_seed"]) / 2)
@@ -111,17 +111,24 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
         (["--methods", "cagrad(c=-1)"], "Found `c = -1`"),
         (["--methods", "wpcgrad(priority={middle: 1.0})"], "Unknown task `middle`"),
         (["--data", "no_such"], "should be one of digits"),
+        (["--data", "digts"], "Did you mean `digits`?"),
+        (["--model", "convnt"], "Did you mean `convnet`?"),
+        (["--epoch", "1"], "Did you mean `--epochs`?"),
+        (["--method", "gd"], "method"),
+        (["--data-option", "train=3"], "no option `--data-option`"),
+        (["--executor", "cloud"], "should be one of local, ray, slurm"),
+        (["--problem", "no_such.py:farm"], "There is no file `no_such.py`"),
+        (["--problem", "digits", "--problem.trian", "64"], "Did you mean `train`?"),
         (["--data", "digits:somewhere"], "takes no path"),
         (["--data", "nyuv2:/no/such/file.npz"], "/no/such/file.npz"),
-        (["--data-option", "size=3"], "has no option `size`"),
-        (["--seeds", "0"], "positive whole number"),
-        (["--epochs", "x"], "invalid"),
-        (["--learning-rate", "-1"], "learning_rate"),
+        (["--data.options.size", "3"], "has no option `size`"),
+        (["--seeds", "0"], "seeds"),
+        (["--epochs", "x"], "epochs"),
+        (["--learning-rate", "-1"], "optimizer.lr"),
         (["--device", "abacus"], "device of this machine"),
         (["--model", "no_such"], "should be one of"),
-        (["--model-option", "width"], "KEY=VALUE"),
-        (["--data-option", "train=abc"], "(with --data-option train=abc)"),
-        (["--model-option", "widths=3"], "(with --model-option widths=3)"),
+        (["--data.options.train", "abc"], "takes an int for `train`"),
+        (["--model.options.widths", "3"], "an iterable"),
     ],
 )
 def test_wrong_usage_ends_with_2_before_anything_is_written(tmp_path, arguments, message, capsys):
@@ -134,7 +141,7 @@ def test_wrong_usage_ends_with_2_before_anything_is_written(tmp_path, arguments,
 def test_ctrl_c_keeps_finished_runs_and_says_how_to_go_on(tmp_path, capsys):
     out = tmp_path / "x"
     arguments = ["compare", "--out", str(out), "--methods", "gd,sequential", "--seeds", "2", *TINY]
-    arguments[arguments.index("train=64")] = "train=640"
+    arguments[arguments.index("64")] = "640"
     process = subprocess.Popen(
         [sys.executable, "-m", "torchmto", *arguments, "--jobs", "2"],
         stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from torchmto._version import __version__
 from torchmto.checks import nearest
@@ -94,6 +95,13 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser of a few options, whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
 def _run(verb: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"torchmto.cli.{verb}")
@@ -101,8 +109,11 @@ def _run(verb: str, arguments: list[str]) -> int:
         if hasattr(module, "make_parser"):
             parser: argparse.ArgumentParser = module.make_parser(prog)
         else:
-            parser = argparse.ArgumentParser(
-                prog, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            parser = _Parser(
+                prog,
+                description=module.__doc__,
+                formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False,
             )
         module.add_arguments(parser)
         code: int = module.run(parser.parse_args(arguments))
@@ -119,9 +130,21 @@ def _run(verb: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except ImportError as error:
+        own = error.name is None or error.name.partition(".")[0] == "torchmto"
+        hint = "" if own else ". The lab needs more packages: pip install 'torchmto[lab]'"
+        print(f"torchmto {verb}: {error}{hint}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
         print(f"torchmto {verb}: {error}", file=sys.stderr)
         return FAILED
-    except Exception:  # noqa: BLE001  the last stop: every other failure has one exit code, and shows where it was
-        traceback.print_exc()
+    except Exception as error:  # noqa: BLE001  the last stop: every other failure has one exit code, and shows where it was
+        print(_frames(error) or traceback.format_exc(), end="", file=sys.stderr)
         return FAILED
     return code
+
+
+def _frames(error: BaseException) -> str:
+    """Where in a user's own code an error was, if it was there."""
+    from torchmto.lab.user_code import user_frames  # noqa: PLC0415  only the lab runs other people's code
+
+    return user_frames(error)

@@ -5,19 +5,22 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, make_settings_parser, merged, reported
+from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
 
 
 def make_parser(prog: str) -> SettingsParser:
     """A parser that knows all settings."""
-    return make_settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
+    return settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
 
 
 def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto evaluate` besides the settings."""
     parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument(
-        "--weights", type=str, default="best", help="best, last, untrained, or a checkpoint of a run with this model."
+        "--weights",
+        type=str,
+        default="best",
+        help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
 
@@ -26,12 +29,12 @@ def run(args: Namespace) -> int:
     """Evaluate, print the table and write it."""
     from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
-    from torchmto.lab.trainer.inference import evaluate_run  # noqa: PLC0415
+    from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
+    from torchmto.lab.run.inference import evaluate_run  # noqa: PLC0415
 
     with reported():
         folder = RunFolder(args.out)
-        results = evaluate_run(merged(folder.read_settings(), args.given), folder, args.weights, args.split)
+        results = evaluate_run(chosen_config(args, folder.read_settings()), folder, args.weights, args.split)
         path = folder.write_json(f"evaluation-{args.split}.json", results)
     print(f"{args.split} split, {results['weights']}")
     print(metric_table(results, terminal_width()))

@@ -5,19 +5,22 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, make_settings_parser, merged, reported
+from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
 
 
 def make_parser(prog: str) -> SettingsParser:
     """A parser that knows all settings."""
-    return make_settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
+    return settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
 
 
 def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto predict` besides the settings."""
     parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument(
-        "--weights", type=str, default="best", help="best, last, untrained, or a checkpoint of a run with this model."
+        "--weights",
+        type=str,
+        default="best",
+        help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
     parser.add_argument("--count", type=int, default=4, help="How many samples, the first of the split.")
@@ -25,12 +28,12 @@ def add_arguments(parser: SettingsParser) -> None:
 
 def run(args: Namespace) -> int:
     """Predict, and write the picture and the numbers."""
-    from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.trainer.inference import predict_run  # noqa: PLC0415
+    from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.run.inference import predict_run  # noqa: PLC0415
 
     with reported():
         folder = RunFolder(args.out)
-        config = merged(folder.read_settings(), args.given)
+        config = chosen_config(args, folder.read_settings())
         for path in predict_run(config, folder, args.weights, args.split, args.count):
             print(f"Written to {path}")
     return 0

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
     from torchmto.checks import check_integer, check_number  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.compare import FailedRunsError, FolderError  # noqa: PLC0415
+    from torchmto.lab.grid import FailedRunsError, FolderError  # noqa: PLC0415
     from torchmto.lab.reproduce import RecipeError, load_recipe, recipe_names, reproduce  # noqa: PLC0415
 
     if args.name is None:

@@ -6,40 +6,56 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, make_settings_parser, merged, reported
-from torchmto.lab.trainer.config import TrainConfig
+from torchmto.cli._errors import UsageError
+from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
 
 
 def make_parser(prog: str) -> SettingsParser:
     """A parser that knows all settings."""
-    return make_settings_parser(prog, __doc__ or "")
+    return settings_parser(prog, __doc__ or "")
 
 
 def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto train` besides the settings."""
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="The run's folder.")
+    parser.add_argument("--out", type=Path | None, metavar="DIR", help="The run's folder; has to be given.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, by its own settings.")
     parser.add_argument("--checkpoint", type=Path | None, metavar="FILE", help="Go on from this checkpoint.")
+    parser.add_argument("--print-config", action="store_true", help="Print the settings and do nothing.")
+    parser.add_argument(
+        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
+    )
 
 
 def run(args: Namespace) -> int:
     """Train, and print what came out."""
     from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.trainer import train  # noqa: PLC0415
-    from torchmto.lab.trainer.folder import RunFolder  # noqa: PLC0415
-    from torchmto.lab.trainer.processes import speaks  # noqa: PLC0415
+    from torchmto.lab.run import train  # noqa: PLC0415
+    from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
+    from torchmto.lab.run.processes import speaks  # noqa: PLC0415
 
     resume = args.resume or args.checkpoint is not None
     with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
-        if resume and not args.config:
-            config = merged(RunFolder(args.out).read_settings(), args.given)
-        else:
-            config = TrainConfig.from_dict(args.settings)
-        results = train(config, args.out, resume=resume, checkpoint=args.checkpoint, say=_say)
+        base = RunFolder(args.out).read_settings() if resume and args.out and not args.config else None
+        config = chosen_config(args, base)
+        if args.print_config:
+            config.validate()
+            print(RunFolder.settings_text(config), end="")
+            return 0
+        if args.out is None:
+            raise UsageError("The option `--out DIR` is required.")
+        results = train(
+            config,
+            args.out,
+            resume=resume,
+            checkpoint=args.checkpoint,
+            changed_source=args.changed_source,
+            say=_say,
+        )
     if speaks():
         _say(metric_table(results, terminal_width()))
-        _say(f"Best by {results['measure']}: step {results['best_step']}, {results['score']:.4g}")
+        score = "-" if results["score"] is None else f"{results['score']:.4g}"
+        _say(f"Best by {results['measure']}: step {results['best_step']}, {score}")
         _say(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
     return 0
 

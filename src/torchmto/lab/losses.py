@@ -18,6 +18,7 @@ from torchmto.checks import nearest
 from torchmto.lab.data.base import Task
 
 __all__ = [
+    "OwnLoss",
     "TaskLoss",
     "balanced_cross_entropy",
     "binary_cross_entropy",
@@ -25,6 +26,7 @@ __all__ = [
     "focal",
     "huber",
     "l1",
+    "labelled_rows",
     "mse",
     "normals_cosine",
     "normals_l1",
@@ -169,6 +171,7 @@ _CHOICES: dict[str, dict[str, LossFunction]] = {
         "binary_cross_entropy": binary_cross_entropy,
     },
     "map": {"l1": l1, "mse": mse, "huber": huber},
+    "own": {},
 }
 
 
@@ -213,6 +216,38 @@ class TaskLoss:
         return tuple(target.shape)
 
 
+class OwnLoss:
+    """A user's loss, called with the labelled samples only; see `torchmto.lab.problem.Problem`.
+
+    Args:
+        task: Its task.
+        function: ``(output, target) -> loss or (loss, count)``; one that takes ``mask`` gets where values are valid.
+    """
+
+    def __init__(self, task: Task, function: Callable[..., Any]) -> None:
+        self.task = task
+        self._function = function
+        try:
+            self._masked = "mask" in inspect.signature(function).parameters
+        except ValueError:  # some built-in functions don't tell
+            self._masked = False
+
+    def __call__(self, prediction: Tensor, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
+        """The loss and the number of labels behind it, or None where there is no label."""
+        valid, rows = labelled_rows(self.task, target)
+        if not (bool(rows.any()) if labelled is None else labelled):
+            return None
+        more = {"mask": valid[rows]} if self._masked else {}
+        value = self._function(prediction[rows], target[rows], **more)
+        return value if isinstance(value, tuple) else (value, valid.sum())
+
+
+def labelled_rows(task: Task, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a target is valid, and which samples have any label, bool ``[B]``."""
+    valid = task.valid(target)
+    return valid, valid.flatten(1).any(dim=1) if valid.dim() > 1 else valid
+
+
 def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
     """The loss of a task: ``callable(prediction, target) -> (mean loss, count) | None``.
 
@@ -250,6 +285,8 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
     True
     """
     choices = _CHOICES[task.kind]
+    if not choices:
+        raise ValueError(f"The task `{task.name}` has no kind, and so needs a loss of its own (`losses=`).")
     name = next(iter(choices)) if loss is None else loss
     if name not in choices:
         raise ValueError(

@@ -38,7 +38,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
-__all__ = ["higher_is_better", "primary_metric", "task_metrics"]
+__all__ = ["higher_is_better", "metric_names", "primary_metric", "task_metrics"]
 
 PixelError = Callable[[Tensor, Tensor], Tensor]
 
@@ -487,7 +487,18 @@ _METRICS: dict[str, dict[str, tuple[MetricFactory, bool]]] = {
         "rmse": (_mean(squared_error, root=True), False),
         "mae": (_mean(absolute_error), False),
     },
+    "own": {},
 }
+
+
+def metric_names(kind: str) -> tuple[str, ...]:
+    """Names of a kind's metrics.
+
+    Example:
+        >>> metric_names("map")
+        ('rmse', 'mae')
+    """
+    return tuple(_METRICS[kind])
 
 
 def task_metrics(task: Task) -> dict[str, Metric]:
@@ -506,6 +517,11 @@ def task_metrics(task: Task) -> dict[str, Metric]:
     >>> float(metrics["rmse"].compute())
     2.0
     """
+    if "metrics" in task.extra:
+        own = {name: metric.clone() for name, metric in task.extra["metrics"].items()}
+        for metric in own.values():
+            metric.reset()
+        return own
     return {name: make(task) for name, (make, _) in _METRICS[task.kind].items()}
 
 
@@ -528,16 +544,20 @@ def primary_metric(task: Task) -> tuple[str, bool]:
     >>> primary_metric(Task("depth", "depth", 1))
     ('rmse', False)
     """
-    metrics = _METRICS[task.kind]
-    name = task.extra.get("primary_metric", next(iter(metrics)))
-    if name not in metrics:
+    known = {name: higher for name, (_, higher) in _METRICS[task.kind].items()} | task.extra.get("directions", {})
+    name = task.extra.get("primary_metric", next(iter(known), None))
+    if name not in known:
         raise ValueError(
-            f"`primary_metric` of the {task.kind} task `{task.name}` should be one of {', '.join(metrics)}. "
+            f"`primary_metric` of the {task.kind} task `{task.name}` should be one of {', '.join(known) or 'its own'}. "
             f"Found {name!r}."
         )
-    return name, metrics[name][1]
+    return name, known[name]
 
 
 def higher_is_better(task: Task, metric: str) -> bool:
-    """Whether a higher value of a task's metric is better."""
-    return _METRICS[task.kind][metric][1]
+    """Whether a higher value of a task's metric is better; of an own metric that nobody says it of, lower is."""
+    own: dict[str, bool] = task.extra.get("directions", {})
+    if metric in own:
+        return own[metric]
+    kind = _METRICS[task.kind]
+    return kind[metric][1] if metric in kind or (task.kind != "own" and "metrics" not in task.extra) else False

@@ -70,7 +70,7 @@ def test_collate_fills_in_what_a_sample_lacks(kind):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("a", "colour", 3), "`kind` should be one of"), (("a", "depth", 0), "`channels` should be positive")],
+    [(("a", "colour", 3), "`kind` should be one of"), (("a", "depth", 0), "`channels` should be an int >= 1")],
 )
 def test_bad_tasks(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -162,8 +162,8 @@ def test_bad_plans(arguments, message):
         BatchPlan(5, 5).indices(0, 1)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_threads_change_nothing_and_any_position_can_be_resumed(small, workers):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_change_nothing_and_any_position_can_be_resumed(small, workers):
     def fetch(indices, keys):
         batch = small.batch(indices)
         return Batch(input=batch["input"] + uniform(keys, 0)[:, None], targets=batch["targets"])
@@ -176,8 +176,8 @@ def test_threads_change_nothing_and_any_position_can_be_resumed(small, workers):
         assert len(resumed) == 3 - start
         for batch, expected in zip(resumed, reference[start:], strict=True):
             assert torch.equal(batch["input"], expected["input"])
-        assert loader.wait_seconds > 0
-    with pytest.raises(ValueError, match="`workers` should be non-negative"):
+        assert (loader.wait_seconds > 0) == (start < 3)
+    with pytest.raises(ValueError, match="`workers` should be an int >= 0"):
         Loader(fetch, plan, workers=-1)
 
 
@@ -213,7 +213,7 @@ def test_random_numbers_are_uniform_independent_and_belong_to_the_sample():
         ("digits:file.npz", {}, ValueError, "built in and takes no path"),
         ("digits", {"classes": 3}, TypeError, "has no option `classes`. It takes: train, validation, test"),
         ("nyuv2", {}, ValueError, "needs a path: `nyuv2:PATH`"),
-        ("nyuv2:/nowhere/nyu.npz", {}, FileNotFoundError, "needs `/nowhere/nyu.npz`.* Get it from https://"),
+        ("nyuv2:/nowhere/nyu.npz", {}, FileNotFoundError, "There is no `/nowhere/nyu.npz`.* Where to get it: https://"),
     ],
 )
 def test_misuse_is_explained(spec, options, error, message):

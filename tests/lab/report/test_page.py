@@ -193,7 +193,7 @@ def _break(folder: Path, what: str) -> None:
             (folder / "results.json").unlink()
         case "another version":
             text = (folder / "results.json").read_text()
-            (folder / "results.json").write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+            (folder / "results.json").write_text(text.replace('"schema_version": 1', '"schema_version": 3'))
         case "no figures":
             (folder / "results.json").write_text(
                 '{"schema_version": 1, "methods": {"gd": {}}, "tasks": {}, "config": {}}'
@@ -209,7 +209,7 @@ def _break(folder: Path, what: str) -> None:
         ("not JSON", "is broken: it isn't JSON"),
         ("foreign", "holds neither a comparison nor a training run nor an experiment"),
         ("unfinished", "has no results.json: it isn't finished"),
-        ("another version", "has version 2; this torchmto reads version 1"),
+        ("another version", "has version 3; this torchmto reads versions 1 and 2"),
         ("no figures", "doesn't hold what it should: KeyError"),
         ("broken run", "its checksum doesn't match"),
     ],

@@ -9,8 +9,8 @@ from torchmto.lab.data import Task, dataset_info
 from torchmto.lab.losses import task_loss
 from torchmto.lab.reproduce import RecipeError, load_recipe, recipe_names
 from torchmto.lab.reproduce.studies import STUDIES
+from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import parse_method
-from torchmto.lab.trainer.config import TrainConfig
 
 TRAIN = sorted((Path(__file__).parents[3] / "recipes" / "train").glob("*.yaml"))
 
@@ -22,8 +22,8 @@ def test_recipe(name):
     assert recipe.arms or recipe.study == "theory"
     for arm in recipe.arms:
         run = recipe.run_config(arm, Path("somewhere"))
-        assert "{" not in run.data
-        data, _, path = run.data.partition(":")
+        assert "{" not in run.data.name
+        data, _, path = run.data.name.partition(":")
         assert bool(path) == bool(dataset_info(data).layouts)
         for method in arm.methods:
             spec = parse_method(method)
@@ -37,7 +37,7 @@ def test_recipe(name):
 def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
     settings = yaml.safe_load(path.read_text())
     settings["data"]["name"] = settings["data"]["name"].partition(":")[0] + f":{tmp_path}"
-    config = TrainConfig.from_dict(settings)
+    config = RunConfig.from_dict(settings)
     config.validate()
     for options in config.losses.values():
         task_loss(Task("edges", "edges", 1), **options)
@@ -46,7 +46,7 @@ def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("study: comparison\nsummary: x\nrun: {lr: 1}\n", "no setting `lr`"),
+        ("study: comparison\nsummary: x\nrun: {rate: 1}\n", "no setting `rate`"),
         ("study: comparison\nsummary: x\nwrong: 1\n", "wrong"),
         ("study: comparison\nsummary: x\narms: {a: {methods: [nothing]}}\n", "nothing"),
         ("study: comparison\nsummary: x\nseeds: 0\n", "seeds"),

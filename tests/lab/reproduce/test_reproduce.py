@@ -11,11 +11,15 @@ from matplotlib.figure import Figure
 
 from torchmto.cli import main
 from torchmto.lab import atomic, memory
-from torchmto.lab.compare import outputs, runner
+from torchmto.lab.folders import FolderError
+from torchmto.lab.grid import executors, outputs
+from torchmto.lab.grid.executors import Outcome
+from torchmto.lab.grid.experiment import is_single_task, method_label
+from torchmto.lab.grid.tuning import edges
 from torchmto.lab.reproduce import load_recipe, reproduce, units
 from torchmto.lab.reproduce.arms import run_arms
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import check_folder
+from torchmto.lab.reproduce.findings import claim_folder
 from torchmto.lab.reproduce.studies import Context, comparison, theory
 from torchmto.lab.reproduce.studies.cosines import cosine_statistics
 from torchmto.lab.reproduce.units import run_units
@@ -23,11 +27,11 @@ from torchmto.lab.reproduce.units import run_units
 RUN = """
 run:
   data: digits
-  data_options: {train: 32, validation: 16, test: 16}
+  data.options: {train: 32, validation: 16, test: 16}
   epochs: 1
   batch_size: 16
   learning_rate: 0.01
-  model_options: {widths: [4, 4]}
+  model.options: {widths: [4, 4]}
 """
 
 
@@ -96,7 +100,7 @@ def test_results(phases):
 
 def test_a_second_call_trains_nothing(phases, monkeypatch):
     path, out = phases
-    monkeypatch.setattr(runner, "train_and_measure", None)
+    monkeypatch.setattr(executors, "execute", None)
     assert main(["reproduce", str(path), "--seeds", "2", "--out", str(out)]) == 0
 
 
@@ -132,19 +136,17 @@ def test_more_seeds_later(tmp_path, no_figures):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"results.json": '{"experiment": "other", "tables": []}', "arms/x": ""}, "results of the experiment 'other'"),
-        ({"results.json": '{"methods": {}, "tasks": {}}'}, "something else than an experiment"),
-        ({"results.json": '{"primary": {}, "cost": {}}', "config.yaml": ""}, "something else than an experiment"),
-        ({"results.json": "[1]"}, "something else than an experiment"),
-        ({"results.json": "{"}, "something else than an experiment"),
-        ({"config.json": "{}", "runs/gd.json": "{}"}, "isn't one of `torchmto reproduce`"),
-        ({"config.yaml": "", "checkpoints/last": ""}, "isn't one of `torchmto reproduce`"),
+        ({"experiment.json": "{}"}, "isn't a file of this program"),
+        ({"experiment.json": "{"}, "is broken"),
+        ({"results.json": "[1]"}, "isn't one of `torchmto reproduce`"),
+        ({"config.json": "{}", "runs/gd.json": "{}"}, "belongs to `torchmto compare`"),
+        ({"config.yaml": "", "checkpoints/last": ""}, "belongs to `torchmto train`"),
         ({"results.md": "mine"}, "isn't one of `torchmto reproduce`"),
     ],
-    ids=["experiment", "compare", "train", "list", "broken", "compare begun", "train begun", "document"],
+    ids=["marker", "broken", "list", "compare", "train", "document"],
 )
 def test_folders_of_something_else_are_left_alone(tmp_path, monkeypatch, capsys, files, message):
-    monkeypatch.setattr(runner, "train_and_measure", None)
+    monkeypatch.setattr(executors, "execute", None)
     out = tmp_path / "o"
     for name, text in files.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,13 +156,13 @@ def test_folders_of_something_else_are_left_alone(tmp_path, monkeypatch, capsys,
     assert {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()} == files
 
 
-@pytest.mark.parametrize("files", [[], ["arms/a"], ["units/a", "plots/x.png"], ["results.json", "log.txt"]])
-def test_folders_of_the_same_experiment_go_on(tmp_path, files):
-    loaded = load_recipe("theory")
-    for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text('{"experiment": "theory"}')
-    check_folder(tmp_path, loaded)
+def test_folders_of_the_same_experiment_go_on_and_others_are_left_alone(tmp_path):
+    (tmp_path / ".DS_Store").write_bytes(b"Bud1")
+    claim_folder(tmp_path, load_recipe("theory"))
+    (tmp_path / "results.json").write_text("{}")
+    claim_folder(tmp_path, load_recipe("theory"))
+    with pytest.raises(FolderError, match="results of the experiment 'theory', not of 'cost'"):
+        claim_folder(tmp_path, load_recipe("cost"))
 
 
 def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
@@ -174,11 +176,13 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     loaded = load_recipe(str(recipe(tmp_path, text)))
     findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
     folder = tmp_path / "o" / "arms"
-    configs = [json.loads((folder / name / "config.json").read_text()) for name in ("a-tuning-0", "a-tuning-1", "a")]
-    assert [config["content"]["weight_decay"] == 0.125 for config in configs] == [True, True, False]
-    trials = [sorted(p.name.rpartition("-")[0] for p in (folder / f"a-tuning-{i}" / "runs").iterdir()) for i in (0, 1)]
-    assert trials[0] == trials[1]
-    assert len(trials[0]) == 5
+    rounds = [f"a-tuning-{stage}-{number}" for stage in ("single-task", "methods") for number in (0, 1)]
+    configs = [json.loads((folder / name / "config.json").read_text())["content"] for name in (*rounds, "a")]
+    assert [config["optimizer"]["weight_decay"] == 0.125 for config in configs] == [True] * 4 + [False]
+    trials = [{p.name.rpartition("-")[0] for p in (folder / name / "runs").iterdir()} for name in rounds]
+    singles = {f"single-{task}-seed0" for task in ("left", "right", "offset")}
+    assert trials[:2] == [singles] * 2
+    assert [trial - singles for trial in trials[2:]] == [{"gd-seed0", "sequential-seed0"}] * 2
     for entry in findings.numbers["arms"]["a"]["methods"].values():
         assert entry["settings"] in [dict(settings) for settings in loaded.tune]
     assert "each at its chosen settings, seeds 0 to 0" in findings.tables[0].notes[0]
@@ -199,15 +203,14 @@ def trained(config, tasks, asked, *, wrong):
     asked.append(config)
     found = wrong(config)
     if isinstance(found, str):
-        raise RuntimeError(found)
-    values = {
-        t: {"rmse": 0.5 - config.learning_rate} if t == "offset" else {"accuracy": config.learning_rate} for t in tasks
-    }
+        return Outcome(None, found)
+    rate = config.optimizer.lr
+    values = {t: {"rmse": 0.5 - rate} if t == "offset" else {"accuracy": rate} for t in tasks}
     if found is not None:
         values["offset"]["rmse"] = found
     epoch = {"epoch": 0, "losses": dict.fromkeys(tasks, 1.0), "validation": values, "score": 0.0}
     cost = {"num_forward": 1, "num_backward": 1, "num_optimizer_steps": 1, "seconds_per_batch": 1.0}
-    return {
+    result = {
         "history": [{**epoch, "batches": 1, "optimizer_steps": 1, "seconds": 1.0}],
         "trace": [],
         "selected_epoch": 0,
@@ -216,6 +219,7 @@ def trained(config, tasks, asked, *, wrong):
         "cost": {**cost, "peak_memory_bytes": None},
         "seconds": 1.0,
     }
+    return Outcome(result)
 
 
 @pytest.mark.parametrize("found", ["loss isn't finite", math.inf, math.nan], ids=["error", "inf", "nan"])
@@ -224,24 +228,28 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
     asked, baselines = [], []
 
     def wrong(config):
-        return found if config.learning_rate == 0.3 and whose in {config.method, *config.tasks} - {"gd"} else None
+        return found if config.optimizer.lr == 0.3 and config.data.tasks == ["offset"] else None
 
     def wrong_method(config):
-        return found if config.learning_rate == 0.3 and config.method == "gd" and not config.tasks else None
+        return (
+            found
+            if config.optimizer.lr == 0.3 and method_label(config) == "gd" and not is_single_task(config)
+            else None
+        )
 
-    def train(config, bundle, *, baseline, on_step):
-        del on_step
-        if not config.tasks:
-            baselines.append(baseline)
-        tasks = config.tasks or [task.name for task in bundle.tasks]
+    def execute(job, problem, _):
+        config = job.config
+        if not is_single_task(config):
+            baselines.append(job.baseline)
+        tasks = config.data.tasks or problem.task_names
         return trained(config, tasks, asked, wrong=wrong if whose == "offset" else wrong_method)
 
-    monkeypatch.setattr(runner, "train_and_measure", train)
+    monkeypatch.setattr(executors, "execute", execute)
     loaded = load_recipe(str(recipe(tmp_path, TUNED)))
     context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), 1, lambda _: None)
     arms, complete = run_arms(context)
     assert complete
-    tried = [(config.method, config.learning_rate) for config in asked if not config.tasks]
+    tried = [(method_label(config), config.optimizer.lr) for config in asked if not is_single_task(config)]
     assert {*tried} == {(method, rate) for method in arms["a"].experiment.methods for rate in (0.1, 0.3)}
     assert all(math.isfinite(value) for baseline in baselines for value in baseline.values())
     assert all(set(baseline) == {"left", "right", "offset"} for baseline in baselines)
@@ -258,12 +266,11 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
 
 
 def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monkeypatch, capsys):
-    def train(config, bundle, *, baseline, on_step):
-        del baseline, on_step
-        tasks = config.tasks or [task.name for task in bundle.tasks]
-        return trained(config, tasks, [], wrong=lambda c: "loss isn't finite" if c.tasks == ("left",) else None)
+    def execute(job, problem, _):
+        tasks = job.config.data.tasks or problem.task_names
+        return trained(job.config, tasks, [], wrong=lambda c: "loss isn't finite" if c.data.tasks == ["left"] else None)
 
-    monkeypatch.setattr(runner, "train_and_measure", train)
+    monkeypatch.setattr(executors, "execute", execute)
     assert main(["reproduce", str(recipe(tmp_path, TUNED)), "--seeds", "1", "--out", str(tmp_path / "o")]) == 1
     assert "torchmto reproduce: some runs failed" in capsys.readouterr().err
 
@@ -281,22 +288,22 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
     ids=["study", "model", "epochs", "method_run", "method", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
-    monkeypatch.setattr(runner, "train_and_measure", None)
+    monkeypatch.setattr(executors, "execute", None)
     study = "" if "study" in text else "study: comparison\n"
     path = recipe(tmp_path, f"{study}summary: toy\n{text}\n")
     assert main(["reproduce", str(path), "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert "Traceback" not in error
-    assert not list(tmp_path.glob("o/**/*.json"))
+    assert not [path for path in tmp_path.glob("o/**/*.json") if path.name != "experiment.json"]
 
 
 @pytest.mark.parametrize(
-    ("rate", "edges"), [(0.1, ["smallest rate"]), (0.3, []), (1.0, ["largest rate"])], ids=["least", "middle", "most"]
+    ("rate", "named"), [(0.1, ["smallest rate"]), (0.3, []), (1.0, ["largest rate"])], ids=["least", "middle", "most"]
 )
-def test_a_choice_at_the_edge_of_the_grid_is_named(rate, edges):
+def test_a_choice_at_the_edge_of_the_grid_is_named(rate, named):
     offers = [{"optimizer": name, "rate": value} for name in ("sgd", "adamw") for value in (0.1, 0.3, 1.0)]
-    assert comparison._edges({"optimizer": "sgd", "rate": rate, "epochs": 9}, [*offers, {"optimizer": "lion"}]) == edges
+    assert edges({"optimizer": "sgd", "rate": rate, "epochs": 9}, [*offers, {"optimizer": "lion"}]) == named
 
 
 def test_cosines_are_of_each_third_of_training():
@@ -338,7 +345,7 @@ def test_other_studies(tmp_path, study, more, no_figures):
     assert all(table.rows for table in findings.tables)
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "train_and_measure", None)
+        patch.setattr(executors, "execute", None)
         again = reproduce(loaded, tmp_path / "o", seeds=1, say=said.append)
     assert not [line for line in said if ": done" in line]
     assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]

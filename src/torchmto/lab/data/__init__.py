@@ -3,7 +3,6 @@
 from torchmto.lab.data.base import (
     SPLITS,
     Batch,
-    DataBundle,
     Kind,
     MultiTaskDataset,
     Split,
@@ -19,7 +18,6 @@ __all__ = [
     "SPLITS",
     "Batch",
     "BatchPlan",
-    "DataBundle",
     "DatasetInfo",
     "Kind",
     "Loader",

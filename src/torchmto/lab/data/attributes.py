@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from torchmto.checks import check_integer
-from torchmto.lab.data.base import DataBundle, Task, TensorData
+from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 SIZE, BLOBS, NOISE = 24, 8, 0.3
 CAUSES = 2 * BLOBS
@@ -26,7 +27,7 @@ def load(
     train: int = 4000,
     validation: int = 800,
     test: int = 1200,
-) -> DataBundle:
+) -> Problem:
     """Pictures of eight coloured blobs, with attributes of how they are placed and how strong they are.
 
     Each picture has 16 hidden causes, standard normal: the shift and the strength of every blob. An attribute is a combination
@@ -69,15 +70,14 @@ def load(
         images = torch.from_numpy(_render(causes, colours))
         return TensorData(tasks, images, {task.name: column for task, column in zip(tasks, targets, strict=True)})
 
-    return DataBundle(
-        "attributes",
+    return Problem(
         tasks,
+        name="attributes",
         train=part(train),
         validation=part(validation),
         test=part(test),
-        input_kind="image",
         input_shape=(3, SIZE, SIZE),
-        default_model="convnet",
+        model="convnet",
         citation="made by torchmto; nothing in it is measured",
         mean=(0.06, 0.06, 0.06),
         std=(0.1, 0.1, 0.1),

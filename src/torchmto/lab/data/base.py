@@ -14,6 +14,7 @@ depth               float32 ``[B,1,H,W]``  ``[B, 1, H, W]``                    n
 normals             float32 ``[B,3,H,W]``  ``[B, 3, H, W]``, any length        the zero vector
 edges, saliency     float32 ``[B,1,H,W]``  logits ``[B, 1, H, W]`` for 0 or 1  255
 map                 float32 ``[B,C,H,W]``  ``[B, C, H, W]``, regression        NaN
+own                 anything               anything                            a missing key
 ==================  =====================  ==================================  ====================
 
 A task without a label for a sample (disjoint data sets, partial labels) has its kind's missing value there,
@@ -29,10 +30,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from torchmto.lab.data.loading import BatchPlan, Loader
+from torchmto.checks import check_choice, check_integer, found
 
-Kind = Literal["classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map"]
-KINDS: tuple[str, ...] = get_args(Kind)
+Kind = Literal[
+    "classification", "binary", "regression", "segmentation", "depth", "normals", "edges", "saliency", "map", "own"
+]
+KINDS: tuple[str, ...] = tuple(kind for kind in get_args(Kind) if kind != "own")
+"""The kinds that have losses and metrics by default."""
 DENSE_KINDS = frozenset({"segmentation", "depth", "normals", "edges", "saliency", "map"})
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -46,6 +50,7 @@ _MISSING: dict[str, float] = {
     "edges": 255,
     "saliency": 255,
     "map": float("nan"),
+    "own": float("nan"),
 }
 
 
@@ -64,7 +69,8 @@ class Task:
         name: The key in ``targets``, in losses and in tables.
         kind: What the target is; see the table in this module's docstring.
         channels: Number of outputs: classes, yes/no questions, or regressed numbers.
-        extra: Anything a plot or a metric may want, such as ``{"classes": (...), "unit": "m"}``.
+        extra: Anything a plot or a metric may want, such as ``{"classes": (...)}``.
+        unit: Of the values, for tables.
 
     Example:
         >>> task = Task("segmentation", "segmentation", 13)
@@ -74,14 +80,15 @@ class Task:
 
     name: str
     kind: Kind
-    channels: int
+    channels: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    unit: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"Parameter `kind` should be one of {', '.join(KINDS)}. Found `kind = {self.kind!r}`.")
-        if self.channels < 1:
-            raise ValueError(f"Parameter `channels` should be positive. Found `channels = {self.channels}`.")
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(found("name", "the non-empty name of a task", self.name))
+        check_choice("kind", self.kind, (*KINDS, "own"))
+        check_integer("channels", self.channels, minimum=1)
 
     @property
     def missing(self) -> float:
@@ -114,6 +121,8 @@ class Task:
                 return torch.isfinite(target) & (target > 0)
             case "normals":
                 return (target != 0).any(dim=1, keepdim=True)
+            case "own":
+                return torch.ones(len(target), dtype=torch.bool, device=target.device)
             case _:
                 return target != int(self.missing)
 
@@ -264,8 +273,12 @@ def as_input(stored: Tensor) -> Tensor:
 
 def as_target(task: Task, stored: Tensor) -> Tensor:
     """A batch of stored targets in the type its kind asks for; normals get unit length."""
+    if task.kind == "own":
+        return stored
     if task.kind in {"classification", "segmentation"}:
         return stored.long()
+    if stored.dim() == 1 and task.channels == 1 and not task.dense:
+        stored = stored[:, None]
     if task.kind == "normals":
         normals = stored.float()
         return normals * normals.square().sum(dim=1, keepdim=True).clamp(min=1e-12).rsqrt()
@@ -273,110 +286,4 @@ def as_target(task: Task, stored: Tensor) -> Tensor:
 
 
 Augment = Callable[[Batch, Sequence[Task], Tensor], Batch]
-
-
-@dataclass
-class DataBundle:
-    """A data set ready for multi-task training.
-
-    Args:
-        name: Registry name.
-        tasks: The tasks, in the order tables print them.
-        train: Samples to learn from.
-        validation: Samples for model selection; carved out of the official training split where there is no
-            own one.
-        test: Samples for the final figures only.
-        input_kind: ``"image"`` or ``"vector"``.
-        input_shape: Shape of one input: ``(channels, H, W)`` or ``(features,)``.
-        default_model: Name of a lab model that suits the data: ``"mlp"``, ``"convnet"`` (small conv net with
-            one head per task) or ``"segnet"`` (dense prediction).
-        citation: Whom to cite.
-        disjoint: Whether each sample has a label for one task only.
-        mean: Per-channel mean of the training images in ``[0, 1]``; None leaves inputs as they are.
-        std: Per-channel standard deviation, with ``mean``.
-        augment: Training augmentation ``(batch, tasks, sample keys) -> batch`` that suits the data, or None.
-    """
-
-    name: str
-    tasks: tuple[Task, ...]
-    train: MultiTaskDataset
-    validation: MultiTaskDataset
-    test: MultiTaskDataset
-    input_kind: Literal["image", "vector"]
-    input_shape: tuple[int, ...]
-    default_model: str
-    citation: str
-    disjoint: bool = False
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    augment: Augment | None = None
-
-    def split(self, name: Split) -> MultiTaskDataset:
-        """The split called ``name``."""
-        if name not in SPLITS:
-            raise ValueError(f"Parameter `name` should be one of {', '.join(SPLITS)}. Found `name = {name!r}`.")
-        dataset: MultiTaskDataset = getattr(self, name)
-        return dataset
-
-    def normalize(self, inputs: Tensor) -> Tensor:
-        """``[B, ...]`` inputs as a model should see them: ``(x - mean) / std`` per channel."""
-        if self.mean is None or self.std is None:
-            return inputs
-        return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
-
-    def denormalize(self, inputs: Tensor) -> Tensor:
-        """The inverse of `normalize`, for pictures."""
-        if self.mean is None or self.std is None:
-            return inputs
-        return inputs * _per_channel(self.std, inputs) + _per_channel(self.mean, inputs)
-
-    def loader(
-        self,
-        split: Split,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        augment: bool | None = None,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Loader:
-        """Normalised batches of one split; training is shuffled, augmented and drops a last short batch.
-
-        Args:
-            split: ``"train"``, ``"validation"`` or ``"test"``.
-            batch_size: Samples per batch, over all ranks; each rank gets its piece.
-            seed: With epoch and position it decides order and augmentation.
-            augment: Whether to augment; by default the training split only, where the data set has an
-                augmentation.
-            workers: Threads that prepare batches ahead; 0 prepares each when it is asked for. Never changes a
-                batch.
-            rank: This process' number.
-            world_size: Number of processes.
-
-        Returns:
-            A `Loader`; ``loader.epoch(epoch, start)`` iterates.
-        """
-        dataset, training = self.split(split), split == "train"
-        plan = BatchPlan(
-            len(dataset),
-            batch_size,
-            seed=seed,
-            shuffle=training,
-            drop_last=training and len(dataset) >= batch_size,
-            rank=rank,
-            world_size=world_size,
-        )
-        transform = self.augment if (training if augment is None else augment) else None
-
-        def fetch(indices: Tensor, keys: Tensor) -> Batch:
-            batch = dataset.batch(indices)
-            if transform is not None:
-                batch = transform(batch, self.tasks, keys)
-            return Batch(input=self.normalize(batch["input"]), targets=batch["targets"])
-
-        return Loader(fetch, plan, workers=workers)
-
-
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, -1, *[1] * (like.dim() - 2))
+"""``(batch, tasks, sample keys) -> batch``."""

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import Batch, DataBundle, MultiTaskDataset, Task
+from torchmto.lab.data.base import Batch, MultiTaskDataset, Task
 from torchmto.lab.data.dense import image_bundle, resize_image
 from torchmto.lab.data.files import FileData, Sample, load_rgb, read_lines, require
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 CITATION = "Liu, Luo, Wang and Tang, Deep learning face attributes in the wild, ICCV 2015"
 
@@ -45,7 +46,7 @@ class Faces(MultiTaskDataset):
     source="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
     layouts=("a folder with img_align_celeba/, list_attr_celeba.txt and list_eval_partition.txt",),
 )
-def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64)) -> DataBundle:
+def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64)) -> Problem:
     """CelebA with its official training, validation and test partition.
 
     Layout: ``img_align_celeba/*.jpg`` (also under ``Img/``), ``list_attr_celeba.txt`` (also under ``Anno/``) and
@@ -98,7 +99,7 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
         split(2),
         augment=JointAugment(),
         citation=CITATION,
-        default_model="convnet",
+        model="convnet",
     )
 
 

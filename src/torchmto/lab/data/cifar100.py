@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import DataBundle, Task, TensorData
+from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.files import need_package, read_npz, require, unknown_layout, validation_split
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 SUPERCLASSES = (
     "aquatic_mammals",
@@ -53,7 +54,7 @@ Images = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
         "a `.npz` with x, fine, coarse, is_test",
     ),
 )
-def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> DataBundle:
+def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> Problem:
     """CIFAR-100 as 20 tasks from any of three layouts.
 
     - The official Python version, archive or folder: its pickles are read by an unpickler that knows NumPy arrays and
@@ -101,17 +102,15 @@ def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> DataBu
         stored = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         return TensorData(tasks, stored, dict(zip(SUPERCLASSES, torch.from_numpy(targets), strict=True)))
 
-    return DataBundle(
-        "cifar100",
+    return Problem(
         tasks,
+        name="cifar100",
         train=part(train, kept),
         validation=part(train, held_out),
         test=part(test, np.arange(len(test[0]))),
-        input_kind="image",
         input_shape=(3, 32, 32),
-        default_model="convnet",
+        model="convnet",
         citation=CITATION,
-        disjoint=True,
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.256, 0.276),
         augment=JointAugment(shift=4),

@@ -6,11 +6,12 @@ from pathlib import Path
 import torch
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import DataBundle, Subset, Task
+from torchmto.lab.data.base import Subset, Task
 from torchmto.lab.data.dense import image_bundle, resize_image, resize_target
 from torchmto.lab.data.files import FileData, Sample, load_array, require, unknown_layout, validation_split
 from torchmto.lab.data.mtan import mtan_image, mtan_labels, mtan_map, mtan_names
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 CITATION = "Cordts et al., The Cityscapes dataset for semantic urban scene understanding, CVPR 2016"
 _BLOCK = 20  # neighbouring images were taken in one city
@@ -29,7 +30,7 @@ def load(
     classes: int = 7,
     size: tuple[int, int] = (128, 256),
     validation: float = 0.1,
-) -> DataBundle:
+) -> Problem:
     """Cityscapes from MTAN's folders ``{train,val}/{image,label_7,label_19,depth}/{0,1,...}.npy``.
 
     The official validation images are the test split, as in all papers that use this version. The "depth" there is
@@ -52,7 +53,7 @@ def load(
         raise unknown_layout(path, "cityscapes")
     tasks = (
         Task("segmentation", "segmentation", classes),
-        Task("depth", "depth", 1, {"unit": "disparity", "inverse": True}),
+        Task("depth", "depth", 1, {"inverse": True}, unit="disparity"),
     )
     load_file = partial(load_array, dataset="cityscapes")
     label = f"label_{classes}"

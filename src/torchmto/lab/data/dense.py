@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.lab.data.base import Augment, DataBundle, MultiTaskDataset, Task
+from torchmto.lab.data.base import Augment, MultiTaskDataset, Task
+from torchmto.lab.problem import Problem
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CHUNK = 64  # images resized at once: bounds the memory of the float copies
@@ -115,19 +116,18 @@ def image_bundle(
     *,
     augment: Augment | None,
     citation: str,
-    default_model: str = "segnet",
-) -> DataBundle:
-    """A `DataBundle` of colour images, normalised as ImageNet's; the other arguments as there."""
+    model: str = "segnet",
+) -> Problem:
+    """A `Problem` of colour images, normalised as ImageNet's; the other arguments as there."""
     shape = tuple(train[0]["input"].shape)
-    return DataBundle(
-        name,
+    return Problem(
         train.tasks,
         train,
         validation,
         test,
-        input_kind="image",
+        model,
+        name=name,
         input_shape=shape,
-        default_model=default_model,
         citation=citation,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchmto.lab.data.base import DataBundle, Task, TensorData
+from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 HEIGHT, WIDTH, DIGIT = 12, 16, 8
 _LEFT, _RIGHT, _DOWN = range(4), range(5, 9), range(5)
@@ -17,7 +18,7 @@ CITATION = "Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI,
 TASKS = (
     Task("left", "classification", 10),
     Task("right", "classification", 10),
-    Task("offset", "regression", 2, {"unit": "pixels"}),
+    Task("offset", "regression", 2, unit="pixels"),
 )
 
 
@@ -68,7 +69,7 @@ def _compose(
 @register("digits", "two overlapping handwritten digits: left class, right class, offset in pixels; built in")
 def load(
     _path: Path | None = None, seed: int = 0, *, train: int = 4000, validation: int = 800, test: int = 1200
-) -> DataBundle:
+) -> Problem:
     """Scikit-learn's 1,797 real digits (8 x 8 pixels), two per 12 x 16 canvas.
 
     The left digit's corner is drawn from columns 0-3, the right one's from 5-8, both rows from 0-4, so the
@@ -103,15 +104,14 @@ def load(
     def compose(part: NDArray[np.int64], size: int) -> TensorData:
         return _compose(images[part], labels[part], size, generator)
 
-    return DataBundle(
-        "digits",
+    return Problem(
         TASKS,
+        name="digits",
         train=compose(parts[0], train),
         validation=compose(parts[1], validation),
         test=compose(parts[2], test),
-        input_kind="image",
         input_shape=(1, HEIGHT, WIDTH),
-        default_model="convnet",
+        model="convnet",
         citation=CITATION,
         mean=(0.2,),
         std=(0.34,),

@@ -1,12 +1,13 @@
 """Data sets in files: clear errors, archives that can't write elsewhere, samples read when needed."""
 
+import contextlib
 import importlib
 import shutil
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -90,18 +91,33 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
     return arrays
 
 
+@contextlib.contextmanager
+def _opened(path: Path, dataset: str) -> Iterator[Any]:
+    """A PNG or JPEG, whose pixels may be read inside the block.
+
+    Raises:
+        ValueError: If it is damaged, too large, or something else; the message names it.
+    """
+    image = need_package("PIL.Image")
+    require(path, dataset)
+    try:
+        with image.open(path, formats=("PNG", "JPEG")) as picture:
+            yield picture
+    except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
+        # Pillow says "broken PNG file" by a SyntaxError.
+        raise ValueError(f"`{path}` isn't a readable picture: {str(error).splitlines()[0]}.") from error
+
+
 def load_picture(path: Path, dataset: str) -> NDArray[Any]:
     """A PNG or JPEG as its pixel values ``[H, W]`` or ``[H, W, C]``; palettes give their indices."""
-    image = need_package("PIL.Image")
-    with image.open(require(path, dataset), formats=("PNG", "JPEG")) as picture:
+    with _opened(path, dataset) as picture:
         array: NDArray[Any] = np.asarray(picture)
     return array
 
 
 def load_rgb(path: Path, dataset: str) -> Tensor:
     """A picture as uint8 ``[1, 3, H, W]``."""
-    image = need_package("PIL.Image")
-    with image.open(require(path, dataset), formats=("PNG", "JPEG")) as picture:
+    with _opened(path, dataset) as picture:
         return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
 
 
@@ -221,6 +237,10 @@ class FileData(MultiTaskDataset):
     ) -> None:
         super().__init__(tasks)
         self.names = list(names)
+        for name in self.names:
+            parts = PurePosixPath(name.replace("\\", "/")).parts
+            if ".." in parts or parts[:1] == ("/",) or ":" in name:
+                raise ValueError(f"A list of images should name files of its own folder. Found `{name}`.")
         self.read = read
         self.memory_bytes = memory_bytes
         self._kept: dict[int, Sample] = {}

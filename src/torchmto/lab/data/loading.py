@@ -1,18 +1,18 @@
 """Batches that depend on ``(seed, epoch, position)`` only, so that training resumes bit for bit mid-epoch."""
 
+import contextlib
+import random
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-if TYPE_CHECKING:
-    from torchmto.lab.data.base import Batch
+from torchmto.checks import check_integer
 
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
 
@@ -145,65 +145,207 @@ class BatchPlan:
 
 
 class Loader:
-    """Iterates over the batches of a plan from any position of any epoch.
-
-    Threads, not processes, prepare batches ahead: tensors and image decoding release the interpreter lock,
-    and nothing has to be copied between processes. Batches come in the plan's order whatever the number of
-    threads.
+    """Batches of a plan from any position of any epoch, through torch's ``DataLoader``.
 
     Args:
-        fetch: ``(indices, keys) -> batch``; pure, since threads may call it out of order.
+        fetch: ``(indices, keys) -> batch``, which depends on its arguments only, since other processes may call it.
         plan: Which samples make up which batch.
-        workers: Number of threads; 0 fetches in the calling thread.
+        workers: Processes that prepare batches ahead; 0 prepares each when it is asked for. Never changes a batch.
     """
 
-    def __init__(self, fetch: "Callable[[Tensor, Tensor], Batch]", plan: BatchPlan, *, workers: int = 0) -> None:
-        if workers < 0:
-            raise ValueError(f"Parameter `workers` should be non-negative. Found `workers = {workers}`.")
+    def __init__(self, fetch: Callable[[Tensor, Tensor], Any], plan: BatchPlan, *, workers: int = 0) -> None:
+        check_integer("workers", workers, minimum=0)
         self.fetch = fetch
         self.plan = plan
-        self.workers = workers
         self.wait_seconds = 0.0
         """Time the consumer has waited for data since the loader was built."""
+        self._asked: list[tuple[int, int]] = []
+        self._loader: DataLoader[Any] = DataLoader(
+            _Batches(fetch, plan),
+            sampler=_Asked(self._asked),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_same,
+            # Its own, as a new iterator draws a number, which may not come from the generator that dropout draws from.
+            generator=torch.Generator().manual_seed(0),
+            persistent_workers=workers > 0,
+        )
 
     def __len__(self) -> int:
         """Batches per epoch."""
         return len(self.plan)
 
-    def batch(self, epoch: int, position: int) -> "Batch":
+    def batch(self, epoch: int, position: int) -> Any:
         """Batch number ``position`` of an epoch."""
-        return self.fetch(self.plan.indices(epoch, position), self.plan.keys(epoch, position))
+        return _Batches(self.fetch, self.plan)[epoch, position]
 
-    def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> "Iterator[Batch]":
+    def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
         """Every ``stride``-th batch of an epoch from position ``start`` on."""
-        positions = range(start, len(self), stride)
-        ready = self._ahead(epoch, positions) if self.workers else self._one_by_one(epoch, positions)
-        while True:
+        self._asked[:] = [(epoch, position) for position in range(start, len(self), stride)]
+        ready = iter(self._loader)
+        for _ in range(len(self._asked)):
             began = time.perf_counter()
-            batch = next(ready, None)
+            try:
+                batch = next(ready)
+            except ValueError as error:
+                told = str(error).rstrip()
+                if "DataLoader worker process" not in told:
+                    raise
+                raise ValueError(told.rpartition("ValueError: ")[2]) from error  # what the other process said
             self.wait_seconds += time.perf_counter() - began
-            if batch is None:
-                return
             yield batch
 
-    def __iter__(self) -> "Iterator[Batch]":
+    def __iter__(self) -> Iterator[Any]:
         """The batches of epoch 0, for evaluation."""
         return self.epoch(0)
 
-    def _one_by_one(self, epoch: int, positions: range) -> "Iterator[Batch]":
-        for position in positions:
-            yield self.batch(epoch, position)
 
-    def _ahead(self, epoch: int, positions: range) -> "Iterator[Batch]":
-        self.plan.order(epoch)  # so that the threads find the permutation made
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="torchmto-data")
-        try:
-            queue: deque[Future[Batch]] = deque()
-            for position in positions:
-                queue.append(pool.submit(self.batch, epoch, position))
-                if len(queue) > self.workers:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+class _Batches(Dataset[Any]):
+    """A plan's batches by epoch and position."""
+
+    def __init__(self, fetch: Callable[[Tensor, Tensor], Any], plan: BatchPlan) -> None:
+        self.fetch, self.plan = fetch, plan
+
+    def __getitem__(self, place: tuple[int, int]) -> Any:
+        return self.fetch(self.plan.indices(*place), self.plan.keys(*place))
+
+
+class _Asked(Sampler[tuple[int, int]]):
+    """The batches that are asked for now; always this list."""
+
+    def __init__(self, places: list[tuple[int, int]]) -> None:
+        self.places = places
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(list(self.places))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+class StreamLoader:
+    """Batches of an iterable, which is gone through anew every epoch, and up to the place where a run goes on.
+
+    Args:
+        stream: Gives samples, or batches where ``batch_size`` is None. Each comes with a random state seeded from seed,
+            epoch and place.
+        batch_size: Samples per batch; None where each element is a batch.
+        collate: ``samples -> batch``, or what to make of an element that is one.
+        seed: Decides the random states.
+        drop_last: Leave out a last batch that isn't full.
+        rank: This process' number.
+        world_size: Number of processes; each takes its piece of every batch.
+    """
+
+    def __init__(
+        self,
+        stream: Iterable[Any],
+        batch_size: int | None,
+        collate: Callable[[Any], Any],
+        *,
+        seed: int = 0,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.stream, self.batch_size, self.collate, self.seed = stream, batch_size, collate, seed
+        self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
+        self.wait_seconds = 0.0
+        self._length: int | None = None
+
+    def __len__(self) -> int:
+        """Batches per epoch; counted by going through the stream once where it doesn't say."""
+        if self._length is None:
+            try:
+                size = len(self.stream)  # type: ignore[arg-type]
+            except TypeError:
+                size = sum(1 for _ in self.stream)
+            whole, rest = divmod(size, self.batch_size or 1)
+            self._length = whole + int(rest > 0 and (not self.drop_last or not whole))
+        return self._length
+
+    def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
+        """Every ``stride``-th batch of an epoch from position ``start`` on."""
+        source = iter(self.stream)
+        place = 0
+
+        def take() -> tuple[bool, Any]:
+            nonlocal place
+            key = int(sample_keys(self.seed, epoch, torch.tensor([place])))
+            place += 1
+            with own_random_state(key):
+                try:
+                    return True, next(source)
+                except StopIteration:
+                    return False, None
+
+        for position in range(len(self)):
+            began = time.perf_counter()
+            taken = [take() for _ in range(self.batch_size or 1)]
+            items = [item for there, item in taken if there]
+            wanted = position >= start and (position - start) % stride == 0
+            if not items:
+                return
+            if wanted and self.batch_size is not None:
+                pieces = np.array_split(np.arange(len(items)), self.world_size)
+                items = [items[i] for i in pieces[self.rank]]
+            batch = self.collate(items if self.batch_size is not None else items[0]) if wanted else None
+            self.wait_seconds += time.perf_counter() - began
+            if wanted:
+                yield batch
+
+
+class JointLoader:
+    """One batch of each of several data sets per step; an epoch is the longest one's, shorter ones start again reshuffled.
+
+    Args:
+        loaders: Task -> its batches.
+    """
+
+    def __init__(self, loaders: "Mapping[str, Loader | StreamLoader]") -> None:
+        self.loaders = dict(loaders)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time the consumer has waited for data since the loader was built."""
+        return sum(loader.wait_seconds for loader in self.loaders.values())
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return max(map(len, self.loaders.values()))
+
+    def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[dict[str, Any]]:
+        """Every ``stride``-th step of an epoch from ``start`` on: task -> batch."""
+        longest = len(self)
+
+        def endless(loader: "Loader | StreamLoader") -> Iterator[Any]:
+            # A pass of a shorter one is an epoch of its own, with an order of its own.
+            done, place = divmod(epoch * longest + start, len(loader))
+            while True:
+                yield from loader.epoch(done, place)
+                done, place = done + 1, 0
+
+        streams = {task: endless(loader) for task, loader in self.loaders.items()}
+        for position in range(start, longest):
+            batches = {task: next(stream) for task, stream in streams.items()}
+            if (position - start) % stride == 0:
+                yield batches
+
+
+@contextlib.contextmanager
+def own_random_state(key: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators seeded from ``key`` inside the block, and as before after it."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002  a data set may draw from it
+    random.seed(key)
+    np.random.seed(key % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(key)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])

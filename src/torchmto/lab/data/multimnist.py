@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from torchmto.lab.data.base import DataBundle, Task, TensorData
+from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.digits import split_sources
 from torchmto.lab.data.files import require
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 CANVAS, PICTURE = 36, 28
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -85,7 +86,7 @@ def _compose(
 
 def _load(
     name: str, folders: tuple[Path, Path], seed: int, *, counts: tuple[int, int, int], held_out: float
-) -> DataBundle:
+) -> Problem:
     if not 0 < held_out < 1:
         raise ValueError(f"Parameter `held_out` should be in (0, 1). Found `held_out = {held_out}`.")
     tasks = (Task("left", "classification", 10), Task("right", "classification", 10))
@@ -99,15 +100,14 @@ def _load(
     train, validation, test = (
         _compose(pair, tasks, count, generator) for pair, count in zip(sources, counts, strict=True)
     )
-    return DataBundle(
-        name,
+    return Problem(
         tasks,
+        name=name,
         train=train,
         validation=validation,
         test=test,
-        input_kind="image",
         input_shape=(1, CANVAS, CANVAS),
-        default_model="convnet",
+        model="convnet",
         citation=CITATION,
         mean=(0.2,),
         std=(0.33,),
@@ -128,7 +128,7 @@ def load_multimnist(
     validation: int = 6000,
     test: int = 10000,
     held_out: float = 0.1,
-) -> DataBundle:
+) -> Problem:
     """Two MNIST digits, the first at the top left and the second at the bottom right of a 36 x 36 canvas.
 
     Where both have ink the brighter value stays. Test canvases are composed of official test digits only; a share
@@ -166,7 +166,7 @@ def load_multifashion(
     validation: int = 6000,
     test: int = 10000,
     held_out: float = 0.1,
-) -> DataBundle:
+) -> Problem:
     """Two Fashion-MNIST pictures on one canvas; everything as for `load_multimnist`.
 
     Args:
@@ -198,7 +198,7 @@ def load_multi_fashion_mnist(
     validation: int = 6000,
     test: int = 10000,
     held_out: float = 0.1,
-) -> DataBundle:
+) -> Problem:
     """An MNIST digit (top left) and a Fashion-MNIST picture (bottom right); the rest as for `load_multimnist`.
 
     Args:

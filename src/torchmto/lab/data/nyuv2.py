@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import DataBundle, MultiTaskDataset, Subset, Task, TensorData
+from torchmto.lab.data.base import MultiTaskDataset, Subset, Task, TensorData
 from torchmto.lab.data.dense import image_bundle, label_edges, resize_image, resize_target
 from torchmto.lab.data.files import (
     FileData,
@@ -26,6 +26,7 @@ from torchmto.lab.data.files import (
 )
 from torchmto.lab.data.mtan import mtan_image, mtan_labels, mtan_map, mtan_names
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 CITATION = "Silberman, Hoiem, Kohli and Fergus, Indoor segmentation and support inference, ECCV 2012"
 _BLOCK = 20  # neighbouring images of the official order often show one room
@@ -49,7 +50,7 @@ def load(
     classes: int | None = None,
     size: tuple[int, int] | None = None,
     validation: float = 0.1,
-) -> DataBundle:
+) -> Problem:
     """NYUv2 from any of its usual layouts.
 
     - ``.npz``: ``rgb_* [N, H, W, 3]`` uint8, ``seg13_*`` and ``seg40_* [N, H, W]`` (0 = void), ``depth_m_*``
@@ -108,7 +109,7 @@ def load(
 def _tasks(classes: int) -> tuple[Task, ...]:
     return (
         Task("segmentation", "segmentation", classes),
-        Task("depth", "depth", 1, {"unit": "m"}),
+        Task("depth", "depth", 1, unit="m"),
         Task("normals", "normals", 3),
         Task("edges", "edges", 1),
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import DataBundle, Subset, Task
+from torchmto.lab.data.base import Subset, Task
 from torchmto.lab.data.dense import image_bundle, label_edges, pad_to
 from torchmto.lab.data.files import (
     FileData,
@@ -25,6 +25,7 @@ from torchmto.lab.data.files import (
     validation_split,
 )
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 TASKS = (
     Task("segmentation", "segmentation", 21),
@@ -63,9 +64,7 @@ NORMAL_CLASSES = np.array(_NORMAL_CLASSES.split(), dtype=np.int64)
     source="https://github.com/prismformore/Multi-Task-Transformer (PASCALContext.tar.gz)",
     layouts=("PASCALContext.tar.gz or its folder (InvPT, MTI-Net)",),
 )
-def load(
-    path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512), validation: float = 0.1
-) -> DataBundle:
+def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512), validation: float = 0.1) -> Problem:
     """PASCAL-Context from a folder, or a tar archive that is unpacked beside itself.
 
     Layout: ``ImageSets/Context/{train,val}.txt``, ``JPEGImages/*.jpg``, ``semseg/{VOC12,pascal-context}/*.png`` (255 =

@@ -5,10 +5,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchmto.checks import found, nearest
-from torchmto.lab.data.base import DataBundle
+from torchmto.lab.arguments import fitted
+
+if TYPE_CHECKING:
+    from torchmto.lab.problem import Problem
 
 _MODULES = (
     "digits",
@@ -34,14 +37,14 @@ class DatasetInfo:
         name: What goes before the colon of ``NAME:PATH``.
         summary: One line on the data and its tasks.
         source: Where to get the files; empty for data sets that need none.
-        load: ``(path, seed, **options) -> DataBundle``.
+        load: ``(path, seed, **options) -> Problem``.
         layouts: What ``PATH`` may be.
     """
 
     name: str
     summary: str
     source: str
-    load: Callable[..., DataBundle]
+    load: Callable[..., "Problem"]
     layouts: tuple[str, ...] = ()
 
     @property
@@ -53,10 +56,10 @@ class DatasetInfo:
 
 def register(
     name: str, summary: str, *, source: str = "", layouts: tuple[str, ...] = ()
-) -> Callable[[Callable[..., DataBundle]], Callable[..., DataBundle]]:
-    """Decorator that enters ``load(path, seed, *, options) -> DataBundle`` into the registry."""
+) -> Callable[[Callable[..., "Problem"]], Callable[..., "Problem"]]:
+    """Decorator that enters ``load(path, seed, *, options) -> Problem`` into the registry."""
 
-    def enter(load: Callable[..., DataBundle]) -> Callable[..., DataBundle]:
+    def enter(load: Callable[..., "Problem"]) -> Callable[..., "Problem"]:
         _registry[name] = DatasetInfo(name, summary, source, load, layouts)
         return load
 
@@ -64,11 +67,13 @@ def register(
 
 
 def _known() -> dict[str, DatasetInfo]:
+    """All data sets: the built-in ones first, in their order, then those registered elsewhere."""
     for module in _MODULES:
         importlib.import_module(f"torchmto.lab.data.{module}")
 
     def place(info: DatasetInfo) -> int:
-        return _MODULES.index(info.load.__module__.rpartition(".")[2])
+        package, _, module = info.load.__module__.rpartition(".")
+        return _MODULES.index(module) if package == __package__ and module in _MODULES else len(_MODULES)
 
     return {info.name: info for info in sorted(_registry.values(), key=place)}
 
@@ -91,7 +96,7 @@ def dataset_info(name: str) -> DatasetInfo:
     return known[name]
 
 
-def load_data(spec: str, seed: int = 0, **options: Any) -> DataBundle:
+def load_data(spec: str, seed: int = 0, **options: Any) -> "Problem":
     """Load a data set.
 
     Args:
@@ -115,8 +120,10 @@ def load_data(spec: str, seed: int = 0, **options: Any) -> DataBundle:
     info = dataset_info(name)
     if path and not info.layouts:
         raise ValueError(f"The data set `{name}` is built in and takes no path. Found `{spec}`.")
-    unknown = sorted(set(options) - set(info.options))
-    if unknown:
-        taken = ", ".join(info.options) or "none"
-        raise TypeError(f"The data set `{name}` has no option `{unknown[0]}`. It takes: {taken}.")
-    return info.load(Path(path).expanduser() if path else None, seed, **options)
+    if path and not Path(path).expanduser().exists():
+        raise FileNotFoundError(f"There is no `{path}` (`{spec}`). Where to get it: {info.source}.")
+    if info.layouts and not path:
+        raise ValueError(f"The data set `{name}` needs a path: `{name}:PATH`. Where to get it: {info.source}.")
+    parameters = inspect.signature(info.load).parameters
+    arguments = fitted(options, {option: parameters[option] for option in info.options}, f"The data set `{name}`")
+    return info.load(Path(path).expanduser() if path else None, seed, **arguments)

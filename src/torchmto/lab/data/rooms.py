@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import Batch, DataBundle, MultiTaskDataset, Task, as_input, as_target
+from torchmto.lab.data.base import Batch, MultiTaskDataset, Task, as_input, as_target
 from torchmto.lab.data.dense import label_edges
 from torchmto.lab.data.loading import sample_keys, uniform
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 CLASSES = ("floor", "ceiling", "wall", "box", "ball", "rug", "picture", "lamp")
 FLOOR, CEILING, WALL, BOX, BALL, RUG, PICTURE, LAMP = range(8)
 TASKS = (
     Task("segmentation", "segmentation", len(CLASSES), {"classes": CLASSES}),
-    Task("depth", "depth", 1, {"unit": "m"}),
+    Task("depth", "depth", 1, unit="m"),
     Task("normals", "normals", 3),
     Task("edges", "edges", 1),
 )
@@ -317,7 +318,7 @@ def load(
     train: int = 800,
     validation: int = 100,
     test: int = 200,
-) -> DataBundle:
+) -> Problem:
     """Rooms with exact labels; see `render` for what is in them and `CLASSES` for the classes.
 
     Args:
@@ -333,15 +334,14 @@ def load(
     """
     if min(size) < 8:
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
-    return DataBundle(
-        "rooms",
+    return Problem(
         TASKS,
+        name="rooms",
         train=Rooms(train, seed, 0, size),
         validation=Rooms(validation, seed, 1, size),
         test=Rooms(test, seed, 2, size),
-        input_kind="image",
         input_shape=(3, *size),
-        default_model="segnet",
+        model="segnet",
         citation="torchmto's own renderer",
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),

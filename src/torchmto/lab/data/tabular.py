@@ -14,9 +14,10 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 
-from torchmto.lab.data.base import DataBundle, Task, TensorData
+from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.files import require
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 FRACTIONS = (0.6, 0.15, 0.25)
 """Shares of training, validation and test rows where a table has no official split."""
@@ -63,8 +64,7 @@ def _bundle(
     *,
     parts: Sequence[NDArray[np.int64]],
     citation: str,
-    disjoint: bool = False,
-) -> DataBundle:
+) -> Problem:
     """A data set of vectors ``[N, D]`` with one column of ``targets`` ``[N, K]`` per task."""
     stored, columns = torch.from_numpy(inputs), torch.from_numpy(np.ascontiguousarray(targets.T))[..., None]
 
@@ -72,17 +72,15 @@ def _bundle(
         chosen = torch.from_numpy(rows)
         return TensorData(tasks, stored[chosen], {task.name: columns[k, chosen] for k, task in enumerate(tasks)})
 
-    return DataBundle(
-        name,
+    return Problem(
         tuple(tasks),
+        name=name,
         train=part(parts[0]),
         validation=part(parts[1]),
         test=part(parts[2]),
-        input_kind="vector",
         input_shape=(inputs.shape[1],),
-        default_model="mlp",
+        model="mlp",
         citation=citation,
-        disjoint=disjoint,
     )
 
 
@@ -146,7 +144,7 @@ def _parse_numbers(rows: list[str], columns: int, path: Path) -> Floats:
     source=_MULAN,
     layouts=("rf1.arff", "any ARFF or CSV table of numbers with the targets in its last columns"),
 )
-def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> DataBundle:
+def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> Problem:
     """River Flow 1, or another table of numbers whose last columns are to be predicted.
 
     Inputs and targets are standardised with the training rows' statistics (a task's ``extra`` has its ``mean`` and
@@ -185,7 +183,7 @@ def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> DataBundl
     source="https://github.com/jiayuzhou/MALSAR (data/school.mat)",
     layouts=("school.mat",),
 )
-def load_school(path: Path | None, seed: int = 0) -> DataBundle:
+def load_school(path: Path | None, seed: int = 0) -> Problem:
     """The Inner London Education Authority's exam scores: a task per school.
 
     The rows of every school are split at random 60 / 15 / 25 %; features and scores are standardised over the
@@ -224,7 +222,7 @@ def load_school(path: Path | None, seed: int = 0) -> DataBundle:
     extra = {"mean": float(mean[0]), "std": float(std[0])}
     tasks = [Task(f"school_{school + 1}", "regression", 1, extra) for school in range(len(features))]
     citation = "Argyriou, Evgeniou and Pontil, Convex multi-task feature learning, Machine Learning, 2008"
-    return _bundle("school", tasks, inputs, targets, parts=parts, citation=citation, disjoint=True)
+    return _bundle("school", tasks, inputs, targets, parts=parts, citation=citation)
 
 
 def hashed_ngrams(smiles: Sequence[str], features: int, longest: int) -> Floats:
@@ -254,7 +252,7 @@ def hashed_ngrams(smiles: Sequence[str], features: int, longest: int) -> Floats:
     return np.log1p(counts)
 
 
-def _load_molecules(name: str, path: Path | None, seed: int, *, features: int, ngram: int, citation: str) -> DataBundle:
+def _load_molecules(name: str, path: Path | None, seed: int, *, features: int, ngram: int, citation: str) -> Problem:
     for option, value in (("features", features), ("ngram", ngram)):
         if value < 1:
             raise ValueError(f"Parameter `{option}` should be positive. Found `{option} = {value}`.")
@@ -290,7 +288,7 @@ def _key(title: str) -> str:
     source=_DEEPCHEM,
     layouts=("tox21.csv.gz",),
 )
-def load_tox21(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> DataBundle:
+def load_tox21(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
     """Tox21 from MoleculeNet's table, split at random 80 / 10 / 10 %, with equal SMILES strings in one part.
 
     Args:
@@ -315,7 +313,7 @@ def load_tox21(path: Path | None, seed: int = 0, *, features: int = 1024, ngram:
     source=_DEEPCHEM,
     layouts=("sider.csv.gz",),
 )
-def load_sider(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> DataBundle:
+def load_sider(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
     """SIDER from MoleculeNet's table; everything as for `load_tox21`.
 
     Args:

@@ -10,14 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import DataBundle, Task
+from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import image_bundle, resize_image, resize_target
 from torchmto.lab.data.files import FileData, Sample, load_picture, load_rgb, require, unknown_layout
 from torchmto.lab.data.registry import register
+from torchmto.lab.problem import Problem
 
 TASKS = (
-    Task("depth_euclidean", "depth", 1, {"unit": "m"}),
-    Task("depth_zbuffer", "depth", 1, {"unit": "m"}),
+    Task("depth_euclidean", "depth", 1, unit="m"),
+    Task("depth_zbuffer", "depth", 1, unit="m"),
     Task("edge_occlusion", "map", 1),
     Task("edge_texture", "map", 1),
     Task("keypoints2d", "map", 1),
@@ -47,9 +48,7 @@ _FAR = 65535  # depth where the ray met nothing
     source="https://github.com/StanfordVL/taskonomy/tree/master/data (omnitools.download)",
     layouts=("a folder DOMAIN/taskonomy/BUILDING/*.png", "a folder DOMAIN/BUILDING/*.png or BUILDING/DOMAIN/*.png"),
 )
-def load(
-    path: Path | None, seed: int = 0, *, size: tuple[int, int] = (256, 256), limit: int | None = None
-) -> DataBundle:
+def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (256, 256), limit: int | None = None) -> Problem:
     """Taskonomy's tiny split with its official training, validation and test buildings.
 
     Buildings that aren't on the disk are left out, as long as each split has one. Depth becomes metres; edges,

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, read_json
-from torchmto.lab.compare.folder import SCHEMA_VERSION
-from torchmto.lab.compare.noise import noise_floor
-from torchmto.lab.compare.pace import is_recorded, progress
-from torchmto.lab.compare.versus import versus
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_name
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.pace import is_recorded, progress
+from torchmto.lab.grid.versus import versus
 from torchmto.lab.report.base import ReportError, Study, traced_point
+from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 __all__ = ["comparison_study"]
 
 Content = Mapping[str, Any]
-"""Of a run's file: ``config`` and ``result``."""
+"""Of a run's file, see `_read_run`."""
 
 
 def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
@@ -27,15 +28,18 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     Raises:
         ReportError: If a file is broken or of another version.
     """
-    if results["schema_version"] != SCHEMA_VERSION:
-        found = results["schema_version"]
-        raise ReportError(f"{folder}/results.json has version {found!r}; this torchmto reads version {SCHEMA_VERSION}.")
+    schema = results["schema_version"]
+    if schema not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
+        raise ReportError(f"{folder}/results.json has version {schema!r}; this torchmto reads versions {known}.")
     tasks, config = list(results["tasks"]), results["config"]
     for method in results["methods"].values():
         _check_method(method, tasks)
-    contents = [_read_run(path) for path in sorted((folder / "runs").glob("*.json"))]
-    model = config["model"] or "the default of the data"
-    about = f"Data: {config['data']}; model: {model}; {config['epochs']} epochs, batches of {config['batch_size']}."
+    contents = [_read_run(path, schema) for path in sorted((folder / "runs").glob("*.json"))]
+    data, model, size = config["data"], config["model"], config.get("batch_size")
+    if schema == SCHEMA_VERSION:
+        data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
+    about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, batches of {size}."
     return {
         "title": folder.resolve().name,
         "about": f"{about} Figures are of the test split, at the epoch that the validation split chose.",
@@ -61,15 +65,32 @@ def _check_method(method: Mapping[str, Any], tasks: Sequence[str]) -> None:
     _ = method["cost"]["num_forward"], [method["tasks"][task] for task in tasks]
 
 
-def _read_run(path: Path) -> Content:
+def _read_run(path: Path, schema: int) -> Content:
+    """A run's file: its ``result``, ``method`` (None for a baseline), ``task`` (None for others) and ``seed``."""
     try:
-        return read_json(path, "torchmto compare run", SCHEMA_VERSION)
+        content = read_json(path, "torchmto compare run", schema)
     except BrokenFileError as error:
         raise ReportError(str(error)) from error
+    if (found := results_version(content)) != _READABLE[schema]:
+        raise ReportError(
+            f"{path} was made by code whose results mean something else (version {found!r}; this torchmto reads version "
+            f"{_READABLE[schema]} of such a file)."
+        )
+    config = content["config"]
+    if schema == SCHEMA_VERSION:
+        name, tasks = run_name(config), config["data"]["tasks"] or ()
+    else:  # flat settings
+        name, tasks = config["method"], config["tasks"]
+    task = next(iter(tasks)) if len(tasks) == 1 else None
+    return {"result": content["result"], "method": name, "task": task, "seed": config["seed"]}
+
+
+_READABLE = {1: 2, SCHEMA_VERSION: RESULTS_VERSION}
+"""Versions of files that a page can be made of, and what their results mean."""
 
 
 def _is_single(content: Content) -> bool:
-    return len(content["config"]["tasks"]) == 1
+    return content["task"] is not None
 
 
 def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]) -> list[str]:
@@ -89,7 +110,7 @@ def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]
 def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str, Any] | None:
     """Methods against gd, for folders whose results.json has none; None where runs are missing."""
     seeds = int(results["config"]["seeds"])
-    by_run = {(c["config"]["method"], c["config"]["seed"]): c["result"] for c in contents if not _is_single(c)}
+    by_run = {(c["method"], c["seed"]): c["result"] for c in contents if not _is_single(c)}
     if not all((name, seed) in by_run for name in results["methods"] for seed in range(seeds)):
         return None
     return versus(
@@ -103,7 +124,7 @@ def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str
 
 
 def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
-    config, result = content["config"], content["result"]
+    result = content["result"]
     pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
     history = [
         {
@@ -119,9 +140,9 @@ def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
     single = _is_single(content)
     trace = [] if single else [traced_point(point, point["losses"], point["records"]) for point in result["trace"]]
     return {
-        "method": config["method"],
-        "seed": config["seed"],
-        "task": config["tasks"][0] if single else None,
+        "method": content["method"],
+        "seed": content["seed"],
+        "task": content["task"],
         "history": history,
         "trace": trace,
         "noise_floor": noise_floor(point["records"] for point in result["trace"]),

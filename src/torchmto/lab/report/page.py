@@ -13,7 +13,7 @@ from typing import Any
 
 from torchmto._version import __version__
 from torchmto.lab.atomic import write_bytes
-from torchmto.lab.report.base import Study
+from torchmto.lab.report.base import ReportError, Study
 from torchmto.lab.report.studies import read_studies
 
 __all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
@@ -41,7 +41,10 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
     text = page(read_studies(folders)).encode()
     targets = [folder / REPORT_NAME for folder in folders] if out is None else [out]
     for target in targets:
-        write_bytes(target, text)
+        try:
+            write_bytes(target, text)
+        except OSError as error:
+            raise ReportError(f"Can't write `{target}`: {error.strerror or error}.") from error
     return targets
 
 

@@ -1,5 +1,6 @@
 """Folders of `torchmto train`: those on the same data and tasks share a table; single-task runs are their baselines."""
 
+import contextlib
 import csv
 import json
 import math
@@ -11,9 +12,9 @@ from typing import Any, get_args
 import yaml
 
 from torchmto.lab.atomic import canonical, plain
-from torchmto.lab.compare.noise import noise_floor
-from torchmto.lab.compare.pace import steps_until
 from torchmto.lab.data.base import Kind, Task
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.pace import steps_until
 from torchmto.lab.metrics import higher_is_better
 from torchmto.lab.report.base import ReportError, Study, traced_point
 from torchmto.lab.statistics import std
@@ -35,6 +36,7 @@ class Training:
         data: What has to be equal for two runs to be comparable, as text.
         primary: Each task's primary metric.
         measured: Metrics by task, of the test split if there are any, else of the validation split.
+        directions: Whether higher is better, by metric, where the run says it.
         about: What the figures are of.
         cost: Passes and seconds per batch.
         run: Its curves, as the page shows them.
@@ -48,6 +50,7 @@ class Training:
     data: str
     primary: Mapping[str, str]
     measured: Mapping[str, Metrics]
+    directions: Mapping[str, bool]
     about: str
     cost: Mapping[str, float]
     run: Mapping[str, Any]
@@ -87,9 +90,15 @@ class Baseline:
 def comparison_baselines(folder: Path, results: Mapping[str, Any]) -> list[Baseline]:
     """The single-task values of a comparison, which also serve training runs on the same data."""
     config = results["config"]
-    if "data_options" not in config or not results.get("single_task"):
+    if not results.get("single_task"):
         return []
-    data = _data_key(config["data"], config["data_options"], config.get("data_seed", 0), "test")
+    if isinstance(config["data"], Mapping):
+        own = config["data"]
+        data = _data_key(own["name"], own["options"], own["split_seed"], "test")
+    elif "data_options" in config:  # version 1: flat settings
+        data = _data_key(config["data"], config["data_options"], config.get("data_seed", 0), "test")
+    else:
+        return []
     source = f"the comparison {folder.resolve().name}"
     return [
         Baseline(source, data, task, None, {metric: figure["mean"] for metric, figure in metrics.items()})
@@ -160,7 +169,10 @@ def _study(
             "tasks": {
                 task: {
                     "primary_metric": first.primary[task],
-                    "metrics": {metric: {"higher_is_better": _direction(metric)} for metric in first.measured[task]},
+                    "metrics": {
+                        metric: {"higher_is_better": _direction(metric, first.directions)}
+                        for metric in first.measured[task]
+                    },
                 }
                 for task in tasks
             },
@@ -206,7 +218,7 @@ def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, fl
     values = {task: value for task, value in measured.items() if value is not None}
     if len(values) < len(measured):
         return {"delta_m": None, "reason": "a task has no finite figure"}
-    higher = {task: _direction(metric) for task, metric in training.primary.items()}
+    higher = {task: _direction(metric, training.directions) for task, metric in training.primary.items()}
     try:
         change = delta_m(values, references, higher)
     except ValueError as error:
@@ -239,8 +251,8 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
     """
     with (folder / "config.yaml").open(encoding="utf-8") as file:
         config = plain(yaml.safe_load(file))
-    cost = results["cost"]
-    per_batch = {name: cost[name] / cost["steps"] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
+    cost = _cost(results)
+    per_batch = {name: cost[name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
     starts = _read_list(folder / "environment.json")
     outcome = {key: results.get(key) for key in ("measure", "score", "best_step")}
     split = "test" if results["test"] else "validation"
@@ -252,25 +264,38 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         data=_data_key(data["name"], data.get("options") or {}, data.get("split_seed", 0), split),
         primary=results["primary"],
         measured=results["test"] or results["validation"],
+        directions={m: higher for own in results.get("higher_is_better", {}).values() for m, higher in own.items()},
         about=f"Data: {data['name']}. Figures are of the {split} split, with the best weights.",
-        cost={**per_batch, "seconds_per_batch": cost["seconds_per_step"]},
+        cost={**per_batch, "seconds_per_batch": cost["seconds_per_batch"]},
         run=_run(folder, config["seed"], results["primary"], cost),
         settings={**outcome, **config},
         versions=starts[-1].get("versions", {}) if starts else {},
     )
 
 
+def _cost(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's costs per batch, and its ``steps``."""
+    cost = dict(results["cost"])
+    if results["version"] == 1:  # passes of all steps together
+        for name in ("num_forward", "num_backward", "num_optimizer_steps"):
+            cost[name] /= cost["steps"]
+        cost["seconds_per_batch"] = cost["seconds_per_step"]
+    return cost
+
+
 def _data_key(name: str, options: Mapping[str, Any], seed: int, split: str) -> str:
     return canonical([name, options, seed, split])
 
 
-def _direction(metric: str) -> bool:
-    """Whether higher is better: a training run's results don't say the kinds of its tasks, but no metric has both."""
+def _direction(metric: str, said: Mapping[str, bool]) -> bool:
+    """Whether higher is better: older results don't say it, but no metric of the lab's kinds has both."""
+    if metric in said:
+        return said[metric]
     for kind in get_args(Kind):
-        try:
-            return higher_is_better(Task("any", kind, 1), metric)
-        except KeyError:
+        if kind == "own":
             continue
+        with contextlib.suppress(KeyError):
+            return higher_is_better(Task("any", kind, 1), metric)
     raise ReportError(f"No task has a metric `{metric}`.")
 
 
@@ -309,9 +334,10 @@ def _run(folder: Path, seed: int, primary: Mapping[str, str], cost: Mapping[str,
         (step, row["cost/num_optimizer_steps"]) for step, row in figures.items() if "cost/num_optimizer_steps" in row
     ]
     ends = [point["at"] for point in history]
-    taken = steps_until(ends, sorted(counted) or [(cost["steps"], 1)], cost["num_optimizer_steps"])
+    total = cost["num_optimizer_steps"] * cost["steps"]
+    taken = steps_until(ends, sorted(counted) or [(cost["steps"], 1)], total)
     for point, steps in zip(history, taken, strict=True):
-        point |= {"optimizer_steps": steps, "seconds": point["at"] * cost["seconds_per_step"]}
+        point |= {"optimizer_steps": steps, "seconds": point["at"] * cost["seconds_per_batch"]}
     floor = noise_floor(records.values())
     return {"method": "", "seed": seed, "task": None, "history": history, "trace": trace, "noise_floor": floor}
 

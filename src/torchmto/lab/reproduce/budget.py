@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torchmto.lab.compare.folder import run_label
-from torchmto.lab.training import RunConfig
+from torchmto.lab.grid.experiment import run_label
+from torchmto.lab.run.config import RunConfig
 
 __all__ = ["Budget", "BudgetSpentError", "BudgetWatcher"]
 
@@ -42,7 +42,7 @@ class Budget:
 
 
 class BudgetWatcher:
-    """A watcher of `torchmto.lab.compare` that prints a line per run and stops the grid when the time is up.
+    """A watcher of `torchmto.lab.grid` that prints a line per run and stops the grid when the time is up.
 
     Args:
         budget: The time.

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchmto._layout import BOUNDLESS, plain_table
-from torchmto.lab.atomic import plain, write_bytes
-from torchmto.lab.compare import FolderError
+from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
+from torchmto.lab.folders import FolderError, check_folder
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Findings", "Table", "check_folder", "number", "write_findings"]
+__all__ = ["Findings", "Table", "claim_folder", "number", "write_findings"]
 
 SCHEMA_VERSION = 1
+_KIND = "torchmto reproduce"
 FEW_SEEDS = 5
 """Below so many seeds a comparison of methods is called a smoke run."""
 
@@ -84,38 +85,26 @@ def number(value: float | None, interval: float | None = None, digits: int = 2) 
     return f"{value:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
 
 
-def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Look whether an experiment may be written to a folder: a new one, or one in which the same was begun.
+def claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Take a folder for an experiment: a new one, or one in which the same was begun.
 
     Raises:
-        FolderError: If it may not.
+        FolderError: If it may not be written to.
     """
-    if folder.exists() and not folder.is_dir():
-        raise FolderError(f"{folder} is a file; choose another folder with --out.")
-    present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if not present:
+    marker = folder / "experiment.json"
+    if not check_folder(folder, "torchmto reproduce"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(marker, _KIND, SCHEMA_VERSION, {"experiment": recipe.name})
         return
-    if "results.json" in present:
-        owner = _experiment_of(folder / "results.json")
-        if owner == recipe.name:
-            return
-        found = "something else than an experiment" if owner is None else f"the experiment {owner!r}"
-        held = f"holds results of {found}, not of {recipe.name!r}"
-    elif {"arms", "units"} & set(present):  # stopped before there were any results
-        return
-    else:
-        more = ", ..." if len(present) > 3 else ""
-        held = f"isn't empty and isn't one of `torchmto reproduce` (it holds {', '.join(present[:3])}{more})"
-    raise FolderError(f"The folder {folder} {held}. It was left as it is; choose another one with --out.")
-
-
-def _experiment_of(results: Path) -> str | None:
-    """Whose results these are; None if no experiment's."""
     try:
-        content = json.loads(results.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return content.get("experiment") if isinstance(content, dict) else None
+        owner = read_json(marker, _KIND, SCHEMA_VERSION).get("experiment")
+    except BrokenFileError as error:
+        raise FolderError(f"{error} The folder was left as it is; choose another one with --out.") from error
+    if owner != recipe.name:
+        raise FolderError(
+            f"The folder {folder} holds results of the experiment {owner!r}, not of {recipe.name!r}. It was left as it is; "
+            "choose another one with --out."
+        )
 
 
 def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: int, minutes: float) -> None:

@@ -1,23 +1,21 @@
 """Recipes: what an experiment runs, as a typed YAML file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from torchmto.checks import check_integer
+from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.specs import parse_method
-from torchmto.lab.training import RunConfig
 
-__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names"]
+__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "method_settings", "recipe_names"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _FOLDERS = (_PACKAGE / "recipes" / "reproduce", _PACKAGE.parents[1] / "recipes" / "reproduce")
 """In an installed package, and in a checkout."""
-
-_RUN_FIELDS = frozenset(entry.name for entry in fields(RunConfig)) - {"method", "seed", "tasks"}
 
 
 class RecipeError(ValueError):
@@ -31,7 +29,7 @@ class Arm:
     Attributes:
         name: What the arm is called; also its folder.
         methods: Texts of methods, see `torchmto.lab.specs.parse_method`.
-        run: Fields of `torchmto.lab.training.RunConfig` that differ from the recipe's.
+        run: Settings of a Run, as `torchmto.lab.run.config.config_of` takes them, that differ from the recipe's.
         method_run: The same, but for the multi-task runs only: the single-task models stay as they are.
         reference: The method that the others are compared with.
         about: What the arm is there for.
@@ -55,9 +53,9 @@ class Recipe:
         summary: One line.
         papers: What the papers say about it: text that is printed beside the results.
         seeds: How many.
-        run: Fields of `torchmto.lab.training.RunConfig` that all arms share.
+        run: Settings of a Run, as `torchmto.lab.run.config.config_of` takes them, that all arms share.
         tune: Settings of which each method gets its best one by validation on the first seed; empty for none.
-        tune_run: Fields of `torchmto.lab.training.RunConfig` that differ while tuning, say fewer epochs.
+        tune_run: Settings of a Run that differ while tuning, say fewer epochs.
         arms: The comparisons.
         options: What else the study takes.
     """
@@ -80,14 +78,23 @@ class Recipe:
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
         arms = (s for arm in self.arms for s in (arm.run, arm.method_run))
         for settings in (self.run, *self.tune, self.tune_run, *arms):
-            if unknown := sorted(set(settings) - _RUN_FIELDS):
-                raise RecipeError(f"Runs have no setting `{unknown[0]}`. They have: {', '.join(sorted(_RUN_FIELDS))}.")
+            try:
+                config_of(settings)
+            except ConfigError as error:
+                raise RecipeError(str(error)) from error
 
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
         """The runs of an arm, with ``{data}`` in its data set's path replaced."""
-        settings = {**self.run, **arm.run}
-        data = settings.get("data", RunConfig.data)
-        return RunConfig(**{**settings, "data": data.replace("{data}", str(data_root))})
+        config = config_of(arm.run, config_of(self.run))
+        name = (config.data.name or "digits").replace("{data}", str(data_root))
+        return replace(config, threads=config.threads or 1, data=replace(config.data, name=name))
+
+
+def method_settings(base: RunConfig, method: str, **settings: Any) -> dict[str, Any]:
+    """A run's settings as plain values, with a method in text and others that differ."""
+    spec = parse_method(method)
+    own = {"method": {"name": spec.name, "options": dict(spec.hyperparameters)}}
+    return config_of({**own, **settings}, base).as_dict()
 
 
 def recipe_names() -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from torchmto.checks import check_choice
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.arms import check_arm
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import Findings, check_folder, write_findings
+from torchmto.lab.reproduce.findings import Findings, claim_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
 from torchmto.lab.reproduce.studies import STUDIES, Context
 
@@ -22,6 +22,7 @@ def reproduce(
     seeds: int | None = None,
     minutes: float | None = None,
     jobs: int = 1,
+    executor: str = "local",
     say: Callable[[str], None] = print,
 ) -> Findings:
     """Run what of an experiment isn't finished yet, and write what is known.
@@ -33,6 +34,7 @@ def reproduce(
         seeds: How many; the recipe's by default.
         minutes: No unit of work begins after so many; None for no limit.
         jobs: Training runs at a time.
+        executor: Where they run.
         say: Prints a line.
 
     Returns:
@@ -46,13 +48,12 @@ def reproduce(
         check_choice("study", recipe.study, tuple(STUDIES))
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    check_folder(folder, recipe)
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
-    context = Context(recipe, folder, data_root, asked, budget, jobs, say)
+    context = Context(recipe, folder, data_root, asked, budget, jobs, say, executor)
     for arm in recipe.arms:  # some studies change the tasks, and methods may name them: what runs methods checks those
         check_arm(context, arm, ("gd",))
-    folder.mkdir(parents=True, exist_ok=True)
+    claim_folder(folder, recipe)
     findings = STUDIES[recipe.study](context)
     write_findings(folder, recipe, findings, seeds=asked, minutes=budget.used)
     try:

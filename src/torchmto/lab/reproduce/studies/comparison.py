@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchmto.lab.grid.tuning import edges
 from torchmto.lab.reproduce.arms import ArmResult, run_arms
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.cosines import add_cosines
+from torchmto.lab.run.config import config_of
 from torchmto.lab.statistics import holm, paired
 
 if TYPE_CHECKING:
@@ -117,12 +118,12 @@ def _arm_table(name: str, arm: ArmResult, numbers: Mapping[str, Any]) -> Table:
                 number(1000 * entry["cost"]["seconds_per_batch"], digits=1),
             ]
         )
-    run = replace(arm.experiment.run, **arm.arm.method_run)
-    tuned = any("learning_rate" in entry or "optimizer" in entry for entry in arm.experiment.chosen.values())
-    optimizer = "each at its chosen settings" if tuned else f"{run.optimizer} {run.learning_rate:g}"
+    run = config_of(arm.arm.method_run, arm.experiment.run)
+    tuned = any({"learning_rate", "lr", "optimizer"} & set(entry) for entry in arm.experiment.chosen.values())
+    optimizer = "each at its chosen settings" if tuned else f"{run.optimizer.name} {run.optimizer.lr:g}"
     settings = (
-        f"{run.data.partition(':')[0]}, {run.model or arm.bundle.default_model}, {run.epochs} epochs of batches of "
-        f"{run.batch_size}, {optimizer}, seeds 0 to {arm.experiment.seeds - 1}."
+        f"{arm.problem.name}, {run.model.name or 'its own model'}, {run.epochs} epochs of batches of "
+        f"{run.data.batch_size}, {optimizer}, seeds 0 to {arm.experiment.seeds - 1}."
     )
     critical = ""
     if numbers["critical_difference"] is not None:
@@ -192,7 +193,7 @@ def _settings_table(name: str, arm: ArmResult, recipe: Recipe) -> Table:
         [
             who,
             ", ".join(f"{key} {value}" for key, value in settings.items()),
-            ", ".join(_edges(settings, recipe.tune)) or "-",
+            ", ".join(edges(settings, recipe.tune)) or "-",
         ]
         for who, settings in arm.experiment.chosen.items()
     ]
@@ -204,25 +205,13 @@ def _settings_table(name: str, arm: ArmResult, recipe: Recipe) -> Table:
     )
 
 
-def _edges(settings: Mapping[str, Any], offers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Numbers of ``settings`` that no offer with otherwise equal settings exceeds, or falls below."""
-    edges = []
-    for key, value in settings.items():
-        others = [{k: v for k, v in offer.items() if k != key} for offer in offers]
-        rest = {k: v for k, v in settings.items() if k != key and any(k in offer for offer in offers)}
-        rivals = [offer[key] for offer, other in zip(offers, others, strict=True) if key in offer and other == rest]
-        if isinstance(value, (int, float)) and len(set(rivals)) > 1 and value in (min(rivals), max(rivals)):
-            edges.append(f"{'largest' if value == max(rivals) else 'smallest'} {key}")
-    return edges
-
-
 def _across(arms: Mapping[str, ArmResult]) -> list[dict[str, Any]]:
     """The same method in two arms of the same data: paired differences to the first arm that has it."""
     rows: list[dict[str, Any]] = []
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, str | None], str] = {}
     for name, arm in arms.items():
         for method in arm.experiment.methods:
-            key = method, arm.experiment.run.data
+            key = method, arm.experiment.run.data.name
             if key not in first:
                 first[key] = name
                 continue

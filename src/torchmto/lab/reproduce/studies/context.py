@@ -21,6 +21,7 @@ class Context:
         seeds: How many.
         budget: The time.
         jobs: Training runs at a time.
+        executor: Where they run.
         say: Prints a line.
     """
 
@@ -31,3 +32,4 @@ class Context:
     budget: Budget
     jobs: int
     say: Callable[[str], None]
+    executor: str = "local"

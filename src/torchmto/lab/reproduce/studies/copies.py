@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
-from torchmto.lab.data import DataBundle, Task
-from torchmto.lab.data.base import MultiTaskDataset, TensorData
+from torchmto.lab.data.base import MultiTaskDataset, Task, TensorData
+from torchmto.lab.problem import Problem
 
 __all__ = ["with_copies"]
 
 
-def with_copies(bundle: DataBundle, count: int, *, noise: float = 0.0, seed: int = 0) -> DataBundle:
+def with_copies(problem: Problem, count: int, *, noise: float = 0.0, seed: int = 0) -> Problem:
     """The data set with ``count`` tasks: its own, then copies of them in turn.
 
     Args:
-        bundle: A data set held in memory, of classification and regression tasks.
+        problem: A data set held in memory, of classification and regression tasks.
         count: Number of tasks; fewer than there are take the first of them.
         noise: Share of training labels of a copy that are drawn at random; for regression the standard deviation of the
             added noise relative to the labels'. Validation and test labels stay exact.
@@ -27,13 +27,13 @@ def with_copies(bundle: DataBundle, count: int, *, noise: float = 0.0, seed: int
 
     Example:
         >>> from torchmto.lab.data import load_data
-        >>> bundle = with_copies(load_data("digits", train=60, validation=10, test=10), 5)
-        >>> [task.name for task in bundle.tasks]
+        >>> problem = with_copies(load_data("digits", train=60, validation=10, test=10), 5)
+        >>> [task.name for task in problem.tasks]
         ['left', 'right', 'offset', 'left_1', 'right_1']
     """
     check_integer("count", count, minimum=1)
     check_number("noise", noise, minimum=0)
-    originals = bundle.tasks
+    originals = problem.task_list
     tasks: list[Task] = []
     for number in range(count):
         task, copy = originals[number % len(originals)], number // len(originals)
@@ -42,7 +42,7 @@ def with_copies(bundle: DataBundle, count: int, *, noise: float = 0.0, seed: int
 
     def copied(part: MultiTaskDataset, amount: float) -> TensorData:
         if not isinstance(part, TensorData):
-            raise TypeError(f"The data set `{bundle.name}` isn't held in memory, so its tasks can't be copied.")
+            raise TypeError(f"The data set `{problem.name}` isn't held in memory, so its tasks can't be copied.")
         targets = {}
         for number, task in enumerate(tasks):
             target = part.targets[originals[number % len(originals)].name]
@@ -50,11 +50,11 @@ def with_copies(bundle: DataBundle, count: int, *, noise: float = 0.0, seed: int
         return TensorData(tuple(tasks), part.inputs, targets)
 
     return replace(
-        bundle,
+        problem,
         tasks=tuple(tasks),
-        train=copied(bundle.train, noise),
-        validation=copied(bundle.validation, 0.0),
-        test=copied(bundle.test, 0.0),
+        train=copied(problem.train, noise),
+        validation=copied(problem.validation, 0.0),
+        test=copied(problem.test, 0.0),
     )
 
 

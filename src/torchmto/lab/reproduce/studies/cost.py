@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from torchmto.lab.data import load_data
 from torchmto.lab.memory import PeakMemory
 from torchmto.lab.reproduce.findings import Findings, Table, number
+from torchmto.lab.reproduce.recipe import method_settings
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.copies import with_copies
 from torchmto.lab.reproduce.units import complete, run_units
-from torchmto.lab.training import RunConfig, build_run, train_step
+from torchmto.lab.run.build import build, problem_of
+from torchmto.lab.run.config import RunConfig, config_of
+from torchmto.lab.run.random_state import seed_everything
 from torchmto.methods import methods
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ def run(context: Context) -> Findings:
                     for method in chosen:
                         name = f"{method} K={tasks} batch={batch_size} width={width}"
                         units[name] = {
-                            "config": {**vars(base), "method": method, "batch_size": batch_size},
+                            "config": method_settings(base, method, batch_size=batch_size),
+                            "method": method,
+                            "batch_size": batch_size,
                             "num_tasks": tasks,
                             "width": width,
                             "steps": options["steps"],
@@ -60,8 +64,8 @@ def run(context: Context) -> Findings:
     by_size: dict[tuple[int, int, int], dict[str, Mapping[str, Any]]] = {}
     for name, result in results.items():
         unit = units[name]
-        size = unit["num_tasks"], unit["config"]["batch_size"], unit["width"]
-        by_size.setdefault(size, {})[unit["config"]["method"]] = result
+        size = unit["num_tasks"], unit["batch_size"], unit["width"]
+        by_size.setdefault(size, {})[unit["method"]] = result
     findings.tables.append(_table(by_size))
     if by_size:
         findings.figures["time"] = _figure(by_size)
@@ -69,19 +73,20 @@ def run(context: Context) -> Findings:
 
 
 def _time_steps(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    config = RunConfig(**parameters["config"])
     width = parameters["width"]
-    options = {"widths": [width, 2 * width, 4 * width]}
-    bundle = with_copies(load_data(config.data, config.data_seed, **config.data_options), parameters["num_tasks"])
-    config = RunConfig(**{**vars(config), "model_options": options})
+    options = {"model.options": {"widths": [width, 2 * width, 4 * width]}, "epochs": 1}
+    problem, config = problem_of(config_of(options, RunConfig.from_dict(parameters["config"])))
+    problem = with_copies(problem, parameters["num_tasks"])
     memory = PeakMemory()
-    run = build_run(config, bundle)
-    batch = next(iter(run.loader.epoch(0)))
-    run.model.train()
+    seed_everything(config.seed)
+    parts = build(config, problem)
+    batch = next(iter(parts.loader.epoch(0)))
+    parts.model.train()
     seconds = []
     for step in range(parameters["steps"] + 2):
         began = time.perf_counter()
-        info = train_step(run, batch)
+        info = parts.multitask.step(parts.closure(batch))
+        parts.scheduler.step()
         if step >= 2:
             seconds.append(time.perf_counter() - began)
     return {

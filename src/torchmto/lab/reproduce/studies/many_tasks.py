@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from torchmto.lab.compare.single import train_and_measure
-from torchmto.lab.data import load_data
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
+from torchmto.lab.reproduce.recipe import method_settings
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.copies import with_copies
 from torchmto.lab.reproduce.units import complete, run_units
+from torchmto.lab.run.build import problem_of
+from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.loop import Trainer
 from torchmto.lab.statistics import confidence95
-from torchmto.lab.training import RunConfig
 
 __all__ = ["run"]
 
@@ -31,7 +32,8 @@ def run(context: Context) -> Findings:
                 for noise in options["noise"] if tasks > min(options["num_tasks"]) else [0.0]:
                     for method in arm.methods:
                         units[f"{method} K={tasks} noise={noise} seed={seed}"] = {
-                            "config": {**vars(base), "method": method, "seed": seed},
+                            "config": method_settings(base, method, seed=seed),
+                            "method": method,
                             "num_tasks": tasks,
                             "noise": noise,
                         }
@@ -42,7 +44,7 @@ def run(context: Context) -> Findings:
     by_setting: dict[tuple[str, int, float], list[Mapping[str, Any]]] = {}
     for name, result in results.items():
         unit = units[name]
-        by_setting.setdefault((unit["config"]["method"], unit["num_tasks"], unit["noise"]), []).append(result)
+        by_setting.setdefault((unit["method"], unit["num_tasks"], unit["noise"]), []).append(result)
     rows = []
     for (method, tasks, noise), runs in by_setting.items():
         times = [run["cost"]["seconds_per_batch"] for run in runs]
@@ -92,17 +94,17 @@ def run(context: Context) -> Findings:
 
 
 def _train(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    config = RunConfig(**parameters["config"])
-    original = load_data(config.data, config.data_seed, **config.data_options)
-    bundle = with_copies(original, parameters["num_tasks"], noise=parameters["noise"])
-    result = train_and_measure(config, bundle)
+    original, config = problem_of(RunConfig.from_dict(parameters["config"]))
+    problem = with_copies(original, parameters["num_tasks"], noise=parameters["noise"])
+    result = Trainer(config, problem).fit()
     scores = []
-    for task in original.tasks:
+    for task in original.task_list:
         metric, higher = primary_metric(task)
         scores.append((1 if higher else -1) * result["test"][task.name][metric])
     records = result["trace"][-1]["records"]
     families = {
-        task.name: [t.name for t in bundle.tasks[i :: len(original.tasks)]] for i, task in enumerate(original.tasks)
+        task.name: [t.name for t in problem.task_list[i :: len(original.task_list)]]
+        for i, task in enumerate(original.task_list)
     }
     shares = records.get("priority_shares")
     spread = together = None

@@ -10,13 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.lab.data import labelled_tasks, load_data
 from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, number
+from torchmto.lab.reproduce.recipe import method_settings
 from torchmto.lab.reproduce.studies.context import Context
 from torchmto.lab.reproduce.studies.copies import with_copies
 from torchmto.lab.reproduce.units import complete, run_units
+from torchmto.lab.run.build import closure_of, problem_of
+from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.evaluation import Network
+from torchmto.lab.run.loop import Trainer
 from torchmto.lab.statistics import confidence95, spearman
-from torchmto.lab.training import Run, RunConfig, build_run, make_closure, train_epoch
 from torchmto.structure import (
     SplitNorm,
     StructuredLayer,
@@ -48,9 +51,10 @@ def run(context: Context) -> Findings:
             for seed in range(context.seeds):
                 orders = range(options["orders"] if seed == 0 else 1)
                 for order in orders:
-                    shown = {**vars(base), "method": method, "seed": seed}
+                    shown = method_settings(base, method, seed=seed)
                     units[f"{arm.name} {method} seed {seed} order {order}"] = {
                         "arm": arm.name,
+                        "method": method,
                         "config": shown,
                         "order": order,
                         **options,
@@ -65,7 +69,7 @@ def run(context: Context) -> Findings:
     )
     by_arm: dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
     for name, result in results.items():
-        label = f"{units[name]['arm']}: {units[name]['config']['method']}"
+        label = f"{units[name]['arm']}: {units[name]['method']}"
         by_arm.setdefault(label, []).append((units[name], result))
     findings.numbers = {"agreement": {}, "stability": {}}
     for label, runs in by_arm.items():
@@ -87,28 +91,31 @@ def run(context: Context) -> Findings:
 
 
 def _probe_run(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    config = RunConfig(**parameters["config"])
-    bundle = load_data(config.data, config.data_seed, **config.data_options)
+    problem, config = problem_of(RunConfig.from_dict(parameters["config"]))
     if parameters["num_tasks"] is not None:
-        bundle = with_copies(bundle, parameters["num_tasks"])
-    run = build_run(config, bundle)
+        problem = with_copies(problem, parameters["num_tasks"])
+    trainer = Trainer(config, problem)
     # The seed decides the weights; the order of the batches may be another one.
-    run.loader = bundle.loader("train", config.batch_size, seed=config.seed + 1000 * parameters["order"])
+    trainer.loader = problem.loader(
+        "train", config.data.batch_size or 64, seed=config.seed + 1000 * parameters["order"]
+    )
     epochs = []
-    for epoch in range(config.epochs):
-        train_epoch(run, epoch)
-        epochs.append(_probe(run, parameters))
-    return {"tasks": [task.name for task in run.tasks], "epochs": epochs}
+    trainer.parts.model.train()
+    for _ in range(config.epochs or 1):
+        trainer.train_epoch()
+        epochs.append(_probe(trainer, parameters))
+    return {"tasks": list(problem.task_names), "epochs": epochs}
 
 
-def _probe(run: Run, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _probe(trainer: Trainer, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Strengths by all measures, and the oracle's verdict on some channels of every layer, on one batch."""
-    model = copy.deepcopy(run.model).double()
-    batch = next(iter(run.bundle.loader("validation", parameters["probe"], augment=False)))
+    parts, problem = trainer.parts, trainer.problem
+    model = copy.deepcopy(parts.model).double()
+    batch = next(iter(problem.loader("validation", parameters["probe"], augment=False).epoch(0)))
     batch["input"] = batch["input"].double()
     batch["targets"] = {name: t.double() if t.is_floating_point() else t for name, t in batch["targets"].items()}
-    names = [task.name for task in run.tasks]
-    closure = make_closure(model, run.losses, batch, labelled_tasks(batch, run.tasks))
+    names = list(problem.task_names)
+    closure = closure_of(problem, Network(model), parts.losses, batch, parts.computer)
 
     def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
         return {name: loss for name, (loss, _) in closure(tasks).items()}

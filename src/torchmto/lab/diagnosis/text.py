@@ -1,0 +1,102 @@
+"""A diagnosis as text and as JSON."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torchmto._layout import BOUNDLESS, cell_width, folded, plain_table
+from torchmto.lab.atomic import plain
+from torchmto.lab.diagnosis.advice import Diagnosis, Plan
+from torchmto.lab.diagnosis.measurements import Matrix, Measurements
+from torchmto.lab.versions import versions
+
+__all__ = ["SCHEMA_VERSION", "as_json", "as_text"]
+
+SCHEMA_VERSION = 2
+_MARKS = {"warning": "!", "note": "-", "fine": "+"}
+
+
+def as_json(measured: Measurements, plan: Plan, diagnosis: Diagnosis) -> dict[str, Any]:
+    """Everything, as it goes into diagnose.json; numbers that aren't finite become null."""
+    content: dict[str, Any] = plain(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "measurements": asdict(measured),
+            "plan": asdict(plan),
+            "diagnosis": asdict(diagnosis),
+            "versions": versions(),
+        }
+    )
+    return content
+
+
+def as_text(measured: Measurements, diagnosis: Diagnosis, width: int = BOUNDLESS) -> str:
+    """What the command prints: the numbers, the findings, the methods that suit; on a terminal of so many columns."""
+    lines = [f"Measured on {measured.num_batches} batches", ""]
+    lines += _task_table(measured, width)
+    if len(measured.tasks) > 1:
+        lines += ["", "Mean cosines of the gradients", *_matrix(measured.tasks, measured.cosines, "{:+.2f}", width)]
+        if measured.affinity is not None:
+            title = "Mean affinity: what one step of the row's task takes off the column's loss, in percent"
+            percent = tuple(tuple(100 * value for value in row) for row in measured.affinity)
+            lines += ["", title, *_matrix(measured.tasks, percent, "{:+.2g}", width)]
+    for heading, kinds in (("Found", ("warning", "note")), ("In order", ("fine",))):
+        chosen = [finding for finding in diagnosis.findings if finding.kind in kinds]
+        if chosen:
+            lines += ["", heading]
+        for finding in chosen:
+            lines += [f"  {_MARKS[finding.kind]} {finding.text}", f"      {finding.evidence}"]
+    lines += ["", "Methods that suit"]
+    for suggestion in diagnosis.suggestions:
+        lines += [f"  {suggestion.method}", *(f"      {reason}" for reason in suggestion.reasons)]
+    if not diagnosis.suggestions:
+        lines += ["  Nothing measured speaks for one method in particular."]
+    lines += [
+        "",
+        "A probing run sees the beginning of a training only: let `torchmto compare` decide between the candidates.",
+    ]
+    return "\n".join(part for line in lines for part in _wrapped(_visible(line), width))
+
+
+def _visible(line: str) -> str:
+    """Names come from data sets: no control characters on the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in line)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line in as many as it takes, those that follow as far to the right as its words."""
+    indent = len(line) - len(line.lstrip(" !-+"))
+    if cell_width(line) <= width:
+        return [line]
+    first, *others = folded(line[indent:], max(width - indent, 1))
+    return [line[:indent] + first, *(" " * indent + other for other in others)]
+
+
+def _task_table(m: Measurements, width: int) -> list[str]:
+    rows = [["task", "loss", "gradient norm", "cosine with sum", "part of sum"]]
+    rows += [
+        [
+            name,
+            _cell(m.losses.get(name, math.nan), "{:.3g}"),
+            _cell(m.gradient_norms[name], "{:.3g}"),
+            _cell(m.sum_cosines[name], "{:+.2f}"),
+            _cell(m.sum_shares[name], "{:.0%}"),
+        ]
+        for name in m.tasks
+    ]
+    return _table(rows, width)
+
+
+def _matrix(tasks: Sequence[str], matrix: Matrix, form: str, width: int) -> list[str]:
+    rows = [["", *tasks]]
+    rows += [[name, *(_cell(v, form) for v in row)] for name, row in zip(tasks, matrix, strict=True)]
+    return _table(rows, width)
+
+
+def _cell(value: float, form: str) -> str:
+    return form.format(value) if math.isfinite(value) else "-"
+
+
+def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    return plain_table([[_visible(cell) for cell in row] for row in rows], width, indent="  ").split("\n")

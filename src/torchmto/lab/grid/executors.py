@@ -1,0 +1,469 @@
+"""Where Runs go: this process, local processes, Ray, Slurm. Each takes jobs and hands back results, the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty
+from types import ModuleType, TracebackType
+from typing import Any, Protocol, Self
+
+from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.problem import Problem
+from torchmto.lab.references import load_problem
+from torchmto.lab.run.build import Computer
+from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
+from torchmto.lab.run.config import RunConfig, changed_settings
+from torchmto.lab.run.loop import Trainer
+from torchmto.lab.user_code import user_frames
+
+__all__ = ["EXECUTORS", "Executor", "Here", "Job", "Local", "Outcome", "default_jobs", "execute", "make_executor"]
+
+EXECUTORS = ("local", "ray", "slurm")
+Advance = Callable[[str, int], None]
+Done = Callable[[str, "Outcome"], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One Run, as it travels to where it is done.
+
+    Attributes:
+        key: Its name among the jobs.
+        config: Its settings.
+        baseline: Single-task validation values of its seed; None for a baseline itself.
+        problem: The problem pickled by cloudpickle, where its reference doesn't lead to it.
+        checkpoints: Where its checkpoints are and go, if it keeps any.
+        place: The working folder and the folders to import from.
+    """
+
+    key: str
+    config: RunConfig
+    baseline: Mapping[str, float | None] | None
+    problem: bytes | None = None
+    checkpoints: Path | None = None
+    place: tuple[str, tuple[str, ...]] = ("", ())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job.
+
+    Attributes:
+        result: What `Trainer.fit` gives; None if it failed.
+        error: What went wrong, in a line.
+        frames: Where in the user's code it went wrong, if it did there.
+    """
+
+    result: dict[str, Any] | None
+    error: str = ""
+    frames: str = ""
+
+
+def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], None] | None = None) -> Outcome:
+    """Do a Run. What goes wrong in it comes back, so that the others go on.
+
+    Args:
+        job: The Run.
+        problem: The problem, where it is at hand.
+        on_step: Called after every step with the number of steps done.
+    """
+    try:
+        with _at(job.place):
+            if problem is None:
+                problem = _unpickled(job.problem) if job.problem else _loaded(*_reference(job.config))
+            return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
+    except Exception as error:  # noqa: BLE001  whatever it is, it is this Run's alone
+        first = str(error).strip() or type(error).__name__
+        return Outcome(None, first, user_frames(error))
+
+
+def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) -> dict[str, Any]:
+    config, checkpoints, state = job.config, None, None
+    if job.checkpoints is not None:
+        checkpoints = CheckpointFolder(job.checkpoints, config.keep)
+        with contextlib.suppress(CheckpointError):
+            _, state = checkpoints.read_last()
+        if state is not None and (
+            changed_settings(json.loads(state["config"]), config.as_dict())
+            or state.get("baseline") != plain(job.baseline)
+        ):
+            state = None
+    trainer = Trainer(
+        config,
+        problem,
+        computer=Computer.of(config),
+        checkpoints=checkpoints,
+        baseline=job.baseline,
+        state=state,
+        on_step=on_step,
+    )
+    return trainer.fit()
+
+
+def _reference(config: RunConfig) -> tuple[str, str, int]:
+    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(reference: str, options: str, seed: int) -> Problem:
+    return load_problem(reference, json.loads(options), seed)
+
+
+@functools.lru_cache(maxsize=1)
+def _unpickled(problem: bytes) -> Problem:
+    loaded: Problem = pickle.loads(problem)  # noqa: S301  it comes from the process that started this one
+    return loaded
+
+
+@contextlib.contextmanager
+def _at(place: tuple[str, tuple[str, ...]]) -> Iterator[None]:
+    """In the folder, and with the import paths, of the process that made the job."""
+    folder, paths = place
+    sys.path += [path for path in paths if path not in sys.path]
+    if folder and Path(folder).is_dir() and os.getcwd() != folder:  # noqa: PTH109
+        os.chdir(folder)
+    yield
+
+
+def here() -> tuple[str, tuple[str, ...]]:
+    """The place that jobs made in this process are done at."""
+    return os.getcwd(), tuple(sys.path)  # noqa: PTH109
+
+
+def pickled(problem: Problem) -> bytes | None:
+    """A problem for another process; None where its reference leads there.
+
+    Raises:
+        ValueError: If it can't be sent.
+    """
+    if problem.origin is not None and problem.origin.loadable:
+        return None
+    import cloudpickle  # noqa: PLC0415
+
+    try:
+        data: bytes = cloudpickle.dumps(problem)
+    except (TypeError, pickle.PicklingError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"The problem can't be sent to other processes ({error}). Give it by its reference (FILE.py:FUNCTION), or use "
+            "one job."
+        ) from error
+    return data
+
+
+class Executor(Protocol):
+    """Does jobs. Used as a context; leaving it by an error ends what still runs."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Do all jobs.
+
+        Args:
+            jobs: What to do.
+            problem: What all of them learn.
+            advance: Told how many steps a job has done, where that is known.
+            done: Told what became of a job, as soon as it is known; may raise.
+        """
+
+
+class Here:
+    """Runs in this process, one after the other."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Do all jobs."""
+        for job in jobs:
+            done(job.key, execute(job, problem, functools.partial(advance, job.key)))
+
+
+class Local:
+    """Runs in several processes of this machine.
+
+    Args:
+        jobs: How many at a time.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs = jobs
+        self._context = multiprocessing.get_context("spawn")
+
+    def __enter__(self) -> Self:
+        self._queue = self._context.Queue()
+        self._others = set(multiprocessing.active_children())
+        self._pool = self._new_pool()
+        return self
+
+    def _new_pool(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            self._jobs, mp_context=self._context, initializer=_start_worker, initargs=(self._queue, os.getpid())
+        )
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+        self._queue.close()
+        self._queue.cancel_join_thread()
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Do all jobs; those of a worker that was killed are done once more."""
+        left = {job.key: job for job in _sendable(jobs, problem)}
+        for attempt in range(_ATTEMPTS):
+            lost: list[str] = []
+            self._attempt(list(left.values()), advance, done, left, lost)
+            if not left:
+                return
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            if attempt + 1 < _ATTEMPTS:
+                self._pool = self._new_pool()
+        for key in list(left):
+            done(key, Outcome(None, "its worker process was killed, more than once (out of memory?)"))
+
+    def _attempt(
+        self, jobs: Sequence[Job], advance: Advance, done: Done, left: dict[str, Job], lost: list[str]
+    ) -> None:
+        futures = self._submit(jobs)
+        pending: set[Future[Outcome]] = set(futures)
+        while pending:
+            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for key, steps in self._reports():
+                advance(key, steps)
+            for future in finished:
+                key = futures[future]
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    lost.append(key)
+                    continue
+                del left[key]
+                done(key, outcome)
+
+    def _submit(self, jobs: Sequence[Job]) -> dict[Future[Outcome], str]:
+        """Hand out the work. Workers inherit a blocked SIGINT: Ctrl-C is for this process, which ends them."""
+        can_block = hasattr(signal, "pthread_sigmask")
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        futures: dict[Future[Outcome], str] = {}
+        try:
+            with _without_main():
+                for job in jobs:
+                    with contextlib.suppress(BrokenProcessPool):  # the rest comes in the next attempt
+                        futures[self._pool.submit(_work, job)] = job.key
+        finally:
+            if can_block:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return futures
+
+    def _reports(self) -> Iterator[tuple[str, int]]:
+        with contextlib.suppress(Empty):
+            while True:
+                yield self._queue.get_nowait()
+
+
+_ATTEMPTS = 3
+
+
+def _sendable(jobs: Sequence[Job], problem: Problem) -> list[Job]:
+    data, place = pickled(problem), here()
+    return [replace(job, problem=data, place=place) for job in jobs]
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start in the block don't run the user's script again: what they need of it is pickled."""
+    main = sys.modules["__main__"]
+    hidden = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    main.__spec__ = None
+    if hasattr(main, "__file__"):
+        del main.__file__
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
+class Ray:
+    """Runs as tasks of Ray: of a local cluster that starts by itself, or of the one at an address.
+
+    Args:
+        jobs: CPU workers of a local cluster.
+        address: Of a real cluster.
+    """
+
+    def __init__(self, jobs: int, address: str | None = None) -> None:
+        self._ray = _needed("ray", "ray")
+        self._jobs, self._address = jobs, address
+
+    def __enter__(self) -> Self:
+        self._own = not self._ray.is_initialized()
+        if self._own:
+            # A worker imports what this process imports.
+            local = {} if self._address else {"num_cpus": self._jobs, "include_dashboard": False}
+            os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+            self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._own:
+            self._ray.shutdown()
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Do all jobs; Ray retries those whose worker is lost."""
+        ray = self._ray
+        refs: dict[Any, str] = {}
+        for job in _sendable(jobs, problem):
+            gpus = 1 if job.config.device.startswith("cuda") else 0
+            cpus = 1 if self._address is None else job.config.threads or 1
+            task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute)
+            refs[task.remote(job)] = job.key
+        while refs:
+            finished, _ = ray.wait(list(refs), num_returns=1, timeout=1.0)
+            for ref in finished:
+                key = refs.pop(ref)
+                try:
+                    outcome = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    outcome = Outcome(None, str(error).strip().splitlines()[0])
+                done(key, outcome)
+
+
+class Slurm:
+    """Runs as jobs of a Slurm array, by submitit.
+
+    Args:
+        jobs: How many at a time.
+        cluster: None for Slurm; ``"local"`` for submitit's processes on this machine.
+        folder: Where submitit keeps its files, which all machines have to see.
+    """
+
+    def __init__(self, jobs: int, folder: Path, cluster: str | None = None) -> None:
+        self._submitit = _needed("submitit", "slurm")
+        self._jobs, self._folder, self._cluster = jobs, folder, cluster
+        self._running: dict[Any, str] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for job in self._running:
+            job.cancel()
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Submit all jobs as one array, and wait for them."""
+        if not jobs:
+            return
+        executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster or "slurm")
+        executor.update_parameters(timeout_min=_MINUTES, cpus_per_task=max(job.config.threads or 1 for job in jobs))
+        if self._cluster is None:
+            executor.update_parameters(slurm_array_parallelism=self._jobs)
+        waiting = list(_sendable(jobs, problem))
+        batch = self._jobs if self._cluster == "local" else len(waiting)  # submitit's local executor knows no limit
+        while waiting or self._running:
+            while waiting and len(self._running) < batch:
+                some, waiting = waiting[: batch - len(self._running)], waiting[batch - len(self._running) :]
+                submitted = executor.map_array(execute, some)
+                self._running |= {handle: job.key for handle, job in zip(submitted, some, strict=True)}
+            for handle in [handle for handle in self._running if handle.done()]:
+                key = self._running.pop(handle)
+                try:
+                    outcome = handle.result()
+                except Exception as error:  # noqa: BLE001  a lost job says so in many ways
+                    outcome = Outcome(None, str(error).strip().splitlines()[0])
+                done(key, outcome)
+            time.sleep(0.2)
+
+
+_MINUTES = 24 * 60
+
+
+def _needed(module: str, extra: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"`--executor {extra}` needs {module}: pip install 'torchmto[{extra}]'") from error
+
+
+def make_executor(name: str, jobs: int, folder: Path, address: str | None = None) -> Executor:
+    """An executor by its name: ``local``, ``ray``, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
+
+    Raises:
+        ValueError: If there is none of this name, or Slurm isn't here.
+        ImportError: If its package is missing; says what to type.
+    """
+    kind, _, cluster = name.partition(":")
+    if kind not in EXECUTORS:
+        raise ValueError(f"Parameter `executor` should be one of {', '.join(EXECUTORS)}. Found `executor = {name!r}`.")
+    if kind == "ray":
+        return Ray(jobs, address)
+    if kind == "slurm":
+        slurm = Slurm(jobs, folder / ".slurm", cluster or None)
+        if not cluster and shutil.which("sbatch") is None:
+            raise ValueError(
+                "There is no Slurm here (`sbatch` isn't found): `--executor slurm` has to run on its login node."
+            )
+        return slurm
+    return Here() if jobs == 1 else Local(jobs)
+
+
+def default_jobs(device: str) -> int:
+    """Runs at a time: one on an accelerator, else one per core, at most four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if device == "cpu" else 1
+
+
+# --------------------------------------------------------------------------------------- inside a local worker
+
+_progress: Any = None
+"""The queue that takes (key of the job, steps done)."""
+
+
+def _start_worker(queue: Any, parent: int) -> None:
+    global _progress  # noqa: PLW0603  the only way to hand a queue to a pool's workers
+    _progress = queue
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _work(job: Job) -> Outcome:
+    told = time.monotonic()
+
+    def on_step(steps: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > 0.2:
+            told = time.monotonic()
+            _progress.put((job.key, steps))
+
+    return execute(job, on_step=on_step)

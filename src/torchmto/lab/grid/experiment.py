@@ -1,0 +1,105 @@
+"""What is compared: one problem, several methods, several seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torchmto.checks import check_integer, check_tasks
+from torchmto.lab.problem import Problem
+from torchmto.lab.run.build import Computer, build
+from torchmto.lab.run.config import FREE, MethodConfig, RunConfig, config_of
+from torchmto.lab.run.first_batch import check_first_batch
+from torchmto.lab.specs import MethodSpec, parse_method
+
+__all__ = ["DEFAULT_METHODS", "Experiment", "is_single_task", "method_label", "run_label"]
+
+DEFAULT_METHODS = ("gd", "pcgrad", "wpcgrad", "sequential", "connection_strength", "task_groups")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings of a comparison.
+
+    Args:
+        methods: Texts of methods, see `torchmto.lab.specs.parse_method`.
+        seeds: How many; they are 0, 1, ...
+        run: Everything that all Runs have in common, with nothing left open.
+        chosen: Settings of single methods, and of baselines by ``single-task <task>``, by dotted names; what tuning chose.
+    """
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: int = 3
+    run: RunConfig = field(default_factory=RunConfig)
+    chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_tasks(self.methods)
+        check_integer("seeds", self.seeds, minimum=1)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings that decide the outcome, in one mapping, as they are saved with the results."""
+        common = self.run.as_dict()
+        del common["seed"], common["method"]["name"], common["method"]["options"]
+        free = {name: common.pop(name) for name in FREE & set(common)}
+        chosen = {"chosen": {name: dict(entry) for name, entry in self.chosen.items()}} if self.chosen else {}
+        return {"methods": list(self.methods), "seeds": self.seeds, **common, **chosen, "free": free}
+
+    def single_task_runs(self, tasks: Sequence[str]) -> list[RunConfig]:
+        """One baseline per seed and task."""
+        runs = []
+        for seed in range(self.seeds):
+            for task in tasks:
+                plain = replace(
+                    self.run,
+                    data=replace(self.run.data, tasks=[task]),
+                    method=MethodConfig(on_nonfinite=self.run.method.on_nonfinite),
+                    optimizer=replace(self.run.optimizer, head_rate=1.0),
+                    losses={name: loss for name, loss in self.run.losses.items() if name == task},
+                    seed=seed,
+                )
+                runs.append(config_of(self.chosen.get(f"single-task {task}", {}), plain))
+        return runs
+
+    def method_runs(self) -> list[RunConfig]:
+        """One run per seed and method."""
+        runs = []
+        for seed in range(self.seeds):
+            for method in self.methods:
+                spec = parse_method(method)
+                chosen = replace(self.run.method, name=spec.name, options=dict(spec.hyperparameters))
+                run = replace(self.run, method=chosen, seed=seed)
+                runs.append(config_of(self.chosen.get(method, {}), run))
+        return runs
+
+    def check(self, problem: Problem) -> None:
+        """Build every method once and try the first batch, so that a mistake shows before hours of training.
+
+        Raises:
+            ValueError: If a setting makes no sense, or a part of the problem isn't what it should be.
+            TypeError: If a method or the model has no such option.
+        """
+        computer = Computer.of(self.run)
+        baseline = dict.fromkeys(problem.task_names, 1.0)
+        self.run.validate()
+        for number, config in enumerate(self.method_runs()[: len(self.methods)]):
+            replace(config, baseline=baseline).validate()
+            if number == 0:
+                check_first_batch(problem, config)
+            build(config, problem, computer, baseline=baseline)
+
+
+def is_single_task(config: RunConfig) -> bool:
+    """Whether this is a baseline: one of several tasks, alone."""
+    return len(config.data.tasks or ()) == 1
+
+
+def method_label(config: RunConfig) -> str:
+    """The method of a run as text."""
+    return MethodSpec(config.method.name, config.method.options).label
+
+
+def run_label(config: RunConfig) -> str:
+    """A run in words: ``pcgrad, seed 1`` or ``single-task left, seed 0``."""
+    name = f"single-task {(config.data.tasks or [''])[0]}" if is_single_task(config) else method_label(config)
+    return f"{name}, seed {config.seed}"

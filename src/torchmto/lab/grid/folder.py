@@ -1,0 +1,170 @@
+"""The folder of a comparison: which settings it belongs to, and one file per finished run.
+
+::
+
+    DIR/config.json             the settings
+    DIR/runs/<method>-seed<n>-<key>.json   a finished run; the key is a hash of its configuration
+    DIR/runs/<method>-seed<n>-<key>/       checkpoints of one that isn't finished, where they are asked for
+    DIR/results.json, results.csv, results.md, plots/*.png   written once all runs are finished
+
+All files are written atomically and carry a checksum, so an interrupted comparison goes on where it stopped,
+and a folder of something else is never written to.
+"""
+
+import contextlib
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, write_json
+from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
+from torchmto.lab.grid.experiment import is_single_task, method_label
+from torchmto.lab.run.config import FREE, RunConfig
+from torchmto.lab.specs import MethodSpec
+from torchmto.lab.versions import RESULTS_VERSION, results_version
+
+__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_key", "run_name"]
+
+SCHEMA_VERSION = 2
+_EXPERIMENT, _RUN = "torchmto compare", "torchmto compare run"
+_LEFTOVER = re.compile(r"\..+\.tmp")
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that decide its outcome."""
+    values: dict[str, Any] = plain(config.as_dict())
+    for name in FREE:
+        section, _, key = name.partition(".")
+        if key:
+            values[section].pop(key, None)
+        else:
+            values.pop(section, None)
+    return values
+
+
+def run_key(config: RunConfig) -> str:
+    """A hash of everything that decides a run's outcome."""
+    return hashlib.sha256(canonical(identity(config)).encode()).hexdigest()[:16]
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """What a saved run's rows are called: its method, or ``single:<task>``."""
+    tasks = config["data"]["tasks"] or ()
+    method = config["method"]
+    return f"single:{next(iter(tasks))}" if len(tasks) == 1 else MethodSpec(method["name"], method["options"]).label
+
+
+class GridFolder:
+    """The folder of one comparison; see this module's docstring.
+
+    Args:
+        path: Where. Missing folders are created.
+        settings: The settings of the comparison.
+        changed_source: Whether the file that defines the problem may be another one than before.
+
+    Raises:
+        FolderError: If there is something else, a comparison with other settings, or a broken file.
+    """
+
+    def __init__(self, path: Path | str, settings: Mapping[str, Any], *, changed_source: bool = False) -> None:
+        self.path = path = Path(path)
+        self._runs = path / "runs"
+        settings = plain(settings)
+        present = check_folder(path, "torchmto compare")
+        if present:
+            self._check_settings(settings, changed_source=changed_source)
+        self._runs.mkdir(parents=True, exist_ok=True)
+        if not present:
+            write_json(path / "config.json", _EXPERIMENT, SCHEMA_VERSION, settings)
+
+    def _check_settings(self, settings: Mapping[str, Any], *, changed_source: bool) -> None:
+        try:
+            saved = read_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION)
+        except BrokenFileError as error:
+            raise FolderError(f"{error} The folder was left as it is; choose another one with --out.") from error
+        different = _differences(saved, settings)
+        if different:
+            raise FolderError(
+                f"The folder {self.path} belongs to a comparison with other settings: {'; '.join(different)}. "
+                "It was left as it is; choose another one with --out."
+            )
+        there, here = (values.get("free", {}).get("source") for values in (saved, settings))
+        if there != here and not changed_source:
+            raise FolderError(
+                f"The runs in {self.path} were made with another version of the file that defines the problem. "
+                "Add --changed-source to go on all the same, or choose another folder with --out."
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working in the folder.
+
+        Raises:
+            FolderError: If one does.
+        """
+        with locked(self.path):
+            yield
+
+    def file(self, config: RunConfig) -> Path:
+        """Where a run is or will be."""
+        name = f"single-{(config.data.tasks or [''])[0]}" if is_single_task(config) else method_label(config)
+        slug = re.sub(r"[^A-Za-z0-9_]+", "-", name).strip("-")[:60]
+        return self._runs / f"{slug}-seed{config.seed}-{run_key(config)}.json"
+
+    def checkpoints(self, config: RunConfig) -> Path | None:
+        """Where a run's checkpoints go, if it keeps any."""
+        return self.file(config).with_suffix("") if config.checkpoint_every is not None else None
+
+    def load(self, configs: Sequence[RunConfig]) -> dict[str, dict[str, Any]]:
+        """The results of those runs that are finished.
+
+        Raises:
+            FolderError: If a run's file is broken or of another `RESULTS_VERSION`, or one isn't among ``configs``.
+        """
+        wanted = {self.file(config): config for config in configs}
+        finished = {}
+        for path in sorted(self._runs.iterdir()):
+            if _LEFTOVER.fullmatch(path.name) and path.is_file():
+                path.unlink()
+                continue
+            if is_ignored(path.name) or (path.is_dir() and path.with_name(f"{path.name}.json") in wanted):
+                continue
+            if path not in wanted:
+                raise FolderError(f"{path} doesn't belong to this comparison. Move it away, or choose another --out.")
+            try:
+                content = read_json(path, _RUN, SCHEMA_VERSION)
+            except BrokenFileError as error:
+                raise FolderError(f"{error} Move it away to have this run done again.") from error
+            if results_version(content) != RESULTS_VERSION:
+                raise FolderError(
+                    f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
+                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
+                )
+            if content["config"] != identity(wanted[path]):
+                raise FolderError(f"{path} is a run with another configuration. Move it away.")
+            finished[run_key(wanted[path])] = content["result"]
+        return finished
+
+    def save(self, config: RunConfig, result: Mapping[str, Any]) -> None:
+        """Keep a finished run; its checkpoints aren't needed any more."""
+        content = {"results_version": RESULTS_VERSION, "config": identity(config), "result": result}
+        write_json(self.file(config), _RUN, SCHEMA_VERSION, content)
+        checkpoints = self.checkpoints(config)
+        if checkpoints is not None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _differences(saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in {**saved, **settings}:
+        there, here = saved.get(key), settings.get(key)
+        if there == here or (not prefix and key == "free"):
+            continue
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            found += _differences(there, here, f"{prefix}{key}.")
+        else:
+            found.append(f"{prefix}{key} is {there!r} there and {here!r} here")
+    return found

@@ -1,0 +1,171 @@
+"""PNG plots of a comparison: learning curves, priority shares, affinities, groups."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchmto.lab.grid.experiment import Experiment, method_label
+from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.noise import below_floor, noise_floor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plots"]
+
+Result = Mapping[str, Any]
+_COLUMN = 3.6
+"""Width of one panel in inches."""
+
+
+def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, bytes]:
+    """The plots there is something to show in, as file name -> PNG.
+
+    Args:
+        experiment: What was compared.
+        summary: Its figures.
+        results: Every run by its key.
+    """
+    tasks = list(summary["tasks"])
+    runs = {
+        method: [results[run_key(config)] for config in experiment.method_runs() if method_label(config) == method]
+        for method in experiment.methods
+    }
+    baselines: dict[str, list[Result]] = {task: [] for task in tasks}
+    for config in experiment.single_task_runs(tasks):
+        baselines[(config.data.tasks or [""])[0]].append(results[run_key(config)])
+
+    figures = {"learning_curves": _learning_curves(summary, runs, baselines)}
+    for method, seeds in runs.items():
+        slug = "".join(letter if letter.isalnum() else "_" for letter in method)[:60].strip("_")
+        if list(_traced(seeds[0], "priority_shares")):
+            figures[f"priority_shares-{slug}"] = _priority_shares(method, tasks, seeds)
+        if list(_traced(seeds[0], "affinity")):
+            figures[f"affinity-{slug}"] = _affinity(method, tasks, seeds)
+        if list(_traced(seeds[0], "groups")):
+            figures[f"groups-{slug}"] = _groups(method, tasks, seeds)
+    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
+
+
+def delta_m_figure(summary: Mapping[str, Any], task: str | None = None) -> "Figure":
+    """The methods' Δm with intervals and seeds, or a task's primary metric with its standard deviation over seeds."""
+    methods = summary["methods"]
+    figure, (axis,) = _figure(1, 1.2 + 0.35 * len(methods))
+    for place, entry in enumerate(methods.values()):
+        if task is None:
+            delta = entry["delta_m"]
+            if delta is not None:
+                axis.errorbar(delta["mean"], place, xerr=delta["ci95"] or 0.0, fmt="o", color="C0", capsize=3)
+                axis.plot(delta["per_seed"], [place] * len(delta["per_seed"]), ".", color="C1", markersize=4)
+            continue
+        value = entry["tasks"][task][summary["tasks"][task]["primary_metric"]]
+        if value["mean"] is not None:
+            axis.errorbar(value["mean"], place, xerr=value["std"] or 0.0, fmt="o", color="C0", capsize=3)
+    if task is None:
+        axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(methods)), [name if len(name) < 44 else f"{name[:41]}..." for name in methods])
+    axis.invert_yaxis()
+    label = "Δm %, mean, 95 % interval, seeds" if task is None else f"{task} {summary['tasks'][task]['primary_metric']}"
+    axis.set(xlabel=label)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _figure(columns: int, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure  # noqa: PLC0415  without pyplot no display is needed
+
+    figure = Figure(figsize=(_COLUMN * max(columns, 1.4), height), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _png(figure: "Figure") -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    return data.getvalue()
+
+
+def _traced(run: Result, name: str) -> Iterator[tuple[int, Any]]:
+    """(step, value) of everything the method recorded under a name."""
+    for point in run["trace"]:
+        if name in point["records"]:
+            yield point["step"], point["records"][name]
+
+
+def _learning_curves(
+    summary: Mapping[str, Any], runs: Mapping[str, Sequence[Result]], baselines: Mapping[str, Sequence[Result]]
+) -> "Figure":
+    tasks = summary["tasks"]
+    figure, axes = _figure(len(tasks), 3.4)
+    for axis, (task, about) in zip(axes, tasks.items(), strict=True):
+        metric = about["primary_metric"]
+
+        def curve(seeds: Sequence[Result], task: str = task, metric: str = metric) -> tuple[Any, Any]:
+            values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
+            mean = np.array(values, dtype=float).mean(axis=0)
+            return np.arange(1, len(mean) + 1), mean
+
+        axis.plot(*curve(baselines[task]), color="black", linestyle="--", marker=".", label="single-task")
+        for method, seeds in runs.items():
+            axis.plot(*curve(seeds), marker=".", label=method)
+        axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
+        axis.locator_params(axis="x", integer=True)
+        axis.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
+    return figure
+
+
+def _priority_shares(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    figure, (axis,) = _figure(1)
+    for task in tasks:
+        series = [[value.get(task, np.nan) for _, value in _traced(run, "priority_shares")] for run in seeds]
+        steps = [step for step, _ in _traced(seeds[0], "priority_shares")]
+        length = min(len(values) for values in series)
+        array = np.array([values[:length] for values in series], dtype=float)
+        axis.plot(steps[:length], array.mean(axis=0), label=task)
+        axis.fill_between(steps[:length], array.min(axis=0), array.max(axis=0), alpha=0.2)
+    axis.set(title=method, xlabel="step", ylabel="share of channels led", ylim=(0, 1))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return figure
+
+
+def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    last = [list(_traced(run, "affinity"))[-1][1] for run in seeds]
+    matrix = np.array(last, dtype=float).mean(axis=0)
+    floor = noise_floor(point["records"] for run in seeds for point in run["trace"])
+    figure, (axis,) = _figure(1, 3.4)
+    limit = float(np.nanmax(np.abs(matrix))) or 1.0
+    image = axis.imshow(matrix, cmap="RdBu", vmin=-limit, vmax=limit)
+    for row, column in np.ndindex(*matrix.shape) if len(tasks) <= 12 else ():
+        shade = "white" if abs(matrix[row, column]) > 0.6 * limit else "black"
+        text = f"{matrix[row, column]:.1e}"
+        text = f"({text})" if below_floor(matrix[row, column], tasks[column], floor) else text
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
+    axis.set_yticks(range(len(tasks)), tasks)
+    about = "no noise floor was measured" if floor is None else "(…): below the noise floor of one batch"
+    axis.set(title=f"{method}: affinity at the end", xlabel=f"effect on\n{about}", ylabel="step of")
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    return figure
+
+
+def _groups(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figure":
+    figure, axes = _figure(len(seeds), 0.8 + 0.3 * max(len(tasks), 4))
+    for seed, (axis, run) in enumerate(zip(axes, seeds, strict=True)):
+        points = list(_traced(run, "groups"))
+        picture = np.full((len(tasks), len(points)), np.nan)
+        for column, (_, groups) in enumerate(points):
+            for number, group in enumerate(sorted(groups, key=lambda members: min(tasks.index(m) for m in members))):
+                for member in group:
+                    picture[tasks.index(member), column] = number
+        edges = [0, *(step for step, _ in points)]
+        axis.pcolormesh(edges, range(len(tasks) + 1), picture, cmap="tab10", vmin=-0.5, vmax=9.5)
+        axis.set_yticks([row + 0.5 for row in range(len(tasks))], tasks)
+        axis.invert_yaxis()
+        axis.set(title=f"seed {seed}", xlabel="step")
+    figure.suptitle(f"{method}: tasks of one colour are one group")
+    return figure

@@ -1,0 +1,160 @@
+"""Running the grid: baselines first, then methods, with nothing lost when it is interrupted."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, Literal, Protocol
+
+from torchmto.lab.atomic import plain
+from torchmto.lab.grid.executors import Executor, Here, Job, Outcome
+from torchmto.lab.grid.experiment import Experiment, run_label
+from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.problem import Problem
+from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.evaluation import primary_values
+
+__all__ = ["FailedRunsError", "Silence", "Watcher", "run_grid"]
+
+Result = dict[str, Any]
+Stage = Literal["single-task", "methods"]
+Failures = list[tuple[RunConfig, str]]
+
+
+class FailedRunsError(RuntimeError):
+    """Some runs failed; the others are finished and saved.
+
+    Args:
+        message: What there is to say.
+        failures: The runs, and what went wrong in each.
+        frames: Where in the user's code, if it was there.
+    """
+
+    def __init__(self, message: str, failures: Failures | None = None, frames: str = "") -> None:
+        super().__init__(message)
+        self.failures = failures or []
+        self.frames = frames
+
+
+class Watcher(Protocol):
+    """Who wants to know how far the grid is."""
+
+    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
+        """All runs of the grid, and those that an earlier call finished."""
+
+    def advance(self, config: RunConfig, batches: int) -> None:
+        """A run has done so many batches."""
+
+    def finish(self, config: RunConfig, result: Result) -> None:
+        """A run is finished and saved."""
+
+
+class Silence:
+    """A watcher that shows nothing."""
+
+    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
+        """Nothing."""
+
+    def advance(self, config: RunConfig, batches: int) -> None:
+        """Nothing."""
+
+    def finish(self, config: RunConfig, result: Result) -> None:
+        """Nothing."""
+
+
+def run_grid(
+    experiment: Experiment,
+    folder: GridFolder,
+    problem: Problem,
+    *,
+    executor: Executor | None = None,
+    watcher: Watcher | None = None,
+    stages: Sequence[Stage] = ("single-task", "methods"),
+    baseline: Mapping[str, float] | None = None,
+) -> dict[str, Result]:
+    """Run what isn't finished yet: first all single-task baselines, then the methods.
+
+    Args:
+        experiment: What to run.
+        folder: Where finished runs are and go.
+        problem: What they learn, with the tasks that take part.
+        executor: Where they run; this process by default.
+        watcher: Is told how far the grid is.
+        stages: Which of the two to run.
+        baseline: Single-task validation values by which methods choose their epoch; by default those of the baselines of the
+            same seed, which then have to be finished.
+
+    Returns:
+        The result of every run by `run_key`.
+
+    Raises:
+        FolderError: If the folder's files are broken, foreign or in use; nothing is changed.
+        FailedRunsError: If runs failed; the others of their stage are finished first.
+        KeyboardInterrupt: On Ctrl-C; finished runs stay.
+    """
+    watcher = watcher or Silence()
+    singles = experiment.single_task_runs(problem.task_names)
+    methods = experiment.method_runs()
+    by_stage: dict[Stage, list[RunConfig]] = {"single-task": singles, "methods": methods}
+    with folder.locked():
+        results = folder.load([*singles, *methods])
+        for result in results.values():
+            problem.settle(result["test"] or {})
+        runs = [config for stage in stages for config in by_stage[stage]]
+        watcher.plan(runs, [config for config in runs if run_key(config) in results])
+
+        def baseline_of(seed: int) -> Mapping[str, float | None]:
+            if baseline is not None:
+                return baseline
+            values: dict[str, float | None] = {}
+            for config in singles:
+                if config.seed == seed and run_key(config) in results:
+                    tasks = problem.only(config.data.tasks or ()).task_list
+                    values |= primary_values(results[run_key(config)]["validation"], tasks)
+            return values
+
+        with executor or nullcontext(Here()) as engine:
+            for stage in stages:
+                todo = {run_key(config): config for config in by_stage[stage] if run_key(config) not in results}
+                jobs = [
+                    Job(
+                        key,
+                        config,
+                        baseline_of(config.seed) if stage == "methods" else None,
+                        checkpoints=folder.checkpoints(config),
+                    )
+                    for key, config in todo.items()
+                ]
+                _run_stage(engine, jobs, todo, problem, folder=folder, results=results, watcher=watcher)
+    return results
+
+
+def _run_stage(
+    engine: Executor,
+    jobs: Sequence[Job],
+    todo: Mapping[str, RunConfig],
+    problem: Problem,
+    *,
+    folder: GridFolder,
+    results: dict[str, Result],
+    watcher: Watcher,
+) -> None:
+    failures: list[tuple[RunConfig, Outcome]] = []
+
+    def advance(key: str, steps: int) -> None:
+        if key in todo:  # a report may come from an earlier stage
+            watcher.advance(todo[key], steps)
+
+    def done(key: str, outcome: Outcome) -> None:
+        config = todo[key]
+        if outcome.result is None:
+            failures.append((config, outcome))
+            return
+        problem.settle(outcome.result["test"] or {})
+        folder.save(config, outcome.result)
+        results[key] = plain(outcome.result)
+        watcher.finish(config, outcome.result)
+
+    engine.run(jobs, problem, advance, done)
+    if failures:
+        text = "\n".join(f"{run_label(config)}: {outcome.error}" for config, outcome in failures)
+        frames = next((outcome.frames for _, outcome in failures if outcome.frames), "")
+        raise FailedRunsError(text, [(config, outcome.error) for config, outcome in failures], frames)

@@ -1,0 +1,134 @@
+"""From finished runs to the figures of a comparison: means over seeds, Δm with its confidence interval, costs."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from torchmto.lab.data.base import Task
+from torchmto.lab.grid.experiment import Experiment, method_label
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.grid.versus import versus
+from torchmto.lab.metrics import higher_is_better, primary_metric
+from torchmto.lab.problem import Problem
+from torchmto.lab.run.evaluation import primary_values
+from torchmto.lab.run.scores import is_finite
+from torchmto.lab.statistics import confidence95, std
+from torchmto.lab.versions import versions
+from torchmto.metrics import delta_m
+
+__all__ = ["summarize"]
+
+Result = Mapping[str, Any]
+_PASSES = ("num_forward", "num_backward", "num_optimizer_steps")
+
+
+def summarize(
+    experiment: Experiment, problem: Problem, results: Mapping[str, Result], reference: str = "gd"
+) -> dict[str, Any]:
+    """What goes into results.json.
+
+    Δm compares each run with the single-task runs of the same seed, on the test split, over one metric per task. All
+    costs are per batch; single-task costs are summed over the tasks (memory: the largest). Seconds are means over seeds,
+    memory the median.
+
+    Args:
+        experiment: What was compared.
+        problem: What was learnt, with the tasks that took part.
+        results: Every run by its key.
+        reference: The method that the others are compared with, if it is among them, else the first.
+
+    Returns:
+        ``schema_version``, ``tasks``, ``methods``, ``single_task``, ``versus`` (see `torchmto.lab.grid.versus.versus`),
+        ``versions`` and ``config``.
+    """
+    tasks = problem.task_list
+    names = [task.name for task in tasks]
+    singles: list[list[Result]] = [[] for _ in range(experiment.seeds)]
+    for config in experiment.single_task_runs(names):
+        singles[config.seed].append(results[run_key(config)])
+    tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
+
+    methods: dict[str, Any] = {}
+    by_method: dict[str, list[Result]] = {}
+    for method in experiment.methods:
+        runs = [results[run_key(config)] for config in experiment.method_runs() if method_label(config) == method]
+        by_method[method] = runs
+        methods[method] = {
+            **_delta_m([run["test"] for run in runs], tests, tasks),
+            "tasks": _over_seeds([run["test"] for run in runs], tasks),
+            "cost": _mean_cost([run["cost"] for run in runs]),
+            "selected_epochs": [run["selected_epoch"] for run in runs],
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tasks": {
+            task.name: {
+                "kind": task.kind,
+                "primary_metric": primary_metric(task)[0],
+                "metrics": {name: {"higher_is_better": higher_is_better(task, name)} for name in tests[0][task.name]},
+            }
+            for task in tasks
+        },
+        "methods": methods,
+        "single_task": {
+            "tasks": _over_seeds(tests, tasks),
+            "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),
+        },
+        "versus": versus(
+            by_method,
+            {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in methods.items()},
+            {task.name: primary_metric(task) for task in tasks},
+            reference,
+        ),
+        "versions": versions(),
+        "config": experiment.settings,
+    }
+
+
+def _delta_m(
+    tests: Sequence[Mapping[str, Any]], singles: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
+) -> dict[str, Any]:
+    for task in tasks:
+        metric, _ = primary_metric(task)
+        for kind, runs in (("run", tests), ("single-task run", singles)):
+            for seed, run in enumerate(runs):
+                if not is_finite(run[task.name][metric]):
+                    reason = f"{task.name}'s {metric} isn't a finite number in the {kind} of seed {seed}."
+                    return {"delta_m": None, "reason": reason}
+    higher = {task.name: primary_metric(task)[1] for task in tasks}
+    try:
+        per_seed = [
+            delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
+            for test, single in zip(tests, singles, strict=True)
+        ]
+    except ValueError as error:  # a single-task value of 0
+        return {"delta_m": None, "reason": str(error)}
+    mean = sum(per_seed) / len(per_seed)
+    return {"delta_m": {"mean": mean, "ci95": confidence95(per_seed), "per_seed": per_seed}}
+
+
+def _over_seeds(tests: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for task in tasks:
+        figures[task.name] = {}
+        for metric in tests[0][task.name]:
+            values = [test[task.name][metric] for test in tests]
+            known = None not in values
+            figures[task.name][metric] = {
+                "mean": sum(values) / len(values) if known else None,
+                "std": std(values) if known else None,
+            }
+    return figures
+
+
+def _mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    # The median, because the first run of a process also pays for libraries that load on first use.
+    mean = {name: sum(cost[name] for cost in costs) / len(costs) for name in (*_PASSES, "seconds_per_batch")}
+    peaks = [cost["peak_memory_bytes"] for cost in costs]
+    return {**mean, "peak_memory_bytes": None if None in peaks else median(peaks)}
+
+
+def _summed(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    total = {name: sum(cost[name] for cost in costs) for name in (*_PASSES, "seconds_per_batch")}
+    peaks = [cost["peak_memory_bytes"] for cost in costs]
+    return {**total, "peak_memory_bytes": None if None in peaks else max(peaks)}

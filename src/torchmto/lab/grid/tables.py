@@ -1,0 +1,185 @@
+"""The table of a comparison: on the terminal, as Markdown and as CSV."""
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchmto.lab.terminal import FittedTable
+
+__all__ = [
+    "csv_text",
+    "header",
+    "markdown",
+    "rich_tables",
+    "rows",
+    "task_header",
+    "task_rows",
+    "versus_header",
+    "versus_rows",
+]
+
+Summary = Mapping[str, Any]
+MOST_COLUMNS = 6
+
+
+def header(summary: Summary) -> list[str]:
+    """Titles of the columns; an arrow says which way a metric is better."""
+    titles = [] if many_tasks(summary) else [_title(name, task) for name, task in summary["tasks"].items()]
+    return ["method", "Δm %", *titles, "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+
+
+def rows(summary: Summary) -> list[list[str]]:
+    """The cells, single-task models first; means over seeds, ± is the 95 % CI for Δm, else the standard deviation."""
+    table = [_row("single-task", summary["single_task"], summary, "0")]
+    for name, method in summary["methods"].items():
+        table.append(_row(name, method, summary, _delta(method["delta_m"])))
+    return table
+
+
+def many_tasks(summary: Summary) -> bool:
+    """Whether there are too many tasks for a column each; they then have a table of their own, a row each."""
+    return len(summary["tasks"]) > MOST_COLUMNS
+
+
+def task_header(summary: Summary) -> list[str]:
+    """Titles of the table of many tasks."""
+    return ["task", "single-task", *summary["methods"]]
+
+
+def task_rows(summary: Summary) -> list[list[str]]:
+    """Cells of the table of many tasks."""
+    entries = [summary["single_task"], *summary["methods"].values()]
+    return [
+        [_title(name, task), *(_mean_std(entry["tasks"][name][task["primary_metric"]], summary) for entry in entries)]
+        for name, task in summary["tasks"].items()
+    ]
+
+
+def _title(name: str, task: Mapping[str, Any]) -> str:
+    metric = task["primary_metric"]
+    return f"{name} {metric} {'↑' if task['metrics'][metric]['higher_is_better'] else '↓'}"
+
+
+def _row(name: str, entry: Mapping[str, Any], summary: Summary, delta: str) -> list[str]:
+    tasks = {} if many_tasks(summary) else summary["tasks"]
+    cost = entry["cost"]
+    peak = cost["peak_memory_bytes"]
+    return [
+        name,
+        delta,
+        *(_mean_std(entry["tasks"][task][about["primary_metric"]], summary) for task, about in tasks.items()),
+        *(f"{cost[key]:.3g}" for key in ("num_forward", "num_backward", "num_optimizer_steps")),
+        f"{1000 * cost['seconds_per_batch']:.1f}",
+        "-" if peak is None else f"{peak / 1e6:.0f}",
+    ]
+
+
+def _delta(delta: Mapping[str, Any] | None) -> str:
+    if delta is None:
+        return "-"
+    interval = "" if delta["ci95"] is None else f" ± {delta['ci95']:.2f}"
+    return f"{delta['mean']:+.2f}{interval}"
+
+
+def _mean_std(figure: Mapping[str, float | None], summary: Summary) -> str:
+    if figure["mean"] is None:
+        return "-"
+    spread = f" ± {figure['std']:.3f}" if summary["config"]["seeds"] > 1 else ""
+    return f"{figure['mean']:.3f}{spread}"
+
+
+def versus_header(summary: Summary) -> list[str]:
+    """Titles of the table of differences to the reference."""
+    return ["method", f"Δm minus {summary['versus']['reference']}", "p (Holm)", "wins-ties-losses", "mean rank"]
+
+
+def versus_rows(summary: Summary) -> list[list[str]]:
+    """Cells of the table of differences: paired by seed, ± is the 95 % CI; ranks are over tasks and seeds."""
+    versus = summary["versus"]
+    ranks = versus["ranks"]["tasks"]
+    return [
+        [
+            name,
+            _delta(entry["delta_m"]),
+            _p(entry["delta_m"]),
+            "-".join(map(str, entry["wins_ties_losses"])),
+            "-" if ranks is None else f"{ranks['average'][name]:.2f}",
+        ]
+        for name, entry in versus["methods"].items()
+    ]
+
+
+def _p(difference: Mapping[str, Any] | None) -> str:
+    return "-" if difference is None or difference["p_holm"] is None else f"{difference['p_holm']:.4f}"
+
+
+def notes(summary: Summary) -> list[str]:
+    """What a reader needs to know to read the table."""
+    config = summary["config"]
+    data, model = config["data"], config["model"]
+    settings = (
+        f"{data['name']}, model {model['name'] or 'its own'}, {config['epochs']} epochs, batches of {data['batch_size']}, "
+        f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}. Test split; the epoch is chosen on the "
+        "validation split."
+    )
+    legend = (
+        "Δm: mean relative change to single-task models of the same seed, ± 95 % confidence interval; task metrics "
+        "± standard deviation. Passes and steps are per batch; for single-task models summed over the tasks."
+    )
+    lines = [settings, legend]
+    lines += [
+        f"No Δm for {name}: {method['reason']}"
+        for name, method in summary["methods"].items()
+        if method["delta_m"] is None
+    ]
+    return lines
+
+
+def rich_tables(summary: Summary) -> "list[FittedTable]":
+    """For the terminal: the table, after that of the tasks where there are many."""
+    from torchmto.lab.terminal import FittedTable  # noqa: PLC0415  rich
+
+    tables = [FittedTable([header(summary), *rows(summary)], notes=notes(summary))]
+    if many_tasks(summary):
+        tables.insert(0, FittedTable([task_header(summary), *task_rows(summary)]))
+    return tables
+
+
+def markdown(summary: Summary) -> str:
+    """A Markdown page with the table, one of the tasks where there are many, and one of differences to the reference."""
+    made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    tables = [_markdown(header(summary), rows(summary))]
+    if many_tasks(summary):
+        tables.append(_markdown(task_header(summary), task_rows(summary)))
+    lines = notes(summary)
+    if len(summary["methods"]) > 1:
+        tables.append(_markdown(versus_header(summary), versus_rows(summary)))
+        lines.append(
+            "Differences are paired by seed; p values are of paired t tests, corrected for their number by Holm; wins, ties "
+            "and losses count tasks and seeds, ranks are means over both."
+        )
+    return "\n".join([*tables, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
+
+
+def _markdown(titles: list[str], cells: list[list[str]]) -> str:
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def csv_text(summary: Summary) -> str:
+    """One line per method, task and metric, and per method and cost, with full precision."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "task", "quantity", "mean", "spread", "spread_is"])
+    for name, entry in {"single_task": summary["single_task"], **summary["methods"]}.items():
+        delta = entry.get("delta_m")
+        if delta is not None:
+            writer.writerow([name, "", "delta_m", delta["mean"], delta["ci95"], "ci95"])
+        for task, metrics in entry["tasks"].items():
+            for metric, figure in metrics.items():
+                writer.writerow([name, task, metric, figure["mean"], figure["std"], "std"])
+        for quantity, value in entry["cost"].items():
+            writer.writerow([name, "", quantity, value, "", ""])
+    return text.getvalue()

@@ -1,0 +1,291 @@
+"""The same number of settings for every method and every single-task model, chosen on the validation split of the first seed.
+
+By default the settings are drawn beforehand, the same for all. With ``sampler="tpe"`` each method draws its own, one after
+the other, from what the ones before gave. Single-task models are tuned first: their best values are what methods are
+measured by.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from torchmto.checks import check_choice, check_integer
+from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.data.base import Task
+from torchmto.lab.grid.executors import Executor
+from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
+from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.outputs import write_outputs
+from torchmto.lab.grid.plan import Grid
+from torchmto.lab.grid.result import Result
+from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, run_grid
+from torchmto.lab.grid.summary import summarize
+from torchmto.lab.metrics import primary_metric
+from torchmto.lab.problem import Problem
+from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.evaluation import primary_values
+from torchmto.lab.run.scores import measure_of
+from torchmto.lab.specs import parse_method
+from torchmto.methods import method_class
+
+__all__ = ["Plan", "Tuning", "edges", "listed", "sampled", "tune", "tuned"]
+
+Settings = Mapping[str, Any]
+SPACE: dict[str, tuple[Any, ...]] = {
+    "optimizer.lr": ("log", 1e-4, 1e-1),
+    "optimizer.name": ("choice", "sgd", "adamw"),
+    "optimizer.weight_decay": ("choice", 0.0, 1e-4, 1e-2),
+}
+"""What is drawn: log-uniform, uniform ("linear") or one of a few. A method adds its class's ``tuning_space``, by option."""
+
+
+class Plan(Protocol):
+    """Which settings are tried."""
+
+    def __len__(self) -> int:
+        """How many by each."""
+
+    def settings(self, who: str, number: int) -> Settings:
+        """Those of a method or single-task model in a round."""
+
+    def tell(self, who: str, number: int, score: float | None) -> None:
+        """How they did; higher is better."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The same settings for all, from a list."""
+
+    offers: Sequence[Settings]
+
+    def __len__(self) -> int:
+        return len(self.offers)
+
+    def settings(self, who: str, number: int) -> Settings:
+        """The list's."""
+        return self.offers[number]
+
+    def tell(self, who: str, number: int, score: float | None) -> None:
+        """Nothing: the list is fixed."""
+
+
+def listed(offers: Sequence[Settings]) -> Plan:
+    """A plan that offers these settings to all."""
+    return Listed(offers)
+
+
+class Sampled:
+    """Settings drawn by Optuna from the space, at random and equal for all, or by TPE for each on its own.
+
+    Args:
+        number: How many by each.
+        sampler: ``"random"`` or ``"tpe"``.
+        seed: Of the draws.
+    """
+
+    def __init__(self, number: int, sampler: str = "random", seed: int = 0) -> None:
+        try:
+            import optuna  # noqa: PLC0415  an extra of its own
+        except ImportError as error:
+            raise ImportError("Tuning needs Optuna: pip install 'torchmto[tune]'") from error
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._number = check_integer("tune", number, minimum=1)
+        self._sampler = check_choice("sampler", sampler, ("random", "tpe"))
+        self._seed = seed
+        self._studies: dict[str, Any] = {}
+        self._trials: dict[tuple[str, int], Any] = {}
+
+    def __len__(self) -> int:
+        return self._number
+
+    def settings(self, who: str, number: int) -> Settings:
+        """The next ones of a study of its own; with the random sampler all studies draw alike."""
+        key = who, number
+        if key not in self._trials:
+            if who not in self._studies:
+                samplers = self._optuna.samplers
+                kind = samplers.RandomSampler if self._sampler == "random" else samplers.TPESampler
+                self._studies[who] = self._optuna.create_study(direction="maximize", sampler=kind(seed=self._seed))
+            self._trials[key] = self._studies[who].ask()
+        trial = self._trials[key]
+        drawn = {name: _draw(trial, name, entry) for name, entry in SPACE.items()}
+        own: Mapping[str, tuple[Any, ...]] = {}
+        if not who.startswith("single-task "):
+            spec = parse_method(who)
+            own = getattr(method_class(spec.name), "tuning_space", {})
+            options = {name: _draw(trial, f"{spec.name}.{name}", entry) for name, entry in own.items()}
+            drawn |= {"method.options": {**options, **spec.hyperparameters}} if options else {}
+        return drawn
+
+    def tell(self, who: str, number: int, score: float | None) -> None:
+        """For TPE."""
+        state = self._optuna.trial.TrialState
+        trial = self._trials[who, number]
+        if score is None:
+            self._studies[who].tell(trial, state=state.FAIL)
+        else:
+            self._studies[who].tell(trial, score)
+
+
+def sampled(number: int, sampler: Literal["random", "tpe"] = "random", seed: int = 0) -> Plan:
+    """A plan that draws settings from `SPACE`; see `Sampled`."""
+    return Sampled(number, sampler, seed)
+
+
+def _draw(trial: Any, name: str, entry: tuple[Any, ...]) -> Any:
+    kind, *values = entry
+    if kind == "choice":
+        return trial.suggest_categorical(name, values)
+    return trial.suggest_float(name, *values, log=kind == "log")
+
+
+# ---------------------------------------------------------------------------------------------------------- tuning
+
+Attempt = Callable[[str, Experiment, Stage, Mapping[str, float] | None], tuple[Mapping[str, Any], Mapping[str, str]]]
+"""``(name of the round, its experiment, stage, baseline)`` to results and failures by `run_key`."""
+
+
+@dataclass
+class Tuning:
+    """What tuning found.
+
+    Attributes:
+        chosen: Settings by method, and by ``single-task <task>``.
+        tried: Each one's settings and scores, in the order of the rounds.
+        failed: What went wrong, a line for each run.
+        complete: Whether all runs are there; otherwise nothing is chosen.
+    """
+
+    chosen: dict[str, Settings] = field(default_factory=dict)
+    tried: dict[str, list[tuple[Settings, float | None]]] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+    complete: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a file."""
+        return {
+            "chosen": self.chosen,
+            "tried": {who: [{"settings": s, "score": score} for s, score in rows] for who, rows in self.tried.items()},
+            "edges": {who: edges(own, [s for s, _ in self.tried[who]]) for who, own in self.chosen.items()},
+            "failed": self.failed,
+        }
+
+
+def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt) -> Tuning:
+    """Each method and each single-task model at its best settings by validation on the first seed.
+
+    Args:
+        experiment: What is tuned for; its own ``chosen`` goes over what tuning chooses, but isn't tuned with.
+        problem: What is learnt.
+        plan: Which settings.
+        attempt: Runs a round.
+
+    Raises:
+        FailedRunsError: If one had no finite score at any settings.
+        ValueError: If the problem has no validation split to choose by.
+    """
+    if problem.evaluate is not None:
+        raise ValueError("`--tune` chooses on the validation split. Found a problem with `evaluate`, which has none.")
+    found = Tuning()
+    baseline: dict[str, float] = {}
+    singles = [f"single-task {name}" for name in problem.task_names]
+    for stage, names in (("single-task", singles), ("methods", list(experiment.methods))):
+        for number in range(len(plan)):
+            offers = {who: plan.settings(who, number) for who in names}
+            trial = replace(experiment, seeds=1, chosen=offers)
+            results, failures = attempt(f"{stage}-{number}", trial, stage, baseline or None)  # type: ignore[arg-type]
+            runs = trial.single_task_runs(problem.task_names) if stage == "single-task" else trial.method_runs()
+            for who, run in zip(names, runs, strict=True):
+                key = run_key(run)
+                if key not in results and key not in failures:
+                    found.complete = False
+                    continue
+                score = None
+                if key in results:
+                    score = _score(results[key], run, problem, baseline)
+                why = failures.get(key, "no finite score on the validation split")
+                if score is None:
+                    shown = ", ".join(f"{name} {value}" for name, value in offers[who].items())
+                    found.failed.append(f"{run_label(run)}, {shown}: {why.partition(chr(10))[0]}")
+                found.tried.setdefault(who, []).append((offers[who], score))
+                plan.tell(who, number, score)
+        if not found.complete:
+            return found
+        for who in names:
+            scores = [(score, settings) for settings, score in found.tried[who] if score is not None]
+            if not scores:
+                raise FailedRunsError(f"{who}: no setting in tuning gave a finite score on the validation split.")
+            best, settings = max(scores, key=lambda entry: entry[0])
+            found.chosen[who] = {**settings, **experiment.chosen.get(who, {})}
+            if stage == "single-task":
+                task = problem.only([who.removeprefix("single-task ")]).task_list[0]
+                baseline[task.name] = best if primary_metric(task)[1] else -best
+    return found
+
+
+def _score(result: Mapping[str, Any], run: RunConfig, problem: Problem, baseline: Mapping[str, float]) -> float | None:
+    tasks: Sequence[Task] = problem.only(run.data.tasks or ()).task_list
+    values = primary_values(result["validation"], tasks)
+    return measure_of(tasks, None if is_single_task(run) else baseline)(values)
+
+
+def edges(settings: Settings, offers: Sequence[Settings]) -> list[str]:
+    """Numbers of ``settings`` that no offer with otherwise equal choices exceeds, or falls below: a better one may lie beyond.
+
+    Example:
+        >>> edges({"lr": 0.1}, [{"lr": 0.01}, {"lr": 0.1}])
+        ['largest lr']
+    """
+    found = []
+    for key, value in settings.items():
+        rivals = [offer[key] for offer in offers if key in offer and _same_choices(offer, settings)]
+        if isinstance(value, int | float) and len(set(rivals)) > 1 and value in {min(rivals), max(rivals)}:
+            found.append(f"{'largest' if value == max(rivals) else 'smallest'} {key}")
+    return found
+
+
+def _same_choices(first: Settings, second: Settings) -> bool:
+    return all(first[key] == second[key] for key in first if key in second and isinstance(first[key], str))
+
+
+# ------------------------------------------------------------------------------------------- tuning of a comparison
+
+
+def tuned(
+    grid: Grid, number: int, executor: Executor, watcher: Watcher, sampler: Literal["random", "tpe"] = "random"
+) -> Result:
+    """Tune a comparison, then run it at the chosen settings.
+
+    Args:
+        grid: The comparison; rounds go into ``tuning/`` of its folder.
+        number: Settings by each.
+        executor: Where runs go.
+        watcher: Is told how far it is.
+        sampler: ``"random"`` or ``"tpe"``.
+    """
+    experiment, problem, folder = grid.experiment, grid.problem, grid.folder
+
+    def attempt(
+        name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
+    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+        place = GridFolder(folder.path / "tuning" / name, trial.settings)
+        try:
+            results = run_grid(
+                trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline
+            )
+        except FailedRunsError as error:
+            runs = [*trial.single_task_runs(problem.task_names), *trial.method_runs()]
+            return place.load(runs), {run_key(run): text for run, text in error.failures}
+        return results, {}
+
+    found = tune(experiment, problem, sampled(number, sampler), attempt)
+    final = replace(experiment, chosen=found.chosen)
+    results = run_grid(final, folder, problem, executor=executor, watcher=watcher)
+    summary = {**summarize(final, problem, results), "tuning": found.as_dict()}
+    write_outputs(final, folder, summary, results)
+    write_bytes(folder.path / "tuning.json", (json.dumps(plain(found.as_dict()), indent=1) + "\n").encode())
+    return Result(folder.path)

@@ -1,0 +1,538 @@
+"""A problem: what is learnt. Tasks, data, model, losses and metrics of anyone's, or of a built-in data set.
+
+A sample is ``(x, {task: target})``, or ``{"input": x, "targets": {task: target}}``; a key that a sample lacks is a missing
+label. Targets and outputs by kind are listed in `torchmto.lab.data.base`. With ``closure`` and ``evaluate`` a problem may
+have any shape: then nothing but these two looks at model and batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, default_collate
+
+from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
+from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state
+from torchmto.lab.metrics import metric_names
+
+__all__ = ["Loaders", "Origin", "Problem", "ProblemError", "Task"]
+
+Loaders: TypeAlias = Loader | StreamLoader | JointLoader
+_KNOWN_DIRECTIONS = {"accuracy": True, "f1": True, "auroc": True, "r2": True, "mIoU": True, "psnr": True, "ssim": True}
+
+
+class ProblemError(ValueError):
+    """A part of a problem isn't what it should be."""
+
+
+def part_error(part: str, should: str, came: object) -> ProblemError:
+    """The message of every error at this door: the problem's part, what was expected, what came."""
+    shown = came if isinstance(came, str) else repr(came)
+    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
+    return ProblemError(f"Part `{part}` of the problem should be {should}. Found {shown}.")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a problem comes from, by which a run's folder knows it again.
+
+    Attributes:
+        name: Its reference (``farm.py:farm``), or the module and function that built it.
+        arguments: Those of that function, as far as they are plain values.
+        source: Hash of the file that defines it; None for what is built in.
+        loadable: Whether the name leads another process to it.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = None
+    loadable: bool = False
+
+    @classmethod
+    def of_caller(cls) -> Origin:
+        """The function outside of this package that builds a problem now."""
+        frame = sys._getframe(1)  # noqa: SLF001  the only way to the caller
+        inside = (str(Path(__file__).parent), "<string>")
+        while frame.f_back is not None and (
+            frame.f_code.co_filename.startswith(inside) or frame.f_code.co_filename.endswith("dataclasses.py")
+        ):
+            frame = frame.f_back
+        code = frame.f_code
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        plain = {name: frame.f_locals[name] for name in names if isinstance(frame.f_locals.get(name), _PLAIN)}
+        function = code.co_qualname.replace(".<locals>", "")
+        source = source_hash(Path(code.co_filename))
+        return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", plain, source)
+
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def source_hash(path: Path) -> str | None:
+    """A short hash of a source file; None where there is none (a notebook's cell)."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+@dataclass
+class Problem:
+    """What is learnt.
+
+    Args:
+        tasks: The tasks, in the order tables print them. With ``closure`` plain names will do.
+        train: What to learn from: a map-style or iterable data set of samples, or ``{task: data set}`` for disjoint ones, of
+            which each step takes a batch each. With ``closure``, anything else than a torch ``Dataset`` gives batches: a list
+            of them, an iterable, or a number of steps per epoch whose batch is None.
+        validation: Samples for choosing the epoch.
+        test: Samples for the final figures only.
+        model: Builds the network: ``model(x)`` or ``model(x, tasks)`` gives ``{task: output}``. A name takes a ready model of
+            the lab.
+        losses: Task -> ``loss(output, target)``, a scalar or ``(scalar, count)``, called with the labelled samples only; one
+            that takes ``mask`` gets where values are valid. The kind's default otherwise.
+        metrics: Task -> name -> a torchmetrics metric, updated with the labelled samples, in place of the kind's.
+        primary: Task -> ``(metric, whether higher is better)``: the one that stands for it in Δm.
+        collate: ``[sample, ...] -> (x, {task: targets})``; with ``closure`` the batch itself.
+        optimizer: ``model -> torch.optim.Optimizer``, in place of the settings'.
+        closure: ``(model, batch, tasks) -> {task: loss or (loss, count)}``, in place of model call and losses.
+        evaluate: ``model -> {task: {metric: value}}``, in place of validation and test: the last epoch is what is reported.
+        name: What it is called.
+        input_shape: Shape of one input, which ready models are built for; by default that of the first sample.
+        mean: Per-channel mean, which normalises inputs with ``std``.
+        std: Per-channel standard deviation.
+        augment: Augmentation of training batches, ``(batch, tasks, sample keys) -> batch``.
+        citation: Whom to cite.
+        origin: Where it comes from; found by itself.
+
+    Raises:
+        ProblemError: If a part isn't what it should be.
+
+    Example:
+        >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
+        >>> data = [(x[i], {"sum": y[i]}) for i in range(8)]
+        >>> problem = Problem([Task("sum", "regression", 1)], data, data, data, model="mlp")
+        >>> next(iter(problem.loader("train", 4)))["targets"]["sum"].shape
+        torch.Size([4, 1])
+    """
+
+    tasks: Sequence[Task | str]
+    train: Any
+    validation: Any = None
+    test: Any = None
+    model: Callable[[], nn.Module] | str | None = None
+    losses: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    primary: Mapping[str, tuple[str, bool]] = field(default_factory=dict)
+    collate: Callable[[list[Any]], Any] | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
+    closure: Callable[[nn.Module, Any, tuple[str, ...]], Mapping[str, Any]] | None = None
+    evaluate: Callable[[nn.Module], Mapping[str, Mapping[str, float]]] | None = None
+    name: str = "problem"
+    input_shape: tuple[int, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: Augment | None = None
+    citation: str = ""
+    origin: Origin | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        self.tasks = self._checked_tasks()
+        for part in ("losses", "metrics", "primary"):
+            self._check_by_task(part, getattr(self, part))
+        for part in ("train", "validation", "test"):
+            data = getattr(self, part)
+            if isinstance(data, Mapping):
+                self._check_by_task(part, data, all_of_them=True)
+                for task, entry in data.items():
+                    self._check_data(f"{part}[{task!r}]", entry)
+            elif data is not None or part == "train" or self.evaluate is None:
+                self._check_data(part, data)
+        for part in ("collate", "optimizer", "closure", "evaluate"):
+            value = getattr(self, part)
+            if value is not None and not callable(value):
+                raise part_error(part, "a callable, or left out", value)
+        if self.model is not None and not isinstance(self.model, str) and not callable(self.model):
+            raise part_error("model", "a function that builds the network, or a ready model's name", self.model)
+        if isinstance(self.model, nn.Module):
+            raise part_error(
+                "model", "a function that builds the network anew (`model=lambda: Net()`)", "one that is built already"
+            )
+        if self.origin is None:
+            self.origin = Origin.of_caller()
+
+    def _checked_tasks(self) -> tuple[Task, ...]:
+        if isinstance(self.tasks, str | Task) or not isinstance(self.tasks, Iterable):
+            raise part_error("tasks", "a list of tasks", self.tasks)
+        tasks: list[Task] = []
+        for entry in self.tasks:
+            if isinstance(entry, str) and entry and self.closure is None and entry not in self.losses:
+                raise part_error("tasks", "lab.Task objects (plain names need `closure`)", entry)
+            if not isinstance(entry, Task) and not (isinstance(entry, str) and entry):
+                raise part_error("tasks", "a list of lab.Task objects or names", entry)
+            tasks.append(Task(entry, "own") if isinstance(entry, str) else entry)
+        names = [task.name for task in tasks]
+        if not names:
+            raise part_error("tasks", "a list of at least one task", "none")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise part_error("tasks", "tasks of different names", f"two called `{twice[0]}`")
+        return tuple(self._with_metrics(task) for task in tasks)
+
+    def _with_metrics(self, task: Task) -> Task:
+        """The task, which says of its own metrics which one stands for it and which way each is better."""
+        own, primary = self.metrics.get(task.name), self.primary.get(task.name)
+        if not own and not primary:
+            return task
+        extra = dict(task.extra)
+        if own:
+            directions = {name: getattr(metric, "higher_is_better", None) for name, metric in own.items()}
+            extra |= {"metrics": dict(own), "directions": {n: _direction(n, d) for n, d in directions.items()}}
+            extra["primary_metric"] = next(iter(own))
+        if primary:
+            if not isinstance(primary, Sequence) or len(primary) != 2 or not isinstance(primary[1], bool):
+                raise part_error(f"primary[{task.name!r}]", "(metric, whether higher is better)", primary)
+            known = own or metric_names(task.kind)
+            if self.evaluate is None and primary[0] not in known:
+                raise part_error(f"primary[{task.name!r}]", f"one of {', '.join(known) or 'its metrics'}", primary[0])
+            extra["primary_metric"] = primary[0]
+            extra["directions"] = {**extra.get("directions", {}), primary[0]: primary[1]}
+        return replace(task, extra=extra)
+
+    def _check_by_task(self, part: str, entries: Any, *, all_of_them: bool = False) -> None:
+        names = self.task_names
+        if not isinstance(entries, Mapping):
+            raise part_error(part, "a mapping by task", entries)
+        if unknown := [name for name in entries if name not in names]:
+            raise part_error(part, f"by task ({', '.join(names)})", f"an entry for {unknown[0]!r}")
+        if all_of_them and (missing := [name for name in names if name not in entries]):
+            raise part_error(part, f"by task ({', '.join(names)})", f"none for `{missing[0]}`")
+
+    def _check_data(self, part: str, data: Any) -> None:
+        if self.closure is not None and isinstance(data, int) and not isinstance(data, bool):
+            if data < 1:
+                raise part_error(part, "a positive number of steps per epoch", data)
+            return
+        sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        if data is None or isinstance(data, str | bytes) or not (sized or isinstance(data, Iterable)):
+            hint = "" if part == "train" else " (it may be left out where `evaluate` is given)"
+            raise part_error(part, f"a map-style or iterable data set{hint}", data)
+        if not sized and iter(data) is data:
+            raise part_error(part, "something that can be gone through every epoch", "a one-shot generator")
+        if sized and len(data) == 0:
+            raise part_error(part, "a data set with samples", "an empty one")
+
+    # ------------------------------------------------------------------------------------------------- what others ask
+
+    @property
+    def task_list(self) -> tuple[Task, ...]:
+        """The tasks as `Task` objects."""
+        return tuple(task for task in self.tasks if isinstance(task, Task))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks' names."""
+        return tuple(task.name for task in self.task_list)
+
+    def only(self, names: Sequence[str]) -> Problem:
+        """The same problem with some of its tasks, in its own order; all of them if there are no names.
+
+        Raises:
+            ValueError: If there is no such task, or one is named twice.
+        """
+        for name in names:
+            if name not in self.task_names:
+                raise ValueError(
+                    f"The data set `{self.name}` has the tasks {', '.join(self.task_names)}. Found {name!r}."
+                )
+            if list(names).count(name) > 1:
+                raise ValueError(f"Each task should be named once. Found the task `{name}` twice.")
+        if not names:
+            return self
+
+        def kept(entries: Any) -> Any:
+            return {n: v for n, v in entries.items() if n in names} if isinstance(entries, Mapping) else entries
+
+        parts = ("train", "validation", "test", "losses", "metrics", "primary")
+        chosen = tuple(task for task in self.task_list if task.name in names)
+        return replace(self, tasks=chosen, **{part: kept(getattr(self, part)) for part in parts})
+
+    def split(self, name: Split) -> Any:
+        """The data of a split."""
+        if name not in SPLITS:
+            raise ValueError(f"Parameter `name` should be one of {', '.join(SPLITS)}. Found `name = {name!r}`.")
+        return getattr(self, name)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input.
+
+        Raises:
+            ProblemError: If an input isn't a tensor.
+        """
+        if self.input_shape is None:
+            if self.closure is not None:
+                raise part_error("model", "a function that builds the network, where `closure` is given", self.model)
+            (_, batch), *_ = self.parts(next(iter(self.loader("train", 1).epoch(0))))
+            if not isinstance(batch["input"], Tensor):
+                raise part_error(
+                    "train", "samples whose input is a tensor, for a ready model", type(batch["input"]).__name__
+                )
+            self.input_shape = tuple(batch["input"].shape[1:])
+        return self.input_shape
+
+    @property
+    def is_image(self) -> bool:
+        """Whether inputs are images."""
+        return len(self.shape) == 3
+
+    def normalize(self, inputs: Tensor) -> Tensor:
+        """``[B, ...]`` inputs as a model should see them: ``(x - mean) / std`` per channel."""
+        if self.mean is None or self.std is None:
+            return inputs
+        return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
+
+    def denormalize(self, inputs: Tensor) -> Tensor:
+        """The inverse of `normalize`, for pictures."""
+        if self.mean is None or self.std is None:
+            return inputs
+        return inputs * _per_channel(self.std, inputs) + _per_channel(self.mean, inputs)
+
+    def loader(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: bool | None = None,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Loaders:
+        """Batches of one split; training is shuffled, augmented and drops a last short batch.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``.
+            batch_size: Samples per batch, over all ranks; each rank gets its piece.
+            seed: With epoch and index it decides order and augmentation.
+            augment: Whether to augment; by default the training split only, where there is an augmentation.
+            workers: Processes that prepare batches ahead; 0 prepares each when it is asked for. Never changes a batch.
+            rank: This process' number.
+            world_size: Number of processes.
+
+        Returns:
+            A loader; ``loader.epoch(epoch, start)`` iterates.
+
+        Raises:
+            ProblemError: If batches that come ready-made would have to be divided among processes.
+        """
+        data, training = self.split(split), split == "train"
+        transform = self.augment if (training if augment is None else augment) else None
+
+        def one(source: Any, task: str | None) -> Loader | StreamLoader:
+            ready = self.closure is not None and not isinstance(source, TorchDataset)
+            if ready and world_size > 1:
+                raise part_error(split, "a data set whose batches can be divided among processes", "ready-made batches")
+            if isinstance(source, int):
+                source = range(source)
+                fetch = _Fetch(source, _nothing, None)
+            elif ready:
+                fetch = _Fetch(source, _first, None)
+            else:
+                fetch = _Fetch(source, self._collate(split, task, transform is not None), self._finish(transform))
+            if isinstance(source, IterableDataset) or not (
+                hasattr(source, "__getitem__") and hasattr(source, "__len__")
+            ):
+                size, merge = (None, _same) if ready else (batch_size, fetch.merge)
+                return StreamLoader(
+                    source, size, merge, seed=seed, drop_last=training, rank=rank, world_size=world_size
+                )
+            size = 1 if ready or isinstance(source, range) else batch_size
+            plan = BatchPlan(
+                len(source),
+                size,
+                seed=seed,
+                shuffle=training,
+                drop_last=training and len(source) >= size,
+                rank=rank,
+                world_size=world_size,
+            )
+            return Loader(fetch, plan, workers=workers)
+
+        if isinstance(data, Mapping):
+            return JointLoader({task: one(source, task) for task, source in data.items()})
+        return one(data, None)
+
+    def _collate(self, split: str, task: str | None, augmented: bool) -> Callable[[list[Any]], Any]:
+        if self.closure is not None:
+            return self.collate or default_collate
+        tasks = self.task_list if task is None else tuple(t for t in self.task_list if t.name == task)
+        return _Collate(split, tasks, task, self.collate)
+
+    def _finish(self, transform: Augment | None) -> Callable[[Any, Tensor], Any] | None:
+        if self.closure is not None or (transform is None and self.mean is None):
+            return None
+        return _Finish(self.task_list, transform, self.mean, self.std)
+
+    def parts(self, batch: Any) -> list[tuple[tuple[str, ...], Any]]:
+        """A step's batch as (tasks, batch) pairs: one of all tasks, or one per task for disjoint data sets."""
+        if isinstance(self.train, Mapping) and self.closure is None:
+            return [((task,), batch[task]) for task in self.task_names]
+        return [(self.task_names, batch)]
+
+    def settle(self, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Take each own task's first metric for its primary one, where nothing says which it is."""
+        for task in self.task_list:
+            if task.kind != "own" or "primary_metric" in task.extra or not values.get(task.name):
+                continue
+            metric = next(iter(values[task.name]))
+            higher = _direction(metric, None)
+            if metric not in _KNOWN_DIRECTIONS:
+                warnings.warn(
+                    f"The task `{task.name}` is judged by `{metric}`, lower is better; `primary=` says otherwise.",
+                    stacklevel=2,
+                )
+            assert isinstance(task.extra, dict)
+            task.extra.update({"primary_metric": metric, "directions": {metric: higher}})
+
+
+def _direction(metric: str, said: bool | None) -> bool:
+    return _KNOWN_DIRECTIONS.get(metric, False) if said is None else said
+
+
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _nothing(_: list[Any]) -> None:
+    return None
+
+
+def _first(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+class _Fetch:
+    """Samples of a data set as a batch: each sample drawn with a random state of its own."""
+
+    def __init__(
+        self, data: Any, merge: Callable[[list[Any]], Any], finish: Callable[[Any, Tensor], Any] | None
+    ) -> None:
+        self.data, self.merge, self.finish = data, merge, finish
+
+    def __call__(self, indices: Tensor, keys: Tensor) -> Any:
+        if isinstance(self.data, MultiTaskDataset) and isinstance(self.merge, _Collate) and self.merge.own is None:
+            batch: Any = self.data.batch(indices)
+        else:
+            samples = []
+            for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
+                with own_random_state(key):
+                    samples.append(self.data[index])
+            batch = self.merge(samples)
+        return batch if self.finish is None else self.finish(batch, keys)
+
+
+class _Finish:
+    """Augmentation and normalisation of a batch."""
+
+    def __init__(
+        self,
+        tasks: tuple[Task, ...],
+        transform: Augment | None,
+        mean: tuple[float, ...] | None,
+        std: tuple[float, ...] | None,
+    ) -> None:
+        self.tasks, self.transform, self.mean, self.std = tasks, transform, mean, std
+
+    def __call__(self, batch: Batch, keys: Tensor) -> Batch:
+        if self.transform is not None:
+            batch = self.transform(batch, self.tasks, keys)
+        inputs = batch["input"]
+        if self.mean is not None and self.std is not None:
+            inputs = (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
+        return Batch(input=inputs, targets=batch["targets"])
+
+
+class _Collate:
+    """Samples as a batch with one target tensor per task, in the type its kind asks for."""
+
+    def __init__(
+        self, split: str, tasks: tuple[Task, ...], only: str | None, own: Callable[[list[Any]], Any] | None
+    ) -> None:
+        self.split, self.tasks, self.only, self.own = split, tasks, only, own
+
+    def __call__(self, samples: list[Any]) -> Batch:
+        if self.own is not None:
+            x, targets = self._pair(self.own(samples), "collate")
+        else:
+            pairs = [self._pair(sample, self.split) for sample in samples]
+            x = _stacked([x for x, _ in pairs], self.split)
+            targets = self._targets([targets for _, targets in pairs])
+        return Batch(input=x, targets={t.name: as_target(t, targets[t.name]) for t in self.tasks if t.name in targets})
+
+    def _pair(self, sample: Any, part: str) -> tuple[Any, Mapping[str, Any]]:
+        should = "samples (x, {task: target})" if part != "collate" else "a function that gives (x, {task: targets})"
+        if isinstance(sample, Mapping) and set(sample) == {"input", "targets"}:
+            x, targets = sample["input"], sample["targets"]
+        elif isinstance(sample, Sequence) and not isinstance(sample, str) and len(sample) == 2:
+            x, targets = sample
+        else:
+            raise part_error(part, should, _described(sample))
+        if self.only is not None and not isinstance(targets, Mapping):
+            targets = {self.only: targets}
+        if not isinstance(targets, Mapping):
+            raise part_error(part, should, f"(x, {_described(targets)})")
+        return x, targets
+
+    def _targets(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, Tensor] = {}
+        for task in self.tasks:
+            values = [None if (v := row.get(task.name)) is None else torch.as_tensor(v) for row in rows]
+            example = next((value for value in values if value is not None), None)
+            if example is None:
+                continue
+            if task.kind == "own" and any(value is None for value in values):
+                raise part_error(
+                    self.split,
+                    f"samples with a target of `{task.name}`, as its kind has no missing value",
+                    "one without",
+                )
+            shapes = {tuple(value.shape) for value in values if value is not None}
+            if len(shapes) > 1:
+                raise part_error(
+                    f"{self.split}, task `{task.name}`", "targets of one shape", " and ".join(map(str, shapes))
+                )
+            if task.kind in {"binary", "regression", "map"} and not example.is_floating_point():
+                example = example.float()
+            column = [torch.full_like(example, task.missing) if v is None else v.to(example.dtype) for v in values]
+            columns[task.name] = torch.stack(column)
+        return columns
+
+
+def _stacked(inputs: list[Any], split: str) -> Any:
+    try:
+        return default_collate(inputs)
+    except (TypeError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise part_error(split, "samples whose inputs can be put together (or give `collate`)", first) from error
+
+
+def _described(value: Any) -> str:
+    match value:
+        case Tensor():
+            return f"a tensor of shape {tuple(value.shape)}"
+        case tuple() | list():
+            return f"a {type(value).__name__} of {len(value)}"
+        case Mapping():
+            return f"a mapping with {', '.join(map(repr, list(value)[:5])) or 'no keys'}"
+        case _:
+            return f"{type(value).__name__} {value!r}"[:100]

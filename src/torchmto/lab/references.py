@@ -1,0 +1,230 @@
+"""Problems and models by reference: a built-in name, ``FILE.py:FUNCTION``, ``package.module:FUNCTION`` or an entry point."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from torchmto.checks import nearest
+from torchmto.lab.arguments import fitted
+from torchmto.lab.data.registry import dataset_info, datasets, load_data
+from torchmto.lab.models import build_model, model_options, models
+from torchmto.lab.problem import Origin, Problem, part_error, source_hash
+
+__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve"]
+
+GROUP = "torchmto.problems"
+
+
+class UnknownReferenceError(ValueError):
+    """A reference that leads nowhere."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a reference leads to.
+
+    Attributes:
+        text: The reference.
+        function: What it names.
+        file: Where that is defined; None for what is built in.
+        path: What follows the name of a built-in data set.
+    """
+
+    text: str
+    function: Callable[..., Any]
+    file: Path | None = None
+    path: str = ""
+
+
+def problem_names() -> dict[str, Any]:
+    """The entry points of the group ``torchmto.problems`` by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def resolve(reference: str, what: str = "data") -> Reference:
+    """The function that a reference names.
+
+    Args:
+        reference: ``NAME[:PATH]`` of a built-in data set, ``FILE.py:FUNCTION``, ``package.module:FUNCTION``, or the name of an
+            entry point.
+        what: ``"data"``, or ``"model"``, for which only the middle two are looked at.
+
+    Raises:
+        UnknownReferenceError: If it leads nowhere.
+    """
+    head, _, tail = reference.partition(":")
+    if what == "data":
+        if head in datasets():
+            return Reference(reference, dataset_info(head).load, None, tail)
+        entries = problem_names()
+        if reference in entries:
+            function = entries[reference].load()
+            return Reference(reference, function, _file_of(function))
+    if head.endswith(".py"):
+        path = Path(head).expanduser()
+        if not path.is_file():
+            raise UnknownReferenceError(f"There is no file `{head}` (in `{reference}`).")
+        return Reference(reference, _attribute(_module_of_file(path.resolve()), tail, reference), path)
+    if tail and all(part.isidentifier() for part in head.split(".")):
+        try:
+            found = importlib.util.find_spec(head)
+        except ImportError:  # a parent package that isn't there
+            found = None
+        except ValueError:  # __main__ has no spec
+            found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
+        if found is not None:
+            function = _attribute(importlib.import_module(head), tail, reference)
+            return Reference(reference, function, _file_of(function))
+    known = [*datasets(), *problem_names()] if what == "data" else list(models())
+    raise UnknownReferenceError(
+        f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
+        f"Found `{reference}`.{nearest(head, known)}"
+    )
+
+
+def _file_of(function: Any) -> Path | None:
+    try:
+        return Path(inspect.getsourcefile(function) or "")
+    except TypeError:
+        return None
+
+
+def _attribute(module: types.ModuleType, name: str, reference: str) -> Callable[..., Any]:
+    function: Any = module
+    for part in name.split("."):
+        function = getattr(function, part, None)
+    if not callable(function):
+        own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
+        raise UnknownReferenceError(
+            f"`{reference}` should name a function. `{module.__name__}` has {', '.join(own) or 'none'}.{nearest(name, own)}"
+        )
+    named: Callable[..., Any] = function
+    return named
+
+
+@lru_cache
+def _module_of_file(path: Path) -> types.ModuleType:
+    """The module in a file, run once, with the file's folder to import from, as a script has it."""
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path:
+        return loaded
+    name = path.stem if loaded is None and path.stem.isidentifier() else f"_torchmto_{abs(hash(path)):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> Problem:
+    """The problem that a reference and its arguments make.
+
+    Args:
+        reference: See `resolve`.
+        options: Arguments of the function.
+        seed: Of splits and generated samples, for functions that take ``seed``.
+
+    Raises:
+        UnknownReferenceError: If the reference leads nowhere.
+        TypeError: If the function has no such argument, or a value doesn't fit it.
+        ProblemError: If the function gives something else than a problem.
+    """
+    head = reference.partition(":")[0]
+    if head in datasets():
+        problem: Any = load_data(reference, seed, **options)
+        # What another module has registered, another process doesn't know.
+        source, loadable = None, dataset_info(head).load.__module__.startswith("torchmto.")
+    else:
+        found = resolve(reference)
+        parameters = inspect.signature(found.function).parameters
+        arguments = fitted(options, parameters, f"`{reference}`")
+        given = {"seed": seed} if "seed" in parameters and "seed" not in arguments else {}
+        for name, parameter in parameters.items():
+            needed = parameter.default is parameter.empty and parameter.kind not in {2, 4}
+            if needed and name not in {**arguments, **given}:
+                raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
+        problem = found.function(**arguments, **given)
+        source, loadable = None if found.file is None else source_hash(found.file), not head.startswith("__main__")
+    if not isinstance(problem, Problem):
+        raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
+    return replace(problem, origin=Origin(reference, dict(options), source, loadable))
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def model_named(name: str, options: Mapping[str, Any]) -> None:
+    """Check a model's name and options.
+
+    Raises:
+        UnknownReferenceError: If there is no such model.
+        TypeError: If it has no such option.
+    """
+    if name in models():
+        known = model_options(name)
+        if unknown := [option for option in options if option not in known]:
+            hint = nearest(unknown[0], known)
+            raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
+    else:
+        resolve(name, "model")
+
+
+def build_network(
+    problem: Problem, name: str | None, options: Mapping[str, Any], *, checkpointing: bool = False
+) -> nn.Module:
+    """The network of a problem, from the current state of torch's random generator.
+
+    Args:
+        problem: Gives its own model, where no other is asked for.
+        name: A ready model, or a reference to a function of one's own, which is given ``tasks`` and ``input_shape`` if it
+            takes them.
+        options: The model's options.
+        checkpointing: Whether a ready model runs its trunk's blocks again in the backward pass.
+
+    Raises:
+        ProblemError: If there is no model, or it isn't a module.
+        TypeError: If the model has no such option.
+    """
+    chosen = problem.model if name is None else name
+    if chosen is None:
+        raise part_error("model", "a function that builds the network, unless `model.name` names a ready one", "none")
+    if isinstance(chosen, str) and chosen in models():
+        return build_model(chosen, problem.task_list, problem.shape, gradient_checkpointing=checkpointing, **options)
+    if checkpointing:
+        raise ValueError("`model.gradient_checkpointing` is for the lab's ready models.")
+    if isinstance(chosen, str):
+        function = resolve(chosen, "model").function
+        parameters = inspect.signature(function).parameters
+        given = {"tasks": problem.task_list, "input_shape": None}
+        if "input_shape" in parameters:
+            given["input_shape"] = problem.shape  # type: ignore[assignment]
+        more = {key: value for key, value in given.items() if key in parameters}
+        own = {key: value for key, value in parameters.items() if key not in given}
+        network = function(**more, **fitted(options, own, f"`{chosen}`"))
+    else:
+        if options:
+            raise TypeError(f"The problem's own model has no options. Found {', '.join(options)}.")
+        network = chosen()
+    if not isinstance(network, nn.Module):
+        raise part_error("model", "a function that returns a torch.nn.Module", type(network).__name__)
+    return network

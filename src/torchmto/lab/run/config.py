@@ -1,0 +1,434 @@
+"""What a run is made of: typed settings, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
+from torchmto.lab.methods import check_weighting, make
+from torchmto.lab.specs import MethodSpec
+
+if TYPE_CHECKING:
+    from torchmto.lab.problem import Problem
+
+Precision = Literal["32", "bf16-mixed", "16-mixed"]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+Schedule = Literal["constant", "poly", "cosine", "step"]
+SECTIONS = ("data", "model", "method", "optimizer")
+LARGEST = 2**63
+"""No whole number of the settings reaches it."""
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+
+
+class ConfigError(ValueError):
+    """Settings that can't work, or that don't belong to the run they should continue."""
+
+
+@dataclass
+class DataConfig:
+    """Which problem, and in which batches.
+
+    Attributes:
+        name: `NAME` or `NAME:PATH`, as `torchmto datasets` lists them; or an own problem: `FILE.py:FUNCTION`,
+            `package.module:FUNCTION`, or a name of the entry-point group `torchmto.problems`. `--problem` is short for it; by
+            default the built-in digits.
+        options: Its arguments, such as `{size: [48, 64]}`. `--problem.NAME VALUE` is short for one.
+        tasks: Names of the tasks to train, all by default; one makes a single-task baseline.
+        batch_size: Samples per micro-batch, over all processes: each takes its part. By default one that suits the problem.
+        split_seed: Decides splits and generated samples; the same for all runs that are to be compared.
+        augment: Whether training samples are augmented, where the data set has an augmentation.
+        workers: Processes that prepare batches ahead, which never changes a batch.
+    """
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] | None = None
+    batch_size: int | None = None
+    split_seed: int = 0
+    augment: bool = True
+    workers: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+        name: A ready model's name, or a function of one's own, `FILE.py:FUNCTION` or `package.module:FUNCTION`, which is given
+            `tasks` and `input_shape` if it takes them; by default the problem's own.
+        options: Options of the model, such as `{width: 16}`.
+        task_norms: Whether norms get one copy per task (in a ready model, the trunk's); by default where the method needs it.
+        gradient_checkpointing: Run the trunk's blocks again in the backward pass, to save memory.
+        compile: Whether to run the model through `torch.compile`.
+        compile_backend: Its backend.
+    """
+
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    task_norms: bool | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    compile_backend: str = "inductor"
+
+
+@dataclass
+class MethodConfig:
+    """How the tasks' losses update the model.
+
+    Attributes:
+        name: A method's name, as `torchmto methods` lists them.
+        options: Its hyper-parameters.
+        weights: Factors of the losses before the method sees them, by task, or the name of a loss weighting.
+        same_noise: Give all forwards of one batch the same random state.
+        stacked: Run the tasks of a model with task-specific norms in one stacked pass, not one after the other.
+        on_nonfinite: What to do about a loss that isn't finite: stop ("raise") or leave the step out ("skip").
+    """
+
+    name: str = "gd"
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, float] | str | None = None
+    same_noise: bool = False
+    stacked: bool = False
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+
+
+@dataclass
+class OptimizerConfig:
+    """The optimizer and its schedule: one scheduler step per batch, however many optimizer steps the method takes.
+
+    Attributes:
+        name: Which optimizer. A method that adapts step sizes itself (adatask) gets plain sgd.
+        lr: Learning rate at its highest; by default one that suits the problem.
+        weight_decay: Weight decay; decoupled in adamw.
+        momentum: Of sgd.
+        head_rate: Factor of the learning rate of parameters that only one task has, found as `heads` of the model.
+        schedule: "poly": (1 - progress) to the `power`; "cosine" to 0; "step": times `gamma` every `step_epochs`.
+        power: Of "poly".
+        step_epochs: Epochs between two falls of "step".
+        gamma: Factor of such a fall.
+        warmup_steps: Batches in which the learning rate rises linearly.
+        clip: Largest global norm of the combined gradient.
+    """
+
+    name: OptimizerName = "adamw"
+    lr: float | None = None
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    head_rate: float = 1.0
+    schedule: Schedule = "cosine"
+    power: float = 0.9
+    step_epochs: int = 10
+    gamma: float = 0.5
+    warmup_steps: int = 0
+    clip: float | None = None
+
+
+@dataclass
+class RunConfig:
+    """One Run: one problem, one method, one seed.
+
+    Attributes:
+        data: The problem and its batches.
+        model: The model.
+        method: The multi-task method.
+        optimizer: Optimizer and schedule.
+        losses: Losses other than the kinds' defaults, by task: `{normals: {loss: cosine}}`; other keys are its options.
+        epochs: Passes over the training split; by default as many as suit the problem.
+        accumulate: Micro-batches per step; a last incomplete group of an epoch is left out.
+        precision: "32", "bf16-mixed", or "16-mixed" with a gradient scaler.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps", ...
+        devices: Processes on this machine, one per device, started by Lightning Fabric. torchrun's own numbers go first.
+        nodes: Machines that train together; the command has to be started on each.
+        seed: Of weights, order, augmentation and the method.
+        threads: Threads of torch on the CPU, on which the last digits depend; by default 1 in a grid of Runs, else torch's own.
+        ema: Decay of a moving average of the weights, which is then what is evaluated and exported; off by default.
+        deterministic: Ask torch for deterministic kernels, where they cost speed (on the CPU they are anyway).
+        baseline: Single-task values of the tasks' primary metrics, by task. With them the best epoch is the one of the
+            highest Δm on the validation split, without them that of the highest mean validation score. A grid finds its own.
+        evaluate_every: Epochs between validations; the last epoch is always validated.
+        evaluate_test: Whether to evaluate the best weights on the test split, once, at the end.
+        checkpoint_every: Steps between checkpoints inside an epoch; by default 200 in a single run, and none at all in a grid,
+            whose Runs otherwise have one after each epoch, too, and go on from it.
+        keep: How many of the latest checkpoints to keep, besides the best.
+        loggers: Where figures go: csv, tensorboard, wandb, mlflow; by default csv, tensorboard in a single run, none in a grid.
+        log_every: Steps between logged steps.
+        source: Hash of the file that defines an own problem; found by itself.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    epochs: int | None = None
+    accumulate: int = 1
+    precision: Precision = "32"
+    device: str = "auto"
+    devices: int = 1
+    nodes: int = 1
+    seed: int = 0
+    threads: int | None = None
+    ema: float | None = None
+    deterministic: bool = False
+    baseline: dict[str, float] | None = None
+    evaluate_every: int = 1
+    evaluate_test: bool = True
+    checkpoint_every: int | None = None
+    keep: int = 2
+    loggers: list[LoggerName] | None = None
+    log_every: int = 10
+    source: str | None = None
+
+    def validate(self) -> None:
+        """Check everything that can be checked without loading data.
+
+        Raises:
+            ConfigError: If a value makes no sense, or a method's or model's name or option is unknown.
+        """
+        try:
+            self._check_numbers()
+            _check_model(self.model)
+            _check_method(self.method, self.baseline)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_numbers(self) -> None:
+        optimizer = self.optimizer
+        for name, value, minimum in (
+            ("epochs", self.epochs, 1),
+            ("accumulate", self.accumulate, 1),
+            ("evaluate_every", self.evaluate_every, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+            ("keep", self.keep, 1),
+            ("devices", self.devices, 1),
+            ("nodes", self.nodes, 1),
+            ("log_every", self.log_every, 1),
+            ("threads", self.threads, 1),
+            ("seed", self.seed, 0),
+            ("data.split_seed", self.data.split_seed, 0),
+            ("data.batch_size", self.data.batch_size, 1),
+            ("data.workers", self.data.workers, 0),
+            ("optimizer.step_epochs", optimizer.step_epochs, 1),
+            ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
+        ):
+            if value is not None and check_integer(name, value, minimum=minimum) >= LARGEST:
+                raise ValueError(found(name, f"below {LARGEST:.0e}", value))
+        if self.data.tasks is not None:
+            check_tasks(self.data.tasks)
+        check_choice("precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
+        check_choice("optimizer.name", optimizer.name, get_args(OptimizerName))
+        check_choice("optimizer.schedule", optimizer.schedule, get_args(Schedule))
+        if optimizer.lr is not None:
+            check_number("optimizer.lr", optimizer.lr, above=0)
+        check_number("optimizer.weight_decay", optimizer.weight_decay, minimum=0)
+        check_number("optimizer.momentum", optimizer.momentum, minimum=0, below=1)
+        check_number("optimizer.head_rate", optimizer.head_rate, above=0)
+        check_number("optimizer.power", optimizer.power, above=0)
+        check_number("optimizer.gamma", optimizer.gamma, above=0)
+        if optimizer.clip is not None:
+            check_number("optimizer.clip", optimizer.clip, above=0)
+        if self.ema is not None:
+            check_number("ema", self.ema, above=0, below=1)
+        for logger in self.loggers or ():
+            check_choice("loggers", logger, get_args(LoggerName))
+        for task, single in (self.baseline or {}).items():
+            if check_number(f"baseline.{task}", single) == 0:
+                raise ValueError(found(f"baseline.{task}", "other than 0, as changes are relative to it", single))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        result: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return result
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The inverse of :meth:`as_dict`.
+
+        Example:
+            >>> RunConfig.from_dict(RunConfig(epochs=3).as_dict()).epochs
+            3
+        """
+        parts = dict(zip(SECTIONS, (DataConfig, ModelConfig, MethodConfig, OptimizerConfig), strict=True))
+        try:
+            return cls(**{name: parts[name](**value) if name in parts else value for name, value in values.items()})
+        except TypeError as error:
+            raise ConfigError(f"These aren't settings of a training run: {error}") from error
+
+
+FREE = frozenset(
+    {
+        "data.workers",
+        "device",
+        "devices",
+        "nodes",
+        "evaluate_test",
+        "checkpoint_every",
+        "keep",
+        "loggers",
+        "log_every",
+        "model.compile",
+        "source",
+    }
+)
+"""Settings that may change when a run is resumed: they don't enter the computation's definition."""
+
+
+def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Names of the settings, outside `FREE`, that differ between two runs' plain values.
+
+    Example:
+        >>> changed_settings(RunConfig().as_dict(), RunConfig(epochs=3, log_every=1).as_dict())
+        ['epochs']
+    """
+    first, second = _flat(before), _flat(after)
+    names = list(dict.fromkeys((*first, *second)))
+    return [name for name in names if name not in FREE and first.get(name) != second.get(name)]
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in SECTIONS:
+            flat |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _check_model(config: ModelConfig) -> None:
+    from torchmto.lab.references import model_named  # noqa: PLC0415 - reading settings shouldn't import all models
+
+    if config.compile and config.gradient_checkpointing:
+        # The compiler takes running statistics for inputs of a checkpointed block, and then finds them changed.
+        raise ValueError("`model.compile` or `model.gradient_checkpointing` may be set, not both.")
+    if config.compile:
+        import torch  # noqa: PLC0415
+
+        known = torch.compiler.list_backends(exclude_tags=())
+        if config.compile_backend not in known:
+            some = ", ".join(torch.compiler.list_backends())
+            hint = nearest(config.compile_backend, known)
+            raise ValueError(
+                f"{found('model.compile_backend', f'a backend, such as {some}', config.compile_backend)}{hint}"
+            )
+    if config.name is not None:
+        model_named(config.name, config.options)
+
+
+def _check_method(config: MethodConfig, baseline: Mapping[str, float] | None) -> None:
+    spec = MethodSpec(config.name, config.options)
+    if baseline is None or not spec.takes("baseline"):
+        make(spec, total_steps=1)
+    if isinstance(config.weights, str):
+        check_weighting(config.weights)
+    else:
+        for task, weight in (config.weights or {}).items():
+            check_number(f"method.weights.{task}", weight, minimum=0)
+
+
+# --------------------------------------------------------------------------------------------- by any way of writing
+
+SHORT = {
+    "batch_size": "data.batch_size",
+    "tasks": "data.tasks",
+    "workers": "data.workers",
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+}
+"""Settings that may be named without their section, in Python and in recipes; on the command line with dashes."""
+
+
+def config_of(settings: Mapping[str, Any], base: RunConfig | None = None) -> RunConfig:
+    """A Run's settings with some of them given, each by its section, its dotted name or a short one.
+
+    Args:
+        settings: Such as ``{"epochs": 3, "optimizer": {"name": "sgd"}, "optimizer.lr": 0.1, "batch_size": 8}``.
+        base: All others; the defaults if there are none.
+
+    Raises:
+        ConfigError: If there is no such setting.
+
+    Example:
+        >>> config_of({"optimizer": {"name": "sgd"}, "lr": 0.1}).optimizer.lr
+        0.1
+    """
+    values = (base or RunConfig()).as_dict()
+    for key, value in settings.items():
+        section, _, name = SHORT.get(key, key).partition(".")
+        if section not in values or (name and section not in SECTIONS):
+            raise ConfigError(f"There is no setting `{key}`.{nearest(key, [*_flat(values), *SHORT])}")
+        if section not in SECTIONS:
+            values[section] = value
+            continue
+        entries: Any = {name: value} if name else {"name": value} if isinstance(value, str) else value
+        entries = asdict(entries) if is_dataclass(entries) and not isinstance(entries, type) else entries
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"The setting `{key}` should be a mapping. Found {value!r}.")
+        for entry in entries:
+            if entry not in values[section]:
+                hint = nearest(entry, values[section])
+                raise ConfigError(f"There is no setting `{section}.{entry}`.{hint}")
+        values[section] = {**values[section], **entries}
+    return RunConfig.from_dict(values)
+
+
+# ------------------------------------------------------------------------------------------- what suits a problem
+
+_SUITABLE: dict[str, tuple[int, int, float]] = {
+    "mlp": (20, 64, 1e-3),
+    "convnet": (10, 64, 1e-3),
+    "segnet": (10, 8, 1e-3),
+}
+"""Epochs, batch size and learning rate by model; the last two of the others are those of segnet for images, else of mlp."""
+_SUITABLE_OPTIONS: dict[str, dict[str, Any]] = {"segnet": {"width": 16}}
+
+
+def settled(config: RunConfig, problem: Problem) -> RunConfig:
+    """The settings with those left open filled in, as suits the problem.
+
+    Args:
+        config: The settings.
+        problem: What is trained, with all tasks.
+    """
+    own = problem.model if isinstance(problem.model, str) else None
+    model = config.model.name or own
+    digits = problem.name == "digits" and model == own
+    if digits:
+        epochs, batch_size, lr = 4, 64, 4e-3
+    elif model is None or ":" in model:
+        epochs, batch_size, lr = 10, 32, 1e-3
+    else:
+        epochs, batch_size, lr = _SUITABLE.get(model) or _SUITABLE["segnet" if problem.is_image else "mlp"]
+    options = {"widths": [16, 32, 64]} if digits else _SUITABLE_OPTIONS.get(model or "", {})
+    origin = problem.origin
+    data = replace(
+        config.data,
+        batch_size=batch_size if config.data.batch_size is None else config.data.batch_size,
+        name=config.data.name or (origin.name if origin else None),
+        options=config.data.options or dict(origin.arguments if origin else {}),
+    )
+    return replace(
+        config,
+        data=data,
+        model=replace(config.model, name=model, options=config.model.options or options),
+        optimizer=replace(config.optimizer, lr=lr if config.optimizer.lr is None else config.optimizer.lr),
+        epochs=epochs if config.epochs is None else config.epochs,
+        source=origin.source if origin else None,
+    )
+
+
+__all__ = [
+    "ConfigError",
+    "DataConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "changed_settings",
+    "config_of",
+    "settled",
+]

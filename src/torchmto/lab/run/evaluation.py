@@ -1,0 +1,243 @@
+"""Calling a problem's network, and measuring it on a split."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from torchmto import MultiTask
+from torchmto.lab.data.base import Split, Task
+from torchmto.lab.losses import labelled_rows
+from torchmto.lab.metrics import primary_metric, task_metrics
+from torchmto.lab.problem import Problem, part_error
+from torchmto.structure import active_task, has_split_norms
+
+__all__ = ["Measured", "MetricStates", "Metrics", "Network", "evaluate", "measure", "merged_values", "metric_states"]
+
+Metrics = dict[str, dict[str, float]]
+"""Task -> metric -> value."""
+
+Measured = dict[str, dict[str, Metric]]
+"""Task -> metric's name -> the metric at work."""
+
+MetricStates = dict[str, dict[str, dict[str, Any]]]
+"""Task -> metric -> its state by name: tensors, or lists of them."""
+
+
+def placed(value: Any, device: str | torch.device) -> Any:
+    """``value`` with all tensors in it on ``device``."""
+    match value:
+        case Tensor():
+            return value.to(device, non_blocking=True)
+        case Mapping():
+            return {key: placed(entry, device) for key, entry in value.items()}
+        case tuple() if hasattr(value, "_fields"):
+            return type(value)(*(placed(entry, device) for entry in value))
+        case list() | tuple():
+            return type(value)(placed(entry, device) for entry in value)
+        case _:
+            return value
+
+
+class Network(nn.Module):
+    """A model that gives the outputs of the asked tasks, in the chosen precision.
+
+    Args:
+        model: ``model(x)`` or ``model(x, tasks)`` gives ``{task: output}``.
+        autocast: Gives the context for a forward.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.interrupt: Callable[[], None] | None = None
+        """Called before each forward; may raise, to leave a long evaluation."""
+        positional = [
+            p
+            for p in inspect.signature(model.forward).parameters.values()
+            if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}
+        ]
+        second = positional[1] if len(positional) > 1 else None
+        self._takes_tasks = second is not None and (second.name == "tasks" or second.default is second.empty)
+
+    def forward(self, x: Any, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Outputs of the asked tasks.
+
+        Raises:
+            ProblemError: If the model gives something else.
+        """
+        if self.interrupt is not None:
+            self.interrupt()
+        with self.autocast():
+            outputs = self.model(x, tasks) if self._takes_tasks else self.model(x)
+        if not isinstance(outputs, Mapping):
+            raise part_error("model", "a network that gives {task: output}", type(outputs).__name__)
+        for task in tasks:
+            if task not in outputs:
+                raise part_error(
+                    "model", f"a network with an output for `{task}`", f"outputs {', '.join(outputs) or 'of none'}"
+                )
+        return {task: outputs[task] for task in tasks}
+
+
+@torch.no_grad()
+def measure(
+    network: nn.Module,
+    problem: Problem,
+    split: Split,
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Measured:
+    """Metrics of every task that have seen a split, or this process' share of its batches.
+
+    Whole batches are shared out, so a figure is made of the same batches whatever the number of processes. Where norms are
+    split, tasks run one after the other.
+
+    Args:
+        network: ``network(x, names) -> {name: output}``; left in the mode it was in.
+        problem: The data and the tasks.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        batch_size: Samples per batch.
+        device: Where the model is.
+        rank: This process' number.
+        world_size: Number of processes.
+        workers: Processes that prepare batches.
+
+    Returns:
+        Task -> metric's name -> metric, on the CPU. `merged_values` makes figures of them.
+    """
+    tasks = {task.name: task for task in problem.task_list}
+    metrics = {name: {key: m.to(device) for key, m in task_metrics(task).items()} for name, task in tasks.items()}
+    split_norms = has_split_norms(network)
+    training = network.training
+    network.eval()
+    loader = problem.loader(split, batch_size, augment=False, workers=workers)
+    try:
+        for step in loader.epoch(0, rank, world_size):
+            parts = problem.parts(step) if isinstance(problem.split(split), Mapping) else [(tuple(tasks), step)]
+            for names, batch in parts:
+                batch = placed(batch, device)  # noqa: PLW2901
+                known = [name for name in names if name in batch["targets"]]
+                for group in [[name] for name in known] if split_norms else [known] if known else []:
+                    with active_task(group[0]):  # only split norms look at it, and then a group is one task
+                        outputs = network(batch["input"], group)
+                    for name in group:
+                        _update(metrics[name], tasks[name], outputs[name], batch["targets"][name])
+    finally:
+        network.train(training)
+    return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}
+
+
+def _update(metrics: Mapping[str, Metric], task: Task, output: Tensor, target: Tensor) -> None:
+    if "metrics" in task.extra:
+        _, rows = labelled_rows(task, target)
+        if not bool(rows.any()):
+            return
+        output, target = output[rows], target[rows]
+    for metric in metrics.values():
+        metric.update(output, target)
+
+
+def metric_states(measured: Measured) -> MetricStates:
+    """What metrics have seen, to be sent to the process that calls `merged_values`."""
+    return {name: {key: m.metric_state for key, m in entries.items()} for name, entries in measured.items()}
+
+
+def merged_values(measured: Measured, others: Sequence[MetricStates] = ()) -> Metrics:
+    """The figures of everything seen, by this process and by others.
+
+    Args:
+        measured: What this process' metrics have seen, from `measure`; they are changed.
+        others: The other processes' `metric_states`.
+
+    Returns:
+        Task -> metric -> value.
+    """
+    values: Metrics = {}
+    for name, entries in measured.items():
+        for key, metric in entries.items():
+            for states in others:
+                metric.merge_state(states[name][key])
+            # The states are here; torchmetrics would ask the other processes for them again.
+            metric.distributed_available_fn = _never
+            values.setdefault(name, {})[key] = float(metric.compute())
+    return values
+
+
+def _never() -> bool:
+    return False
+
+
+def evaluate(network: nn.Module, problem: Problem, split: Split, **options: Any) -> Metrics:
+    """Every metric of every task on one split.
+
+    Args:
+        network: As in `measure`.
+        problem: The data and the tasks.
+        split: Which samples.
+        options: Those of `measure`.
+
+    Returns:
+        Task -> metric -> value.
+    """
+    return merged_values(measure(network, problem, split, **options))
+
+
+def own_figures(model: nn.Module, problem: Problem) -> Metrics:
+    """What a problem's own ``evaluate`` says of the tasks that are trained.
+
+    Raises:
+        ProblemError: If it gives something else.
+    """
+    assert problem.evaluate is not None
+    training = model.training
+    model.eval()
+    try:
+        values = problem.evaluate(model)
+    finally:
+        model.train(training)
+    should = "a function that gives {task: {metric: number}}"
+    if not isinstance(values, Mapping):
+        raise part_error("evaluate", should, type(values).__name__)
+    figures: Metrics = {}
+    for task in problem.task_names:
+        own = values.get(task)
+        if not isinstance(own, Mapping) or not own:
+            raise part_error("evaluate", should, f"{own!r} for the task `{task}`")
+        try:
+            figures[task] = {str(name): float(value) for name, value in own.items()}
+        except (TypeError, ValueError) as error:
+            raise part_error("evaluate", should, f"{dict(own)!r} for the task `{task}`") from error
+    problem.settle(figures)
+    return figures
+
+
+def primary_values(metrics: Mapping[str, Mapping[str, float]], tasks: Sequence[Task]) -> dict[str, float]:
+    """Each task's one metric that stands for it in Δm, out of what `evaluate` returns."""
+    return {task.name: metrics[task.name][primary_metric(task)[0]] for task in tasks}
+
+
+def tell_method(multitask: MultiTask, values: Mapping[str, float], tasks: Sequence[Task]) -> None:
+    """Report validation results to the method: each task's primary metric, finite ones only.
+
+    A method that wants shares in [0, 1] (``wants_shares``: dtp) gets the metric itself where higher is better, cut to
+    that range, and 1 / (1 + value) of an error.
+    """
+    known = {name: value for name, value in values.items() if math.isfinite(value)}
+    if multitask.wants_shares:
+        higher = {task.name: primary_metric(task)[1] for task in tasks}
+        known = {n: min(max(v, 0.0), 1.0) if higher[n] else 1 / (1 + max(v, 0.0)) for n, v in known.items()}
+    if known:
+        multitask.report(known)

@@ -1,0 +1,172 @@
+"""The folder of a run: settings, environment, checkpoints, figures, results."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from torchmto.lab.atomic import plain, write_bytes
+from torchmto.lab.folders import FolderError, check_folder, locked
+from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.environment import environment
+
+
+class RunFolder:
+    """What a run leaves behind.
+
+    ========================  ====================================================================
+    ``config.yaml``           the resolved settings
+    ``environment.json``      package versions, git revision, machine; a list, one entry per start
+    ``checkpoints/``          ``step-*.ckpt`` and ``best.ckpt``
+    ``metrics.csv``           figures over steps: ``step,name,value``
+    ``records.jsonl``         groups, affinities, priority shares by layer, at the end of each epoch
+    ``tensorboard/``          the same figures for TensorBoard
+    ``results.json``          validation and test metrics of the best weights, costs
+    ``model.safetensors``     the best weights
+    ========================  ====================================================================
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = path = Path(path)
+        self.checkpoints = path / "checkpoints"
+        self.settings = path / "config.yaml"
+        self.claim = path / ".job"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.settings.exists() or self.checkpoints.exists()
+
+    @contextlib.contextmanager
+    def locked(self, *, must_exist: bool = False) -> Iterator[None]:
+        """Keep other processes from training in this folder; the lock goes with the process, however it ends.
+
+        Raises:
+            ConfigError: If another process holds it, it is something else's, or it should exist and doesn't.
+        """
+        if must_exist and not self.path.is_dir():
+            raise ConfigError(f"There is no run in `{self.path}` to resume.")
+        with contextlib.ExitStack() as stack:
+            try:
+                check_folder(self.path, "torchmto train")
+                stack.enter_context(locked(self.path))
+            except FolderError as error:
+                raise ConfigError(str(error)) from error
+            yield
+
+    def claimed_by(self, job: tuple[str, bool] | None) -> bool:
+        """Whether a torchrun job began the run in this folder, and so goes on with it after a restart.
+
+        Another start forgets who did, so that a nameless job which was refused the folder isn't let in after a restart.
+
+        Args:
+            job: The job's name, and whether it may have started before; None outside of torchrun.
+        """
+        if job is not None and job[1]:
+            return self.claim.is_file() and self.claim.read_text() == job[0]
+        self.claim.unlink(missing_ok=True)
+        return False
+
+    def write_claim(self, job: tuple[str, bool] | None) -> None:
+        """Note the torchrun job that trains here."""
+        if job is not None:
+            write_bytes(self.claim, job[0].encode())
+
+    def write_settings(self, config: RunConfig, *, resumed: bool, processes: int = 1) -> None:
+        """Save the settings and where the run is made."""
+        path = self.path / "environment.json"
+        starts: list[Any] = []
+        if resumed and path.exists():
+            with contextlib.suppress(ValueError, TypeError):
+                starts = list(json.loads(path.read_text()))
+        settings = {"seed": config.seed, "split_seed": config.data.split_seed, "processes": processes}
+        starts.append(environment() | settings)
+        write_bytes(self.settings, self.settings_text(config).encode())
+        write_bytes(path, json.dumps(starts, indent=1).encode())
+
+    @staticmethod
+    def settings_text(config: RunConfig) -> str:
+        """Settings as ``config.yaml`` holds them, and ``--config`` reads them."""
+        text: str = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+        return text
+
+    def read_settings(self) -> RunConfig:
+        """The settings of the run.
+
+        Raises:
+            ConfigError: If there is no run.
+        """
+        if not self.settings.is_file():
+            raise ConfigError(f"There is no run in `{self.path}`: `{self.settings}` is missing.")
+        return RunConfig.from_dict(read_yaml(self.settings))
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
+        """Write a JSON file into the folder; numbers that aren't finite become null."""
+        path = self.path / name
+        write_bytes(path, (json.dumps(plain(content), indent=1, allow_nan=False) + "\n").encode())
+        return path
+
+    def write_results(self, results: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        """Save the results and the model's weights; returns the results."""
+        from safetensors.torch import save  # noqa: PLC0415
+
+        # Copies, since the format has no tensors that share memory.
+        weights = save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()})
+        write_bytes(self.path / "model.safetensors", weights)
+        self.write_json("results.json", results)
+        return results
+
+
+LARGEST_SETTINGS = 100_000
+"""Values that a file of settings may have, aliases written out."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of settings, in bounded time.
+
+    Raises:
+        ConfigError: If it isn't text, isn't YAML, holds something else than settings, or aliases that never end.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _size(node, {}, set()) > LARGEST_SETTINGS:
+            raise ConfigError(f"`{path}` should hold settings. Found more than {LARGEST_SETTINGS} values.")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"Can't read `{path}`: {error.strerror or error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        where = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        line = f", line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"`{path}` isn't a file of settings{line}: {reason}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(f"`{path}` should hold settings. Found {type(values).__name__}.")
+    return values or {}
+
+
+def _size(node: yaml.Node, known: dict[int, int], open_: set[int]) -> int:
+    """How many values a node has, aliases written out."""
+    if id(node) in open_:
+        raise ConfigError("Settings should end. Found an alias of what it stands in.")
+    if id(node) not in known:
+        open_.add(id(node))
+        entries = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        children = entries if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(_size(child, known, open_) for child in children)
+        open_.remove(id(node))
+    return known[id(node)]
+
+
+__all__ = ["RunFolder", "read_yaml"]

@@ -1,0 +1,160 @@
+"""A trained run's weights at work: metrics on a split, and predictions as pictures and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchmto.checks import check_integer
+from torchmto.lab.data.base import Split, labelled_tasks
+from torchmto.lab.metrics import primary_metric
+from torchmto.lab.run.build import Parts, build, problem_of
+from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
+from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.evaluation import evaluate, own_figures, placed
+from torchmto.lab.run.folder import RunFolder
+from torchmto.lab.run.loop import load_weights_of
+from torchmto.lab.run.pictures import draw_predictions, readable
+from torchmto.lab.run.random_state import seed_everything
+from torchmto.structure import active_task
+
+
+def load_run(config: RunConfig, folder: RunFolder, weights: str) -> tuple[Parts, str]:
+    """The parts of a run with some of its weights.
+
+    Args:
+        config: Its settings.
+        folder: Its folder.
+        weights: "best", "last", "untrained" (as the run started), a checkpoint, or exported weights (``.safetensors``).
+
+    Returns:
+        The parts, and which weights they have.
+
+    Raises:
+        ConfigError: If settings make no sense.
+        CheckpointError: If there is no such checkpoint, it is damaged, or its weights don't fit.
+    """
+    config.validate()
+    state = None
+    exported = weights.endswith(".safetensors")
+    if weights != "untrained" and not exported:
+        checkpoints = CheckpointFolder(folder.checkpoints)
+        if weights == "last":
+            path, state = checkpoints.read_last()
+        else:
+            path = checkpoints.best if weights == "best" else Path(weights)
+            state = read_checkpoint(path)
+    seed_everything(config.seed)
+    problem, config = problem_of(config)
+    parts = build(config, problem)
+    if exported:
+        _load_exported(parts, Path(weights))
+        return parts, weights
+    if state is None:
+        return parts, f"untrained weights of seed {config.seed}"
+    load_weights_of(parts, state)
+    return parts, f"{path}, step {state['progress']['step']}"
+
+
+def _load_exported(parts: Parts, path: Path) -> None:
+    """Give the model what a run has exported.
+
+    Raises:
+        CheckpointError: If it doesn't fit the model, or isn't such a file.
+    """
+    from safetensors import SafetensorError  # noqa: PLC0415
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    if not path.is_file():
+        raise CheckpointError(f"There are no weights `{path}`.")
+    try:
+        parts.model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(f"The weights of `{path}` don't fit the model: {' '.join(reason[:2])}") from error
+
+
+def evaluate_run(config: RunConfig, folder: RunFolder, weights: str, split: Split) -> dict[str, Any]:
+    """All metrics of a run's weights on one split.
+
+    Args:
+        config: The run's settings.
+        folder: Its folder.
+        weights: See :func:`load_run`.
+        split: "train" (without augmentation), "validation" or "test".
+
+    Returns:
+        ``metrics``, task -> metric -> value; ``primary``, task -> the one that stands for it; ``weights`` and ``split``.
+    """
+    parts, description = load_run(config, folder, weights)
+    problem = parts.problem
+    if problem.evaluate is not None:
+        metrics = own_figures(parts.model, problem)
+    else:
+        size = parts.config.data.batch_size or 256
+        metrics = evaluate(parts.network, problem, split, batch_size=size, device=parts.computer.device)
+    primary = {task.name: primary_metric(task)[0] for task in problem.task_list}
+    return {"weights": description, "split": split, "primary": primary, "metrics": metrics}
+
+
+@torch.no_grad()
+def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split, count: int) -> list[Path]:
+    """What a run predicts for the first samples of a split.
+
+    Args:
+        config: The run's settings.
+        folder: Its folder; the files go there.
+        weights: See :func:`load_run`.
+        split: Which samples.
+        count: How many.
+
+    Returns:
+        ``predictions-SPLIT.png`` for images, and ``predictions-SPLIT.json`` for tasks that aren't dense.
+
+    Raises:
+        ConfigError: If ``count`` isn't positive.
+    """
+    try:
+        check_integer("count", count, minimum=1)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    parts, description = load_run(config, folder, weights)
+    problem, network = parts.problem, parts.network.eval()
+    data = problem.split(split)
+    if problem.closure is not None or isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+        raise ConfigError("Predictions are of map-style data sets of samples (x, {task: target}).")
+    # In the stored order, as training batches come shuffled, and these should be the same ones after every run.
+    numbers = torch.arange(min(count, len(data)))
+    plain = replace(problem, mean=None, std=None, augment=None)
+    batch = plain.loader(split, 1).fetch(numbers, numbers)  # type: ignore[union-attr]
+    x = placed(problem.normalize(batch["input"]), parts.computer.device)
+    # One task after the other: with split norms each has features of its own.
+    outputs = {}
+    for task in problem.task_list:
+        with active_task(task.name):
+            outputs[task.name] = network(x, [task.name])[task.name].float().cpu()
+    written = []
+    if isinstance(x, torch.Tensor) and x.dim() == 4:
+        path = folder.path / f"predictions-{split}.png"
+        draw_predictions(path, batch, outputs, problem.task_list)
+        written.append(path)
+    flat = [task for task in problem.task_list if not task.dense]
+    if flat:
+        labelled = labelled_tasks(batch, flat)
+        entries = {
+            task.name: {
+                "prediction": readable(outputs[task.name], task.kind),
+                "label": batch["targets"][task.name] if task.name in labelled else None,
+            }
+            for task in flat
+        }
+        content = {"weights": description, "split": split, "tasks": entries}
+        written.append(folder.write_json(f"predictions-{split}.json", content))
+    return written
+
+
+__all__ = ["evaluate_run", "load_run", "predict_run"]

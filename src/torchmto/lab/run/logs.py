@@ -1,0 +1,243 @@
+"""Where a run's figures go: CSV, TensorBoard, W&B, MLflow; and what of a step is logged."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from torchmto.checks import check_choice
+from torchmto.lab.atomic import plain, write_bytes
+from torchmto.step import StepInfo
+
+LARGEST_LOGGED_AFFINITY = 10
+"""Tasks up to which all K x K affinities become curves; the matrix itself is always in records.jsonl."""
+
+
+class Logger(Protocol):
+    """What Fabric's loggers offer, too."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+
+    def finalize(self, status: str) -> None:
+        """The run ends."""
+
+
+class CsvLog:
+    """Figures in one growing table ``step,name,value``, which a crash can't spoil and a resumed run continues.
+
+    Fabric's own CSV logger starts anew when it finds an old file, and rewrites the whole file for each new column.
+
+    Args:
+        path: The file.
+        resume_step: The step the run goes on from: rows of later steps are removed, it will write them again. None: a new run.
+    """
+
+    HEADER = ("step", "name", "value")
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        kept = []
+        if path.is_file() and resume_step is not None:
+            with path.open(newline="", errors="replace") as file:
+                rows = csv.reader(file)
+                next(rows, None)
+                # A run that was killed may have left half a last line.
+                kept = [row for row in rows if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= resume_step]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self.HEADER, *kept])
+        write_bytes(path, text.getvalue().encode())
+        self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one row per number."""
+        self._writer.writerows((step, name, value) for name, value in metrics.items())
+        self._file.flush()
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class MlflowLog:
+    """Figures in MLflow: at ``MLFLOW_TRACKING_URI``, else in an SQLite file and artifacts in the run's folder.
+
+    Args:
+        folder: The run's folder.
+        config: The settings, shown as parameters.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        from mlflow import MlflowClient  # noqa: PLC0415 - takes seconds to import
+
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        self._client = MlflowClient(tracking_uri=uri)
+        known = self._client.get_experiment_by_name("torchmto")
+        place = (folder / "mlartifacts").resolve().as_uri()
+        number = known.experiment_id if known else self._client.create_experiment("torchmto", artifact_location=place)
+        note = folder / ".mlflow-run"  # a run that goes on writes where it was
+        if note.is_file():
+            self._run = note.read_text()
+        else:
+            self._run = self._client.create_run(number, run_name=folder.name).info.run_id
+            note.write_text(self._run)
+            for name, value in config.items():
+                self._client.log_param(self._run, name, str(value)[:500])
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._run, _NOT_IN_NAMES.sub("_", name), value, step=step or 0)
+
+    def finalize(self, status: str) -> None:
+        """The run ends."""
+        self._client.set_terminated(self._run, "FINISHED")
+
+
+_NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
+
+
+class RecordLog:
+    """What isn't a number, one JSON object per line: groups, affinities, priority shares by layer.
+
+    Args:
+        path: The file.
+        resume_step: The step the run goes on from: lines of later steps are removed. None: a new run.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
+        kept = []
+        if path.is_file() and resume_step is not None:
+            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resume_step]
+        write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
+        self._file = path.open("a")
+
+    def write(self, step: int, records: Mapping[str, Any]) -> None:
+        """Append the records of a step, if there are any."""
+        if records:
+            self._file.write(json.dumps({"step": step, **plain(records)}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def step_figures(info: StepInfo, tasks: Sequence[str]) -> dict[str, float]:
+    """The numbers of a step that make curves: losses, weights, conflicts, priorities, affinities, costs.
+
+    Args:
+        info: What the step did.
+        tasks: The names of all tasks, in the order of an affinity matrix.
+    """
+    figures: dict[str, float] = {f"loss/{task}": loss for task, loss in info.losses.items()}
+    figures |= {f"weight/{task}": weight for task, weight in (info.weights or {}).items()}
+    figures |= {
+        "cost/num_forward": info.num_forward,
+        "cost/num_backward": info.num_backward,
+        "cost/num_optimizer_steps": info.num_optimizer_steps,
+        "step/skipped": float(info.skipped),
+        "step/num_fallbacks": info.num_fallbacks,
+    }
+    if info.num_conflicts is not None:
+        figures["conflicts/pairs"] = info.num_conflicts
+        pairs = len(info.losses) * (len(info.losses) - 1) / 2
+        figures["conflicts/share"] = info.num_conflicts / max(pairs, 1)
+    if info.cosines is not None and len(info.cosines) > 1:
+        number = len(info.cosines)
+        figures["conflicts/mean_cosine"] = float((info.cosines.sum() - info.cosines.trace()) / (number * (number - 1)))
+    for name, value in info.records.items():
+        figures |= _record_figures(name, value, tasks)
+    return figures
+
+
+def _record_figures(name: str, value: Any, tasks: Sequence[str]) -> dict[str, float]:
+    match value:
+        case bool() | int() | float():
+            return {f"method/{name}": float(value)}
+        case Tensor() if value.shape == (len(tasks), len(tasks)) and len(tasks) <= LARGEST_LOGGED_AFFINITY:
+            rows = value.tolist()
+            return {
+                f"{name}/{source}_to_{target}": rows[i][j]
+                for i, source in enumerate(tasks)
+                for j, target in enumerate(tasks)
+                if i != j
+            }
+        case Mapping() if value and all(isinstance(entry, int | float) for entry in value.values()):
+            return {f"{name}/{key}": float(entry) for key, entry in value.items()}
+        case list() if name == "groups":
+            return {"method/num_groups": len(value)}
+        case _:
+            return {}
+
+
+_OPTIONAL = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise if a logger's package is missing.
+
+    Raises:
+        ImportError: With the line to type.
+    """
+    for name in names:
+        package = _OPTIONAL.get(name)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise ImportError(f"The logger `{name}` needs {package}: pip install {package}")
+
+
+def make_loggers(
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], *, resume_step: int | None = None
+) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+        names: Which of csv, tensorboard, wandb, mlflow.
+        folder: The run's folder; everything that is local goes into it.
+        config: The settings, shown by W&B and MLflow.
+        resume_step: The step the run goes on from; None for a new run.
+
+    Raises:
+        ImportError: If a logger's package is missing.
+    """
+    check_loggers(names)
+    return [_make_logger(name, folder, config, resume_step) for name in names]
+
+
+def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
+    check_choice("loggers", name, ("csv", *_OPTIONAL))
+    logger: Logger
+    if name == "csv":
+        return CsvLog(folder / "metrics.csv", resume_step=resume_step)
+    if name == "tensorboard":
+        from lightning.fabric.loggers.tensorboard import TensorBoardLogger  # noqa: PLC0415 - takes seconds to import
+
+        # Points a killed run logged after its last checkpoint come again.
+        purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
+        logger = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, **purge)
+        return logger
+    if name == "wandb":
+        from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
+
+        logger = WandbLogger(name=folder.name, save_dir=folder, project="torchmto", config=dict(config), resume="allow")
+        return logger
+    return MlflowLog(folder, config)
+
+
+__all__ = ["CsvLog", "Logger", "RecordLog", "check_loggers", "make_loggers", "step_figures"]

@@ -1,0 +1,31 @@
+"""Errors in a user's own code, whose frames are what the user wants to see."""
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+__all__ = ["user_frames"]
+
+_OURS = (
+    str(Path(__file__).resolve().parents[1]),
+    *(
+        str(Path(path).resolve())
+        for name, path in sysconfig.get_paths().items()
+        if name in {"stdlib", "purelib", "platlib"}
+    ),
+)
+
+
+def user_frames(error: BaseException) -> str:
+    """The traceback from the user's first frame on; empty if the error isn't of the user's code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [number for number, frame in enumerate(frames) if _is_users(frame.filename)]
+    if not own:
+        return ""
+    shown = [frame for frame in frames[own[0] :] if not frame.filename.startswith(_OURS[0])]
+    lines = ["Traceback (of your code):\n", *traceback.format_list(shown), *traceback.format_exception_only(error)]
+    return "".join(lines)
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith("<frozen") and Path(file).is_file() and not str(Path(file).resolve()).startswith(_OURS)

@@ -1,0 +1,110 @@
+"""Whose folder it is, for all verbs; what is exported can be evaluated; damaged files are named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchmto.cli import main
+from torchmto.lab.data.files import load_rgb
+from torchmto.lab.run import CheckpointFolder
+
+SMALL = ["--data.options", "{train: 32, validation: 16, test: 16}", "--batch-size", "16", "--epochs", "1"]
+SMALL += ["--model.options", "{widths: [4, 4]}"]
+TRAIN = ["train", *SMALL, "--loggers", "csv"]
+COMPARE = ["compare", *SMALL, "--methods", "gd", "--seeds", "1", "--jobs", "1"]
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    out = tmp_path_factory.mktemp("folders") / "comparison"
+    assert main([*COMPARE, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("folders") / "trained"
+    assert main([*TRAIN, "--checkpoint_every", "1", "--keep", "10", "--out", str(out)]) == 0
+    return out
+
+
+def test_nobody_writes_into_anothers_folder(tmp_path, comparison, trained, capsys):
+    for source, command in ((comparison, TRAIN), (trained, COMPARE)):
+        out = tmp_path / source.name
+        shutil.copytree(source, out)
+        (out / "results.json").unlink()  # also where it isn't finished
+        before = contents(out)
+        capsys.readouterr()
+        assert main([*command, "--out", str(out)]) == 2
+        assert contents(out) == before
+        assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["runs", "."])
+def test_file_browsers_notes_are_nobodys(tmp_path, comparison, where):
+    out = tmp_path / "copy"
+    shutil.copytree(comparison, out)
+    (out / where / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    assert main([*COMPARE, "--out", str(out)]) == 0
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "step-abc.ckpt"])
+def test_a_run_goes_on_beside_a_stray_file(tmp_path, trained, name):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "results.json").unlink()
+    CheckpointFolder(str(out / "checkpoints")).last().unlink()
+    (out / "checkpoints" / name).write_bytes(b"not a checkpoint")
+    assert main(["train", "--resume", "--out", str(out)]) == 0
+    first, second = (json.loads((folder / "results.json").read_text())["test"] for folder in (trained, out))
+    assert first == second
+
+
+def test_exported_weights_can_be_evaluated(tmp_path, trained):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    tables = []
+    for weights in ("best", str(out / "model.safetensors")):
+        assert main(["evaluate", "--run", str(out), "--weights", weights]) == 0
+        tables.append(json.loads((out / "evaluation-test.json").read_text())["metrics"])
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.csv"])
+def test_damaged_records_are_replaced_and_damaged_settings_named(tmp_path, trained, name, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "results.json").unlink()
+    (out / name).write_bytes(b"3" if name.endswith("json") else b"\xff\xfe\x00 garbage\n1,2\n")
+    before = (out / name).read_bytes()
+    capsys.readouterr()
+    code = main(["train", "--resume", "--out", str(out)])
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    if code:
+        assert name in error
+        assert (out / name).read_bytes() == before
+    else:
+        assert name != "config.yaml"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_damaged_picture_is_named(tmp_path, kind):
+    path = tmp_path / f"a.{kind.lower()}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(path, format=kind)
+    assert load_rgb(path, "celeba").shape == (1, 3, 30, 20)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=rf"{path.name}` isn't a readable picture"):
+        load_rgb(path, "celeba")
+
+
+def test_a_mistake_doesnt_take_the_folder(tmp_path):
+    assert main([*TRAIN, "--method.weights", "{middle: 1.0}", "--out", str(tmp_path / "x")]) == 2
+    assert not (tmp_path / "x").exists()

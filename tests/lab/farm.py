@@ -1,0 +1,106 @@
+"""A user's own file: a recurrent model, an own metric, labels partly missing."""
+
+import torch
+from torch import nn
+from torchmetrics import MeanAbsoluteError
+
+from torchmto import lab
+
+
+class Fields(torch.utils.data.Dataset):
+    """Weather over six weeks, the crop and the yield; a quarter of the yields is unknown."""
+
+    def __init__(self, size, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(size, 6, 3, generator=generator)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, index):
+        x = self.x[index]
+        targets = {"crop": int(x.sum(0).argmax()), "yield": x.mean().reshape(1)}
+        if index % 4 == 0:
+            del targets["yield"]
+        return x + 0.01 * torch.randn(x.shape), targets  # the noise is an augmentation
+
+
+class FarmNet(nn.Module):
+    """A recurrent trunk that all tasks share."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.trunk = nn.GRU(3, width, batch_first=True)
+        self.heads = nn.ModuleDict({"crop": nn.Linear(width, 3), "yield": nn.Linear(width, 1)})
+
+    def forward(self, x, tasks):
+        _, state = self.trunk(x)
+        return {task: self.heads[task](state[0]) for task in tasks}
+
+
+def farm(width=8, size=48):
+    """What a user compares."""
+    return lab.Problem(
+        tasks=[lab.Task("crop", "classification", 3), lab.Task("yield", "regression", 1, unit="t/ha")],
+        train=Fields(size, 0),
+        validation=Fields(32, 1),
+        test=Fields(32, 2),
+        model=lambda: FarmNet(width),
+        losses={"yield": lambda output, target: (output - target).abs().mean()},
+        metrics={"yield": {"mae": MeanAbsoluteError()}},
+    )
+
+
+def pinn(steps=3):
+    """u'' = -u with u(0) = 0 and u'(0) = 1: no data set at all."""
+
+    def closure(model, batch, tasks):
+        assert batch is None
+        t = torch.linspace(0, 1, 16)[:, None].requires_grad_()
+        u = model(t)
+        (du,) = torch.autograd.grad(u.sum(), t, create_graph=True)
+        (ddu,) = torch.autograd.grad(du.sum(), t, create_graph=True)
+        losses = {"equation": (ddu + u).square().mean(), "start": (u[0] ** 2 + (du[0] - 1) ** 2).sum()}
+        return {task: losses[task] for task in tasks}
+
+    def evaluate(model):
+        t = torch.linspace(0, 1, 32)[:, None]
+        with torch.no_grad():
+            error = (model(t) - t.sin()).abs()
+        return {"equation": {"error": error.mean()}, "start": {"error": error[0].item() + 1e-3}}
+
+    return lab.Problem(
+        tasks=["equation", "start"],
+        train=steps,
+        model=lambda: nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)),
+        closure=closure,
+        evaluate=evaluate,
+        primary={"equation": ("error", False), "start": ("error", False)},
+    )
+
+
+def disjoint():
+    """Two data sets of different length; no sample has both labels."""
+
+    def samples(size, seed, label):
+        x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+        return [(x[i], label(x[i])) for i in range(size)]
+
+    def parts(seed):
+        return {
+            "sign": samples(24, seed, lambda x: int(x[0] > 0)),
+            "sum": samples(9, seed + 1, lambda x: {"sum": x.sum().reshape(1)}),
+        }
+
+    return lab.Problem(
+        tasks=[lab.Task("sign", "classification", 2), lab.Task("sum", "regression", 1)],
+        train=parts(0),
+        validation=parts(10),
+        test=parts(20),
+        model="mlp",
+    )
+
+
+def breaks():
+    """A user's mistake in a user's code."""
+    raise ValueError("the farm is flooded")

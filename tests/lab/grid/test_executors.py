@@ -1,0 +1,184 @@
+"""The same results from this process, local processes, Ray and submitit; workers and main processes that are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from torchmto import lab
+from torchmto.lab.grid import FailedRunsError
+from torchmto.lab.grid.executors import Outcome, execute, make_executor
+from torchmto.lab.references import load_problem
+
+FARM = str(Path(__file__).parents[1] / "farm.py")
+METHODS = ["gd", "wpcgrad"]
+
+
+def results_of(folder):
+    """Everything in a comparison's files but times, memory and the like, by file."""
+    found = {}
+    for path in sorted((folder / "runs").glob("*.json")):
+        result = json.loads(path.read_text())["content"]["result"]
+        for entry in result["history"]:
+            entry.pop("seconds")
+        result["cost"] = {name: result["cost"][name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
+        result.pop("seconds")
+        found[path.name] = result
+    return found
+
+
+def run(folder, problem, executor="local", jobs=1, **more):
+    settings = {"seeds": 1, "epochs": 2, "batch_size": 16, "progress": False, **more}
+    return lab.compare(problem, METHODS, out=folder, executor=executor, jobs=jobs, **settings)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here") / "x"
+    run(folder, f"{FARM}:farm")
+    return results_of(folder)
+
+
+@pytest.fixture(scope="module")
+def as_object():
+    """The same problem without a reference that another process could follow: it travels pickled."""
+    problem = load_problem(f"{FARM}:farm", {})
+    object.__setattr__(problem.origin, "loadable", False)
+    return problem
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("executor", ["local", "ray", "slurm:local"])
+def test_every_executor_gives_the_same_results(tmp_path, reference, as_object, executor):
+    if executor != "local":
+        pytest.importorskip({"ray": "ray", "slurm:local": "submitit"}[executor])
+    run(tmp_path / "reference", f"{FARM}:farm", executor, jobs=2)
+    assert results_of(tmp_path / "reference") == reference
+    if executor != "slurm:local":
+        run(tmp_path / "object", as_object, executor, jobs=2)
+        assert results_of(tmp_path / "object") == reference
+
+
+def test_any_executor_resumes_anothers_folder(tmp_path, reference):
+    run(tmp_path / "x", f"{FARM}:farm")
+    for path in list((tmp_path / "x" / "runs").glob("*.json"))[::2]:
+        path.unlink()
+    run(tmp_path / "x", f"{FARM}:farm", "local", jobs=2)
+    assert results_of(tmp_path / "x") == reference
+
+
+SLOW = """
+import os, signal, time
+from pathlib import Path
+import torch
+from torchmto import lab
+import farm as ready
+
+class Deadly(ready.Fields):
+    def __getitem__(self, index):
+        mark = Path(os.environ["MARK"])
+        if os.getpid() != int(os.environ["MAIN"]) and not mark.exists():
+            mark.write_text("killed")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+def farm():
+    problem = ready.farm()
+    problem.train = Deadly(48, 0)
+    return problem
+"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("executor", ["local", "ray"])
+def test_the_runs_of_a_killed_worker_are_done_again(tmp_path, reference, monkeypatch, executor):
+    pytest.importorskip("ray")
+    (tmp_path / "deadly.py").write_text(SLOW)
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    monkeypatch.setenv("MAIN", str(os.getpid()))
+    monkeypatch.syspath_prepend(str(Path(FARM).parent))
+    run(tmp_path / "x", f"{tmp_path / 'deadly.py'}:farm", executor, jobs=2)
+    assert (tmp_path / "mark").exists()
+    assert list(results_of(tmp_path / "x").values()) == list(reference.values()) or {
+        json.dumps(result) for result in results_of(tmp_path / "x").values()
+    } == {json.dumps(result) for result in reference.values()}
+
+
+def test_a_killed_main_process_leaves_whole_results_and_goes_on(tmp_path, reference):
+    command = ["compare", "--problem", f"{FARM}:farm", "--methods", ",".join(METHODS), "--seeds", "1", "--epochs", "2"]
+    command += ["--batch-size", "16", "--jobs", "2", "--out", str(tmp_path / "x")]
+    process = subprocess.Popen([sys.executable, "-m", "torchmto", *command], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "x").glob("runs/*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 60
+    while True:  # its workers end by themselves, and the folder's lock with them
+        try:
+            run(tmp_path / "x", f"{FARM}:farm")
+            break
+        except ValueError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+    assert results_of(tmp_path / "x") == reference
+
+
+def test_a_script_without_a_guard_may_use_several_jobs(tmp_path):
+    (tmp_path / "study.py").write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(FARM).parent)!r})\n"
+        "import farm\n"
+        "from torchmto import lab\n"
+        "class Mine(farm.FarmNet):\n    pass\n"
+        "problem = farm.farm()\n"
+        "problem.model = lambda: Mine(4)\n"
+        "result = lab.compare(problem, ['gd'], seeds=1, epochs=1, batch_size=16, jobs=2, out='x', progress=False)\n"
+        "print(len(result.table()))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "study.py"], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["3"]
+
+
+def test_failures_say_what_went_wrong_and_leave_the_others(tmp_path):
+    with pytest.raises(FailedRunsError, match="gd, seed 0: "):
+        run(tmp_path / "x", failing())
+    assert len(list((tmp_path / "x" / "runs").glob("*.json"))) == 2
+
+
+def failing():
+    """Losses of several tasks together break."""
+    problem = load_problem(f"{FARM}:farm", {})
+    model = problem.model
+
+    def broken():
+        network = model()
+        forward = network.forward
+
+        def both(x, tasks):
+            if len(tasks) > 1 and network.training:
+                raise RuntimeError("both at once")
+            return forward(x, tasks)
+
+        network.forward = both
+        return network
+
+    problem.model = broken
+    return problem
+
+
+def test_outcomes_of_jobs_that_cannot_be_done():
+    assert Outcome(None, "x").result is None
+    assert callable(execute)
+    with pytest.raises(ValueError, match="should be one of local, ray, slurm"):
+        make_executor("cloud", 1, Path())

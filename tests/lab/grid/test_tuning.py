@@ -1,0 +1,61 @@
+"""Tuning: the same budget for all, a plan drawn beforehand, chosen on validation, resumable."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from torchmto import lab
+from torchmto.lab.grid.tuning import edges, sampled
+from torchmto.lab.run.loop import Trainer
+
+pytest.importorskip("optuna")
+FARM = str(Path(__file__).parents[1] / "farm.py")
+SETTINGS = {"seeds": 2, "epochs": 1, "batch_size": 16, "progress": False, "jobs": 1}
+
+
+def test_the_random_plan_is_the_same_for_all_and_for_every_start():
+    first, second = sampled(3), sampled(3)
+    plans = [
+        [plan.settings(who, number) for number in range(3)] for plan in (first, second) for who in ("gd", "cagrad")
+    ]
+    assert plans[0] == plans[1] == plans[2] == plans[3]
+    assert len({entry["optimizer.lr"] for entry in plans[0]}) == 3
+    assert all(1e-4 <= entry["optimizer.lr"] <= 1e-1 for entry in plans[0])
+
+
+def test_tpe_draws_by_each_ones_own_scores():
+    plan = sampled(12, "tpe")
+    for number in range(12):
+        for who, sign in (("gd", 1), ("cagrad", -1)):
+            plan.tell(who, number, sign * plan.settings(who, number)["optimizer.lr"])
+    last = {who: [plan.settings(who, number) for number in (10, 11)] for who in ("gd", "cagrad")}
+    assert last["gd"] != last["cagrad"]
+
+
+def test_edges_name_what_lies_at_the_end_of_the_offer():
+    offers = [{"lr": lr, "name": name} for lr in (0.01, 0.1) for name in ("sgd", "adam")]
+    assert edges({"lr": 0.1, "name": "sgd"}, offers) == ["largest lr"]
+    assert edges({"lr": 0.01, "name": "adam"}, offers) == ["smallest lr"]
+    assert edges({"lr": 0.01}, [{"lr": 0.01}]) == []
+
+
+def test_each_runs_at_its_best_settings_and_goes_on(tmp_path, monkeypatch):
+    result = lab.compare(f"{FARM}:farm", ["gd", "pcgrad"], tune=2, out=tmp_path / "x", **SETTINGS)
+    tuning = result.results["tuning"]
+    assert set(tuning["chosen"]) == {"gd", "pcgrad", "single-task crop", "single-task yield"}
+    for who, tried in tuning["tried"].items():
+        assert len(tried) == 2
+        best = max(tried, key=lambda entry: entry["score"])
+        assert tuning["chosen"][who] == best["settings"]
+    assert len(result.table()) == 8
+    runs = [json.loads(path.read_text())["content"] for path in (tmp_path / "x" / "runs").glob("gd-*.json")]
+    assert {run["config"]["optimizer"]["lr"] for run in runs} == {tuning["chosen"]["gd"]["optimizer.lr"]}
+    monkeypatch.setattr(Trainer, "fit", None)  # everything is there already
+    again = lab.compare(f"{FARM}:farm", ["gd", "pcgrad"], tune=2, out=tmp_path / "x", **SETTINGS)
+    assert again.table().equals(result.table())
+
+
+def test_tuning_needs_a_validation_split(tmp_path):
+    with pytest.raises(ValueError, match="has none"):
+        lab.compare(f"{FARM}:pinn", ["gd"], tune=2, out=tmp_path / "x", **SETTINGS)

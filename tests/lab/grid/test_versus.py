@@ -1,0 +1,121 @@
+"""Methods against a reference: differences, wins, ranks, and equal budgets, on made-up runs."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from torchmto.lab.grid.pace import progress
+from torchmto.lab.grid.versus import paired_changes, versus
+
+TASKS = {"a": ("accuracy", True), "b": ("rmse", False)}
+
+
+def run(a, b, *, scores=(1.0, 2.0), steps=1.0, seconds=0.1):
+    return {
+        "test": {"a": {"accuracy": a}, "b": {"rmse": b}},
+        "history": [{"score": score} for score in scores],
+        "trace": [{"step": 10, "records": {}}],
+        "cost": {"num_optimizer_steps": steps, "seconds_per_batch": seconds},
+    }
+
+
+RUNS = {
+    "gd": [run(0.5, 2.0), run(0.6, 2.0), run(0.4, 2.5)],
+    "x": [run(0.6, 1.0, steps=2.0), run(0.6, 1.5, steps=2.0), run(0.5, 3.0, steps=2.0)],
+    "y": [run(0.4, 2.0, scores=(5.0, None))] * 3,
+}
+DELTA = {"gd": [1.0, 2.0, 3.0], "x": [4.0, 5.0, 8.0], "y": [0.0, 2.5, 1.0]}
+
+
+def test_differences_are_paired_and_corrected():
+    found = versus(RUNS, DELTA, TASKS)
+    assert found["reference"] == "gd"
+    assert found["methods"]["gd"]["delta_m"] is None
+    p = {name: stats.ttest_rel(DELTA[name], DELTA["gd"]).pvalue for name in "xy"}
+    x, y = (found["methods"][name]["delta_m"] for name in "xy")
+    assert (x["mean"], x["p"], y["p"]) == pytest.approx((11 / 3, p["x"], p["y"]))
+    assert x["p_holm"] == pytest.approx(min(2 * p["x"], 1))
+    assert y["p_holm"] == pytest.approx(max(p["y"], 2 * p["x"]))
+
+
+def test_tasks_follow_their_metrics_directions():
+    x = versus(RUNS, DELTA, TASKS)["methods"]["x"]
+    assert x["tasks"]["a"]["wins_ties_losses"] == [2, 1, 0]
+    assert x["tasks"]["b"]["wins_ties_losses"] == [2, 0, 1]
+    assert x["wins_ties_losses"] == [4, 1, 1]
+    assert x["tasks"]["b"]["change"]["mean"] == pytest.approx((50 + 25 - 20) / 3)
+    assert x["tasks"]["a"]["change"]["mean"] == pytest.approx((20 + 0 + 25) / 3)
+
+
+def test_ranks():
+    ranks = versus(RUNS, DELTA, TASKS)["ranks"]
+    assert ranks["seeds"]["average"] == {"gd": pytest.approx(7 / 3), "x": 1.0, "y": pytest.approx(8 / 3)}
+    theirs = stats.friedmanchisquare(*DELTA.values())
+    assert ranks["seeds"]["friedman"] == {
+        "statistic": pytest.approx(theirs.statistic),
+        "p": pytest.approx(theirs.pvalue),
+    }
+    assert (ranks["seeds"]["blocks"], ranks["tasks"]["blocks"]) == (3, 6)
+    assert np.mean(list(ranks["tasks"]["average"].values())) == pytest.approx(2.0)
+
+
+def test_without_an_average_change_the_tasks_remain():
+    found = versus(RUNS, {**DELTA, "y": None}, TASKS, reference="y")
+    assert found["methods"]["x"]["delta_m"] is None
+    assert found["ranks"]["seeds"] is None
+    assert found["ranks"]["tasks"]["blocks"] == 6
+    broken = {**RUNS, "x": [run(float("nan"), 1.0), *RUNS["x"][1:]]}
+    found = versus(broken, DELTA, TASKS)
+    assert found["methods"]["x"]["tasks"]["a"]["change"] is None
+    assert found["methods"]["x"]["tasks"]["a"]["wins_ties_losses"] == [1, 1, 0]
+    assert found["ranks"]["tasks"]["blocks"] == 5
+    assert paired_changes([1.0], [0.0], True) is None
+
+
+def test_one_method_and_one_seed():
+    found = versus({"x": [run(0.5, 1.0)]}, {"x": [1.0]}, TASKS)
+    assert found["reference"] == "x"
+    assert found["ranks"]["seeds"] == {
+        "blocks": 1,
+        "average": {"x": 1.0},
+        "friedman": None,
+        "critical_difference": None,
+    }
+
+
+def test_equal_budgets():
+    budgets = versus(RUNS, DELTA, TASKS)["budgets"]
+    assert {unit: entry["limit"] for unit, entry in budgets.items()} == {
+        "batches": 10,
+        "optimizer_steps": 10.0,
+        "seconds": 1.0,
+    }
+    # Within ten optimizer steps the method that takes two per batch has done one of its two epochs.
+    assert budgets["batches"]["methods"]["x"]["per_seed"] == [2.0, 2.0, 2.0]
+    assert budgets["optimizer_steps"]["methods"]["x"]["per_seed"] == [1.0, 1.0, 1.0]
+    assert budgets["batches"]["methods"]["y"]["mean"] == 5.0
+    # Timings are averaged over seeds: one slow run of the thriftiest method doesn't lose its last epoch.
+    timed = {"gd": [run(0.5, 2.0, seconds=0.1), run(0.5, 2.0, seconds=0.3)], "x": [run(0.5, 2.0, seconds=0.5)] * 2}
+    seconds = versus(timed, {"gd": [1.0, 2.0], "x": [1.0, 2.0]}, TASKS)["budgets"]["seconds"]
+    assert seconds["limit"] == pytest.approx(2.0)
+    assert seconds["methods"]["gd"]["per_seed"] == [2.0, 2.0]
+    assert seconds["methods"]["x"] is None
+    slow = versus({**RUNS, "x": [run(0.6, 1.0, steps=3.0)] * 3}, DELTA, TASKS)["budgets"]
+    assert slow["optimizer_steps"]["methods"]["x"] is None
+
+
+def test_recorded_progress_is_taken_as_it_is():
+    epochs = [{"batches": 3, "optimizer_steps": 4, "seconds": 0.1, "score": 1.0}]
+    assert progress({"history": epochs}) == [{"batches": 3, "optimizer_steps": 4, "seconds": 0.1}]
+
+
+def test_steps_of_older_runs_follow_phases_and_groups():
+    losses = {"a": 1.0, "b": 1.0, "c": 1.0}
+    history, cost = [{}, {}], {"num_optimizer_steps": 2.0, "seconds_per_batch": 0.5}
+    phases = [{"step": step, "losses": losses, "records": {"phase": 1 if step < 3 else 2}} for step in (1, 2, 3, 4)]
+    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": phases, "cost": cost})] == [6.0, 8.0]
+    groups = [
+        {"step": 2, "records": {"groups": [["a"], ["b"], ["c"]]}},
+        {"step": 4, "records": {"groups": [["a", "b"]]}},
+    ]
+    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": groups, "cost": cost})] == [6.0, 8.0]

@@ -1,0 +1,107 @@
+"""Settings are checked before anything is loaded."""
+
+import pytest
+import torch
+
+from torchmto.lab.run import (
+    ConfigError,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    train,
+)
+from torchmto.lab.run.build import scheduler_of
+from torchmto.lab.run.config import changed_settings
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("data were loaded before the settings had been checked")
+
+    monkeypatch.setattr("torchmto.lab.data.digits._compose", refuse)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RunConfig(epochs=0), "Parameter `epochs` should be an int >= 1. Found `epochs = 0`."),
+        (RunConfig(accumulate=0), "accumulate"),
+        (RunConfig(ema=1.0), "ema"),
+        (RunConfig(precision="16"), "precision"),
+        (RunConfig(loggers=["paper"]), "loggers"),
+        (RunConfig(baseline={"left": 0.0}), "baseline.left"),
+        (RunConfig(data=DataConfig("nope")), "one of digits"),
+        (RunConfig(data=DataConfig("digits:somewhere")), "takes no path"),
+        (RunConfig(data=DataConfig("nyuv2")), "needs a path"),
+        (RunConfig(data=DataConfig("nyuv2:/nowhere.npz")), "There is no `/nowhere.npz`.*Where to get it"),
+        (RunConfig(data=DataConfig(options={"trian": 3})), "no option `trian`"),
+        (RunConfig(data=DataConfig(batch_size=0)), "data.batch_size"),
+        (RunConfig(model=ModelConfig("nope")), "`model` should be one of mlp"),
+        (RunConfig(model=ModelConfig("mlp", {"width": 3})), "widths"),
+        (RunConfig(model=ModelConfig(compile=True, gradient_checkpointing=True)), "not both"),
+        (RunConfig(method=MethodConfig("nope")), "Unknown method `nope`"),
+        (RunConfig(method=MethodConfig("wpcgrad", {"mode": "nope"})), "Parameter `mode`"),
+        (RunConfig(method=MethodConfig("wpcgrad", {"mood": 1})), "mood"),
+        (RunConfig(method=MethodConfig(weights={"left": -1.0})), "method.weights.left"),
+        (RunConfig(optimizer=OptimizerConfig(lr=0.0)), "optimizer.lr"),
+        (RunConfig(optimizer=OptimizerConfig(momentum=1.0)), "optimizer.momentum"),
+        (RunConfig(optimizer=OptimizerConfig(clip=0.0)), "optimizer.clip"),
+    ],
+)
+def test_wrong_settings(config, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_logger_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(RunConfig(loggers=["wandb"]), tmp_path / "run")
+
+
+def test_plain_values_round_trip():
+    config = RunConfig(data=DataConfig("rooms", {"size": [24, 32]}), losses={"depth": {"loss": "mse"}}, ema=0.5)
+    assert RunConfig.from_dict(config.as_dict()) == config
+    with pytest.raises(ConfigError):
+        RunConfig.from_dict({"epocs": 3})
+
+
+def test_which_changes_count():
+    before = RunConfig().as_dict()
+    after = RunConfig(
+        method=MethodConfig("uw"), data=DataConfig(workers=7), log_every=3, optimizer=OptimizerConfig(lr=0.5)
+    )
+    assert changed_settings(before, after.as_dict()) == ["method.name", "optimizer.lr"]
+
+
+def rates(config):
+    """The learning rate at each of 20 steps and after them."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = scheduler_of(config, optimizer, steps_per_epoch=10, total_steps=20)
+    found = []
+    for _ in range(21):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "middle", "last"),
+    [("constant", 1, 1, 1), ("poly", 1, 0.5**0.9, 0), ("cosine", 1, 0.5, 0), ("step", 1, 0.25, 0.0625)],
+)
+def test_schedules(schedule, first, middle, last):
+    config = OptimizerConfig(schedule=schedule, step_epochs=1, gamma=0.25)
+    factors = rates(config)
+    assert [factors[0], factors[10], factors[20]] == pytest.approx([first, middle, last])
+
+
+def test_warmup_rises_linearly():
+    constant = rates(OptimizerConfig(schedule="constant", warmup_steps=3))
+    assert constant[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    falling, plain = rates(OptimizerConfig(warmup_steps=3)), rates(OptimizerConfig())
+    assert falling[:5] == pytest.approx([share * rate for share, rate in zip(constant, plain[:5], strict=False)])

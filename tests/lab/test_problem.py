@@ -1,0 +1,318 @@
+"""Anyone's problem: from a file, a module, an object; what is checked before anything trains."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from torchmto import lab
+from torchmto.cli import main
+from torchmto.lab.problem import ProblemError
+from torchmto.lab.references import UnknownReferenceError, load_problem
+from torchmto.lab.run.build import problem_of
+from torchmto.lab.run.config import config_of
+from torchmto.lab.run.first_batch import check_first_batch
+
+FARM = str(Path(__file__).with_name("farm.py"))
+QUICK = {"epochs": 2, "batch_size": 16, "progress": False}
+
+
+def problem(name, **options):
+    return load_problem(f"{FARM}:{name}", options)
+
+
+def scores(result):
+    """A result's table without times."""
+    return result.table().drop(columns="seconds_per_batch")
+
+
+@pytest.mark.parametrize("name", ["farm", "pinn", "disjoint"])
+def test_any_shape_of_problem_is_compared_with_single_tasks(tmp_path, name):
+    result = lab.compare(problem(name), ["gd", "pcgrad", "sequential"], seeds=1, out=tmp_path / "x", jobs=1, **QUICK)
+    tasks = result.results["tasks"]
+    table = result.table()
+    assert list(table["method"]) == [*(f"single:{task}" for task in tasks), "gd", "pcgrad", "sequential"]
+    assert table["num_forward"].tolist() == [1, 1, 1, 1, 2]
+    assert table.loc[table["method"] == "gd", "delta_m"].notna().all()
+    again = lab.load_result(tmp_path / "x")
+    assert again.table().equals(table)
+    assert again.summary().equals(result.summary())
+    assert again.summary()["method"].tolist() == ["single_task", "gd", "pcgrad", "sequential"]
+    assert "<table" in result._repr_html_()
+    assert result.report().name == "report.html"
+    assert result.figure("delta_m").axes
+    assert result.figure(next(iter(tasks))).axes
+
+
+def test_the_command_line_takes_it_with_its_arguments(tmp_path):
+    common = ["--problem", f"{FARM}:farm", "--problem.width", "4", "--epochs", "1", "--batch-size", "16"]
+    out = tmp_path / "compare"
+    assert main(["compare", *common, "--methods", "gd", "--seeds", "1", "--jobs", "1", "--out", str(out)]) == 0
+    config = json.loads((out / "results.json").read_text())["config"]
+    assert (config["data"]["name"], config["data"]["options"]) == (f"{FARM}:farm", {"width": 4})
+    (tmp_path / "run.yaml").write_text(
+        f"problem: {{use: '{FARM}:farm', width: 4}}\nepochs: 1\ndata: {{batch_size: 16}}\nloggers: [csv]\n"
+    )
+    assert main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "train")]) == 0
+    results = json.loads((tmp_path / "train" / "results.json").read_text())
+    assert list(results["test"]["yield"]) == ["mae"]
+    assert main(["evaluate", "--run", str(tmp_path / "train")]) == 0
+    assert main(["predict", "--run", str(tmp_path / "train"), "--count", "2"]) == 0
+    assert main(["diagnose", *common, "--batches", "2", "--out", str(tmp_path / "diagnose")]) == 0
+    assert main(["report", str(out), str(tmp_path / "train")]) == 0
+
+
+def test_own_model_with_ready_data_and_ready_model_with_own_data(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self, tasks, shape, width):\n"
+        "        super().__init__()\n"
+        "        self.trunk = nn.Sequential(nn.Flatten(), nn.LazyLinear(width), nn.ReLU())\n"
+        "        self.heads = nn.ModuleDict({t.name: nn.Linear(width, t.channels) for t in tasks})\n"
+        "        import torch; self(torch.zeros(1, *shape))\n"
+        "    def forward(self, x, tasks=None):\n"
+        "        h = self.trunk(x)\n"
+        "        return {name: self.heads[name](h) for name in tasks or self.heads}\n"
+        "def net(tasks, input_shape, width=8):\n    return Net(tasks, input_shape, width)\n"
+    )
+    small = {"train": 32, "validation": 16, "test": 16}
+    run = lab.fit(
+        "digits",
+        model={"name": f"{tmp_path / 'mine.py'}:net", "options": {"width": 6}},
+        **{"data.options": small},
+        epochs=1,
+        say=lambda _: None,
+    )
+    assert run.model.heads["left"].in_features == 6
+    run = lab.fit(problem("disjoint"), model={"name": "mlp", "options": {"widths": [5]}}, epochs=1, say=lambda _: None)
+    assert run.model.heads["sum"].in_features == 5
+
+
+def test_one_run_in_python(tmp_path):
+    lines = []
+    run = lab.fit(problem("farm"), "cagrad", epochs=2, batch_size=16, out=tmp_path / "one", say=lines.append)
+    assert set(run.metrics) == {"crop", "yield"}
+    assert [entry["epoch"] for entry in run.history] == [0, 1]
+    assert run.table()["yield.mae"].notna().all()
+    assert lines[-1].startswith("epoch 2/2")
+    assert torch.is_tensor(run.model(torch.randn(2, 6, 3), ("crop",))["crop"])
+    report = lab.diagnose(problem("farm"), batches=2, batch_size=16)
+    assert "Methods that suit" in str(report)
+    assert report.measurements.tasks == ("crop", "yield")
+
+
+def test_a_sample_has_the_same_noise_in_any_batch_and_worker():
+    farm = problem("farm")
+    first = farm.loader("train", 16, seed=1)
+    second = farm.loader("train", 8, seed=1, workers=1)
+    torch.manual_seed(0)
+    whole = first.batch(3, 0)["input"]
+    before = torch.get_rng_state()
+    halves = torch.cat([batch["input"] for batch in (second.batch(3, 0), second.batch(3, 1))])
+    assert torch.equal(whole, halves)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(next(iter(second.epoch(3)))["input"], whole[:8])
+    assert not torch.equal(first.batch(4, 0)["input"], whole)
+    assert bool(whole.isfinite().all())
+
+
+def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
+    loader = problem("disjoint").loader("train", 4, seed=0)
+    assert len(loader) == 6
+    steps = list(loader.epoch(1))
+    assert all(set(step) == {"sign", "sum"} for step in steps)
+    assert [step["sum"]["input"].shape[0] for step in steps] == [4] * 6
+    for start in (1, 3, 5):
+        for step, expected in zip(loader.epoch(1, start), steps[start:], strict=True):
+            for task in step:
+                assert torch.equal(step[task]["input"], expected[task]["input"])
+    assert not torch.equal(steps[0]["sum"]["input"], steps[2]["sum"]["input"])
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        for _ in range(10):
+            x = torch.randn(4)
+            yield x, {"sum": x.sum().reshape(1)}
+
+
+def streamed(train):
+    task = lab.Task("sum", "regression", 1)
+    return lab.Problem([task], train, list(Stream()), list(Stream()), "mlp")
+
+
+def test_streams_are_replayed_up_to_the_place():
+    loader = streamed(Stream()).loader("train", 3, seed=5)
+    assert len(loader) == 3
+    whole = list(loader.epoch(2))
+    for batch, expected in zip(loader.epoch(2, 1), whole[1:], strict=True):
+        assert torch.equal(batch["input"], expected["input"])
+    assert not torch.equal(next(iter(loader.epoch(3)))["input"], whole[0]["input"])
+    with pytest.raises(ProblemError, match="one-shot generator"):
+        streamed(iter(Stream()))
+
+
+def test_batches_of_ones_own_and_lists_of_them():
+    batches = [torch.full((2, 1), float(number)) for number in range(4)]
+    seen = []
+
+    def closure(model, batch, tasks):
+        seen.append(float(batch[0]))
+        return {"a": (model(batch).square().mean(), 2)}
+
+    own = lab.Problem(
+        ["a"], batches, model=lambda: nn.Linear(1, 1), closure=closure, evaluate=lambda _: {"a": {"rmse": 1.0}}
+    )
+    run = lab.fit(own, epochs=2, optimizer={"name": "sgd"}, say=lambda _: None)
+    assert sorted(seen[1:5]) == [0, 1, 2, 3]  # the first is the check's
+    assert run.metrics == {"a": {"rmse": 1.0}}
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+X, CLASS, NUMBER = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]), torch.randn(6, 1)
+KIND, SUM = lab.Task("kind", "classification", 3), lab.Task("sum", "regression", 1)
+
+
+def samples(**targets):
+    return [(X[i], {name: target[i] for name, target in targets.items()}) for i in range(6)]
+
+
+GOOD = {"tasks": [KIND, SUM], "train": samples(kind=CLASS, sum=NUMBER), "model": "mlp"}
+GOOD |= {"validation": GOOD["train"], "test": GOOD["train"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tasks": []}, ["`tasks`", "at least one", "none"]),
+        ({"tasks": [KIND, KIND]}, ["`tasks`", "different names", "two called `kind`"]),
+        ({"tasks": ["kind"]}, ["`tasks`", "lab.Task", "closure"]),
+        ({"tasks": [3]}, ["`tasks`", "Found 3"]),
+        ({"train": None}, ["`train`", "data set", "None"]),
+        ({"train": []}, ["`train`", "samples", "empty"]),
+        ({"validation": None}, ["`validation`", "`evaluate`"]),
+        ({"train": {"kind": samples(kind=CLASS)}}, ["`train`", "none for `sum`"]),
+        ({"losses": {"sun": nn.MSELoss()}}, ["`losses`", "kind, sum", "'sun'"]),
+        ({"primary": {"sum": ("rsme", False)}}, ["`primary['sum']`", "rmse, mae, r2", "rsme"]),
+        ({"primary": {"sum": "rmse"}}, ["`primary['sum']`", "(metric, whether higher is better)"]),
+        ({"model": nn.Linear(1, 1)}, ["`model`", "anew", "built already"]),
+        ({"collate": 3}, ["`collate`", "callable"]),
+    ],
+)
+def test_parts_are_checked_when_a_problem_is_made(change, words):
+    with pytest.raises(ProblemError) as raised:
+        lab.Problem(**{**GOOD, **change})
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train": samples(kind=CLASS)}, ["`train`", "`sum`", "targets of kind"]),
+        ({"train": samples(kind=CLASS, sun=NUMBER)}, ["`train`", "`sum`", "targets of kind, sun"]),
+        ({"train": samples(kind=CLASS, sum=NUMBER * torch.nan)}, ["`train`", "some have a label", "`sum`"]),
+        (
+            {"train": samples(kind=CLASS + 1, sum=NUMBER)},
+            ["`train, task `kind``", "0 to 2, or -1 where missing", "Found 3"],
+        ),
+        ({"train": samples(kind=CLASS - 100, sum=NUMBER)}, ["`kind`", "-100"]),
+        ({"train": samples(kind=CLASS, sum=torch.randn(6, 2))}, ["`sum`", "[B, 1]", "(6, 2)"]),
+        ({"train": samples(kind=CLASS[:, None], sum=NUMBER)}, ["`kind`", "[B]", "(6, 1)"]),
+        ({"train": [X[0], X[1]]}, ["`train`", "(x, {task: target})", "a tensor of shape (4,)"]),
+        ({"train": [(X[i], CLASS[i]) for i in range(6)]}, ["`train`", "(x, {task: target})"]),
+        ({"train": [(X[i, : 2 + i % 2], {"kind": 0, "sum": 1.0}) for i in range(6)]}, ["`train`", "collate"]),
+        ({"validation": samples(kind=CLASS, sum=torch.randn(6, 2))}, ["validation", "`sum`", "[B, 1]"]),
+        ({"model": lambda: nn.Linear(4, 3)}, ["`model`", "{task: output}", "Tensor"]),
+        ({"model": lambda: Outputs(kind=3)}, ["`model`", "output for `sum`", "kind"]),
+        ({"model": lambda: Outputs(kind=2, sum=1)}, ["`model`", "kind", "(2, 3)", "(2, 2)"]),
+        ({"model": lambda: 3}, ["`model`", "torch.nn.Module", "int"]),
+        ({"model": None}, ["`model`", "model.name"]),
+        ({"losses": {"sum": lambda o, t: 3.0}}, ["`losses, task `sum``", "scalar tensor", "float"]),
+        ({"losses": {"sum": lambda o, t: o - t}}, ["`losses, task `sum``", "scalar tensor", "(2, 1)"]),
+        ({"closure": lambda m, b, t: 3}, ["`model`", "`closure`", "mlp"]),
+        ({"closure": lambda m, b, t: 3, "model": lambda: Outputs(kind=3)}, ["`closure`", "{task: loss}", "int"]),
+        ({"closure": lambda m, b, t: {"sun": X.sum()}, "model": lambda: Outputs(kind=3)}, ["`closure`", "`sun`"]),
+        ({"evaluate": lambda m: {"sum": {"rmse": 1.0}}}, ["`evaluate`", "`kind`"]),
+        ({"evaluate": lambda m: 3}, ["`evaluate`", "int"]),
+    ],
+)
+def test_the_first_batch_is_checked_before_anything_trains(change, words):
+    own = lab.Problem(**{**GOOD, **change})
+    chosen, config = problem_of(config_of({"epochs": 1, "batch_size": 6}), own)
+    with pytest.raises(ProblemError) as raised:
+        check_first_batch(chosen, config)
+    assert all(word in str(raised.value) for word in words), raised.value
+
+
+class Outputs(nn.Module):
+    def __init__(self, **channels):
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(4, size) for name, size in channels.items()})
+
+    def forward(self, x):
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def test_labels_may_be_plain_numbers_of_any_precision():
+    data = [(X[i], {"kind": int(CLASS[i]), "sum": float(NUMBER[i])}) for i in range(6)]
+    batch = lab.Problem(**{**GOOD, "train": data}).loader("train", 6).batch(0, 0)
+    assert batch["targets"]["kind"].dtype == torch.int64
+    assert (batch["targets"]["sum"].dtype, batch["targets"]["sum"].shape) == (torch.float32, (6, 1))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("digts", "Did you mean `digits`"),
+        ("nowhere.py:farm", "There is no file `nowhere.py`"),
+        (f"{FARM}:barn", "should name a function"),
+        (f"{FARM}:fam", "Did you mean `farm`"),
+        ("no.such.module:farm", "should be one of"),
+        ("torchmto.lab.problem:nothing", "should name a function"),
+    ],
+)
+def test_references_that_lead_nowhere(reference, message):
+    with pytest.raises(UnknownReferenceError, match=message):
+        load_problem(reference, {})
+
+
+def test_arguments_are_checked_and_modules_and_entry_points_found(monkeypatch):
+    with pytest.raises(TypeError, match=r"no option `widht`.*Did you mean `width`"):
+        problem("farm", widht=3)
+    with pytest.raises(TypeError, match="takes an int for `width`"):
+        problem("farm", width="wide")
+    monkeypatch.syspath_prepend(str(Path(FARM).parent))
+    assert load_problem("farm:farm", {"width": 4}).origin.arguments == {"width": 4}
+
+    class Entry:
+        name = "barn"
+
+        def load(self):
+            return sys.modules["farm"].farm
+
+    monkeypatch.setattr("torchmto.lab.references.entry_points", lambda group: [Entry()])
+    barn = load_problem("barn", {})
+    assert barn.task_names == ("crop", "yield")
+    assert barn.origin.source == problem("farm").origin.source
+
+
+def test_a_mistake_in_the_users_code_shows_the_users_frames(tmp_path, capsys):
+    out = str(tmp_path / "x")
+    assert main(["compare", "--problem", f"{FARM}:breaks", "--out", out]) == 1
+    error = capsys.readouterr().err
+    assert "the farm is flooded" in error
+    assert 'farm.py", line' in error
+    assert "torchmto/lab" not in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_problem_of_python_knows_who_made_it():
+    own = replace(lab.Problem(**GOOD))
+    assert own.origin.name.endswith("test_a_problem_of_python_knows_who_made_it")
+    assert own.origin.source
