@@ -39,7 +39,6 @@ def run(args: Namespace) -> int:
         base = RunFolder(args.out).read_settings() if resume and args.out and not args.config else None
         config = chosen_config(args, base)
         if args.print_config:
-            config.validate()
             print(RunFolder.settings_text(config), end="")
             return 0
         if args.out is None:
