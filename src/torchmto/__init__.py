@@ -2,20 +2,39 @@
 
 from torchmto import metrics, structure
 from torchmto._version import __version__
-from torchmto.methods import Method, make_method, methods
+from torchmto.methods import (
+    Cost,
+    GradientCombiner,
+    GramianWeighting,
+    LossWeighting,
+    Method,
+    Procedure,
+    Properties,
+    make_method,
+    methods,
+    register_method,
+)
 from torchmto.multitask import MultiTask
-from torchmto.step import NonFiniteError, StepInfo
+from torchmto.step import NonFiniteError, RankFailedError, StepInfo
 from torchmto.structure import ProximalAffinity
 
 __all__ = [
+    "Cost",
+    "GradientCombiner",
+    "GramianWeighting",
+    "LossWeighting",
     "Method",
     "MultiTask",
     "NonFiniteError",
+    "Procedure",
+    "Properties",
     "ProximalAffinity",
+    "RankFailedError",
     "StepInfo",
     "__version__",
     "make_method",
     "methods",
     "metrics",
+    "register_method",
     "structure",
 ]

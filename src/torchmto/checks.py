@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
+import warnings
 from collections.abc import Collection, Iterable
+from pathlib import Path
+from types import FrameType
 from typing import Any
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 def found(name: str, should: str, value: object) -> str:
@@ -16,6 +22,15 @@ def found(name: str, should: str, value: object) -> str:
         'Parameter `c` should be a non-negative float. Found `c = -5`.'
     """
     return f"Parameter `{name}` should be {should}. Found `{name} = {value!r}`."
+
+
+def warn(message: str) -> None:
+    """Warn, pointing at the first line outside this package: the user's own."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - how deep a call is has no public name
+    level = 2
+    while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def nearest(name: object, known: Iterable[str]) -> str:

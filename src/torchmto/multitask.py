@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task
+from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task, warn
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
@@ -461,10 +460,9 @@ class MultiTask:
         _DRIVEN.update(network.optimizers.all)
         given = [network.name(parameter) for parameter in network.parameters if parameter.grad is not None]
         if given:
-            warnings.warn(
+            warn(
                 f"Parameter `{given[0]}` has a gradient already ({len(given)} in all). mt.step drops it: it sets all gradients "
                 "itself. Add such a term to the losses; `optimizer.zero_grad()` before the first step ends this warning.",
-                stacklevel=3,
             )
 
     def _fingerprint(self) -> str:

@@ -9,7 +9,7 @@ from torchmto.methods.method import (
     Procedure,
     Properties,
 )
-from torchmto.methods.registry import load_all, make_method, method_class, methods, register
+from torchmto.methods.registry import load_all, make_method, method_class, methods, register_method
 
 load_all(__name__)
 
@@ -24,5 +24,5 @@ __all__ = [
     "make_method",
     "method_class",
     "methods",
-    "register",
+    "register_method",
 ]

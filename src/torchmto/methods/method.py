@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_integer
+from torchmto.checks import check_choice, check_integer, warn
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -519,10 +518,9 @@ class GramianWeighting(Method):
             self.num_fallbacks += 1
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"Method `{self.name}`: a solve didn't converge (residual {solution.residual:.1e}); its documented "
                     "fallback is used. StepInfo.num_fallbacks counts these; this warning isn't repeated.",
-                    stacklevel=2,
                 )
         return torch.from_numpy(solution.weights).to(gramian)
 

@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.metadata
 import inspect
 import pkgutil
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torchmto.checks import nearest
+from torchmto.checks import found, nearest, warn
 from torchmto.methods.method import Method
 
 _REGISTRY: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
 
+GROUP = "torchmto.methods"
+"""The entry-point group of methods in other packages: the name of a method = its class."""
 
-def register(name: str) -> Callable[[_M], _M]:
-    """Class decorator: make a method known under ``name``.
+
+def register_method(name: str) -> Callable[[_M], _M]:
+    """Class decorator: make a method known under ``name``, in every place where a name is taken.
+
+    It works in any file, also of another package, which can name the class as an entry point of the group ``torchmto.methods``
+    instead. A class that is defined again in the same place, as in a notebook, takes the place of the former one.
+
+    Args:
+        name: Letters, digits and underscores.
 
     Raises:
-        ValueError: If the name is taken.
+        ValueError: If the name is taken, or can't be one.
+        TypeError: If what is decorated isn't a class of methods.
+
+    Example::
+
+        @torchmto.register_method("half")
+        class Half(torchmto.LossWeighting):
+            # half of the plain sum
+            def objective(self, losses, indices=None):
+                return losses.sum() / 2
     """
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(found("name", "letters, digits and underscores", name))
 
     def decorate(cls: _M) -> _M:
-        if name in _REGISTRY:
-            raise ValueError(f"A method named `{name}` is already registered: {_REGISTRY[name].__qualname__}.")
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise TypeError(found(name, "a subclass of torchmto.Method", cls))
+        known = _REGISTRY.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"A method named `{name}` is already registered: {known.__module__}.{known.__qualname__}.")
         cls.name = name
         _REGISTRY[name] = cls
         return cls
 
     return decorate
+
+
+@functools.cache
+def _load_installed() -> None:
+    """Register the methods of installed packages, once."""
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        try:
+            cls = entry.load()
+            if _REGISTRY.get(entry.name) is not cls:
+                register_method(entry.name)(cls)
+        except Exception as error:  # noqa: BLE001 - another package's mistake is no reason to have no methods at all
+            warn(f"The method `{entry.name}` of entry point `{entry.value}` can't be used: {error!r}")
 
 
 def load_all(package: str) -> None:
@@ -48,6 +85,7 @@ def methods() -> list[str]:
         >>> "wpcgrad" in torchmto.methods()
         True
     """
+    _load_installed()
     return sorted(_REGISTRY)
 
 
@@ -57,6 +95,8 @@ def method_class(name: str) -> type[Method]:
     Raises:
         ValueError: If there is none.
     """
+    if name not in _REGISTRY:
+        _load_installed()
     if name not in _REGISTRY:
         raise ValueError(f"Unknown method `{name}`. The methods are {', '.join(methods())}.{nearest(name, methods())}")
     return _REGISTRY[name]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Mapping
 
 import torch
 
+from torchmto.checks import warn
 from torchmto.gradients import check_keeps, nodes_made, reach_of
 from torchmto.step.losses import Chunk, Source, needs_closure, parse
 from torchmto.step.parts import Parts, Request
@@ -68,10 +68,9 @@ def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) 
     chunk, unasked = parse(result, tasks, names, needs_graph=grad, active=active)
     if unasked is not None and not network.warned_unasked:
         network.warned_unasked = True
-        warnings.warn(
+        warn(
             f"The closure returned a loss for task `{unasked}`, which wasn't asked for; it is ignored. A closure gets the "
             "tuple of wanted task names and may compute only those. This warning isn't repeated.",
-            stacklevel=2,
         )
     return chunk
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import found
+from torchmto.checks import found, warn
 from torchmto.gradients import (
     Agreement,
     Engine,
@@ -434,11 +433,10 @@ class Network:
         ]
         if left:
             self._warned_untrained = True
-            warnings.warn(
+            warn(
                 f"The losses reach parameter `{left[0]}` ({len(left)} such in all), which isn't in the optimizer, so mt.step "
                 "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
                 "`requires_grad_(False)` on it if it isn't to be trained.",
-                stacklevel=2,
             )
 
     def unshared(self) -> str:
@@ -458,7 +456,7 @@ class Network:
         """Warn once if all tasks have been seen and share no parameter."""
         if not self._warned_unshared and (reason := self.unshared()):
             self._warned_unshared = True
-            warnings.warn(f"{reason} Each task trains its own parameters.", stacklevel=2)
+            warn(f"{reason} Each task trains its own parameters.")
 
     @torch.no_grad()
     def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -531,11 +529,10 @@ class Network:
         taken = [parameter for parameter in hooked if parameter.grad is None]
         if taken and not self._warned_taken:
             self._warned_taken = True
-            warnings.warn(
+            warn(
                 f"A post-accumulate-grad hook of parameter `{self.name(taken[0])}` has taken its gradient away ({len(taken)} "
                 "such in all), so the optimizer of mt.step doesn't move it. A hook that takes an optimizer step of its own "
                 "does so before the gradient is checked and clipped. This warning isn't repeated.",
-                stacklevel=2,
             )
         return bool(hooked)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag, check_number, found
+from torchmto.checks import check_flag, check_number, found, warn
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Network, TaskGradients
 
 
-@register("adatask")
+@register_method("adatask")
 class AdaTask(GradientCombiner):
     r"""Task-wise adaptive learning rates: the shared parameters move by the sum of the tasks' own Adam steps.
 
@@ -88,10 +87,9 @@ class AdaTask(GradientCombiner):
         self._network = network
         for optimizer in network.optimizers.all:
             if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
-                warnings.warn(
+                warn(
                     "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
                     f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
-                    stacklevel=2,
                 )
 
     @torch.no_grad()

@@ -9,11 +9,11 @@ from torchmto.checks import check_number
 from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.method import Domain, GradientCombiner, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
-@register("db_mtl")
+@register_method("db_mtl")
 class DBMTL(GradientCombiner):
     r"""Dual-balancing multi-task learning.
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.per_task import Numbers, PerTask
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
-@register("graddrop")
+@register_method("graddrop")
 class GradDrop(GradientCombiner):
     r"""Gradient sign dropout.
 

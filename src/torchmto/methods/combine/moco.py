@@ -15,11 +15,11 @@ from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
 from torchmto.methods.per_task import named
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
-@register("moco")
+@register_method("moco")
 class MoCo(GradientCombiner):
     r"""Stochastic multi-objective gradient with correction.
 

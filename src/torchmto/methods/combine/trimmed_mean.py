@@ -10,11 +10,11 @@ from torch import Tensor
 from torchmto.checks import check_integer
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Network, TaskGradients
 
 
-@register("trimmed_mean")
+@register_method("trimmed_mean")
 class TrimmedMean(GradientCombiner):
     """For every entry the mean over the tasks without the b largest and b smallest values.
 

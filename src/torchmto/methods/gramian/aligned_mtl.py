@@ -9,11 +9,11 @@ from torchmto.checks import check_choice
 from torchmto.methods.gramian.preference import PreferenceWeighting
 from torchmto.methods.method import Domain, Properties, WeightingOptions
 from torchmto.methods.per_task import TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.solvers.solution import Array, Solution
 
 
-@register("aligned_mtl")
+@register_method("aligned_mtl")
 class AlignedMTL(PreferenceWeighting):
     r"""Independent component alignment: :math:`w = \sqrt{\lambda} V \Lambda^{-1/2} V^\top u`.
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_choice, check_flag, check_number
 from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("cagrad")
+@register_method("cagrad")
 class CAGrad(GramianWeighting):
     r"""Conflict-averse gradient descent.
 

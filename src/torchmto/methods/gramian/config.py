@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("config")
+@register_method("config")
 class ConFIG(GramianWeighting):
     r"""Conflict-free inverse gradients.
 

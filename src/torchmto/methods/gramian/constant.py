@@ -9,10 +9,10 @@ from torch import Tensor
 
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.per_task import PerTask, TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("constant")
+@register_method("constant")
 class Constant(GramianWeighting):
     r"""The update :math:`\sum_i w_i g_i` with fixed weights.
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from torchmto.checks import check_number, found
 from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
-from torchmto.methods.registry import make_method, register
+from torchmto.methods.registry import make_method, register_method
 from torchmto.step import Losses, StepContext, TaskGradients
 
 
-@register("cr_mogm")
+@register_method("cr_mogm")
 class CRMOGM(GramianWeighting):
     r"""Correlation-reduced multi-objective gradient manipulation: :math:`w_t = \alpha w_{t-1} + (1 - \alpha) \hat w_t`.
 

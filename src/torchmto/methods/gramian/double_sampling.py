@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Unpack
@@ -10,6 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from torchmto.checks import warn
 from torchmto.methods.method import GramianWeighting, WeightingOptions
 from torchmto.step import Network, StepContext, TaskGradients
 
@@ -61,10 +61,9 @@ class DoubleSampling(GramianWeighting):
         if context.num_sources == 1:
             if not self._warned_of_reuse:
                 self._warned_of_reuse = True
-                warnings.warn(
+                warn(
                     f"Method `{self.name}` needs independent mini-batches, `mt.step(closure, independent=(c2, c3))`. "
                     "Without them the same batch is reused, which biases its weights; this warning isn't repeated.",
-                    stacklevel=2,
                 )
             return super().step_weights(context, gradients)
         first = gradients if context.num_sources == 2 else context.gradients(source=1)

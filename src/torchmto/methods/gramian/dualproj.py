@@ -5,11 +5,11 @@ from __future__ import annotations
 from torchmto import solvers
 from torchmto.methods.gramian.preference import PreferenceWeighting
 from torchmto.methods.method import Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.solvers.solution import Array, Solution
 
 
-@register("dualproj")
+@register_method("dualproj")
 class DualProj(PreferenceWeighting):
     r"""The mean gradient's projection on :math:`\{d : J d \ge 0\}`: the nearest direction without conflict.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_number
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("fairgrad")
+@register_method("fairgrad")
 class FairGrad(GramianWeighting):
     r"""Weights with :math:`G w = w^{-1/\alpha}`, w > 0: the update that is alpha-fair to the tasks' decreases.
 

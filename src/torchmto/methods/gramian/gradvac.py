@@ -12,10 +12,10 @@ from torchmto import solvers
 from torchmto.checks import check_flag, check_number
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("gradvac")
+@register_method("gradvac")
 class GradVac(GramianWeighting):
     r"""Gradient vaccine: PCGrad towards a running mean of the cosines instead of towards 0.
 

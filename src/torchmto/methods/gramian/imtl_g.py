@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("imtl_g")
+@register_method("imtl_g")
 class IMTLG(GramianWeighting):
     r"""Impartial multi-task learning, gradient part: the update projects equally on all unit gradients.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_integer
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("krum")
+@register_method("krum")
 class Krum(GramianWeighting):
     r"""(Multi-)Krum: the mean of the m gradients whose nearest K - f - 2 others are closest.
 

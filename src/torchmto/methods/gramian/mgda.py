@@ -11,11 +11,11 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_choice, check_flag
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import StepContext, TaskGradients
 
 
-@register("mgda")
+@register_method("mgda")
 class MGDA(GramianWeighting):
     r"""Multiple-gradient descent: the weights on the simplex that minimise :math:`\|\sum_i w_i g_i\|`.
 

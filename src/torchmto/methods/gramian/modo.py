@@ -13,10 +13,10 @@ from torchmto.checks import check_number
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("modo")
+@register_method("modo")
 class MoDo(DoubleSampling):
     r"""Multi-objective gradient with double sampling.
 

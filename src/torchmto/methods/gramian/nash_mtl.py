@@ -10,11 +10,11 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import StepContext
 
 
-@register("nash_mtl")
+@register_method("nash_mtl")
 class NashMTL(GramianWeighting):
     r"""Nash bargaining: :math:`G \alpha = 1/\alpha`, :math:`\alpha > 0`; the update is :math:`\alpha^\top J`.
 

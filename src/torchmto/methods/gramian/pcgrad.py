@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.checks import check_flag
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
 def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:
@@ -22,7 +22,7 @@ def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:
     return order[others].view(num_tasks, num_tasks - 1)
 
 
-@register("pcgrad")
+@register_method("pcgrad")
 class PCGrad(GramianWeighting):
     r"""Projecting conflicting gradients.
 

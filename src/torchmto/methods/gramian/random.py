@@ -10,10 +10,10 @@ from torch import Tensor
 
 from torchmto.checks import check_choice
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("random")
+@register_method("random")
 class Random(GramianWeighting):
     r"""Random gradient weighting: :math:`w = K \, \mathrm{softmax}(z)` with z standard normal, drawn anew every step.
 

@@ -13,10 +13,10 @@ from torchmto.checks import check_integer, check_number
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, WeightingOptions
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("sdmgrad")
+@register_method("sdmgrad")
 class SDMGrad(DoubleSampling):
     r"""Stochastic direction-oriented multi-objective gradient descent.
 

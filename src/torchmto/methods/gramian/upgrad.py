@@ -5,11 +5,11 @@ from __future__ import annotations
 from torchmto import solvers
 from torchmto.methods.gramian.preference import PreferenceWeighting
 from torchmto.methods.method import Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.solvers.solution import Array, Solution
 
 
-@register("upgrad")
+@register_method("upgrad")
 class UPGrad(PreferenceWeighting):
     r"""Unconflicting projection of gradients: the mean of the gradients' projections on :math:`\{d : J d \ge 0\}`.
 

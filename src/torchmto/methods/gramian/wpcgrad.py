@@ -13,7 +13,7 @@ from torchmto.checks import check_choice
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
 
@@ -45,7 +45,7 @@ def plackett_luce(probabilities: Tensor, generator: torch.Generator, num_orders:
     return torch.gather(by_time, 1, last)
 
 
-@register("wpcgrad")
+@register_method("wpcgrad")
 class WPCGrad(GramianWeighting):
     r"""PCGrad with task weights: a probability per task says who wins a conflict; without conflict nothing changes.
 

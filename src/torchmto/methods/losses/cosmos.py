@@ -12,10 +12,10 @@ from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("cosmos")
+@register_method("cosmos")
 class COSMOS(LossWeighting):
     r"""A weighted sum minus a cosine, :math:`r^\top l - \lambda \frac{r^\top l}{\|r\| \|l\|}`.
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from torchmto.checks import check_number, found, unknown_task
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 LEAST = 1e-6
 """Smallest performance: its weight would be infinite at 0."""
 
 
-@register("dtp")
+@register_method("dtp")
 class DTP(LossWeighting):
     r"""Harder tasks weigh more: :math:`w_i = -(1 - \kappa_i)^{\gamma_i} \log \kappa_i`, a focal loss of performance.
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torchmto.checks import check_number
 from torchmto.methods.losses.window import WindowedWeighting
 from torchmto.methods.method import Domain
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("dwa")
+@register_method("dwa")
 class DWA(WindowedWeighting):
     r"""Weights from how fast each loss has fallen: :math:`w = K\,\mathrm{softmax}(r / T)`.
 

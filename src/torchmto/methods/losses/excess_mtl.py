@@ -9,14 +9,14 @@ from torch import Tensor
 
 from torchmto.checks import check_choice, check_number
 from torchmto.methods.method import Domain, Method, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 LEAST = 1e-6
 """Smallest share of a weight in their sum: from 0 no factor brings it back."""
 
 
-@register("excess_mtl")
+@register_method("excess_mtl")
 class ExcessMTL(Method):
     r"""Tasks far from their optimum weigh more; label noise, which no training removes, doesn't count.
 

@@ -13,11 +13,11 @@ from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, named
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
 
-@register("famo")
+@register_method("famo")
 class FAMO(LossWeighting):
     r"""Lowers all losses at about the same relative rate, with one backward per step.
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torchmto.methods.method import LossWeighting
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("gd")
+@register_method("gd")
 class GD(LossWeighting):
     r"""Gradient descent on the plain sum of the losses, :math:`\sum_i l_i`.
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("gls")
+@register_method("gls")
 class GLS(LossWeighting):
     r"""The geometric mean of the losses, :math:`(\prod_i l_i)^{1/K} = \exp(\frac1K \sum_i \log l_i)`.
 

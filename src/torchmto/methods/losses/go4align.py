@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import named
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
 LEAST = 1e-6
@@ -60,7 +60,7 @@ def group_means(values: Tensor, num_groups: int) -> Tensor:
     return means
 
 
-@register("go4align")
+@register_method("go4align")
 class GO4Align(LossWeighting):
     r"""Tasks at a similar stage share a weight, which aligns their progress: :math:`\sum_i w_i l_i`.
 

@@ -13,14 +13,14 @@ from torchmto.gradients import gramian as gramian_of_rows
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.per_task import named
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import Losses, Network, StepContext, TaskGradients
 
 LEAST = 1e-4
 """Smallest weight before the rescaling: the update of a weight isn't bounded below."""
 
 
-@register("gradnorm")
+@register_method("gradnorm")
 class GradNorm(GramianWeighting):
     r"""Learnt loss weights that bring the gradients' norms to a common scale, more for tasks that train slowly.
 

@@ -11,10 +11,10 @@ from torchmto.checks import check_integer
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
 from torchmto.methods.method import Domain, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("igb")
+@register_method("igb")
 class IGB(WindowedWeighting):
     r"""Tasks with more room to improve weigh more: :math:`\sum_i w_i \log l_i`, :math:`w = K\,\mathrm{softmax}(l / b)`.
 

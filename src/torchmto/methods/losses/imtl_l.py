@@ -6,10 +6,10 @@ from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling
 from torchmto.methods.method import Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("imtl_l")
+@register_method("imtl_l")
 class IMTLL(LearntScaling):
     r"""Learnt scales that make all scaled losses alike, :math:`\sum_i e^{s_i} l_i - s_i` with learnable :math:`s_i`.
 

@@ -12,10 +12,10 @@ from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("pbi")
+@register_method("pbi")
 class PBI(LossWeighting):
     r"""The distance along a preferred direction plus a penalty on the distance to it, :math:`d_1 + \theta d_2`.
 

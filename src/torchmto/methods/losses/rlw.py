@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from torchmto.methods.method import LossWeighting, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("rlw")
+@register_method("rlw")
 class RLW(LossWeighting):
     r"""Random weights in every step: :math:`\sum_i w_i l_i` with :math:`w = K\,\mathrm{softmax}(z)`, z standard normal.
 

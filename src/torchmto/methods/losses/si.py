@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("si")
+@register_method("si")
 class ScaleInvariant(LossWeighting):
     r"""The sum of the losses' logarithms, :math:`\sum_i \log l_i`: every gradient is divided by its loss.
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from torchmto.methods.method import LossWeighting, Properties
 from torchmto.methods.per_task import PerTask, TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("static")
+@register_method("static")
 class Static(LossWeighting):
     r"""The weighted sum :math:`\sum_i w_i l_i` with constant weights.
 

@@ -11,10 +11,10 @@ from torchmto.checks import check_integer, check_number
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
 from torchmto.methods.method import Domain, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("stch")
+@register_method("stch")
 class STCH(WindowedWeighting):
     r"""A smooth maximum of the losses' logarithms, :math:`\mu \log \sum_i \exp(f_i / \mu)`, after a warm-up.
 

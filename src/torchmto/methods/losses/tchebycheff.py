@@ -10,10 +10,10 @@ from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.shares import Shares
 from torchmto.methods.method import Domain, LossWeighting, Properties
 from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("tchebycheff")
+@register_method("tchebycheff")
 class Tchebycheff(LossWeighting):
     r"""The largest weighted loss, :math:`\max_i \lambda_i (l_i - z_i)`.
 
@@ -70,7 +70,7 @@ class Tchebycheff(LossWeighting):
         return (scale * inside(gap, gap >= 0)).amax()
 
 
-@register("mtchebycheff")
+@register_method("mtchebycheff")
 class ModifiedTchebycheff(Tchebycheff):
     r"""The largest loss divided by its preference, :math:`\max_i (l_i - z_i) / \lambda_i`.
 

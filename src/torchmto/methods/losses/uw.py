@@ -6,10 +6,10 @@ from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling
 from torchmto.methods.method import Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 
 
-@register("uw")
+@register_method("uw")
 class UW(LearntScaling):
     r"""Weights by learnt task uncertainty, :math:`\sum_i \frac{l_i}{2 e^{s_i}} + \frac{s_i}{2}`, :math:`s_i` learnable.
 

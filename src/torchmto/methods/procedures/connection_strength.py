@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -12,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest
+from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest, warn
 from torchmto.gradients.ranks import is_sharded
 from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, methods, register
+from torchmto.methods.registry import make_method, methods, register_method
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure import (
@@ -247,7 +246,7 @@ class PriorityProjection(GradientCombiner):
         return group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
 
 
-@register("connection_strength")
+@register_method("connection_strength")
 class ConnectionStrength(Procedure):
     r"""Connection strength-based optimisation, in two phases.
 
@@ -366,10 +365,9 @@ class ConnectionStrength(Procedure):
         self.second.attach(network)
         self.priorities.attach(network, self.tasks)
         if len(self.tasks) > 1 and not has_split_norms(network.model):
-            warnings.warn(
+            warn(
                 "connection_strength: the model has no task-specific norms, so no channel has a priority and phase 2 is the "
                 "plain sum. Call `torchmto.structure.split_norms(model, tasks)` before building the optimizer.",
-                stacklevel=3,
             )
 
     def cost(self, num_tasks: int) -> Cost:

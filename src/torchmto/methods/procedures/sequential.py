@@ -6,11 +6,11 @@ import torch
 
 from torchmto.checks import check_flag
 from torchmto.methods.method import Cost, Procedure, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.step import StepContext, StepInfo
 
 
-@register("sequential")
+@register_method("sequential")
 class Sequential(Procedure):
     """One optimizer step per task and batch: forward of the task, backward, step; then the next task.
 

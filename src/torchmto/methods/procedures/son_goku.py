@@ -9,7 +9,7 @@ from torchmto.checks import check_integer, check_number
 from torchmto.gradients import gramian
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
-from torchmto.methods.registry import register
+from torchmto.methods.registry import register_method
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
@@ -49,7 +49,7 @@ def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: floa
     return [sorted(group) for group in groups]
 
 
-@register("son_goku")
+@register_method("son_goku")
 class SonGoku(Procedure):
     r"""Graph colouring of tasks: only one group of tasks that don't conflict is trained per step.
 

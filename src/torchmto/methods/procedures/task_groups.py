@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
-from torchmto.methods.registry import make_method, register
+from torchmto.methods.registry import make_method, register_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
 
@@ -19,7 +19,7 @@ GROUPINGS = ("adaptive", "heterogeneous", "random", "per_task", "joint")
 SINGLE = ("measure", "twice", "once")
 
 
-@register("task_groups")
+@register_method("task_groups")
 class TaskGroups(Procedure):
     r"""Selective task group updates.
 
