@@ -48,7 +48,8 @@ def collect(parts: Parts, request: Request, rows: Rows | ShardedRows, heads: Hea
         rows.sort()
         settle(network, rows, heads)
         return sums
-    network.lay_out(rows, heads)
+    if not streamed:
+        network.lay_out(rows, heads)
     if several and not streamed:
         for index in present:
             rows.send(index)

@@ -75,9 +75,10 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     apart = unit is not None
     held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
     reduction.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
+    known: Losses | None = None
     if not held and fixed and reduction.weigh_fixed:
-        known = _in_one_pass(parts, request, weigh, unit)
-        if known is not None:
+        known, done = _in_one_pass(parts, request, weigh, unit)
+        if known is not None and done:
             return known
     sums = Sums()
     chunks: list[Chunk] = []
@@ -87,11 +88,11 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
             counts = dict.fromkeys(chunk.counts, 1.0) if single else chunk.counts
             chunks.append(Chunk(chunk.losses, counts, chunk.active))
             sums.add(chunks[-1])
-    else:
+    elif known is None:
         with parts.noise.rehearsal():
             for chunk in forwards(parts, request, grad=False):
                 sums.add(chunk)
-    losses = reduction.over_ranks(sums)
+    losses = reduction.over_ranks(sums) if known is None else known
     weights = _weights(parts, weigh, losses.only(request.wanted))
     failure: BaseException | None = None
     try:
@@ -109,11 +110,12 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     return losses
 
 
-def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads | None) -> Losses | None:
+def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads | None) -> tuple[Losses | None, bool]:
     """One pass over micro-batches that bring the same tasks in the same proportions, on all ranks.
 
     Returns:
-        The losses; None if the micro-batches aren't like that. Then nothing has happened.
+        The losses, as far as they are known, and whether the gradients are computed. If the micro-batches aren't like that
+        nothing has happened; among several ranks, who exchange losses only once, the losses are known all the same.
     """
     network, reduction = parts.network, parts.reduction
     micro_batches = parts.sources[request.source]
@@ -140,16 +142,16 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
         alike, first = proportions.alike, proportions.first
         if parts.several:
             sums, alike = reduction.tell(sums, counts=[len(micro_batches), proportions.relative] if alike else None)
-        if not alike:
+        losses = reduction.average(sums) if alike or parts.several else None
+        if losses is None or not alike:
             network.zero_grad()
             undo()
-            return None
-        losses = reduction.average(sums)
+            return losses, False
     _settle(parts, unit, weights)
     left = nominal * unit_size / losses.totals[proportions.lead] if first else 1.0
     if left != 1:
         network.multiply(network.gradients(), left)
-    return losses
+    return losses, True
 
 
 def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> None:
