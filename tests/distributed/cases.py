@@ -344,7 +344,7 @@ class _Broken(torch.autograd.Function):
         raise RuntimeError("broken backward")
 
 
-def fail(  # noqa: PLR0917
+def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
     rank: int, size: int, group: Any, name: str, kind: str, pieces: int
 ):
     """Rank 2 fails in its second step."""
@@ -360,11 +360,20 @@ def fail(  # noqa: PLR0917
     )
     part = data(rank, 4, "all")
     good = closure(net, part, count=False)
+    runs: list[tuple[str, ...]] = []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError("no rule")
 
     def bad(tasks: tuple[str, ...]) -> dict[str, Any]:
-        losses = good(tasks)
+        runs.append(tasks)
         if kind == "closure":
             raise ValueError("no batch")
+        if kind == "interrupt":
+            raise KeyboardInterrupt("stop")
+        if kind == "second run" and len(runs) == 2:
+            raise OSError("no data the second time")
+        losses = good(tasks)
         if kind == "no graph" and "b" in losses:
             losses["b"] = losses["b"].detach()
         if kind == "unknown":
@@ -379,14 +388,51 @@ def fail(  # noqa: PLR0917
     mt.step(good)
     before = flat(net)
     result = {}
+    wrong = rank == 2
+    if wrong and kind == "rule":
+        rule = "weights" if name.startswith("pcgrad") else "loss_weights"
+        setattr(mt.method, rule, broken)
     try:
         # What accumulates into a gradient that is there already is right, and not noticed.
-        first = bad if rank == 2 and kind == "inner" else good
-        mt.step([first] * (pieces - 1) + [bad if rank == 2 else good])
-    except Exception as error:  # noqa: BLE001 - reported
+        first = bad if wrong and kind == "inner" else good
+        asked = ["nobody"] if wrong and kind == "argument" else None
+        mt.step([first] * (pieces - 1) + [bad if wrong else good], tasks=asked)
+    except BaseException as error:  # noqa: BLE001 - reported
         result = {"type": type(error).__name__, "message": str(error), "unchanged": torch.equal(before, flat(net))}
+    if wrong and kind == "rule":
+        delattr(mt.method, rule)
     mt.step(good)
     return {**result, "parameters": flat(net)}
+
+
+def other_tasks(rank: int, size: int, group: Any) -> tuple[str, str]:
+    """The last rank has a task less."""
+    net = build("toy")
+    own = TASKS if rank < size - 1 else TASKS[:2]
+    mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), lr=0.1), tasks=own, method="gd", process_group=group)
+    try:
+        mt.step(closure(net, data(rank, 4, "all"), count=False))
+    except ValueError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def unlabelled(rank: int, size: int, group: Any, name: str) -> dict[str, Any]:
+    """A model with batch norm; the last rank's second micro-batch has no labels, and another task than the others first."""
+    torch.manual_seed(0)
+    net = Toy(TASKS, norm=nn.BatchNorm1d(5))
+    mt = torchmto.MultiTask(
+        net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, method=name, process_group=group
+    )
+    full = closure(net, data(rank, 4, "all"), count=False)
+    last = rank == size - 1
+    mt.step([full, (lambda tasks: {}) if last else full])
+    roles = mt.state_dict()["roles"]
+    return {
+        "buffers": {key: value.tolist() for key, value in net.named_buffers()},
+        "roles": roles,
+        "parameters": flat(net),
+    }
 
 
 def _message(run) -> str:

@@ -93,9 +93,10 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
             for chunk in forwards(parts, request, grad=False):
                 sums.add(chunk)
     losses = reduction.over_ranks(sums) if known is None else known
-    weights = _weights(parts, weigh, losses.only(request.wanted))
+    weights = _Weights((), losses.values[:0], None)
     failure: BaseException | None = None
     try:
+        weights = _weights(parts, weigh, losses.only(request.wanted))
         for chunk in chunks if held else forwards(parts, request, apart=apart):
             shares = {
                 i: weights.share(i, chunk.counts[i] / losses.totals[i]) for i in chunk.losses if i in weights.indices
