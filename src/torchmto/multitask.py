@@ -183,6 +183,7 @@ class MultiTask:
         )
         self._met = False
         self._carried: dict[int, Carried] | None = None
+        self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
         method.bind(self.tasks)
@@ -351,12 +352,18 @@ class MultiTask:
             self._check_backward(1 + len(independent), accumulated=accumulated)
             carried = {} if carried is None and accumulated else carried
             context = self._context(losses, tasks, independent, stepping=False, carried=carried)
+            if carried and context.asked != self._carried_tasks:
+                raise ValueError(
+                    "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
+                    f"{list(context.asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
+                    "closure returns instead."
+                )
             with self.network.no_sync(), keeping_buffers(), self._undoing(context):
                 if final:
                     return self._step(context)
                 context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
                 info = context.info()
-        self._carried = carried
+        self._carried, self._carried_tasks = carried, context.asked
         return info
 
     def _check_backward(self, num_sources: int, *, accumulated: bool) -> None:

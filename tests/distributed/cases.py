@@ -405,6 +405,28 @@ def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
     return {**result, "parameters": flat(net)}
 
 
+def backward(rank: int, size: int, group: Any, name: str) -> dict[str, Any]:
+    """``mt.backward`` on micro-batches, in one call for each, beside ``mt.step`` on their list."""
+    nets = [build("toy"), build("toy")]
+    stepping, stepped = (
+        torchmto.MultiTask(
+            net, torch.optim.SGD(net.parameters(), lr=0.05), tasks=TASKS, method=name, process_group=group, seed=1
+        )
+        for net in nets
+    )
+    parts = [data(rank + size * number, 4, "all") for number in range(2)]
+    optimizer = stepped.network.optimizers.all[0]
+    for _ in range(2):
+        stepping.step([closure(nets[0], part, count=False) for part in parts])
+        for number, part in enumerate(parts):
+            stepped.backward(closure(nets[1], part, count=False), final=number == 1)
+        optimizer.step()
+        stepping.step(closure(nets[0], parts[0], count=False))
+        stepped.backward(closure(nets[1], parts[0], count=False))
+        optimizer.step()
+    return {"stepping": flat(nets[0]), "stepped": flat(nets[1])}
+
+
 def other_tasks(rank: int, size: int, group: Any) -> tuple[str, str]:
     """The last rank has a task less."""
     net = build("toy")

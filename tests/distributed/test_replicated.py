@@ -193,6 +193,13 @@ def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
                 assert torch.equal(result["parameters"], results[0]["parameters"])
 
 
+@pytest.mark.parametrize("name", ["gd", "rlw", "uw", "pcgrad", "graddrop"])
+def test_backward_of_a_trainer_that_owns_the_step(pool, name):
+    first, second = pool.run(2, cases.backward, name)
+    assert torch.equal(first["stepped"], second["stepped"])
+    torch.testing.assert_close(first["stepped"], first["stepping"], rtol=1e-9, atol=1e-12)
+
+
 def test_different_tasks_are_an_error_on_all_ranks(pool):
     """And no abort: their messages would have different sizes."""
     for kind, message in pool.run(2, cases.other_tasks):

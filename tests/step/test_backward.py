@@ -141,6 +141,52 @@ def test_a_plain_sum_needs_the_same_shares_in_every_micro_batch():
     close(gradients(model), wanted)
 
 
+def test_an_accumulated_batch_is_about_the_same_tasks():
+    model, _, mt = make("pcgrad")
+    mt.backward(closure(model, batch(TASKS)), final=False)
+    with pytest.raises(ValueError, match="`tasks` should be the same"):
+        mt.backward(closure(model, batch(TASKS)), tasks=["a", "b"])
+
+
+def test_several_optimizers_step_one_after_the_other():
+    model, twin = Toy(TASKS), Toy(TASKS)
+    parts = [torch.optim.SGD(model.trunk.parameters(), lr=0.1), torch.optim.Adam(model.heads.parameters(), lr=0.02)]
+    mt = torchmto.MultiTask(model, parts, tasks=TASKS, method="pcgrad", seed=3)
+    by_hand = [torch.optim.SGD(twin.trunk.parameters(), lr=0.1), torch.optim.Adam(twin.heads.parameters(), lr=0.02)]
+    all_of_them = torch.optim.SGD(twin.parameters(), lr=0.0)
+    other = torchmto.MultiTask(twin, all_of_them, tasks=TASKS, method="pcgrad", seed=3)
+    for number in range(3):
+        info = mt.step(closure(model, batch(TASKS, seed=number)))
+        other.backward(closure(twin, batch(TASKS, seed=number)))
+        for optimizer in by_hand:
+            optimizer.step()
+        assert info.num_optimizer_steps == 1
+    assert torch.equal(flat(model), flat(twin))
+
+
+def test_optimizers_with_a_parameter_in_common_are_refused():
+    model = Toy(TASKS)
+    both = [torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.SGD(model.heads.parameters(), lr=0.1)]
+    with pytest.raises(ValueError, match="different parameters"):
+        torchmto.MultiTask(model, both, tasks=TASKS, method="gd")
+    with pytest.raises(ValueError, match="at least one"):
+        torchmto.MultiTask(model, [], tasks=TASKS, method="gd")
+
+
+def test_an_error_of_the_second_optimizer_says_what_has_stepped():
+    model = Toy(TASKS)
+    parts = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.trunk, model.heads)]
+    mt = torchmto.MultiTask(model, parts, tasks=TASKS, method="pcgrad")
+
+    def fail(*_):
+        raise ZeroDivisionError("second")
+
+    parts[1].register_step_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError) as raised:
+        mt.step(closure(model, batch(TASKS)))
+    assert "1 of 2 optimizers had stepped already" in raised.value.__notes__[0]
+
+
 def test_gradients_that_are_there_are_replaced():
     model, _, mt = make("pcgrad")
     for parameter in model.parameters():
