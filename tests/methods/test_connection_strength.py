@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import torchmto
-from torchmto import structure
+from torchmto import structure, task_norms
 
 TASKS = ("seg", "depth", "normals")
 
@@ -240,7 +240,7 @@ def branching(seed=0, early=(), stacked=False, **options):
         def closure(asked):
             wanted = tuple(task for task in asked if task in present)
             copies = x.repeat(len(wanted), 1, 1, 1)
-            with structure.norms.active_tasks(wanted) if stacked and wanted else contextlib.nullcontext():
+            with task_norms.active_tasks(wanted) if stacked and wanted else contextlib.nullcontext():
                 out = model(copies, wanted)
             parts = {task: out[task].chunk(len(wanted))[i] for i, task in enumerate(wanted)}
             return {task: (y - tasks.index(task) * x[:, :1]).square().mean() for task, y in parts.items()}
