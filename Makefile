@@ -1,5 +1,6 @@
 # make demo   compare six methods with single-task models on the built-in digits
 # make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
+# make test-all   the same with the slow tests: clusters, launchers, kills of real processes
 #
 # Both set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
 
@@ -7,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup demo test docs clean
+.PHONY: help setup demo test test-all docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ DEMO_OUT ?= runs/demo
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 setup: $(STAMP)
 
@@ -43,11 +44,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(BIN)/torchmto compare --out $(DEMO_OUT)
 
-test: $(STAMP)
+test: CHOSEN := -m "not slow"
+test test-all: $(STAMP)
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder $(CHOSEN)
 
 # Rewrites the generated pages and the README's table of methods from the code.
 docs: $(STAMP)

@@ -52,6 +52,7 @@ def as_object():
     return problem
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("executor", ["local", "ray", "slurm:local"])
 def test_every_executor_gives_the_same_results(tmp_path, reference, as_object, executor):
@@ -64,6 +65,7 @@ def test_every_executor_gives_the_same_results(tmp_path, reference, as_object, e
         assert results_of(tmp_path / "object") == reference
 
 
+@pytest.mark.slow
 def test_any_executor_resumes_anothers_folder(tmp_path, reference):
     run(tmp_path / "x", f"{FARM}:farm")
     for path in list((tmp_path / "x" / "runs").glob("*.json"))[::2]:
@@ -94,6 +96,7 @@ def farm():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("executor", ["local", "ray"])
 def test_the_runs_of_a_killed_worker_are_done_again(tmp_path, reference, monkeypatch, executor):

@@ -329,6 +329,7 @@ LONG = {"epochs": 100, "checkpoint_every": 2, "keep": 1000}
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the workers in /proc")
+@pytest.mark.slow
 def test_torchrun_restarts_after_a_kill_and_saves_when_asked_to_stop(tmp_path):
     settings, out, log = noisy(**LONG), tmp_path / "run", tmp_path / "log"
     launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "2", "--master-port", free_port()]
@@ -358,6 +359,7 @@ def test_torchrun_restarts_after_a_kill_and_saves_when_asked_to_stop(tmp_path):
     assert kill.logged(straight) == kill.logged(out)
 
 
+@pytest.mark.slow
 def test_fabric_starts_the_processes_and_one_signal_stops_them(tmp_path):
     settings, out, log = noisy(**LONG, devices=2), tmp_path / "run", tmp_path / "log"
     arguments = ["train", *write_config(tmp_path / "c", settings), "--out", str(out)]
