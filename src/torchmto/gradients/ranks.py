@@ -74,15 +74,6 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def first(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """The first rank's ``tensor``, so that all ranks go on with the same bits whatever their processors are."""
-        if self.size == 1:
-            return tensor
-        sent = tensor.to(device).contiguous().clone()
-        self._count(sent, 1)
-        dist.broadcast(sent, group=self.group, group_src=0)
-        return sent.to(tensor)
-
     def start_scatter(self, piece: Tensor, whole: Tensor) -> Pending:
         """Begin to sum ``whole`` [N * n] over the ranks into ``piece`` [n], of which rank r gets the r-th part."""
         if self.size == 1:
