@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 import torch
@@ -22,6 +22,15 @@ class SkippedError(Exception):
         self.reason = reason
         self.overflow = overflow
         self.absent = absent
+
+
+def in_one_transfer(losses: Tensor, weights: Tensor | None, mark: Tensor) -> Iterator[list[float]]:
+    """Losses [k], their weights (none for None) and a scalar as lists of plain numbers, with one wait for the device."""
+    tensors = [losses, losses[:0] if weights is None else weights, mark.reshape(1)]
+    if not losses.is_cpu:
+        flat = torch.cat([tensor.to(losses) for tensor in tensors]).cpu()
+        tensors = list(torch.split(flat, [len(tensor) for tensor in tensors]))
+    return (tensor.tolist() for tensor in tensors)
 
 
 class FiniteChecks:
@@ -64,14 +73,13 @@ class FiniteChecks:
         for index, value in zip(losses.indices, values, strict=True):
             if value - value != 0:
                 self.fail(f"The loss of task `{self._tasks[index]}` is {value}.")
-        self._domains(losses, values)
+        if self._outside:
+            self._domains(losses, values)
         for index, value in zip(losses.indices, values, strict=True):
             self.recorded.setdefault(index, value)
 
     def _domains(self, losses: Losses, values: Sequence[float]) -> None:
         """Check that the methods can take the losses: a loss weighting in front the raw ones, the method weighted ones."""
-        if not self._outside:
-            return
         raw = torch.tensor(values, dtype=losses.raw.dtype)
         method, *weighting = self._outside
         reason = weighting[0](raw, losses.indices) if weighting else ""
@@ -86,8 +94,8 @@ class FiniteChecks:
 
     def task_gradients(self, losses: Losses, gramian: Tensor) -> None:
         """Check the tasks' gradients on the shared parameters, by the Gramian's diagonal."""
-        for index, good in zip(losses.indices, gramian.diagonal().isfinite().tolist(), strict=True):
-            if not good:
+        for index, square in zip(losses.indices, gramian.diagonal().tolist(), strict=True):
+            if square - square != 0:
                 self.fail_with_gradient(losses, f"The gradient of task `{self._tasks[index]}` isn't finite.")
 
     def applied(self, gradients: Sequence[Tensor], mark: float) -> bool:

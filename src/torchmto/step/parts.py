@@ -87,6 +87,10 @@ class Parts:
         """Whether several processes train together."""
         return self.network.ranks.size > 1
 
+    def averaged(self, source: int) -> bool:
+        """Whether the losses of a batch are averages over several forwards with the same tasks, so that counts matter."""
+        return self.several or len(self.sources[source]) > 1 or self.carried is not None
+
     def names(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         """Those of ``tasks`` that this step is about; all of them by default."""
         return self.asked if tasks is None else tuple(name for name in tasks if name in self.asked)
