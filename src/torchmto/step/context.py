@@ -14,10 +14,10 @@ from torchmto.gradients import finite_mark
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
-from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
+from torchmto.step.losses import Losses, Source, Weigh, empty_batch
 from torchmto.step.network import Network
-from torchmto.step.noise import Noise
 from torchmto.step.parts import Carried, Parts
+from torchmto.step.plan import Plan
 from torchmto.step.reduction import Reduction
 from torchmto.step.task_gradients import TaskGradients, set_heads
 from torchmto.step.weighted import accumulate, finish, weighted_backward
@@ -32,16 +32,11 @@ class StepContext:
     closures called, gradients computed and optimizers stepped, so only here is anything counted.
 
     Args:
+        plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
-        tasks: The names of all tasks.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
         asked: The tasks this step is about.
-        on_nonfinite: "raise" or "skip".
-        weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
-        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
-        noise: Random states of the step's forwards, for those that are repeated.
-        fingerprint: What must be the same on all ranks, besides the tasks.
-        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
+        about: What must be the same on all ranks, besides the tasks.
         stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
         carried: What earlier calls have left of a batch that is accumulated; None for a batch of one call.
         summed: Whether that is a weighted sum, and not rows.
@@ -49,33 +44,25 @@ class StepContext:
 
     def __init__(
         self,
+        plan: Plan,
         network: Network,
-        tasks: tuple[str, ...],
         sources: Sequence[Sequence[Source]],
         *,
         asked: tuple[str, ...],
-        on_nonfinite: str = "raise",
-        weigh: Weigh | None = None,
-        weigh_fixed: bool = True,
-        noise: Noise,
-        fingerprint: str = "",
-        outside: Sequence[Outside] = (),
+        about: str = "",
         stepping: bool = True,
         carried: dict[int, Carried] | None = None,
         summed: bool = False,
     ) -> None:
         self.network = network
-        self.tasks = tasks
+        self.tasks = plan.tasks
         self.asked = asked
         self.num_optimizer_steps = 0
         self.skipped = False
         self.reason = ""
-        about = ""
-        if network.ranks.size > 1:
-            about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
-        reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside, stepping=stepping)
-        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite, carried=carried, summed=summed)
+        reduction = Reduction(network, plan, about, plan.weigh)
+        finite = FiniteChecks(network, plan, reduction, stepping)
+        self._parts = Parts(plan, network, asked, sources, reduction, finite, carried, summed)
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.

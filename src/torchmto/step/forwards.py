@@ -39,7 +39,8 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
     averaged = parts.averaged(request.source)
     for number, closure in enumerate(micro_batches):
         for group in groups(parts, closure, request.asked):
-            parts.noise.before((request.source, number), group)
+            if parts.plan.repeats or parts.plan.same_noise:
+                parts.noise.before((request.source, number), group)
             # The graph of ready losses was made since the last look.
             start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
             chunk = _call(parts, closure, group, grad=grad)
@@ -94,7 +95,7 @@ def _parse(
         raise TypeError(
             f"A closure should return a mapping of task names to scalar losses. Found {type(result).__name__}."
         )
-    taken = [(index, name) for index, name in enumerate(parts.tasks) if name in result and name in asked]
+    taken = [(index, name) for index, name in enumerate(parts.plan.tasks) if name in result and name in asked]
     if len(taken) < len(result):
         _check_others(parts, result, asked, ready=ready)
     losses: dict[int, Tensor] = {}
@@ -116,9 +117,9 @@ def _parse(
 
 def _check_others(parts: Parts, result: Mapping[str, Any], asked: tuple[str, ...], *, ready: bool) -> None:
     """Raise if there are losses of unknown tasks; warn once of losses that nobody asked for."""
-    unknown = [name for name in result if name not in parts.tasks]
+    unknown = [name for name in result if name not in parts.plan.tasks]
     if unknown:
-        raise ValueError(unknown_task(unknown[0], parts.tasks, "among the losses"))
+        raise ValueError(unknown_task(unknown[0], parts.plan.tasks, "among the losses"))
     if not ready and not parts.network.warned_unasked:
         parts.network.warned_unasked = True
         unasked = next(name for name in result if name not in asked)
