@@ -105,6 +105,13 @@ def factors_of(network: Network, losses: Losses) -> Tensor | None:
     return None if bool((factors == 1).all()) else factors
 
 
+def hold(heads: Heads, task: int, parameter: Tensor, gradient: Tensor) -> None:
+    """Add one task's gradient of a parameter outside the shared ones."""
+    _, held = heads.setdefault(id(parameter), (parameter, {}))
+    # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
+    held[task] = held[task] + gradient if task in held else gradient.clone()
+
+
 def rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:
     """Multiply every task's gradients of heads by its factor."""
     by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
