@@ -34,7 +34,8 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
     product = gramian(rows.matrix) if not parts.several else _summed_gramian(network, rows)
     parts.finite.losses(everything, everything.raw.tolist())
     parts.finite.task_gradients(losses, product)
-    return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(rows.parameters))
+    precision = network.precision(rows.parameters)
+    return TaskGradients(losses.indices, losses.values, product, heads, rows, losses, everything, precision)
 
 
 def keep_rows(parts: Parts, request: Request) -> None:
@@ -48,7 +49,7 @@ def _begun(parts: Parts, source: int) -> tuple[Rows | ShardedRows, Heads]:
     rows = parts.network.rows_of(source)
     if parts.carried is None or source not in parts.carried:
         rows.begin()
-    return rows, parts.left_by_earlier_calls(source).heads
+    return rows, {} if parts.carried is None else parts.left_by_earlier_calls(source).heads
 
 
 def _collect(parts: Parts, request: Request, rows: Rows | ShardedRows, heads: Heads) -> Losses:
@@ -67,12 +68,17 @@ def _collect(parts: Parts, request: Request, rows: Rows | ShardedRows, heads: He
     Returns:
         The losses, averaged over micro-batches and ranks.
     """
-    network, reduction, several = parts.network, parts.reduction, parts.several
-    if not several:
+    network, reduction = parts.network, parts.reduction
+    number = len(parts.sources[request.source])
+    if not parts.several and number == 1 and parts.carried is None and not network.split:
+        (chunk,) = forwards(parts, request, apart=True)
+        network.lay_out(rows, heads)
+        _backwards(parts, chunk, [index for index in chunk.losses if index in request.wanted], rows, heads)
+        return reduction.over_ranks([chunk])
+    if not parts.several:
         sums, _ = _gather(parts, request, rows, heads, streamed=False)
         rows.sort()
         return reduction.average(sums)
-    number = len(parts.sources[request.source])
     divided = isinstance(rows, ShardedRows)
     streamed = not network.sharded and (number == 1 or divided) and parts.carried is None
     reduction.doing = f"gradients {sorted(request.wanted)} of batch {request.source}"
@@ -128,8 +134,8 @@ def _backwards(
     rows: Rows | ShardedRows,
     heads: Heads,
     *,
-    streamed: bool,
-    failure: BaseException | None,
+    streamed: bool = False,
+    failure: BaseException | None = None,
 ) -> BaseException | None:
     """One backward for each task in ``turn`` that this rank has.
 
@@ -137,35 +143,34 @@ def _backwards(
         What failed, here or before, where the other ranks wait for rows all the same.
     """
     own = [index for index in turn if index in chunk.losses]
-    for index in turn:
-        if index in own and failure is None:
-            try:
-                gradients = _backward(parts, chunk, index, last=index == own[-1])
-                _place(parts, rows, heads, index, gradients)
-                del gradients
-            except BaseException as error:
-                if not streamed:
-                    raise
-                failure = error
-        if streamed:
-            rows.send(index)
+    with chunk.activated():
+        for index in turn:
+            if index in own and failure is None:
+                try:
+                    gradients = _backward(parts, chunk, index, last=index == own[-1])
+                    _place(parts, rows, heads, index, gradients)
+                    del gradients
+                except BaseException as error:
+                    if not streamed:
+                        raise
+                    failure = error
+            if streamed:
+                rows.send(index)
     return failure
 
 
 def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence[Tensor | None]:
     """One task's backward: the gradients of all trained parameters, times the loss's count."""
     network, loss, factor = parts.network, chunk.losses[index], chunk.counts[index]
-    with chunk.activated():
-        if network.sharded:
-            # Its backwards leave gradients in `.grad`, averaged over the ranks.
-            network.zero_grad()
-            with quiet(network.parameters):
-                torch.autograd.backward(
-                    [loss], [torch.ones_like(loss) * (factor * network.ranks.size)], retain_graph=not last
-                )
-            gradients: Sequence[Tensor | None] = take_shards(network)
-        else:
-            gradients = gradients_of(loss, network.seed(loss, factor), network.parameters, retain=not last)
+    if network.sharded:
+        # Its backwards leave gradients in `.grad`, averaged over the ranks.
+        network.zero_grad()
+        seed = torch.ones_like(loss) * (factor * network.ranks.size)
+        with quiet(network.parameters):
+            torch.autograd.backward([loss], [seed], retain_graph=not last)
+        gradients: Sequence[Tensor | None] = take_shards(network)
+    else:
+        gradients = gradients_of(loss, network.seed(loss, factor), network.parameters, retain=not last)
     parts.num_backward += 1
     if last:
         network.refuse_hidden()
