@@ -103,10 +103,15 @@ class EfficientNetTrunk(Trunk):
         self.stem = nn.Sequential(*_conv(inputs, _STEM, 3, stride=2), nn.ReLU6(inplace=True))
         stages, before = [], _STEM
         for kernel, stride, expansion, channels, blocks in _STAGES:
-            stage = [_InvertedResidual(before, channels, kernel, stride=stride, expansion=expansion)]
-            for _ in range(blocks - 1):
-                stage.append(_InvertedResidual(channels, channels, kernel, stride=1, expansion=expansion))
-            stages.append(nn.Sequential(*stage))
+            shapes = [(before, stride), *[(channels, 1)] * (blocks - 1)]
+            stages.append(
+                nn.Sequential(
+                    *(
+                        _InvertedResidual(width, channels, kernel, stride=step, expansion=expansion)
+                        for width, step in shapes
+                    )
+                )
+            )
             before = channels
         self.stages = nn.ModuleList(stages)
         self.channels = tuple(_STAGES[i][3] for i in _MAPS)
