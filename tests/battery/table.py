@@ -56,13 +56,18 @@ ROWS: dict[str, Row] = {
     "imtl_g": Row(),
     "imtl_l": Row(),
     "krum": Row(skip={"a_finished_task_does_not_stop_the_others": "the zero gradient may be the one that is selected"}),
+    "metabalance": Row(),
     "mgda": Row(steps=100),
     "moco": Row(steps=250),
     "modo": Row(),
     "mtchebycheff": Row(),
     "nash_mtl": Row(steps=120),
     "pbi": Row(),
+    "pcd": Row(
+        skip={"a_finished_task_does_not_stop_the_others": "a primary task without a gradient stops all, by definition"}
+    ),
     "pcgrad": Row(),
+    "pivrg": Row(),
     "random": Row(),
     "rlw": Row(),
     "sdmgrad": Row(steps=100),

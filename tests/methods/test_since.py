@@ -1,0 +1,222 @@
+"""The methods published since: numbers by hand and by the formulas of their released code, and what each one claims."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import torchmto
+import toy
+from torchmto import solvers
+from torchmto.methods.registry import hyperparameters_of, method_class
+
+few = settings(max_examples=15)
+seeds = st.integers(0, 10**6)
+sizes = st.integers(2, 5)
+
+
+def made(name: str, **hyperparameters: Any) -> Any:
+    return torchmto.make_method(name, **hyperparameters)
+
+
+def matrix(seed: int, num_tasks: int, width: int = 8) -> Tensor:
+    """Random rows whose lengths span two orders of magnitude."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = 10 ** torch.empty(num_tasks, 1, dtype=torch.float64).uniform_(-1, 1, generator=generator)
+    return torch.randn(num_tasks, width, generator=generator, dtype=torch.float64) * lengths
+
+
+def rows_of(model: toy.Toy, source: Any, tasks: tuple[str, ...] = ("a", "b", "c")) -> Tensor:
+    """The gradients of the trunk as autograd gives them, [K, P]."""
+    losses = source(tasks)
+    parameters = list(model.trunk.parameters())
+    return torch.stack(
+        [
+            torch.cat([g.flatten() for g in torch.autograd.grad(losses[task], parameters, retain_graph=True)])
+            for task in tasks
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", ["pcd", "metabalance"])
+def test_the_primary_task(name: str) -> None:
+    """By number or name; the first by default; errors at once."""
+    assert "primary" in (hyperparameters_of(method_class(name)) or {})
+    J = []
+    for primary in (0, "a", 1, "b"):
+        model, _, mt = toy.make(made(name, primary=primary))
+        before = toy.flat(model.trunk)
+        mt.step(toy.closure(model, toy.batch(mt.tasks)))
+        J.append(toy.flat(model.trunk) - before)
+    assert torch.equal(J[0], J[1])
+    assert torch.equal(J[2], J[3])
+    assert not torch.allclose(J[0], J[2])
+    for wrong, message in (("x", "Unknown task `x` in `primary`"), (3, "one of 3 tasks. Found `primary = 3`")):
+        with pytest.raises(ValueError, match=message):
+            toy.make(made(name, primary=wrong))
+    with pytest.raises(ValueError, match="an int >= 0"):
+        made(name, primary=-1)
+    with pytest.raises(TypeError, match="an int >= 0"):
+        made(name, primary=None)
+
+
+# ---------------------------------------------------------------------- pcd
+
+
+@given(seed=seeds, size=sizes, tau=st.sampled_from([0.0, 0.02, 0.5, 1.0]))
+@few
+def test_pcd_is_the_nearest_direction_that_gives_all_their_share(seed: int, size: int, tau: float) -> None:
+    J = matrix(seed, size)
+    unit = J / J.norm(dim=1, keepdim=True)
+    solution = solvers.pcd((J @ J.T).numpy(), tau, (1 / J.norm(dim=1)).numpy())
+    direction = torch.from_numpy(solution.weights) @ J
+    assert direction.norm().item() == pytest.approx(J[0].norm().item())
+    # In units of the primary gradient: what was added to it is a positive combination of tight constraints.
+    scaled = torch.from_numpy(solution.weights * J.norm(dim=1).numpy() / solution.weights[0] / float(J[0].norm()))
+    d = scaled @ unit
+    slack = unit[1:] @ d - tau
+    assert slack.min() >= -1e-9
+    assert scaled[1:].min() >= 0
+    assert (scaled[1:] * slack).abs().max() <= 1e-8
+
+
+def test_pcd_agrees_with_another_implementation() -> None:
+    """Several steps, with the running means."""
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    if not hasattr(aggregation, "PCD"):
+        pytest.skip("this version of torchjd has none")
+    for seed in range(20):
+        size = 2 + seed % 4
+        method, reference = made("pcd", tau=0.3, beta=0.9, eps=1e-8), aggregation.PCD(tau=0.3, beta=0.9, eps=1e-8)
+        for step in range(3):
+            J = matrix(100 * seed + step, size, width=3)
+            torch.testing.assert_close(method.weights(J @ J.T) @ J, reference(J), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Method `pcd`. a solve didn't converge")
+def test_pcd_at_the_corners() -> None:
+    method = made("pcd", tau=0.5)
+    opposed = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    assert torch.equal(method.weights(opposed @ opposed.T) @ opposed, opposed[0])
+    assert method.num_fallbacks == 1, "constraints that exclude each other are dropped"
+    still = torch.tensor([[0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert not (made("pcd").weights(still @ still.T) @ still).any()
+    against = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
+    assert not (made("pcd", tau=0.0).weights(against @ against.T) @ against).any(), "nothing is left of the direction"
+    # Without the primary task the first of the others leads; its running mean doesn't move.
+    method = made("pcd", tau=[1.0, 0.0, 0.0])
+    method.bind(("a", "b", "c"))
+    J = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(method.weights(J @ J.T, indices=(1, 2)) @ J, J[0])
+    assert method.times.tolist() == [0, 1, 1]
+    with pytest.raises(ValueError, match=r"`tau\[1\]` should be a float >= 0 and <= 1"):
+        made("pcd", tau=[0.0, 2.0])
+
+
+# ---------------------------------------------------------------------- metabalance
+
+
+def test_metabalance_balances_every_parameter_by_running_means() -> None:
+    """The released formula, over three steps, the second without task c."""
+    relax, beta = 0.6, 0.5
+    model, _, mt = toy.make(made("metabalance", primary="b", relax=relax, beta=beta))
+    parameters = list(model.trunk.parameters())
+    means = torch.zeros(3, len(parameters), dtype=torch.float64)
+    counts = [0, 0, 0]
+    for seed, present in enumerate([("a", "b", "c"), ("a", "b"), ("a", "b", "c")]):
+        losses = toy.closure(model, toy.batch(mt.tasks, seed=seed))(present)
+        gradients = {t: torch.autograd.grad(losses[t], parameters, retain_graph=True) for t in present}
+        for task in present:
+            row = mt.tasks.index(task)
+            counts[row] += 1
+            means[row] = beta * means[row] + (1 - beta) * torch.stack([g.norm() for g in gradients[task]])
+        corrected = means / torch.tensor([[1 - beta**count] for count in counts])
+        before = [p.detach().clone() for p in parameters]
+        mt.step(toy.closure(model, toy.batch(mt.tasks, seed=seed), only=present))
+        for place, (old, new) in enumerate(zip(before, parameters, strict=True)):
+            expected = sum(
+                gradients[t][place] * (relax * corrected[1, place] / corrected[mt.tasks.index(t), place] + 1 - relax)
+                for t in present
+            )
+            torch.testing.assert_close(new.detach(), old - 0.05 * expected, rtol=1e-10, atol=1e-12)
+
+
+def test_metabalance_without_gradients() -> None:
+    """A gradient of zero stays zero, and a primary task that has had none leaves the others as they are."""
+    for slopes, expected in (((1.0, 0.0), -0.1), ((0.0, 1.0), -0.1), ((0.0, 0.0), 0.0)):
+        weight = torch.nn.Parameter(torch.zeros(2))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        mt = torchmto.MultiTask(torch.nn.ParameterList([weight]), optimizer, tasks=("a", "b"), method="metabalance")
+        mt.step({task: slope * weight[0] for task, slope in zip("ab", slopes, strict=True)})
+        assert weight[0].item() == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------- fair shares
+
+
+@given(seed=seeds, size=sizes)
+@few
+def test_pivrg_solves_its_equation(seed: int, size: int) -> None:
+    tasks = tuple("abcde"[:size])
+    J = matrix(seed, size)
+    method = made("pivrg", baseline=dict.fromkeys(tasks, 50.0), higher_is_better={"a": False}, bound=3.0)
+    method.bind(tasks)
+    assert torch.allclose(method.weights(J @ J.T), made("fairgrad").weights(J @ J.T)), "no report: equally important"
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 20
+    method.report({task: 50.0 + value for task, value in zip(tasks, values.tolist(), strict=True)})
+    drops = -2 * values.double()
+    drops[0] *= -1
+    temperature = max(float(drops.max() - drops.min()) / np.log(3.0), 10.0)
+    importance = size * (drops / temperature).softmax(0)
+    torch.testing.assert_close(method.importance(range(size)), importance, rtol=1e-5, atol=1e-8)
+    assert importance.max() / importance.min() <= 3.0 * (1 + 1e-9)
+    weights = method.weights(J @ J.T)
+    torch.testing.assert_close(J @ (weights @ J), (importance / weights).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_pivrg_reports() -> None:
+    method = made("pivrg", baseline={"a": 1.0, "b": 2.0})
+    method.bind(("a", "b"))
+    method.report({"b": 1.0})
+    assert method.records()["drops"]["b"] == 50.0
+    assert method.importance((0, 1)).tolist() == [1.0, 1.0], "a task without a report counts as the others"
+    with pytest.raises(ValueError, match="a mapping with exactly the tasks"):
+        toy.make(made("pivrg", baseline={"a": 1.0}))
+    with pytest.raises(ValueError, match=r"`baseline\['a'\]` should be different from 0"):
+        made("pivrg", baseline={"a": 0.0})
+    _, _, mt = toy.make("pivrg")
+    with pytest.warns(UserWarning, match="no `baseline`"):
+        mt.report({"a": 1.0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.report({"a": 1.0})
+
+
+@pytest.mark.parametrize("name", ["fairgrad", "pivrg"])
+def test_the_released_scale(name: str) -> None:
+    """Times K, then the encoder alone is clipped to 1; in steps that reuse the weights by their own gradient."""
+    J = matrix(3, 3)
+    weights, released = (made(name, scale=scale).weights(J @ J.T) for scale in ("paper", "released"))
+    expected = 3 * weights @ J
+    torch.testing.assert_close(released @ J, expected / expected.norm().clamp_min(1))
+    model, _, mt = toy.make(made(name, scale="released", refresh_every=2))
+    plain, _, other = toy.make(made(name))
+    data = toy.closure(model, toy.batch(mt.tasks))
+    trunk, head = toy.flat(model.trunk), toy.flat(model.heads["a"])
+    info = other.step(toy.closure(plain, toy.batch(mt.tasks)))
+    weights = torch.tensor(list(info.weights.values()), dtype=torch.float64)
+    first = rows_of(model, data)
+    mt.step(data)
+    update = 3 * weights @ first
+    torch.testing.assert_close(toy.flat(model.trunk), trunk - 0.05 * update / update.norm().clamp_min(1))
+    torch.testing.assert_close(toy.flat(model.heads["a"]), toy.flat(plain.heads["a"]))
+    assert not torch.equal(toy.flat(model.heads["a"]), head)
+    second, trunk = rows_of(model, data), toy.flat(model.trunk)
+    mt.step(data)
+    update = 3 * weights @ second
+    torch.testing.assert_close(toy.flat(model.trunk), trunk - 0.05 * update / update.norm().clamp_min(1))
