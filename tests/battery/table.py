@@ -56,6 +56,8 @@ ROWS: dict[str, Row] = {
     "imtl_g": Row(),
     "imtl_l": Row(),
     "krum": Row(skip={"a_finished_task_does_not_stop_the_others": "the zero gradient may be the one that is selected"}),
+    "ldc_mtl": Row(),
+    "m_config": Row(lambda k: {"num_updates": k}, skip={"one direction": "Adam's second moment changes the direction"}),
     "metabalance": Row(),
     "mgda": Row(steps=100),
     "moco": Row(steps=250),

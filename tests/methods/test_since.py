@@ -220,3 +220,122 @@ def test_the_released_scale(name: str) -> None:
     mt.step(data)
     update = 3 * weights @ second
     torch.testing.assert_close(toy.flat(model.trunk), trunk - 0.05 * update / update.norm().clamp_min(1))
+
+
+# ---------------------------------------------------------------------- m_config
+
+
+def config_direction(J: Tensor) -> Tensor:
+    """ConFIG by the pseudo-inverse."""
+    unit = J / J.norm(dim=1, keepdim=True)
+    direction = torch.linalg.pinv(unit) @ torch.ones(len(J), dtype=J.dtype)
+    direction = direction / direction.norm()
+    return (J @ direction).sum() * direction
+
+
+@pytest.mark.parametrize("num_updates", [None, 1, 2])
+def test_m_config_step_by_step(num_updates: int | None) -> None:
+    """The printed algorithm, with the first step for all tasks, and a batch without task b."""
+    first, second = 0.9, 0.99
+    model, _, mt = toy.make(made("m_config", num_updates=num_updates, betas=(first, second)))
+    size = sum(p.numel() for p in model.trunk.parameters())
+    momenta, counts = torch.zeros(3, size, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    moment, last, turn = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64), 0
+    for step in range(1, 8):
+        present = ("a", "c") if step == 5 else ("a", "b", "c")
+        asked = [mt.tasks.index(task) for task in present]
+        data = toy.closure(model, toy.batch(mt.tasks, seed=step), only=present)
+        J = dict(zip(asked, rows_of(model, data, present), strict=True))
+        chosen, calls = asked, 1
+        if num_updates is not None and step > 1:
+            queue = [(turn + i) % 3 for i in range(3)]
+            batches = [queue[i : i + num_updates] for i in range(0, 3, num_updates)]
+            calls = next(i for i, batch in enumerate(batches, start=1) if set(batch) & set(asked))
+            chosen = [task for task in sorted(batches[calls - 1]) if task in asked]
+            turn = (batches[calls - 1][-1] + 1) % 3
+        for task in chosen:
+            momenta[task] = first * momenta[task] + (1 - first) * J[task]
+            counts[task] += 1
+        direction = config_direction(momenta / (1 - first**counts).unsqueeze(1))
+        momentum = direction * (1 - first**step)
+        moment = second * moment + (1 - second) * ((momentum - first * last) / (1 - first)).square()
+        last = momentum
+        expected = direction / ((moment / (1 - second**step)).sqrt() + 1e-8)
+        before, heads = toy.flat(model.trunk), {task: toy.flat(model.heads[task]) for task in mt.tasks}
+        info = mt.step(data)
+        torch.testing.assert_close(toy.flat(model.trunk), before - 0.05 * expected, rtol=1e-6, atol=1e-9)
+        moved = [mt.tasks.index(task) for task in mt.tasks if not torch.equal(toy.flat(model.heads[task]), heads[task])]
+        assert moved == chosen
+        assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (calls, len(chosen), 1)
+
+
+def test_m_config_of_tasks_that_agree_is_adam() -> None:
+    """The second moment is that of the gradient behind the direction's momentum."""
+    model, _, mt = toy.make(made("m_config", num_updates=None, betas=(0.9, 0.999)), ("a", "b"))
+    plain = toy.Toy(("a", "b"))
+    plain.load_state_dict(model.state_dict())
+    adam = torch.optim.Adam(plain.trunk.parameters(), lr=0.05, betas=(0.9, 0.999))
+    for step in range(4):
+        x, targets = toy.batch(("a",), seed=step)
+        loss = lambda net: (net.trunk(x).sum(1, keepdim=True) - targets["a"]).square().mean()  # noqa: B023, E731
+        mt.step({"a": loss(model), "b": loss(model)})
+        adam.zero_grad()
+        (2 * loss(plain)).backward()
+        adam.step()
+    torch.testing.assert_close(toy.flat(model.trunk), toy.flat(plain.trunk), rtol=1e-7, atol=1e-9)
+
+
+def test_m_config_wants_plain_sgd() -> None:
+    with pytest.warns(UserWarning, match="is Adam's rule itself"):
+        toy.make("m_config", optimizer=torch.optim.Adam)
+    with pytest.raises(TypeError, match="a pair of floats"):
+        made("m_config", betas=0.9)
+    with pytest.raises(ValueError, match=r"`betas\[1\]` should be a float >= 0 and < 1"):
+        made("m_config", betas=(0.9, 1.0))
+
+
+# ---------------------------------------------------------------------- ldc_mtl
+
+
+@pytest.mark.parametrize("normalize", ["none", "ratio", "log"])
+def test_ldc_mtl_is_one_loop_over_both_levels(normalize: str) -> None:
+    """The released objective by autograd, descended by the model and by W; a task that is missing once."""
+    model, _, mt = toy.make(made("ldc_mtl", penalty=0.1, lr=0.05, normalize=normalize))
+    plain = toy.Toy(mt.tasks)
+    plain.load_state_dict(model.state_dict())
+    # Different ones: where all are equal the first normalised losses tie.
+    W = torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64, requires_grad=True)
+    mt.method.logits.values.copy_(W.detach())
+    sgd, adam = torch.optim.SGD(plain.parameters(), lr=0.05), torch.optim.Adam([W], lr=0.05)
+    first = None
+    for seed in range(5):
+        data = toy.batch(mt.tasks, seed=seed)
+        info = mt.step(toy.closure(model, data))
+        losses = torch.stack(list(toy.closure(plain, data)(mt.tasks).values()))
+        first = losses.detach() if first is None else first
+        normalised = {
+            "none": lambda now, start: now,
+            "ratio": lambda now, start: now / (start / start.min()),
+            "log": lambda now, start: (now / start).log(),
+        }[normalize](losses, first)
+        weights = W.sigmoid()
+        weighted = weights * normalised
+        objective = weights @ normalised / weights.sum().detach() + 0.1 * (weighted[:-1] - weighted[1:]).abs().sum()
+        sgd.zero_grad()
+        adam.zero_grad()
+        objective.backward()
+        sgd.step()
+        adam.step()
+        torch.testing.assert_close(toy.flat(model), toy.flat(plain), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(list(info.records["logits"].values()), W.detach().tolist(), rtol=1e-9, atol=1e-12)
+    before = dict(info.records["logits"])
+    info = mt.step(toy.closure(model, toy.batch(mt.tasks), only=("a", "c")))
+    assert info.records["logits"]["b"] == before["b"]
+    assert info.records["logits"]["c"] != before["c"]
+
+
+def test_ldc_mtl_domain() -> None:
+    for normalize in ("ratio", "log"):
+        assert made("ldc_mtl", normalize=normalize).domain.losses == "positive losses"
+    with pytest.raises(ValueError, match="`penalty` should be a non-negative float"):
+        made("ldc_mtl", penalty=-1.0)
