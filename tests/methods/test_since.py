@@ -339,3 +339,43 @@ def test_ldc_mtl_domain() -> None:
         assert made("ldc_mtl", normalize=normalize).domain.losses == "positive losses"
     with pytest.raises(ValueError, match="`penalty` should be a non-negative float"):
         made("ldc_mtl", penalty=-1.0)
+
+
+# ---------------------------------------------------------------------- gradvac's groups
+
+
+@pytest.mark.parametrize("groups", ["layer", "matrix"])
+def test_gradvac_takes_each_group_by_itself(groups: str) -> None:
+    """The rule, with targets of its own, for the gradients of one module or tensor; a batch without task b in between."""
+    model = toy.Toy(("a", "b", "c"), norm=torch.nn.LayerNorm(5))
+    _, _, mt = toy.make(made("gradvac", groups=groups, beta=0.5, shuffle=False), model=model)
+    sizes = [p.numel() for p in model.trunk.parameters()]
+    parts = [sum(sizes[:2]), sum(sizes[2:])] if groups == "layer" else sizes
+    targets = [np.zeros((3, 3)) for _ in parts]
+    for step, present in enumerate([("a", "b", "c"), ("a", "c"), ("a", "b", "c")]):
+        data = toy.closure(model, toy.batch(mt.tasks, seed=step), only=present)
+        where = np.ix_(*[[mt.tasks.index(task) for task in present]] * 2)
+        expected = []
+        for part, rows in enumerate(rows_of(model, data, present).split(parts, dim=1)):
+            projection, targets[part][where] = solvers.gradvac((rows @ rows.T).numpy(), targets[part][where], beta=0.5)
+            expected.append(torch.from_numpy(projection.weights) @ rows)
+        before = toy.flat(model.trunk)
+        info = mt.step(data)
+        assert info.weights is None
+        torch.testing.assert_close(toy.flat(model.trunk), before - 0.05 * torch.cat(expected), rtol=1e-9, atol=1e-12)
+    assert len(mt.method.group_targets) == len(parts)
+    inside, _, mt = toy.make(made("task_groups", groups=[["a", "b"], ["c"]], inner=made("gradvac", groups=groups)))
+    mt.step(toy.closure(inside, toy.batch(mt.tasks)))
+
+
+def test_gradvac_groups_need_rows() -> None:
+    for options in ({"heads": "weighted"}, {"refresh_every": 2}):
+        with pytest.raises(ValueError, match="`groups` should be 'whole' with"):
+            made("gradvac", groups="layer", **options)
+    with pytest.raises(ValueError, match="takes cosines over the columns of each group"):
+        toy.make(made("gradvac", groups="layer"), gradients="layerwise")
+    model, _, mt = toy.make(made("cr_mogm", method=made("gradvac", groups="layer")))
+    before = toy.state(mt)
+    with pytest.raises(ValueError, match="'whole' where the rows aren't known"):
+        mt.step(toy.closure(model, toy.batch(mt.tasks)))
+    assert toy.same(toy.state(mt), before)
