@@ -1,5 +1,6 @@
 """The methods published since: numbers by hand and by the formulas of their released code, and what each one claims."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -379,3 +380,136 @@ def test_gradvac_groups_need_rows() -> None:
     with pytest.raises(ValueError, match="'whole' where the rows aren't known"):
         mt.step(toy.closure(model, toy.batch(mt.tasks)))
     assert toy.same(toy.state(mt), before)
+
+
+# ---------------------------------------------------------------------- f_mtl and samo
+
+
+def gradient_at(model: toy.Toy, data: Any, task: str, shifts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One task's gradient where the parameters are moved, by autograd on a copy."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in moved.named_parameters():
+            parameter.add_(shifts.get(name, torch.zeros_like(parameter)))
+    loss = toy.closure(moved, data)((task,))[task]
+    reached = {n: p for n, p in moved.named_parameters() if n.startswith(("trunk", f"heads.{task}."))}
+    return dict(zip(reached, torch.autograd.grad(loss, list(reached.values())), strict=True))
+
+
+def step_along(directions: dict[str, Tensor], model: toy.Toy, rho: float, *, adaptive: bool) -> dict[str, Tensor]:
+    """rho g / |g|, or relative to the parameters."""
+    sizes = {n: p.detach().abs() if adaptive else torch.ones_like(p) for n, p in model.named_parameters()}
+    norm = torch.cat([(sizes[n] * g).flatten() for n, g in directions.items()]).norm()
+    return {n: rho * sizes[n] ** 2 * g / norm for n, g in directions.items()}
+
+
+def split(gradient: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    trunk = {n: g for n, g in gradient.items() if n.startswith("trunk")}
+    return trunk, {n: g for n, g in gradient.items() if n not in trunk}
+
+
+def row(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in split(gradient)[0].values()])
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_f_mtl_goes_where_each_task_leads(apart: bool, adaptive: bool) -> None:
+    """Loss and flat directions combined apart, heads by their perturbed gradients, parameters back in place."""
+    model, _, mt = toy.make(made("f_mtl", rho=0.3, apart=apart, adaptive=adaptive))
+    for seed in range(2):
+        data = toy.batch(mt.tasks, seed=seed)
+        first = {task: gradient_at(model, data, task, {}) for task in mt.tasks}
+        second = {}
+        for task in mt.tasks:
+            shifts = [step_along(part, model, 0.3, adaptive=adaptive) for part in split(first[task])]
+            second[task] = gradient_at(model, data, task, shifts[0] | shifts[1])
+        J, S = (torch.stack([row(gradient) for gradient in group.values()]) for group in (first, second))
+        cagrad = made("cagrad")
+        expected = cagrad.weights(S @ S.T) @ S
+        if apart:
+            H = S - J
+            expected = cagrad.weights(J @ J.T) @ J + cagrad.weights(H @ H.T) @ H
+        trunk, heads = toy.flat(model.trunk), {task: toy.flat(model.heads[task]) for task in mt.tasks}
+        mt.step(toy.closure(model, data))
+        torch.testing.assert_close(toy.flat(model.trunk), trunk - 0.05 * expected, rtol=1e-6, atol=1e-9)
+        for task in mt.tasks:
+            own = torch.cat([g.flatten() for g in split(second[task])[1].values()])
+            torch.testing.assert_close(toy.flat(model.heads[task]), heads[task] - 0.05 * own, rtol=1e-9, atol=1e-12)
+
+
+def test_samo_mixes_the_mean_gradient_and_an_estimate() -> None:
+    """The released formula for CelebA, with its two losses per task."""
+    model, _, mt = toy.make(made("samo", rho=0.3, alpha=0.4, mu=0.01, inner="fairgrad"))
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(2):
+        data = toy.batch(mt.tasks, seed=seed)
+        gradients = [gradient_at(model, data, task, {}) for task in mt.tasks]
+        mean = {n: sum(g[n] for g in gradients) / 3 for n in split(gradients[0])[0]}
+        second = {}
+        for task, gradient in zip(mt.tasks, gradients, strict=True):
+            z = {n: torch.randn(g.shape, generator=generator, dtype=g.dtype) for n, g in mean.items()}
+            losses = []
+            for sign in (1, -1):
+                moved = copy.deepcopy(model)
+                for name, parameter in moved.named_parameters():
+                    parameter.data += sign * 0.01 * z.get(name, torch.zeros_like(parameter))
+                losses.append(toy.closure(moved, data)((task,))[task].item())
+            estimate = {n: (losses[0] - losses[1]) / 0.02 * value for n, value in z.items()}
+            joint = {n: 0.4 * mean[n] + 0.6 * mean[n].norm() * estimate[n] / estimate[n].norm() for n in mean}
+            shifts = step_along(joint, model, 0.3, adaptive=False)
+            shifts |= step_along(split(gradient)[1], model, 0.3, adaptive=False)
+            second[task] = gradient_at(model, data, task, shifts)
+        S = torch.stack([row(gradient) for gradient in second.values()])
+        trunk, head = toy.flat(model.trunk), toy.flat(model.heads["b"])
+        info = mt.step(toy.closure(model, data))
+        torch.testing.assert_close(
+            toy.flat(model.trunk), trunk - 0.05 * made("fairgrad").weights(S @ S.T) @ S, rtol=1e-6, atol=1e-9
+        )
+        own = torch.cat([g.flatten() for g in split(second["b"])[1].values()])
+        torch.testing.assert_close(toy.flat(model.heads["b"]), head - 0.05 * own, rtol=1e-9, atol=1e-12)
+        assert (info.num_forward, info.num_backward, info.num_optimizer_steps) == (10, 4, 1)
+
+
+@pytest.mark.parametrize("name", ["f_mtl", "samo"])
+def test_perturbed_passes_leave_no_trace(name: str) -> None:
+    """Norm statistics move once, micro-batches equal one batch, and an error in the second pass changes nothing."""
+    counts = []
+    model, _, mt = toy.make(name, model=toy.Toy(("a", "b", "c"), norm=torch.nn.BatchNorm1d(5)))
+    mt.step(toy.closure(model, toy.batch(mt.tasks)))
+    assert int(model.trunk[1].num_batches_tracked) == 1
+    before = toy.state(mt)
+    inner = toy.closure(model, toy.batch(mt.tasks))
+
+    def failing(tasks: tuple[str, ...]) -> Any:
+        counts.append(tasks)
+        if len(counts) == mt.method.cost(3).num_forward:
+            raise KeyError("late")
+        return inner(tasks)
+
+    with pytest.raises(KeyError, match="late"):
+        mt.step(failing)
+    assert toy.same(toy.state(mt), before)
+    runs = []
+    for halves in (False, True):
+        model, _, mt = toy.make(name)
+        x, targets = toy.batch(mt.tasks)
+        parts = [(x[i : i + 4], {t: y[i : i + 4] for t, y in targets.items()}) for i in (0, 4)]
+        closures = [toy.closure(model, part) for part in parts] if halves else toy.closure(model, (x, targets))
+        mt.step(closures)
+        runs.append(toy.flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["f_mtl", "samo"])
+def test_inner_methods_of_perturbed_passes(name: str) -> None:
+    for inner in ("mgda", "pcgrad", "wpcgrad", "imtl_g", made("gradvac")):
+        model, _, mt = toy.make(made(name, inner=inner))
+        mt.step(toy.closure(model, toy.batch(mt.tasks)))
+        mt.report({"a": 0.5})
+        mt.end_window()
+        assert toy.flat(model).isfinite().all()
+    with pytest.raises(TypeError, match="`inner` should be a Gramian method"):
+        made(name, inner="uw")
+    with pytest.raises(ValueError, match="refresh_every=1"):
+        made(name, inner=made("pcgrad", refresh_every=2))
