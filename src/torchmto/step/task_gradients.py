@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
 
 
-@dataclass
 class TaskGradients:
     """The present tasks' gradients: rows on the shared parameters, and each head's own.
 
@@ -24,22 +22,32 @@ class TaskGradients:
         losses: Their losses, [k].
         gramian: G = J Jᵀ, float64 on the CPU, [k, k].
         heads: Parameters outside the shared ones -> the gradient of each task that reached them.
-        rows: The rows.
         reduced: The losses of the rows' tasks, with counts.
         all_losses: The losses of all tasks of the forward, more where more were asked for.
         precision: The machine precision of the rows, the coarsest of their parameters'.
         graph: Where the rows aren't kept: the losses with graph, of this rank.
     """
 
-    indices: tuple[int, ...]
-    losses: Tensor
-    gramian: Tensor
-    heads: Heads
-    rows: Rows | ShardedRows
-    reduced: Losses
-    all_losses: Losses
-    precision: float
-    graph: Sequence[Chunk] | None = None
+    def __init__(
+        self,
+        rows: Rows | ShardedRows,
+        losses: Losses,
+        gramian: Tensor,
+        heads: Heads,
+        everything: Losses,
+        *,
+        precision: float,
+        graph: Sequence[Chunk] | None = None,
+    ) -> None:
+        self.rows = rows
+        self.indices = losses.indices
+        self.losses = losses.values
+        self.reduced = losses
+        self.all_losses = everything
+        self.gramian = gramian
+        self.heads = heads
+        self.precision = precision
+        self.graph = graph
 
     @property
     def matrix(self) -> Tensor:
@@ -74,8 +82,8 @@ def present(parts: Parts, everything: Losses, request: Request) -> Losses:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
     if parts.network.roles.unshared:
         raise ValueError(
-            f"{parts.network.unshared()} A method that combines the gradients of tasks needs shared parameters; loss weightings, "
-            "as `gd`, do without."
+            f"{parts.network.unshared()} A method that combines the gradients of tasks needs shared parameters; loss "
+            "weightings, as `gd`, do without."
         )
     return losses
 

@@ -34,8 +34,7 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
     product = gramian(rows.matrix) if not parts.several else _summed_gramian(network, rows)
     parts.finite.losses(everything, everything.raw.tolist())
     parts.finite.task_gradients(losses, product)
-    precision = network.precision(rows.parameters)
-    return TaskGradients(losses.indices, losses.values, product, heads, rows, losses, everything, precision)
+    return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(rows.parameters))
 
 
 def keep_rows(parts: Parts, request: Request) -> None:

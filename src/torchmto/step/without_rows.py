@@ -77,8 +77,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     parts.finite.losses(everything, everything.raw.tolist())
     parts.finite.task_gradients(losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
-    precision = network.precision(shared)
-    return TaskGradients(losses.indices, losses.values, product, heads, rows, losses, everything, precision, kept)
+    return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
 
 
 def _shared(network: Network) -> list[Tensor]:
