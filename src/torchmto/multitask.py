@@ -396,10 +396,11 @@ class MultiTask:
         """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
         network = self.network
         ranks = network.ranks
+        if ranks.size > 1 and not self._met:
+            # Before anything is told: messages of ranks with different tasks don't fit.
+            check_alike(ranks, self.tasks)
+            self._met = True
         try:
-            if ranks.size > 1 and not self._met:
-                check_alike(ranks, self.tasks)
-                self._met = True
             context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
