@@ -30,6 +30,7 @@ _MIXING = frozenset(
         *("normalize", "softmax", "log_softmax", "cross_entropy", "nll_loss"),
     ]
 )
+_JOINING = frozenset(("cat", "concat", "concatenate", "hstack"))
 _PROPERTIES = frozenset(("shape", "ndim", "dtype", "device"))
 
 
@@ -53,6 +54,11 @@ class Node:
         if self.module is not None:
             return not isinstance_of_norm(self.module) and _mixes_channels(self.module)
         return self.op in _MIXING
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether values are put side by side here."""
+        return self.module is None and self.op in _JOINING
 
     def connect(self, inputs: list["Node"]) -> None:
         """Record where this operation's inputs come from."""

@@ -34,6 +34,7 @@ class StructuredLayer:
         transposed: whether the output channels lie on dimension 1 of the weight (transposed convolutions).
         spatial: whether the layer is a convolution, so that its channels are dimension 1 of its output.
         source: how the pair was found: ``"explicit"``, ``"fx"``, ``"recorded"`` or ``"module order"``.
+        out_start: where ``norm_out`` takes a concatenation: its first channel that is one of the layer's.
     """
 
     name: str
@@ -45,6 +46,7 @@ class StructuredLayer:
     transposed: bool = False
     spatial: bool = False
     source: str = "explicit"
+    out_start: int | None = None
 
     @property
     def channel_dim(self) -> int:
@@ -141,6 +143,8 @@ class StructuredLayer:
         scales = [
             norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming) for norm in copies
         ]
+        if not incoming and self.out_start is not None:
+            return torch.stack([scale[self.out_start : self.out_start + channels] for scale in scales])
         # A norm over the heads' width (as on queries and keys) serves every head.
         return torch.stack([scale.repeat(channels // scale.shape[0]) for scale in scales])
 
