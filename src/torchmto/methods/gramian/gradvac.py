@@ -14,6 +14,7 @@ from torchmto.gradients import gramian as gramian_of_rows
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
+from torchmto.solvers.projection import Order
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
@@ -104,11 +105,11 @@ class GradVac(GramianWeighting):
         weights, self.targets = self._turned(gramian, self.targets, self._orders(len(gramian)), indices)
         return weights
 
-    def _orders(self, size: int) -> Tensor | None:
+    def _orders(self, size: int) -> Order | None:
         return random_orders(size, self.generator) if self.shuffle else None
 
     def _turned(
-        self, gramian: Tensor, targets: Tensor, orders: Tensor | None, indices: Sequence[int] | None
+        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Sequence[int] | None
     ) -> tuple[Tensor, Tensor]:
         """The weights [k] for one Gramian, and its targets [K, K] after this step."""
         present = torch.arange(len(gramian)) if indices is None else torch.tensor(list(indices))
@@ -116,7 +117,7 @@ class GradVac(GramianWeighting):
         projection, moved = solvers.gradvac(
             self.as_array(gramian),
             targets[where].numpy(),
-            None if orders is None else orders.numpy(),
+            orders,
             beta=self.beta,
             precision=self.precision_of(gramian),
         )
