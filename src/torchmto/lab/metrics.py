@@ -38,7 +38,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
-__all__ = ["higher_is_better", "metric_names", "primary_metric", "task_metrics"]
+__all__ = ["chance_level", "higher_is_better", "metric_names", "primary_metric", "task_metrics"]
 
 PixelError = Callable[[Tensor, Tensor], Tensor]
 
@@ -561,3 +561,18 @@ def higher_is_better(task: Task, metric: str) -> bool:
         return own[metric]
     kind = _METRICS[task.kind]
     return kind[metric][1] if metric in kind or (task.kind != "own" and "metrics" not in task.extra) else False
+
+
+def chance_level(task: Task, metric: str) -> float | None:
+    """What a model reaches without looking at its input, of the kinds' own metrics that tell it; None for others.
+
+    Example:
+        >>> chance_level(Task("digit", "classification", 10), "accuracy")
+        0.1
+    """
+    if "metrics" in task.extra:
+        return None
+    share = 1 / task.channels
+    classes = {"accuracy": share, "f1": share, "mIoU": share, "mean_accuracy": share}
+    known = {"classification": classes, "segmentation": classes, "binary": {"auroc": 0.5}, "regression": {"r2": 0.0}}
+    return known.get(task.kind, {}).get(metric)

@@ -8,7 +8,7 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.grid.experiment import Experiment, method_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
 from torchmto.lab.grid.versus import versus
-from torchmto.lab.metrics import higher_is_better, primary_metric
+from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.evaluation import primary_values
 from torchmto.lab.run.scores import is_finite
@@ -65,7 +65,10 @@ def summarize(
             task.name: {
                 "kind": task.kind,
                 "primary_metric": primary_metric(task)[0],
-                "metrics": {name: {"higher_is_better": higher_is_better(task, name)} for name in tests[0][task.name]},
+                "metrics": {
+                    name: {"higher_is_better": higher_is_better(task, name), "chance": chance_level(task, name)}
+                    for name in tests[0][task.name]
+                },
             }
             for task in tasks
         },

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from torchmto._layout import BOUNDLESS, plain_table
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
 from torchmto.lab.reproduce.recipe import Recipe
+from torchmto.lab.run.environment import made
 from torchmto.lab.versions import versions
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: i
         "complete": findings.complete,
         "seeds": seeds,
         "minutes_of_this_call": minutes,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "made": made(),
         "notes": findings.notes,
         "numbers": findings.numbers,
         "tables": [vars(table) for table in findings.tables],
