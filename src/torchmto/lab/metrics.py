@@ -560,7 +560,7 @@ def higher_is_better(task: Task, metric: str) -> bool:
     if metric in own:
         return own[metric]
     kind = _METRICS[task.kind]
-    return kind[metric][1] if metric in kind or (task.kind != "own" and "metrics" not in task.extra) else False
+    return kind[metric][1] if metric in kind else False
 
 
 def chance_level(task: Task, metric: str) -> float | None:

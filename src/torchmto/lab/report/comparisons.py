@@ -55,7 +55,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
         "seeds": int(config["seeds"]),
         "history_unit": "epoch",
         "steps_estimated": not all(is_recorded(content["result"]["history"]) for content in contents),
-        "baseline": "single-task models of the same seed",
+        "baseline": "single-task models of the same seed" if results.get("single_task") else None,
         "warnings": warnings({**results, "versus": compared}),
         "results": {**results, "versus": compared},
         "runs": [_run(content, results) for content in contents],

@@ -1,6 +1,5 @@
 """Folders of `torchmto train`: those on the same data and tasks share a table; single-task runs are their baselines."""
 
-import contextlib
 import csv
 import json
 import math
@@ -15,7 +14,7 @@ from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.data.base import Kind, Task
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.pace import steps_until
-from torchmto.lab.metrics import higher_is_better
+from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
 from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
 from torchmto.lab.statistics import std
@@ -303,9 +302,7 @@ def _direction(metric: str, said: Mapping[str, bool]) -> bool:
     if metric in said:
         return said[metric]
     for kind in get_args(Kind):
-        if kind == "own":
-            continue
-        with contextlib.suppress(KeyError):
+        if metric in metric_names(kind):
             return higher_is_better(Task("any", kind, 1), metric)
     raise ReportError(f"No task has a metric `{metric}`.")
 
