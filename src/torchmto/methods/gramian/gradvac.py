@@ -63,7 +63,7 @@ class GradVac(GramianWeighting):
         self.ensure_setup(size)
         present = torch.arange(size) if indices is None else torch.tensor(list(indices))
         where = (present.unsqueeze(1), present)
-        orders = random_orders(size, self.generator).numpy() if self.shuffle else None
+        orders = random_orders(size, self.generator) if self.shuffle else None
         projection, targets = solvers.gradvac(
             self.as_array(gramian),
             self.targets[where].numpy(),
