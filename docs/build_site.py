@@ -54,7 +54,7 @@ def notebook(text: str) -> str:
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
-        parts += [_output(output) for output in cell.get("outputs", ())]
+        parts += [_output(output) for output in cell.get("outputs", ()) if output.get("name") != "stderr"]
     return "\n\n".join(parts)
 
 
@@ -65,6 +65,11 @@ def _output(output: dict[str, Any]) -> str:
     if "text/html" in data:
         return "".join(data["text/html"])
     return f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```"
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Sessions are highlighted as such, so that their prompts and outputs aren't copied."""
+    return markdown.replace("```python\n>>> ", "```pycon\n>>> ")
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torchmto
-from torchmto import Method, lab, metrics, method_class, scaling, solvers, structure
+from torchmto import Method, lab, method_class, metrics, scaling, solvers, structure
 from torchmto.cli.methods import markdown as table
 
 DOCS = Path(__file__).resolve().parent

@@ -5,7 +5,6 @@ from types import ModuleType
 import torch
 
 
-
 class PCGrad:
     """The interface of the PCGrad ports: the mean of the projected gradients on parameters that all tasks reach."""
 
