@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torchmto.gradients.torch_private import gradient_hooks
+
 
 @contextlib.contextmanager
 def quiet(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Keep the hooks of ``parameters`` from running in the backwards inside: what these leave isn't the step's gradient yet."""
-    every = [parameter._post_accumulate_grad_hooks for parameter in parameters]  # noqa: SLF001 - no public name
+    every = [gradient_hooks(parameter) for parameter in parameters]
     held = [(hooks, dict(hooks)) for hooks in every if hooks]
     for hooks, _ in held:
         hooks.clear()
@@ -26,8 +28,8 @@ def quiet(parameters: Sequence[Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def run_hooks(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Run the hooks of all ``parameters`` that have a gradient; return those that had hooks."""
-    hooked = [p for p in parameters if p._post_accumulate_grad_hooks and p.grad is not None]  # noqa: SLF001
+    hooked = [p for p in parameters if gradient_hooks(p) and p.grad is not None]
     for parameter in hooked:
-        for hook in list(parameter._post_accumulate_grad_hooks.values()):  # noqa: SLF001
+        for hook in list((gradient_hooks(parameter) or {}).values()):
             hook(parameter)
     return hooked
