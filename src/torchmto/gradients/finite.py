@@ -37,13 +37,11 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(())
-    small: list[Tensor] = []
-    parts: list[Tensor] = []
-    for gradient in gradients:
-        if not gradient.is_cpu:
-            return nn.utils.get_total_norm(gradients)
-        (small if gradient.numel() <= FEW else parts).append(gradient)
-    if small:
+    if False in [gradient.is_cpu for gradient in gradients]:
+        return nn.utils.get_total_norm(gradients)
+    parts = [gradient for gradient in gradients if gradient.numel() > FEW]
+    if len(parts) < len(gradients):
+        small = gradients if not parts else [gradient for gradient in gradients if gradient.numel() <= FEW]
         parts.append(flattened(small))
     total = parts[0].sum()
     for part in parts[1:]:

@@ -220,10 +220,13 @@ def _defines(module: Any, name: str) -> None:
         raise _gone(f"{module.__name__}.{name}")
 
 
+_functions_of = _of("torch", "_C._functions")
+
+
 @functools.cache
 def converting() -> str:
     """The name of the nodes of conversions between dtypes and devices."""
-    _defines(torch._C._functions, "ToCopyBackward0")  # type: ignore[attr-defined]
+    _defines(_functions_of(torch), "ToCopyBackward0")
     return "ToCopyBackward0"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, model_options, models
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
 
-__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve"]
+__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve", "without_place"]
 
 GROUP = "torchmto.problems"
 
@@ -92,6 +93,17 @@ def resolve(reference: str, what: str = "data") -> Reference:
         f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
         f"Found `{reference}`.{nearest(head, known)}"
     )
+
+
+def without_place(reference: str) -> str:
+    """What a reference names, wherever that is on a machine: a data set without its path, a file without its folder.
+
+    Example:
+        >>> without_place("nyuv2:/data/nyuv2.npz"), without_place("/home/me/farm.py:farm")
+        ('nyuv2', 'farm.py:farm')
+    """
+    head = reference.partition(":")[0]
+    return head if head in datasets() else re.sub(r"^.*[/\\](?=[^/\\]+\.py:)", "", reference)
 
 
 def _file_of(function: Any) -> Path | None:

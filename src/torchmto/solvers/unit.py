@@ -30,6 +30,7 @@ class UnitGramian:
 
     Attributes:
         norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
+        inverse: one over these lengths, 0 for a gradient that counts as zero.
         cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
         live: indices of the gradients that aren't zero.
         rounding: rounding error of a cosine.
@@ -38,6 +39,7 @@ class UnitGramian:
     """
 
     norms: Array
+    inverse: Array
     cosines: Array
     live: npt.NDArray[np.intp]
     rounding: float
@@ -87,7 +89,7 @@ def check_gramian(gramian: npt.ArrayLike) -> Array:
     """
     array = check_square(gramian)
     array = (array + array.T) / 2
-    np.fill_diagonal(array, array.diagonal().clip(min=0.0))
+    array.flat[:: len(array) + 1] = np.maximum(array.diagonal(), 0.0)
     return array
 
 
@@ -121,17 +123,18 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    cosines = np.clip(array * inverse * inverse[:, None], -1.0, 1.0)
-    live = np.flatnonzero(norms)
+    cosines = (array * inverse * inverse[:, None]).clip(-1.0, 1.0)
+    live = norms.nonzero()[0]
     cosines[live, live] = 1.0
-    return UnitGramian(norms, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
+    return UnitGramian(norms, inverse, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
     """The machine precision of gradients; where it isn't given, that of their Gramian's type, double at best."""
     if precision is None:
         dtype = getattr(gramian, "dtype", None)
-        return max(EPS, float(np.finfo(dtype).eps)) if isinstance(dtype, np.dtype) and dtype.kind == "f" else EPS
+        coarse = isinstance(dtype, np.dtype) and dtype.kind == "f" and dtype != np.float64
+        return max(EPS, float(np.finfo(dtype).eps)) if coarse else EPS
     if not 0.0 < precision < 1.0:
         raise ValueError(f"Parameter `precision` should be a float between 0 and 1. Found `precision = {precision}`.")
     return max(EPS, float(precision))

@@ -69,19 +69,17 @@ def gather(
         The losses, with those of earlier calls, and what failed where the other ranks wait for rows all the same.
     """
     network, several = parts.network, parts.several
-    averaged = several or len(parts.sources[request.source]) > 1 or parts.carried is not None
     sums = parts.left_by_earlier_calls(request.source).sums
     failure: BaseException | None = None
     for position, chunk in enumerate(forwards(parts, request, apart=True)):
-        counted = chunk if averaged else Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0), chunk.active)
         own = Sums()
-        own.add(counted)
+        own.add(chunk)
         if streamed:
             own, _ = parts.reduction.tell(own)
         if position == 0 or not several:
             network.lay_out(rows, heads)
         turn = [index for index in own.totals if index in request.wanted]
-        failure = _backwards(parts, counted, turn, rows, heads, streamed=streamed, failure=failure)
+        failure = _backwards(parts, chunk, turn, rows, heads, streamed=streamed, failure=failure)
         sums.merge(own)
     return sums, failure
 

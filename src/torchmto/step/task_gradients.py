@@ -117,10 +117,12 @@ def set_heads(network: Network, gradients: TaskGradients, weights: Tensor | None
     by_task = dict.fromkeys(gradients.indices, 1.0)
     if weights is not None:
         by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
+    totals: list[tuple[Tensor, Tensor]] = []
     for parameter, held in gradients.heads.values():
         total: Tensor | None = None
         for task, gradient in held.items():
             part = gradient if by_task[task] == 1 else gradient * by_task[task]
             total = part if total is None else total + part
         if total is not None:
-            network.set_gradients([(parameter, total)])
+            totals.append((parameter, total))
+    network.set_gradients(totals)

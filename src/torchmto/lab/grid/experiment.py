@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchmto.checks import check_integer, check_tasks
+from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, build
 from torchmto.lab.run.config import FREE, MethodConfig, RunConfig, config_of
@@ -39,9 +40,9 @@ class Experiment:
     @property
     def settings(self) -> dict[str, Any]:
         """All settings that decide the outcome, in one mapping, as they are saved with the results."""
-        common = self.run.as_dict()
+        common, everything = identity(self.run), self.run.as_dict()
         del common["seed"], common["method"]["name"], common["method"]["options"]
-        free = {name: common.pop(name) for name in FREE & set(common)}
+        free = {name: everything[name] for name in FREE & set(everything)}
         chosen = {"chosen": {name: dict(entry) for name, entry in self.chosen.items()}} if self.chosen else {}
         return {"methods": list(self.methods), "seeds": self.seeds, **common, **chosen, "free": free}
 

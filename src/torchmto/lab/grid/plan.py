@@ -73,8 +73,8 @@ def plan(
     labels = tuple(parse_method(method).label for method in methods)
     experiment = Experiment(labels, seeds, config)
     experiment.check(problem)
-    settings = {**experiment.settings, **({"tune": tune} if tune else {})}
-    return Grid(experiment, GridFolder(out, settings, changed_source=changed_source), problem)
+    folder = GridFolder.of(out, experiment, problem, tune=tune, changed_source=changed_source)
+    return Grid(experiment, folder, problem)
 
 
 def compare(

@@ -272,7 +272,7 @@ def tuned(
     def attempt(
         name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
     ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        place = GridFolder(folder.path / "tuning" / name, trial.settings)
+        place = GridFolder.of(folder.path / "tuning" / name, trial, problem)
         try:
             results = run_grid(
                 trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline

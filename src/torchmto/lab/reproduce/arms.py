@@ -156,10 +156,9 @@ def _run(
 
 def _open(context: Context, name: str, experiment: Experiment, others: list[_Grid]) -> _Grid:
     """A comparison with its folder, and in that all runs which another one of the same call has done already."""
-    settings = {key: value for key, value in experiment.settings.items() if key != "seeds"}  # more may be added later
     problem, _ = _settled(experiment.run)
     singles = experiment.single_task_runs(problem.task_names)
-    folder = GridFolder(context.folder / "arms" / name, settings)
+    folder = GridFolder.of(context.folder / "arms" / name, experiment, problem)
     grid = _Grid(experiment, problem, folder, singles, experiment.method_runs())
     for other in others:
         _take_over(grid, other)

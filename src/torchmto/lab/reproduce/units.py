@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, write_json
+from torchmto.lab.grid.identity import decided, identity
 from torchmto.lab.reproduce.budget import Budget, BudgetSpentError
+from torchmto.lab.run.config import RunConfig
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 __all__ = ["run_units"]
@@ -38,7 +40,8 @@ def run_units(
     folder.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     for name, parameters in units.items():
-        path = folder / f"{_slug(name)}-{_key(parameters)}.json"
+        known = _known(parameters)
+        path = folder / f"{_slug(name)}-{_key(known)}.json"
         try:
             content = read_json(path, _KIND, _VERSION) if path.exists() else None
         except BrokenFileError as error:
@@ -47,7 +50,7 @@ def run_units(
         if content is not None and results_version(content) != RESULTS_VERSION:
             say(f"  {path.name} was made by code whose results mean something else. It is done again.")
             content = None
-        if content is not None and content["parameters"] == plain(parameters):
+        if content is not None and content["parameters"] == plain(known):
             results[name] = content["result"]
             continue
         try:
@@ -55,12 +58,17 @@ def run_units(
         except BudgetSpentError:
             continue
         result = plain(work(parameters))
-        write_json(
-            path, _KIND, _VERSION, {"results_version": RESULTS_VERSION, "parameters": parameters, "result": result}
-        )
+        write_json(path, _KIND, _VERSION, {"results_version": RESULTS_VERSION, "parameters": known, "result": result})
         results[name] = result
         say(f"  {name}: done, {budget.used:.1f} min")
     return results
+
+
+def _known(parameters: Parameters) -> Parameters:
+    """What a unit is known by, wherever its data are."""
+    if "config" not in parameters:
+        return parameters
+    return {**parameters, "config": decided(identity(RunConfig.from_dict(parameters["config"])))}
 
 
 def _slug(name: str) -> str:

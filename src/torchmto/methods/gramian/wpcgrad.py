@@ -136,9 +136,9 @@ class WPCGrad(GramianWeighting):
             upper = (draws < chance).triu(1)
             keep = upper | (~upper).triu(1).T
             orders = random_orders(num_tasks, self.generator)
-            return self.accept(solvers.wpcgrad_pairwise(array, keep.numpy(), orders.numpy()), gramian)
-        orders = plackett_luce(p, self.generator, num_tasks)
-        others = orders[orders != torch.arange(num_tasks).unsqueeze(1)].view(num_tasks, num_tasks - 1)
+            return self.accept(solvers.wpcgrad_pairwise(array, keep.numpy(), orders), gramian)
+        turns = plackett_luce(p, self.generator, num_tasks)
+        others = turns[turns != torch.arange(num_tasks).unsqueeze(1)].view(num_tasks, num_tasks - 1)
         return self.accept(solvers.pcgrad(array, others.numpy()), gramian)
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
