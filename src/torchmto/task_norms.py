@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import found
-from torchmto.gradients.torch_private import InstanceNorm, NormBase, is_single
+from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single
 
 _NORM_TYPES = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"norm(alization)?(1d|2d|3d)?$", re.IGNORECASE)
@@ -144,7 +144,7 @@ class SplitNorm(PerTask):
         Raises:
             RuntimeError: the norm has no copy for this task.
         """
-        norm = self._modules.get(task)
+        norm = children_of(self).get(task)
         if norm is None:
             raise RuntimeError(
                 f"A split norm was called for task {task!r}. It has copies for {list(self.task_names)} only."

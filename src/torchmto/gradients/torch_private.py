@@ -73,7 +73,7 @@ InstanceNorm: type[torch.nn.Module] = _name("torch.nn.modules.instancenorm", "_I
 tree_leaves: Callable[[Any], list[Any]] = _name("torch.utils._pytree", "tree_leaves")
 """What there is in nested lists, tuples and dicts."""
 
-tree_map: Callable[[Callable[[Any], Any], Any], Any] = _name("torch.utils._pytree", "tree_map")
+tree_map: Callable[[Callable[..., Any], Any], Any] = _name("torch.utils._pytree", "tree_map")
 """Nested lists, tuples and dicts with what a function makes of what is in them."""
 
 flattened: Callable[[Sequence[Tensor]], Tensor] = _name("torch._utils", "_flatten_dense_tensors")

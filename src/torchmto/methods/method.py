@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, warn
+from torchmto.methods.per_task import ByTask
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -154,18 +156,29 @@ class Method(ABC):
             raise ValueError(f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}.")
 
     def bind(self, tasks: tuple[str, ...]) -> None:
-        """Tell the method the names of its tasks, once, before the first step.
+        """Tell the method, the methods inside it and its values per task the names of the tasks, once, before the first step.
 
         Raises:
             ValueError: If it is bound to other tasks already, or its hyper-parameters don't fit them.
         """
         if self.tasks and self.tasks != tasks:
             raise ValueError(f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}.")
+        # What is inside first: where it doesn't fit the tasks, this method stays unbound.
+        for value in vars(self).values():
+            if isinstance(value, ByTask):
+                value.bind(tasks)
+        for inner in self._inner():
+            inner.bind(tasks)
         self.tasks = tasks
         self.ensure_setup(len(tasks))
+        for inner in self._inner():
+            if inner.tasks != tasks:
+                inner.bind(tasks)
+
+    # An event reaches the methods inside by these defaults: what overrides one of them, and holds methods, calls super().
 
     def attach(self, network: Network) -> None:
-        """Look at the network before the first step. Most methods needn't; the methods inside are shown it."""
+        """Look at the network before the first step."""
         for inner in self._inner():
             inner.attach(network)
 
@@ -179,10 +192,8 @@ class Method(ABC):
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
-        checksum = zlib.crc32(self.generator.get_state().numpy().tobytes())
-        for value in self._inner():
-            checksum = zlib.crc32(value.random_checksum().to_bytes(4, "little"), checksum)
-        return checksum
+        states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
+        return functools.reduce(lambda checksum, state: zlib.crc32(state, checksum), states, 0)
 
     def _inner(self) -> list[Method]:
         """The methods inside this one."""
@@ -241,12 +252,7 @@ class Method(ABC):
     @property
     def repeats(self) -> bool:
         """Whether a step of this method, or of one inside it, runs the model more than once."""
-        inner = (getattr(self, state) for state in self._states)
-        return (
-            self.needs_closure
-            or self.needs_losses_after
-            or any(isinstance(value, Method) and value.repeats for value in inner)
-        )
+        return any(part.needs_closure or part.needs_losses_after for part in self.parts())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
@@ -320,14 +326,17 @@ class Method(ABC):
     @property
     def wants_shares(self) -> bool:
         """Whether this method, or one inside it, takes reported performances as shares in [0, 1] (dtp)."""
-        inner = (getattr(self, name) for name in self._states)
-        return self.takes_shares or any(part.wants_shares for part in inner if isinstance(part, Method))
+        return any(part.takes_shares for part in self.parts())
 
     def report(self, performance: Mapping[str, float]) -> None:
-        """Validation results, one number per task (``mt.report``). Most methods don't use them."""
+        """Validation results, one number per task (``mt.report``)."""
+        for inner in self._inner():
+            inner.report(performance)
 
     def end_window(self) -> None:
-        """End of an averaging window, usually an epoch (``mt.end_window``). Most methods don't use it."""
+        """End of an averaging window, usually an epoch (``mt.end_window``)."""
+        for inner in self._inner():
+            inner.end_window()
 
     # ------------------------------------------------------------------ the step
 
@@ -349,6 +358,8 @@ class Method(ABC):
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
+        for inner in self._inner():
+            inner.after_step(losses, context)
 
 
 def derived_seed(seed: int, name: str) -> int:

@@ -187,7 +187,7 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
     if isinstance(norm, SplitNorm):
         norm = norm.copy_for(norm.task_names[0])
     if isinstance(norm, NormBase):
-        return norm.num_features
+        return int(norm.num_features)  # type: ignore[arg-type]
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):

@@ -44,11 +44,6 @@ class GradDrop(GradientCombiner):
         super().__init__(**options)
         self.leak = PerTask("leak", leak, minimum=0, maximum=1)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the leaks with the tasks."""
-        self.leak.bind(tasks)
-        super().bind(tasks)
-
     def _leak_of(self, task_grads: TaskGradients) -> Tensor:
         return self.leak.of(task_grads.indices).to(task_grads.matrix).unsqueeze(1)
 

@@ -50,11 +50,6 @@ class COSMOS(LossWeighting):
         self.preference = Shares(preference)
         self.penalty = check_number("penalty", penalty, minimum=0)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
-
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum minus the cosine."""
         r = self.preference.of(self.present(losses, indices)).to(losses)

@@ -60,11 +60,6 @@ class DTP(LossWeighting):
         self.gamma = PerTask("gamma", gamma, minimum=0)
         self.alpha = check_number("alpha", alpha, above=0, maximum=1)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the exponents with the tasks."""
-        self.gamma.bind(tasks)
-        super().bind(tasks)
-
     def setup(self, num_tasks: int) -> None:
         """The averaged performances; NaN: not reported yet."""
         self.add_state("performance", torch.full((num_tasks,), torch.nan, dtype=torch.float64))

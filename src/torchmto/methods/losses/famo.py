@@ -66,11 +66,6 @@ class FAMO(LossWeighting):
         self.min_losses = PerTask("min_losses", min_losses)
         self.eps = check_number("eps", eps, minimum=0)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the lower bounds with the tasks."""
-        self.min_losses.bind(tasks)
-        super().bind(tasks)
-
     def setup(self, num_tasks: int) -> None:
         """One logit per task."""
         self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, weight_decay=self.gamma))

@@ -58,12 +58,6 @@ class PBI(LossWeighting):
         self.theta = check_number("theta", theta, minimum=0)
         self.reference = PerTask("reference", reference)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match preference and reference with the tasks."""
-        self.preference.bind(tasks)
-        self.reference.bind(tasks)
-        super().bind(tasks)
-
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Distances to a point that isn't below the losses mean nothing."""
         return self.reference.of(indices)

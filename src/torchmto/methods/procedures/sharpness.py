@@ -39,33 +39,11 @@ class SharpnessAware(Procedure):
             raise TypeError(found("inner", "a Gramian method", inner))
         if made.refresh_every > 1 or made.heads != "unit":
             raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
-        self.inner = made
         self.add_state("inner", made)
 
     def refusal(self, network: Network) -> str:
         """The perturbations are made of whole rows."""
         return "moves parameters along whole rows" if network.divided else super().refusal(network)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the inner methods first."""
-        for inner in self._inner():
-            inner.bind(tasks)
-        super().bind(tasks)
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.report(performance)
-
-    def end_window(self) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.end_window()
 
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""
