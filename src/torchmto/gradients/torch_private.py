@@ -306,12 +306,18 @@ TAG = "torchmto"
 """Part of the names under which the caches on disk keep what is compiled in a step."""
 
 
+def _compiler_settings() -> Any:
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("torch.compiler.config")
+    return None
+
+
 @functools.cache
 def _settings() -> tuple[Any, Any, bool]:
     """Where it is set whether backwards may write over what was saved; where the cache on disk is; whether that takes a tag."""
     try:
         donating = importlib.import_module("torch._functorch.config")
-        caches: Any = getattr(torch.compiler, "config", None)
+        caches: Any = _compiler_settings()
         tagged = hasattr(caches, "cache_key_tag")
         if not tagged:
             # An older PyTorch: nothing is read from the cache then.

@@ -8,7 +8,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -104,6 +104,12 @@ class Method(ABC):
         family: "loss weighting", "gramian", "combiner" or "procedure".
         source: Where it comes from: authors, venue, year, equation.
         use: When to use it, in one sentence.
+        norms: "shared", or "per task": what it is made for is a model with one copy of every norm for each task.
+        adapts: Whether it adapts the size of every step itself, so that its optimizer had better be plain SGD.
+        whole_rows: What it does with whole rows of gradients, if it does: then it can't work where every rank holds a part of
+            the columns only (``network.divided``: by ``shard_gradients=True`` or because FSDP shards the parameters).
+        tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
+            ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
@@ -117,6 +123,10 @@ class Method(ABC):
     family: ClassVar[str] = ""
     source: ClassVar[str] = ""
     use: ClassVar[str] = ""
+    norms: ClassVar[Literal["shared", "per task"]] = "shared"
+    adapts: ClassVar[bool] = False
+    whole_rows: ClassVar[str] = ""
+    tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
@@ -242,11 +252,9 @@ class Method(ABC):
             raise ValueError(reason)
 
     def refusal(self, network: Network) -> str:
-        """Why the method can't work on a network; empty if it can.
-
-        Where every rank holds a part of the gradient matrix' columns only (``network.divided``: by ``shard_gradients=True`` or
-        because FSDP shards the parameters), a method that looks at the rows themselves can't.
-        """
+        """Why the method, or one inside it, can't work on a network; empty if it can."""
+        if network.divided and self.whole_rows:
+            return self.whole_rows
         return next((reason for reason in (value.refusal(network) for value in self._inner()) if reason), "")
 
     @property
@@ -616,15 +624,12 @@ class GradientCombiner(Method):
     """
 
     family = "combiner"
+    whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
 
     def __init__(self, *, heads: str = "unit") -> None:
         super().__init__()
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
         self.head_weights: Tensor | None = None
-
-    def refusal(self, network: Network) -> str:
-        """Combiners look at the rows themselves."""
-        return "combines the rows entry by entry or layer by layer, or tracks them" if network.divided else ""
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:

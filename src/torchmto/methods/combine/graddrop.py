@@ -38,6 +38,7 @@ class GradDrop(GradientCombiner):
 
     source = "Chen et al., NeurIPS 2020, Algorithm 1"
     use = "Many conflicting tasks; random sign dropout as a regulariser."
+    tuning_space = {"leak": ("linear", 0.0, 0.9)}
     properties = Properties(pareto=False)
 
     def __init__(self, *, leak: Numbers = 0.0, **options: Unpack[GradientOptions]) -> None:

@@ -46,6 +46,7 @@ class CRMOGM(GramianWeighting):
 
     source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
+    tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
     smoothed: Tensor
     seen: Tensor

@@ -86,6 +86,7 @@ class WPCGrad(GramianWeighting):
 
     source = "Bohn et al., 2024, arXiv 2409.01793"
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
+    tuning_space = {"priority": ("choice", "loss", "relative_loss"), "gamma": ("linear", 0.5, 3.0)}
     properties = Properties(equivariant=False, uses_losses=True)
     domain = Domain(
         corners="A mean loss that isn't positive has priority 0; where all have, the tasks are alike. Of a loss weighting as "

@@ -50,6 +50,7 @@ class FAMO(LossWeighting):
 
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
+    tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         "`min_losses` + `eps`",

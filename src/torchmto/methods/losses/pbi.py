@@ -39,6 +39,7 @@ class PBI(LossWeighting):
 
     source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
     use = "A chosen preference direction in loss space."
+    tuning_space = {"theta": ("log", 0.1, 10.0)}
     properties = Properties(pareto=False)
     domain = Domain(
         "`reference`",

@@ -301,6 +301,8 @@ class ConnectionStrength(Procedure):
 
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
+    norms = "per task"
+    tuning_space = {"schedule": ("choice", "mix", "sequence"), "switch": ("linear", 0.2, 0.8)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "

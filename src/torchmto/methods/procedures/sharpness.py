@@ -12,7 +12,7 @@ from torchmto.checks import check_flag, check_number, found
 from torchmto.gradients import gramian, real
 from torchmto.methods.method import GramianWeighting, Procedure
 from torchmto.methods.registry import make_method
-from torchmto.step import Losses, Network, StepContext, TaskGradients
+from torchmto.step import Losses, StepContext, TaskGradients
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Parameters, each with a tensor of its shape (pairs of reals for a complex one)."""
@@ -30,6 +30,8 @@ class SharpnessAware(Procedure):
         inner: A Gramian method, by name or as an object.
     """
 
+    whole_rows = "moves parameters along whole rows"
+
     def __init__(self, *, rho: float, adaptive: bool, inner: str | GramianWeighting) -> None:
         super().__init__()
         self.rho = check_number("rho", rho, minimum=0)
@@ -40,10 +42,6 @@ class SharpnessAware(Procedure):
         if made.refresh_every > 1 or made.heads != "unit":
             raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
         self.add_state("inner", made)
-
-    def refusal(self, network: Network) -> str:
-        """The perturbations are made of whole rows."""
-        return "moves parameters along whole rows" if network.divided else super().refusal(network)
 
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""

@@ -71,6 +71,7 @@ class TaskGroups(Procedure):
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
+    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
