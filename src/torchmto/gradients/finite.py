@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+
+from torchmto.gradients.torch_private import flattened
 
 FEW = 2048
 """Elements up to which a gradient is copied next to others: adding up many small tensors one by one takes longer."""
@@ -41,7 +42,7 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     parts = [gradient for gradient in gradients if gradient.numel() > FEW]
     if len(parts) < len(gradients):
         small = gradients if not parts else [gradient for gradient in gradients if gradient.numel() <= FEW]
-        parts.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
+        parts.append(flattened(small))
     total = parts[0].sum()
     for part in parts[1:]:
         total = total + part.sum()

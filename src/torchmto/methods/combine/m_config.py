@@ -50,6 +50,7 @@ class MConFIG(GradientCombiner):
 
     source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
+    adapts = True
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
     momenta: Tensor

@@ -58,11 +58,6 @@ class MetaBalance(GradientCombiner):
         self.add_state("lengths", torch.zeros(num_tasks, 0, dtype=torch.float64))
         self.add_state("times", torch.zeros(num_tasks, 0, dtype=torch.int64))
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the primary task with the tasks."""
-        self.primary.bind(tasks)
-        super().bind(tasks)
-
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of the balanced gradients, [P]."""

@@ -50,6 +50,7 @@ class GradVac(GramianWeighting):
 
     source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
     use = "Related tasks whose gradients should stay as aligned as they usually are."
+    tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
     targets: Tensor
     group_targets: dict[str, Tensor]

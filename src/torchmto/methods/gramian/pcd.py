@@ -77,12 +77,6 @@ class PCD(GramianWeighting):
         self.add_state("squares", torch.zeros(num_tasks, dtype=torch.float64))
         self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the primary task and the shares with the tasks."""
-        self.primary.bind(tasks)
-        self.tau.bind(tasks)
-        super().bind(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]. Moves the running means of the present tasks."""
         present = list(range(len(gramian)) if indices is None else indices)

@@ -56,6 +56,7 @@ class PIVRG(FairGrad):
 
     source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
+    tuning_space = {}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     drops: Tensor
 

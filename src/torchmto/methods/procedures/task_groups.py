@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -73,6 +73,7 @@ class TaskGroups(Procedure):
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
+    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
@@ -143,8 +144,6 @@ class TaskGroups(Procedure):
         if self.num_groups is not None and self.num_groups > len(tasks):
             raise ValueError(found("num_groups", f"at most the number of tasks, {len(tasks)}", self.num_groups))
         super().bind(tasks)
-        if self.inner is not None:
-            self.inner.bind(tasks)
         decay, attribution, normalization = self._options
         self.add_state("affinity", ProximalAffinity(tasks, decay, attribution, normalization))
         self.add_state("current", self._first_groups(tasks))
@@ -250,16 +249,6 @@ class TaskGroups(Procedure):
         count = self.num_groups or math.ceil(self.num_tasks / 2)
         order = torch.randperm(self.num_tasks, generator=self.generator).tolist()
         return [[self.tasks[i] for i in sorted(order[start::count])] for start in range(count)]
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.report(performance)
-
-    def end_window(self) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.end_window()
 
 
 def _named(context: StepContext, losses: Losses, values: Tensor) -> dict[str, float]:
