@@ -29,12 +29,12 @@ class UnitGramian:
     """A Gramian as lengths and cosines.
 
     Attributes:
-        norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
-        inverse: one over these lengths, 0 for a gradient that counts as zero.
-        cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
-        live: indices of the gradients that aren't zero.
-        rounding: rounding error of a cosine.
-        noise: what rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
+        norms: Lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
+        inverse: One over these lengths, 0 for a gradient that counts as zero.
+        cosines: Shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
+        live: Indices of the gradients that aren't zero.
+        rounding: Rounding error of a cosine.
+        noise: What rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
             gradients whose squared length is no more than this, with squared weights that sum to 1, may vanish.
     """
 
@@ -85,7 +85,7 @@ def check_gramian(gramian: npt.ArrayLike) -> Array:
     """The Gramian as a symmetric float64 array whose diagonal isn't negative.
 
     Raises:
-        ValueError: if it isn't a square matrix of finite numbers.
+        ValueError: If it isn't a square matrix of finite numbers.
     """
     array = check_square(gramian)
     array = (array + array.T) / 2
@@ -111,11 +111,11 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     squared length of a combination that should vanish.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K], positive semi-definite up to rounding.
-        precision: machine precision of the gradients it was made from; by default that of the array's own type.
+        gramian: Inner products of the gradients, shape [K, K], positive semi-definite up to rounding.
+        precision: Machine precision of the gradients it was made from; by default that of the array's own type.
 
     Raises:
-        ValueError: if it isn't a square matrix of finite numbers, or the precision isn't in (0, 1).
+        ValueError: If it isn't a square matrix of finite numbers, or the precision isn't in (0, 1).
     """
     precision = check_precision(precision, gramian)
     array = check_gramian(gramian)
