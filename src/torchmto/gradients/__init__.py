@@ -1,5 +1,6 @@
 """Which parameters are shared, the K x P matrix of their task gradients, and its reduction across ranks."""
 
+from torchmto.gradients.backwards import backward, gradients_of
 from torchmto.gradients.choice import Auto
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import dense, finite_mark, plain, real
@@ -23,9 +24,11 @@ __all__ = [
     "Roles",
     "Rows",
     "ShardedRows",
+    "backward",
     "check_keeps",
     "dense",
     "finite_mark",
+    "gradients_of",
     "gramian",
     "keeping_buffers",
     "nodes_made",

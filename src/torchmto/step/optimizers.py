@@ -53,9 +53,15 @@ class Optimizers:
             RuntimeError: If a wrapper of an optimizer swallows the step.
         """
         self.num_stepped = 0
+        self._fired.clear()
         for optimizer in self.all:
             try:
-                self._step_one(optimizer)
+                if self._scaler is None:
+                    optimizer.step()
+                else:
+                    self._scaler.step(optimizer)
+                if self._wrapped:
+                    self._check_fired(optimizer)
             except BaseException as error:
                 if self.num_stepped:
                     error.add_note(
@@ -66,12 +72,8 @@ class Optimizers:
         if self._scaler is not None:
             self._update(self._scaler)
 
-    def _step_one(self, optimizer: Any) -> None:
-        self._fired.discard(id(optimizer))
-        if self._scaler is None:
-            optimizer.step()
-        else:
-            self._scaler.step(optimizer)
+    def _check_fired(self, optimizer: Any) -> None:
+        """Raise if an optimizer has not handed its step on."""
         swallowed = id(optimizer) in self._wrapped and id(optimizer) not in self._fired
         if swallowed and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
             raise RuntimeError(

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from torchmto.gradients import Rows
 from torchmto.gradients.engine import Piece, Wanted
-from torchmto.step.collect import hold
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_gradients, sum_heads
 from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
-from torchmto.step.task_gradients import TaskGradients, factors_of, present, rescale_heads
+from torchmto.step.task_gradients import TaskGradients, factors_of, hold, present, rescale_heads
 from torchmto.step.with_rows import gradients_with_rows
 
 
