@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
+from torchmto.lab.grid.executors import Executor, default_jobs, executor_name, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
 from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.outputs import write_outputs
@@ -132,7 +132,8 @@ def compare(
         changed_source=changed_source,
     )
     number = jobs or default_jobs(grid.experiment.run.device)
-    chosen = make_executor(executor, number, grid.folder.path, ray_address) if isinstance(executor, str) else executor
+    if isinstance(executor, str):
+        executor = make_executor(executor_name(executor, ray_address), number, grid.folder.path)
     with contextlib.ExitStack() as stack:
         watcher: Watcher = Silence()
         if progress:
@@ -142,5 +143,5 @@ def compare(
         if tune:
             from torchmto.lab.grid.tuning import tuned  # noqa: PLC0415  it needs optuna
 
-            return tuned(grid, tune, chosen, watcher)
-        return grid.run(chosen, watcher)
+            return tuned(grid, tune, executor, watcher)
+        return grid.run(executor, watcher)
