@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "torchmto"
-LAYERS = ("solvers", "gradients", "task_norms", "undo", "structure", "step", "methods", "multitask", "lab", "cli")
+CORE_LAYERS = ("solvers", "gradients", "task_norms", "undo", "structure", "step", "methods", "multitask")
+LAYERS = (*CORE_LAYERS, "lab", "integrations", "cli")
 EVERYWHERE = {"checks", "_version", "metrics"}
 CORE = {"torch", "numpy", "scipy", "sklearn"}
 FILES = sorted(SOURCE.rglob("*.py"))
