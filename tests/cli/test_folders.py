@@ -160,3 +160,15 @@ def test_lists_of_names_dont_lead_out_of_their_folder(tmp_path, name):
         read_names(tmp_path / "list.txt", "nyuv2")
     (tmp_path / "list.txt").write_text("0001\nsub/0002\n")
     assert read_names(tmp_path / "list.txt", "nyuv2") == ["0001", "sub/0002"]
+
+
+def test_mlflow_keeps_its_files_in_the_runs_folder(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main([*TRAIN[:-1], "csv,mlflow", "--out", "run"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/run/mlflow.db")
+    run = client.get_run((tmp_path / "run" / ".mlflow-run").read_text())
+    assert run.info.status == "FINISHED"
+    assert {"lr", "loss/left", "validation/score"} <= set(run.data.metrics)

@@ -294,20 +294,6 @@ def add_executor(parser: Parser, jobs: int | None = None) -> None:
     parser.add_argument("--ray-address", type=str | None, metavar="A", help="Of a Ray cluster; a local one by default.")
 
 
-def chosen_executor(args: Namespace, out: Path) -> str:
-    """The name of the executor that was asked for, which is there.
-
-    Raises:
-        ValueError: If there is none of this name.
-        ImportError: If its package is missing.
-    """
-    from torchmto.lab.grid.executors import executor_name, make_executor  # noqa: PLC0415  the lab takes seconds to import
-
-    name = executor_name(args.executor, args.ray_address)
-    make_executor(name, 1, out)
-    return name
-
-
 def this_command() -> str:
     """What was typed."""
     return shlex.join(["torchmto", *sys.argv[1:]])

@@ -11,7 +11,7 @@ from typing import Literal
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from torchmto.cli._settings import SettingsParser, add_executor, chosen_config, chosen_executor, reported, this_command
+from torchmto.cli._settings import SettingsParser, add_executor, chosen_config, reported, this_command
 
 
 def make_parser(prog: str) -> SettingsParser:
@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
             from torchmto.lab.grid.tuning import sampled  # noqa: PLC0415
 
             sampled(args.tune, args.tune_by)  # says so if Optuna is missing
-        where = chosen_executor(args, args.out)
+        make_executor(args.executor, 1, args.out, args.ray_address)
         grid = plan(
             chosen_config(args),
             args.out,
@@ -70,7 +70,7 @@ def run(args: Namespace) -> int:
             changed_source=args.changed_source,
         )
         jobs = args.jobs or default_jobs(grid.experiment.run.device)
-        executor = make_executor(where, jobs, args.out)
+        executor = make_executor(args.executor, jobs, args.out, args.ray_address)
         bars = progress_bars(grid.experiment, grid.problem)
         try:
             with bars:

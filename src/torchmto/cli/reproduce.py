@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from torchmto._layout import terminal_width
-from torchmto.cli._settings import Parser, add_executor, chosen_executor, reported, this_command
+from torchmto.cli._settings import Parser, add_executor, reported, this_command
 
 if TYPE_CHECKING:
     from torchmto.lab.reproduce.findings import Findings
@@ -34,6 +34,7 @@ def make_parser(prog: str) -> Parser:
 
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
+    from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
     from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce  # noqa: PLC0415  the lab takes seconds to import
 
     if args.name is None:
@@ -43,6 +44,7 @@ def run(args: Namespace) -> int:
     with reported(this_command()):
         recipe = load_recipe(args.name)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
+        make_executor(args.executor, 1, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(
             recipe,
             out,
@@ -50,7 +52,8 @@ def run(args: Namespace) -> int:
             seeds=args.seeds,
             minutes=args.budget,
             jobs=args.jobs,
-            executor=chosen_executor(args, out),
+            executor=args.executor,
+            ray_address=args.ray_address,
             say=_say,
         )
     _show(findings)

@@ -43,7 +43,6 @@ __all__ = [
     "Outcome",
     "default_jobs",
     "execute",
-    "executor_name",
     "make_executor",
 ]
 
@@ -423,26 +422,14 @@ def _needed(module: str, extra: str) -> ModuleType:
         raise ImportError(f"`--executor {extra}` needs {module}: pip install 'torchmto[{extra}]'") from error
 
 
-def executor_name(name: str, ray_address: str | None) -> str:
-    """The name of an executor with the address of a real Ray cluster in it.
-
-    Raises:
-        ValueError: If an address is given for something else.
-    """
-    if ray_address is None:
-        return name
-    if name != "ray":
-        raise ValueError(f"`--ray-address` belongs to `--executor ray`. Found `executor = {name!r}`.")
-    return f"ray:{ray_address}"
-
-
-def make_executor(name: str, jobs: int, folder: Path) -> Executor:
+def make_executor(name: str, jobs: int, folder: Path, ray_address: str | None = None) -> Executor:
     """An executor by its name.
 
     Args:
-        name: ``local``, ``ray``, ``ray:ADDRESS`` for a real cluster, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
+        name: ``local``, ``ray``, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
         jobs: Runs at a time.
         folder: Of the Runs.
+        ray_address: Of a Ray cluster; a local one starts by default.
 
     Raises:
         ValueError: If there is none of this name, or Slurm isn't here.
@@ -451,8 +438,10 @@ def make_executor(name: str, jobs: int, folder: Path) -> Executor:
     kind, _, place = name.partition(":")
     if kind not in EXECUTORS:
         raise ValueError(found("executor", f"one of {', '.join(EXECUTORS)}", name) + nearest(kind, EXECUTORS))
+    if ray_address is not None and kind != "ray":
+        raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
     if kind == "ray":
-        return Ray(jobs, place or None)
+        return Ray(jobs, ray_address)
     if kind == "slurm":
         slurm = Slurm(jobs, folder / ".slurm", place or None)
         if not place and shutil.which("sbatch") is None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.grid.executors import Executor, default_jobs, executor_name, make_executor
+from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
 from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.outputs import write_outputs
@@ -138,7 +138,7 @@ def compare(
     )
     number = jobs or default_jobs(grid.experiment.run.device)
     if isinstance(executor, str):
-        executor = make_executor(executor_name(executor, ray_address), number, grid.folder.path)
+        executor = make_executor(executor, number, grid.folder.path, ray_address)
     with contextlib.ExitStack() as stack:
         watcher: Watcher = Silence()
         if progress:
