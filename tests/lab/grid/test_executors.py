@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchmto import lab
 from torchmto.lab.grid import FailedRunsError, executors
