@@ -67,7 +67,7 @@ def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Proje
     array([2.  , 1.25])
     """
     unit = unit_gramian(gramian)
-    return _project_off_originals(unit, _check_orders(orders, unit.num_tasks), allowed=None)
+    return _project_off_originals(unit, _check_orders(orders, len(unit.norms)), allowed=None)
 
 
 def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
@@ -119,7 +119,7 @@ def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArra
             conflict *= active[turn]
         turns.add(turn, -conflict)
         shifts[turn] = -conflict
-    return _projection(unit, turns.place(shifts, np.eye(unit.num_tasks)))
+    return _projection(unit, turns.place(shifts, np.eye(len(unit.norms))))
 
 
 class _Turns:
@@ -132,7 +132,8 @@ class _Turns:
     def __init__(self, unit: UnitGramian, orders: Order):
         self.others = np.ascontiguousarray(orders.T)
         self.shape = self.others.shape
-        self._places = self.others + unit.num_tasks * np.arange(unit.num_tasks)
+        num_tasks = len(unit.norms)
+        self._places = self.others + num_tasks * np.arange(num_tasks)
         self._originals = unit.cosines
         self._products = unit.cosines.copy()
 
@@ -297,7 +298,8 @@ def _projection(unit: UnitGramian, coefficients: Array) -> Projection:
     """From combinations of unit gradients to combinations of the gradients as they are."""
     scaled = coefficients * unit.norms[:, None] * unit.inverse
     scaled.flat[:: len(scaled) + 1] = coefficients.diagonal()
-    return Projection.of(scaled)
+    # The sum of the modified gradients needs no iteration and has no error to certify.
+    return Projection(scaled.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=scaled)
 
 
 def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:

@@ -33,22 +33,33 @@ class UnitGramian:
         inverse: one over these lengths, 0 for a gradient that counts as zero.
         cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
         live: indices of the gradients that aren't zero.
-        rounding: rounding error of a cosine.
-        noise: what rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
-            gradients whose squared length is no more than this, with squared weights that sum to 1, may vanish.
+        precision: machine precision of the gradients.
     """
 
     norms: Array
     inverse: Array
     cosines: Array
     live: npt.NDArray[np.intp]
-    rounding: float
-    noise: float
+    precision: float
 
     @property
     def num_tasks(self) -> int:
         """The number of tasks K, zero gradients included."""
         return len(self.norms)
+
+    @property
+    def rounding(self) -> float:
+        """The rounding error of a cosine."""
+        return rounding_error(self.precision)
+
+    @property
+    def noise(self) -> float:
+        """What rounding errors can add to an eigenvalue of the cosines, or take away.
+
+        A combination of unit gradients whose squared length is no more than this, with squared weights that sum to 1, may
+        vanish.
+        """
+        return eigenvalue_noise(self.precision, self.num_tasks)
 
     @property
     def resolution(self) -> float:
@@ -119,14 +130,13 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     """
     precision = check_precision(precision, gramian)
     array = check_gramian(gramian)
-    rounding = rounding_error(precision)
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     cosines = (array * inverse * inverse[:, None]).clip(-1.0, 1.0)
     live = norms.nonzero()[0]
     cosines[live, live] = 1.0
-    return UnitGramian(norms, inverse, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
+    return UnitGramian(norms, inverse, cosines, live, precision)
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:

@@ -62,7 +62,8 @@ class StepContext:
         self.reason = ""
         reduction = Reduction(network, plan, about, plan.weigh)
         finite = FiniteChecks(network, plan, reduction, stepping)
-        self._parts = Parts(plan, network, asked, sources, reduction, finite, carried, summed)
+        several = network.ranks.size > 1
+        self._parts = Parts(plan, network, asked, sources, reduction, finite, several, carried, summed)
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
@@ -206,7 +207,8 @@ class StepContext:
         """
         network = self.network
         network.zero_grad()
-        weights = self._parts.reduction.agree(weights)
+        if self._parts.several:
+            weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
             self._parts.finite.fail("A method's weights aren't finite.")
         if gradients.graph is None:
@@ -340,7 +342,8 @@ class StepContext:
                 if not finite.applied(gradients, total):
                     finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
-            reduction.agree()
+            if self._parts.several:
+                reduction.agree()
             if not self.stepping:
                 return True
             if norm is not None:
@@ -427,8 +430,8 @@ class StepContext:
             weights=None if by_name is None else MappingProxyType(by_name),
             skipped=self.skipped,
             reason=self.reason,
-            num_forward=self.num_forward,
-            num_backward=self.num_backward,
+            num_forward=self._parts.num_forward,
+            num_backward=self._parts.num_backward,
             num_optimizer_steps=self.num_optimizer_steps,
             engine=self._parts.engine,
             num_fallbacks=num_fallbacks,

@@ -324,10 +324,9 @@ class Network:
 
     def seed(self, loss: Tensor, factor: float) -> Tensor | None:
         """The cotangent of a loss: its factor times the scaler's scale; None for 1."""
-        scale = self.scale(loss.device)
-        if scale is None and factor == 1:
+        if self.scaler is None and factor == 1:
             return None
-        seed = torch.ones_like(loss) * factor
+        scale, seed = self.scale(loss.device), torch.ones_like(loss) * factor
         return seed if scale is None else seed * scale.to(seed)
 
     def reaches(self, task: int, parameter: Tensor) -> bool:

@@ -116,7 +116,7 @@ class Sampled:
         own: Mapping[str, tuple[Any, ...]] = {}
         if not who.startswith("single-task "):
             spec = parse_method(who)
-            own = getattr(method_class(spec.name), "tuning_space", {})
+            own = method_class(spec.name).tuning_space
             options = {name: _draw(trial, f"{spec.name}.{name}", entry) for name, entry in own.items()}
             drawn |= {"method.options": {**options, **spec.hyperparameters}} if options else {}
         return drawn

@@ -1,7 +1,5 @@
 """PCD: close to the primary task's gradient, with a share of their own progress for all others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -76,12 +74,6 @@ class PCD(GramianWeighting):
         """Running means of the squared norms, and the number of steps in each."""
         self.add_state("squares", torch.zeros(num_tasks, dtype=torch.float64))
         self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the primary task and the shares with the tasks."""
-        self.primary.bind(tasks)
-        self.tau.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]. Moves the running means of the present tasks."""

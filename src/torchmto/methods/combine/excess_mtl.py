@@ -1,16 +1,14 @@
 """ExcessMTL: weights by estimated excess risks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_number
-from torchmto.methods.method import Domain, Method, Properties
+from torchmto.methods.method import Domain, Method
 from torchmto.methods.registry import register_method
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import StepContext, StepInfo, TaskGradients
 
 LEAST = 1e-6
 """Smallest share of a weight in their sum: from 0 no factor brings it back."""
@@ -41,7 +39,8 @@ class ExcessMTL(Method):
     family = "combiner"
     source = "He et al., ICML 2024, Algorithm 1"
     use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
-    properties = Properties()
+    tuning_space = {"step_size": ("log", 1e-3, 1e-1)}
+    whole_rows = "sums the squares of the rows in its state"
     domain = Domain(corners="No weight falls below 1e-6 of the sum, from where a task can come back.")
     weights: Tensor
     first: Tensor
@@ -57,10 +56,6 @@ class ExcessMTL(Method):
         self.add_state("weights", torch.ones(num_tasks, dtype=torch.float64))
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("squares", torch.zeros(num_tasks, 0))
-
-    def refusal(self, network: Network) -> str:
-        """The sums of squares are as large as the rows."""
-        return "sums the squares of the rows in its state" if network.divided else ""
 
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torchmto.checks import check_choice, check_integer, found
 
+__all__ = ["Setting"]
+
 FAMILIES = ("loss weighting", "gramian", "layerwise", "sequential", "task groups")
 
 
