@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, check_alike, tell
-from torchmto.step.noise import Noise
 from torchmto.step.parts import Carried
+from torchmto.step.plan import Plan
 from torchmto.step.wrappers import replicas
 
 STATE_VERSION = 1
@@ -161,7 +161,9 @@ class MultiTask:
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self.method = method
         self.weights = self._check_weights(weights)
-        parts = [part for whole in self._methods() for part in whole.parts()]
+        weighting = [self.weights] if isinstance(self.weights, LossWeighting) else []
+        self._methods: tuple[Method, ...] = (method, *weighting)
+        parts = [part for whole in self._methods for part in whole.parts()]
         twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
         if twice is not None:
             raise ValueError(f"Method `{twice.name}` is used in two places. Each needs an object of its own.")
@@ -182,6 +184,7 @@ class MultiTask:
             sparse=isinstance(method, LossWeighting),
         )
         self._met = False
+        self._driven = False
         self._carried: dict[int, Carried] | None = None
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
@@ -198,6 +201,7 @@ class MultiTask:
             first = method.generator.initial_seed()
             if seed is not None or self.weights.generator.initial_seed() == first:
                 self.weights.seed(derived_seed(first, "weights"))
+        self._steps = self._plan()
 
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""
@@ -216,7 +220,7 @@ class MultiTask:
         elif self.network.ranks.size > 1 and not engine.adds:
             reason = "it works on one process"
         if engine.optional:
-            if reason or any(part.refusal(self.network) for part in self._methods()):
+            if reason or any(part.refusal(self.network) for part in self._methods):
                 self.network.engine = None
         elif reason:
             raise ValueError(f'gradients="{engine.name}" can\'t be used here: {reason}. Use gradients="parameters".')
@@ -224,7 +228,7 @@ class MultiTask:
     def _check_methods(self) -> None:
         """Raise if a method can't work on the network, or brings gradients that the optimizer can't take."""
         network = self.network
-        for part in self._methods():
+        for part in self._methods:
             reason = part.refusal(network)
             if reason:
                 where = "sharded parameters" if network.sharded else "shard_gradients=True"
@@ -254,11 +258,6 @@ class MultiTask:
             check_number(f"weights[{name!r}]", value, minimum=0)
         return {name: float(weights.get(name, 1.0)) for name in self.tasks}
 
-    def _methods(self) -> Iterator[Method]:
-        yield self.method
-        if isinstance(self.weights, LossWeighting):
-            yield self.weights
-
     def _weigh(self) -> tuple[Weigh | None, bool]:
         """The user's loss weights as a function, and whether they are fixed."""
         if self.weights is None:
@@ -271,6 +270,18 @@ class MultiTask:
             return values.new_tensor([factors[i] for i in indices])
 
         return weigh, True
+
+    def _plan(self) -> Plan:
+        """What all steps have in common."""
+        weigh, weigh_fixed = self._weigh()
+        parts = [part for whole in self._methods for part in whole.parts()]
+        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in parts)
+        return Plan(
+            self.tasks,
+            weigh=weigh,
+            weigh_fixed=weigh_fixed,
+            outside=[part.outside for part in self._methods] if bounded else (),
+        )
 
     # ------------------------------------------------------------------ the step
 
@@ -302,10 +313,7 @@ class MultiTask:
                 under ``on_nonfinite="raise"``.
         """
         self._carried = None
-        with self._together():
-            context = self._context(losses, tasks, independent)
-            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
-                return self._step(context)
+        return self._run(self._take, losses, tasks, independent)
 
     def backward(
         self,
@@ -347,28 +355,16 @@ class MultiTask:
             >>> optimizer.step()
         """
         carried, self._carried = self._carried, None
-        with self._together():
-            accumulated = carried is not None or not final
-            self._check_backward(1 + len(independent), accumulated=accumulated)
-            carried = {} if carried is None and accumulated else carried
-            context = self._context(losses, tasks, independent, stepping=False, carried=carried)
-            if carried and context.asked != self._carried_tasks:
-                raise ValueError(
-                    "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
-                    f"{list(context.asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
-                    "closure returns instead."
-                )
-            with self.network.no_sync(), keeping_buffers(), self._undoing(context):
-                if final:
-                    return self._step(context)
-                context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
-                info = context.info()
-        self._carried, self._carried_tasks = carried, context.asked
+        if final:
+            return self._run(self._take, losses, tasks, independent, stepping=False, carried=carried)
+        carried = {} if carried is None else carried
+        info = self._run(self._keep, losses, tasks, independent, stepping=False, carried=carried)
+        self._carried = carried
         return info
 
     def _check_backward(self, num_sources: int, *, accumulated: bool) -> None:
         """Raise if a method, or an engine, can't do with one backward and no step."""
-        for part in self._methods():
+        for part in self._methods:
             reason = part.no_backward(num_sources)
             if reason:
                 raise ValueError(
@@ -387,7 +383,48 @@ class MultiTask:
         fixed = self.weights is None or not isinstance(self.weights, LossWeighting) or self.weights.fixed
         return fixed and isinstance(self.method, LossWeighting) and self.method.fixed
 
-    def _step(self, context: StepContext) -> StepInfo:
+    def _run(
+        self,
+        work: Callable[[StepContext], StepInfo],
+        losses: Source | Sequence[Source],
+        tasks: Iterable[str] | None,
+        independent: Sequence[Any],
+        *,
+        stepping: bool = True,
+        carried: dict[int, Carried] | None = None,
+    ) -> StepInfo:
+        """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
+        network = self.network
+        ranks = network.ranks
+        try:
+            if ranks.size > 1 and not self._met:
+                check_alike(ranks, self.tasks)
+                self._met = True
+            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
+            network.mark()
+            self._kept = [(part, part.snapshot()) for part in self._methods]
+            try:
+                with network.no_sync(), keeping_buffers():
+                    return work(context)
+            except BaseException:
+                if context.num_optimizer_steps == 0:
+                    self._undo(keep_buffers=False)
+                raise
+            finally:
+                self._kept = []
+        except EndedTogether as ended:
+            raise ended.error from None
+        except BaseException as error:
+            tell(ranks, len(self.tasks), network.device, error)
+            raise
+
+    def _undo(self, *, keep_buffers: bool) -> None:
+        self.network.undo(keep_buffers=keep_buffers)
+        for part, kept in self._kept:
+            part.restore(kept)
+
+    def _take(self, context: StepContext) -> StepInfo:
+        """The method's step on a whole batch, or on the last part of one that is accumulated."""
         try:
             info = self.method.step(context)
             if not context.any_losses:
@@ -405,21 +442,11 @@ class MultiTask:
             return context.info()
         return info
 
-    @contextlib.contextmanager
-    def _together(self) -> Iterator[None]:
-        """An error on one rank ends the step on all of them."""
-        network = self.network
-        ranks = network.ranks
-        if ranks.size > 1 and not self._met:
-            check_alike(ranks, self.tasks)
-            self._met = True
-        try:
-            yield
-        except EndedTogether as ended:
-            raise ended.error from None
-        except BaseException as error:
-            tell(ranks, len(self.tasks), network.device, error)
-            raise
+    def _keep(self, context: StepContext) -> StepInfo:
+        """One micro-batch of a batch that is accumulated, which isn't the last."""
+        context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
+        self._carried_tasks = context.asked
+        return context.info()
 
     def _context(
         self,
@@ -427,36 +454,45 @@ class MultiTask:
         tasks: Iterable[str] | None,
         independent: Sequence[Any],
         *,
-        stepping: bool = True,
-        carried: dict[int, Carried] | None = None,
+        stepping: bool,
+        carried: dict[int, Carried] | None,
     ) -> StepContext:
         """Check the arguments of a step."""
-        asked = self.tasks if tasks is None else check_tasks(tasks)
-        unknown = [name for name in asked if name not in self.tasks]
-        if unknown:
-            raise ValueError(unknown_task(unknown[0], self.tasks))
+        asked = self.tasks
+        if tasks is not None:
+            given = check_tasks(tasks)
+            unknown = [name for name in given if name not in self.tasks]
+            if unknown:
+                raise ValueError(unknown_task(unknown[0], self.tasks))
+            asked = tuple(name for name in self.tasks if name in given)
         sources = [self._micro_batches("losses", losses)]
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        if not stepping:
+            self._check_backward(len(sources), accumulated=carried is not None)
+        if carried and asked != self._carried_tasks:
+            raise ValueError(
+                "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
+                f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
+                "closure returns instead."
+            )
         network = self.network
         network.refresh()
-        self._warn_of_gradients()
-        weigh, weigh_fixed = self._weigh()
+        if not self._driven:
+            self._warn_of_gradients()
+            self._driven = True
+        about = ""
+        if network.ranks.size > 1:
+            states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
+            about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
+        summed = carried is not None and self._summed
+        plan = self._steps
+        # What may be changed between steps.
+        plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
+        plan.repeats = any(part.repeats for part in self._methods)
         return StepContext(
-            network,
-            self.tasks,
-            sources,
-            asked=tuple(name for name in self.tasks if name in asked),
-            on_nonfinite=self.on_nonfinite,
-            weigh=weigh,
-            weigh_fixed=weigh_fixed,
-            noise=Noise(network.room, same=self.same_noise, keep=self._repeats()),
-            fingerprint=self._fingerprint(),
-            outside=[part.outside for part in self._methods()],
-            stepping=stepping,
-            carried=carried,
-            summed=carried is not None and self._summed,
+            plan, network, sources, asked=asked, about=about, stepping=stepping, carried=carried, summed=summed
         )
 
     def _warn_of_gradients(self) -> None:
@@ -472,24 +508,13 @@ class MultiTask:
                 "itself. Add such a term to the losses; `optimizer.zero_grad()` before the first step ends this warning.",
             )
 
-    def _fingerprint(self) -> str:
-        """The methods and their random states, which must be the same on all ranks."""
-        if self.network.ranks.size == 1:
-            return ""
-        states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods()]
-        return ", ".join(states)
-
-    def _repeats(self) -> bool:
-        """Whether a step runs the model more than once."""
-        return any(part.repeats for part in self._methods())
-
     def _micro_batches(self, name: str, value: Any) -> list[Source]:
         entries = list(value) if isinstance(value, list | tuple) else [value]
         if not entries:
             raise ValueError(f"Parameter `{name}` should hold at least one closure. Found an empty list.")
         for entry in entries:
             if isinstance(entry, Mapping):
-                repeats = next((part for part in self._methods() if part.repeats), None)
+                repeats = next((part for part in self._methods if part.repeats), None)
                 if repeats is not None:
                     raise needs_closure(f"Method `{repeats.name}`")
             elif not callable(entry):
@@ -499,31 +524,12 @@ class MultiTask:
                 )
         return entries
 
-    @contextlib.contextmanager
-    def _undoing(self, context: StepContext) -> Iterator[None]:
-        """After an error before the first optimizer step, put everything back."""
-        self.network.mark()
-        self._kept = [(part, part.snapshot()) for part in self._methods()]
-        try:
-            yield
-        except BaseException:
-            if context.num_optimizer_steps == 0:
-                self._undo(keep_buffers=False)
-            raise
-        finally:
-            self._kept = []
-
-    def _undo(self, *, keep_buffers: bool) -> None:
-        self.network.undo(keep_buffers=keep_buffers)
-        for part, kept in self._kept:
-            part.restore(kept)
-
     # ------------------------------------------------------------------ what a trainer tells the method
 
     @property
     def wants_shares(self) -> bool:
         """Whether :meth:`report` should be given shares in [0, 1], higher being better (dtp), and not plain metrics."""
-        return any(part.wants_shares for part in self._methods())
+        return any(part.wants_shares for part in self._methods)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Tell the method validation results: task -> performance. Used by dtp and wpcgrad with priority="performance".
@@ -541,19 +547,19 @@ class MultiTask:
             number = value.item() if hasattr(value, "item") else value
             values[name] = check_number(f"performance[{name!r}]", number)
         with self._restoring():
-            for part in self._methods():
+            for part in self._methods:
                 part.report(values)
 
     def end_window(self) -> None:
         """Tell the method that an averaging window (usually an epoch) has ended. Used by dwa and wpcgrad."""
         with self._restoring():
-            for part in self._methods():
+            for part in self._methods:
                 part.end_window()
 
     @contextlib.contextmanager
     def _restoring(self) -> Iterator[None]:
         """After an error, put the methods' states back."""
-        kept = [(part, part.snapshot()) for part in self._methods()]
+        kept = [(part, part.snapshot()) for part in self._methods]
         try:
             yield
         except BaseException:
@@ -600,7 +606,7 @@ class MultiTask:
         if missing:
             raise ValueError(f"The saved state isn't complete: it has no {missing[0]}.")
         self._carried = None
-        kept = [(part, part.state_dict()) for part in self._methods()]
+        kept = [(part, part.state_dict()) for part in self._methods]
         loading = "method_state"
         try:
             self.method.load_state_dict(state["method_state"])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.nodes import has_hooks, hooked, saved
 from torchmto.gradients.rows import products
+from torchmto.gradients.torch_private import has_hooks, hooked, saved
 
 AT_ONCE = 2**20
 """Elements of the cotangents that are multiplied at a time: as much as stays in a processor's cache."""

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+
+from torchmto.gradients.torch_private import flattened
 
 FEW = 2048
 """Elements up to which a gradient is copied next to others: adding up many small tensors one by one takes longer."""
@@ -36,14 +37,12 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """
     if not gradients:
         return torch.zeros(())
-    small: list[Tensor] = []
-    parts: list[Tensor] = []
-    for gradient in gradients:
-        if not gradient.is_cpu:
-            return nn.utils.get_total_norm(gradients)
-        (small if gradient.numel() <= FEW else parts).append(gradient)
-    if small:
-        parts.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
+    if False in [gradient.is_cpu for gradient in gradients]:
+        return nn.utils.get_total_norm(gradients)
+    parts = [gradient for gradient in gradients if gradient.numel() > FEW]
+    if len(parts) < len(gradients):
+        small = gradients if not parts else [gradient for gradient in gradients if gradient.numel() <= FEW]
+        parts.append(flattened(small))
     total = parts[0].sum()
     for part in parts[1:]:
         total = total + part.sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.nodes import has_hooks, native, number_of
+from torchmto.gradients.torch_private import has_hooks, native, number_of
 
 Edge = tuple[Node, int]
 """A node of the backward graph and which of its inputs: the gradient of one output of a forward operation."""

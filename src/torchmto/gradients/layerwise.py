@@ -28,10 +28,10 @@ from torchmto.gradients.engine import Engine, Piece, Take, ratio
 from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.graph import Graph, Segment, cut, read_graph
 from torchmto.gradients.hooks import quiet
-from torchmto.gradients.nodes import Hooks, hooked
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.rows import products
 from torchmto.gradients.stack import Stack, merge
+from torchmto.gradients.torch_private import Hooks, hooked
 from torchmto.gradients.walk import Walk
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from torchmto.gradients.engine import Engine, Piece, Take, ratio
 from torchmto.gradients.finite import plain, real
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.hooks import quiet
 from torchmto.gradients.rows import gramian
+from torchmto.gradients.torch_private import tree_leaves
 
 
 class Representation(Engine):

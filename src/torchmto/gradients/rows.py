@@ -19,9 +19,9 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and span == tensor.numel()
 
 
-def _kind(parameter: Tensor) -> tuple[object, ...]:
+def _kinds(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """What the memory of a gradient matrix depends on."""
-    return parameter.dtype, parameter.device, parameter.stride()
+    return [(parameter.dtype, parameter.device, parameter.stride()) for parameter in parameters]
 
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -66,12 +66,13 @@ def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
     other = matrix if other is None else other
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
     whole = matrix.shape[1] // BLOCK
+    if not whole:
+        return (matrix @ other.T).to(wide)
     product = (matrix[:, whole * BLOCK :] @ other[:, whole * BLOCK :].T).to(wide)
-    if whole:
-        left, right = (
-            torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
-        )
-        product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
+    left, right = (
+        torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
+    )
+    product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 
@@ -108,10 +109,11 @@ class Rows:
 
     def begin(self) -> None:
         """Forget the last step's rows; the memory is kept, unless the parameters have changed type, place or layout."""
-        self.wait()
+        if self._sent:
+            self.wait()
         self.tasks = []
         self._filled = []
-        if [_kind(parameter) for parameter in self.parameters] != self._kinds:
+        if _kinds(self.parameters) != self._kinds:
             parameters, self.parameters = self.parameters, []
             self._buffer = self._buffer[:, :0]
             self.grow(parameters)
@@ -138,7 +140,7 @@ class Rows:
         self._buffer = buffer
         self._combined = None
         self._row_views = [views_of(row, parts) for row in buffer]
-        self._kinds = [_kind(parameter) for parameter in self.parameters]
+        self._kinds = _kinds(self.parameters)
 
     def row_of(self, task: int) -> int:
         """The row of ``task``; a new zero row if it has none yet."""

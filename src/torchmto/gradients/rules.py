@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.gradients.nodes import saved
+from torchmto.gradients.torch_private import saved
 
 Rule = Callable[[Any, Tensor, Sequence[bool]], Sequence[Tensor | None] | None]
 """(node, cotangents [k, *shape], which inputs need one) -> cotangents of the inputs; None: call the node once for each."""

@@ -1,7 +1,7 @@
 """Hugging Face's Trainer: several tasks by any method that takes one step from one pass.
 
-``mt.backward`` takes the place of ``accelerator.backward(loss)``; clipping, ``grad_norm``, precision, schedules, checkpoints and
-the one optimizer step per effective batch stay the Trainer's.
+``mt.backward`` takes the place of ``accelerator.backward(loss)``; clipping, ``grad_norm``, precision, schedules, checkpoints
+and the one optimizer step per effective batch stay the Trainer's.
 """
 
 from __future__ import annotations
@@ -130,8 +130,7 @@ class MultiTaskTrainer(Trainer):
         if isinstance(options.get("weights"), str):
             options["weights"] = make_method(options["weights"])
         for part in (method, options.get("weights")):
-            reason = part.no_backward(1) if isinstance(part, Method) else ""
-            if reason:
+            if isinstance(part, Method) and (reason := part.no_backward(1)):
                 raise ValueError(
                     f"Method `{part.name}` {reason}, and the Trainer takes one step per batch: call mt.step(closure) in a "
                     "loop of your own, or use torchmto.integrations.lightning."
@@ -201,8 +200,9 @@ class MultiTaskTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """``mt.backward`` on one micro-batch; what is returned adds up to the loss of the effective batch."""
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        switch = getattr(self.optimizer, "train", None)
+        if callable(switch):
+            switch()
         inputs = self._prepare_inputs(inputs)
         mt = self.multitask
         epoch = int(self.state.epoch or 0)
@@ -245,7 +245,9 @@ class MultiTaskTrainer(Trainer):
         else:
             losses, outputs = self.task_losses(model, inputs, self.tasks, return_outputs=True)
         size = _batch_size(inputs)
-        counted = {task: loss if isinstance(loss, tuple | list) else (loss, size) for task, loss in losses.items()}
+        counted: dict[str, Any] = {
+            task: loss if isinstance(loss, tuple | list) else (loss, size) for task, loss in losses.items()
+        }
         if self._evaluated is not None:
             _add(self._evaluated, counted)
         total = sum((loss for loss, _ in counted.values()), torch.zeros((), device=self.args.device))
@@ -263,20 +265,29 @@ class MultiTaskTrainer(Trainer):
             labels = self.data_collator.filled(labels, _batch_size(inputs), self.args.device)
         return loss, logits, labels
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
         """The Trainer's, with every task's loss over the whole set."""
         self._evaluated = {}
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             mine = torch.tensor([self._evaluated.get(task, [0.0, 0.0]) for task in self.tasks], dtype=torch.float64)
         finally:
             self._evaluated = None
         totals = self.accelerator.reduce(mine.to(self.args.device), "sum").tolist()
         losses = {task: total / count for task, (total, count) in zip(self.tasks, totals, strict=True) if count}
-        output.metrics.update({f"{metric_key_prefix}_{task}_loss": loss for task, loss in losses.items()})
+        metrics = (output.metrics or {}) | {f"{metric_key_prefix}_{task}_loss": loss for task, loss in losses.items()}
         if losses:
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
-        return output
+            metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
+        return output._replace(metrics=metrics)
 
     # ------------------------------------------------------------------ checkpoints
 

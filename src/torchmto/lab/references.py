@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -22,7 +23,7 @@ from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, model_options, models
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
 
-__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve"]
+__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve", "without_place"]
 
 GROUP = "torchmto.problems"
 
@@ -92,6 +93,17 @@ def resolve(reference: str, what: str = "data") -> Reference:
         f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
         f"Found `{reference}`.{nearest(head, known)}"
     )
+
+
+def without_place(reference: str) -> str:
+    """What a reference names, wherever that is on a machine: a data set without its path, a file without its folder.
+
+    Example:
+        >>> without_place("nyuv2:/data/nyuv2.npz"), without_place("/home/me/farm.py:farm")
+        ('nyuv2', 'farm.py:farm')
+    """
+    head = reference.partition(":")[0]
+    return head if head in datasets() else re.sub(r"^.*[/\\](?=[^/\\]+\.py:)", "", reference)
 
 
 def _file_of(function: Any) -> Path | None:
@@ -164,7 +176,8 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
             if needed and name not in {**arguments, **given}:
                 raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
         problem = found.function(**arguments, **given)
-        source, loadable = None if found.file is None else source_hash(found.file), not head.startswith("__main__")
+        own = None if head.startswith("torchmto.") else found.file  # this package has versions of its own
+        source, loadable = None if own is None else source_hash(own), not head.startswith("__main__")
     if not isinstance(problem, Problem):
         raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
     return replace(problem, origin=Origin(reference, dict(options), source, loadable))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, warn
+from torchmto.methods.per_task import ByTask
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -102,6 +104,12 @@ class Method(ABC):
         family: "loss weighting", "gramian", "combiner" or "procedure".
         source: Where it comes from: authors, venue, year, equation.
         use: When to use it, in one sentence.
+        norms: "shared", or "per task": what it is made for is a model with one copy of every norm for each task.
+        adapts: Whether it adapts the size of every step itself, so that its optimizer had better be plain SGD.
+        whole_rows: What it does with whole rows of gradients, if it does: then it can't work where every rank holds a part of
+            the columns only (``network.divided``: by ``shard_gradients=True`` or because FSDP shards the parameters).
+        tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
+            ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
@@ -115,6 +123,10 @@ class Method(ABC):
     family: ClassVar[str] = ""
     source: ClassVar[str] = ""
     use: ClassVar[str] = ""
+    norms: ClassVar[Literal["shared", "per task"]] = "shared"
+    adapts: ClassVar[bool] = False
+    whole_rows: ClassVar[str] = ""
+    tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
@@ -154,18 +166,29 @@ class Method(ABC):
             raise ValueError(f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}.")
 
     def bind(self, tasks: tuple[str, ...]) -> None:
-        """Tell the method the names of its tasks, once, before the first step.
+        """Tell the method, the methods inside it and its values per task the names of the tasks, once, before the first step.
 
         Raises:
             ValueError: If it is bound to other tasks already, or its hyper-parameters don't fit them.
         """
         if self.tasks and self.tasks != tasks:
             raise ValueError(f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}.")
+        # What is inside first: where it doesn't fit the tasks, this method stays unbound.
+        for value in vars(self).values():
+            if isinstance(value, ByTask):
+                value.bind(tasks)
+        for inner in self._inner():
+            inner.bind(tasks)
         self.tasks = tasks
         self.ensure_setup(len(tasks))
+        for inner in self._inner():
+            if inner.tasks != tasks:
+                inner.bind(tasks)
+
+    # An event reaches the methods inside by these defaults: what overrides one of them, and holds methods, calls super().
 
     def attach(self, network: Network) -> None:
-        """Look at the network before the first step. Most methods needn't; the methods inside are shown it."""
+        """Look at the network before the first step."""
         for inner in self._inner():
             inner.attach(network)
 
@@ -179,10 +202,8 @@ class Method(ABC):
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
-        checksum = zlib.crc32(self.generator.get_state().numpy().tobytes())
-        for value in self._inner():
-            checksum = zlib.crc32(value.random_checksum().to_bytes(4, "little"), checksum)
-        return checksum
+        states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
+        return functools.reduce(lambda checksum, state: zlib.crc32(state, checksum), states, 0)
 
     def _inner(self) -> list[Method]:
         """The methods inside this one."""
@@ -231,22 +252,15 @@ class Method(ABC):
             raise ValueError(reason)
 
     def refusal(self, network: Network) -> str:
-        """Why the method can't work on a network; empty if it can.
-
-        Where every rank holds a part of the gradient matrix' columns only (``network.divided``: by ``shard_gradients=True`` or
-        because FSDP shards the parameters), a method that looks at the rows themselves can't.
-        """
+        """Why the method, or one inside it, can't work on a network; empty if it can."""
+        if network.divided and self.whole_rows:
+            return self.whole_rows
         return next((reason for reason in (value.refusal(network) for value in self._inner()) if reason), "")
 
     @property
     def repeats(self) -> bool:
         """Whether a step of this method, or of one inside it, runs the model more than once."""
-        inner = (getattr(self, state) for state in self._states)
-        return (
-            self.needs_closure
-            or self.needs_losses_after
-            or any(isinstance(value, Method) and value.repeats for value in inner)
-        )
+        return any(part.needs_closure or part.needs_losses_after for part in self.parts())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
@@ -320,14 +334,17 @@ class Method(ABC):
     @property
     def wants_shares(self) -> bool:
         """Whether this method, or one inside it, takes reported performances as shares in [0, 1] (dtp)."""
-        inner = (getattr(self, name) for name in self._states)
-        return self.takes_shares or any(part.wants_shares for part in inner if isinstance(part, Method))
+        return any(part.takes_shares for part in self.parts())
 
     def report(self, performance: Mapping[str, float]) -> None:
-        """Validation results, one number per task (``mt.report``). Most methods don't use them."""
+        """Validation results, one number per task (``mt.report``)."""
+        for inner in self._inner():
+            inner.report(performance)
 
     def end_window(self) -> None:
-        """End of an averaging window, usually an epoch (``mt.end_window``). Most methods don't use it."""
+        """End of an averaging window, usually an epoch (``mt.end_window``)."""
+        for inner in self._inner():
+            inner.end_window()
 
     # ------------------------------------------------------------------ the step
 
@@ -349,6 +366,8 @@ class Method(ABC):
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
+        for inner in self._inner():
+            inner.after_step(losses, context)
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -605,15 +624,12 @@ class GradientCombiner(Method):
     """
 
     family = "combiner"
+    whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
 
     def __init__(self, *, heads: str = "unit") -> None:
         super().__init__()
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
         self.head_weights: Tensor | None = None
-
-    def refusal(self, network: Network) -> str:
-        """Combiners look at the rows themselves."""
-        return "combines the rows entry by entry or layer by layer, or tracks them" if network.divided else ""
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:

@@ -5,6 +5,7 @@ kept, and all inner products come from the Gramian. The loops run over K tasks; 
 the other K.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +27,9 @@ POLE = 1e-12
 """GradVac: cosine targets, whose formula has a pole at 1, stay this far from it, or as far as cosines are uncertain."""
 
 
+@functools.lru_cache(maxsize=64)
 def identity_orders(num_tasks: int) -> Order:
-    """For every task the others in ascending order, shape [K, K - 1].
+    """For every task the others in ascending order, shape [K, K - 1]; not to be changed in place.
 
     >>> identity_orders(3)
     array([[1, 2],
@@ -35,7 +37,9 @@ def identity_orders(num_tasks: int) -> Order:
            [0, 1]])
     """
     others = np.tile(np.arange(num_tasks), (num_tasks, 1))
-    return others[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, num_tasks - 1)
+    others = others[~np.eye(num_tasks, dtype=bool)].reshape(num_tasks, num_tasks - 1)
+    others.setflags(write=False)
+    return others
 
 
 def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
@@ -63,7 +67,7 @@ def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Proje
     array([2.  , 1.25])
     """
     unit = unit_gramian(gramian)
-    return _project_off_originals(unit, _check_orders(orders, unit.num_tasks), allowed=None)
+    return _project_off_originals(unit, _check_orders(orders, len(unit.norms)), allowed=None)
 
 
 def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
@@ -115,7 +119,7 @@ def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArra
             conflict *= active[turn]
         turns.add(turn, -conflict)
         shifts[turn] = -conflict
-    return _projection(unit, turns.place(shifts, np.eye(unit.num_tasks)))
+    return _projection(unit, turns.place(shifts, np.eye(len(unit.norms))))
 
 
 class _Turns:
@@ -128,7 +132,8 @@ class _Turns:
     def __init__(self, unit: UnitGramian, orders: Order):
         self.others = np.ascontiguousarray(orders.T)
         self.shape = self.others.shape
-        self._places = self.others + unit.num_tasks * np.arange(unit.num_tasks)
+        num_tasks = len(unit.norms)
+        self._places = self.others + num_tasks * np.arange(num_tasks)
         self._originals = unit.cosines
         self._products = unit.cosines.copy()
 
@@ -291,11 +296,10 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike, *, precision: float | 
 
 def _projection(unit: UnitGramian, coefficients: Array) -> Projection:
     """From combinations of unit gradients to combinations of the gradients as they are."""
-    inverse = np.divide(1.0, unit.norms, out=np.zeros(unit.num_tasks), where=unit.norms > 0)
-    scaled = coefficients * unit.norms[:, None] * inverse
-    task = np.arange(unit.num_tasks)
-    scaled[task, task] = coefficients[task, task]
-    return Projection.of(scaled)
+    scaled = coefficients * unit.norms[:, None] * unit.inverse
+    scaled.flat[:: len(scaled) + 1] = coefficients.diagonal()
+    # The sum of the modified gradients needs no iteration and has no error to certify.
+    return Projection(scaled.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=scaled)
 
 
 def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:
@@ -303,6 +307,6 @@ def _check_orders(orders: npt.ArrayLike | None, size: int) -> Order:
     if orders is None:
         return expected
     array = np.asarray(orders)
-    if array.shape != expected.shape or not np.array_equal(np.sort(array, axis=1), expected):
+    if array.shape != expected.shape or not (np.sort(array, axis=1) == expected).all():
         raise ValueError(f"Each row of `orders` should be a permutation of the other {size - 1} tasks. Found {orders}.")
-    return array.astype(np.intp)
+    return array.astype(np.intp, copy=False)

@@ -39,8 +39,3 @@ class Projection(Solution):
     """
 
     coefficients: Array
-
-    @classmethod
-    def of(cls, coefficients: Array) -> "Projection":
-        """The sum of the modified gradients, which needs no iteration and has no error to certify."""
-        return cls(coefficients.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=coefficients)

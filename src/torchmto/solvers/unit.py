@@ -30,23 +30,36 @@ class UnitGramian:
 
     Attributes:
         norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
+        inverse: one over these lengths, 0 for a gradient that counts as zero.
         cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
         live: indices of the gradients that aren't zero.
-        rounding: rounding error of a cosine.
-        noise: what rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
-            gradients whose squared length is no more than this, with squared weights that sum to 1, may vanish.
+        precision: machine precision of the gradients.
     """
 
     norms: Array
+    inverse: Array
     cosines: Array
     live: npt.NDArray[np.intp]
-    rounding: float
-    noise: float
+    precision: float
 
     @property
     def num_tasks(self) -> int:
         """The number of tasks K, zero gradients included."""
         return len(self.norms)
+
+    @property
+    def rounding(self) -> float:
+        """The rounding error of a cosine."""
+        return rounding_error(self.precision)
+
+    @property
+    def noise(self) -> float:
+        """What rounding errors can add to an eigenvalue of the cosines, or take away.
+
+        A combination of unit gradients whose squared length is no more than this, with squared weights that sum to 1, may
+        vanish.
+        """
+        return eigenvalue_noise(self.precision, self.num_tasks)
 
     @property
     def resolution(self) -> float:
@@ -87,7 +100,7 @@ def check_gramian(gramian: npt.ArrayLike) -> Array:
     """
     array = check_square(gramian)
     array = (array + array.T) / 2
-    np.fill_diagonal(array, array.diagonal().clip(min=0.0))
+    array.flat[:: len(array) + 1] = np.maximum(array.diagonal(), 0.0)
     return array
 
 
@@ -117,21 +130,21 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     """
     precision = check_precision(precision, gramian)
     array = check_gramian(gramian)
-    rounding = rounding_error(precision)
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    cosines = np.clip(array * inverse * inverse[:, None], -1.0, 1.0)
-    live = np.flatnonzero(norms)
+    cosines = (array * inverse * inverse[:, None]).clip(-1.0, 1.0)
+    live = norms.nonzero()[0]
     cosines[live, live] = 1.0
-    return UnitGramian(norms, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
+    return UnitGramian(norms, inverse, cosines, live, precision)
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
     """The machine precision of gradients; where it isn't given, that of their Gramian's type, double at best."""
     if precision is None:
         dtype = getattr(gramian, "dtype", None)
-        return max(EPS, float(np.finfo(dtype).eps)) if isinstance(dtype, np.dtype) and dtype.kind == "f" else EPS
+        coarse = isinstance(dtype, np.dtype) and dtype.kind == "f" and dtype != np.float64
+        return max(EPS, float(np.finfo(dtype).eps)) if coarse else EPS
     if not 0.0 < precision < 1.0:
         raise ValueError(f"Parameter `precision` should be a float between 0 and 1. Found `precision = {precision}`.")
     return max(EPS, float(precision))

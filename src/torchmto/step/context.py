@@ -10,15 +10,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import finite_mark
-from torchmto.step.finite import FiniteChecks, SkippedError
+from torchmto.gradients import finite_mark, real
+from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
-from torchmto.step.info import StepInfo, conflicts
-from torchmto.step.losses import Losses, Outside, Source, Weigh, empty_batch
+from torchmto.step.info import StepInfo
+from torchmto.step.losses import Losses, Source, Weigh, empty_batch
 from torchmto.step.network import Network
-from torchmto.step.noise import Noise
 from torchmto.step.parts import Carried, Parts
-from torchmto.step.reduction import Reduction, Sums
+from torchmto.step.plan import Plan
+from torchmto.step.reduction import Reduction
 from torchmto.step.task_gradients import TaskGradients, set_heads
 from torchmto.step.weighted import accumulate, finish, weighted_backward
 from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products, keep_rows
@@ -32,16 +32,11 @@ class StepContext:
     closures called, gradients computed and optimizers stepped, so only here is anything counted.
 
     Args:
+        plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
-        tasks: The names of all tasks.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
         asked: The tasks this step is about.
-        on_nonfinite: "raise" or "skip".
-        weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
-        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
-        noise: Random states of the step's forwards, for those that are repeated.
-        fingerprint: What must be the same on all ranks, besides the tasks.
-        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it.
+        about: What must be the same on all ranks, besides the tasks.
         stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
         carried: What earlier calls have left of a batch that is accumulated; None for a batch of one call.
         summed: Whether that is a weighted sum, and not rows.
@@ -49,31 +44,26 @@ class StepContext:
 
     def __init__(
         self,
+        plan: Plan,
         network: Network,
-        tasks: tuple[str, ...],
         sources: Sequence[Sequence[Source]],
         *,
         asked: tuple[str, ...],
-        on_nonfinite: str = "raise",
-        weigh: Weigh | None = None,
-        weigh_fixed: bool = True,
-        noise: Noise,
-        fingerprint: str = "",
-        outside: Sequence[Outside] = (),
+        about: str = "",
         stepping: bool = True,
         carried: dict[int, Carried] | None = None,
         summed: bool = False,
     ) -> None:
         self.network = network
-        self.tasks = tasks
+        self.tasks = plan.tasks
         self.asked = asked
         self.num_optimizer_steps = 0
         self.skipped = False
         self.reason = ""
-        about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {fingerprint}"
-        reduction = Reduction(network, len(tasks), about, weigh=weigh, weigh_fixed=weigh_fixed)
-        finite = FiniteChecks(network, tasks, on_nonfinite, reduction, outside, stepping=stepping)
-        self._parts = Parts(network, tasks, asked, sources, noise, reduction, finite, carried=carried, summed=summed)
+        reduction = Reduction(network, plan, about, plan.weigh)
+        finite = FiniteChecks(network, plan, reduction, stepping)
+        several = network.ranks.size > 1
+        self._parts = Parts(plan, network, asked, sources, reduction, finite, several, carried, summed)
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
@@ -123,12 +113,11 @@ class StepContext:
             replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
                 state back; else draw new noise (unless ``same_noise`` is on).
         """
-        parts, sums = self._parts, Sums()
+        parts = self._parts
         parts.reduction.doing = "losses"
         with parts.noise.extra(replay=replay):
-            for chunk in forwards(parts, parts.request(tasks, None, source), grad=False):
-                sums.add(chunk)
-        return parts.reduction.over_ranks(sums)
+            chunks = list(forwards(parts, parts.request(tasks, None, source), grad=False))
+        return parts.reduction.over_ranks(chunks)
 
     def unweighted(self) -> Losses:
         """End the user's loss weighting for this step, and return the losses it weighted: the first of every task."""
@@ -164,6 +153,27 @@ class StepContext:
         compute = gradients_with_rows if rows else gradients_without_rows
         return compute(parts, parts.request(tasks, forward, source))
 
+    @contextlib.contextmanager
+    def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
+
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on).
+
+        Args:
+            shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
+        """
+        before = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
+        try:
+            with self._parts.noise.extra(replay=False):
+                with torch.no_grad():
+                    for parameter, shift in shifts:
+                        real(parameter.detach()).add_(shift)
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
 
@@ -197,8 +207,9 @@ class StepContext:
         """
         network = self.network
         network.zero_grad()
-        weights = self._parts.reduction.agree(weights)
-        if weights is not None and not bool(weights.isfinite().all()):
+        if self._parts.several:
+            weights = self._parts.reduction.agree(weights)
+        if weights is not None and any(value - value != 0 for value in weights.tolist()):
             self._parts.finite.fail("A method's weights aren't finite.")
         if gradients.graph is None:
             combine_rows(self._parts, gradients, weights, vector)
@@ -313,7 +324,7 @@ class StepContext:
         if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
         finite, reduction = self._parts.finite, self._parts.reduction
-        with network.optimizers.scaling():
+        with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
             if not gradients:
                 if unchecked and losses is not None:
@@ -322,17 +333,17 @@ class StepContext:
             norm = network.norm(gradients) if network.clip is not None or network.sharded else None
             mark = finite_mark(gradients) if norm is None else norm
             if unchecked and losses is not None:
-                weights = losses.raw[:0] if reduction.weights is None else reduction.weights.to(losses.raw)
-                *numbers, total = torch.cat([losses.raw, weights, mark.to(losses.raw).reshape(1)]).tolist()
-                finite.losses(losses, numbers[: len(losses.raw)])
-                finite.weights(losses, numbers[len(losses.raw) :])
+                values, weights, (total,) = in_one_transfer(losses.raw, reduction.weights, mark)
+                finite.losses(losses, values)
+                finite.weights(losses, weights)
             else:
                 total = float(mark)
             if total - total != 0:
                 if not finite.applied(gradients, total):
                     finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
-            reduction.agree()
+            if self._parts.several:
+                reduction.agree()
             if not self.stepping:
                 return True
             if norm is not None:
@@ -414,20 +425,17 @@ class StepContext:
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
-        cosines, num_conflicts = (
-            (None, None) if gradients is None else conflicts(gradients.gramian, gradients.precision)
-        )
         return StepInfo(
             losses=MappingProxyType({name: self._parts.finite.recorded[index] for index, name in names.items()}),
             weights=None if by_name is None else MappingProxyType(by_name),
             skipped=self.skipped,
             reason=self.reason,
-            num_forward=self.num_forward,
-            num_backward=self.num_backward,
+            num_forward=self._parts.num_forward,
+            num_backward=self._parts.num_backward,
             num_optimizer_steps=self.num_optimizer_steps,
-            num_conflicts=num_conflicts,
-            cosines=cosines,
             engine=self._parts.engine,
             num_fallbacks=num_fallbacks,
             records=MappingProxyType(dict(records or {})),
+            gramian=None if gradients is None else gradients.gramian,
+            precision=0.0 if gradients is None else gradients.precision,
         )

@@ -1,15 +1,16 @@
-"""The forwards of one step: closures are called here, and nowhere else."""
+"""The forwards of one step: closures are called here, and nowhere else, and what they return is checked."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from torchmto.checks import warn
+from torchmto.checks import unknown_task, warn
 from torchmto.gradients import check_keeps, nodes_made, reach_of
-from torchmto.step.losses import Chunk, Source, needs_closure, parse
+from torchmto.step.losses import Chunk, Source, needs_closure
 from torchmto.step.parts import Parts, Request
 from torchmto.task_norms import active_task
 
@@ -34,45 +35,129 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
         held, parts.held = parts.held, []
         yield from held
         return
-    network = parts.network
-    for number, closure in enumerate(parts.sources[request.source]):
+    network, micro_batches = parts.network, parts.sources[request.source]
+    # Whether losses are averages over several forwards with the same tasks, so that counts matter.
+    averaged = parts.several or len(micro_batches) > 1 or parts.carried is not None
+    for number, closure in enumerate(micro_batches):
         for group in groups(parts, closure, request.asked):
-            parts.noise.before((request.source, number), group)
+            if parts.plan.repeats or parts.plan.same_noise:
+                parts.noise.before((request.source, number), group)
             # The graph of ready losses was made since the last look.
             start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
             chunk = _call(parts, closure, group, grad=grad)
+            if not averaged:
+                chunk.counts = dict.fromkeys(chunk.counts, 1.0)
             if grad:
                 network.nodes_made = nodes_made()
                 _observe(parts, chunk, closure, group, size=network.nodes_made - start)
                 if apart and (network.compiled or network.sharded):
                     check_keeps(loss for index, loss in chunk.losses.items() if index in request.wanted)
             if network.sharded:
-                parts.reduction.check_same(chunk, len(parts.sources[request.source]))
+                parts.reduction.check_same(chunk, len(micro_batches))
             yield chunk
 
 
 def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) -> Chunk:
     """Run one closure (or read ready losses) for the tasks ``names``."""
-    tasks, network = parts.tasks, parts.network
+    parts.num_forward += 1
     if isinstance(closure, Mapping):
         if id(closure) in parts.consumed:
             raise needs_closure("This method")
         parts.consumed.add(id(closure))
-        parts.num_forward += 1
-        given = {name: loss for name, loss in closure.items() if name in names or name not in tasks}
-        return parse(given, tasks, names, needs_graph=grad, active=None)[0]
+        return _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
     active = names[0] if len(names) == 1 else None
-    with contextlib.nullcontext() if active is None else active_task(active), torch.set_grad_enabled(grad):
-        result = closure(names)
-    parts.num_forward += 1
-    chunk, unasked = parse(result, tasks, names, needs_graph=grad, active=active)
-    if unasked is not None and not network.warned_unasked:
-        network.warned_unasked = True
+    with torch.set_grad_enabled(grad):
+        if active is None:
+            result = closure(names)
+        else:
+            with active_task(active):
+                result = closure(names)
+    return _parse(parts, result, names, needs_graph=grad, active=active)
+
+
+def _parse(
+    parts: Parts, result: object, asked: tuple[str, ...], *, needs_graph: bool, active: str | None, ready: bool = False
+) -> Chunk:
+    """Check what a closure returned for the tasks ``asked`` and sort it by task.
+
+    Args:
+        parts: The step's parts.
+        result: What it returned.
+        asked: The tasks.
+        needs_graph: Whether the losses must have a graph.
+        active: The task whose norms were active.
+        ready: Whether these are ready losses, which may be of more tasks than ``asked``.
+
+    Raises:
+        TypeError: If it isn't a mapping of scalar floating-point tensors.
+        ValueError: If it names an unknown task, or a loss isn't scalar or has no graph.
+    """
+    if not isinstance(result, Mapping):
+        raise TypeError(
+            f"A closure should return a mapping of task names to scalar losses. Found {type(result).__name__}."
+        )
+    taken = [(index, name) for index, name in enumerate(parts.plan.tasks) if name in result and name in asked]
+    if len(taken) < len(result):
+        _check_others(parts, result, asked, ready=ready)
+    losses: dict[int, Tensor] = {}
+    counts: dict[int, float] = {}
+    for index, name in taken:
+        loss: Any = result[name]
+        count = 1.0
+        if isinstance(loss, tuple):
+            loss, count = _counted(name, loss)
+            if count == 0:
+                continue
+        good = isinstance(loss, Tensor) and loss.dim() == 0 and loss.is_floating_point()
+        if not good or (needs_graph and not loss.requires_grad):
+            raise _refusal(name, loss)
+        losses[index] = loss
+        counts[index] = count
+    return Chunk(losses, counts, active)
+
+
+def _check_others(parts: Parts, result: Mapping[str, Any], asked: tuple[str, ...], *, ready: bool) -> None:
+    """Raise if there are losses of unknown tasks; warn once of losses that nobody asked for."""
+    unknown = [name for name in result if name not in parts.plan.tasks]
+    if unknown:
+        raise ValueError(unknown_task(unknown[0], parts.plan.tasks, "among the losses"))
+    if not ready and not parts.network.warned_unasked:
+        parts.network.warned_unasked = True
+        unasked = next(name for name in result if name not in asked)
         warn(
             f"The closure returned a loss for task `{unasked}`, which wasn't asked for; it is ignored. A closure gets the "
             "tuple of wanted task names and may compute only those. This warning isn't repeated.",
         )
-    return chunk
+
+
+def _counted(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:
+    """A loss and its count."""
+    if len(value) != 2:
+        raise ValueError(f"Task `{task}` should bring `loss` or `(loss, count)`. Found {len(value)} values.")
+    loss, count = value
+    count = float(count) if isinstance(count, int | float | Tensor) else count
+    if not isinstance(count, float) or not 0 <= count < float("inf"):
+        raise ValueError(f"The count of task `{task}` should be a non-negative number. Found {count!r}.")
+    return loss, count
+
+
+_WITHOUT_LABELS = "If the batch has no labels for it, leave the task out, or give it count 0."
+
+
+def _refusal(task: str, loss: object) -> Exception:
+    """Why this can't be a task's loss."""
+    if not isinstance(loss, Tensor):
+        return TypeError(
+            f"The loss of task `{task}` should be a scalar tensor. Found {type(loss).__name__}. {_WITHOUT_LABELS}"
+        )
+    if loss.dim() != 0:
+        return ValueError(f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}.")
+    if not loss.is_floating_point():
+        return TypeError(f"The loss of task `{task}` should be a floating-point tensor. Found dtype {loss.dtype}.")
+    return ValueError(
+        f"The loss of task `{task}` has no autograd graph, so it has no gradient. Was it computed under "
+        f"torch.no_grad(), detached, or from frozen parameters only? {_WITHOUT_LABELS}"
+    )
 
 
 def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -28,14 +29,13 @@ class StepInfo:
         num_forward: Calls of the closure, micro-batches and extra forwards included.
         num_backward: Backward passes.
         num_optimizer_steps: Optimizer steps taken.
-        num_conflicts: Pairs of tasks whose gradients have a negative inner product, by more than rounding errors; None if not
-            computed.
-        cosines: Cosines between the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the
-            order of ``losses`` (0 where a gradient is zero); None if the method doesn't compute the Gramian.
         engine: How the gradients of the tasks were computed: "parameters" (the rows), "layerwise", "mixed" or "representation";
             None if the step needed none.
         num_fallbacks: Solves that didn't converge and used the method's documented fallback.
         records: What the method records besides: phase, priority shares, groups, affinity, ...
+        gramian: Inner products of the present tasks' gradients on the shared parameters, a float64 tensor [k, k] in the order
+            of ``losses``; None if the method doesn't compute it.
+        precision: The machine precision of these gradients.
     """
 
     losses: Mapping[str, float]
@@ -45,17 +45,25 @@ class StepInfo:
     num_forward: int = 0
     num_backward: int = 0
     num_optimizer_steps: int = 0
-    num_conflicts: int | None = None
-    cosines: Tensor | None = None
     engine: str | None = None
     num_fallbacks: int = 0
     records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    gramian: Tensor | None = None
+    precision: float = 0.0
 
+    @functools.cached_property
+    def cosines(self) -> Tensor | None:
+        """Cosines between the tasks' gradients, like :attr:`gramian`; 0 where a gradient is zero."""
+        if self.gramian is None:
+            return None
+        values = self.gramian.numpy()
+        norms = np.sqrt(values.diagonal().clip(0))
+        product = np.outer(norms, norms)
+        return torch.from_numpy(np.divide(values, product, out=np.zeros_like(values), where=product > 0))
 
-def conflicts(gramian: Tensor, precision: float) -> tuple[Tensor, int]:
-    """Cosines between the tasks' gradients, [k, k], 0 where a gradient is zero; and how many are below -rounding errors."""
-    values = gramian.numpy()
-    norms = np.sqrt(values.diagonal().clip(0))
-    product = np.outer(norms, norms)
-    cosines = np.divide(values, product, out=np.zeros_like(values), where=product > 0)
-    return torch.from_numpy(cosines), int(np.count_nonzero(np.triu(cosines, 1) < -rounding_error(precision)))
+    @functools.cached_property
+    def num_conflicts(self) -> int | None:
+        """Pairs of tasks whose gradients have a negative inner product, by more than rounding errors; None if not computed."""
+        if self.cosines is None:
+            return None
+        return int(np.count_nonzero(np.triu(self.cosines.numpy(), 1) < -rounding_error(self.precision)))

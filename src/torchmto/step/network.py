@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -171,7 +172,7 @@ class Network:
     def refresh(self) -> None:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = self.optimizers.parameters()
-        if list(map(id, everything)) != list(map(id, self._known)):
+        if len(everything) != len(self._known) or not all(map(operator.is_, everything, self._known)):
             self._complex = any(p.is_complex() for p in everything)
             if self.scaler is not None and self._complex:
                 raise ValueError(
@@ -323,10 +324,9 @@ class Network:
 
     def seed(self, loss: Tensor, factor: float) -> Tensor | None:
         """The cotangent of a loss: its factor times the scaler's scale; None for 1."""
-        scale = self.scale(loss.device)
-        if scale is None and factor == 1:
+        if self.scaler is None and factor == 1:
             return None
-        seed = torch.ones_like(loss) * factor
+        scale, seed = self.scale(loss.device), torch.ones_like(loss) * factor
         return seed if scale is None else seed * scale.to(seed)
 
     def reaches(self, task: int, parameter: Tensor) -> bool:
@@ -410,7 +410,6 @@ class Network:
                 known.intersection_update(reach_of(losses).leaves)
             refuse_hidden([self.name(p) for p in found if id(p) not in known])
 
-    @torch.no_grad()
     def tidy_sparse(self) -> None:
         """Add up the entries that sparse gradients hold several times; where they mayn't stay sparse, make them dense."""
         for parameter in self.parameters:
@@ -458,8 +457,7 @@ class Network:
             self._warned_unshared = True
             warn(f"{reason} Each task trains its own parameters.")
 
-    @torch.no_grad()
-    def set_gradients(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def set_gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
         for parameter, gradient in pairs:
             if self._complex and parameter.is_complex():
@@ -467,8 +465,9 @@ class Network:
                 copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
                 parameter.grad = torch.view_as_complex(copy)
                 continue
-            converted = gradient.to(device=parameter.device, dtype=parameter.dtype)
-            parameter.grad = sharded_like(converted, parameter) if is_sharded(parameter) else converted
+            if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+                gradient = gradient.to(parameter.device, parameter.dtype)  # noqa: PLW2901
+            parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
         """The global norm of gradients, a scalar tensor; default those that are set."""

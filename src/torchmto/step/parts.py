@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,10 +12,11 @@ from torchmto.step.finite import FiniteChecks
 from torchmto.step.losses import Chunk, Source
 from torchmto.step.network import Heads, Network
 from torchmto.step.noise import Noise
+from torchmto.step.plan import Plan
 from torchmto.step.reduction import Proportions, Reduction, Sums
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     """What a method wants of one batch.
 
@@ -51,51 +53,49 @@ class Parts:
     """The parts of one step, which its functions hand on.
 
     Attributes:
+        plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
-        tasks: The names of all tasks.
         asked: The tasks this step is about.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
-        noise: Random states of the forwards, for those that are repeated.
         reduction: Averages losses over micro-batches and ranks.
         finite: Checks losses and gradients.
+        several: Whether several processes train together.
+        carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
+        summed: Then: whether weighted sums are kept, and not rows.
         num_forward: Calls of closures so far.
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
         consumed: The ``id`` of ready losses that were used.
-        carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
-        summed: Then: whether weighted sums are kept, and not rows.
         held: Forwards that have been run already: an engine has left their gradients to the rows.
     """
 
+    plan: Plan
     network: Network
-    tasks: tuple[str, ...]
     asked: tuple[str, ...]
     sources: Sequence[Sequence[Source]]
-    noise: Noise
     reduction: Reduction
     finite: FiniteChecks
+    several: bool
+    carried: dict[int, Carried] | None = None
+    summed: bool = False
     num_forward: int = 0
     num_backward: int = 0
     engine: str | None = None
     consumed: set[int] = field(default_factory=set)
-    carried: dict[int, Carried] | None = None
-    summed: bool = False
     held: list[Chunk] = field(default_factory=list)
 
-    @property
-    def several(self) -> bool:
-        """Whether several processes train together."""
-        return self.network.ranks.size > 1
-
-    def names(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
-        """Those of ``tasks`` that this step is about; all of them by default."""
-        return self.asked if tasks is None else tuple(name for name in tasks if name in self.asked)
+    @functools.cached_property
+    def noise(self) -> Noise:
+        """Random states of the forwards, for those that are repeated."""
+        return Noise(self.network.room, same=self.plan.same_noise, keep=self.plan.repeats)
 
     def request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
-        """Gradients of ``tasks`` (default all) from a forward of ``forward`` (default the same)."""
-        names = self.names(tasks)
-        asked = names if forward is None else self.names(forward)
-        return Request(asked, frozenset(self.tasks.index(name) for name in names), source)
+        """Gradients of those of ``tasks`` (default all) that this step is about, from a forward of ``forward`` (the same)."""
+        asked = names = self.asked
+        if tasks is not None:
+            names = tuple(name for name in tasks if name in asked)
+        called = names if forward is None else tuple(name for name in forward if name in asked)
+        return Request(called, frozenset(map(self.plan.tasks.index, names)), source)
 
     def left_by_earlier_calls(self, source: int) -> Carried:
         """What earlier calls have left for an accumulated batch."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from torchmto.step.losses import Chunk, Losses, Weigh, detached, stack
+from torchmto.step.losses import Chunk, Losses, Weigh, stack
 from torchmto.step.messages import Exchange
 from torchmto.step.network import Network
+from torchmto.step.plan import Plan
 
 
 @dataclass
@@ -27,9 +29,8 @@ class Sums:
 
     def add(self, chunk: Chunk) -> None:
         """Add one chunk's losses."""
-        for index, loss in chunk.losses.items():
-            count = chunk.counts[index]
-            value = detached(loss)
+        values = chunk.stacked.detach().unbind() if chunk.losses else ()
+        for (index, count), value in zip(chunk.counts.items(), values, strict=True):
             if index in self.totals:
                 self.weighted[index] = self.weighted[index] + value * count
                 self.totals[index] += count
@@ -50,6 +51,7 @@ def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[o
     return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
 
 
+@dataclass
 class Proportions:
     """Whether all micro-batches bring the same tasks in the same proportions.
 
@@ -58,11 +60,10 @@ class Proportions:
         first: Task index -> count in the first micro-batch.
     """
 
-    def __init__(self) -> None:
-        self.alike = True
-        self.first: dict[int, float] = {}
-        self._number = -1
-        self._own: dict[int, float] = {}
+    alike: bool = True
+    first: dict[int, float] = field(default_factory=dict)
+    _number: int = -1
+    _own: dict[int, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Before the first call of a micro-batch."""
@@ -96,36 +97,37 @@ class Proportions:
         return sorted((i, count / self.first[self.lead]) for i, count in self.first.items())
 
 
+@dataclass
 class Reduction:
     """Averages the losses of one step, telling the ranks where there are several.
 
-    Args:
-        network: The model and its ranks.
-        num_tasks: K.
-        step: What this step is about; the same on all ranks.
-        weigh: The user's loss weights: losses and indices -> factors [k]; None for 1.
-        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
-
     Attributes:
+        network: The model and its ranks.
+        plan: What all steps have in common.
+        step: What this step is about; the same on all ranks.
+        weigh: The user's loss weights, until they have been told of the step; see :class:`Plan`.
         doing: What the next exchange is for; the same on all ranks.
         first: The first losses of the step that aren't empty; the first ones at all until there are any.
         weights: The weights that losses were given last, [k], to explain gradients that aren't finite.
     """
 
-    def __init__(self, network: Network, num_tasks: int, step: str, *, weigh: Weigh | None, weigh_fixed: bool) -> None:
-        self.weigh = weigh
-        self.weigh_fixed = weigh_fixed
-        self.doing = ""
-        self.first: Losses | None = None
-        self.weights: Tensor | None = None
-        self._network = network
-        self._exchange = Exchange(network.ranks, num_tasks, step)
+    network: Network
+    plan: Plan
+    step: str
+    weigh: Weigh | None
+    doing: str = ""
+    first: Losses | None = None
+    weights: Tensor | None = None
+
+    @functools.cached_property
+    def _exchange(self) -> Exchange:
+        return Exchange(self.network.ranks, len(self.plan.tasks), self.step)
 
     def tell(
         self, sums: Sums, *, counts: Sequence[object] | None = None, failure: BaseException | None = None
     ) -> tuple[Sums, bool]:
         """Sum losses over the ranks and agree on roles; also, whether all ranks have the same ``counts``."""
-        network = self._network
+        network = self.network
         told = self._exchange(
             sums.totals,
             sums.weighted,
@@ -144,9 +146,7 @@ class Reduction:
 
         So the ranks' processors may differ.
         """
-        network = self._network
-        if network.ranks.size == 1:
-            return weights
+        network = self.network
         own = () if weights is None or network.ranks.rank else weights.unbind()
         self.doing = "what was decided"
         told, _ = self.tell(Sums(dict.fromkeys(range(len(own)), 1.0), dict(enumerate(own))), failure=failure)
@@ -164,27 +164,31 @@ class Reduction:
                 "loss with graph, with a small count: `(0 * output.sum(), 1e-6)`."
             )
 
-    def over_ranks(self, sums: Sums) -> Losses:
-        """This rank's sums -> the losses of the step."""
-        if self._network.ranks.size > 1:
-            sums, _ = self.tell(sums)
-        return self.average(sums)
+    def over_ranks(self, chunks: Iterable[Chunk]) -> Losses:
+        """The losses of this rank's forwards -> the losses of the step."""
+        chunks, several = list(chunks), self.network.ranks.size > 1
+        if len(chunks) == 1 and chunks[0].losses and not several:
+            (chunk,) = chunks
+            if all(count == 1 for count in chunk.counts.values()):
+                return self._weighted(tuple(chunk.losses), chunk.stacked.detach(), chunk.counts)
+        sums = Sums()
+        for chunk in chunks:
+            sums.add(chunk)
+        return self.average(self.tell(sums)[0] if several else sums)
 
     def average(self, sums: Sums) -> Losses:
         """Sums over all micro-batches and ranks -> the losses of the step, with the user's loss weights."""
-        losses = self._average(sums)
+        totals = sums.totals
+        indices = tuple(sorted(totals))
+        values = [sums.weighted[i] / totals[i] if totals[i] != 1 else sums.weighted[i] for i in indices]
+        raw = stack(values) if values else torch.zeros(0, device=self.network.device)
+        return self._weighted(indices, raw, totals)
+
+    def _weighted(self, indices: tuple[int, ...], raw: Tensor, totals: dict[int, float]) -> Losses:
+        losses = Losses(indices, raw, raw, totals)
+        if self.weigh is not None and indices:
+            losses.factors = self.weights = self.weigh(raw, indices).detach().to(raw)
+            losses.values = raw * losses.factors
         if self.first is None or not self.first.indices:
             self.first = losses
         return losses
-
-    def _average(self, sums: Sums) -> Losses:
-        indices = tuple(sorted(sums.totals))
-        if not indices:
-            empty = torch.zeros(0, device=self._network.device)
-            return Losses((), empty, empty, {})
-        raw = stack([sums.weighted[i] / sums.totals[i] if sums.totals[i] != 1 else sums.weighted[i] for i in indices])
-        if self.weigh is None:
-            return Losses(indices, raw, raw, sums.totals)
-        factors = self.weigh(raw, indices).detach().to(raw)
-        self.weights = factors
-        return Losses(indices, raw * factors, raw, sums.totals, factors)

@@ -80,11 +80,10 @@ def present(parts: Parts, everything: Losses, request: Request) -> Losses:
         raise empty_batch(parts.asked)
     if not losses.indices:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
-    reason = parts.network.unshared()
-    if reason:
+    if parts.network.roles.unshared:
         raise ValueError(
-            f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
-            "without."
+            f"{parts.network.unshared()} A method that combines the gradients of tasks needs shared parameters; loss "
+            "weightings, as `gd`, do without."
         )
     return losses
 
@@ -105,6 +104,13 @@ def factors_of(network: Network, losses: Losses) -> Tensor | None:
     return None if bool((factors == 1).all()) else factors
 
 
+def hold(heads: Heads, task: int, parameter: Tensor, gradient: Tensor) -> None:
+    """Add one task's gradient of a parameter outside the shared ones."""
+    _, held = heads.setdefault(id(parameter), (parameter, {}))
+    # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
+    held[task] = held[task] + gradient if task in held else gradient.clone()
+
+
 def rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:
     """Multiply every task's gradients of heads by its factor."""
     by_task = dict(zip(losses.indices, factors.tolist(), strict=True))
@@ -117,10 +123,12 @@ def set_heads(network: Network, gradients: TaskGradients, weights: Tensor | None
     by_task = dict.fromkeys(gradients.indices, 1.0)
     if weights is not None:
         by_task = dict(zip(gradients.indices, weights.tolist(), strict=True))
+    totals: list[tuple[Tensor, Tensor]] = []
     for parameter, held in gradients.heads.values():
         total: Tensor | None = None
         for task, gradient in held.items():
             part = gradient if by_task[task] == 1 else gradient * by_task[task]
             total = part if total is None else total + part
         if total is not None:
-            network.set_gradients([(parameter, total)])
+            totals.append((parameter, total))
+    network.set_gradients(totals)

@@ -35,9 +35,7 @@ class UnitHeads:
         least = 1e-3 * max(abs(value) for value in values.values())
         return {task: value for task, value in values.items() if abs(value) > least}
 
-    def before(
-        self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor | float]
-    ) -> None:
+    def before(self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]) -> None:
         """Compute, before the weighted backward, the gradients that can't be had by division."""
         divisible = self._divisible(weights)
         apart: dict[int, list[Tensor]] = {}

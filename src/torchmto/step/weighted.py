@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchmto.gradients import quiet
+from torchmto.gradients import backward, quiet
 from torchmto.step.forwards import forwards, groups
-from torchmto.step.losses import Chunk, Losses, Weigh
+from torchmto.step.losses import Chunk, Losses, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import Proportions, Sums
@@ -37,18 +37,13 @@ class _Weights:
         """Task index -> the method's weight."""
         return dict(zip(self.indices, self.values.unbind(), strict=True))
 
-    def share(self, index: int, share: float) -> Tensor | float:
-        """A task's part in the sum beside its weight: the user's factor times its share of the counts."""
-        if self.factors is None:
-            return share
-        factor = self.factors[self.indices.index(index)]
-        return factor if share == 1 else factor * share
-
-    def times(self, parts: Mapping[int, Tensor | float]) -> Tensor:
-        """Every part times its task's weight, [len(parts)]."""
-        if tuple(parts) == self.indices and all(isinstance(part, float) and part == 1 for part in parts.values()):
-            return self.values
-        return torch.stack([self.by_task[index] * part for index, part in parts.items()])
+    def only(self, tasks: Collection[int]) -> _Weights:
+        """The weights of some tasks."""
+        places = [place for place, index in enumerate(self.indices) if index in tasks]
+        if len(places) == len(self.indices):
+            return self
+        factors = None if self.factors is None else self.factors[places]
+        return _Weights(tuple(self.indices[place] for place in places), self.values[places], factors)
 
 
 def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bool, heads: str) -> Losses:
@@ -75,39 +70,29 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     apart = unit is not None
     held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
     reduction.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
-    known: Losses | None = None
-    if not held and fixed and reduction.weigh_fixed:
-        known, done = _in_one_pass(parts, request, weigh, unit)
-        if known is not None and done:
-            return known
-    sums = Sums()
-    chunks: list[Chunk] = []
+    losses: Losses | None = None
+    if not held and fixed and parts.plan.weigh_fixed:
+        losses, done = _in_one_pass(parts, request, weigh, unit)
+        if losses is not None and done:
+            return losses
+    chunks = list(forwards(parts, request, apart=apart)) if held else []
     if held:
-        single = len(micro_batches) == 1 and not parts.several
-        for chunk in forwards(parts, request, apart=apart):
-            counts = dict.fromkeys(chunk.counts, 1.0) if single else chunk.counts
-            chunks.append(Chunk(chunk.losses, counts, chunk.active))
-            sums.add(chunks[-1])
-    elif known is None:
+        losses = reduction.over_ranks(chunks)
+    elif losses is None:
         with parts.noise.rehearsal():
-            for chunk in forwards(parts, request, grad=False):
-                sums.add(chunk)
-    losses = reduction.over_ranks(sums) if known is None else known
-    weights = _Weights((), losses.values[:0], None)
+            losses = reduction.over_ranks(forwards(parts, request, grad=False))
     failure: BaseException | None = None
     try:
         weights = _weights(parts, weigh, losses.only(request.wanted))
         for chunk in chunks if held else forwards(parts, request, apart=apart):
-            shares = {
-                i: weights.share(i, chunk.counts[i] / losses.totals[i]) for i in chunk.losses if i in weights.indices
-            }
-            _backward(parts, chunk, weights, shares, unit)
+            _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals[i] for i in chunk.losses], unit)
+        _tidy(parts, unit, weights)
     except BaseException as error:
         if network.ranks.size == 1 or network.sharded:
             raise
         # The other ranks wait for this one's gradients.
         failure = error
-    _settle(parts, unit, weights, failure)
+    _settle(parts, failure)
     return losses
 
 
@@ -136,9 +121,7 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
                 break
             sums.add(chunk)
             if proportions.alike:
-                share = size / unit_size / nominal
-                shares = {i: weights.share(i, share) for i in chunk.losses if i in request.wanted}
-                _backward(parts, chunk, weights, shares, unit)
+                _backward(parts, chunk, weights, [size / unit_size / nominal] * len(chunk.losses), unit)
         proportions.close()
         alike, first = proportions.alike, proportions.first
         if parts.several:
@@ -148,7 +131,8 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
             network.zero_grad()
             undo()
             return losses, False
-    _settle(parts, unit, weights)
+    _tidy(parts, unit, weights)
+    _settle(parts)
     left = nominal * unit_size / losses.totals[proportions.lead] if first else 1.0
     if left != 1:
         network.multiply(network.gradients(), left)
@@ -170,7 +154,7 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
     for chunk in forwards(parts, request, apart=unit is not None):
         size = carried.proportions.add(chunk.counts)
         carried.sums.add(chunk)
-        _backward(parts, chunk, weights, {i: weights.share(i, size) for i in chunk.losses if i in request.wanted}, unit)
+        _backward(parts, chunk, weights, [size] * len(chunk.losses), unit)
     carried.proportions.close()
     if not carried.proportions.alike:
         raise ValueError(
@@ -200,8 +184,7 @@ def finish(parts: Parts, request: Request) -> Losses:
         parameter.grad = carried.gradients.get(id(parameter))
     losses = reduction.average(sums)
     network.tidy_sparse()
-    sum_gradients(network)
-    average_statistics(network)
+    _settle(parts)
     if proportions.first:
         network.multiply(network.gradients(), 1 / losses.totals[proportions.lead])
     return losses
@@ -215,14 +198,18 @@ def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
     return _weights(parts, weigh, Losses(indices, ones, ones, {}, factors))
 
 
-def _settle(parts: Parts, unit: UnitHeads | None, weights: _Weights, failure: BaseException | None = None) -> None:
-    """After the last backward: own gradients on the heads, and what the ranks have in common."""
-    network = parts.network
-    network.tidy_sparse()
-    if unit is not None and failure is None:
+def _tidy(parts: Parts, unit: UnitHeads | None, weights: _Weights) -> None:
+    """After the last backward of this rank: own gradients on the heads."""
+    parts.network.tidy_sparse()
+    if unit is not None:
         unit.finish(weights.by_task)
-    sum_gradients(network, failure)
-    average_statistics(network)
+
+
+def _settle(parts: Parts, failure: BaseException | None = None) -> None:
+    """After the last backward: what the ranks have in common."""
+    if parts.several:
+        sum_gradients(parts.network, failure)
+        average_statistics(parts.network)
 
 
 def _weights(parts: Parts, weigh: Weigh, losses: Losses) -> _Weights:
@@ -235,37 +222,41 @@ def _weights(parts: Parts, weigh: Weigh, losses: Losses) -> _Weights:
     return _Weights(losses.indices, values, factors)
 
 
-def _backward(
-    parts: Parts,
-    chunk: Chunk,
-    weights: _Weights,
-    shares: Mapping[int, Tensor | float],
-    unit: UnitHeads | None,
-) -> None:
-    """Backward of the sum of weight times share times loss."""
-    if not shares:
+def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[float], unit: UnitHeads | None) -> None:
+    """Backward of the sum of weight times the user's factor times scale times share times loss, one share per loss."""
+    network, whole = parts.network, weights
+    weights = weights.only(chunk.losses)
+    if not weights.indices:
         return
-    network = parts.network
-    scale = network.scale(next(iter(chunk.losses.values())).device)
+    roots, factors = chunk.stacked, weights.factors
+    if len(weights.indices) < len(chunk.losses):
+        roots = stack([chunk.losses[index] for index in weights.indices])
+        shares = [share for index, share in zip(chunk.losses, shares, strict=True) if index in weights.indices]
+    if any(share != 1 for share in shares):
+        own = weights.values.new_tensor(shares)
+        factors = own if factors is None else factors * own
+    scale = network.scale(roots.device)
     if scale is not None:
-        shares = {index: scale.to(weights.values) * share for index, share in shares.items()}
+        scale = scale.to(weights.values)
+        factors = scale.expand(len(shares)) if factors is None else scale * factors
+    inputs: list[Tensor] | None = network.parameters
     if network.sharded:
         # FSDP averages over the ranks what is to be summed.
-        shares = {index: share * network.ranks.size for index, share in shares.items()}
-    inputs: list[Tensor] | None = None if network.sharded else network.parameters
-    if network.compiled and inputs is not None:
-        inputs = [p for p in inputs if any(network.reaches(index, p) for index in shares)]
-    before = network.without_gradient(tuple(shares))
+        inputs, size = None, weights.values.new_full((len(shares),), network.ranks.size)
+        factors = size if factors is None else factors * size
+    elif network.compiled:
+        inputs = [p for p in network.parameters if any(network.reaches(index, p) for index in weights.indices)]
+    seeds = weights.values if factors is None else weights.values * factors
+    before = network.without_gradient(weights.indices)
     with chunk.activated(), quiet(network.parameters):
         if unit is not None:
-            unit.before(chunk.losses, weights.by_task, shares)
-        roots, seeds = [chunk.losses[index] for index in shares], weights.times(shares)
-        if len(roots) > 1 and len({(root.dtype, root.device) for root in roots}) == 1:
-            # PyTorch checks every root in Python: one takes less time than many.
-            stacked = torch.stack(roots)
-            torch.autograd.backward(stacked, seeds.to(stacked), inputs=inputs)
+            ones = weights.values.new_ones(len(shares))
+            seeds_of = dict(zip(weights.indices, (ones if factors is None else factors).unbind(), strict=True))
+            unit.before(chunk.losses, whole.by_task, seeds_of)
+        if inputs is None:
+            torch.autograd.backward(roots, seeds.to(roots))
         else:
-            starts = [seed.to(root) for root, seed in zip(roots, seeds.unbind(), strict=True)]
-            torch.autograd.backward(roots, starts, inputs=inputs)
+            backward(roots, seeds.to(roots), inputs)
     parts.num_backward += 1
-    network.explain(chunk, shares, before)
+    if before:
+        network.explain(chunk, weights.indices, before)

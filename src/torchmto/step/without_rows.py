@@ -9,14 +9,12 @@ from torch import Tensor
 
 from torchmto.gradients import Rows
 from torchmto.gradients.engine import Piece
-from torchmto.step.collect import hold
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_gradients, sum_heads
 from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
-from torchmto.step.reduction import Sums
-from torchmto.step.task_gradients import TaskGradients, factors_of, present, rescale_heads
+from torchmto.step.task_gradients import TaskGradients, factors_of, hold, present, rescale_heads
 from torchmto.step.with_rows import gradients_with_rows
 
 
@@ -33,7 +31,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         )
     reduction.doing = f"gradients {sorted(request.wanted)} of batch {request.source}"
     engine.begin()
-    chunks = _run(parts, request)
+    chunks = list(forwards(parts, request, apart=True))
     own_losses = [{i: loss for i, loss in chunk.losses.items() if i in request.wanted} for chunk in chunks]
     _observe(network, engine.read(own_losses), {index for losses in own_losses for index in losses})
     if not engine.pays(_shared(network), sum(map(len, own_losses))):
@@ -41,10 +39,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         parts.held = chunks
         return gradients_with_rows(parts, request)
     parts.engine = engine.name
-    sums = Sums()
-    for chunk in chunks:
-        sums.add(chunk)
-    everything = reduction.over_ranks(sums)
+    everything = reduction.over_ranks(chunks)
     losses = present(parts, everything, request)
     heads: Heads = {}
 
@@ -83,14 +78,6 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     parts.finite.task_gradients(losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
-
-
-def _run(parts: Parts, request: Request) -> list[Chunk]:
-    """All forwards of a batch; counts only matter to averages."""
-    chunks = list(forwards(parts, request, apart=True))
-    if parts.several or len(parts.sources[request.source]) > 1:
-        return chunks
-    return [Chunk(chunk.losses, dict.fromkeys(chunk.counts, 1.0), chunk.active) for chunk in chunks]
 
 
 def _shared(network: Network) -> list[Tensor]:

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchmto.gradients.torch_private import tree_leaves
 from torchmto.structure.preserve import undisturbed
 from torchmto.task_norms import SplitNorm, is_norm
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from torchmto.gradients.ranks import whole
+from torchmto.gradients.torch_private import NormBase
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import (
     MEASURES,
@@ -186,8 +186,8 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
     """How many channels a norm (or a split norm's copies) scales."""
     if isinstance(norm, SplitNorm):
         norm = norm.copy_for(norm.task_names[0])
-    if isinstance(norm, _NormBase):
-        return norm.num_features
+    if isinstance(norm, NormBase):
+        return int(norm.num_features)  # type: ignore[arg-type]
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
@@ -200,6 +200,6 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
 def _gamma(norm: nn.Module) -> Tensor | None:
     own = dict(norm.named_parameters(recurse=False))
     named = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
-    if named is not None or isinstance(norm, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+    if named is not None or isinstance(norm, (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return named
     return next(iter(own.values()), None)

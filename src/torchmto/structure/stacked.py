@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from torchmto.gradients.torch_private import tree_map
 from torchmto.task_norms import active_task, active_tasks
 
 

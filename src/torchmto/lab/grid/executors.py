@@ -24,11 +24,12 @@ from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
 from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
-from torchmto.lab.run.build import Computer
+from torchmto.lab.run.build import Computer, device_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
-from torchmto.lab.run.config import RunConfig, changed_settings
+from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.user_code import user_frames
 
@@ -100,7 +101,7 @@ def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) ->
         with contextlib.suppress(CheckpointError):
             _, state = checkpoints.read_last()
         if state is not None and (
-            changed_settings(json.loads(state["config"]), config.as_dict())
+            identity(RunConfig.from_dict(json.loads(state["config"]))) != identity(config)
             or state.get("baseline") != plain(job.baseline)
         ):
             state = None
@@ -435,7 +436,7 @@ def make_executor(name: str, jobs: int, folder: Path, address: str | None = None
 def default_jobs(device: str) -> int:
     """Runs at a time: one on an accelerator, else one per core, at most four."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if device == "cpu" else 1
+    return min(cores, 4) if device_of(device).type == "cpu" else 1
 
 
 # --------------------------------------------------------------------------------------- inside a local worker

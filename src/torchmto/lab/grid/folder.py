@@ -8,21 +8,23 @@
     DIR/results.json, results.csv, results.md, plots/*.png   written once all runs are finished
 
 All files are written atomically and carry a checksum, so an interrupted comparison goes on where it stopped,
-and a folder of something else is never written to.
+and a folder of something else is never written to. ``config.json`` and the finished runs are all that going on needs, on
+whatever machine and wherever the data are there; methods and seeds may be added later.
 """
 
 import contextlib
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.atomic import BrokenFileError, canonical, plain, read_json, write_json
+from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_json
 from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
-from torchmto.lab.grid.experiment import is_single_task, method_label
-from torchmto.lab.run.config import FREE, RunConfig
+from torchmto.lab.grid.experiment import Experiment, is_single_task, method_label
+from torchmto.lab.grid.identity import contents, decided, identity, run_key
+from torchmto.lab.problem import Problem
+from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
@@ -31,23 +33,6 @@ __all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_key", "run_name"]
 SCHEMA_VERSION = 2
 _EXPERIMENT, _RUN = "torchmto compare", "torchmto compare run"
 _LEFTOVER = re.compile(r"\..+\.tmp")
-
-
-def identity(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run that decide its outcome."""
-    values: dict[str, Any] = plain(config.as_dict())
-    for name in FREE:
-        section, _, key = name.partition(".")
-        if key:
-            values[section].pop(key, None)
-        else:
-            values.pop(section, None)
-    return values
-
-
-def run_key(config: RunConfig) -> str:
-    """A hash of everything that decides a run's outcome."""
-    return hashlib.sha256(canonical(identity(config)).encode()).hexdigest()[:16]
 
 
 def run_name(config: Mapping[str, Any]) -> str:
@@ -80,12 +65,32 @@ class GridFolder:
         if not present:
             write_json(path / "config.json", _EXPERIMENT, SCHEMA_VERSION, settings)
 
+    @classmethod
+    def of(
+        cls, path: Path | str, experiment: Experiment, problem: Problem, *, tune: int = 0, changed_source: bool = False
+    ) -> "GridFolder":
+        """The folder of an experiment on a problem, whose data are known again by their contents.
+
+        Args:
+            path: Where.
+            experiment: What is compared.
+            problem: What is learnt.
+            tune: Settings that each may try first.
+            changed_source: Whether the file that defines the problem may be another one than before.
+
+        Raises:
+            FolderError: As the class does.
+        """
+        settings = {**experiment.settings, **contents(problem), **({"tune": tune} if tune else {})}
+        return cls(path, settings, changed_source=changed_source)
+
     def _check_settings(self, settings: Mapping[str, Any], *, changed_source: bool) -> None:
         try:
             saved = read_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION)
         except BrokenFileError as error:
             raise FolderError(f"{error} The folder was left as it is; choose another one with --out.") from error
-        different = _differences(saved, settings)
+        more = {name: settings[name] for name in _GROWING if _is_more(saved.get(name), settings.get(name))}
+        different = _differences(decided({**saved, **more}), decided(settings))
         if different:
             raise FolderError(
                 f"The folder {self.path} belongs to a comparison with other settings: {'; '.join(different)}. "
@@ -97,6 +102,8 @@ class GridFolder:
                 f"The runs in {self.path} were made with another version of the file that defines the problem. "
                 "Add --changed-source to go on all the same, or choose another folder with --out."
             )
+        if more:
+            write_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION, {**saved, **more})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -143,7 +150,7 @@ class GridFolder:
                     f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
                     f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
                 )
-            if content["config"] != identity(wanted[path]):
+            if decided(content["config"]) != decided(identity(wanted[path])):
                 raise FolderError(f"{path} is a run with another configuration. Move it away.")
             finished[run_key(wanted[path])] = content["result"]
         return finished
@@ -155,6 +162,18 @@ class GridFolder:
         checkpoints = self.checkpoints(config)
         if checkpoints is not None:
             shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+_GROWING = ("methods", "seeds", "chosen")
+"""What a comparison may have more of than before."""
+
+
+def _is_more(there: Any, here: Any) -> bool:
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        return there != here and all(key in here and here[key] == value for key, value in there.items())
+    if isinstance(there, list) and isinstance(here, list):
+        return there != here and set(there) <= set(here)
+    return isinstance(there, int) and isinstance(here, int) and here > there
 
 
 def _differences(saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -4,6 +4,7 @@ from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.convnet import ConvNetTrunk, SegNetTrunk
 from torchmto.lab.models.cross_stitch import CrossStitch
+from torchmto.lab.models.efficientnet import EfficientNetTrunk
 from torchmto.lab.models.hrnet import HRNetTrunk
 from torchmto.lab.models.huggingface import HuggingFaceTrunk, ViTTrunk
 from torchmto.lab.models.mlp import MLPTrunk
@@ -15,6 +16,7 @@ from torchmto.lab.models.weights import load_weights
 __all__ = [
     "ConvNetTrunk",
     "CrossStitch",
+    "EfficientNetTrunk",
     "HRNetTrunk",
     "HuggingFaceTrunk",
     "MLPTrunk",

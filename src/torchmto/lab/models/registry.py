@@ -14,6 +14,7 @@ from torchmto.lab.models.blocks import DECODERS, PooledHead
 from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.convnet import convnet, segnet
 from torchmto.lab.models.cross_stitch import cross_stitch
+from torchmto.lab.models.efficientnet import EfficientNetTrunk
 from torchmto.lab.models.hrnet import HRNetTrunk
 from torchmto.lab.models.huggingface import BACKBONES, VITS, local_backbone, named_backbone, vit
 from torchmto.lab.models.mlp import mlp
@@ -117,10 +118,26 @@ def _hrnet18(
     return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
 
 
+def _efficientnet_lite0(
+    tasks: Sequence[Task],
+    input_shape: Sequence[int],
+    *,
+    pretrained: bool = False,
+    decoder: str = "mlp",
+    decoder_width: int = 64,
+    weights: str | Path | None = None,
+) -> MultiTaskModel:
+    trunk = EfficientNetTrunk(input_shape[0], pretrained=pretrained)
+    if weights is not None:
+        load_weights(trunk, weights)
+    return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
+
+
 _BUILDERS: dict[str, Builder] = {
     "mlp": mlp,
     "convnet": convnet,
     "segnet": segnet,
+    "efficientnet_lite0": _efficientnet_lite0,
     "hrnet18": _hrnet18,
     **{name: _named(name) for name in BACKBONES},
     **{name: _vit(name) for name in VITS},
@@ -172,7 +189,8 @@ def build_model(
     segnet                              width (64 is MTAN's; 16 is a small one)
     resnet18, resnet34, resnet50,       decoder (mlp, fpn, deeplab, mti), decoder_width, weights, config
     swin_tiny, convnext_tiny
-    vit_tiny, vit_small, vit_base,      the same, and patch
+    efficientnet_lite0                  pretrained (ImageNet), decoder, decoder_width, weights
+    vit_tiny, vit_small, vit_base,      the same as resnet18, and patch
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
     backbone                            weights (a local Hugging Face folder), decoder, decoder_width

@@ -42,6 +42,7 @@ class AlignedMTL(PreferenceWeighting):
 
     source = "Senushkin et al., CVPR 2023, Algorithm 1"
     use = "Gradients of very different size that should be orthogonalised without favouring any."
+    tuning_space = {"scale_mode": ("choice", "min", "median", "rmse")}
     properties = Properties(pareto=False)
     domain = Domain(corners="Zero gradients take no part; what dependent ones span is aligned over its own rank.")
 

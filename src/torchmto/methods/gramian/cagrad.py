@@ -47,6 +47,7 @@ class CAGrad(GramianWeighting):
 
     source = "Liu et al., NeurIPS 2021, equation 4, Algorithm 1"
     use = "When the worst-off task matters but the average should still fall; the step stays near the mean gradient."
+    tuning_space = {"c": ("linear", 0.1, 0.9)}
 
     def __init__(
         self,

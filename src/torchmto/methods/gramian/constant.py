@@ -44,11 +44,6 @@ class Constant(GramianWeighting):
         super().__init__(**options)
         self.given = PerTask("weights", weights, minimum=0, common=False)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the weights with the tasks."""
-        self.given.bind(tasks)
-        super().bind(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The present tasks' weights, [k]."""
         return self.given.of(range(len(gramian)) if indices is None else indices).to(gramian)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found
 from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
 from torchmto.methods.registry import make_method, register_method
-from torchmto.step import Losses, StepContext, TaskGradients
+from torchmto.step import StepContext, TaskGradients
 
 
 @register_method("cr_mogm")
@@ -46,6 +46,7 @@ class CRMOGM(GramianWeighting):
 
     source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
+    tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
     smoothed: Tensor
     seen: Tensor
@@ -62,18 +63,12 @@ class CRMOGM(GramianWeighting):
         if not isinstance(inner, GramianWeighting):
             raise TypeError(found("method", "a Gramian method", method))
         self.alpha = check_number("alpha", alpha, minimum=0, below=1)
-        self.inner = inner
         self.add_state("inner", inner)
 
     def setup(self, num_tasks: int) -> None:
         """The smoothed weights [K] and which tasks have some."""
         self.add_state("smoothed", torch.zeros(num_tasks, dtype=torch.float64))
         self.add_state("seen", torch.zeros(num_tasks, dtype=torch.bool))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the other method first."""
-        self.inner.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""
@@ -94,18 +89,6 @@ class CRMOGM(GramianWeighting):
         self.smoothed[present] = new + self.alpha * (old - new)
         self.seen[present] = True
         return self.smoothed[present].to(weights)
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Tell the other method."""
-        self.inner.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Tell the other method validation results."""
-        self.inner.report(performance)
-
-    def end_window(self) -> None:
-        """Tell the other method that a window has ended."""
-        self.inner.end_window()
 
     def records(self) -> Mapping[str, Any]:
         """What the other method records."""

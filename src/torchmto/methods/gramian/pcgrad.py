@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,14 +13,15 @@ from torchmto import solvers
 from torchmto.checks import check_flag
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
+from torchmto.solvers.projection import Order
 
 
-def random_orders(num_tasks: int, generator: torch.Generator) -> Tensor:
-    """For every task the others in a random order, int64 [K, K - 1]."""
-    keys = torch.rand(num_tasks, num_tasks, generator=generator)
-    order = keys.argsort(dim=1)
-    others = order != torch.arange(num_tasks).unsqueeze(1)
-    return order[others].view(num_tasks, num_tasks - 1)
+def random_orders(num_tasks: int, generator: torch.Generator) -> Order:
+    """For every task the others in a random order, [K, K - 1]."""
+    # In NumPy, whose calls are shorter: a few numbers are no work.
+    order = torch.rand(num_tasks, num_tasks, generator=generator).numpy().argsort(axis=1, kind="stable")
+    others: Order = order[order != np.arange(num_tasks)[:, None]]
+    return others.reshape(num_tasks, num_tasks - 1)
 
 
 @register_method("pcgrad")
@@ -55,5 +57,5 @@ class PCGrad(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
-        orders = random_orders(len(gramian), self.generator).numpy() if self.shuffle else None
+        orders = random_orders(len(gramian), self.generator) if self.shuffle else None
         return self.accept(solvers.pcgrad(self.as_array(gramian), orders), gramian)

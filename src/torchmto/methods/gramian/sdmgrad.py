@@ -47,6 +47,7 @@ class SDMGrad(DoubleSampling):
 
     source = "Xiao et al., NeurIPS 2023, Algorithm 1"
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
+    tuning_space = {"lam": ("log", 0.03, 10.0)}
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
     )

@@ -40,11 +40,6 @@ class Static(LossWeighting):
         super().__init__()
         self.given = PerTask("weights", weights, minimum=0, common=False)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the weights with the tasks."""
-        self.given.bind(tasks)
-        super().bind(tasks)
-
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""
         return (losses * self.given.of(range(len(losses)) if indices is None else indices).to(losses)).sum()

@@ -49,12 +49,6 @@ class Tchebycheff(LossWeighting):
         self.preference = Shares(preference)
         self.reference = PerTask("reference", reference)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match preference and reference with the tasks."""
-        self.preference.bind(tasks)
-        self.reference.bind(tasks)
-        super().bind(tasks)
-
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Below the reference the distance falls as the loss rises: descent would climb."""
         return self.reference.of(indices)

@@ -1,0 +1,98 @@
+"""What makes a Run the same one on another machine, under another path, and for later versions of this package."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.problem import Problem, ProblemError
+from torchmto.lab.references import without_place
+from torchmto.lab.run.config import FREE, RunConfig
+
+__all__ = ["contents", "decided", "identity", "run_key"]
+
+_PATH = re.compile(r"(~|\.{1,2}|[A-Za-z]:)?[/\\].*", re.DOTALL)
+
+
+def identity(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that decide its outcome: without `FREE`, and without where files are on this machine.
+
+    Example:
+        >>> from torchmto.lab.run.config import config_of
+        >>> identity(config_of({"data.name": "rf1:/data/rf1.arff"}))["data"]["name"]
+        'rf1'
+    """
+    values: dict[str, Any] = plain(config.as_dict())
+    for name in FREE:
+        section, _, key = name.partition(".")
+        if key:
+            values[section].pop(key, None)
+        else:
+            values.pop(section, None)
+    for section in ("data", "model"):
+        if values[section]["name"] is not None:
+            values[section]["name"] = without_place(values[section]["name"])
+    named: dict[str, Any] = _by_name(values)
+    return named
+
+
+def _by_name(value: Any) -> Any:
+    """The value with the last name only of whatever is a path for sure."""
+    if isinstance(value, Mapping):
+        return {key: _by_name(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_by_name(entry) for entry in value]
+    if isinstance(value, str) and _PATH.fullmatch(value):
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return identity(RunConfig())
+
+
+def decided(values: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Of the settings those that aren't as by default, so that a setting that is new doesn't make finished runs others.
+
+    A default that changes raises `torchmto.lab.versions.RESULTS_VERSION`.
+
+    Example:
+        >>> decided(identity(RunConfig(epochs=3)))
+        {'epochs': 3}
+    """
+    defaults = _defaults() if defaults is None else defaults
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if key in defaults and value == default:
+            continue
+        own = decided(value, default) if isinstance(value, Mapping) and isinstance(default, Mapping) else value
+        if own != {} or key not in defaults:
+            kept[key] = own
+    return kept
+
+
+def run_key(config: RunConfig) -> str:
+    """A hash of everything that decides a run's outcome, save the data's content."""
+    return hashlib.sha256(canonical(decided(identity(config))).encode()).hexdigest()[:16]
+
+
+def contents(problem: Problem) -> dict[str, Any]:
+    """What tells a problem's data from others of its name, wherever they are: how many samples, of which shape."""
+
+    def size(data: Any) -> Any:
+        if isinstance(data, Mapping):
+            return {task: size(entry) for task, entry in data.items()}
+        if data is None or isinstance(data, int):
+            return data
+        return len(data) if hasattr(data, "__len__") else None
+
+    try:
+        shape: tuple[int, ...] | None = problem.shape
+    except ProblemError:  # not tensors
+        shape = None
+    samples = {split: size(getattr(problem, split)) for split in ("train", "validation", "test")}
+    return {"samples": samples, "input_shape": shape}

@@ -1,0 +1,131 @@
+"""A comparison goes on from its settings and finished runs alone: elsewhere, with the data elsewhere, and with more in it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchmto import lab
+from torchmto.lab import memory
+from torchmto.lab.grid import FolderError, outputs
+from torchmto.lab.grid.identity import contents, decided, identity, run_key
+from torchmto.lab.references import load_problem
+from torchmto.lab.run.config import RunConfig, config_of
+from torchmto.lab.run.loop import Trainer
+
+FARM = Path(__file__).parents[1] / "farm.py"
+SETTINGS = {"seeds": 1, "epochs": 1, "batch_size": 16, "jobs": 1, "progress": False}
+
+
+def river(path: Path, rows: int = 64) -> Path:
+    """A small file of the data set ``rf1``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(0).normal(size=(rows, 5)).round(3)
+    lines = ["@relation r", *(f"@attribute a{n} numeric" for n in range(5)), "@data"]
+    path.write_text("\n".join([*lines, *(",".join(map(str, row)) for row in values)]) + "\n")
+    return path
+
+
+def committed(folder: Path, target: Path) -> Path:
+    """What of a comparison goes into version control."""
+    for path in [folder / "config.json", *folder.glob("runs/*.json")]:
+        (target / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target / path.relative_to(folder))
+    return target
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The settings of the runs that are trained."""
+    configs = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: configs.append(self.config) or fit(self))
+    monkeypatch.setattr(outputs, "plots", lambda *_: {})
+    monkeypatch.setattr(memory.gc, "collect", lambda: 0)  # exact memory, which is tested elsewhere
+    return configs
+
+
+def test_a_comparison_goes_on_elsewhere(tmp_path, trained):
+    here, there = river(tmp_path / "a" / "rf1.arff"), river(tmp_path / "b" / "other name.arff")
+    data = {"data.options": {"targets": 2}, "model.options": {"widths": [4]}}
+    first = lab.compare(f"rf1:{here}", ["gd"], out=tmp_path / "first", **data, **SETTINGS)
+    assert len(trained) == 3
+    for path in [first.path / "config.json", *first.path.glob("runs/*.json")]:
+        assert str(tmp_path) not in path.read_text(), path
+    folder = committed(first.path, tmp_path / "clone" / "results")
+    trained.clear()
+    again = lab.compare(f"rf1:{there}", ["gd"], out=folder, **{**data, "workers": 0, "device": "cpu"}, **SETTINGS)
+    assert trained == []
+    assert again.table().equals(first.table())
+    # a method and a seed more
+    more = lab.compare(f"rf1:{there}", ["gd", "pcgrad"], out=folder, **data, **{**SETTINGS, "seeds": 2})
+    assert len(trained) == 5
+    kept = more.table().query("seed == 0 and method != 'pcgrad'")
+    assert kept.reset_index(drop=True).equals(first.table())
+    trained.clear()
+    lab.compare(f"rf1:{here}", ["gd", "pcgrad"], out=folder, **data, **{**SETTINGS, "seeds": 2})
+    with pytest.raises(FolderError, match="seeds is 2 there and 1 here"):
+        lab.compare(f"rf1:{here}", ["gd", "pcgrad"], out=folder, **data, **SETTINGS)
+    short = river(tmp_path / "c" / "rf1.arff", 48)
+    with pytest.raises(FolderError, match=r"samples\.train is \d+ there and \d+ here"):
+        lab.compare(f"rf1:{short}", ["gd", "pcgrad"], out=folder, **data, **{**SETTINGS, "seeds": 2})
+    assert trained == []
+
+
+def test_tuned_comparisons_and_own_files_go_on_elsewhere(tmp_path, trained):
+    pytest.importorskip("optuna")
+    first = lab.compare(f"{FARM}:farm", ["gd"], out=tmp_path / "first", tune=2, **SETTINGS)
+    folder = committed(first.path, tmp_path / "second")
+    for round_ in (first.path / "tuning").iterdir():
+        committed(round_, folder / "tuning" / round_.name)
+    (tmp_path / "own").mkdir()
+    own = shutil.copy(FARM, tmp_path / "own" / "farm.py")
+    trained.clear()
+    again = lab.compare(f"{own}:farm", ["gd"], out=folder, tune=2, **SETTINGS)
+    assert trained == []
+    assert again.table().equals(first.table())
+    lab.compare(f"{own}:farm", ["gd", "pcgrad"], out=folder, tune=2, **SETTINGS)
+    assert {config.method.name for config in trained} == {"pcgrad"}
+    assert len(trained) == 3
+
+
+def test_what_a_run_is_known_by():
+    def key(**settings):
+        return run_key(config_of({"data.name": "nyuv2:/a/b.npz", "epochs": 3, **settings}))
+
+    for same in (
+        {"data.name": "nyuv2:../x.npz"},
+        {"device": "cuda", "workers": 3, "log_every": 7, "model.compile": True},
+        {"optimizer.momentum": 0.9},
+        {"data.options": {}},
+    ):
+        assert key(**same) == key(), same
+    for other in ({"data.name": "cityscapes:/a/b.npz"}, {"epochs": 4}, {"data.options": {"size": [1, 2]}}, {"seed": 1}):
+        assert key(**other) != key(), other
+    weights = [
+        key(**{"model.options": {"weights": path}}) for path in ("/x/a.pt", "~/a.pt", "../a.pt", "/x/b.pt", "x/a")
+    ]
+    assert len(set(weights[:3])) == 1
+    assert len(set(weights)) == 3, "a name with a slash may be one of a hub"
+
+
+def test_settings_that_are_new_leave_finished_runs_what_they_are():
+    config = RunConfig(epochs=3)
+    known = identity(config)
+    older = {name: value for name, value in known.items() if name != "ema"}
+    older["optimizer"] = {name: value for name, value in known["optimizer"].items() if name != "clip"}
+    assert decided(older) == decided(known) == {"epochs": 3}
+    assert decided(identity(replace(config, ema=0.9))) == {"epochs": 3, "ema": 0.9}
+
+
+def test_contents_of_every_kind_of_data():
+    farm, pinn, disjoint = (load_problem(f"{FARM}:{name}", {}) for name in ("farm", "pinn", "disjoint"))
+    assert json.loads(json.dumps(contents(farm))) == {
+        "samples": {"train": 48, "validation": 32, "test": 32},
+        "input_shape": [6, 3],
+    }
+    assert contents(pinn) == {"samples": {"train": 3, "validation": None, "test": None}, "input_shape": None}
+    assert contents(disjoint)["samples"]["train"] == {"sign": 24, "sum": 9}
