@@ -3,7 +3,7 @@
 from torchmto.gradients.backwards import backward, gradients_of
 from torchmto.gradients.choice import Auto
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import all_finite, dense, finite_mark, plain, real
+from torchmto.gradients.finite import dense, finite_mark, plain, real
 from torchmto.gradients.hooks import quiet, run_hooks
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
@@ -24,7 +24,6 @@ __all__ = [
     "Roles",
     "Rows",
     "ShardedRows",
-    "all_finite",
     "backward",
     "check_keeps",
     "dense",

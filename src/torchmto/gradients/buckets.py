@@ -1,7 +1,5 @@
 """Room for the K gradients of a few parameters at a time, and their inner products."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The engine of ``gradients="auto"``: the rows, or what needs no rows, whichever a rule says is cheaper."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar

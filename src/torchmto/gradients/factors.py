@@ -7,8 +7,6 @@ patches for inputs. An embedding's input is one-hot: only looked-up rows of its 
 the gradients takes no more than one product, with the weighted sum of the cotangents.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Gradients as plain real numbers, and whether they are finite, in as little time as possible."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +31,7 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
 
     On the CPU the sum of the entries, which takes a third of the time of their norm; elsewhere the norm. Either can overflow
-    although all entries are finite: :func:`all_finite` looks again then.
+    although all entries are finite: look at each then.
     """
     if not gradients:
         return torch.zeros(())
@@ -47,8 +45,3 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         total = total + part.sum()
     return total
-
-
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all entries of ``gradients`` are finite."""
-    return bool(finite_mark(gradients).isfinite()) or all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -1,7 +1,5 @@
 """The backward graph of losses: its nodes in order, and how it is gone through."""
 
-from __future__ import annotations
-
 import functools
 import heapq
 from collections.abc import Collection, Mapping, Sequence

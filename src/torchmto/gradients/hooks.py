@@ -1,7 +1,5 @@
 """Post-accumulate-grad hooks of parameters: run once for every optimizer step, whichever backwards made the gradient."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The gradients of K tasks with respect to the shared parameters, as the rows of one matrix."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 

@@ -7,8 +7,6 @@ shape of an input that was broadcast needn't be restored: the walk sums over it,
 called once per cotangent. An entry more is ``RULES["NameBackward0"] = function``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

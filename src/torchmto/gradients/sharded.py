@@ -1,7 +1,5 @@
 """The gradient matrix divided among the ranks: each holds all rows, but only its part of the columns."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 

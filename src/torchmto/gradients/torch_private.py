@@ -5,8 +5,6 @@ for each (``tests/engine/test_torch_private.py``) finds it on what PyTorch reall
 recognised by its name, which otherwise would just never be met. ``torch._foreach_*`` are documented, and used everywhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

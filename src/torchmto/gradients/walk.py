@@ -1,7 +1,5 @@
 """The K backwards through one forward's graph, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

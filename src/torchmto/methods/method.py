@@ -1,7 +1,5 @@
 """What every method has: declared state, a random generator, declared properties, and one step."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import zlib
@@ -205,7 +203,7 @@ class Method(ABC):
         states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
         return functools.reduce(lambda checksum, state: zlib.crc32(state, checksum), states, 0)
 
-    def _inner(self) -> list[Method]:
+    def _inner(self) -> list["Method"]:
         """The methods inside this one."""
         values = (getattr(self, state) for state in self._states)
         return [value for value in values if isinstance(value, Method)]
@@ -214,7 +212,7 @@ class Method(ABC):
         """The name of a task; its number while no tasks are known."""
         return self.tasks[index] if self.tasks else str(index)
 
-    def parts(self) -> Iterator[Method]:
+    def parts(self) -> Iterator["Method"]:
         """This method and all methods inside it."""
         yield self
         for inner in self._inner():
@@ -364,6 +362,10 @@ class Method(ABC):
     def step(self, context: StepContext) -> StepInfo:
         """Take one step on ``context`` and report what was done."""
 
+    def records(self) -> Mapping[str, Any]:
+        """What to put into ``StepInfo.records``."""
+        return {}
+
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
         for inner in self._inner():
@@ -464,10 +466,6 @@ class LossWeighting(Method):
         if indices != losses.indices:
             weights = weights[[indices.index(index) for index in losses.indices]]
         return context.info(weights=weights, indices=losses.indices, records=self.records())
-
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
 
 
 class GramianWeighting(Method):
@@ -606,10 +604,6 @@ class GramianWeighting(Method):
         """Shorten the gradient of a step that reuses weights; by which factor."""
         return 1.0
 
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
-
 
 class GradientCombiner(Method):
     """Base of the methods that combine the rows of J entry by entry or layer by layer: K backwards.
@@ -659,10 +653,6 @@ class GradientCombiner(Method):
         self.remember(gradients)
         self.after_step(gradients.reduced, context)
         return context.info(gradients=gradients, records=self.records())
-
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
 
 
 class Procedure(Method):

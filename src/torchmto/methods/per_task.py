@@ -1,7 +1,5 @@
 """Numbers per task, as arguments and in records."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

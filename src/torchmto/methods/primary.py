@@ -1,7 +1,5 @@
 """Methods in which one task leads: which one it is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torchmto.checks import check_integer, found, unknown_task

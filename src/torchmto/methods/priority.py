@@ -1,7 +1,5 @@
 """Where the probabilities of tasks come from: fixed, from losses, from validation results, or from a loss weighting."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """AdaTask: Adam with moments of its own for every task."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

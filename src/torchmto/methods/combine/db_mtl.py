@@ -1,7 +1,5 @@
 """DB-MTL: gradients of the log-losses, tracked and made equally long."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """ExcessMTL: weights by estimated excess risks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """GradDrop: per entry one sign is picked, and gradients of the other sign are dropped."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

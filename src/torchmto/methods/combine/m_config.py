@@ -1,7 +1,5 @@
 """M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

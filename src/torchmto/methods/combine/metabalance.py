@@ -1,7 +1,5 @@
 """MetaBalance: auxiliary gradients brought towards the length of the primary task's, parameter by parameter."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

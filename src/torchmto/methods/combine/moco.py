@@ -1,7 +1,5 @@
 """MoCo: weights on the simplex from gradients that are tracked over the steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Unpack
 

@@ -1,7 +1,5 @@
 """Trimmed mean: entry by entry the mean without the extremes."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch

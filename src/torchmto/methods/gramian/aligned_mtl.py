@@ -1,7 +1,5 @@
 """Aligned-MTL: gradients made orthogonal and equally long."""
 
-from __future__ import annotations
-
 from typing import Literal, Unpack, cast
 
 from torchmto import solvers

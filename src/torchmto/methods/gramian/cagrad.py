@@ -1,7 +1,5 @@
 """CAGrad: near the mean gradient, the direction that serves the worst-off task best."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,16 +1,14 @@
 """CR-MOGM: any weighting, smoothed over the steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
+from torchmto.checks import check_number
 from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
-from torchmto.methods.registry import make_method, register_method
+from torchmto.methods.registry import gramian_method, register_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -48,6 +46,7 @@ class CRMOGM(GramianWeighting):
     use = "Any weighting whose weights jump from batch to batch: smooths them."
     tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
+    inner: GramianWeighting
     smoothed: Tensor
     seen: Tensor
 
@@ -59,11 +58,8 @@ class CRMOGM(GramianWeighting):
         **options: Unpack[WeightingOptions],
     ) -> None:
         super().__init__(**options)
-        inner = make_method(method) if isinstance(method, str) else method
-        if not isinstance(inner, GramianWeighting):
-            raise TypeError(found("method", "a Gramian method", method))
         self.alpha = check_number("alpha", alpha, minimum=0, below=1)
-        self.add_state("inner", inner)
+        self.add_state("inner", gramian_method("method", method))
 
     def setup(self, num_tasks: int) -> None:
         """The smoothed weights [K] and which tasks have some."""

@@ -1,7 +1,5 @@
 """FairGrad: alpha-fair shares of the update."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

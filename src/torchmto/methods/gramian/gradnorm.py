@@ -1,7 +1,5 @@
 """GradNorm: weights that balance the norms of the tasks' gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 

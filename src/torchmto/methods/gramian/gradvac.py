@@ -1,7 +1,5 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

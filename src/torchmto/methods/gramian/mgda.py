@@ -1,7 +1,5 @@
 """MGDA: the shortest convex combination of the gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """MoDo: one double-sampling step on the simplex per training step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """Nash-MTL: the update as a bargain between the tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

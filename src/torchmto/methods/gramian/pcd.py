@@ -1,7 +1,5 @@
 """PCD: close to the primary task's gradient, with a share of their own progress for all others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """PIVRG: fair shares of the update, larger for tasks that are further behind their single-task models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack

@@ -1,7 +1,5 @@
 """Gramian weightings that start from a preference among the tasks."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Unpack

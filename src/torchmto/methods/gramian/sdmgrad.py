@@ -1,7 +1,5 @@
 """SDMGrad: stochastic steps towards a common direction near the mean gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """wPCGrad: in a conflict, a probability per task decides who is projected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 

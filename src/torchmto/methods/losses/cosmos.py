@@ -1,7 +1,5 @@
 """COSMOS: a weighted sum with a reward for the preferred direction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

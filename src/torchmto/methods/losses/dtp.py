@@ -1,7 +1,5 @@
 """Dynamic task prioritization."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

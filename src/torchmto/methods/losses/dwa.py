@@ -1,7 +1,5 @@
 """Dynamic weight average."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """FAMO: fast adaptive multi-task optimisation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """GO4Align: group optimisation for multi-task alignment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

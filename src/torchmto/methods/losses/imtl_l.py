@@ -1,7 +1,5 @@
 """IMTL-L: impartial scaling of the losses."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling

@@ -1,7 +1,5 @@
 """LDC-MTL: loss discrepancy control by learnt weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

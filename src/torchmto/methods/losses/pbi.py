@@ -1,7 +1,5 @@
 """Penalty-based boundary intersection."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Fixed weights given by the user."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Smooth Tchebycheff scalarisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Uncertainty weighting."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling

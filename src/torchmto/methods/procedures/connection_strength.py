@@ -1,7 +1,5 @@
 """Connection strength: learn which task each channel serves, then conserve it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

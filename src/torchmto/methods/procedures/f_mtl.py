@@ -1,7 +1,5 @@
 """F-MTL: every task in a flat region, by sharpness-aware gradients of its own."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """SAMO: sharpness-aware multi-task optimisation with a joint global-local perturbation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Gradients at perturbed parameters, one task at a time, and what combines them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor
 from torchmto.checks import check_flag, check_number, found
 from torchmto.gradients import gramian, real
 from torchmto.methods.method import GramianWeighting, Procedure
-from torchmto.methods.registry import make_method
+from torchmto.methods.registry import gramian_method
 from torchmto.step import Losses, StepContext, TaskGradients
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -30,15 +28,14 @@ class SharpnessAware(Procedure):
         inner: A Gramian method, by name or as an object.
     """
 
+    inner: GramianWeighting
     whole_rows = "moves parameters along whole rows"
 
     def __init__(self, *, rho: float, adaptive: bool, inner: str | GramianWeighting) -> None:
         super().__init__()
         self.rho = check_number("rho", rho, minimum=0)
         self.adaptive = check_flag("adaptive", adaptive)
-        made = make_method(inner) if isinstance(inner, str) else inner
-        if not isinstance(made, GramianWeighting):
-            raise TypeError(found("inner", "a Gramian method", inner))
+        made = gramian_method("inner", inner)
         if made.refresh_every > 1 or made.heads != "unit":
             raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
         self.add_state("inner", made)

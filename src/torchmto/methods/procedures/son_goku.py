@@ -1,7 +1,5 @@
 """SON-GOKU: conflicting tasks take turns, in groups from a colouring of the conflict graph."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

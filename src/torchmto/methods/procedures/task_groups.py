@@ -1,7 +1,5 @@
 """Selective task groups: groups of tasks formed from their affinity, updated one after the other within each batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
-from torchmto.methods.registry import make_method, register_method
+from torchmto.methods.registry import gramian_method, register_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
 
@@ -123,9 +121,7 @@ class TaskGroups(Procedure):
         self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
         self.num_groups = None if num_groups is None else check_integer("num_groups", num_groups, minimum=1)
         self.random_state = check_integer("random_state", random_state, minimum=0)
-        made = make_method(inner) if isinstance(inner, str) else inner
-        if made is not None and not isinstance(made, GramianWeighting):
-            raise ValueError(found("inner", "a Gramian method", inner))
+        made = None if inner is None else gramian_method("inner", inner)
         if made is not None and made.refresh_every > 1:
             raise ValueError(found("inner.refresh_every", "1: groups don't keep their weights", made.refresh_every))
         self.add_state("inner", made)
