@@ -26,7 +26,9 @@ class Net(nn.Module):
 @pytest.mark.parametrize("method", ["pcgrad", "cagrad", "uw"])
 def test_adapters_are_the_shared_parameters(method):
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, target_modules=["query", "value"], modules_to_save=[f"heads.{t}" for t in TASKS], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2, target_modules=["query", "value"], modules_to_save=[f"heads.{t}" for t in TASKS], init_lora_weights=False
+    )
     model = peft.get_peft_model(Net(), config)
     trained = [p for p in model.parameters() if p.requires_grad]
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
