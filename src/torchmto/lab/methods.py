@@ -12,7 +12,7 @@ from torchmto.methods import LossWeighting, Method, method_class, methods
 __all__ = ["check_weighting", "make", "needs_plain_sgd", "needs_split_norms"]
 
 _SPLIT_NORMS = frozenset({"connection_strength"})
-_PLAIN_SGD = frozenset({"adatask"})
+_PLAIN_SGD = frozenset({"adatask", "m_config"})
 
 
 def needs_split_norms(method: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import finite_mark
+from torchmto.gradients import finite_mark, real
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
@@ -151,6 +151,27 @@ class StepContext:
         rows = engine is None or parts.carried is not None or not engine.suits(parts.sources, self.network.parameters)
         compute = gradients_with_rows if rows else gradients_without_rows
         return compute(parts, parts.request(tasks, forward, source))
+
+    @contextlib.contextmanager
+    def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
+
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on).
+
+        Args:
+            shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
+        """
+        before = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
+        try:
+            with self._parts.noise.extra(replay=False):
+                with torch.no_grad():
+                    for parameter, shift in shifts:
+                        real(parameter.detach()).add_(shift)
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].

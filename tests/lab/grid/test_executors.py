@@ -28,6 +28,7 @@ def results_of(folder):
             entry.pop("seconds")
         result["cost"] = {name: result["cost"][name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
         result.pop("seconds")
+        result.pop("made")
         found[path.name] = result
     return found
 

@@ -27,7 +27,7 @@ from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
-from torchmto.lab.run.build import Computer
+from torchmto.lab.run.build import Computer, device_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.loop import Trainer
@@ -436,7 +436,7 @@ def make_executor(name: str, jobs: int, folder: Path, address: str | None = None
 def default_jobs(device: str) -> int:
     """Runs at a time: one on an accelerator, else one per core, at most four."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if device == "cpu" else 1
+    return min(cores, 4) if device_of(device).type == "cpu" else 1
 
 
 # --------------------------------------------------------------------------------------- inside a local worker

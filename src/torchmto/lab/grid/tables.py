@@ -32,7 +32,8 @@ def header(summary: Summary) -> list[str]:
 
 def rows(summary: Summary) -> list[list[str]]:
     """The cells, single-task models first; means over seeds, ± is the 95 % CI for Δm, else the standard deviation."""
-    table = [_row("single-task", summary["single_task"], summary, "0")]
+    single = summary["single_task"]
+    table = [] if single is None else [_row("single-task", single, summary, "0")]
     for name, method in summary["methods"].items():
         table.append(_row(name, method, summary, _delta(method["delta_m"])))
     return table
@@ -45,12 +46,12 @@ def many_tasks(summary: Summary) -> bool:
 
 def task_header(summary: Summary) -> list[str]:
     """Titles of the table of many tasks."""
-    return ["task", "single-task", *summary["methods"]]
+    return ["task", *([] if summary["single_task"] is None else ["single-task"]), *summary["methods"]]
 
 
 def task_rows(summary: Summary) -> list[list[str]]:
     """Cells of the table of many tasks."""
-    entries = [summary["single_task"], *summary["methods"].values()]
+    entries = [entry for entry in (summary["single_task"], *summary["methods"].values()) if entry is not None]
     return [
         [_title(name, task), *(_mean_std(entry["tasks"][name][task["primary_metric"]], summary) for entry in entries)]
         for name, task in summary["tasks"].items()
@@ -174,6 +175,8 @@ def csv_text(summary: Summary) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "task", "quantity", "mean", "spread", "spread_is"])
     for name, entry in {"single_task": summary["single_task"], **summary["methods"]}.items():
+        if entry is None:
+            continue
         delta = entry.get("delta_m")
         if delta is not None:
             writer.writerow([name, "", "delta_m", delta["mean"], delta["ci95"], "ci95"])

@@ -23,7 +23,7 @@ LARGEST_LOGGED_AFFINITY = 10
 
 
 class Logger(Protocol):
-    """What Fabric's loggers offer, too."""
+    """Where figures go."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log numbers of one step."""
@@ -34,8 +34,6 @@ class Logger(Protocol):
 
 class CsvLog:
     """Figures in one growing table ``step,name,value``, which a crash can't spoil and a resumed run continues.
-
-    Fabric's own CSV logger starts anew when it finds an old file, and rewrites the whole file for each new column.
 
     Args:
         path: The file.
@@ -66,6 +64,54 @@ class CsvLog:
     def finalize(self, status: str) -> None:
         """Close the file."""
         self._file.close()
+
+
+class TensorBoardLog:
+    """Figures in TensorBoard's event files.
+
+    Args:
+        folder: For the files.
+        resume_step: The step the run goes on from: points of later steps, which a killed run logged, come again. None: a new
+            run.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - takes seconds to import
+
+        self._writer = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finalize(self, status: str) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class WandbLog:
+    """Figures in Weights & Biases, whose local files go into the run's folder.
+
+    Args:
+        folder: The run's folder.
+        config: The settings.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 - takes seconds to import
+
+        self._run = wandb.init(
+            project="torchmto", name=folder.name, dir=folder, config=dict(config), resume="allow", reinit="create_new"
+        )
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+        self._run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        """The run ends."""
+        self._run.finish()
 
 
 class MlflowLog:
@@ -222,21 +268,12 @@ def make_loggers(
 
 def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
     check_choice("loggers", name, ("csv", *_OPTIONAL))
-    logger: Logger
     if name == "csv":
         return CsvLog(folder / "metrics.csv", resume_step=resume_step)
     if name == "tensorboard":
-        from lightning.fabric.loggers.tensorboard import TensorBoardLogger  # noqa: PLC0415 - takes seconds to import
-
-        # Points a killed run logged after its last checkpoint come again.
-        purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
-        logger = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, **purge)
-        return logger
+        return TensorBoardLog(folder / "tensorboard", resume_step=resume_step)
     if name == "wandb":
-        from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
-
-        logger = WandbLogger(name=folder.name, save_dir=folder, project="torchmto", config=dict(config), resume="allow")
-        return logger
+        return WandbLog(folder, config)
     return MlflowLog(folder, config)
 
 

@@ -26,6 +26,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, Parts, build
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.environment import made
 from torchmto.lab.run.evaluation import (
     Measured,
     Metrics,
@@ -541,11 +542,12 @@ class Trainer:
             "trace": progress.trace,
             "seconds": time.perf_counter() - self._began,
             "versions": versions(),
+            "made": made(),
         }
         folder = self.folder
         if folder is None:
             return result
-        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions"}}
+        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions", "made"}}
         self.processes.first(lambda: folder.write_results(kept, self.parts.model))
         return result
 

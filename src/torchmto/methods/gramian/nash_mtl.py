@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
+from torchmto.methods.gramian.clipped import clipped
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
 from torchmto.step import StepContext
@@ -74,14 +75,7 @@ class NashMTL(GramianWeighting):
         self.head_weights = weights if self.heads == "unclipped" else None
         if self.max_norm == 0:
             return weights
-        lengths = gramian.diagonal().clamp_min(0).sqrt() * weights
-        largest = lengths.max()
-        if not bool(largest > 0):
-            return weights
-        # Squares of the weights or of G alone could overflow; the products of both can't.
-        scaled = weights / largest
-        norm = largest * (scaled @ (gramian @ scaled)).clamp_min(0).sqrt()
-        return weights * (self.max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
+        return clipped(weights, gramian, self.max_norm)
 
     def kept(self, weights: Tensor) -> Tensor:
         """The weights before they were clipped to the length of this step's gradients."""

@@ -38,10 +38,12 @@ class TaskGroups(Procedure):
             ablation: "joint", "per_task", "random" (``num_groups`` of nearly equal sizes, drawn for every batch),
             "heterogeneous" (like adaptive, but tasks of *low* mutual affinity together; our reading: the partition that
             maximises the summed negated affinity inside groups).
-        warmup: Batches in which every task is its own group, before affinities are used.
+        warmup: Batches in which every task is its own group, before affinities are used; under ``attribution="official"`` one
+            more, as in the released code, which counts from 0 and compares with "at most".
         decay: Of the moving average, the paper's beta.
         attribution: "actor": a change is credited to the group whose step caused it; "official": to the *next* group, as in
-            the released code, whose losses are taken before the step. That is a defect there, kept to reproduce its numbers.
+            the released code, whose losses are taken before the step. That is a defect there, kept to reproduce its numbers;
+            so are one more batch of warm-up, and groups from affinity propagation that hasn't converged.
         normalization: "paper": the printed formula; "official": the released code divides by a view of the element it
             overwrites, so only the upper triangle is normalised.
         cluster: "affinity_propagation" (the paper's; for three tasks its own noise decides) or "correlation" (the partition
@@ -110,6 +112,7 @@ class TaskGroups(Procedure):
                 raise ValueError(found("groups", "a partition of the tasks: non-empty groups, each task once", groups))
         self.grouping = groups
         self.warmup = check_integer("warmup", warmup, minimum=0)
+        self._last_warmup = self.warmup + (attribution == "official")
         self.cluster = cast(
             "Literal['affinity_propagation', 'correlation']",
             check_choice("cluster", cluster, ("affinity_propagation", "correlation")),
@@ -206,7 +209,7 @@ class TaskGroups(Procedure):
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
         self.num_batches += 1
-        if self._tracks() and self.num_batches >= self.warmup and self.num_batches % self.regroup_every == 0:
+        if self._tracks() and self.num_batches >= self._last_warmup and self.num_batches % self.regroup_every == 0:
             self.current = self._regroup()
         records.update(order=[list(group) for group in groups], affinity=self.affinity.matrix)
         if self.inner is not None:

@@ -1,6 +1,7 @@
 """Data sets with more tasks: copies of the tasks there are, exact or with noisy labels."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,8 +9,22 @@ from torch import Tensor
 from torchmto.checks import check_integer, check_number
 from torchmto.lab.data.base import MultiTaskDataset, Task, TensorData
 from torchmto.lab.problem import Problem
+from torchmto.lab.references import load_problem
 
-__all__ = ["with_copies"]
+__all__ = ["copies", "with_copies"]
+
+
+def copies(*, of: str = "digits", num_tasks: int = 20, noise: float = 0.0, seed: int = 0, **options: Any) -> Problem:
+    """A problem with so many tasks by copies, for recipes.
+
+    Args:
+        of: The problem.
+        num_tasks: Number of tasks.
+        noise: Of the copies' training labels, see `with_copies`.
+        seed: Of the problem.
+        **options: The problem's own.
+    """
+    return with_copies(load_problem(of, options, seed), num_tasks, noise=noise)
 
 
 def with_copies(problem: Problem, count: int, *, noise: float = 0.0, seed: int = 0) -> Problem:
