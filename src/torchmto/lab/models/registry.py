@@ -193,7 +193,7 @@ def build_model(
     vit_tiny, vit_small, vit_base,      the same as resnet18, and patch
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
-    backbone                            weights (a local Hugging Face folder), decoder, decoder_width
+    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width
     cross_stitch                        widths, own
     ==================================  ================================================================
 
