@@ -175,7 +175,8 @@ def _read(file: Path, task: Task) -> Tensor:
     elif task.kind == "normals":
         values = np.where(np.abs(values - 127) <= 1, 127, values)[..., :3] / 127 - 1
     elif task.name == "principal_curvature":
-        values = (values[..., :2] - np.asarray(_CURVATURE_MEAN, np.float32)) / np.asarray(_CURVATURE_STD, np.float32)
+        mean, deviation = np.array((_CURVATURE_MEAN, _CURVATURE_STD), np.float32)
+        values = (values[..., :2] - mean) / deviation
     else:
         values = values[..., :1] / (255 if pixels.dtype == np.uint8 else _RANGES.get(task.name, 1.0) * 2**16)
         values = 2 * (values if task.name in _UNCLIPPED else values.clip(max=1)) - 1
