@@ -281,7 +281,6 @@ class MultiTask:
             weigh=weigh,
             weigh_fixed=weigh_fixed,
             outside=[part.outside for part in self._methods] if bounded else (),
-            repeats=any(part.repeats for part in self._methods),
         )
 
     # ------------------------------------------------------------------ the step
@@ -489,7 +488,9 @@ class MultiTask:
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
         summed = carried is not None and self._summed
         plan = self._steps
+        # What may be changed between steps.
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
+        plan.repeats = any(part.repeats for part in self._methods)
         return StepContext(
             plan, network, sources, asked=asked, about=about, stepping=stepping, carried=carried, summed=summed
         )

@@ -25,6 +25,8 @@ VARIANTS = {
     "task_groups, grouping": {"name": "task_groups", "options": {"warmup": 1, "measure_last": True}},
     "task_groups, wpcgrad inside": {"name": "task_groups", "options": {"groups": "random", "inner": "wpcgrad"}},
     "connection_strength, both phases": {"name": "connection_strength", "options": {"total_steps": 6}},
+    "gradvac, by layers": {"name": "gradvac", "options": {"groups": "layer"}},
+    "m_config, in turns": {"name": "m_config", "options": {"num_updates": 1}},
     "pcgrad, with uw": {"name": "pcgrad", "weights": "uw"},
     "sequential, shuffled": {"name": "sequential", "options": {"shuffle": True}},
 }

@@ -10,7 +10,8 @@ from scipy.optimize import linear_sum_assignment
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.edge_matching import matched_pixels, thin
-from torchmto.lab.metrics import BenchmarkOdsF, OdsF, task_metrics
+from torchmto.lab.metrics import task_metrics
+from torchmto.lab.streaming import BenchmarkOdsF, OdsF
 
 seeds = given(st.integers(0, 10_000))
 

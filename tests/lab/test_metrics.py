@@ -10,7 +10,8 @@ import torch
 from torch import distributed, multiprocessing
 
 from torchmto.lab.data.base import KINDS, Task
-from torchmto.lab.metrics import OdsF, higher_is_better, primary_metric, task_metrics
+from torchmto.lab.metrics import higher_is_better, primary_metric, task_metrics
+from torchmto.lab.streaming import OdsF
 
 BATCH, HEIGHT, WIDTH, CLASSES = 5, 12, 16, 4
 CHANNELS = {

@@ -31,6 +31,8 @@ DETERMINISTIC: list[tuple[str, dict[str, Any]]] = [
     ("upgrad", {}),
     ("dualproj", {}),
     ("fairgrad", {}),
+    ("pivrg", {}),
+    ("pcd", {}),
     ("config", {}),
     ("krum", {}),
     ("sdmgrad", {}),
@@ -180,6 +182,7 @@ def test_equivariance(name: str, options: dict[str, Any], seed: int, size: int) 
         ("nash_mtl", {}),
         ("fairgrad", {}),
         ("fairgrad", {"alpha": 0.5}),
+        ("pivrg", {}),
     ],
 )
 @given(seed=seeds, size=sizes, spread=st.sampled_from([0, 3]))
@@ -192,7 +195,7 @@ def test_nonconflicting(name: str, options: dict[str, Any], seed: int, size: int
 
 def test_declared_nonconflicting_are_the_ones_tested() -> None:
     declared = {name for name, options in ALL if made(name, **options).properties.nonconflicting}
-    assert declared == {"mgda", "upgrad", "dualproj", "nash_mtl", "fairgrad"}
+    assert declared == {"mgda", "upgrad", "dualproj", "nash_mtl", "fairgrad", "pivrg"}
 
 
 # ---------------------------------------------------------------------- claims of each method
@@ -365,6 +368,9 @@ FLAGS = [
     ("sequential", "shuffle"),
     ("connection_strength", "shuffle"),
     ("connection_strength", "record_layers"),
+    ("f_mtl", "adaptive"),
+    ("f_mtl", "apart"),
+    ("samo", "adaptive"),
     ("task_groups", "measure_last"),
     ("task_groups", "noise_floor"),
 ]

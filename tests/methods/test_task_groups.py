@@ -102,6 +102,15 @@ def test_official_attribution_updates_a_single_group_twice():
     assert torchmto.make_method("task_groups", attribution="official").single == "twice"
 
 
+@pytest.mark.parametrize(("attribution", "alone"), [("actor", 3), ("official", 4)])
+def test_the_released_warmup_is_one_batch_longer(attribution, alone):
+    """101 batches for 100: it compares a count that starts at 0 with "at most"."""
+    model, mt, losses = setup(warmup=3, attribution=attribution)
+    mt.method.affinity.groups = lambda *_: [list(TASKS)]
+    groups = [mt.step(lambda asked: losses(model, asked)).records["groups"] for _ in range(6)]
+    assert [len(group) for group in groups] == [len(TASKS)] * alone + [1] * (6 - alone)
+
+
 def test_noise_floor():
     model, mt, losses = setup(noise_floor=True)
     quiet = mt.step(lambda asked: losses(model, asked))
@@ -259,7 +268,7 @@ def test_same_noise_makes_affinities_repeatable():
     ],
 )
 def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         torchmto.make_method("task_groups", **options)
 
 

@@ -24,6 +24,7 @@ SOLVERS = {
     "imtl_g": (solvers.imtl_g, 0, 1.0),
     "config": (solvers.config, 0, 1.0),
     "krum": (solvers.krum, 0, 1.0),
+    "pcd": (solvers.pcd, 0, 1.0),
     "pcgrad": (solvers.pcgrad, 0, 1.0),
     "wpcgrad": (lambda G: solvers.wpcgrad(G, np.arange(len(G))), 0, 1.0),
     "wpcgrad_pairwise": (
@@ -34,7 +35,9 @@ SOLVERS = {
     "gradvac": (lambda G: solvers.gradvac(G, np.full_like(G, 0.3)).projection, 0, 1.0),
     "sdmgrad": (solvers.sdmgrad, 0, 1.0),
 }
-ORDER_FREE = [name for name in SOLVERS if name not in {"pcgrad", "wpcgrad", "wpcgrad_pairwise", "gradvac", "krum"}]
+ORDER_FREE = [
+    name for name in SOLVERS if name not in {"pcd", "pcgrad", "wpcgrad", "wpcgrad_pairwise", "gradvac", "krum"}
+]
 by_name = pytest.mark.parametrize("name", SOLVERS)
 
 
@@ -103,7 +106,7 @@ def test_zero_gradients(name, num_tasks):
     weights = SOLVERS[name][0](np.zeros((num_tasks, num_tasks))).weights
     summed = {"aligned", "aligned_median", "aligned_rmse", "pcgrad", "wpcgrad", "wpcgrad_pairwise", "gradvac"}
     expected = np.ones(num_tasks) / (1 if name in summed else num_tasks)
-    if name == "krum":
+    if name in ("krum", "pcd"):
         expected = np.eye(num_tasks)[0]
     np.testing.assert_allclose(weights, expected)
 

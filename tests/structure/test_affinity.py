@@ -3,12 +3,14 @@
 import io
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.cluster import AffinityPropagation
 
 from shared_data import golden
 from torchmto.solvers import clustering
@@ -71,7 +73,8 @@ def test_reference_groups_where_they_are_stable():
         for probe in case["clustering_probes"]:
             if not probe["stable"]:
                 continue
-            tracker = with_matrix(case["tasks"], probe["affinity"], normalization="official")
+            options = {"normalization": "official", "attribution": "official"}
+            tracker = with_matrix(case["tasks"], probe["affinity"], **options)
             expected = sorted(sorted(group) for group in probe["official_groups"].values())
             for random_state in (0, 1):
                 assert tracker.groups(random_state) == expected
@@ -178,8 +181,25 @@ def test_tasks_without_own_affinity_stay_alone(cluster, normalization):
 def test_groups_stay_when_clustering_fails(monkeypatch):
     tracker = with_matrix(["a", "b"], [[1.0, 0.9], [0.9, 1.0]])
     assert tracker.groups(cluster="correlation") == [["a", "b"]]
-    monkeypatch.setattr(clustering, "affinity_propagation_groups", lambda X, random_state: None)
+    monkeypatch.setattr(clustering, "affinity_propagation_groups", lambda *_, **__: None)
     assert tracker.groups() == [["a", "b"]]
+
+
+@pytest.mark.parametrize(("seed", "converges"), [(0, True), (56, False)])
+def test_official_attribution_accepts_what_has_not_converged(seed, converges):
+    """As the released code does, whose exemplars count whatever scikit-learn warns of."""
+    matrix = np.random.default_rng(seed).normal(size=(6, 6))
+    np.fill_diagonal(matrix, 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        X = (matrix + matrix.T) / 2
+        labels = AffinityPropagation(affinity="precomputed", convergence_iter=50, random_state=0).fit_predict(X)
+    assert bool(caught) is not converges
+    names = np.array(list("abcdef"))
+    found = sorted(sorted(names[labels == label].tolist()) for label in set(labels.tolist()))
+    actor, official = (with_matrix(list("abcdef"), matrix, attribution=name) for name in ("actor", "official"))
+    assert official.groups() == found
+    assert actor.groups() == (found if converges else [[name] for name in "abcdef"])
 
 
 def test_correlation_groups_do_not_depend_on_the_order_of_tasks():

@@ -1,8 +1,7 @@
 """The gradients of K tasks with respect to the shared parameters, as the rows of one matrix."""
 
-from __future__ import annotations
-
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -19,23 +18,32 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and span == tensor.numel()
 
 
-def _kind(parameter: Tensor) -> tuple[object, ...]:
+def _kinds(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """What the memory of a gradient matrix depends on."""
-    return parameter.dtype, parameter.device, parameter.stride()
+    return [(parameter.dtype, parameter.device, parameter.stride()) for parameter in parameters]
 
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters, complex ones as pairs."""
     views = []
-    start = 0
-    for parameter in map(real, parameters):
-        if _is_dense(parameter):
-            offset = flat.storage_offset() + start
-            views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
+    parts = [real(parameter) for parameter in parameters]
+    for part, place in zip(parts, slices_of(parts), strict=True):
+        if _is_dense(part):
+            views.append(flat.as_strided(part.shape, part.stride(), flat.storage_offset() + place.start))
         else:
-            views.append(flat[start : start + parameter.numel()].view(parameter.shape))
-        start += parameter.numel()
+            views.append(flat[place].view(part.shape))
     return views
+
+
+def slices_of(parts: Sequence[Tensor]) -> list[slice]:
+    """Where the elements of each part are if all lie next to each other."""
+    ends = itertools.accumulate(part.numel() for part in parts)
+    return [slice(end - part.numel(), end) for part, end in zip(parts, ends, strict=True)]
+
+
+def widest(parts: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that has room for all parts, float32 at least."""
+    return functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
 
 
 def gramian(matrix: Tensor) -> Tensor:
@@ -66,12 +74,13 @@ def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
     other = matrix if other is None else other
     wide = torch.float32 if matrix.device.type == "mps" else torch.float64
     whole = matrix.shape[1] // BLOCK
+    if not whole:
+        return (matrix @ other.T).to(wide)
     product = (matrix[:, whole * BLOCK :] @ other[:, whole * BLOCK :].T).to(wide)
-    if whole:
-        left, right = (
-            torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
-        )
-        product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
+    left, right = (
+        torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
+    )
+    product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 
@@ -108,10 +117,11 @@ class Rows:
 
     def begin(self) -> None:
         """Forget the last step's rows; the memory is kept, unless the parameters have changed type, place or layout."""
-        self.wait()
+        if self._sent:
+            self.wait()
         self.tasks = []
         self._filled = []
-        if [_kind(parameter) for parameter in self.parameters] != self._kinds:
+        if _kinds(self.parameters) != self._kinds:
             parameters, self.parameters = self.parameters, []
             self._buffer = self._buffer[:, :0]
             self.grow(parameters)
@@ -123,14 +133,10 @@ class Rows:
         old = self._buffer
         self.parameters = [*self.parameters, *parameters]
         self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self.slices = []
-        start = 0
         parts = [real(local(parameter)) for parameter in self.parameters]
-        for part in parts:
-            self.slices.append(slice(start, start + part.numel()))
-            start += part.numel()
-        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
-        buffer = torch.empty(self.num_tasks, start, dtype=dtype, device=self.parameters[0].device)
+        self.slices = slices_of(parts)
+        width = self.slices[-1].stop
+        buffer = torch.empty(self.num_tasks, width, dtype=widest(parts), device=self.parameters[0].device)
         kept = len(self.tasks)
         if kept:
             buffer[:kept, : old.shape[1]] = old[:kept]
@@ -138,7 +144,7 @@ class Rows:
         self._buffer = buffer
         self._combined = None
         self._row_views = [views_of(row, parts) for row in buffer]
-        self._kinds = [_kind(parameter) for parameter in self.parameters]
+        self._kinds = _kinds(self.parameters)
 
     def row_of(self, task: int) -> int:
         """The row of ``task``; a new zero row if it has none yet."""

@@ -13,7 +13,7 @@ RESULTS_VERSION = 3
 """Version of what results mean, stored with every finished run: to be raised with a change of the code after which the same
 settings give other figures (a corrected metric, another default, new data), so that old and new ones aren't mixed."""
 
-_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "torchmetrics", "transformers", "lightning")
+_PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "torchmetrics", "transformers", "lightning-fabric")
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from torchmto.solvers.dual_cone import dual_cone, upgrad
 from torchmto.solvers.equal_projection import config, imtl_g
 from torchmto.solvers.krum import krum
 from torchmto.solvers.min_norm import min_norm
+from torchmto.solvers.priority_constrained import pcd
 from torchmto.solvers.projection import (
     GradVacResult,
     gradvac,
@@ -42,6 +43,7 @@ __all__ = [
     "min_norm",
     "modo",
     "nash",
+    "pcd",
     "pcgrad",
     "sdmgrad",
     "sdmgrad_simplex",

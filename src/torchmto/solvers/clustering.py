@@ -12,26 +12,29 @@ MAX_EXACT = 10
 """Up to this number of tasks all partitions are searched."""
 
 
-def affinity_propagation_groups(affinity: npt.ArrayLike, random_state: int = 0) -> list[list[int]] | None:
+def affinity_propagation_groups(
+    affinity: npt.ArrayLike, random_state: int = 0, *, converged: bool = True
+) -> list[list[int]] | None:
     """Groups by affinity propagation on a symmetric affinity matrix.
 
     Scikit-learn's algorithm with its default preference (the median affinity). It counts as converged once
     its exemplars haven't changed for 50 iterations. Without convergence it tries again with 100 more, up to
-    ten times in all; the iteration limit (200 at first) grows along, whereas it stays at 200 in the released
-    code of the paper, which therefore can't succeed beyond the second try.
+    ten times in all; the iteration limit (200 at first) grows along. In the released code of the paper it stays
+    at 200, and what is found by then counts, converged or not, as long as there are exemplars.
 
     With few tasks the result depends on the algorithm's own noise, so ``random_state`` is fixed by default.
 
     Args:
-        affinity: normalised affinities, shape [K, K].
-        random_state: seed of the noise that breaks ties.
+        affinity: Normalised affinities, shape [K, K].
+        random_state: Seed of the noise that breaks ties.
+        converged: False for what the released code does.
 
     Returns:
-        The groups as ascending indices, sorted by their first; None if it never converges, so that the caller
-        can keep the groups it has.
+        The groups as ascending indices, sorted by their first; None if it never converges (or, then, finds no
+        exemplars), so that the caller can keep the groups it has.
 
     Raises:
-        ValueError: if the affinity isn't a square matrix of finite numbers.
+        ValueError: If the affinity isn't a square matrix of finite numbers.
 
     Source:
         Frey and Dueck, Clustering by passing messages between data points, 2007; settings of Selective task
@@ -50,13 +53,13 @@ def affinity_propagation_groups(affinity: npt.ArrayLike, random_state: int = 0) 
         model = AffinityPropagation(
             affinity="precomputed",
             convergence_iter=patience,
-            max_iter=patience + 150,
+            max_iter=patience + 150 if converged else 200,
             random_state=random_state,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             labels = model.fit(matrix).labels_
-        failed = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        failed = converged and any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
         if not failed and labels.min() >= 0:
             return _groups(labels)
     return None
@@ -71,13 +74,13 @@ def correlation_groups(affinity: npt.ArrayLike) -> list[list[int]]:
     tasks except for exact ties. Tasks that gain nothing from each other stay apart.
 
     Args:
-        affinity: symmetric affinities, shape [K, K]; the diagonal is ignored.
+        affinity: Symmetric affinities, shape [K, K]; the diagonal is ignored.
 
     Returns:
         The groups as ascending indices, sorted by their first.
 
     Raises:
-        ValueError: if the affinity isn't a square matrix of finite numbers.
+        ValueError: If the affinity isn't a square matrix of finite numbers.
 
     Source:
         Our own alternative to affinity propagation: correlation clustering, Bansal et al., 2004.

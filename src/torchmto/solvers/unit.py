@@ -29,26 +29,37 @@ class UnitGramian:
     """A Gramian as lengths and cosines.
 
     Attributes:
-        norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
-        inverse: one over these lengths, 0 for a gradient that counts as zero.
-        cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
-        live: indices of the gradients that aren't zero.
-        rounding: rounding error of a cosine.
-        noise: what rounding errors can add to an eigenvalue of the cosines, or take away. A combination of unit
-            gradients whose squared length is no more than this, with squared weights that sum to 1, may vanish.
+        norms: Lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
+        inverse: One over these lengths, 0 for a gradient that counts as zero.
+        cosines: Shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
+        live: Indices of the gradients that aren't zero.
+        precision: Machine precision of the gradients.
     """
 
     norms: Array
     inverse: Array
     cosines: Array
     live: npt.NDArray[np.intp]
-    rounding: float
-    noise: float
+    precision: float
 
     @property
     def num_tasks(self) -> int:
         """The number of tasks K, zero gradients included."""
         return len(self.norms)
+
+    @property
+    def rounding(self) -> float:
+        """The rounding error of a cosine."""
+        return rounding_error(self.precision)
+
+    @property
+    def noise(self) -> float:
+        """What rounding errors can add to an eigenvalue of the cosines, or take away.
+
+        A combination of unit gradients whose squared length is no more than this, with squared weights that sum to 1, may
+        vanish.
+        """
+        return eigenvalue_noise(self.precision, self.num_tasks)
 
     @property
     def resolution(self) -> float:
@@ -112,21 +123,20 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
 
     Args:
         gramian: inner products of the gradients, shape [K, K], positive semi-definite up to rounding.
-        precision: machine precision of the gradients it was made from; by default that of the array's own type.
+        precision: Machine precision of the gradients it was made from; by default that of the array's own type.
 
     Raises:
         ValueError: if it isn't a square matrix of finite numbers, or the precision isn't in (0, 1).
     """
     precision = check_precision(precision, gramian)
     array = check_gramian(gramian)
-    rounding = rounding_error(precision)
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
     cosines = (array * inverse * inverse[:, None]).clip(-1.0, 1.0)
     live = norms.nonzero()[0]
     cosines[live, live] = 1.0
-    return UnitGramian(norms, inverse, cosines, live, rounding, eigenvalue_noise(precision, len(array)))
+    return UnitGramian(norms, inverse, cosines, live, precision)
 
 
 def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from torchmto.gradients import finite_mark
+from torchmto.gradients import finite_mark, real
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
@@ -62,7 +62,8 @@ class StepContext:
         self.reason = ""
         reduction = Reduction(network, plan, about, plan.weigh)
         finite = FiniteChecks(network, plan, reduction, stepping)
-        self._parts = Parts(plan, network, asked, sources, reduction, finite, carried, summed)
+        several = network.ranks.size > 1
+        self._parts = Parts(plan, network, asked, sources, reduction, finite, several, carried, summed)
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
@@ -152,6 +153,27 @@ class StepContext:
         compute = gradients_with_rows if rows else gradients_without_rows
         return compute(parts, parts.request(tasks, forward, source))
 
+    @contextlib.contextmanager
+    def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
+
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on).
+
+        Args:
+            shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
+        """
+        before = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
+        try:
+            with self._parts.noise.extra(replay=False):
+                with torch.no_grad():
+                    for parameter, shift in shifts:
+                        real(parameter.detach()).add_(shift)
+                yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in before:
+                    parameter.copy_(value)
+
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
 
@@ -185,7 +207,8 @@ class StepContext:
         """
         network = self.network
         network.zero_grad()
-        weights = self._parts.reduction.agree(weights)
+        if self._parts.several:
+            weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
             self._parts.finite.fail("A method's weights aren't finite.")
         if gradients.graph is None:
@@ -319,7 +342,8 @@ class StepContext:
                 if not finite.applied(gradients, total):
                     finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
-            reduction.agree()
+            if self._parts.several:
+                reduction.agree()
             if not self.stepping:
                 return True
             if norm is not None:
@@ -406,8 +430,8 @@ class StepContext:
             weights=None if by_name is None else MappingProxyType(by_name),
             skipped=self.skipped,
             reason=self.reason,
-            num_forward=self.num_forward,
-            num_backward=self.num_backward,
+            num_forward=self._parts.num_forward,
+            num_backward=self._parts.num_backward,
             num_optimizer_steps=self.num_optimizer_steps,
             engine=self._parts.engine,
             num_fallbacks=num_fallbacks,

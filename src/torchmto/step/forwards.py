@@ -36,7 +36,8 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
         yield from held
         return
     network, micro_batches = parts.network, parts.sources[request.source]
-    averaged = parts.averaged(request.source)
+    # Whether losses are averages over several forwards with the same tasks, so that counts matter.
+    averaged = parts.several or len(micro_batches) > 1 or parts.carried is not None
     for number, closure in enumerate(micro_batches):
         for group in groups(parts, closure, request.asked):
             if parts.plan.repeats or parts.plan.same_noise:

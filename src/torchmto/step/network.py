@@ -24,8 +24,8 @@ from torchmto.gradients import (
     real,
     refuse_hidden,
     refuse_reentrant,
-    run_apart,
     run_hooks,
+    run_unreached,
 )
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.step.losses import Chunk
@@ -324,10 +324,9 @@ class Network:
 
     def seed(self, loss: Tensor, factor: float) -> Tensor | None:
         """The cotangent of a loss: its factor times the scaler's scale; None for 1."""
-        scale = self.scale(loss.device)
-        if scale is None and factor == 1:
+        if self.scaler is None and factor == 1:
             return None
-        seed = torch.ones_like(loss) * factor
+        scale, seed = self.scale(loss.device), torch.ones_like(loss) * factor
         return seed if scale is None else seed * scale.to(seed)
 
     def reaches(self, task: int, parameter: Tensor) -> bool:
@@ -361,7 +360,7 @@ class Network:
         if found.functions:
             self._functions = True
             with chunk.activated():
-                refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
+                refuse_hidden(list(map(self.name, run_unreached(found, chunk.losses.values(), self.parameters))))
 
     def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
         """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.

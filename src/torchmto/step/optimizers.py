@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.gradients.torch_private import scaler_states
+
 
 class Optimizers:
     """The optimizers of one model, with different parameters each.
@@ -51,9 +53,15 @@ class Optimizers:
             RuntimeError: If a wrapper of an optimizer swallows the step.
         """
         self.num_stepped = 0
+        self._fired.clear()
         for optimizer in self.all:
             try:
-                self._step_one(optimizer)
+                if self._scaler is None:
+                    optimizer.step()
+                else:
+                    self._scaler.step(optimizer)
+                if self._wrapped:
+                    self._check_fired(optimizer)
             except BaseException as error:
                 if self.num_stepped:
                     error.add_note(
@@ -64,12 +72,8 @@ class Optimizers:
         if self._scaler is not None:
             self._update(self._scaler)
 
-    def _step_one(self, optimizer: Any) -> None:
-        self._fired.discard(id(optimizer))
-        if self._scaler is None:
-            optimizer.step()
-        else:
-            self._scaler.step(optimizer)
+    def _check_fired(self, optimizer: Any) -> None:
+        """Raise if an optimizer has not handed its step on."""
         swallowed = id(optimizer) in self._wrapped and id(optimizer) not in self._fired
         if swallowed and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
             raise RuntimeError(
@@ -82,9 +86,8 @@ class Optimizers:
 
     @property
     def _states(self) -> dict[int, dict[str, Any]]:
-        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
-        states: dict[int, dict[str, Any]] = self._scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
-        return states
+        """What the scaler knows of each optimizer."""
+        return scaler_states(self._scaler)
 
     def unscale(self) -> None:
         """Divide all gradients by the scaler's scale, as it does itself."""

@@ -59,6 +59,7 @@ class Parts:
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
         reduction: Averages losses over micro-batches and ranks.
         finite: Checks losses and gradients.
+        several: Whether several processes train together.
         carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
         summed: Then: whether weighted sums are kept, and not rows.
         num_forward: Calls of closures so far.
@@ -74,6 +75,7 @@ class Parts:
     sources: Sequence[Sequence[Source]]
     reduction: Reduction
     finite: FiniteChecks
+    several: bool
     carried: dict[int, Carried] | None = None
     summed: bool = False
     num_forward: int = 0
@@ -82,17 +84,10 @@ class Parts:
     consumed: set[int] = field(default_factory=set)
     held: list[Chunk] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.several = self.network.ranks.size > 1
-
     @functools.cached_property
     def noise(self) -> Noise:
         """Random states of the forwards, for those that are repeated."""
         return Noise(self.network.room, same=self.plan.same_noise, keep=self.plan.repeats)
-
-    def averaged(self, source: int) -> bool:
-        """Whether the losses of a batch are averages over several forwards with the same tasks, so that counts matter."""
-        return self.several or len(self.sources[source]) > 1 or self.carried is not None
 
     def request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
         """Gradients of those of ``tasks`` (default all) that this step is about, from a forward of ``forward`` (the same)."""

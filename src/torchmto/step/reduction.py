@@ -51,6 +51,7 @@ def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[o
     return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
 
 
+@dataclass
 class Proportions:
     """Whether all micro-batches bring the same tasks in the same proportions.
 
@@ -59,11 +60,10 @@ class Proportions:
         first: Task index -> count in the first micro-batch.
     """
 
-    def __init__(self) -> None:
-        self.alike = True
-        self.first: dict[int, float] = {}
-        self._number = -1
-        self._own: dict[int, float] = {}
+    alike: bool = True
+    first: dict[int, float] = field(default_factory=dict)
+    _number: int = -1
+    _own: dict[int, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Before the first call of a micro-batch."""
@@ -147,8 +147,6 @@ class Reduction:
         So the ranks' processors may differ.
         """
         network = self.network
-        if network.ranks.size == 1:
-            return weights
         own = () if weights is None or network.ranks.rank else weights.unbind()
         self.doing = "what was decided"
         told, _ = self.tell(Sums(dict.fromkeys(range(len(own)), 1.0), dict(enumerate(own))), failure=failure)

@@ -80,11 +80,10 @@ def present(parts: Parts, everything: Losses, request: Request) -> Losses:
         raise empty_batch(parts.asked)
     if not losses.indices:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
-    reason = parts.network.unshared()
-    if reason:
+    if parts.network.roles.unshared:
         raise ValueError(
-            f"{reason} A method that combines the gradients of tasks needs shared parameters; loss weightings, as `gd`, do "
-            "without."
+            f"{parts.network.unshared()} A method that combines the gradients of tasks needs shared parameters; loss "
+            "weightings, as `gd`, do without."
         )
     return losses
 
@@ -103,6 +102,13 @@ def factors_of(network: Network, losses: Losses) -> Tensor | None:
     if losses.factors is not None:
         factors = factors * losses.factors.to(factors)
     return None if bool((factors == 1).all()) else factors
+
+
+def hold(heads: Heads, task: int, parameter: Tensor, gradient: Tensor) -> None:
+    """Add one task's gradient of a parameter outside the shared ones."""
+    _, held = heads.setdefault(id(parameter), (parameter, {}))
+    # A copy, because autograd may hand out one tensor for two parameters, or an expanded one.
+    held[task] = held[task] + gradient if task in held else gradient.clone()
 
 
 def rescale_heads(heads: Heads, losses: Losses, factors: Tensor) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmto.gradients import quiet
+from torchmto.gradients import backward, quiet
 from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients
@@ -253,7 +253,10 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
             ones = weights.values.new_ones(len(shares))
             seeds_of = dict(zip(weights.indices, (ones if factors is None else factors).unbind(), strict=True))
             unit.before(chunk.losses, whole.by_task, seeds_of)
-        torch.autograd.backward(roots, seeds.to(roots), inputs=inputs)
+        if inputs is None:
+            torch.autograd.backward(roots, seeds.to(roots))
+        else:
+            backward(roots, seeds.to(roots), inputs)
     parts.num_backward += 1
     if before:
         network.explain(chunk, weights.indices, before)

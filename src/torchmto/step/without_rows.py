@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows
-from torchmto.gradients.engine import Piece
-from torchmto.step.collect import hold
+from torchmto.gradients.engine import Piece, Wanted
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_gradients, sum_heads
 from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
-from torchmto.step.task_gradients import TaskGradients, factors_of, present, rescale_heads
+from torchmto.step.task_gradients import TaskGradients, factors_of, hold, present, rescale_heads
 from torchmto.step.with_rows import gradients_with_rows
 
 
@@ -59,7 +58,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     failure: BaseException | None = None
     product = torch.zeros(0)
     try:
-        product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+        product = engine.gramian(Wanted(pieces, losses.indices, shared, others, take))
         network.refuse_hidden()
     except BaseException as error:
         if not several:

@@ -41,7 +41,7 @@ class ProximalAffinity:
         attribution: ``"actor"`` credits a change to the group whose step caused it. ``"official"`` credits it
             to the group that steps next: what the released code does, because it takes the losses before a
             group's step. It is a defect there, kept to reproduce its numbers; :meth:`finish` credits nothing
-            then.
+            then, and :meth:`groups` accepts affinity propagation that hasn't converged, as that code does.
         normalization: see :func:`normalized_affinity`.
 
     Raises:
@@ -165,7 +165,11 @@ class ProximalAffinity:
         if own.size > 1:
             X = _normalized(self._matrix[np.ix_(own, own)], self.normalization)
             found: list[list[int]] | None
-            found = correlation_groups(X) if cluster == "correlation" else affinity_propagation_groups(X, random_state)
+            found = (
+                correlation_groups(X)
+                if cluster == "correlation"
+                else affinity_propagation_groups(X, random_state, converged=self.attribution == "actor")
+            )
             parts = None if found is None else [[int(own[index]) for index in part] for part in found]
         if parts is not None:
             alone = [[index] for index in range(len(self.tasks)) if index not in own]

@@ -6,11 +6,10 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from torchmto import MultiTask
 from torchmto.lab.data.base import Split, Task
@@ -19,12 +18,15 @@ from torchmto.lab.metrics import primary_metric, task_metrics
 from torchmto.lab.problem import Problem, part_error
 from torchmto.structure import active_task, has_split_norms
 
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+
 __all__ = ["Measured", "MetricStates", "Metrics", "Network", "evaluate", "measure", "merged_values", "metric_states"]
 
 Metrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
-Measured = dict[str, dict[str, Metric]]
+Measured: TypeAlias = "dict[str, dict[str, Metric]]"
 """Task -> metric's name -> the metric at work."""
 
 MetricStates = dict[str, dict[str, dict[str, Any]]]

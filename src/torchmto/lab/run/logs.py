@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ LARGEST_LOGGED_AFFINITY = 10
 
 
 class Logger(Protocol):
-    """What Fabric's loggers offer, too."""
+    """Where figures go."""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log numbers of one step."""
@@ -34,8 +35,6 @@ class Logger(Protocol):
 
 class CsvLog:
     """Figures in one growing table ``step,name,value``, which a crash can't spoil and a resumed run continues.
-
-    Fabric's own CSV logger starts anew when it finds an old file, and rewrites the whole file for each new column.
 
     Args:
         path: The file.
@@ -66,6 +65,54 @@ class CsvLog:
     def finalize(self, status: str) -> None:
         """Close the file."""
         self._file.close()
+
+
+class TensorBoardLog:
+    """Figures in TensorBoard's event files.
+
+    Args:
+        folder: For the files.
+        resume_step: The step the run goes on from: points of later steps, which a killed run logged, come again. None: a new
+            run.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter  # noqa: PLC0415 - takes seconds to import
+
+        self._writer = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finalize(self, status: str) -> None:
+        """Close the files."""
+        self._writer.close()
+
+
+class WandbLog:
+    """Figures in Weights & Biases, whose local files go into the run's folder.
+
+    Args:
+        folder: The run's folder.
+        config: The settings.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb  # noqa: PLC0415 - takes seconds to import
+
+        self._run = wandb.init(
+            project="torchmto", name=folder.name, dir=folder, config=dict(config), resume="allow", reinit="create_new"
+        )
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Log numbers of one step."""
+        self._run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        """The run ends."""
+        self._run.finish()
 
 
 class MlflowLog:
@@ -217,26 +264,38 @@ def make_loggers(
         ImportError: If a logger's package is missing.
     """
     check_loggers(names)
-    return [_make_logger(name, folder, config, resume_step) for name in names]
+    loggers = []
+    for name in names:
+        with told_by(name):
+            loggers.append(_make_logger(name, folder, config, resume_step))
+    return loggers
+
+
+@contextlib.contextmanager
+def told_by(logger: Logger | str) -> Iterator[None]:
+    """Whatever a logger's package raises inside the block is an OSError of one line: a full disk, a server that is gone.
+
+    Raises:
+        OSError: In place of anything else.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = logger if isinstance(logger, str) else type(logger).__name__.removesuffix("Log").lower()
+        raise OSError(f"The logger `{name}` failed: {first}") from error
 
 
 def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
     check_choice("loggers", name, ("csv", *_OPTIONAL))
-    logger: Logger
     if name == "csv":
         return CsvLog(folder / "metrics.csv", resume_step=resume_step)
     if name == "tensorboard":
-        from lightning.fabric.loggers.tensorboard import TensorBoardLogger  # noqa: PLC0415 - takes seconds to import
-
-        # Points a killed run logged after its last checkpoint come again.
-        purge: dict[str, Any] = {} if resume_step is None else {"purge_step": resume_step + 1}
-        logger = TensorBoardLogger(folder, name="tensorboard", version="", default_hp_metric=False, **purge)
-        return logger
+        return TensorBoardLog(folder / "tensorboard", resume_step=resume_step)
     if name == "wandb":
-        from lightning.pytorch.loggers import WandbLogger  # noqa: PLC0415
-
-        logger = WandbLogger(name=folder.name, save_dir=folder, project="torchmto", config=dict(config), resume="allow")
-        return logger
+        return WandbLog(folder, config)
     return MlflowLog(folder, config)
 
 

@@ -163,8 +163,8 @@ def launched(device: str, devices: int, nodes: int) -> Iterator[tuple[Processes,
     if devices * nodes == 1 and not (dist.is_available() and dist.is_initialized()):
         yield Processes(), None
         return
-    from lightning.fabric import Fabric  # noqa: PLC0415  takes seconds, and one process needs nothing of it
-    from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
+    from lightning_fabric import Fabric  # noqa: PLC0415  takes seconds, and one process needs nothing of it
+    from lightning_fabric.utilities.exceptions import MisconfigurationException  # noqa: PLC0415
 
     accelerator = "gpu" if device.startswith("cuda") else device
     try:
@@ -243,7 +243,7 @@ def elastic_job() -> tuple[str, bool] | None:
 
 def speaks() -> bool:
     """Whether this process prints what all have to say; also once the process group is gone."""
-    fabric = sys.modules.get("lightning.fabric.utilities.rank_zero")
+    fabric = sys.modules.get("lightning_fabric.utilities.rank_zero")
     return fabric is None or getattr(fabric.rank_zero_only, "rank", 0) == 0
 
 

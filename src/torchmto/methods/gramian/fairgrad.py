@@ -1,16 +1,19 @@
 """FairGrad: alpha-fair shares of the update."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_number
+from torchmto.checks import check_choice, check_number
+from torchmto.methods.gramian.clipped import clipped
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
+from torchmto.step import StepContext
+
+RELEASED_NORM = 1.0
+"""Largest norm of the released code's update of the shared parameters."""
 
 
 @register_method("fairgrad")
@@ -28,11 +31,13 @@ class FairGrad(GramianWeighting):
     learning rate falls.
 
     Scale: see above. No eps. Heads: their own task's gradient, as in the released code for supervised learning. That
-    code also multiplies the update of the shared parameters by K and clips it to norm 1, which we leave to the learning
-    rate; the one for reinforcement learning does neither. Not random.
+    code also multiplies the update of the shared parameters by K and clips it, not the heads' gradients, to norm 1:
+    ``scale="released"``; the one for reinforcement learning does neither. Not random.
 
     Args:
         alpha: Positive. 2 in the paper's experiments; 1 is the class default of the released code.
+        scale: "paper", or "released": times the number of present tasks, then at most 1 long. Steps that reuse the weights
+            are clipped by their own gradient.
         **options: ``heads``, ``refresh_every``.
 
     Source: Ban & Ji, Fair Resource Allocation in Multi-Task Learning, ICML 2024, equation 8.
@@ -45,17 +50,40 @@ class FairGrad(GramianWeighting):
 
     source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
+    tuning_space = {"alpha": ("choice", 1.0, 2.0, 5.0, 10.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     domain = Domain(
         corners="With alpha > 1 the update has no bound as gradients shrink or cancel. A zero gradient takes no part; where a "
         "convex combination of the others vanishes a ridge is added, a fallback."
     )
 
-    def __init__(self, *, alpha: float = 2.0, **options: Unpack[WeightingOptions]) -> None:
+    _unclipped: Tensor
+
+    def __init__(self, *, alpha: float = 2.0, scale: str = "paper", **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
         self.alpha = check_number("alpha", alpha, above=0)
+        self.scale = check_choice("scale", scale, ("paper", "released"))
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
+        return self.scaled(self.shares(gramian), gramian)
+
+    def shares(self, gramian: Tensor) -> Tensor:
+        """The solution of the equation, [k]."""
         solution = solvers.fair(self.as_array(gramian), self.alpha, precision=self.precision_of(gramian))
         return self.accept(solution, gramian)
+
+    def scaled(self, weights: Tensor, gramian: Tensor) -> Tensor:
+        """The weights at the scale that was asked for."""
+        if self.scale == "paper":
+            return weights
+        self._unclipped = len(weights) * weights
+        return clipped(self._unclipped, gramian, RELEASED_NORM)
+
+    def kept(self, weights: Tensor) -> Tensor:
+        """The weights before they were clipped to the length of this step's gradients."""
+        return weights if self.scale == "paper" else self._unclipped
+
+    def bound(self, context: StepContext) -> float:
+        """Clip anew."""
+        return 1.0 if self.scale == "paper" else context.bound(RELEASED_NORM, heads=self.heads)

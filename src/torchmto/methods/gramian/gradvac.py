@@ -1,7 +1,5 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -9,10 +7,13 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_flag, check_number
+from torchmto.checks import check_choice, check_flag, check_number, found
+from torchmto.gradients import gramian as gramian_of_rows
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
+from torchmto.solvers.projection import Order
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
 @register_method("gradvac")
@@ -25,13 +26,15 @@ class GradVac(GramianWeighting):
     \leftarrow (1 - \beta) \hat\rho_{ij} + \beta c`. The targets start at 0 and are state. The update is :math:`\sum_i
     g_i'`.
 
-    Scale: sum. One group, the whole of the shared parameters (the paper also tries a group per layer or matrix). No
-    eps. Heads: their own task's gradient. Random: one order per task and step, from :attr:`generator`. LibMTL updates
-    a target only if it was missed, and both public codes have ``beta=0.5``.
+    Scale: sum. No eps. Heads: their own task's gradient. Random: one order per task and step, from :attr:`generator`.
+    LibMTL updates a target only if it was missed, and both public codes have ``beta=0.5``.
 
     Args:
         beta: Share of a new cosine in its target.
         shuffle: Draw the orders at random, as in the paper; else go through the tasks in their given order.
+        groups: The parameters that cosines are taken over, each group with targets of its own: "whole" (all shared
+            parameters), "layer" (those of one module) or "matrix" (every parameter tensor by itself), as the paper tries.
+            The last two need the rows, heads="unit" and refresh_every=1.
         **options: ``heads``, ``refresh_every``.
 
     Source: Wang et al., Gradient Vaccine, ICLR 2021, equations 2 and 3, Algorithm 1.
@@ -45,31 +48,120 @@ class GradVac(GramianWeighting):
 
     source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
     use = "Related tasks whose gradients should stay as aligned as they usually are."
+    tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
     targets: Tensor
+    group_targets: dict[str, Tensor]
 
-    def __init__(self, *, beta: float = 0.01, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
+    def __init__(
+        self,
+        *,
+        beta: float = 0.01,
+        shuffle: bool = True,
+        groups: str = "whole",
+        **options: Unpack[WeightingOptions],
+    ) -> None:
         super().__init__(**options)
         self.beta = check_number("beta", beta, minimum=0, maximum=1)
         self.shuffle = check_flag("shuffle", shuffle)
+        self.groups = check_choice("groups", groups, ("whole", "layer", "matrix"))
+        if groups != "whole" and (self.heads != "unit" or self.refresh_every > 1):
+            raise ValueError(
+                found(
+                    "groups",
+                    "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group",
+                    groups,
+                )
+            )
+        self._network: Network | None = None
 
     def setup(self, num_tasks: int) -> None:
-        """Cosine targets [K, K], 0 at first."""
-        self.add_state("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
+        """Cosine targets [K, K], 0 at first; per group where there are several."""
+        if self.groups == "whole":
+            self.add_state("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
+        else:
+            self.add_state("group_targets", {})
+
+    def attach(self, network: Network) -> None:
+        """Parameters are grouped by their names."""
+        self._network = network
+
+    def refusal(self, network: Network) -> str:
+        """A group's columns may lie on several ranks, or not be kept."""
+        if (network.divided or network.engine is not None) and self.groups != "whole":
+            return "takes cosines over the columns of each group"
+        return super().refusal(network)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
-        """Column sums of the turned gradients' coefficients, [k]. Moves the targets of the present tasks."""
-        size = len(gramian)
-        self.ensure_setup(size)
-        present = torch.arange(size) if indices is None else torch.tensor(list(indices))
+        """Column sums of the turned gradients' coefficients, [k]. Moves the targets of the present tasks.
+
+        Raises:
+            ValueError: If there are several groups: one Gramian says nothing about them.
+        """
+        if self.groups != "whole":
+            raise ValueError(found("groups", "'whole' where the rows aren't known", self.groups))
+        self.ensure_setup(len(gramian))
+        weights, self.targets = self._turned(gramian, self.targets, self._orders(len(gramian)), indices)
+        return weights
+
+    def _orders(self, size: int) -> Order | None:
+        return random_orders(size, self.generator) if self.shuffle else None
+
+    def _turned(
+        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Sequence[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weights [k] for one Gramian, and its targets [K, K] after this step."""
+        present = torch.arange(len(gramian)) if indices is None else torch.tensor(list(indices))
         where = (present.unsqueeze(1), present)
-        orders = random_orders(size, self.generator) if self.shuffle else None
-        projection, targets = solvers.gradvac(
+        projection, moved = solvers.gradvac(
             self.as_array(gramian),
-            self.targets[where].numpy(),
+            targets[where].numpy(),
             orders,
             beta=self.beta,
             precision=self.precision_of(gramian),
         )
-        self.targets[where] = torch.from_numpy(targets)
-        return self.accept(projection, gramian)
+        targets = targets.clone()
+        targets[where] = torch.from_numpy(moved)
+        return self.accept(projection, gramian), targets
+
+    def step(self, context: StepContext) -> StepInfo:
+        """As every Gramian method; with several groups a task has no single weight to report."""
+        if self.groups == "whole":
+            return super().step(context)
+        gradients = context.gradients()
+        self.descend(context, gradients)
+        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
+
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
+        """One optimizer step; returns the weights, of several groups their mean over the columns."""
+        if self.groups == "whole":
+            return super().descend(context, gradients)
+        self.num_fallbacks = 0
+        self._precision = gradients.precision
+        matrix, indices = gradients.matrix, gradients.indices
+        orders = self._orders(len(matrix))
+        vector, mean = torch.zeros_like(matrix[0]), gradients.gramian.new_zeros(len(matrix))
+        targets = dict(self.group_targets)
+        for group, parts in self._columns(gradients).items():
+            gramian = sum((gramian_of_rows(matrix[:, part]) for part in parts), torch.zeros_like(gradients.gramian))
+            before = targets.get(group, gramian.new_zeros(self.num_tasks, self.num_tasks))
+            weights, targets[group] = self._turned(gramian, before, orders, indices)
+            for part in parts:
+                torch.mv(matrix[:, part].T, weights.to(matrix), out=vector[part])
+                mean += weights * ((part.stop - part.start) / max(len(vector), 1))
+        self.group_targets = targets
+        self._precision = None
+        context.combine(gradients, vector=vector)
+        context.apply()
+        self.after_step(gradients.reduced, context)
+        return mean
+
+    def _columns(self, gradients: TaskGradients) -> dict[str, list[slice]]:
+        """The columns of every group, by its name."""
+        assert self._network is not None, "attached before the first step"
+        groups: dict[str, list[slice]] = {}
+        for parameter in gradients.parameters:
+            name = self._network.name(parameter)
+            key = name.rpartition(".")[0] if self.groups == "layer" else name
+            groups.setdefault(key, []).append(gradients.columns(parameter))
+        return groups

@@ -1,7 +1,5 @@
 """Nash-MTL: the update as a bargain between the tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -9,6 +7,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
+from torchmto.methods.gramian.clipped import clipped
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
 from torchmto.step import StepContext
@@ -49,6 +48,7 @@ class NashMTL(GramianWeighting):
 
     source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
+    tuning_space = {"max_norm": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
     domain = Domain(
         corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "
@@ -74,14 +74,7 @@ class NashMTL(GramianWeighting):
         self.head_weights = weights if self.heads == "unclipped" else None
         if self.max_norm == 0:
             return weights
-        lengths = gramian.diagonal().clamp_min(0).sqrt() * weights
-        largest = lengths.max()
-        if not bool(largest > 0):
-            return weights
-        # Squares of the weights or of G alone could overflow; the products of both can't.
-        scaled = weights / largest
-        norm = largest * (scaled @ (gramian @ scaled)).clamp_min(0).sqrt()
-        return weights * (self.max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
+        return clipped(weights, gramian, self.max_norm)
 
     def kept(self, weights: Tensor) -> Tensor:
         """The weights before they were clipped to the length of this step's gradients."""

@@ -1,9 +1,7 @@
 """Selective task groups: groups of tasks formed from their affinity, updated one after the other within each batch."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
-from torchmto.methods.registry import make_method, register_method
+from torchmto.methods.registry import gramian_method, register_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
 
@@ -38,10 +36,12 @@ class TaskGroups(Procedure):
             ablation: "joint", "per_task", "random" (``num_groups`` of nearly equal sizes, drawn for every batch),
             "heterogeneous" (like adaptive, but tasks of *low* mutual affinity together; our reading: the partition that
             maximises the summed negated affinity inside groups).
-        warmup: Batches in which every task is its own group, before affinities are used.
+        warmup: Batches in which every task is its own group, before affinities are used; under ``attribution="official"`` one
+            more, as in the released code, which counts from 0 and compares with "at most".
         decay: Of the moving average, the paper's beta.
         attribution: "actor": a change is credited to the group whose step caused it; "official": to the *next* group, as in
-            the released code, whose losses are taken before the step. That is a defect there, kept to reproduce its numbers.
+            the released code, whose losses are taken before the step. That is a defect there, kept to reproduce its numbers;
+            so are one more batch of warm-up, and groups from affinity propagation that hasn't converged.
         normalization: "paper": the printed formula; "official": the released code divides by a view of the element it
             overwrites, so only the upper triangle is normalised.
         cluster: "affinity_propagation" (the paper's; for three tasks its own noise decides) or "correlation" (the partition
@@ -71,6 +71,7 @@ class TaskGroups(Procedure):
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
+    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
@@ -110,6 +111,7 @@ class TaskGroups(Procedure):
                 raise ValueError(found("groups", "a partition of the tasks: non-empty groups, each task once", groups))
         self.grouping = groups
         self.warmup = check_integer("warmup", warmup, minimum=0)
+        self._last_warmup = self.warmup + (attribution == "official")
         self.cluster = cast(
             "Literal['affinity_propagation', 'correlation']",
             check_choice("cluster", cluster, ("affinity_propagation", "correlation")),
@@ -119,9 +121,7 @@ class TaskGroups(Procedure):
         self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
         self.num_groups = None if num_groups is None else check_integer("num_groups", num_groups, minimum=1)
         self.random_state = check_integer("random_state", random_state, minimum=0)
-        made = make_method(inner) if isinstance(inner, str) else inner
-        if made is not None and not isinstance(made, GramianWeighting):
-            raise ValueError(found("inner", "a Gramian method", inner))
+        made = None if inner is None else gramian_method("inner", inner)
         if made is not None and made.refresh_every > 1:
             raise ValueError(found("inner.refresh_every", "1: groups don't keep their weights", made.refresh_every))
         self.add_state("inner", made)
@@ -140,8 +140,6 @@ class TaskGroups(Procedure):
         if self.num_groups is not None and self.num_groups > len(tasks):
             raise ValueError(found("num_groups", f"at most the number of tasks, {len(tasks)}", self.num_groups))
         super().bind(tasks)
-        if self.inner is not None:
-            self.inner.bind(tasks)
         decay, attribution, normalization = self._options
         self.add_state("affinity", ProximalAffinity(tasks, decay, attribution, normalization))
         self.add_state("current", self._first_groups(tasks))
@@ -206,7 +204,7 @@ class TaskGroups(Procedure):
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
         self.num_batches += 1
-        if self._tracks() and self.num_batches >= self.warmup and self.num_batches % self.regroup_every == 0:
+        if self._tracks() and self.num_batches >= self._last_warmup and self.num_batches % self.regroup_every == 0:
             self.current = self._regroup()
         records.update(order=[list(group) for group in groups], affinity=self.affinity.matrix)
         if self.inner is not None:
@@ -247,16 +245,6 @@ class TaskGroups(Procedure):
         count = self.num_groups or math.ceil(self.num_tasks / 2)
         order = torch.randperm(self.num_tasks, generator=self.generator).tolist()
         return [[self.tasks[i] for i in sorted(order[start::count])] for start in range(count)]
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.report(performance)
-
-    def end_window(self) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.end_window()
 
 
 def _named(context: StepContext, losses: Losses, values: Tensor) -> dict[str, float]:

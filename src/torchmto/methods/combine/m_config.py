@@ -1,0 +1,184 @@
+"""M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto import solvers
+from torchmto.checks import check_integer, check_number, found, warn
+from torchmto.gradients import gramian
+from torchmto.methods.combine.columns import fitted, pieces
+from torchmto.methods.method import Cost, Domain, GradientCombiner, GradientOptions, Properties
+from torchmto.methods.registry import register_method
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step.finite import SkippedError
+
+EPS = 1e-8
+"""Added to the root of the second moment, as in the paper."""
+
+
+@register_method("m_config")
+class MConFIG(GradientCombiner):
+    r"""Conflict-free inverse gradients of momenta: about the cost of one task per step.
+
+    Every task has a first momentum :math:`m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i`, renewed only when it is the task's
+    turn. The direction is that of ``config`` for all bias-corrected momenta, :math:`\hat d = \mathcal G(\hat m_1, \dots, \hat
+    m_K)`. The second moment is that of the gradient whose momentum it would be: with :math:`m = (1 - \beta_1^t) \hat d`,
+    :math:`\tilde g = (m - \beta_1 m_{t-1}) / (1 - \beta_1)`, :math:`v \leftarrow \beta_2 v + (1 - \beta_2) \tilde g^2`. The
+    update is :math:`\hat d / (\sqrt{\hat v} + 10^{-8})`.
+
+    The optimizer: this method is one, so the optimizer given to ``MultiTask`` should be ``torch.optim.SGD`` without momentum,
+    as in the released code; its learning rate is Adam's. Any other is warned of.
+
+    Scale: Adam's, entries of about 1. Order: tasks take turns in their given order; a task whose turn it is and that the batch
+    hasn't is passed over, by a further call of the closure. Heads: their own task's gradient, in the task's turn (the released
+    multi-task code gives all heads theirs in every step, by one more backward). Deviation: the first step takes all tasks, so
+    that every momentum has begun; the released code doesn't move before every task has had a turn. A task that hasn't been
+    seen yet takes no part. Memory: K + 2 more vectors of the shared parameters' size. Not random. Linearly dependent momenta:
+    the least-squares direction, a fallback.
+
+    Args:
+        num_updates: How many tasks have their turn in a step; None: all that are present.
+        betas: Decays of the momenta and of the second moment, in [0, 1).
+        **options: ``heads``.
+
+    Source: Liu et al., ConFIG, ICLR 2025, Algorithm 1 (M-ConFIG), as in its released code.
+    """
+
+    source = "Liu et al., ICLR 2025, Algorithm 1"
+    use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
+    adapts = True
+    properties = Properties(homogeneity=None, identity=False, pareto=False)
+    domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
+    momenta: Tensor
+    moment: Tensor
+    last: Tensor
+    times: Tensor
+    num_steps: int
+    turn: int
+
+    def __init__(
+        self,
+        *,
+        num_updates: int | None = 1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        **options: Unpack[GradientOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.num_updates = None if num_updates is None else check_integer("num_updates", num_updates, minimum=1)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(found("betas", "a pair of floats", betas))
+        first, second = (check_number(f"betas[{i}]", beta, minimum=0, below=1) for i, beta in enumerate(betas))
+        self.betas = first, second
+        self.num_fallbacks = 0
+        self._direction: Tensor | None = None
+
+    def setup(self, num_tasks: int) -> None:
+        """The momenta, the second moment, the direction's last momentum, counts, and whose turn it is."""
+        self.add_state("momenta", torch.zeros(num_tasks, 0))
+        self.add_state("moment", torch.zeros(1, 0))
+        self.add_state("last", torch.zeros(1, 0))
+        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
+        self.add_state("num_steps", 0)
+        self.add_state("turn", 0)
+
+    def attach(self, network: Network) -> None:
+        """Check that the optimizer doesn't adapt the learning rates a second time."""
+        for optimizer in network.optimizers.all:
+            if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+                warn(
+                    "Method `m_config` is Adam's rule itself: give MultiTask a torch.optim.SGD without momentum. "
+                    f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
+                )
+
+    def no_backward(self, num_sources: int) -> str:
+        """It is an optimizer's rule itself, and mayn't need all of the tasks' gradients."""
+        return "takes the optimizer's step itself"
+
+    def cost(self, num_tasks: int) -> Cost:
+        """One forward, and a backward for each task whose turn it is (of all tasks in the first step)."""
+        return Cost(1, num_tasks if self.num_updates is None else min(self.num_updates, num_tasks), 1)
+
+    def step(self, context: StepContext) -> StepInfo:
+        """The gradients of the tasks whose turn it is; the direction of all momenta."""
+        self.ensure_setup(len(context.tasks))
+        gradients = self._gradients(context)
+        self.num_fallbacks = 0
+        context.combine(gradients, vector=self.combine(gradients), heads=self.heads)
+        context.apply()
+        self.remember(gradients)
+        self.after_step(gradients.reduced, context)
+        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
+
+    def _gradients(self, context: StepContext) -> TaskGradients:
+        """Those of the next tasks that the batch has."""
+        asked = [context.tasks.index(name) for name in context.asked]
+        number = self.num_updates
+        if number is None or number >= len(asked) or self.num_steps == 0:
+            return context.gradients()
+        queue = sorted(asked, key=lambda task: (task - self.turn) % self.num_tasks)
+        for start in range(0, len(queue), number):
+            chosen = queue[start : start + number]
+            self.turn = (chosen[-1] + 1) % self.num_tasks
+            try:
+                return context.gradients([context.tasks[task] for task in chosen])
+            except SkippedError as skipped:
+                if not skipped.absent or start + number >= len(queue):
+                    raise
+        raise AssertionError("the queue isn't empty")
+
+    @torch.no_grad()
+    def combine(self, task_grads: TaskGradients) -> Tensor:
+        """Renew the momenta of the tasks at hand, and combine those of all, [P]."""
+        matrix = task_grads.matrix
+        self.ensure_setup(len(matrix))
+        self.momenta = fitted(self.momenta, self.num_tasks, matrix)
+        self.moment, self.last = fitted(self.moment, 1, matrix), fitted(self.last, 1, matrix)
+        self.times[list(task_grads.indices)] += 1
+        self.num_steps += 1
+        products = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
+        for piece in pieces(matrix.shape[1]):
+            products += gramian(self._momenta(task_grads, piece))
+        seen = torch.nonzero(self.times).flatten()
+        # Corrected for their start at 0; those of tasks not seen yet are 0.
+        corrections = 1 / (1 - self.betas[0] ** self.times[seen].double())
+        own = products[seen][:, seen] * torch.outer(corrections, corrections)
+        solution = solvers.config(own.numpy(), precision=task_grads.precision)
+        self.num_fallbacks += not solution.converged
+        weights = torch.zeros(self.num_tasks, dtype=torch.float64)
+        weights[seen] = torch.from_numpy(solution.weights) * corrections
+        direction = torch.empty_like(matrix[0])
+        update = torch.empty_like(direction)
+        finite = torch.ones((), dtype=torch.bool, device=matrix.device)
+        for piece in pieces(len(direction)):
+            torch.mv(self._momenta(task_grads, piece).T, weights.to(matrix), out=direction[piece])
+            second = self._moments(direction, piece)[1] / (1 - self.betas[1] ** self.num_steps)
+            finite &= second.isfinite().all()
+            torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
+        self._direction = direction
+        # A square that overflows would stay in the second moment, and its entry never move again.
+        return update if bool(finite) else torch.full_like(update, torch.inf)
+
+    @torch.no_grad()
+    def remember(self, task_grads: TaskGradients) -> None:
+        """Keep the momenta and moments."""
+        direction, self._direction = self._direction, None
+        assert direction is not None, "combine comes first"
+        for piece in pieces(len(direction)):
+            self.momenta[:, piece] = self._momenta(task_grads, piece)
+            self.last[0, piece], self.moment[0, piece] = self._moments(direction, piece)
+
+    def _momenta(self, task_grads: TaskGradients, piece: slice) -> Tensor:
+        """Some columns of the momenta after this step."""
+        moved = self.momenta[:, piece].clone()
+        for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
+            moved[task].mul_(self.betas[0]).add_(row[piece], alpha=1 - self.betas[0])
+        return moved
+
+    def _moments(self, direction: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+        """Some columns of the direction's momentum and of the second moment after this step."""
+        first, second = self.betas
+        momentum = direction[piece] * (1 - first**self.num_steps)
+        implied = (momentum - first * self.last[0, piece]) / (1 - first)
+        return momentum, self.moment[0, piece] * second + (1 - second) * implied.square()

@@ -1,0 +1,122 @@
+"""PIVRG: fair shares of the update, larger for tasks that are further behind their single-task models."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number, found, warn
+from torchmto.methods.gramian.fairgrad import FairGrad
+from torchmto.methods.method import Properties, WeightingOptions
+from torchmto.methods.per_task import named
+from torchmto.methods.registry import register_method
+
+
+@register_method("pivrg")
+class PIVRG(FairGrad):
+    r"""Performance-informed variance reduction gradient: :math:`(G w)_i = (\lambda_i / w_i)^{1/2}`, w > 0.
+
+    The importance :math:`\lambda = K \, \mathrm{softmax}(\Delta / T)` rises with how far a task is behind its single-task
+    model: :math:`\Delta_i` is the relative drop of the last reported metric (``mt.report``), in percent, and :math:`T =
+    \max\{(\max_i \Delta_i - \min_i \Delta_i) / \ln b, T_0\}`, so that no task is more than b times as important as
+    another. With w = x / lambda it is FairGrad's equation (alpha = 2) for the gradients :math:`g_i / \lambda_i`, solved as
+    there, with the same fallbacks. Before the first report, and for tasks without one, the drop is the mean of the known
+    ones; where none is known it is FairGrad.
+
+    Scale, heads and ``scale="released"`` (times K, clipped to norm 1): as for ``fairgrad``; both papers share that code.
+    No eps. Not random. The released code takes the drops from the metrics of the last training epoch; here they are what
+    the trainer reports, usually of the validation split.
+
+    Args:
+        baseline: Task -> the single-task model's value. Without it reports change nothing.
+        higher_is_better: Task -> whether larger values are better (missing ones are True), or one bool for all.
+        bound: The largest ratio b of two importances, above 1.
+        min_temperature: The smallest temperature :math:`T_0`, in percent.
+        scale: "paper", or "released": times the number of present tasks, then at most 1 long.
+        **options: ``heads``, ``refresh_every``.
+
+    Raises:
+        ValueError: If a baseline is 0 or not of these tasks.
+
+    Source: Qin et al., Revisiting Fairness in Multitask Learning: A Performance-Driven Approach for Variance Reduction,
+    CVPR 2025, as in its released code.
+
+    Example:
+        >>> import torch, torchmto
+        >>> method = torchmto.make_method("pivrg", baseline={"seg": 50.0, "depth": 80.0})
+        >>> method.bind(("seg", "depth"))
+        >>> method.report({"seg": 45.0, "depth": 80.0})
+        >>> method.weights(torch.eye(2))
+        tensor([1.1006, 0.8736])
+    """
+
+    source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
+    use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
+    tuning_space = {}
+    properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
+    drops: Tensor
+
+    def __init__(
+        self,
+        *,
+        baseline: Mapping[str, float] | None = None,
+        higher_is_better: Mapping[str, bool] | bool = True,
+        bound: float = 2.0,
+        min_temperature: float = 10.0,
+        scale: str = "paper",
+        **options: Unpack[WeightingOptions],
+    ) -> None:
+        super().__init__(alpha=2.0, scale=scale, **options)
+        if baseline is not None and not isinstance(baseline, Mapping):
+            raise TypeError(found("baseline", "a mapping of task names to floats", baseline))
+        for name, value in (baseline or {}).items():
+            if check_number(f"baseline[{name!r}]", value) == 0:
+                raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
+        self.baseline = None if baseline is None else dict(baseline)
+        self.higher_is_better = higher_is_better
+        self.ratio = check_number("bound", bound, above=1)
+        self.min_temperature = check_number("min_temperature", min_temperature, above=0)
+        self._told = False
+
+    def setup(self, num_tasks: int) -> None:
+        """The last drops in percent (NaN: not reported yet)."""
+        self.add_state("drops", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Check that every task has a baseline."""
+        if self.baseline is not None and set(self.baseline) != set(tasks):
+            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline))
+        super().bind(tasks)
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        """Take over validation results."""
+        if self.baseline is None:
+            if not self._told:
+                self._told = True
+                warn("Method `pivrg` has no `baseline` to compare reports with: all tasks stay equally important.")
+            return
+        for name, value in performance.items():
+            better = self.higher_is_better
+            sign = 1.0 if (better if isinstance(better, bool) else better.get(name, True)) else -1.0
+            single = self.baseline[name]
+            self.drops[self.tasks.index(name)] = 100 * sign * (single - value) / abs(single)
+
+    def importance(self, indices: Sequence[int]) -> Tensor:
+        """The importance of the present tasks, float64 [k], summing to k."""
+        self.ensure_setup(max(indices) + 1)
+        drops = self.drops[list(indices)]
+        known = ~drops.isnan()
+        drops = torch.where(known, drops, drops[known].mean() if bool(known.any()) else 0.0)
+        temperature = max(float(drops.max() - drops.min()) / math.log(self.ratio), self.min_temperature)
+        return len(drops) * (drops / temperature).softmax(0)
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """Positive weights (0 for a zero gradient), [k]."""
+        importance = self.importance(range(len(gramian)) if indices is None else indices).to(gramian)
+        return self.scaled(self.shares(gramian / torch.outer(importance, importance)) / importance, gramian)
+
+    def records(self) -> Mapping[str, Any]:
+        """The drops that were last reported, in percent."""
+        return {"drops": named(self.tasks, self.drops)} if self.num_tasks else {}

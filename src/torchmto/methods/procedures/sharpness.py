@@ -1,0 +1,84 @@
+"""Gradients at perturbed parameters, one task at a time, and what combines them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_flag, check_number, found
+from torchmto.gradients import gramian, real
+from torchmto.methods.method import GramianWeighting, Procedure
+from torchmto.methods.registry import gramian_method
+from torchmto.step import Losses, StepContext, TaskGradients
+
+Pairs = list[tuple[Tensor, Tensor]]
+"""Parameters, each with a tensor of its shape (pairs of reals for a complex one)."""
+
+
+class SharpnessAware(Procedure):
+    """Base of the methods that take every task's gradient at parameters perturbed for that task.
+
+    The shared parameters and the task's head are moved by ``rho`` each, along gradients or what stands for them; after the
+    task's backward they are put back. The tasks' shared gradients are combined by another method's weights.
+
+    Args:
+        rho: Length of the perturbation.
+        adaptive: Lengths relative to the parameters' own sizes (ASAM).
+        inner: A Gramian method, by name or as an object.
+    """
+
+    inner: GramianWeighting
+    whole_rows = "moves parameters along whole rows"
+
+    def __init__(self, *, rho: float, adaptive: bool, inner: str | GramianWeighting) -> None:
+        super().__init__()
+        self.rho = check_number("rho", rho, minimum=0)
+        self.adaptive = check_flag("adaptive", adaptive)
+        made = gramian_method("inner", inner)
+        if made.refresh_every > 1 or made.heads != "unit":
+            raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
+        self.add_state("inner", made)
+
+    def records(self) -> Mapping[str, Any]:
+        """What the inner method records."""
+        records: Mapping[str, Any] = self.inner.records()
+        return records
+
+    @torch.no_grad()
+    def shifts(self, directions: Pairs) -> Pairs:
+        """A step of length ``rho`` along the directions taken together; none where they vanish or aren't finite."""
+        if self.adaptive:
+            directions = [(p, real(p.detach()).abs() * d) for p, d in directions]
+        norm = torch.nn.utils.get_total_norm([d for _, d in directions])
+        if not bool(norm > 0) or not bool(norm.isfinite()):
+            return []
+        scaled = [(p, d * (self.rho / norm).to(d)) for p, d in directions]
+        return [(p, real(p.detach()).abs() * d) for p, d in scaled] if self.adaptive else scaled
+
+    def perturbed(
+        self, context: StepContext, losses: Losses, shifts_of: Callable[[int], Pairs]
+    ) -> tuple[TaskGradients, Tensor]:
+        """One forward and backward of every present task, each at its own place.
+
+        Args:
+            context: The step.
+            losses: Those of the forward before, of the present tasks.
+            shifts_of: Task -> how its parameters are moved.
+
+        Returns:
+            The gradients, and their rows [k, P]: those that the former would show are the last task's.
+        """
+        rows: list[tuple[Tensor, list[int]]] = []
+        heads: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}
+        for task in losses.indices:
+            with context.moved(shifts_of(task)):
+                one = context.gradients([context.tasks[task]])
+            # The memory of the rows is the next task's.
+            rows.append((one.matrix[0].clone(), one.rows.reached()))
+            for key, (parameter, held) in one.heads.items():
+                heads.setdefault(key, (parameter, {}))[1].update(held)
+        width = len(rows[-1][0])
+        matrix = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row, _ in rows])
+        one.rows.fill({position for _, reached in rows for position in reached})
+        return TaskGradients(one.rows, losses, gramian(matrix), heads, losses, precision=one.precision), matrix
