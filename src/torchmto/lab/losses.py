@@ -209,11 +209,14 @@ class TaskLoss:
         self._function = function
         self._options = dict(options)
 
-    def __call__(self, prediction: Tensor, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
+    def __call__(
+        self, prediction: Tensor | tuple[Tensor, ...], target: Tensor, *, labelled: bool | None = None
+    ) -> Loss | None:
         """The mean loss over the labelled entries.
 
         Args:
-            prediction: The model's output, shaped as `torchmto.lab.data.base` says for the task's kind.
+            prediction: The model's output, shaped as `torchmto.lab.data.base` says for the task's kind; or several, whose
+                losses are added (deep supervision).
             target: The batch's target, likewise.
             labelled: Whether the batch has a label of this task, where the caller knows (see
                 `labelled_tasks`, best called before the batch goes to the device). If None it is read from
@@ -225,6 +228,8 @@ class TaskLoss:
         Raises:
             ValueError: If the shapes don't fit.
         """
+        if isinstance(prediction, tuple):
+            return _added(self, prediction, target, labelled)
         expected = self._expected_shape(target)
         if tuple(prediction.shape) != expected:
             raise ValueError(
@@ -258,14 +263,26 @@ class OwnLoss:
         except ValueError:  # some built-in functions don't tell
             self._masked = False
 
-    def __call__(self, prediction: Tensor, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
-        """The loss and the number of labels behind it, or None where there is no label."""
+    def __call__(
+        self, prediction: Tensor | tuple[Tensor, ...], target: Tensor, *, labelled: bool | None = None
+    ) -> Loss | None:
+        """The loss and the number of labels behind it, or None where there is no label; of several predictions the sum."""
+        if isinstance(prediction, tuple):
+            return _added(self, prediction, target, labelled)
         valid, rows = labelled_rows(self.task, target)
         if not (bool(rows.any()) if labelled is None else labelled):
             return None
         more = {"mask": valid[rows]} if self._masked else {}
         value = self._function(prediction[rows], target[rows], **more)
         return value if isinstance(value, tuple) else (value, valid.sum())
+
+
+def _added(
+    loss: TaskLoss | OwnLoss, predictions: tuple[Tensor, ...], target: Tensor, labelled: bool | None
+) -> Loss | None:
+    """The sum of several predictions' losses, which have the same labels behind them."""
+    parts = [part for prediction in predictions if (part := loss(prediction, target, labelled=labelled)) is not None]
+    return (torch.stack([value for value, _ in parts]).sum(), parts[0][1]) if parts else None
 
 
 def labelled_rows(task: Task, target: Tensor) -> tuple[Tensor, Tensor]:

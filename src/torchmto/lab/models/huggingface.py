@@ -53,6 +53,10 @@ class HuggingFaceTrunk(Trunk):
         super().__init__()
         self.backbone = backbone
         self.channels = tuple(backbone.channels)  # type: ignore[arg-type]
+        for name, parameter in backbone.named_parameters():
+            # What no feature map passes through: a norm that SwinBackbone leaves out, masks of pretraining.
+            if name.startswith("swin.layernorm.") or name.endswith("mask_token"):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, channels, H, W]`` to feature maps, fine to coarse."""
