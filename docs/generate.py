@@ -99,7 +99,8 @@ def page(name: str) -> str:
     """The page of one method."""
     cls = method_class(name)
     properties = cls.properties
-    signature = str(inspect.signature(cls)).replace("'", "")
+    signature = str(inspect.signature(cls)).replace("'", "").replace("collections.abc.", "")
+    signature = re.sub(r"[*]<class (?:[a-z_]+[.])*(\w+)>", r"Unpack[\1]", signature)
     promises = [
         f"homogeneity: {degree(properties.homogeneity)}",
         f"permutation equivariant: {'yes' if properties.equivariant else 'no'}",

@@ -103,7 +103,7 @@ def trace_subtrees(model: nn.Module) -> list[tuple[nn.Module, list[Node]]]:
     runs.
 
     Args:
-        model: any module.
+        model: Any module.
 
     Returns:
         Each traced module with its operations in order.
@@ -240,7 +240,7 @@ def record_dataflow(model: nn.Module) -> Iterator[Recording]:
     The numbers are not changed. Modules that a compiled model runs without calling them aren't seen.
 
     Args:
-        model: the module to watch.
+        model: The module to watch.
 
     Yields:
         The recording, to be given to :func:`torchmto.structure.find_norm_pairs`.

@@ -57,18 +57,18 @@ def find_norm_pairs(
     left out; of layers that share a weight the first counts.
 
     Args:
-        model: the model, or its shared trunk. Norms may be split or not.
-        forward: makes one forward pass, ``lambda: model(example)``; it is recorded without gradients, and
+        model: The model, or its shared trunk. Norms may be split or not.
+        forward: Makes one forward pass, ``lambda: model(example)``; it is recorded without gradients, and
             norm statistics and torch's random state are put back.
-        recording: a recording made with :func:`torchmto.structure.record_dataflow`, instead of ``forward``.
-        pairs: paths of modules in the order the data runs through them, ``("conv1", "bn1")`` or ``("norm1",
+        recording: A recording made with :func:`torchmto.structure.record_dataflow`, instead of ``forward``.
+        pairs: Paths of modules in the order the data runs through them, ``("conv1", "bn1")`` or ``("norm1",
             "fc1")``; then nothing is searched.
 
     Returns:
         One :class:`StructuredLayer` per paired layer, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: a pair that names no module, doesn't hold one layer and one norm, or whose channels don't
+        ValueError: A pair that names no module, doesn't hold one layer and one norm, or whose channels don't
             fit; both ``forward`` and ``recording``.
 
     Source: the paper (arXiv 2406.02996) pairs conv and BatchNorm; all else is our generalisation.
@@ -99,8 +99,8 @@ class PairSearch:
     """What is known so far about each layer: a module and, for attentions, one of its projections.
 
     Args:
-        model: the model.
-        serves: whether a norm may go with the layer of a weight; asked for pairs that aren't given explicitly.
+        model: The model.
+        serves: Whether a norm may go with the layer of a weight; asked for pairs that aren't given explicitly.
             By default any may. A norm that only one of a layer's tasks runs says nothing about the others.
     """
 
@@ -154,7 +154,7 @@ class PairSearch:
         """Take over what an earlier search of this model knew and this one doesn't.
 
         Raises:
-            ValueError: a name that the model doesn't have, or channels that don't fit.
+            ValueError: A name that the model doesn't have, or channels that don't fit.
         """
         layers = {self._name(layer, part): (layer, part) for layer in self.layers for part in _parts(layer)}
         norms: dict[str | None, nn.Module | None] = {None: None}

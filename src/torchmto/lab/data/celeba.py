@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Task
 from torchmto.lab.data.dense import image_bundle, resize_image
-from torchmto.lab.data.files import FileData, Sample, load_rgb, read_lines, require
+from torchmto.lab.data.files import FileData, Sample, check_names, load_rgb, read_lines, require
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
@@ -71,7 +71,7 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
     try:
         count, names = int(lines[0]), lines[1].split()
         rows = [line.split() for line in lines[2:]]
-        files = [row[0] for row in rows]
+        files = check_names([row[0] for row in rows], table)
         signs = np.array([row[1:] for row in rows], dtype=np.int8)
         parts = dict(line.split() for line in read_lines(partition, "celeba"))
         part_of = np.array([int(parts[file]) for file in files])

@@ -18,7 +18,7 @@ from torchmto.lab.data.files import (
     load_array,
     load_picture,
     load_rgb,
-    read_lines,
+    read_names,
     read_npz,
     require,
     unknown_layout,
@@ -176,4 +176,4 @@ def _invpt(root: Path, split: str, size: tuple[int, int]) -> FileData:
         resized = {task.name: resize_target(task, targets[task.name], size) for task in tasks}
         return resize_image(load_rgb(root / "images" / f"{name}.jpg", "nyuv2"), size), resized
 
-    return FileData(tasks, read_lines(root / "gt_sets" / f"{split}.txt", "nyuv2"), read)
+    return FileData(tasks, read_names(root / "gt_sets" / f"{split}.txt", "nyuv2"), read)

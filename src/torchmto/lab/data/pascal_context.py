@@ -19,7 +19,7 @@ from torchmto.lab.data.files import (
     find_root,
     load_picture,
     load_rgb,
-    read_lines,
+    read_names,
     require,
     unknown_layout,
     validation_split,
@@ -98,7 +98,7 @@ def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512)
         return pad_to(TASKS, image, targets, size)
 
     train, test = (
-        FileData(TASKS, read_lines(root / "ImageSets" / "Context" / f"{split}.txt", "pascal_context"), read)
+        FileData(TASKS, read_names(root / "ImageSets" / "Context" / f"{split}.txt", "pascal_context"), read)
         for split in ("train", "val")
     )
     kept, held_out = validation_split(len(train), validation, seed)
@@ -132,9 +132,10 @@ def _read(root: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _load_mat(path: Path, key: str) -> Any:
+    require(path, "pascal_context")
     try:
-        return scipy.io.loadmat(require(path, "pascal_context"), simplify_cells=True)[key]
-    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        return scipy.io.loadmat(path, simplify_cells=True)[key]
+    except Exception as error:  # a damaged file can raise anything in SciPy
         raise ValueError(f"`{path}` isn't a MAT file with `{key}`: {error}") from error
 
 
