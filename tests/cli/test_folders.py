@@ -162,6 +162,7 @@ def test_lists_of_names_dont_lead_out_of_their_folder(tmp_path, name):
     assert read_names(tmp_path / "list.txt", "nyuv2") == ["0001", "sub/0002"]
 
 
+@pytest.mark.slow  # MLflow sets up its database
 def test_mlflow_keeps_its_files_in_the_runs_folder(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.chdir(tmp_path)
