@@ -17,8 +17,10 @@ CORE = """
 import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
-    names = {"jsonargparse", "rich", "yaml", "kornia", "PIL", "pyarrow", "safetensors", "transformers", "matplotlib", "pandas",
-        "tensorboard", "lightning_fabric", "lightning", "pytorch_lightning", "torchmetrics", "cloudpickle", "accelerate", "torchjd"}
+    names = set(
+        "jsonargparse rich yaml kornia PIL pyarrow safetensors transformers matplotlib pandas tensorboard lightning_fabric "
+        "lightning pytorch_lightning torchmetrics cloudpickle accelerate torchjd".split()
+    )
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:
@@ -105,7 +107,8 @@ def test_what_they_hold(built):
     assert any(name.startswith("torchmto/recipes/") for name in names)
     assert all(name.startswith(("torchmto/", f"torchmto-{version}.dist-info/")) for name in names)
     assert not [name for name in names if "__pycache__" in name]
-    inside = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "src/torchmto/__init__.py"} <= inside
 
 
