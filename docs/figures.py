@@ -1,4 +1,4 @@
-"""Draws the figures of "Concepts" from short runs on the built-in digits, in minutes: ``python docs/figures.py [NAME ...]``."""
+"""Draws the figures of "Concepts" from short runs on the built-in digits: ``python docs/figures.py [NAME ...]``."""
 
 from __future__ import annotations
 

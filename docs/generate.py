@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torchmto
-from torchmto import Method, lab, method_class, metrics, scaling, solvers, structure
+from torchmto import Method, lab, method_class, metrics, solvers, structure
 from torchmto.cli.methods import markdown as table
 
 DOCS = Path(__file__).resolve().parent
@@ -21,7 +21,7 @@ sys.path.insert(0, str(DOCS))
 
 from docstrings import roles  # noqa: E402  a script beside this one
 
-MODULES = (torchmto, structure, metrics, solvers, scaling, lab)
+MODULES = (torchmto, structure, metrics, solvers, lab)
 FAMILIES = {
     "loss weighting": "Loss weightings: one forward, one backward",
     "gramian": "Gramian methods: weights from the K x K inner products of the task gradients",
@@ -99,7 +99,8 @@ def page(name: str) -> str:
     """The page of one method."""
     cls = method_class(name)
     properties = cls.properties
-    signature = str(inspect.signature(cls)).replace("'", "")
+    signature = str(inspect.signature(cls)).replace("'", "").replace("collections.abc.", "")
+    signature = re.sub(r"[*]<class (?:[a-z_]+[.])*(\w+)>", r"Unpack[\1]", signature)
     promises = [
         f"homogeneity: {degree(properties.homogeneity)}",
         f"permutation equivariant: {'yes' if properties.equivariant else 'no'}",

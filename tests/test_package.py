@@ -17,10 +17,9 @@ CORE = """
 import importlib.abc, sys
 
 class Missing(importlib.abc.MetaPathFinder):
-    names = set(
-        "jsonargparse rich yaml kornia PIL pyarrow safetensors transformers matplotlib pandas tensorboard lightning_fabric "
-        "lightning pytorch_lightning torchmetrics cloudpickle accelerate torchjd".split()
-    )
+    names = {"jsonargparse", "rich", "yaml", "kornia", "PIL", "pyarrow", "safetensors", "transformers", "matplotlib",
+        "pandas", "tensorboard", "lightning_fabric", "lightning", "pytorch_lightning", "torchmetrics", "cloudpickle",
+        "accelerate", "torchjd"}
 
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in self.names:

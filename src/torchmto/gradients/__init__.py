@@ -7,7 +7,7 @@ from torchmto.gradients.finite import dense, finite_mark, plain, real
 from torchmto.gradients.hooks import quiet, run_hooks
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
-from torchmto.gradients.reach import check_keeps, reach_of, refuse_hidden, refuse_reentrant, run_apart
+from torchmto.gradients.reach import check_keeps, reach_of, refuse_hidden, refuse_reentrant, run_unreached
 from torchmto.gradients.representation import Representation
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows, gramian
@@ -38,6 +38,6 @@ __all__ = [
     "real",
     "refuse_hidden",
     "refuse_reentrant",
-    "run_apart",
     "run_hooks",
+    "run_unreached",
 ]

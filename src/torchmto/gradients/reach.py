@@ -134,7 +134,7 @@ def refuse_hidden(names: Sequence[str]) -> None:
         )
 
 
-def run_apart(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Run those functions below which no parameter is trained, which a backward for the parameters would never run.
 
     Args:

@@ -167,6 +167,10 @@ _forward_class = _of("BackwardCFunction", "_forward_cls")
 _nodes_made = _of("torch.autograd", "_get_sequence_nr")
 
 
+run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+"""What ``torch.autograd.backward`` and ``grad`` call with the arguments they have checked; where it is None they do."""
+
+
 def number_of(node: Node) -> int:
     """A number that is larger for operations that ran later; the largest there is for leaves."""
     return int(_sequence_number(node)())

@@ -287,14 +287,18 @@ class Method(ABC):
             )
         self.generator.set_state(state["generator"])
         for name in self._states:
-            value = getattr(self, name)
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[name])
-            elif isinstance(value, Tensor) and isinstance(state[name], Tensor) and value.shape == state[name].shape:
-                with torch.no_grad():
-                    value.copy_(state[name])
-            else:
-                setattr(self, name, copied(state[name]))
+            self._put(name, copied(state[name]))
+
+    def _put(self, name: str, value: Any) -> None:
+        """Give a state a new value, in its own memory where it has some."""
+        current = getattr(self, name)
+        if hasattr(current, "load_state_dict"):
+            current.load_state_dict(value)
+        elif isinstance(current, Tensor) and isinstance(value, Tensor) and current.shape == value.shape:
+            with torch.no_grad():
+                current.copy_(value)
+        else:
+            setattr(self, name, value)
 
     def snapshot(self) -> dict[str, Any]:
         """The small states, to undo a step that fails."""
@@ -314,18 +318,12 @@ class Method(ABC):
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Undo changes since :meth:`snapshot`."""
         for name, value in kept.items():
-            current = getattr(self, name)
             if name == "generator":
                 self.generator.set_state(value)
-            elif isinstance(current, Method):
-                current.restore(value)
-            elif hasattr(current, "load_state_dict"):
-                current.load_state_dict(value)
-            elif isinstance(current, Tensor) and current.shape == value.shape:
-                with torch.no_grad():
-                    current.copy_(value)
+            elif isinstance(getattr(self, name), Method):
+                getattr(self, name).restore(value)
             else:
-                setattr(self, name, value)
+                self._put(name, value)
 
     # ------------------------------------------------------------------ what a trainer tells the method
 

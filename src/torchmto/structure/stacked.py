@@ -26,7 +26,7 @@ def stacked(trunk: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     task. Memory is that of K passes at once.
 
     Args:
-        trunk: a module, or any callable that runs modules, with norms split by
+        trunk: A module, or any callable that runs modules, with norms split by
             :func:`torchmto.structure.split_norms`.
 
     Returns:

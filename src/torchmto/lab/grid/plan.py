@@ -137,7 +137,8 @@ def compare(
         changed_source=changed_source,
     )
     number = jobs or default_jobs(grid.experiment.run.device)
-    chosen = make_executor(executor, number, grid.folder.path, ray_address) if isinstance(executor, str) else executor
+    if isinstance(executor, str):
+        executor = make_executor(executor, number, grid.folder.path, ray_address)
     with contextlib.ExitStack() as stack:
         watcher: Watcher = Silence()
         if progress:
@@ -147,5 +148,5 @@ def compare(
         if tune:
             from torchmto.lab.grid.tuning import tuned  # noqa: PLC0415  it needs optuna
 
-            return tuned(grid, tune, chosen, watcher)
-        return grid.run(chosen, watcher)
+            return tuned(grid, tune, executor, watcher)
+        return grid.run(executor, watcher)

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ __all__ = [
     "csv_text",
     "header",
     "markdown",
+    "markdown_table",
     "rich_tables",
     "rows",
     "task_header",
@@ -151,12 +152,12 @@ def rich_tables(summary: Summary) -> "list[FittedTable]":
 def markdown(summary: Summary) -> str:
     """A Markdown page with the table, one of the tasks where there are many, and one of differences to the reference."""
     made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    tables = [_markdown(header(summary), rows(summary))]
+    tables = [markdown_table(header(summary), rows(summary))]
     if many_tasks(summary):
-        tables.append(_markdown(task_header(summary), task_rows(summary)))
+        tables.append(markdown_table(task_header(summary), task_rows(summary)))
     lines = notes(summary)
     if len(summary["methods"]) > 1:
-        tables.append(_markdown(versus_header(summary), versus_rows(summary)))
+        tables.append(markdown_table(versus_header(summary), versus_rows(summary)))
         lines.append(
             "Differences are paired by seed; p values are of paired t tests, corrected for their number by Holm; wins, ties "
             "and losses count tasks and seeds, ranks are means over both."
@@ -164,7 +165,15 @@ def markdown(summary: Summary) -> str:
     return "\n".join([*tables, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
 
 
-def _markdown(titles: list[str], cells: list[list[str]]) -> str:
+def markdown_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose first column holds names.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["x", "1"]]), end="")
+        | a | b |
+        | --- | ---: |
+        | x | 1 |
+    """
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torchmto._layout import BOUNDLESS, plain_table
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
+from torchmto.lab.grid.tables import markdown_table
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.environment import made
 from torchmto.lab.versions import versions
@@ -43,9 +44,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] + ["---:"] * (len(self.header) - 1))]
-        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.rows]
-        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+        table = markdown_table(self.header, self.rows)
+        return "\n".join([f"### {self.title}", "", table, *(f"{note}\n" for note in self.notes)])
 
     def text(self, width: int = BOUNDLESS) -> str:
         """The table on a terminal of so many columns."""
@@ -161,7 +161,3 @@ def _page(recipe: Recipe, findings: Findings) -> str:
     parts += [table.markdown() for table in findings.tables]
     parts += [f"![{name}](plots/{name}.png) [as SVG](plots/{name}.svg)\n" for name in findings.figures]
     return "\n".join(parts)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,5 +1,6 @@
 """Recipes: what an experiment runs, as a typed YAML file."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import yaml
 from torchmto.checks import check_integer
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.specs import parse_method
+from torchmto.methods import method_class
+from torchmto.methods import methods as all_methods
 
 __all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names"]
 
@@ -138,8 +141,16 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     return replace(Recipe(name=name, **entries), arms=arms, tune=tune)
 
 
+def _needed(method: str) -> list[str]:
+    """What a method can't do without, besides what every Run tells it."""
+    parameters = inspect.signature(method_class(method)).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name != "total_steps" and p.kind not in {2, 4}]
+
+
 def _arm(name: str, content: Mapping[str, Any]) -> Arm:
     entries = dict(content)
     methods: Sequence[str] = entries.pop("methods")
+    if methods == "all":
+        methods = [method for method in all_methods() if not _needed(method)]
     labels = tuple(parse_method(method).label for method in methods)
     return Arm(name, labels, **entries)

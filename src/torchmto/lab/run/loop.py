@@ -38,7 +38,7 @@ from torchmto.lab.run.evaluation import (
     tell_method,
 )
 from torchmto.lab.run.folder import RunFolder
-from torchmto.lab.run.logs import Logger, RecordLog, make_loggers, step_figures
+from torchmto.lab.run.logs import Logger, RecordLog, make_loggers, step_figures, told_by
 from torchmto.lab.run.processes import Processes
 from torchmto.lab.run.random_state import random_state, restore_random_state, seed_everything, seed_of_rank
 from torchmto.lab.run.scores import Measure, is_better, measure_of, needs_untrained
@@ -351,7 +351,7 @@ class Trainer:
             return
         self._loggers = make_loggers(config.loggers or (), self.folder.path, config.as_dict(), resume_step=resume_step)
         for logger in self._loggers:
-            stack.callback(logger.finalize, "finished")
+            stack.callback(_finish, logger)
         self._records = RecordLog(self.folder.path / "records.jsonl", resume_step=resume_step)
         stack.callback(self._records.close)
 
@@ -424,7 +424,8 @@ class Trainer:
     def _log(self, figures: dict[str, float]) -> None:
         with self.processes.together():
             for logger in self._loggers:
-                logger.log_metrics(figures, self.progress.step)
+                with told_by(logger):
+                    logger.log_metrics(figures, self.progress.step)
 
     def _end_epoch(self) -> None:
         """Validate, tell the method, save. All of it comes again if a signal or a crash comes before the save."""
@@ -550,6 +551,11 @@ class Trainer:
         kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions", "made"}}
         self.processes.first(lambda: folder.write_results(kept, self.parts.model))
         return result
+
+
+def _finish(logger: Logger) -> None:
+    with told_by(logger):
+        logger.finalize("finished")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_number
+from torchmto.methods.combine.columns import fitted
 from torchmto.methods.method import Domain, Method
 from torchmto.methods.registry import register_method
 from torchmto.step import StepContext, StepInfo, TaskGradients
@@ -61,12 +62,7 @@ class ExcessMTL(Method):
     def _excess(self, gradients: TaskGradients) -> Tensor:
         """The estimated excess risks of the present tasks, float64 [k]."""
         matrix = gradients.matrix
-        squares = self.squares.to(matrix)
-        if squares.shape[1] < matrix.shape[1]:
-            grown = matrix.new_zeros(len(squares), matrix.shape[1])
-            grown[:, : squares.shape[1]] = squares
-            squares = grown
-        self.squares = squares
+        self.squares = squares = fitted(self.squares, self.num_tasks, matrix)
         excess = []
         for row, task in zip(matrix, gradients.indices, strict=True):
             square = row.square()

@@ -38,6 +38,7 @@ class MetaBalance(GradientCombiner):
 
     source = "He et al., WWW 2022, arXiv 2203.06801"
     use = "Auxiliary tasks that only serve one target task, and drown it or are too weak to help."
+    tuning_space = {"relax": ("linear", 0.0, 1.0)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(corners="Where the primary task has had no gradient the others stay as they are.")
     lengths: Tensor

@@ -48,6 +48,7 @@ class PCD(GramianWeighting):
 
     source = "Varam & AlHajri, TMLR 2026, arXiv 2606.29521, Algorithm 1"
     use = "One task is the goal and the others are constraints: sparsity, robustness, auxiliary tasks."
+    tuning_space = {"tau": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(
         corners="A primary gradient of zero stops the others. Constraints that no direction satisfies are dropped, a fallback."

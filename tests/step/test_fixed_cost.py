@@ -1,0 +1,50 @@
+"""What a step adds to a small model: a number of Python calls, which doesn't depend on the machine."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchmto
+from toy import Toy, batch, closure
+
+PACKAGE = str(Path(torchmto.__file__).parent)
+TASKS = ("a", "b", "c", "d")
+
+
+def passed(work):
+    """The package's functions that ``work`` calls, with repeats, comprehensions left out."""
+    calls = []
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(PACKAGE) and not code.co_name.startswith("<"):
+            calls.append((code.co_filename, code.co_qualname))
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "limit", "distinct"),
+    [
+        ("gd", {}, 75, 70),
+        ("uw", {}, 95, 90),
+        ("pcgrad", {"gradients": "parameters"}, 150, 98),
+        ("sequential", {}, 350, 85),
+    ],
+)
+def test_a_step_takes_few_calls(method, options, limit, distinct):
+    model = Toy(TASKS)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, **options)
+    losses = closure(model, batch(TASKS))
+    mt.step(losses)
+    calls = passed(lambda: mt.step(losses))
+    assert len(calls) <= limit
+    assert len(set(calls)) <= distinct
