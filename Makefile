@@ -1,8 +1,9 @@
 # make demo   compare six methods with single-task models on the built-in digits
 # make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
 # make test-all   the same with the slow tests: clusters, launchers, kills of real processes
+# make docs   the generated pages, then the documentation site in site/, which opens without a server
 #
-# Both set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
+# All set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -17,7 +18,7 @@ DEMO_OUT ?= runs/demo
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup: $(STAMP)
 
@@ -51,9 +52,11 @@ test test-all: $(STAMP)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder $(CHOSEN)
 
-# Rewrites the generated pages and the README's table of methods from the code.
+docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs --quiet build --clean
+	echo "Open site/index.html"
 
 clean:
-	@rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) runs dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -46,17 +46,24 @@ def write_mtan(root, counts, *, height=12, width=16, labels=("label",), normals=
     return root
 
 
-def write_invpt_nyud(root, names, height=12, width=16):
-    """InvPT's NYUDv2 folder: pictures and arrays listed in gt_sets."""
+def write_nyud(root, names, *, image="png", maps="png", height=12, width=16):
+    """InvPT's NYUDv2 folder, in which images, normals and edges are pictures; MTI-Net's has jpg and arrays."""
     for split, members in names.items():
         save_text(root / "gt_sets" / f"{split}.txt", members)
         for name in members:
-            save_picture(root / "images" / f"{name}.jpg", rgb(height, width))
+            save_picture(root / "images" / f"{name}.{image}", rgb(height, width))
             labels = GENERATOR.integers(0, 41, (height, width), dtype=np.uint8)
             save_picture(root / "segmentation" / f"{name}.png", labels)
             save_array(root / "depth" / f"{name}.npy", GENERATOR.random((height, width)).astype(np.float32) + 1)
-            save_array(root / "normals" / f"{name}.npy", unit_normals(height, width))
-            save_array(root / "edge" / f"{name}.npy", (GENERATOR.random((height, width)) < 0.2).astype(np.float32))
+            edges = GENERATOR.random((height, width)) < 0.2
+            if maps == "npy":
+                save_array(root / "normals" / f"{name}.npy", unit_normals(height, width))
+                save_array(root / "edge" / f"{name}.npy", edges.astype(np.float32))
+            else:
+                pixels = rgb(height, width)
+                pixels[0, 0] = 127
+                save_picture(root / "normals" / f"{name}.png", pixels)
+                save_picture(root / "edge" / f"{name}.png", edges.astype(np.uint8) * 255)
     return root
 
 
@@ -122,15 +129,24 @@ def write_taskonomy(folder_of, buildings, views=2, size=16):
                     save_picture(path, picture[..., 0] if domain in eight_bit else picture)
 
 
-def write_celeba(root, count=12, attributes=("5_o_Clock_Shadow", "Smiling", "Young"), official=True):
-    """CelebA's official files, in sub-folders as on its download page or all in one."""
-    image, anno, evaluation = ("Img", "Anno", "Eval") if official else ("", "", "")
+def write_celeba(root, count=12, attributes=("5_o_Clock_Shadow", "Smiling", "Young"), form="official"):
+    """CelebA's files: in sub-folders as on its download page, "flat" in one folder, or "kaggle" with .csv tables."""
+    image, anno, evaluation = {"official": ("Img", "Anno", "Eval"), "kaggle": ("img_align_celeba", "", "")}.get(
+        form, ("", "", "")
+    )
     names = [f"{i + 1:06d}.jpg" for i in range(count)]
     for name in names:
         save_picture(root / image / "img_align_celeba" / name, rgb(30, 20))
     signs = GENERATOR.choice([-1, 1], (count, len(attributes)))
+    parts = [min(i * 3 // count, 2) for i in range(count)]
+    if form == "kaggle":
+        rows = [",".join(map(str, (name, *row))) for name, row in zip(names, signs, strict=True)]
+        save_text(root / "list_attr_celeba.csv", [",".join(("image_id", *attributes)), *rows])
+        rows = [f"{name},{part}" for name, part in zip(names, parts, strict=True)]
+        save_text(root / "list_eval_partition.csv", ["image_id,partition", *rows])
+        return signs
     rows = [f"{name}  {' '.join(f'{s:2d}' for s in row)}" for name, row in zip(names, signs, strict=True)]
     save_text(root / anno / "list_attr_celeba.txt", [str(count), " ".join(attributes), *rows])
-    parts = [f"{name} {min(i * 3 // count, 2)}" for i, name in enumerate(names)]
-    save_text(root / evaluation / "list_eval_partition.txt", parts)
+    rows = [f"{name} {part}" for name, part in zip(names, parts, strict=True)]
+    save_text(root / evaluation / "list_eval_partition.txt", rows)
     return signs

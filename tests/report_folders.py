@@ -21,9 +21,15 @@ def _metric(task: str, tasks: Sequence[str]) -> str:
 
 
 def comparison(
-    folder: Path, *, methods: Sequence[str] = METHODS, tasks: Sequence[str] = TASKS, seeds: int = 2, points: int = 6
+    folder: Path,
+    *,
+    methods: Sequence[str] = METHODS,
+    tasks: Sequence[str] = TASKS,
+    seeds: int = 2,
+    points: int = 6,
+    made: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A finished comparison; returns its results.json."""
+    """A finished comparison, of today's runs if ``made`` says where; returns its results.json."""
     draw = random.Random(0)
     (folder / "runs").mkdir(parents=True)
     cost = {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "peak_memory_bytes": None}
@@ -100,6 +106,8 @@ def comparison(
             config = {"method": "gd" if single else name, "seed": seed, "tasks": here if single else []}
             test = {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here}
             result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
+            if made is not None:
+                result |= {"made": made, "seconds": 30.0}
             if not single:
                 by_method[name].append(result)
             content = {"results_version": 2, "config": config, "result": result}
@@ -182,7 +190,6 @@ def experiment(folder: Path, *, text: str = "a finding") -> dict[str, Any]:
         "study": "comparison",
         "complete": False,
         "seeds": 2,
-        "cores": 2,
         "notes": ["**Smoke run**: 2 seeds."],
         "numbers": {},
         "tables": [{"title": text, "header": ["method", text], "rows": [[text, "1.0"]], "notes": [text]}],
@@ -191,5 +198,6 @@ def experiment(folder: Path, *, text: str = "a finding") -> dict[str, Any]:
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "plots").mkdir()
     (folder / "plots" / "dot.png").write_bytes(base64.b64decode(PIXEL))
+    (folder / "plots" / "dot.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     (folder / "plots" / "other.png").write_text("<svg onload=alert(1)>")
     return results

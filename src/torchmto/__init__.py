@@ -4,6 +4,7 @@ from torchmto import metrics, structure
 from torchmto._version import __version__
 from torchmto.methods import (
     Cost,
+    Domain,
     GradientCombiner,
     GramianWeighting,
     LossWeighting,
@@ -11,18 +12,21 @@ from torchmto.methods import (
     Procedure,
     Properties,
     make_method,
+    method_class,
     methods,
     register_method,
 )
 from torchmto.multitask import MultiTask
-from torchmto.step import NonFiniteError, RankFailedError, StepInfo
+from torchmto.step import Losses, NonFiniteError, RankFailedError, StepContext, StepInfo, TaskGradients
 from torchmto.structure import ProximalAffinity
 
 __all__ = [
     "Cost",
+    "Domain",
     "GradientCombiner",
     "GramianWeighting",
     "LossWeighting",
+    "Losses",
     "Method",
     "MultiTask",
     "NonFiniteError",
@@ -30,9 +34,12 @@ __all__ = [
     "Properties",
     "ProximalAffinity",
     "RankFailedError",
+    "StepContext",
     "StepInfo",
+    "TaskGradients",
     "__version__",
     "make_method",
+    "method_class",
     "methods",
     "metrics",
     "register_method",

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from torchmto.checks import found
+from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single
 
-_NORM_TYPES = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+_NORM_TYPES = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"norm(alization)?(1d|2d|3d)?$", re.IGNORECASE)
 
 
@@ -148,7 +147,7 @@ class SplitNorm(PerTask):
         Raises:
             RuntimeError: the norm has no copy for this task.
         """
-        norm = self._modules.get(task)
+        norm = children_of(self).get(task)
         if norm is None:
             raise RuntimeError(
                 f"A split norm was called for task {task!r}. It has copies for {list(self.task_names)} only."
@@ -310,7 +309,7 @@ def is_norm(module: nn.Module) -> bool:
 def _groups_without_scale(norm: nn.Module) -> int:
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups
-    if isinstance(norm, _InstanceNorm) and norm.running_var is None:
+    if isinstance(norm, InstanceNorm) and norm.running_var is None:
         return norm.num_features
     return 0
 
@@ -318,7 +317,7 @@ def _groups_without_scale(norm: nn.Module) -> int:
 @torch.no_grad()
 def _track_group_var(norm: nn.Module, x: Tensor, momentum: float = 0.1) -> None:
     tracked = norm.get_buffer("running_group_var")
-    if isinstance(norm, _InstanceNorm) and x.dim() == norm._get_no_batch_dim():  # type: ignore[no-untyped-call]  # noqa: SLF001
+    if is_single(norm, x):
         x = x.unsqueeze(0)
     var = x.detach().reshape(x.shape[0], tracked.shape[0], -1).var(dim=-1, unbiased=False).mean(dim=0)
     tracked.lerp_(var.to(tracked.dtype), momentum)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from torchmto.gradients.torch_private import buffers_of, children_of, version_of
+
 
 class BufferSnapshot:
     """A copy of a model's buffers that can be put back, buffers that a forward replaced by new tensors included.
@@ -27,8 +29,8 @@ class BufferSnapshot:
             module = stack.pop()
             if module is None:
                 continue
-            stack.extend(module._modules.values())  # noqa: SLF001
-            for name, buffer in module._buffers.items():  # noqa: SLF001 - the public name hides in which module it is
+            stack.extend(children_of(module).values())
+            for name, buffer in buffers_of(module).items():
                 if buffer is None:
                     continue
                 kept = self._kept.get((id(module), name))
@@ -41,7 +43,7 @@ class BufferSnapshot:
             with torch.no_grad():
                 torch._foreach_copy_([kept.copy for kept in again], [kept.buffer for kept in again])
         for kept in current.values():
-            kept.version = kept.buffer._version  # noqa: SLF001 - no public name
+            kept.version = version_of(kept.buffer)
         self._kept = current
 
     @torch.no_grad()
@@ -51,9 +53,10 @@ class BufferSnapshot:
         if changed:
             torch._foreach_copy_([kept.buffer for kept in changed], [kept.copy for kept in changed])
         for kept in self._kept.values():
-            kept.version = kept.buffer._version  # noqa: SLF001
-            if kept.module._buffers.get(kept.name) is not kept.buffer:  # noqa: SLF001
-                kept.module._buffers[kept.name] = kept.buffer  # noqa: SLF001
+            kept.version = version_of(kept.buffer)
+            buffers = buffers_of(kept.module)
+            if buffers.get(kept.name) is not kept.buffer:
+                buffers[kept.name] = kept.buffer
 
 
 class _KeptBuffer:
@@ -66,7 +69,7 @@ class _KeptBuffer:
         self.name = name
         self.buffer = buffer
         self.copy = copy
-        self.version = buffer._version  # noqa: SLF001
+        self.version = version_of(buffer)
 
     def fits(self, module: nn.Module, buffer: Tensor) -> bool:
         """Whether this is still the buffer of that place, and of the same kind."""
@@ -79,4 +82,4 @@ class _KeptBuffer:
 
     def may_have_changed(self) -> bool:
         """Whether the buffer can differ from what it was when the version was noted."""
-        return self.buffer.numel() <= self.SMALL or self.buffer._version != self.version  # noqa: SLF001
+        return self.buffer.numel() <= self.SMALL or version_of(self.buffer) != self.version

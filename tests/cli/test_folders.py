@@ -1,6 +1,8 @@
 """Whose folder it is, for all verbs; what is exported can be evaluated; damaged files are named."""
 
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from PIL import Image
 
 from torchmto.cli import main
-from torchmto.lab.data.files import load_rgb
+from torchmto.lab.data.files import load_rgb, read_names
 from torchmto.lab.run import CheckpointFolder
 
 SMALL = ["--data.options", "{train: 32, validation: 16, test: 16}", "--batch-size", "16", "--epochs", "1"]
@@ -108,3 +110,66 @@ def test_a_damaged_picture_is_named(tmp_path, kind):
 def test_a_mistake_doesnt_take_the_folder(tmp_path):
     assert main([*TRAIN, "--method.weights", "{middle: 1.0}", "--out", str(tmp_path / "x")]) == 2
     assert not (tmp_path / "x").exists()
+
+
+PREDICT = ["predict", "--count", "2"]
+DIAGNOSE = ["diagnose", *SMALL, "--batches", "2"]
+BENCH = ["bench", "--models", "pinn", "--tasks", "2", "--methods", "gd", "--repeats", "1", "--no-peers", "--no-memory"]
+REPRODUCE = ["reproduce", "theory", "--budget", "0.001"]
+
+
+@pytest.mark.parametrize(
+    "command", [TRAIN, COMPARE, PREDICT, ["evaluate"], DIAGNOSE, BENCH, REPRODUCE, ["report"]], ids=lambda c: c[0]
+)
+def test_a_full_disk_is_said_in_a_line_by_every_verb(tmp_path, trained, command, monkeypatch, capsys):
+    out = tmp_path / "out"
+    if command[0] in {"predict", "evaluate", "report"}:
+        shutil.copytree(trained, out)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        capsys.readouterr()
+        assert main([*command, *([str(out)] if command == ["report"] else ["--out", str(out)])]) in {1, 2}
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert str(out) in error
+    assert ".tmp" not in error, "nobody knows a temporary file's name"
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) <= 2
+    if command == COMPARE:  # and there is nothing to clean up before the next try
+        assert main([*command, "--out", str(out)]) == 0
+
+
+def test_a_folder_under_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for command in (TRAIN, COMPARE, DIAGNOSE, BENCH, REPRODUCE):
+        capsys.readouterr()
+        assert main([*command, "--out", str(tmp_path / "file" / "out")]) in {1, 2}
+        error = capsys.readouterr().err
+        assert "Not a directory" in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "C:\\secret", "..\\secret"])
+def test_lists_of_names_dont_lead_out_of_their_folder(tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"0001\n{name}\n")
+    with pytest.raises(ValueError, match="inside the data set's folder"):
+        read_names(tmp_path / "list.txt", "nyuv2")
+    (tmp_path / "list.txt").write_text("0001\nsub/0002\n")
+    assert read_names(tmp_path / "list.txt", "nyuv2") == ["0001", "sub/0002"]
+
+
+@pytest.mark.slow  # MLflow sets up its database
+def test_mlflow_keeps_its_files_in_the_runs_folder(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert main([*TRAIN[:-1], "csv,mlflow", "--out", "run"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/run/mlflow.db")
+    run = client.get_run((tmp_path / "run" / ".mlflow-run").read_text())
+    assert run.info.status == "FINISHED"
+    assert {"lr", "loss/left", "validation/score"} <= set(run.data.metrics)

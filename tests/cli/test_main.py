@@ -1,6 +1,8 @@
 """The dispatcher: verbs, exit codes, what reaches the terminal."""
 
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +74,53 @@ def test_only_the_users_mistakes_are_wrong_usage():
             raise error
     with pytest.raises(RuntimeError), wrong_usage():
         raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", ".", "--ou", "page.html"], "Did you mean `--out`?"),
+        (["datasets", "--he"], "no option `--he`"),
+        (["bench", "--model", "mlp"], "Did you mean `--models`?"),
+        (["bench", "--clock", "sun"], "clock"),
+        (["reproduce", "groups", "--seeds", "0"], "`seeds` should be an int > 0. Found 0."),
+        (["reproduce", "groups", "--executor", "rai"], "Did you mean `ray`?"),
+        (["reproduce", "groups", "--ray-address", "here"], "belongs to the executor `ray`"),
+        (["methods", "--mark"], "--mark"),
+    ],
+)
+def test_one_grammar(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"repeats: 1\nmodles: mlp\n", bytes(range(128, 256)), b"models: &x [*x]\n", b"tasks: [1, 2]\n"]
+)
+def test_every_verb_reads_options_from_a_file(tmp_path, content, capsys):
+    (tmp_path / "bench.yaml").write_bytes(content)
+    out = str(tmp_path / "out")
+    assert cli.main(["bench", "--config", str(tmp_path / "bench.yaml"), "--out", out]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+CORE_ONLY = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"jsonargparse", "torchmetrics", "yaml", "rich", "lightning_fabric", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from torchmto.cli import main, verbs
+print({verb: main([verb, "--help"]) for verb in verbs()})
+"""
+
+
+def test_without_the_extra_every_verb_but_methods_says_what_to_install():
+    done = subprocess.run([sys.executable, "-c", CORE_ONLY], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str({verb: 0 if verb == "methods" else 1 for verb in cli.verbs()})
+    assert len(done.stderr.splitlines()) == len(cli.verbs()) - 1
+    assert all("pip install 'torchmto[lab]'" in line for line in done.stderr.splitlines())

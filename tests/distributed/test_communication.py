@@ -3,7 +3,7 @@
 import cases
 import pytest
 
-from torchmto.scaling import Setting
+from torchmto.lab.scaling import Setting
 
 LARGE = {"shared": 300 * 400 + 400, "heads": 3 * 401, "shared_tensors": 2, "head_tensors": 6}
 

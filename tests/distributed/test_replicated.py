@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import torchmto
+from torchmto.methods import method_class
 
 OPTIONS = {
     "static": {"weights": {"a": 1.0, "b": 0.5, "c": 2.0}},
@@ -92,9 +93,10 @@ def test_divided_columns(pool, name, situation):
 
 def test_which_methods_take_divided_columns(pool):
     works, refused = pool.run(2, cases.try_sharded, [(name, OPTIONS.get(name, {})) for name in torchmto.methods()])[0]
-    whole = {"adatask", "connection_strength", "db_mtl", "excess_mtl", "graddrop", "moco", "son_goku"}
-    whole |= {"f_mtl", "m_config", "metabalance", "samo"}
-    assert set(refused) == whole
+    assert set(refused) == {
+        "connection_strength",
+        *(name for name in torchmto.methods() if method_class(name).whole_rows),
+    }
     for name, message in refused.items():
         assert message.startswith(f"Method `{name}` doesn't work with shard_gradients=True: it ")
     for name in sorted(works):

@@ -5,6 +5,7 @@ import pytest
 from test_replicated import OPTIONS, check
 
 import torchmto
+from torchmto.methods import method_class
 
 METHODS = [
     "gd",
@@ -37,8 +38,7 @@ def test_micro_batches(pool, name):
 
 def test_what_is_refused(pool):
     works, refused = pool.run(2, cases.try_fsdp, [(name, OPTIONS.get(name, {})) for name in torchmto.methods()])[0]
-    whole = {"adatask", "db_mtl", "excess_mtl", "graddrop", "moco", "son_goku"}
-    assert set(refused) == whole | {"f_mtl", "m_config", "metabalance", "samo"}
+    assert set(refused) == {name for name in torchmto.methods() if method_class(name).whole_rows}
     assert all("doesn't work with sharded parameters: it " in message for message in refused.values())
     assert len(works) > 30
     messages = pool.run(2, cases.refuse_fsdp)[0]

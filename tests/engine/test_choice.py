@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
-from torchmto.gradients.nodes import Hooks
+from torchmto.gradients.torch_private import Hooks
 from toy import same
 
 TASKS = ("a", "b", "c", "d")

@@ -15,8 +15,8 @@ from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.layerwise import Kept, Layerwise
-from torchmto.gradients.nodes import hooked
 from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.torch_private import hooked
 from torchmto.structure import split_norms
 from toy import Toy, batch, closure, flat, make
 

@@ -97,6 +97,12 @@ REFERENCES = [
             -(np.where(t == 1, 0.25, 0.75) * (1 - np.exp(log_likelihood(p, t))) * log_likelihood(p, t))[v].mean()
         ),
     ),
+    (
+        "saliency",
+        "class_balanced",  # the released code's: the other class's share of the labels
+        {},
+        lambda p, t, v: -(np.where(t == 1, (t == 0)[v].mean(), (t == 1)[v].mean()) * log_likelihood(p, t))[v].mean(),
+    ),
     ("saliency", "focal", {"gamma": 0.0}, lambda p, t, v: -log_likelihood(p, t)[v].mean()),
 ]
 

@@ -183,9 +183,9 @@ def test_any_method_can_be_the_second_phase_and_reports_as_it_does_alone(phase2)
     assert info.records["phase"] == 2
     assert set(info.records["layer_priority_shares"]) == {"trunk.0", "trunk.3"}
     for field in dataclasses.fields(info):
-        if field.name == "cosines":
-            assert (info.cosines is None) == (expected.cosines is None)
-            assert info.cosines is None or torch.equal(info.cosines, expected.cosines)
+        if field.name == "gramian":
+            assert (info.gramian is None) == (expected.gramian is None)
+            assert info.gramian is None or torch.equal(info.gramian, expected.gramian)
         elif field.name != "records":
             assert getattr(info, field.name) == getattr(expected, field.name), field.name
 

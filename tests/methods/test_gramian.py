@@ -368,6 +368,9 @@ FLAGS = [
     ("sequential", "shuffle"),
     ("connection_strength", "shuffle"),
     ("connection_strength", "record_layers"),
+    ("f_mtl", "adaptive"),
+    ("f_mtl", "apart"),
+    ("samo", "adaptive"),
     ("task_groups", "measure_last"),
     ("task_groups", "noise_floor"),
 ]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import Toy, batch, closure
 
 import torchmto
+from toy import Toy, batch, closure
 
 PACKAGE = str(Path(torchmto.__file__).parent)
 TASKS = ("a", "b", "c", "d")

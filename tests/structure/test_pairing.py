@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torchmto.structure import active_task, find_norm_pairs, record_dataflow, split_norms
+from torchmto.structure.pairing import PairSearch
 
 TASKS = ("a", "b")
 
@@ -397,3 +398,144 @@ def test_hugging_face_backbones(kind):
         assert len(layers) >= count - 1
     for layer in layers:
         assert layer.strengths(TASKS).shape == (2, layer.num_channels)
+
+
+# ---------------------------------------------------------------------- both sides, concatenations, several uses
+
+
+def layer_of(model, name, **options):
+    return next(layer for layer in find_norm_pairs(model, **options) if layer.name == name)
+
+
+def test_the_norms_on_both_sides_count():
+    """In and out scale; where a BatchNorm follows the strength is the paper's, whatever comes in."""
+    model = split_norms(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 6), nn.GELU(), nn.RMSNorm(6)), TASKS)
+    for norm in (model[0], model[3]):
+        for task in TASKS:
+            nn.init.uniform_(norm.copy_for(task).weight)
+    layer = layer_of(model, "1")
+    assert (layer.norm_in, layer.norm_out) == (model[0], model[3])
+    expected = torch.stack(
+        [
+            model[3].copy_for(task).weight.square()
+            * (model[1].weight.square() @ model[0].copy_for(task).weight.square())
+            for task in TASKS
+        ]
+    )
+    torch.testing.assert_close(layer.strengths(TASKS), expected.detach().double(), rtol=1e-6, atol=1e-9)
+    chain = nn.Sequential(nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+    layer = layer_of(chain, "2")
+    assert (layer.norm_in, layer.norm_out) == (None, chain[3])
+    explicit = layer_of(chain, "2", pairs=[("0", "2"), ("2", "3")])
+    assert (explicit.norm_in, explicit.norm_out) == (chain[0], chain[3])
+
+
+class Traced(nn.Sequential):
+    """A block that torch.fx traces by itself, inside a model that it doesn't."""
+
+
+class Chain(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_the_last_layer_of_a_block_gets_the_next_ones_norm():
+    """A block traced by itself shows the norm before the layer, the recorded forward that after it."""
+    blocks = [Traced(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(2)]
+    model = Chain(*blocks, nn.LayerNorm(4))
+    alone = {layer.name: (layer.norm_in, layer.norm_out) for layer in find_norm_pairs(model)}
+    assert alone == {f"blocks.{i}.1": (blocks[i][0], None) for i in range(2)}
+    found = find_norm_pairs(model, forward=lambda: model(torch.randn(3, 4)))
+    after = [blocks[1][0], model.blocks[2]]
+    assert [(layer.norm_in, layer.norm_out) for layer in found] == [(blocks[i][0], after[i]) for i in range(2)]
+    # A BatchNorm that follows takes the other's place.
+    model = Chain(Traced(nn.LayerNorm(4), nn.Linear(4, 4)), nn.BatchNorm1d(4))
+    (layer,) = find_norm_pairs(model, forward=lambda: model(torch.randn(3, 4)))
+    assert (layer.norm_in, layer.norm_out) == (None, model.blocks[1])
+
+
+class Concatenating(nn.Module):
+    def __init__(self, dynamic: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 1), nn.Conv2d(2, 5, 1)
+        self.third = nn.Conv2d(5, 4, 1)
+        self.norm = nn.BatchNorm2d(14)
+        self.unknown = nn.BatchNorm2d(5)
+        self.dynamic = dynamic
+
+    def forward(self, x):
+        if self.dynamic and x.sum() > 1e9:
+            return x
+        y = F.relu(self.second(x))
+        inner = torch.cat([self.first(x), y], 1)
+        z = self.norm(torch.cat((F.relu(inner), self.third(y), x), dim=1))
+        return z.mean() + self.unknown(torch.cat([self.first(x), x], 1)).mean()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_norm_after_a_concatenation_goes_with_every_branch(dynamic):
+    """Each layer has its own channels of it; nothing is said where the width of another branch isn't known."""
+    model = Concatenating(dynamic)
+    forward = (lambda: model(torch.randn(2, 2, 4, 4))) if dynamic else None
+    assert find_norm_pairs(model, forward=forward) == [], "an input of unknown width, so no place is certain"
+    model.norm = nn.BatchNorm2d(12)
+    cat = torch.cat
+    model.forward = lambda x: model.norm(
+        cat((F.relu(cat([model.first(x), F.relu(model.second(x))], 1)), model.third(F.relu(model.second(x)))), dim=1)
+    )
+    split_norms(model, TASKS)
+
+    def run():
+        with active_task("a"):
+            model(torch.randn(2, 2, 4, 4))
+
+    found = {layer.name: layer for layer in find_norm_pairs(model, forward=run)}
+    assert {name: layer.out_start for name, layer in found.items()} == {"first": 0, "second": 3, "third": 8}
+    nn.init.uniform_(model.norm.b.weight)
+    for name, start, stop in (("first", 0, 3), ("second", 3, 8), ("third", 8, 12)):
+        weight = getattr(model, name).weight.detach().double().flatten(1).square().sum(1)
+        gamma = model.norm.b.weight.detach().double()[start:stop]
+        variance = model.norm.b.running_var.double()[start:stop] + model.norm.b.eps
+        torch.testing.assert_close(found[name].strengths(TASKS)[1], weight * gamma**2 / variance, rtol=1e-6, atol=1e-9)
+
+
+def test_pairs_with_a_place_are_remembered():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(7))
+    search = PairSearch(model)
+    search.recall({"0": ["1@4", None, "recorded"]})
+    assert search.pairs() == {"0": ["1@4", None, "recorded"]}
+    assert search.result()[0].out_start == 4
+    with pytest.raises(ValueError, match="don't fit"):
+        PairSearch(model).recall({"0": ["1@5", None, "recorded"]})
+    with pytest.raises(ValueError, match="no layer '0' with the norms '2@0'"):
+        PairSearch(model).recall({"0": ["2@0", None, "recorded"]})
+
+
+class Reusing(nn.Module):
+    """One conv before two norms, and one norm after two convs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.second, self.first, self.both = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.plain = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.plain(self.plain(F.softmax(self.second(self.conv(F.softmax(self.first(self.conv(x)), 1))), 1)))
+        return self.both(self.other(F.softmax(self.both(x), 1)))
+
+
+def test_layers_and_norms_that_are_used_twice():
+    """The first use of a layer that has a norm counts; a norm goes with every layer that runs into it."""
+    model = Reusing()
+    expected = {"conv": "out first", "other": "out both", "plain": "out both"}
+    assert pairs_of(model) == expected
+    assert pairs_of(model, forward=lambda: model(torch.randn(2, 4, 3, 3))) == expected

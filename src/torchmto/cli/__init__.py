@@ -1,7 +1,6 @@
-"""The command line. Each verb is one module here with ``add_arguments(parser)`` and ``run(args) -> int``.
+"""The command line. Each verb is one module here with ``make_parser(prog)`` and ``run(args) -> int``.
 
-The first line of a verb's docstring is its help. A module may also define ``make_parser(prog)`` to bring its own
-kind of `argparse.ArgumentParser`. Only the module of the verb that was asked for is imported.
+The first line of a verb's docstring is its help. Only the module of the verb that was asked for is imported.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable.
 """
@@ -18,7 +17,6 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from torchmto._version import __version__
 from torchmto.checks import nearest
@@ -95,27 +93,10 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser of a few options, whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def _run(verb: str, arguments: list[str]) -> int:
     try:
         module = importlib.import_module(f"torchmto.cli.{verb}")
-        prog = f"torchmto {verb}"
-        if hasattr(module, "make_parser"):
-            parser: argparse.ArgumentParser = module.make_parser(prog)
-        else:
-            parser = _Parser(
-                prog,
-                description=module.__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-                allow_abbrev=False,
-            )
-        module.add_arguments(parser)
+        parser: argparse.ArgumentParser = module.make_parser(f"torchmto {verb}")
         code: int = module.run(parser.parse_args(arguments))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else FAILED

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from torchmto.checks import nearest
-from torchmto.cli._errors import INTERRUPTED, UsageError
+from torchmto.cli._errors import INTERRUPTED, UsageError, wrong_usage
 from torchmto.lab.run.config import SECTIONS, SHORT, ConfigError, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 
@@ -25,7 +26,48 @@ _SHORT = {
 _METHOD = {"--method": "--method.name"}
 
 
-class SettingsParser(ArgumentParser):
+class Parser(ArgumentParser):
+    """A verb's options, from flags and from a YAML file; errors are one line.
+
+    Args:
+        prog: The program and the verb.
+        description: What the verb does.
+        short: Flags that stand for longer ones.
+    """
+
+    def __init__(self, *arguments: Any, short: Mapping[str, str] | None = None, **options: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **options)
+        self.short = short or {}
+        self.add_argument("--config", type=str, metavar="FILE", help="A YAML file of options; flags go before it.")
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line, with what was probably meant."""
+        raise UsageError(self._explained(message))
+
+    def _explained(self, message: str) -> str:
+        known = sorted({*self._option_string_actions, *self.short})
+        if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", message):
+            given = found[1].partition("=")[0]
+            return f"There is no option `{given}`.{nearest(given, known)}"
+        if found := re.search(
+            r"(?:Key|Option|option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted|valid)", message
+        ):
+            return f"There is no setting `{found[1]}`.{nearest(found[1], [name.strip('-') for name in known])}"
+        return explained(message) or one_line(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """All arguments."""
+        words, from_file = _without_files(_translated(sys.argv[1:] if args is None else args, self.short))
+        try:
+            return self._parsed(words, from_file)
+        except (ValueError, RecursionError, OverflowError) as error:
+            raise UsageError(self._explained(str(error))) from error
+
+    def _parsed(self, words: list[str], from_file: dict[str, Any]) -> Namespace:
+        return super().parse_args([*_as_flags(from_file), *words])
+
+
+class SettingsParser(Parser):
     """A parser for the settings of a Run and a verb's own options, which also knows those that were actually given.
 
     Args:
@@ -35,38 +77,31 @@ class SettingsParser(ArgumentParser):
     """
 
     def __init__(self, *arguments: Any, method: bool = True, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
-        self.short = {**_SHORT, **(_METHOD if method else {})}
+        super().__init__(*arguments, short={**_SHORT, **(_METHOD if method else {})}, **options)
+        self.add_class_arguments(RunConfig, fail_untyped=True)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line, with what was probably meant."""
-        raise UsageError(self._explained(message, ex))
-
-    def _explained(self, message: str, error: Exception | None) -> str:
-        lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-        known = sorted({*self._option_string_actions, *self.short})
-        names = [name.strip("-") for name in known]
-        if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", message):
-            given = found[1].partition("=")[0]
-            return f"There is no option `{given}`.{nearest(given, known)}"
-        if found := re.search(
-            r"(?:Key|Option|option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted|valid)", message
-        ):
-            return f"There is no setting `{found[1]}`.{nearest(found[1], names)}"
-        return explained(message) or " ".join(lines)[:600]
-
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
+    def _parsed(self, words: list[str], from_file: dict[str, Any]) -> Namespace:
         """All arguments; in ``settings`` those of the Run that were given on the command line or in a file."""
-        given = list(sys.argv[1:] if args is None else args)
-        words, from_file = _without_files(_translated(given, self.short))
-        try:
-            parsed = super().parse_args(words, *rest, **options)
-            chosen = super().parse_args(words, defaults=False)
-        except (ValueError, RecursionError, OverflowError) as error:
-            raise UsageError(self._explained(str(error), error)) from error
+        parsed = super()._parsed(words, {})
+        chosen = ArgumentParser.parse_args(self, words, defaults=False)
         flags = {name: value for name, value in chosen.as_dict().items() if name in _SETTINGS}
         parsed.settings = _merged(from_file, flags)
         return parsed
+
+
+def _as_flags(values: Mapping[str, Any]) -> list[str]:
+    """A file's options as they would be typed."""
+    flags = []
+    for name, value in values.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        flag = f"--{name.replace('_', '-')}"
+        flags += [] if value is False else [flag if value is True else f"{flag}={text}"]
+    return flags
+
+
+def one_line(message: str) -> str:
+    """A message that fits on the terminal."""
+    return " ".join(message.split())[:600]
 
 
 def explained(message: str) -> str:
@@ -74,14 +109,16 @@ def explained(message: str) -> str:
 
     Example:
         >>> explained('Parser key "seeds": Not of type PositiveInt: 0 does not conform to restriction v>0')
-        'Parameter `seeds` should be v > 0. Found 0.'
+        'Parameter `seeds` should be an int > 0. Found 0.'
     """
     key = re.search(r'[Pp]arser key "([^"]+)"', message)
     if key is None:
         return ""
-    if restricted := re.search(r"Not of type \w+: (.+) does not conform to restriction (\w+)([<>=]+)(.+)", message):
-        value, name, sign, bound = restricted.groups()
-        return f"Parameter `{key[1]}` should be {name} {sign} {bound}. Found {value}."
+    if restricted := re.search(r"Not of type (\w+):(.*) does not conform to restriction \w+([<>=]+)(\S+)", message):
+        name, value, sign, bound = restricted.groups()
+        given = re.search(r"Given value: (.+)", message)
+        kind = "a float" if "Float" in name else "an int"
+        return f"Parameter `{key[1]}` should be {kind} {sign} {bound}. Found {value.strip() or (given[1] if given else '')}."
     types = [_type(found) for found in re.findall(r"Expected an? (.+)", message)]
     value = re.search(r"(?:Given value|Got value|but got|Found|value): (.+)", message)
     kinds = " or ".join(dict.fromkeys(kind for kind in types if kind))
@@ -131,20 +168,9 @@ def _without_files(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
         file = Path(value if equals else next(rest, ""))
         if not file.is_file():
             raise UsageError(f"There is no file {file} (--config).")
-        settings = _merged(settings, _from_file(read_settings(file)))
+        with wrong_usage():
+            settings = _merged(settings, _from_file(read_yaml(file)))
     return left, settings
-
-
-def read_settings(file: Path) -> dict[str, Any]:
-    """The settings in a YAML file.
-
-    Raises:
-        UsageError: If it can't be read.
-    """
-    try:
-        return read_yaml(file)
-    except ConfigError as error:
-        raise UsageError(str(error)) from error
 
 
 def _from_file(values: dict[str, Any]) -> dict[str, Any]:
@@ -174,20 +200,6 @@ def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
     return merged
 
 
-def settings_parser(prog: str, description: str, *, method: bool = True) -> SettingsParser:
-    """The parser of a verb that takes the settings of a Run.
-
-    Args:
-        prog: The program and the verb.
-        description: What the verb does.
-        method: Whether it takes one method.
-    """
-    parser = SettingsParser(prog=prog, description=description, method=method)
-    parser.add_argument("--config", type=str, metavar="FILE", help="A YAML file of settings; flags go before it.")
-    parser.add_class_arguments(RunConfig, fail_untyped=True)
-    return parser
-
-
 def chosen_config(args: Namespace, base: RunConfig | None = None) -> RunConfig:
     """The settings that were given, over others.
 
@@ -210,8 +222,7 @@ def _check_types(config: RunConfig) -> None:
     try:
         parser.parse_object(config.as_dict())
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(explained(str(error)) or " ".join(lines)[:400]) from error
+        raise ConfigError(explained(str(error)) or one_line(str(error))) from error
 
 
 @contextlib.contextmanager
@@ -246,7 +257,7 @@ def reported(resume: str = "") -> Iterator[None]:
         print(f"error: {error}{again}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or f"Stopped at once; the last checkpoint stands.{again}") from error
+        raise KeyboardInterrupt(str(error) or f"Interrupted; what is finished is kept.{again}") from error
     except FailedRunsError as error:
         print(f"{error.frames}error: some runs failed; the others are kept.\n{error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -254,12 +265,33 @@ def reported(resume: str = "") -> Iterator[None]:
         if frames := user_frames(error):
             print(frames, end="", file=sys.stderr)
             raise SystemExit(1) from error
+        if isinstance(error, FileNotFoundError) and from_here(error):
+            raise UsageError(str(error)) from error
         print(f"error: {error}{again}", file=sys.stderr)
         raise SystemExit(1) from error
     except (ValueError, TypeError) as error:
         if not from_here(error):
             raise
         raise UsageError(str(error)) from error
+
+
+def add_executor(parser: Parser, jobs: int | None = None) -> None:
+    """The options that say where Runs go.
+
+    Args:
+        parser: To have them.
+        jobs: Runs at a time by default; None: as suits the machine.
+    """
+    default = "one per core, at most 4" if jobs is None else str(jobs)
+    parser.add_argument(
+        "--jobs",
+        type=PositiveInt | None,
+        default=jobs,
+        metavar="J",
+        help=f"Runs at a time ({default}); 1 for undisturbed timings.",
+    )
+    parser.add_argument("--executor", type=str, default="local", help="Where runs go: local, ray or slurm.")
+    parser.add_argument("--ray-address", type=str | None, metavar="A", help="Of a Ray cluster; a local one by default.")
 
 
 def this_command() -> str:

@@ -8,60 +8,68 @@ combination. Peak memory is that of three steps in a process of its own, above m
 Set OMP_NUM_THREADS to the number of threads to use. Other libraries: `pip install torchmto[bench]`.
 """
 
-import argparse
+import re
 import time
 from pathlib import Path
+from typing import Literal
 
-from torchmto.cli._errors import wrong_usage
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
+
+from torchmto.cli._settings import Parser, reported
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def make_parser(prog: str) -> Parser:
     """The options of `torchmto bench`."""
-    parser.add_argument(
-        "--models",
-        default="mlp,mlp512,pinn,conv,transformer,segnet",
-        metavar="A,B",
-        help="of these, and segnet_third (mlp,mlp512,pinn,conv,transformer,segnet)",
-    )
-    parser.add_argument("--tasks", default="2,4,8,20,40", metavar="K,K", help="numbers of tasks (2,4,8,20,40)")
+    parser = Parser(prog=prog, description=__doc__)
+    models = "mlp,mlp512,pinn,conv,transformer,segnet"
+    parser.add_argument("--models", type=str, default=models, metavar="A,B", help="Of these, and segnet_third.")
+    parser.add_argument("--tasks", type=str, default="2,4,8,20,40", metavar="K,K", help="Numbers of tasks.")
     parser.add_argument(
         "--methods",
+        type=str | None,
         metavar="A,B",
-        help="methods, METHOD@parameters|layerwise|representation, METHOD@NAME=VALUE (refresh_every=10), torchjd/METHOD, "
-        "torchjd-gramian/METHOD, LibMTL/METHOD (all methods)",
+        help="Methods, with options if wanted, of which gradients=parameters|layerwise|representation forces an engine; "
+        "torchjd/METHOD, torchjd-gramian/METHOD, LibMTL/METHOD. All by default.",
     )
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds (20)")
-    parser.add_argument("--no-peers", action="store_true", help="leave other libraries out")
-    parser.add_argument("--no-memory", action="store_true", help="don't measure memory")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--repeats", type=PositiveInt, default=20, metavar="N", help="Rounds.")
+    parser.add_argument("--no-peers", action="store_true", help="Leave other libraries out.")
+    parser.add_argument("--no-memory", action="store_true", help="Don't measure memory.")
+    parser.add_argument("--device", type=str, default="cpu", help="Where: cpu, cuda, ...")
     parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=("wall", "cpu"),
-        help="cpu: own processor time, for a machine with other work",
+        "--clock", type=Literal["wall", "cpu"], default="wall", help="cpu: own processor time, on a busy machine."
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="folder (runs/bench)")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="DIR", help="The folder.")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Measure, print the table, write bench.json and bench.png."""
-    from torchmto.checks import check_choice, check_integer  # noqa: PLC0415  the lab takes seconds to import
+    with reported():
+        _bench(args)
+    return 0
+
+
+def _bench(args: Namespace) -> None:
+    from torchmto.checks import check_choice, check_integer, found  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.bench.cases import CASES  # noqa: PLC0415
-    from torchmto.lab.bench.contestants import bound_of, contestant_names  # noqa: PLC0415
+    from torchmto.lab.bench.contestants import bound_of, contestant_names, split_names  # noqa: PLC0415
     from torchmto.lab.bench.outputs import table, write_json, write_plot  # noqa: PLC0415
     from torchmto.lab.bench.peers import missing_peers  # noqa: PLC0415
     from torchmto.lab.bench.timing import Measurement, measure_memory, measure_times  # noqa: PLC0415
+    from torchmto.lab.run.build import device_of  # noqa: PLC0415
     from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     console = make_console(140)
-    with wrong_usage():
-        models = [check_choice("models", name, tuple(CASES)) for name in args.models.split(",")]
-        tasks = [check_integer("tasks", int(count), minimum=2) for count in args.tasks.split(",")]
-        repeats = check_integer("repeats", args.repeats, minimum=1)
-        names = args.methods.split(",") if args.methods else contestant_names(peers=not args.no_peers)
-        for name in names:
-            bound_of(name, 2)
-        args.out.mkdir(parents=True, exist_ok=True)
+    models = [check_choice("models", name, tuple(CASES)) for name in args.models.split(",")]
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", args.tasks):
+        raise ValueError(found("tasks", "numbers of tasks, such as 2,4", args.tasks))
+    tasks = [check_integer("tasks", int(count), minimum=2) for count in args.tasks.split(",")]
+    names = split_names(args.methods) if args.methods else contestant_names(peers=not args.no_peers)
+    for name in names:
+        bound_of(name, 2)
+    device_of(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
     if not args.no_peers:
         for peer, reason in missing_peers().items():
             console.print(f"{peer} isn't timed: {reason}", style="dim", markup=False)
@@ -69,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         "models": models,
         "tasks": tasks,
         "methods": names,
-        "repeats": repeats,
+        "repeats": args.repeats,
         "device": args.device,
         "clock": args.clock,
     }
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         for model in models:
             for num_tasks in tasks:
                 fresh = measure_times(
-                    model, num_tasks, names, repeats=repeats, device=args.device, clock=args.clock, tick=tick
+                    model, num_tasks, names, repeats=args.repeats, device=args.device, clock=args.clock, tick=tick
                 )
                 for entry in fresh:
                     if not args.no_memory and not entry.failed:
@@ -96,4 +104,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(table(results))
     write_plot(args.out / "bench.png", results)
     print(f"{args.out}/bench.json, bench.png written; {time.monotonic() - began:.0f} s.")
-    return 0

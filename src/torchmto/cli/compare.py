@@ -11,16 +11,12 @@ from typing import Literal
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser, this_command
+from torchmto.cli._settings import SettingsParser, add_executor, chosen_config, reported, this_command
 
 
 def make_parser(prog: str) -> SettingsParser:
-    """A parser that knows all settings."""
-    return settings_parser(prog, __doc__ or "", method=False)
-
-
-def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto compare` besides the settings."""
+    parser = SettingsParser(prog=prog, description=__doc__, method=False)
     parser.add_argument(
         "--methods",
         type=str | None,
@@ -28,14 +24,7 @@ def add_arguments(parser: SettingsParser) -> None:
         help="Methods, with hyper-parameters if wanted: 'gd,wpcgrad(mode=pairwise, priority=uw)'.",
     )
     parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help="Runs per method.")
-    parser.add_argument(
-        "--jobs",
-        type=PositiveInt | None,
-        metavar="J",
-        help="Runs at a time (one per core, at most 4); 1 for undisturbed timings.",
-    )
-    parser.add_argument("--executor", type=str, default="local", help="Where runs go: local, ray or slurm.")
-    parser.add_argument("--ray-address", type=str | None, metavar="A", help="Of a Ray cluster; a local one by default.")
+    add_executor(parser)
     parser.add_argument(
         "--tune",
         type=NonNegativeInt,
@@ -53,6 +42,7 @@ def add_arguments(parser: SettingsParser) -> None:
         "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
     )
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="The folder.")
+    return parser
 
 
 def run(args: Namespace) -> int:
@@ -70,7 +60,7 @@ def run(args: Namespace) -> int:
             from torchmto.lab.grid.tuning import sampled  # noqa: PLC0415
 
             sampled(args.tune, args.tune_by)  # says so if Optuna is missing
-        make_executor(args.executor, 1, args.out)
+        make_executor(args.executor, 1, args.out, args.ray_address)
         grid = plan(
             chosen_config(args),
             args.out,

@@ -1,13 +1,16 @@
 """List the data sets that --data knows, and where to get them."""
 
-import argparse
+from jsonargparse import Namespace
+
+from torchmto.cli._settings import Parser
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def make_parser(prog: str) -> Parser:
     """`torchmto datasets` has no options."""
+    return Parser(prog=prog, description=__doc__)
 
 
-def run(args: argparse.Namespace) -> int:  # noqa: ARG001
+def run(args: Namespace) -> int:  # noqa: ARG001
     """Print one entry per data set."""
     from torchmto.lab.data import dataset_info, datasets  # noqa: PLC0415  the lab takes seconds to import
 

@@ -11,20 +11,17 @@ from jsonargparse import Namespace
 from jsonargparse.typing import restricted_number_type
 
 from torchmto.cli._errors import wrong_usage
-from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
+from torchmto.cli._settings import SettingsParser, chosen_config, reported
 
 _Batches = restricted_number_type("Batches", int, (">=", 2))
 
 
 def make_parser(prog: str) -> SettingsParser:
-    """A parser that knows all settings."""
-    return settings_parser(prog, __doc__ or "")
-
-
-def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto diagnose` besides the settings."""
+    parser = SettingsParser(prog=prog, description=__doc__)
     parser.add_argument("--batches", type=_Batches, default=20, metavar="N", help="Batches per measurement.")
     parser.add_argument("--out", type=Path, default=Path("runs/diagnose"), metavar="DIR", help="The folder.")
+    return parser
 
 
 def run(args: Namespace) -> int:

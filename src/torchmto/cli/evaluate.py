@@ -5,16 +5,12 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
+from torchmto.cli._settings import SettingsParser, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
-    """A parser that knows all settings."""
-    return settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
-
-
-def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto evaluate` besides the settings."""
+    parser = SettingsParser(prog=prog, description=f"{__doc__} Settings that are given replace the run's own.")
     parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument(
         "--weights",
@@ -23,6 +19,7 @@ def add_arguments(parser: SettingsParser) -> None:
         help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
+    return parser
 
 
 def run(args: Namespace) -> int:

@@ -1,16 +1,28 @@
 """List all methods with family, cost per batch and source."""
 
 import argparse
+from typing import NoReturn
 
 from torchmto._layout import plain_table, terminal_width
+from torchmto.cli._errors import UsageError
 from torchmto.methods import Cost, Method, make_method, method_class, methods
 
 _COLUMNS = ("method", "family", "forwards", "backwards", "steps", "source")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+class _Parser(argparse.ArgumentParser):
+    """Without the lab there is no jsonargparse, and this verb works all the same."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line."""
+        raise UsageError(message)
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
     """The options of `torchmto methods`."""
+    parser = _Parser(prog, description=__doc__, allow_abbrev=False)
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

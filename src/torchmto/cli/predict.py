@@ -5,16 +5,12 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
+from torchmto.cli._settings import SettingsParser, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
-    """A parser that knows all settings."""
-    return settings_parser(prog, f"{__doc__} Settings that are given replace the run's own.")
-
-
-def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto predict` besides the settings."""
+    parser = SettingsParser(prog=prog, description=f"{__doc__} Settings that are given replace the run's own.")
     parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
     parser.add_argument(
         "--weights",
@@ -24,6 +20,7 @@ def add_arguments(parser: SettingsParser) -> None:
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
     parser.add_argument("--count", type=int, default=4, help="How many samples, the first of the split.")
+    return parser
 
 
 def run(args: Namespace) -> int:

@@ -3,66 +3,62 @@
 An interrupted experiment, or one whose time was up, goes on when the same command is given again.
 """
 
-import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse import Namespace
+from jsonargparse.typing import PositiveFloat, PositiveInt
+
 from torchmto._layout import terminal_width
-from torchmto.cli._errors import UsageError, wrong_usage
+from torchmto.cli._settings import Parser, add_executor, reported, this_command
 
 if TYPE_CHECKING:
     from torchmto.lab.reproduce.findings import Findings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def make_parser(prog: str) -> Parser:
     """The options of `torchmto reproduce`."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="an experiment, or a recipe's file; none: list them")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs per setting (the recipe's)")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="begin nothing new after so many minutes")
+    parser = Parser(prog=prog, description=__doc__)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="An experiment, or a recipe's file; none: list them.")
+    parser.add_argument("--seeds", type=PositiveInt | None, metavar="N", help="Runs per setting (the recipe's).")
     parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="what {data} in recipes stands for (data)"
+        "--budget", type=PositiveFloat | None, metavar="MINUTES", help="Begin nothing new after so many minutes."
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="training runs at a time (1)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder (runs/reproduce-NAME)")
+    parser.add_argument(
+        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="What {data} in recipes stands for."
+    )
+    add_executor(parser, jobs=1)
+    parser.add_argument("--out", type=Path | None, metavar="DIR", help="The folder (runs/reproduce-NAME).")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
-    from torchmto.checks import check_integer, check_number  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.grid import FailedRunsError, FolderError  # noqa: PLC0415
-    from torchmto.lab.reproduce import RecipeError, load_recipe, recipe_names, reproduce  # noqa: PLC0415
+    from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
+    from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce  # noqa: PLC0415  the lab takes seconds to import
 
     if args.name is None:
         for name in recipe_names():
             print(f"{name:<18} {load_recipe(name).summary}")
         return 0
-    with wrong_usage():
+    with reported(this_command()):
         recipe = load_recipe(args.name)
-        for option in ("seeds", "jobs"):
-            if getattr(args, option) is not None:
-                check_integer(option, getattr(args, option), minimum=1)
-        if args.budget is not None:
-            check_number("budget", args.budget, above=0)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
-    again = shlex.join(["torchmto", *sys.argv[1:]])
-    try:
+        make_executor(args.executor, 1, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(
-            recipe, out, data_root=args.data_root, seeds=args.seeds, minutes=args.budget, jobs=args.jobs, say=_say
+            recipe,
+            out,
+            data_root=args.data_root,
+            seeds=args.seeds,
+            minutes=args.budget,
+            jobs=args.jobs,
+            executor=args.executor,
+            ray_address=args.ray_address,
+            say=_say,
         )
-    except (RecipeError, FolderError, FileNotFoundError) as error:
-        raise UsageError(str(error)) from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"interrupted. What is finished is kept; the same command goes on:\n  {again}"
-        ) from None
-    except FailedRunsError as error:
-        print(f"torchmto reproduce: some runs failed; the others are kept in {out}.\n{error}", file=sys.stderr)
-        return 1
     _show(findings)
     if not findings.complete:
-        print(f"The time was up before everything was done; the same command goes on:\n  {again}")
+        print(f"The time was up before everything was done; the same command goes on:\n  {this_command()}")
     print(f"{out}/results.json, results.md, report.html, plots/*.png written.")
     return 0
 

@@ -7,16 +7,12 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from torchmto.cli._errors import UsageError
-from torchmto.cli._settings import SettingsParser, chosen_config, reported, settings_parser
+from torchmto.cli._settings import SettingsParser, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
-    """A parser that knows all settings."""
-    return settings_parser(prog, __doc__ or "")
-
-
-def add_arguments(parser: SettingsParser) -> None:
     """The options of `torchmto train` besides the settings."""
+    parser = SettingsParser(prog=prog, description=__doc__)
     parser.add_argument("--out", type=Path | None, metavar="DIR", help="The run's folder; has to be given.")
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, by its own settings.")
     parser.add_argument("--checkpoint", type=Path | None, metavar="FILE", help="Go on from this checkpoint.")
@@ -24,6 +20,7 @@ def add_arguments(parser: SettingsParser) -> None:
     parser.add_argument(
         "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
     )
+    return parser
 
 
 def run(args: Namespace) -> int:

@@ -2,17 +2,17 @@
 
 from torchmto.gradients.backwards import backward, gradients_of
 from torchmto.gradients.choice import Auto
-from torchmto.gradients.compiled import check_keeps, keeping_buffers
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import all_finite, dense, finite_mark, plain, real
+from torchmto.gradients.finite import dense, finite_mark, plain, real
 from torchmto.gradients.hooks import quiet, run_hooks
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
-from torchmto.gradients.reach import nodes_made, reach_of, refuse_hidden, refuse_reentrant, run_apart
+from torchmto.gradients.reach import check_keeps, reach_of, refuse_hidden, refuse_reentrant, run_unreached
 from torchmto.gradients.representation import Representation
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
+from torchmto.gradients.torch_private import keeping_buffers, nodes_made
 
 __all__ = [
     "Agreement",
@@ -24,7 +24,6 @@ __all__ = [
     "Roles",
     "Rows",
     "ShardedRows",
-    "all_finite",
     "backward",
     "check_keeps",
     "dense",
@@ -39,6 +38,6 @@ __all__ = [
     "real",
     "refuse_hidden",
     "refuse_reentrant",
-    "run_apart",
     "run_hooks",
+    "run_unreached",
 ]

@@ -1,23 +1,18 @@
 """Backwards for chosen parameters, without what PyTorch checks of the arguments in Python: an eighth of a small one's time."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import graph
 
-_RUN: Any = getattr(graph, "_engine_run_backward", None)
-"""What ``torch.autograd.backward`` and ``grad`` call with the arguments they have checked. No public name."""
+from torchmto.gradients.torch_private import run_backward
 
 _PLAIN = {Tensor, nn.Parameter}
 
 
 def _overridden(root: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether subclasses of tensors may have something to say about a backward."""
-    return _RUN is None or type(root) is not Tensor or not _PLAIN.issuperset(map(type, inputs))
+    return run_backward is None or type(root) is not Tensor or not _PLAIN.issuperset(map(type, inputs))
 
 
 def backward(root: Tensor, seed: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -25,7 +20,7 @@ def backward(root: Tensor, seed: Tensor, inputs: Sequence[Tensor]) -> None:
     if not inputs or _overridden(root, inputs):
         torch.autograd.backward(root, seed, inputs=inputs)
     else:
-        _RUN((root,), (seed,), False, False, tuple(inputs), True, accumulate_grad=True)
+        run_backward((root,), (seed,), False, False, tuple(inputs), True, accumulate_grad=True)
 
 
 def gradients_of(
@@ -35,5 +30,7 @@ def gradients_of(
     if not inputs or _overridden(root, inputs):
         return torch.autograd.grad(root, inputs, seed, retain_graph=retain, allow_unused=True)
     seed = torch.ones_like(root) if seed is None else seed
-    found: tuple[Tensor | None, ...] = _RUN((root,), (seed,), retain, False, tuple(inputs), True, accumulate_grad=False)
+    found: tuple[Tensor | None, ...] = run_backward(
+        (root,), (seed,), retain, False, tuple(inputs), True, accumulate_grad=False
+    )
     return found

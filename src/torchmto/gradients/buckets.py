@@ -1,8 +1,5 @@
 """Room for the K gradients of a few parameters at a time, and their inner products."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +7,7 @@ from torch import Tensor
 
 from torchmto.gradients.finite import real
 from torchmto.gradients.ranks import Pending, Ranks
-from torchmto.gradients.rows import products, views_of
+from torchmto.gradients.rows import products, views_of, widest
 
 
 class Bucket:
@@ -86,7 +83,7 @@ class Buckets:
         self._sent: tuple[Bucket, Pending] | None = None
         leaves = [leaf for group in groups for leaf in group]
         self._device = device
-        self._dtype = functools.reduce(torch.promote_types, (real(leaf).dtype for leaf in leaves), torch.float32)
+        self._dtype = widest(map(real, leaves))
         self._largest = num_tasks * max((sum(real(leaf).numel() for leaf in group) for group in groups), default=0)
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.product = torch.zeros(num_tasks, num_tasks, dtype=wide, device=device)

@@ -1,7 +1,5 @@
 """The engine of ``gradients="auto"``: the rows, or what needs no rows, whichever a rule says is cheaper."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,7 +8,7 @@ from torch import Tensor
 
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.layerwise import Kept
-from torchmto.gradients.nodes import Hooks, has_hooks, hooked, native, places
+from torchmto.gradients.torch_private import Hooks, has_hooks, hooked, is_compiled, native, places
 
 FEW = 2**14
 """Elements of all parameters up to which rows are always cheaper: what could be saved is less than reading the graph takes."""
@@ -64,7 +62,7 @@ class Auto(Kept):
         cost = NODE * len(graph.order) + CALL * len(nodes) + BACKWARD * num_tasks
         if sum(factor.gain for factor in factors.values()) <= cost:
             return False
-        if any(hooked(node) if native(node) else node.name().startswith("CompiledFunction") for node in nodes):
+        if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
             return False
         passed = {node for factor in factors.values() for node in factor.between}
         largest = max(math.prod(place.shape) for node in nodes if node not in passed for place in places(node))

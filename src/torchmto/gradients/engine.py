@@ -1,7 +1,5 @@
 """What computes the Gramian of the tasks' gradients where the K x P matrix isn't kept."""
 
-from __future__ import annotations
-
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +25,25 @@ class Piece:
     losses: Mapping[int, Tensor]
     seeds: Mapping[int, Tensor | None]
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a Gramian is computed of.
+
+    Attributes:
+        pieces: The forwards that were read, in that order. Gradients are summed over them, and over the ranks.
+        tasks: The tasks of all pieces and ranks, k of them.
+        shared: The shared parameters, the same ones in the same order on all ranks.
+        others: The other parameters: the heads.
+        take: Gets each task's gradients of the heads, of this rank.
+    """
+
+    pieces: Sequence[Piece]
+    tasks: Sequence[int]
+    shared: Sequence[Tensor]
+    others: Sequence[Tensor]
+    take: Take
 
 
 class Engine(ABC):
@@ -67,26 +84,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def gramian(
-        self,
-        pieces: Sequence[Piece],
-        tasks: Sequence[int],
-        *,
-        shared: Sequence[Tensor],
-        others: Sequence[Tensor],
-        take: Take,
-    ) -> Tensor:
-        """The Gramian on the shared parameters, and the heads' gradients. The graphs are kept.
+    def gramian(self, wanted: Wanted) -> Tensor:
+        """The Gramian on the shared parameters, [k, k] in the order of the tasks; and the heads' gradients.
 
-        Args:
-            pieces: The forwards that were read, in that order. Gradients are summed over them, and over the ranks.
-            tasks: The tasks of all pieces and ranks, k of them.
-            shared: The shared parameters, the same ones in the same order on all ranks.
-            others: The other parameters: the heads.
-            take: Gets each task's gradients of the heads, of this rank.
-
-        Returns:
-            [k, k] in the order of ``tasks``.
+        The graphs are kept.
         """
 
     @abstractmethod

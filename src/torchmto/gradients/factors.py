@@ -7,8 +7,6 @@ patches for inputs. An embedding's input is one-hot: only looked-up rows of its 
 the gradients takes no more than one product, with the weighted sum of the cotangents.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.nodes import has_hooks, hooked, saved
 from torchmto.gradients.rows import products
+from torchmto.gradients.torch_private import has_hooks, hooked, saved
 
 AT_ONCE = 2**20
 """Elements of the cotangents that are multiplied at a time: as much as stays in a processor's cache."""

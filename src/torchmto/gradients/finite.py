@@ -1,12 +1,11 @@
 """Gradients as plain real numbers, and whether they are finite, in as little time as possible."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
+
+from torchmto.gradients.torch_private import flattened
 
 FEW = 2048
 """Elements up to which a gradient is copied next to others: adding up many small tensors one by one takes longer."""
@@ -32,7 +31,7 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
 
     On the CPU the sum of the entries, which takes a third of the time of their norm; elsewhere the norm. Either can overflow
-    although all entries are finite: :func:`all_finite` looks again then.
+    although all entries are finite: look at each then.
     """
     if not gradients:
         return torch.zeros(())
@@ -41,13 +40,8 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     parts = [gradient for gradient in gradients if gradient.numel() > FEW]
     if len(parts) < len(gradients):
         small = gradients if not parts else [gradient for gradient in gradients if gradient.numel() <= FEW]
-        parts.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
+        parts.append(flattened(small))
     total = parts[0].sum()
     for part in parts[1:]:
         total = total + part.sum()
     return total
-
-
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all entries of ``gradients`` are finite."""
-    return bool(finite_mark(gradients).isfinite()) or all(bool(gradient.isfinite().all()) for gradient in gradients)

@@ -1,7 +1,5 @@
 """The backward graph of losses: its nodes in order, and how it is gone through."""
 
-from __future__ import annotations
-
 import functools
 import heapq
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.nodes import has_hooks, native, number_of
+from torchmto.gradients.torch_private import has_hooks, native, number_of
 
 Edge = tuple[Node, int]
 """A node of the backward graph and which of its inputs: the gradient of one output of a forward operation."""

@@ -1,7 +1,5 @@
 """Post-accumulate-grad hooks of parameters: run once for every optimizer step, whichever backwards made the gradient."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.gradients.torch_private import gradient_hooks
+
 
 def quiet(parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
     """Keep the hooks of ``parameters`` from running in the backwards inside: what these leave isn't the step's gradient yet."""
-    every = [parameter._post_accumulate_grad_hooks for parameter in parameters]  # noqa: SLF001 - no public name
+    every = [gradient_hooks(parameter) for parameter in parameters]
     held = [(hooks, dict(hooks)) for hooks in every if hooks]
     return _emptied(held) if held else contextlib.nullcontext()
 
@@ -31,9 +31,9 @@ def _emptied(held: Sequence[tuple[dict[Any, Any], dict[Any, Any]]]) -> Iterator[
 
 def run_hooks(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Run the hooks of all ``parameters`` that have a gradient; return those that had hooks."""
-    hooked = [p for p in parameters if p._post_accumulate_grad_hooks and p.grad is not None]  # noqa: SLF001
+    hooked = [p for p in parameters if gradient_hooks(p) and p.grad is not None]
     with torch.no_grad() if hooked else contextlib.nullcontext():
         for parameter in hooked:
-            for hook in list(parameter._post_accumulate_grad_hooks.values()):  # noqa: SLF001
+            for hook in list((gradient_hooks(parameter) or {}).values()):
                 hook(parameter)
     return hooked

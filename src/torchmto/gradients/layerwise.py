@@ -13,8 +13,6 @@ The weights of linear layers and convolutions with few samples, and embeddings, 
 (:mod:`.factors`).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
@@ -24,14 +22,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.buckets import Buckets
-from torchmto.gradients.engine import Engine, Piece, Take, ratio
+from torchmto.gradients.engine import Engine, Piece, Take, Wanted, ratio
 from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.graph import Graph, Segment, cut, read_graph
 from torchmto.gradients.hooks import quiet
-from torchmto.gradients.nodes import Hooks, hooked
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.rows import products
 from torchmto.gradients.stack import Stack, merge
+from torchmto.gradients.torch_private import Hooks, hooked
 from torchmto.gradients.walk import Walk
 
 
@@ -85,19 +83,12 @@ class Layerwise(Engine):
                 torch.autograd.backward(list(piece.losses.values()), list(piece.seeds.values()), inputs=list(shared))
         return len(pieces)
 
-    def gramian(
-        self,
-        pieces: Sequence[Piece],
-        tasks: Sequence[int],
-        *,
-        shared: Sequence[Tensor],
-        others: Sequence[Tensor],
-        take: Take,
-    ) -> Tensor:
+    def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
+        pieces, tasks, shared, take = wanted.pieces, wanted.tasks, wanted.shared, wanted.take
         row = {task: number for number, task in enumerate(tasks)}
         walks = [Walk(piece, row) for piece in pieces]
-        plans = self._plans(len(tasks), shared, others)
+        plans = self._plans(len(tasks), shared, wanted.others)
         groups = self._groups(plans, shared)
         device = shared[0].device if shared else torch.device("cpu")
         buckets = Buckets(groups, len(tasks), ranks=self._ranks, spare=self._spare, device=device)
@@ -181,23 +172,16 @@ class Kept(Engine):
         self._formed: list[tuple[Tensor, Stack]] = []
         self._seeds: dict[int, Tensor | None] = {}
 
-    def gramian(
-        self,
-        pieces: Sequence[Piece],
-        tasks: Sequence[int],
-        *,
-        shared: Sequence[Tensor],
-        others: Sequence[Tensor],
-        take: Take,
-    ) -> Tensor:
+    def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
+        pieces, tasks, shared = wanted.pieces, wanted.tasks, wanted.shared
         row = {task: number for number, task in enumerate(tasks)}
         known = set(map(id, shared))
         wide = torch.float32 if shared and shared[0].device.type == "mps" else torch.float64
         product = torch.zeros(len(tasks), len(tasks), dtype=wide, device=shared[0].device if shared else None)
         formed: dict[int, tuple[Tensor, list[Stack]]] = {}
         walk = Walk(pieces[0], row)
-        for segment in cut(self.graph, _sizes(shared, others, self.factors), self.factors):
+        for segment in cut(self.graph, _sizes(shared, wanted.others, self.factors), self.factors):
             for place, stack in walk.through(segment.runs):
                 if isinstance(place, Factor):
                     _add(product, stack.rows, place.products(stack.values))
@@ -206,7 +190,7 @@ class Kept(Engine):
                     formed.setdefault(id(place), (place, []))[1].append(stack)
                 else:
                     for number, gradient in zip(stack.rows, stack.parts, strict=True):
-                        take(tasks[number], place, gradient)
+                        wanted.take(tasks[number], place, gradient)
         self._formed = [(leaf, merge(stacks)) for leaf, stacks in formed.values()]
         for rows, matrix in _matrices([stack for _, stack in self._formed]):
             _add(product, rows, products(matrix))

@@ -1,7 +1,5 @@
 """Collectives over the ranks of a process group, and how many bytes they send."""
 
-from __future__ import annotations
-
 import sys
 import zlib
 from collections.abc import Sequence

@@ -5,22 +5,15 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
-_SINK = "_DDPSink"
-"""A node through which ``DistributedDataParallel`` passes all outputs of a model, each to its own input."""
-
-_REENTRANT = "CheckpointFunctionBackward"
-"""The node of a reentrant checkpoint, in PyTorch and in libraries that follow it."""
+from torchmto.gradients.torch_private import converting, gives_up, is_compiled, is_sink, is_users, places, reentrant
 
 
 @dataclass
@@ -57,7 +50,7 @@ def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
     while True:
         for node, output in following:
             if node is not None:
-                key = (node, output) if node.name().startswith(_SINK) else node
+                key = (node, output) if is_sink(node) else node
                 if key not in visited:
                     visited.add(key)
                     stack.append((node, output))
@@ -67,16 +60,16 @@ def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
         found.note(getattr(node, "variable", None))
         following = node.next_functions
         name = node.name()
-        if name.startswith(_SINK) and output < len(node.next_functions):
+        if is_sink(node) and output < len(node.next_functions):
             following = node.next_functions[output : output + 1]
-        elif name.startswith("CompiledFunction"):
+        elif is_compiled(node):
             found.compiled = True
-        elif name == _REENTRANT:
+        elif name == reentrant():
             found.reentrant = True
-        elif name == "ToCopyBackward0":
+        elif name == converting():
             for below, _ in following:
-                found.note(getattr(below, "variable", None), node._input_metadata[0].dtype)  # noqa: SLF001 - no public name
-        elif isinstance(node, BackwardCFunction) and not _of_torch(node):
+                found.note(getattr(below, "variable", None), places(node)[0].dtype)
+        elif is_users(node):
             found.functions.append(node)
 
 
@@ -89,15 +82,25 @@ def reach_of(losses: Iterable[Tensor]) -> Reach:
     return found
 
 
-def _of_torch(node: Any) -> bool:
-    """Whether a Python function is PyTorch's own; those it generates around a user's operator are the user's."""
-    module: str = node._forward_cls.__module__  # noqa: SLF001 - no public way from a node to its function
-    return module.startswith("torch.") and not module.startswith("torch._library")
+def check_keeps(losses: Iterable[Tensor]) -> None:
+    """Raise if a compiled region in the graph of ``losses`` gives up in its first backward what the forward has saved.
 
-
-def nodes_made() -> int:
-    """How many graph nodes this thread has made: its growth over a forward is the size of that forward's graph."""
-    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]  # noqa: SLF001
+    Raises:
+        ValueError: If there is one.
+    """
+    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    visited = set(stack)
+    while stack:
+        node = stack.pop()
+        if gives_up(node):
+            raise ValueError(
+                "The model was compiled outside mt.step, for one backward only: that backward writes over what the next "
+                "task's needs. Call `torch.compiler.reset()` and pass a closure, so that the model is compiled within mt.step."
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in visited:
+                visited.add(following)
+                stack.append(following)
 
 
 def refuse_reentrant(found: Reach) -> None:
@@ -131,7 +134,7 @@ def refuse_hidden(names: Sequence[str]) -> None:
         )
 
 
-def run_apart(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
     """Run those functions below which no parameter is trained, which a backward for the parameters would never run.
 
     Args:

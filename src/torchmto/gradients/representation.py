@@ -1,19 +1,17 @@
 """The Gramian of the tasks' gradients with respect to shared features instead of shared parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from torchmto.gradients.engine import Engine, Piece, Take, ratio
+from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.finite import plain, real
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.hooks import quiet
 from torchmto.gradients.rows import gramian
+from torchmto.gradients.torch_private import tree_leaves
 
 
 class Representation(Engine):
@@ -66,22 +64,14 @@ class Representation(Engine):
         self._above = {key: mask for key, (_, mask) in graph.reached.items()}
         return self._above
 
-    def gramian(
-        self,
-        pieces: Sequence[Piece],
-        tasks: Sequence[int],
-        *,
-        shared: Sequence[Tensor],
-        others: Sequence[Tensor],
-        take: Take,
-    ) -> Tensor:
+    def gramian(self, wanted: Wanted) -> Tensor:
         """Z Zᵀ of the tasks' gradients on the features, Z [k, number of elements of all features]."""
-        if any(id(parameter) in self._above for parameter in shared):
+        if any(id(parameter) in self._above for parameter in wanted.shared):
             raise ValueError(
                 'gradients="representation": the losses reach a shared parameter without passing through the output of '
                 '`features`. Give a module above all shared parameters, or use gradients="layerwise".'
             )
-        losses, seeds = pieces[0].losses, pieces[0].seeds
+        losses, seeds, others = wanted.pieces[0].losses, wanted.pieces[0].seeds, wanted.others
         rows = []
         reaching = [0] * len(self._outputs)
         # Below the features as long as one task only has been seen: what it reaches alone isn't shared yet.
@@ -100,7 +90,7 @@ class Representation(Engine):
             rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
             for parameter, gradient in zip(heads, gradients[count:], strict=True):
                 if gradient is not None:
-                    take(task, parameter, plain(gradient))
+                    wanted.take(task, parameter, plain(gradient))
         if len(losses) > 1 and max(reaching) < 2:
             raise ValueError(
                 'gradients="representation": no two tasks use the same output of `features`. Run the trunk once for all tasks, '

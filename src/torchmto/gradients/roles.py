@@ -1,7 +1,5 @@
 """The roles of parameters: shared by several tasks, or the head of one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

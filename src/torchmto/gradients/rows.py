@@ -1,8 +1,7 @@
 """The gradients of K tasks with respect to the shared parameters, as the rows of one matrix."""
 
-from __future__ import annotations
-
 import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -27,15 +26,24 @@ def _kinds(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     """Views of ``flat`` [P] shaped (and, where possible, laid out in memory) like the parameters, complex ones as pairs."""
     views = []
-    start = 0
-    for parameter in map(real, parameters):
-        if _is_dense(parameter):
-            offset = flat.storage_offset() + start
-            views.append(flat.as_strided(parameter.shape, parameter.stride(), offset))
+    parts = [real(parameter) for parameter in parameters]
+    for part, place in zip(parts, slices_of(parts), strict=True):
+        if _is_dense(part):
+            views.append(flat.as_strided(part.shape, part.stride(), flat.storage_offset() + place.start))
         else:
-            views.append(flat[start : start + parameter.numel()].view(parameter.shape))
-        start += parameter.numel()
+            views.append(flat[place].view(part.shape))
     return views
+
+
+def slices_of(parts: Sequence[Tensor]) -> list[slice]:
+    """Where the elements of each part are if all lie next to each other."""
+    ends = itertools.accumulate(part.numel() for part in parts)
+    return [slice(end - part.numel(), end) for part, end in zip(parts, ends, strict=True)]
+
+
+def widest(parts: Iterable[Tensor]) -> torch.dtype:
+    """The dtype that has room for all parts, float32 at least."""
+    return functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
 
 
 def gramian(matrix: Tensor) -> Tensor:
@@ -125,14 +133,10 @@ class Rows:
         old = self._buffer
         self.parameters = [*self.parameters, *parameters]
         self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        self.slices = []
-        start = 0
         parts = [real(local(parameter)) for parameter in self.parameters]
-        for part in parts:
-            self.slices.append(slice(start, start + part.numel()))
-            start += part.numel()
-        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
-        buffer = torch.empty(self.num_tasks, start, dtype=dtype, device=self.parameters[0].device)
+        self.slices = slices_of(parts)
+        width = self.slices[-1].stop
+        buffer = torch.empty(self.num_tasks, width, dtype=widest(parts), device=self.parameters[0].device)
         kept = len(self.tasks)
         if kept:
             buffer[:kept, : old.shape[1]] = old[:kept]

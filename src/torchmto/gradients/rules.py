@@ -7,15 +7,13 @@ shape of an input that was broadcast needn't be restored: the walk sums over it,
 called once per cotangent. An entry more is ``RULES["NameBackward0"] = function``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.gradients.nodes import saved
+from torchmto.gradients.torch_private import saved
 
 Rule = Callable[[Any, Tensor, Sequence[bool]], Sequence[Tensor | None] | None]
 """(node, cotangents [k, *shape], which inputs need one) -> cotangents of the inputs; None: call the node once for each."""

@@ -1,8 +1,5 @@
 """The gradient matrix divided among the ranks: each holds all rows, but only its part of the columns."""
 
-from __future__ import annotations
-
-import functools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -10,7 +7,7 @@ from torch import Tensor
 
 from torchmto.gradients.finite import real
 from torchmto.gradients.ranks import Pending, Ranks
-from torchmto.gradients.rows import views_of
+from torchmto.gradients.rows import slices_of, views_of, widest
 
 
 class ShardedRows:
@@ -58,17 +55,13 @@ class ShardedRows:
     def _lay_out(self, parameters: list[Tensor]) -> None:
         self.parameters = parameters
         self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
-        self.slices = []
-        start = 0
         parts = [real(parameter) for parameter in parameters]
-        for part in parts:
-            self.slices.append(slice(start, start + part.numel()))
-            start += part.numel()
-        self._size = start
+        self.slices = slices_of(parts)
+        self._size = self.slices[-1].stop if parts else 0
         self._kinds = [(parameter.dtype, parameter.device) for parameter in parameters]
-        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts), torch.float32)
+        dtype = widest(parts)
         device = parameters[0].device if parameters else torch.device("cpu")
-        width = -(-start // self._ranks.size)
+        width = -(-self._size // self._ranks.size)
         self._buffer = torch.zeros(self.num_tasks, width, dtype=dtype, device=device)
         self._whole = torch.zeros(width * self._ranks.size, dtype=dtype, device=device)
         self._views = views_of(self._whole, parameters)

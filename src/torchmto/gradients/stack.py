@@ -1,7 +1,5 @@
 """Cotangents of several tasks at one place of the graph."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,11 +41,11 @@ class Stack:
         return self._content if isinstance(self._content, list) else self._content.unbind()
 
     @property
-    def real(self) -> Stack:
+    def real(self) -> "Stack":
         """Complex numbers as pairs of reals."""
         return Stack(self.rows, [real(part) for part in self.parts]) if self._content[0].is_complex() else self
 
-    def like(self, place: Any) -> Stack:
+    def like(self, place: Any) -> "Stack":
         """In the shape, on the device and in the dtype of the tensor at ``place``, as autograd changes cotangents on their way.
 
         Args:
@@ -68,7 +66,7 @@ class Stack:
         return Stack(self.rows, self._content.to(device, dtype))
 
 
-def merge(stacks: Sequence[Stack]) -> Stack:
+def merge(stacks: Sequence[Stack]) -> "Stack":
     """The sum of stacks at one place, whatever tasks they are of."""
     first = stacks[0]
     if len(stacks) == 1:

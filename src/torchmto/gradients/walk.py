@@ -1,7 +1,5 @@
 """The K backwards through one forward's graph, side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +11,9 @@ from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
-from torchmto.gradients.nodes import places
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
+from torchmto.gradients.torch_private import places
 
 Found = tuple[Tensor | Factor, Stack]
 """A parameter and gradients of tasks, to be added to others; or a factor and the cotangents of tasks."""

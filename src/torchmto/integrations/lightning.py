@@ -1,8 +1,8 @@
 """Lightning: a mixin by which a ``LightningModule`` trains several tasks with any method.
 
 Where a method takes one step from one pass, Lightning's automatic optimization stays in charge: ``mt.backward`` takes the place
-of ``loss.backward()``, so clipping, accumulation, precision, schedulers, checkpoints and the count of steps are Lightning's own.
-Methods that take several steps or forwards per batch drive the optimizers themselves, which Lightning calls manual optimization.
+of ``loss.backward()``, so clipping, accumulation, precision, schedulers, checkpoints and the count of steps stay its own.
+Methods that take several steps or forwards per batch drive the optimizers themselves: manual optimization.
 """
 
 from __future__ import annotations

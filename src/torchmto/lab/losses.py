@@ -22,6 +22,7 @@ __all__ = [
     "TaskLoss",
     "balanced_cross_entropy",
     "binary_cross_entropy",
+    "class_balanced",
     "cross_entropy",
     "focal",
     "huber",
@@ -89,6 +90,29 @@ def balanced_cross_entropy(prediction: Tensor, target: Tensor, valid: Tensor, *,
     return _weighted_binary(prediction, target, valid, weight)
 
 
+def class_balanced(prediction: Tensor, target: Tensor, valid: Tensor) -> Loss:
+    """Binary cross-entropy in which each class weighs the other's share of the batch's labels.
+
+    Args:
+        prediction: Logits.
+        target: 0 or 1, shaped like ``prediction``.
+        valid: Where ``target`` holds a label.
+
+    Returns:
+        The weighted sum divided by the number of labels, and that number. As the weights are those of the batch at hand,
+        micro-batches and ranks each use their own: unlike other losses, parts don't add up to the loss of the whole.
+
+    Source: Xie and Tu, Holistically-Nested Edge Detection, ICCV 2015, equation 2; shares of the batch instead of each image,
+    as the released code of MTI-Net and of arXiv 2502.11986 takes them for saliency.
+
+    >>> loss, _ = class_balanced(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]), torch.ones(4, dtype=torch.bool))
+    >>> torch.isclose(loss, (0.75 * 1 + 0.25 * 3) / 4 * torch.tensor(2.0).log())
+    tensor(True)
+    """
+    negatives = ((target == 0) & valid).sum() / valid.sum().clamp(min=1)
+    return _weighted_binary(prediction, target, valid, torch.where(target == 1, negatives, 1 - negatives))
+
+
 def focal(prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2.0, alpha: float | None = None) -> Loss:
     r"""Mean focal loss :math:`-\alpha_t (1 - p_t)^\gamma \log p_t` of yes/no answers, from logits.
 
@@ -103,7 +127,7 @@ def focal(prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2
         The loss and the number of labels.
 
     Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, equation 5. Deviations: divided by
-    the number of entries, not of positives, and no class weight by default, as salient objects aren't rare.
+    the number of entries, not of positives, and no class weight by default.
     """
     logits = _full(prediction)
     positive = target == 1
@@ -162,11 +186,13 @@ _CHOICES: dict[str, dict[str, LossFunction]] = {
     "normals": {"l1": normals_l1, "cosine": normals_cosine},
     "edges": {
         "balanced_cross_entropy": balanced_cross_entropy,
+        "class_balanced": class_balanced,
         "focal": focal,
         "binary_cross_entropy": binary_cross_entropy,
     },
     "saliency": {
         "focal": focal,
+        "class_balanced": class_balanced,
         "balanced_cross_entropy": balanced_cross_entropy,
         "binary_cross_entropy": binary_cross_entropy,
     },
@@ -183,11 +209,14 @@ class TaskLoss:
         self._function = function
         self._options = dict(options)
 
-    def __call__(self, prediction: Tensor, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
+    def __call__(
+        self, prediction: Tensor | tuple[Tensor, ...], target: Tensor, *, labelled: bool | None = None
+    ) -> Loss | None:
         """The mean loss over the labelled entries.
 
         Args:
-            prediction: The model's output, shaped as `torchmto.lab.data.base` says for the task's kind.
+            prediction: The model's output, shaped as `torchmto.lab.data.base` says for the task's kind; or several, whose
+                losses are added (deep supervision).
             target: The batch's target, likewise.
             labelled: Whether the batch has a label of this task, where the caller knows (see
                 `labelled_tasks`, best called before the batch goes to the device). If None it is read from
@@ -199,6 +228,8 @@ class TaskLoss:
         Raises:
             ValueError: If the shapes don't fit.
         """
+        if isinstance(prediction, tuple):
+            return _added(self, prediction, target, labelled)
         expected = self._expected_shape(target)
         if tuple(prediction.shape) != expected:
             raise ValueError(
@@ -232,14 +263,26 @@ class OwnLoss:
         except ValueError:  # some built-in functions don't tell
             self._masked = False
 
-    def __call__(self, prediction: Tensor, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
-        """The loss and the number of labels behind it, or None where there is no label."""
+    def __call__(
+        self, prediction: Tensor | tuple[Tensor, ...], target: Tensor, *, labelled: bool | None = None
+    ) -> Loss | None:
+        """The loss and the number of labels behind it, or None where there is no label; of several predictions the sum."""
+        if isinstance(prediction, tuple):
+            return _added(self, prediction, target, labelled)
         valid, rows = labelled_rows(self.task, target)
         if not (bool(rows.any()) if labelled is None else labelled):
             return None
         more = {"mask": valid[rows]} if self._masked else {}
         value = self._function(prediction[rows], target[rows], **more)
         return value if isinstance(value, tuple) else (value, valid.sum())
+
+
+def _added(
+    loss: TaskLoss | OwnLoss, predictions: tuple[Tensor, ...], target: Tensor, labelled: bool | None
+) -> Loss | None:
+    """The sum of several predictions' losses, which have the same labels behind them."""
+    parts = [part for prediction in predictions if (part := loss(prediction, target, labelled=labelled)) is not None]
+    return (torch.stack([value for value, _ in parts]).sum(), parts[0][1]) if parts else None
 
 
 def labelled_rows(task: Task, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,14 +303,14 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
     segmentation   cross_entropy
     depth          l1, mse, huber
     normals        l1, cosine (predictions are scaled to unit length)
-    edges          balanced_cross_entropy, focal, binary_cross_entropy
-    saliency       focal, balanced_cross_entropy, binary_cross_entropy
+    edges          balanced_cross_entropy, class_balanced, focal, binary_cross_entropy
+    saliency       focal, class_balanced, balanced_cross_entropy, binary_cross_entropy
     map            l1, mse, huber
     =============  ==========================================================
 
     Args:
         task: The task.
-        loss: A name from the table; the kind's default if None.
+        loss: A name from the table; if None that in ``task.extra``, or else the kind's default.
         options: The function's keyword arguments, such as ``positive_weight`` or ``delta``.
 
     Returns:
@@ -287,7 +330,7 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
     choices = _CHOICES[task.kind]
     if not choices:
         raise ValueError(f"The task `{task.name}` has no kind, and so needs a loss of its own (`losses=`).")
-    name = next(iter(choices)) if loss is None else loss
+    name = task.extra.get("loss", next(iter(choices))) if loss is None else loss
     if name not in choices:
         raise ValueError(
             f"Parameter `loss` of the {task.kind} task `{task.name}` should be one of {', '.join(choices)}. "

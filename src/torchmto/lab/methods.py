@@ -11,18 +11,15 @@ from torchmto.methods import LossWeighting, Method, method_class, methods
 
 __all__ = ["check_weighting", "make", "needs_plain_sgd", "needs_split_norms"]
 
-_SPLIT_NORMS = frozenset({"connection_strength"})
-_PLAIN_SGD = frozenset({"adatask", "m_config"})
-
 
 def needs_split_norms(method: str) -> bool:
     """Whether a method by definition trains a model with one copy of every norm per task."""
-    return method in _SPLIT_NORMS
+    return method_class(method).norms == "per task"
 
 
 def needs_plain_sgd(method: str) -> bool:
     """Whether a method adapts step sizes itself."""
-    return method in _PLAIN_SGD
+    return method_class(method).adapts
 
 
 def check_weighting(name: str) -> None:

@@ -30,7 +30,7 @@ from torchmto.lab.data.base import Task
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-__all__ = ["higher_is_better", "metric_names", "primary_metric", "task_metrics"]
+__all__ = ["chance_level", "higher_is_better", "metric_names", "primary_metric", "task_metrics"]
 
 _METRICS: dict[str, dict[str, bool]] = {
     "classification": {"accuracy": True, "f1": True},
@@ -125,4 +125,19 @@ def higher_is_better(task: Task, metric: str) -> bool:
     if metric in own:
         return own[metric]
     kind = _METRICS[task.kind]
-    return kind[metric] if metric in kind or (task.kind != "own" and "metrics" not in task.extra) else False
+    return kind.get(metric, False)
+
+
+def chance_level(task: Task, metric: str) -> float | None:
+    """What a model reaches without looking at its input, of the kinds' own metrics that tell it; None for others.
+
+    Example:
+        >>> chance_level(Task("digit", "classification", 10), "accuracy")
+        0.1
+    """
+    if "metrics" in task.extra:
+        return None
+    share = 1 / task.channels
+    classes = {"accuracy": share, "f1": share, "mIoU": share, "mean_accuracy": share}
+    known = {"classification": classes, "segmentation": classes, "binary": {"auroc": 0.5}, "regression": {"r2": 0.0}}
+    return known.get(task.kind, {}).get(metric)

@@ -176,7 +176,8 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
             if needed and name not in {**arguments, **given}:
                 raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
         problem = found.function(**arguments, **given)
-        source, loadable = None if found.file is None else source_hash(found.file), not head.startswith("__main__")
+        own = None if head.startswith("torchmto.") else found.file  # this package has versions of its own
+        source, loadable = None if own is None else source_hash(own), not head.startswith("__main__")
     if not isinstance(problem, Problem):
         raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
     return replace(problem, origin=Origin(reference, dict(options), source, loadable))

@@ -137,9 +137,9 @@ def average_ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
         >>> average_ranks(np.array([[3.0, 2.0, 1.0], [3.0, 3.0, 1.0]])).tolist()
         [1.25, 1.75, 3.0]
     """
-    better = (scores[:, None, :] > scores[:, :, None]).sum(axis=2)
-    equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)
-    ranks: NDArray[np.float64] = (better + (equal + 1) / 2).mean(axis=0)
+    from scipy.stats import rankdata  # noqa: PLC0415
+
+    ranks: NDArray[np.float64] = rankdata(-scores, axis=1).mean(axis=0)
     return ranks
 
 
@@ -198,7 +198,8 @@ def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
         >>> spearman([1, 2, 3, 4], [10, 20, 40, 30])
         0.8
     """
-    a, b = (average_ranks(np.asarray([values], dtype=np.float64)) for values in (first, second))
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
+    if len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return round(float(np.corrcoef(a, b)[0, 1]), 12)
+    from scipy.stats import spearmanr  # noqa: PLC0415
+
+    return round(float(spearmanr(first, second).statistic), 12)

@@ -2,6 +2,7 @@
 
 from torchmto.methods.method import (
     Cost,
+    Domain,
     GradientCombiner,
     GramianWeighting,
     LossWeighting,
@@ -15,6 +16,7 @@ load_all(__name__)
 
 __all__ = [
     "Cost",
+    "Domain",
     "GradientCombiner",
     "GramianWeighting",
     "LossWeighting",

@@ -1,18 +1,18 @@
 """What every method has: declared state, a random generator, declared properties, and one step."""
 
-from __future__ import annotations
-
 import copy
+import functools
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, warn
+from torchmto.methods.per_task import ByTask
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -102,6 +102,12 @@ class Method(ABC):
         family: "loss weighting", "gramian", "combiner" or "procedure".
         source: Where it comes from: authors, venue, year, equation.
         use: When to use it, in one sentence.
+        norms: "shared", or "per task": what it is made for is a model with one copy of every norm for each task.
+        adapts: Whether it adapts the size of every step itself, so that its optimizer had better be plain SGD.
+        whole_rows: What it does with whole rows of gradients, if it does: then it can't work where every rank holds a part of
+            the columns only (``network.divided``: by ``shard_gradients=True`` or because FSDP shards the parameters).
+        tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
+            ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
@@ -115,6 +121,10 @@ class Method(ABC):
     family: ClassVar[str] = ""
     source: ClassVar[str] = ""
     use: ClassVar[str] = ""
+    norms: ClassVar[Literal["shared", "per task"]] = "shared"
+    adapts: ClassVar[bool] = False
+    whole_rows: ClassVar[str] = ""
+    tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
@@ -154,18 +164,29 @@ class Method(ABC):
             raise ValueError(f"Method `{self.name}` was set up for {self.num_tasks} tasks. Found {num_tasks}.")
 
     def bind(self, tasks: tuple[str, ...]) -> None:
-        """Tell the method the names of its tasks, once, before the first step.
+        """Tell the method, the methods inside it and its values per task the names of the tasks, once, before the first step.
 
         Raises:
             ValueError: If it is bound to other tasks already, or its hyper-parameters don't fit them.
         """
         if self.tasks and self.tasks != tasks:
             raise ValueError(f"Method `{self.name}` is already bound to the tasks {self.tasks}. Found {tasks}.")
+        # What is inside first: where it doesn't fit the tasks, this method stays unbound.
+        for value in vars(self).values():
+            if isinstance(value, ByTask):
+                value.bind(tasks)
+        for inner in self._inner():
+            inner.bind(tasks)
         self.tasks = tasks
         self.ensure_setup(len(tasks))
+        for inner in self._inner():
+            if inner.tasks != tasks:
+                inner.bind(tasks)
+
+    # An event reaches the methods inside by these defaults: what overrides one of them, and holds methods, calls super().
 
     def attach(self, network: Network) -> None:
-        """Look at the network before the first step. Most methods needn't; the methods inside are shown it."""
+        """Look at the network before the first step."""
         for inner in self._inner():
             inner.attach(network)
 
@@ -179,12 +200,10 @@ class Method(ABC):
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
-        checksum = zlib.crc32(self.generator.get_state().numpy().tobytes())
-        for value in self._inner():
-            checksum = zlib.crc32(value.random_checksum().to_bytes(4, "little"), checksum)
-        return checksum
+        states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
+        return functools.reduce(lambda checksum, state: zlib.crc32(state, checksum), states, 0)
 
-    def _inner(self) -> list[Method]:
+    def _inner(self) -> list["Method"]:
         """The methods inside this one."""
         values = (getattr(self, state) for state in self._states)
         return [value for value in values if isinstance(value, Method)]
@@ -193,7 +212,7 @@ class Method(ABC):
         """The name of a task; its number while no tasks are known."""
         return self.tasks[index] if self.tasks else str(index)
 
-    def parts(self) -> Iterator[Method]:
+    def parts(self) -> Iterator["Method"]:
         """This method and all methods inside it."""
         yield self
         for inner in self._inner():
@@ -231,22 +250,15 @@ class Method(ABC):
             raise ValueError(reason)
 
     def refusal(self, network: Network) -> str:
-        """Why the method can't work on a network; empty if it can.
-
-        Where every rank holds a part of the gradient matrix' columns only (``network.divided``: by ``shard_gradients=True`` or
-        because FSDP shards the parameters), a method that looks at the rows themselves can't.
-        """
+        """Why the method, or one inside it, can't work on a network; empty if it can."""
+        if network.divided and self.whole_rows:
+            return self.whole_rows
         return next((reason for reason in (value.refusal(network) for value in self._inner()) if reason), "")
 
     @property
     def repeats(self) -> bool:
         """Whether a step of this method, or of one inside it, runs the model more than once."""
-        inner = (getattr(self, state) for state in self._states)
-        return (
-            self.needs_closure
-            or self.needs_losses_after
-            or any(isinstance(value, Method) and value.repeats for value in inner)
-        )
+        return any(part.needs_closure or part.needs_losses_after for part in self.parts())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
@@ -275,14 +287,18 @@ class Method(ABC):
             )
         self.generator.set_state(state["generator"])
         for name in self._states:
-            value = getattr(self, name)
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[name])
-            elif isinstance(value, Tensor) and isinstance(state[name], Tensor) and value.shape == state[name].shape:
-                with torch.no_grad():
-                    value.copy_(state[name])
-            else:
-                setattr(self, name, copied(state[name]))
+            self._put(name, copied(state[name]))
+
+    def _put(self, name: str, value: Any) -> None:
+        """Give a state a new value, in its own memory where it has some."""
+        current = getattr(self, name)
+        if hasattr(current, "load_state_dict"):
+            current.load_state_dict(value)
+        elif isinstance(current, Tensor) and isinstance(value, Tensor) and current.shape == value.shape:
+            with torch.no_grad():
+                current.copy_(value)
+        else:
+            setattr(self, name, value)
 
     def snapshot(self) -> dict[str, Any]:
         """The small states, to undo a step that fails."""
@@ -302,32 +318,29 @@ class Method(ABC):
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Undo changes since :meth:`snapshot`."""
         for name, value in kept.items():
-            current = getattr(self, name)
             if name == "generator":
                 self.generator.set_state(value)
-            elif isinstance(current, Method):
-                current.restore(value)
-            elif hasattr(current, "load_state_dict"):
-                current.load_state_dict(value)
-            elif isinstance(current, Tensor) and current.shape == value.shape:
-                with torch.no_grad():
-                    current.copy_(value)
+            elif isinstance(getattr(self, name), Method):
+                getattr(self, name).restore(value)
             else:
-                setattr(self, name, value)
+                self._put(name, value)
 
     # ------------------------------------------------------------------ what a trainer tells the method
 
     @property
     def wants_shares(self) -> bool:
         """Whether this method, or one inside it, takes reported performances as shares in [0, 1] (dtp)."""
-        inner = (getattr(self, name) for name in self._states)
-        return self.takes_shares or any(part.wants_shares for part in inner if isinstance(part, Method))
+        return any(part.takes_shares for part in self.parts())
 
     def report(self, performance: Mapping[str, float]) -> None:
-        """Validation results, one number per task (``mt.report``). Most methods don't use them."""
+        """Validation results, one number per task (``mt.report``)."""
+        for inner in self._inner():
+            inner.report(performance)
 
     def end_window(self) -> None:
-        """End of an averaging window, usually an epoch (``mt.end_window``). Most methods don't use it."""
+        """End of an averaging window, usually an epoch (``mt.end_window``)."""
+        for inner in self._inner():
+            inner.end_window()
 
     # ------------------------------------------------------------------ the step
 
@@ -347,8 +360,14 @@ class Method(ABC):
     def step(self, context: StepContext) -> StepInfo:
         """Take one step on ``context`` and report what was done."""
 
+    def records(self) -> Mapping[str, Any]:
+        """What to put into ``StepInfo.records``."""
+        return {}
+
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
+        for inner in self._inner():
+            inner.after_step(losses, context)
 
 
 def derived_seed(seed: int, name: str) -> int:
@@ -445,10 +464,6 @@ class LossWeighting(Method):
         if indices != losses.indices:
             weights = weights[[indices.index(index) for index in losses.indices]]
         return context.info(weights=weights, indices=losses.indices, records=self.records())
-
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
 
 
 class GramianWeighting(Method):
@@ -587,10 +602,6 @@ class GramianWeighting(Method):
         """Shorten the gradient of a step that reuses weights; by which factor."""
         return 1.0
 
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
-
 
 class GradientCombiner(Method):
     """Base of the methods that combine the rows of J entry by entry or layer by layer: K backwards.
@@ -605,15 +616,12 @@ class GradientCombiner(Method):
     """
 
     family = "combiner"
+    whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
 
     def __init__(self, *, heads: str = "unit") -> None:
         super().__init__()
         self.heads = check_choice("heads", heads, ("unit", "weighted"))
         self.head_weights: Tensor | None = None
-
-    def refusal(self, network: Network) -> str:
-        """Combiners look at the rows themselves."""
-        return "combines the rows entry by entry or layer by layer, or tracks them" if network.divided else ""
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:
@@ -643,10 +651,6 @@ class GradientCombiner(Method):
         self.remember(gradients)
         self.after_step(gradients.reduced, context)
         return context.info(gradients=gradients, records=self.records())
-
-    def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
 
 
 class Procedure(Method):

@@ -1,8 +1,7 @@
 """Numbers per task, as arguments and in records."""
 
-from __future__ import annotations
-
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +16,19 @@ Numbers = float | TaskFloats
 """One number for all tasks, or one per task."""
 
 
-class PerTask:
+class ByTask(ABC):
+    """What a method knows by task before the tasks are known. Methods bind those among their attributes as they are bound."""
+
+    @abstractmethod
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match it with the tasks.
+
+        Raises:
+            ValueError: If it doesn't fit them.
+        """
+
+
+class PerTask(ByTask):
     """A hyper-parameter with one value per task.
 
     Args:

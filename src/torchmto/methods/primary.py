@@ -1,13 +1,12 @@
 """Methods in which one task leads: which one it is."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torchmto.checks import check_integer, found, unknown_task
+from torchmto.methods.per_task import ByTask
 
 
-class Primary:
+class Primary(ByTask):
     """The hyper-parameter ``primary``: the name of a task, or its number.
 
     Args:

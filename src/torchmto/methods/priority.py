@@ -1,7 +1,5 @@
 """Where the probabilities of tasks come from: fixed, from losses, from validation results, or from a loss weighting."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -215,29 +213,12 @@ class WeightingPriority(Priority):
         super().__init__()
         self.add_state("weighting", weighting)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the loss weighting too."""
-        super().bind(tasks)
-        self.weighting.bind(tasks)
-
     def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
         """The weighting's weights for these losses."""
         if losses is None:
             return torch.ones(len(indices), dtype=torch.float64)
         scores: Tensor = self.weighting.loss_weights(losses, indices)
         return scores
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Pass on."""
-        self.weighting.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Pass on."""
-        self.weighting.report(performance)
-
-    def end_window(self) -> None:
-        """Pass on."""
-        self.weighting.end_window()
 
 
 class CallablePriority(Priority):

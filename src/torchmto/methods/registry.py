@@ -1,7 +1,5 @@
 """Names of the methods: a class registers itself where it is defined."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.metadata
@@ -12,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torchmto.checks import found, nearest, warn
-from torchmto.methods.method import Method
+from torchmto.methods.method import GramianWeighting, Method
 
 _REGISTRY: dict[str, type[Method]] = {}
 _M = TypeVar("_M", bound=type[Method])
@@ -151,3 +149,15 @@ def make_method(name: str, /, **hyperparameters: Any) -> Method:
         return cls(**hyperparameters)
     except TypeError as error:
         raise TypeError(f"Method `{name}`: {error}") from error
+
+
+def gramian_method(parameter: str, given: object) -> GramianWeighting:
+    """The Gramian method that the argument ``parameter`` names or is.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    made = make_method(given) if isinstance(given, str) else given
+    if not isinstance(made, GramianWeighting):
+        raise TypeError(found(parameter, "a Gramian method", given))
+    return made

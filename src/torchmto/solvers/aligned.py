@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_choice
 from torchmto.solvers.solution import Solution
 from torchmto.solvers.unit import check_weights, factor, unit_gramian
 
@@ -29,18 +30,18 @@ def aligned(
     errors.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        scale: the common squared length: the smallest eigenvalue over the numerical rank (paper), the median
+        gramian: Inner products of the gradients, shape [K, K].
+        scale: The common squared length: the smallest eigenvalue over the numerical rank (paper), the median
             one (of two middle ones the smaller), or the mean one.
-        preference: the weights u of the tasks, shape [K]; 1 each by default, so the update is a sum (TorchJD
+        preference: The weights u of the tasks, shape [K]; 1 each by default, so the update is a sum (TorchJD
             takes the mean).
-        precision: machine precision of the gradients; by default that of the Gramian's type.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The weights; the preference itself where all gradients are zero.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers, the preference doesn't fit it, or
+        ValueError: If the Gramian isn't a square matrix of finite numbers, the preference doesn't fit it, or
             the scale is unknown.
 
     Source:
@@ -50,8 +51,7 @@ def aligned(
     >>> aligned([[1.0, 0.0], [0.0, 4.0]]).weights
     array([1. , 0.5])
     """
-    if scale not in get_args(Scale):
-        raise ValueError(f"Parameter `scale` should be one of {get_args(Scale)}. Found `scale = {scale!r}`.")
+    check_choice("scale", scale, get_args(Scale))
     unit = unit_gramian(gramian, precision)
     preference = check_weights(preference, unit.num_tasks, 1.0)
     if len(unit.live) == 0 or unit.num_tasks == 1:

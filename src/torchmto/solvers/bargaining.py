@@ -3,6 +3,7 @@ r"""Fair shares of the update: :math:`G w = w^{-1/\alpha}` with positive w."""
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_number
 from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import factor, uniform, unit_gramian
@@ -24,15 +25,15 @@ def nash(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: f
     lengths of the gradients. See there for the algorithm and the fallbacks.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged.
+        gramian: Inner products of the gradients, shape [K, K].
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged.
 
     Returns:
         The weights; they scale with the inverse of the gradients. Residual as in :func:`fair`.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers.
+        ValueError: If the Gramian isn't a square matrix of finite numbers.
 
     Source:
         Navon et al., Multi-task learning as a bargaining game (Nash-MTL), 2022, equation 3 and claim 3.1.
@@ -64,16 +65,16 @@ def fair(
     weights are 1/K.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        alpha: positive; 1 is proportional fairness, large values favour the worst-off task.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged.
+        gramian: Inner products of the gradients, shape [K, K].
+        alpha: Positive; 1 is proportional fairness, large values favour the worst-off task.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged.
 
     Returns:
         The weights. The residual is the largest relative error of :math:`(G w)_i = w_i^{-1/\alpha}`.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or alpha isn't positive.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or alpha isn't positive.
 
     Source:
         Ban and Ji, Fair resource allocation in multi-task learning (FairGrad), 2024, equation 8.
@@ -81,8 +82,7 @@ def fair(
     >>> fair([[8.0]], alpha=2.0).weights
     array([0.25])
     """
-    if not 0.0 < alpha < np.inf:
-        raise ValueError(f"Parameter `alpha` should be a positive float. Found `alpha = {alpha}`.")
+    check_number("alpha", alpha, above=0)
     unit = unit_gramian(gramian, precision)
     if len(unit.live) == 0:
         return Solution(uniform(unit.num_tasks), converged=True, residual=0.0, iterations=0)

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_number
 from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.nonnegative import nonnegative_least_squares
 from torchmto.solvers.solution import Array, Solution
@@ -36,11 +37,11 @@ def cagrad(
     are 1/K.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        c: radius of the ball relative to the length of the mean gradient.
-        rescale: divide the weights by :math:`1 + c^2`, as the paper's released code does by default.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
+        gramian: Inner products of the gradients, shape [K, K].
+        c: Radius of the ball relative to the length of the mean gradient.
+        rescale: Divide the weights by :math:`1 + c^2`, as the paper's released code does by default.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights of d, whose scale is that of the mean gradient (some public codes multiply by K). The
@@ -48,7 +49,7 @@ def cagrad(
         errors can make of it, relative to the radius.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or c is negative.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or c is negative.
 
     Source:
         Liu et al., Conflict-averse gradient descent (CAGrad), 2021, equation 4 and algorithm 1.
@@ -57,8 +58,7 @@ def cagrad(
     >>> (cagrad(J @ J.T).weights @ J).round(4)
     array([0.1835, 1.2041, 1.2041])
     """
-    if not 0.0 <= c < np.inf:
-        raise ValueError(f"Parameter `c` should be a non-negative float. Found `c = {c}`.")
+    check_number("c", c, minimum=0)
     unit = unit_gramian(gramian, precision)
     mean = uniform(unit.num_tasks)
     factor_of_rescale = 1.0 / (1.0 + c * c) if rescale else 1.0
@@ -93,8 +93,8 @@ class _Ball:
         """Multipliers, residual and steps.
 
         Args:
-            multipliers: those of the nearest direction that conflicts with no task.
-            bounded: whether a zero gradient caps the level at 0.
+            multipliers: Those of the nearest direction that conflicts with no task.
+            bounded: Whether a zero gradient caps the level at 0.
         """
         level = 0.0
         if np.linalg.norm(self.columns @ multipliers) < self.radius:

@@ -25,8 +25,8 @@ def affinity_propagation_groups(
     With few tasks the result depends on the algorithm's own noise, so ``random_state`` is fixed by default.
 
     Args:
-        affinity: normalised affinities, shape [K, K].
-        random_state: seed of the noise that breaks ties.
+        affinity: Normalised affinities, shape [K, K].
+        random_state: Seed of the noise that breaks ties.
         converged: False for what the released code does.
 
     Returns:
@@ -34,7 +34,7 @@ def affinity_propagation_groups(
         exemplars), so that the caller can keep the groups it has.
 
     Raises:
-        ValueError: if the affinity isn't a square matrix of finite numbers.
+        ValueError: If the affinity isn't a square matrix of finite numbers.
 
     Source:
         Frey and Dueck, Clustering by passing messages between data points, 2007; settings of Selective task
@@ -74,13 +74,13 @@ def correlation_groups(affinity: npt.ArrayLike) -> list[list[int]]:
     tasks except for exact ties. Tasks that gain nothing from each other stay apart.
 
     Args:
-        affinity: symmetric affinities, shape [K, K]; the diagonal is ignored.
+        affinity: Symmetric affinities, shape [K, K]; the diagonal is ignored.
 
     Returns:
         The groups as ascending indices, sorted by their first.
 
     Raises:
-        ValueError: if the affinity isn't a square matrix of finite numbers.
+        ValueError: If the affinity isn't a square matrix of finite numbers.
 
     Source:
         Our own alternative to affinity propagation: correlation clustering, Bansal et al., 2004.

@@ -25,17 +25,17 @@ def dual_cone(
     Zero gradients keep their preference.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        preference: the weights u, shape [K]; the mean, 1/K each, by default.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
+        gramian: Inner products of the gradients, shape [K, K].
+        preference: The weights u, shape [K]; the mean, 1/K each, by default.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights w. The residual is the largest projection of the update against a unit gradient, relative
         to the length of the direction before the projection.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or the preference doesn't fit it.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or the preference doesn't fit it.
 
     Source:
         Lopez-Paz and Ranzato, Gradient episodic memory, 2017, equation 11 (DualProj).
@@ -71,17 +71,17 @@ def upgrad(
     span many orders of magnitude do no harm.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        preference: how much each projection counts, shape [K]; 1/K each by default.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
+        gramian: Inner products of the gradients, shape [K, K].
+        preference: How much each projection counts, shape [K]; 1/K each by default.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights. The residual is the largest projection of any projected unit gradient against a unit
         gradient.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or the preference doesn't fit it.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or the preference doesn't fit it.
 
     Source:
         Quinton and Rey, Jacobian descent for multi-objective optimization, 2024, section 2 (UPGrad).
@@ -107,8 +107,8 @@ def project_on_dual_cone(unit: UnitGramian, targets: Array) -> tuple[Array, floa
     twice as much.
 
     Args:
-        unit: the gradients; zero ones take no part.
-        targets: combinations to project, one per row, shape [N, number of live gradients].
+        unit: The gradients; zero ones take no part.
+        targets: Combinations to project, one per row, shape [N, number of live gradients].
 
     Returns:
         Non-negative multipliers, like targets, and the largest remaining conflict, with what rounding errors can make of it,

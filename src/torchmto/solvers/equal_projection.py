@@ -23,16 +23,16 @@ def imtl_g(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance:
     gradients take no part and get weight 0; if all are zero the weights are 1/K.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged.
+        gramian: Inner products of the gradients, shape [K, K].
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged.
 
     Returns:
         The weights. The residual is the largest deviation of a projection from their mean, relative to the
         mean.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers.
+        ValueError: If the Gramian isn't a square matrix of finite numbers.
 
     Source:
         Liu et al., Towards impartial multi-task learning (IMTL), 2021, equation 5.
@@ -68,16 +68,16 @@ def config(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance:
     and get weight 0; if all are zero the weights are 1/K.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged.
+        gramian: Inner products of the gradients, shape [K, K].
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged.
 
     Returns:
         The weights. The residual is the largest deviation of a projection from their mean, relative to the
         mean.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers.
+        ValueError: If the Gramian isn't a square matrix of finite numbers.
 
     Source:
         Liu et al., ConFIG: towards conflict-free training of physics informed neural networks, 2024,

@@ -17,14 +17,14 @@ def krum(
     each; ties, which are scores that rounding errors can't tell apart, go to the first.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        num_outliers: the number f of gradients not to be trusted. With fewer than f + 3 tasks one neighbour
+        gramian: Inner products of the gradients, shape [K, K].
+        num_outliers: The number f of gradients not to be trusted. With fewer than f + 3 tasks one neighbour
             counts, where the paper's guarantee doesn't hold.
-        num_selected: the number m of gradients to average, K at most.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
+        num_selected: The number m of gradients to average, K at most.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or a count is out of range.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or a count is out of range.
 
     Source:
         Blanchard et al., Machine learning with adversaries (Krum), 2017, sections 4 and 5.

@@ -20,16 +20,16 @@ def min_norm(gramian: npt.ArrayLike, *, precision: float | None = None, toleranc
     Where a gradient is zero the minimum is 0 and the zero gradients share the weight equally.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged, where the precision allows as much.
+        gramian: Inner products of the gradients, shape [K, K].
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights, with sum 1. The residual is the largest violation of :math:`g_i \cdot x \ge \|x\|^2`, per
         unit of :math:`\|g_i\|` and of the shortest gradient's length.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers.
+        ValueError: If the Gramian isn't a square matrix of finite numbers.
 
     Source:
         Désidéri, Multiple-gradient descent algorithm (MGDA), 2012, section 2; Sener and Koltun, 2018,

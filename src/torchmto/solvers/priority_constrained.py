@@ -28,18 +28,18 @@ def pcd(
     gradient has weight 1 and all others 0, so that the update is zero.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        tau: the share of its own progress that each other task is given, in [0, 1]; one number or K - 1.
-        scales: what each gradient is multiplied with before, shape [K]; 1 by default.
-        precision: machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: the residual up to which the solution counts as converged.
+        gramian: Inner products of the gradients, shape [K, K].
+        tau: The share of its own progress that each other task is given, in [0, 1]; one number or K - 1.
+        scales: What each gradient is multiplied with before, shape [K]; 1 by default.
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
+        tolerance: The residual up to which the solution counts as converged.
 
     Returns:
         The weights of the gradients as they are. The residual is the largest violation of a constraint, relative to the
         longest scaled gradient.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers.
+        ValueError: If the Gramian isn't a square matrix of finite numbers.
 
     Source:
         Varam and AlHajri, Not all objectives are born equal: priority-constrained descent, 2026, definition 4.1,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_number
 from torchmto.solvers.solution import Array, Projection
 from torchmto.solvers.unit import UnitGramian, unit_gramian
 
@@ -49,15 +50,15 @@ def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Proje
     :math:`g_i' \leftarrow g_i' - (g_i' \cdot g_j) / \|g_j\|^2 \, g_j`, with :math:`g_j` as it was at first.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+        gramian: Inner products of the gradients, shape [K, K].
+        orders: For each task the indices of the others in the order of their turn, shape [K, K - 1];
             ascending by default.
 
     Returns:
         The weights and coefficients. Ones where all gradients are zero.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or a row of orders isn't a
+        ValueError: If the Gramian isn't a square matrix of finite numbers or a row of orders isn't a
             permutation of the other tasks.
 
     Source:
@@ -77,17 +78,17 @@ def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.Ar
     other, so one that is no longer needed when its turn comes is left out.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        keep: shape [K, K], true at (i, j) where i stays when i and j conflict. Of (i, j) and (j, i) one
+        gramian: Inner products of the gradients, shape [K, K].
+        keep: Shape [K, K], true at (i, j) where i stays when i and j conflict. Of (i, j) and (j, i) one
             should be true; the diagonal is ignored.
-        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+        orders: For each task the indices of the others in the order of their turn, shape [K, K - 1];
             ascending by default.
 
     Returns:
         The weights and coefficients. Ones where all gradients are zero.
 
     Raises:
-        ValueError: if an argument's shape doesn't fit, the Gramian isn't finite, both or neither of a pair
+        ValueError: If an argument's shape doesn't fit, the Gramian isn't finite, both or neither of a pair
             stay, or a row of orders isn't a permutation of the other tasks.
 
     Source:
@@ -184,18 +185,18 @@ def gradvac(
     :math:`g_i'` of which nothing but rounding errors is left.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        targets: cosine targets, shape [K, K]; 0 by default, as on the first step.
-        orders: for each task the indices of the others in the order of their turn, shape [K, K - 1];
+        gramian: Inner products of the gradients, shape [K, K].
+        targets: Cosine targets, shape [K, K]; 0 by default, as on the first step.
+        orders: For each task the indices of the others in the order of their turn, shape [K, K - 1];
             ascending by default.
-        beta: share of a new cosine in the target (paper: 0.01; public codes: 0.5).
-        precision: machine precision of the gradients; by default that of the Gramian's type.
+        beta: Share of a new cosine in the target (paper: 0.01; public codes: 0.5).
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The projection and the new targets (a new array). Weights of one where all gradients are zero.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers, targets or orders don't fit it, or
+        ValueError: If the Gramian isn't a square matrix of finite numbers, targets or orders don't fit it, or
             beta isn't in [0, 1].
 
     Source:
@@ -205,8 +206,7 @@ def gradvac(
     >>> projection.weights, targets[0, 1]
     (array([2.  , 1.25]), np.float64(-0.25))
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"Parameter `beta` should be a float in [0, 1]. Found `beta = {beta}`.")
+    check_number("beta", beta, minimum=0, maximum=1)
     unit = unit_gramian(gramian, precision)
     orders = _check_orders(orders, unit.num_tasks)
     shape = unit.cosines.shape
@@ -253,15 +253,15 @@ def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike, *, precision: float | 
     than that, as in single precision, they take the place of both numbers.
 
     Args:
-        gramian: inner products of the gradients, shape [K, K].
-        order: the tasks from first to last, a permutation of 0 ... K - 1, shape [K].
-        precision: machine precision of the gradients; by default that of the Gramian's type.
+        gramian: Inner products of the gradients, shape [K, K].
+        order: The tasks from first to last, a permutation of 0 ... K - 1, shape [K].
+        precision: Machine precision of the gradients; by default that of the Gramian's type.
 
     Returns:
         The weights and coefficients. Ones where all gradients are zero.
 
     Raises:
-        ValueError: if the Gramian isn't a square matrix of finite numbers or the order isn't a permutation.
+        ValueError: If the Gramian isn't a square matrix of finite numbers or the order isn't a permutation.
 
     Source:
         Task weighting through gradient projection (wPCGrad), arXiv 2409.01793, algorithm 1, in our reading:

@@ -11,10 +11,10 @@ def simplex_projection(values: npt.ArrayLike) -> Array:
     """The point of the simplex (non-negative, sum 1) nearest to a vector.
 
     Args:
-        values: finite numbers, shape [K].
+        values: Finite numbers, shape [K].
 
     Raises:
-        ValueError: if it isn't a vector of finite numbers.
+        ValueError: If it isn't a vector of finite numbers.
 
     Source:
         Duchi et al., Efficient projections onto the l1-ball, 2008, figure 1.
@@ -54,13 +54,13 @@ def sdmgrad(
     the next step.
 
     Args:
-        cross_gramian: inner products between the two mini-batches' gradients, shape [K, K]; needs no
+        cross_gramian: Inner products between the two mini-batches' gradients, shape [K, K]; needs no
             symmetry.
-        weights: the w to start from, shape [K]; 1/K by default.
+        weights: The w to start from, shape [K]; 1/K by default.
         regularization: :math:`\lambda`, the pull towards the mean gradient.
-        steps: number of steps.
-        learning_rate: of a step.
-        momentum: of the steps, starting from rest.
+        steps: Number of steps.
+        learning_rate: Of a step.
+        momentum: Of the steps, starting from rest.
 
     Returns:
         The weights of the rows. A fixed number of stochastic steps: the residual is the last change of w
@@ -68,7 +68,7 @@ def sdmgrad(
         is.
 
     Raises:
-        ValueError: if the matrix isn't square and finite, the weights don't fit it, or a parameter is
+        ValueError: If the matrix isn't square and finite, the weights don't fit it, or a parameter is
             negative.
 
     Source:
@@ -128,7 +128,7 @@ def modo(
     Args:
         cross_gramian: :math:`G_{12} = J_1 J_2^\top` of two independent mini-batches, shape [K, K]; needs no
             symmetry.
-        weights: the w to start from, shape [K]; 1/K by default.
+        weights: The w to start from, shape [K]; 1/K by default.
         regularization: :math:`\rho`.
         learning_rate: :math:`\gamma`.
 
@@ -136,7 +136,7 @@ def modo(
         The new weights, with sum 1; the residual is their largest change. One step counts as converged.
 
     Raises:
-        ValueError: if the matrix isn't square and finite, the weights don't fit it, or a parameter is
+        ValueError: If the matrix isn't square and finite, the weights don't fit it, or a parameter is
             negative.
 
     Source:

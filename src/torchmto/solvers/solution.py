@@ -16,11 +16,11 @@ class Solution:
     The update of the shared parameters is ``weights @ J``, where the rows of ``J`` are the tasks' gradients.
 
     Attributes:
-        weights: one weight per task, shape [K]; always finite.
-        converged: whether the weights solve the stated problem. If not, they are the documented fallback of
+        weights: One weight per task, shape [K]; always finite.
+        converged: Whether the weights solve the stated problem. If not, they are the documented fallback of
             the solver or its best iterate, and are safe to use.
-        residual: how far the weights are from the solution, relative (each solver says to what).
-        iterations: iterations taken; 0 for closed forms.
+        residual: How far the weights are from the solution, relative (each solver says to what).
+        iterations: Iterations taken; 0 for closed forms.
     """
 
     weights: Array
@@ -34,7 +34,7 @@ class Projection(Solution):
     """Weights obtained by changing each gradient into a combination of all of them.
 
     Attributes:
-        coefficients: shape [K, K]; row ``i`` says of which combination of the original gradients the modified
+        coefficients: Shape [K, K]; row ``i`` says of which combination of the original gradients the modified
             gradient ``i`` consists: ``coefficients @ J``. The weights are the sums of its columns.
     """
 

@@ -29,11 +29,11 @@ class UnitGramian:
     """A Gramian as lengths and cosines.
 
     Attributes:
-        norms: lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
-        inverse: one over these lengths, 0 for a gradient that counts as zero.
-        cosines: shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
-        live: indices of the gradients that aren't zero.
-        precision: machine precision of the gradients.
+        norms: Lengths of the gradients, shape [K]; exactly 0 for a gradient that counts as zero.
+        inverse: One over these lengths, 0 for a gradient that counts as zero.
+        cosines: Shape [K, K], unit diagonal; rows and columns of zero gradients are 0.
+        live: Indices of the gradients that aren't zero.
+        precision: Machine precision of the gradients.
     """
 
     norms: Array
@@ -123,7 +123,7 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
 
     Args:
         gramian: inner products of the gradients, shape [K, K], positive semi-definite up to rounding.
-        precision: machine precision of the gradients it was made from; by default that of the array's own type.
+        precision: Machine precision of the gradients it was made from; by default that of the array's own type.
 
     Raises:
         ValueError: if it isn't a square matrix of finite numbers, or the precision isn't in (0, 1).

@@ -34,10 +34,10 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from torchmto.gradients import Ranks, Rows, ShardedRows, real
 from torchmto.gradients.ranks import all_equal, fingerprint, is_sharded, local
+from torchmto.gradients.torch_private import NormBase
 from torchmto.step.network import Heads, Network
 
 
@@ -345,10 +345,10 @@ def average_statistics(network: Network) -> None:
     counted: list[tuple[nn.Module, Tensor]] = []
     for norm in network.model.modules():
         for name, buffer in norm.named_buffers(recurse=False):
-            if name == "num_batches_tracked" and isinstance(norm, _NormBase):
+            if name == "num_batches_tracked" and isinstance(norm, NormBase):
                 counted.append((norm, buffer))
             elif name == "running_group_var" or (
-                isinstance(norm, _NormBase) and name in ("running_mean", "running_var")
+                isinstance(norm, NormBase) and name in ("running_mean", "running_var")
             ):
                 averaged.append((norm, buffer))
     sums = [buffer.clone() for _, buffer in averaged]

@@ -24,8 +24,8 @@ from torchmto.gradients import (
     real,
     refuse_hidden,
     refuse_reentrant,
-    run_apart,
     run_hooks,
+    run_unreached,
 )
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
 from torchmto.step.losses import Chunk
@@ -360,7 +360,7 @@ class Network:
         if found.functions:
             self._functions = True
             with chunk.activated():
-                refuse_hidden(list(map(self.name, run_apart(found, chunk.losses.values(), self.parameters))))
+                refuse_hidden(list(map(self.name, run_unreached(found, chunk.losses.values(), self.parameters))))
 
     def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
         """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.

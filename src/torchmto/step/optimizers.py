@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.gradients.torch_private import scaler_states
+
 
 class Optimizers:
     """The optimizers of one model, with different parameters each.
@@ -84,9 +86,8 @@ class Optimizers:
 
     @property
     def _states(self) -> dict[int, dict[str, Any]]:
-        """What the scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
-        states: dict[int, dict[str, Any]] = self._scaler._per_optimizer_states  # type: ignore[union-attr] # noqa: SLF001
-        return states
+        """What the scaler knows of each optimizer."""
+        return scaler_states(self._scaler)
 
     def unscale(self) -> None:
         """Divide all gradients by the scaler's scale, as it does itself."""

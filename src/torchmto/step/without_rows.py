@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients import Rows
-from torchmto.gradients.engine import Piece
+from torchmto.gradients.engine import Piece, Wanted
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_gradients, sum_heads
@@ -58,7 +58,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     failure: BaseException | None = None
     product = torch.zeros(0)
     try:
-        product = engine.gramian(pieces, losses.indices, shared=shared, others=others, take=take)
+        product = engine.gramian(Wanted(pieces, losses.indices, shared, others, take))
         network.refuse_hidden()
     except BaseException as error:
         if not several:

@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from torchmto.gradients.ranks import is_sharded
+from torchmto.gradients.torch_private import (
+    compiled_inside,
+    delayed_by,
+    hooks_of,
+    is_flattened,
+    is_joining,
+    overlaps,
+)
 
 _REPLICATE = "use DistributedDataParallel, or `torch.distributed.fsdp.fully_shard` (FSDP2)"
 
@@ -33,7 +41,7 @@ def _kinds(module: nn.Module) -> set[str]:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel, compiled or not, whose names of parameters have no prefix then."""
-    inside = getattr(model, "_orig_mod", model)
+    inside = compiled_inside(model)
     return inside.module if isinstance(inside, DistributedDataParallel) else model
 
 
@@ -64,11 +72,11 @@ def check_wrappers(model: nn.Module, optimizers: Iterable[object], parameters: I
         if "FSDPModule" in kinds:
             sharded.update(map(id, module.parameters()))
     for parameter in parameters:
-        if getattr(parameter, "_fsdp_flattened", False):
+        if is_flattened(parameter):
             raise _refusal("FullyShardedDataParallel", _FOREIGN["FullyShardedDataParallel"])
         if is_sharded(parameter) and id(parameter) not in sharded:
             raise _refusal("Tensor parallelism", "use `fully_shard` over a one-dimensional mesh of all ranks")
-    if any(getattr(optimizer, "_overlap_with_ddp", False) for optimizer in optimizers):
+    if any(map(overlaps, optimizers)):
         raise _refusal("ZeroRedundancyOptimizer with overlap_with_ddp=True", "leave that out")
 
 
@@ -78,12 +86,12 @@ def _options(replica: DistributedDataParallel) -> Iterator[str]:
         yield "static_graph=True"
     if getattr(replica, "mixed_precision", None) is not None:
         yield "mixed_precision="
-    if getattr(replica, "_delay_all_reduce_params", None):
+    if delayed_by(replica):
         yield "delay_all_reduce_named_params="
     if any(p.requires_grad and name in replica.parameters_to_ignore for name, p in replica.module.named_parameters()):
         yield "trained parameters that it is told to ignore"
     # Last, as mixed precision is one of its hooks.
-    if getattr(replica, "_comm_hooks", None):
+    if hooks_of(replica):
         yield "a communication hook (`register_comm_hook`)"
 
 
@@ -102,7 +110,7 @@ def unreduced(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """
     with contextlib.ExitStack() as stack:
         for wrapper in wrappers:
-            if getattr(getattr(wrapper, "_join_config", None), "enable", False):
+            if is_joining(wrapper):
                 raise _refusal(
                     "`join()` of DistributedDataParallel",
                     "on a rank that has no batch left return no losses, `{}`, from the closure",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchmto.gradients.torch_private import tree_leaves
 from torchmto.structure.preserve import undisturbed
 from torchmto.task_norms import SplitNorm, is_norm
 
@@ -30,6 +30,7 @@ _MIXING = frozenset(
         *("normalize", "softmax", "log_softmax", "cross_entropy", "nll_loss"),
     ]
 )
+_JOINING = frozenset(("cat", "concat", "concatenate", "hstack"))
 _PROPERTIES = frozenset(("shape", "ndim", "dtype", "device"))
 
 
@@ -53,6 +54,11 @@ class Node:
         if self.module is not None:
             return not isinstance_of_norm(self.module) and _mixes_channels(self.module)
         return self.op in _MIXING
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether values are put side by side here."""
+        return self.module is None and self.op in _JOINING
 
     def connect(self, inputs: list["Node"]) -> None:
         """Record where this operation's inputs come from."""
@@ -97,7 +103,7 @@ def trace_subtrees(model: nn.Module) -> list[tuple[nn.Module, list[Node]]]:
     runs.
 
     Args:
-        model: any module.
+        model: Any module.
 
     Returns:
         Each traced module with its operations in order.
@@ -234,7 +240,7 @@ def record_dataflow(model: nn.Module) -> Iterator[Recording]:
     The numbers are not changed. Modules that a compiled model runs without calling them aren't seen.
 
     Args:
-        model: the module to watch.
+        model: The module to watch.
 
     Yields:
         The recording, to be given to :func:`torchmto.structure.find_norm_pairs`.

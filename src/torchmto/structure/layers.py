@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from torchmto.checks import check_choice
 from torchmto.gradients.ranks import whole
+from torchmto.gradients.torch_private import NormBase
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import (
     MEASURES,
@@ -25,15 +26,16 @@ class StructuredLayer:
     """A layer whose output channels are grouped by the task that leads them.
 
     Attributes:
-        name: path of the layer in the model; ``<path>.in_proj`` for the packed projections of an attention.
-        weight: the shared parameter.
-        bias: the shared bias, whose entries follow their channels; None if the layer has none.
-        norm_out: the norm that the layer's output goes through, if any.
-        norm_in: the norm that the layer's input comes from, if any.
-        groups: of a grouped convolution.
-        transposed: whether the output channels lie on dimension 1 of the weight (transposed convolutions).
-        spatial: whether the layer is a convolution, so that its channels are dimension 1 of its output.
-        source: how the pair was found: ``"explicit"``, ``"fx"``, ``"recorded"`` or ``"module order"``.
+        name: Path of the layer in the model; ``<path>.in_proj`` for the packed projections of an attention.
+        weight: The shared parameter.
+        bias: The shared bias, whose entries follow their channels; None if the layer has none.
+        norm_out: The norm that the layer's output goes through, if any.
+        norm_in: The norm that the layer's input comes from, if any.
+        groups: Of a grouped convolution.
+        transposed: Whether the output channels lie on dimension 1 of the weight (transposed convolutions).
+        spatial: Whether the layer is a convolution, so that its channels are dimension 1 of its output.
+        source: How the pair was found: ``"explicit"``, ``"fx"``, ``"recorded"`` or ``"module order"``.
+        out_start: Where ``norm_out`` takes a concatenation: its first channel that is one of the layer's.
     """
 
     name: str
@@ -45,6 +47,7 @@ class StructuredLayer:
     transposed: bool = False
     spatial: bool = False
     source: str = "explicit"
+    out_start: int | None = None
 
     @property
     def channel_dim(self) -> int:
@@ -80,10 +83,9 @@ class StructuredLayer:
             ``[T, C_out]``, without a graph.
 
         Raises:
-            ValueError: an unknown measure, or missing gradients.
+            ValueError: An unknown measure, or missing gradients.
         """
-        if measure not in MEASURES:
-            raise ValueError(f"Parameter `measure` should be one of {list(MEASURES)}. Found `measure = {measure!r}`.")
+        check_choice("measure", measure, MEASURES)
         if measure == "parameters":
             out_scale = None if self.norm_out is None else self._scales(self.norm_out, tasks, incoming=False)
             in_scale = None if self.norm_in is None else self._scales(self.norm_in, tasks, incoming=True)
@@ -101,9 +103,9 @@ class StructuredLayer:
         """Phase 2's multiplier of each task's gradient of each channel.
 
         Args:
-            task_grads: for each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
+            task_grads: For each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
             top: int64 ``[C_out]``.
-            degenerate: see :func:`torchmto.structure.group_coefficients`.
+            degenerate: See :func:`torchmto.structure.group_coefficients`.
 
         Returns:
             ``[T, C_out]``.
@@ -122,7 +124,7 @@ class StructuredLayer:
         """The layer's combined gradients: for each of :attr:`parameters` a tensor of its shape.
 
         Args:
-            task_grads: for each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
+            task_grads: For each of :attr:`parameters`, the tasks' gradients ``[T, *shape]``.
             coefficients: ``[T, C_out]`` from :meth:`coefficients`.
         """
         weight, *bias = task_grads
@@ -141,6 +143,8 @@ class StructuredLayer:
         scales = [
             norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming) for norm in copies
         ]
+        if not incoming and self.out_start is not None:
+            return torch.stack([scale[self.out_start : self.out_start + channels] for scale in scales])
         # A norm over the heads' width (as on queries and keys) serves every head.
         return torch.stack([scale.repeat(channels // scale.shape[0]) for scale in scales])
 
@@ -154,9 +158,9 @@ def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, w
     to all channels.
 
     Args:
-        norm: one norm, not a split one.
-        device: where to put the result.
-        spatial: for a LayerNorm over several dimensions, whether the channel is the first or the last of
+        norm: One norm, not a split one.
+        device: Where to put the result.
+        spatial: For a LayerNorm over several dimensions, whether the channel is the first or the last of
             them.
         with_variance: False gives ``gamma`` alone, the size of the channels that leave the norm.
 
@@ -186,8 +190,8 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
     """How many channels a norm (or a split norm's copies) scales."""
     if isinstance(norm, SplitNorm):
         norm = norm.copy_for(norm.task_names[0])
-    if isinstance(norm, _NormBase):
-        return norm.num_features
+    if isinstance(norm, NormBase):
+        return int(norm.num_features)  # type: ignore[arg-type]
     if isinstance(norm, nn.GroupNorm):
         return norm.num_channels
     if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
@@ -200,6 +204,6 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
 def _gamma(norm: nn.Module) -> Tensor | None:
     own = dict(norm.named_parameters(recurse=False))
     named = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
-    if named is not None or isinstance(norm, (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+    if named is not None or isinstance(norm, (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return named
     return next(iter(own.values()), None)

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from torchmto.checks import check_number
 from torchmto.structure.layers import StructuredLayer
 from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import channels_first, wide_dtype
@@ -50,27 +51,26 @@ def oracle_priority(
     where it matters.
 
     Args:
-        model: the model with split or plain norms.
+        model: The model with split or plain norms.
         closure: ``closure(tasks) -> {task: loss}``. With split norms it is called for one task at a time,
             with that task's norms active.
-        groups: pairs of a layer from :func:`torchmto.structure.find_norm_pairs` and the indices of its output
+        groups: Pairs of a layer from :func:`torchmto.structure.find_norm_pairs` and the indices of its output
             channels. The bias entries of the channels belong to them.
         tasks: T names.
-        weights: of the losses in the total; default 1 for every task.
-        step_size: of the gradient step, positive.
+        weights: Of the losses in the total; default 1 for every task.
+        step_size: Of the gradient step, positive.
 
     Returns:
         :class:`OraclePriority`.
 
     Raises:
-        ValueError: no tasks, a step size that isn't positive, or a channel that doesn't exist.
+        ValueError: No tasks, a step size that isn't positive, or a channel that doesn't exist.
 
     Source: Definition 3 of "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996).
     """
     if not tasks:
         raise ValueError("Parameter `tasks` should name at least one task. Found none.")
-    if not step_size > 0:
-        raise ValueError(f"Parameter `step_size` should be a positive float. Found `step_size = {step_size}`.")
+    check_number("step_size", step_size, above=0)
     for layer, channels in groups:
         if not all(0 <= channel < layer.num_channels for channel in channels):
             raise ValueError(

@@ -24,7 +24,10 @@ from torchmto.task_norms import SplitNorm
 logger = logging.getLogger(__name__)
 
 Pairs = dict[str, list[str | None]]
-"""A layer's name -> the names of the norms after and before it, and how they were found; None for what there isn't."""
+"""A layer's name -> the names of the norms after and before it, and how they were found; None for what there isn't.
+
+``<norm>@<n>`` is a norm after a concatenation, whose channels from n on are the layer's.
+"""
 
 
 def find_norm_pairs(
@@ -37,30 +40,35 @@ def find_norm_pairs(
     """Pair the conv and linear layers of a model with the norms that scale their channels.
 
     A layer is paired with the norm its output reaches through operations that keep channels apart
-    (activations, dropout, residual sums, reshapes); this is the paper's conv -> BatchNorm. Where no norm
-    follows, it is paired with the norm its input comes from, as in pre-norm transformer blocks.
-    ``nn.MultiheadAttention`` counts as two layers, ``in_proj`` (rows of the packed weight; only where query,
-    key and value come from one norm) and ``out_proj``. Where a sum of branches feeds a layer, no single norm
-    precedes it.
+    (activations, dropout, residual sums, reshapes); this is the paper's conv -> BatchNorm. A norm after a
+    concatenation is paired with each layer by the layer's own channels of it. It is also paired with the norm
+    its input comes from, as in pre-norm transformer blocks; not where a norm that tracks a variance follows,
+    so that there the strength is the paper's. ``nn.MultiheadAttention`` counts as two layers, ``in_proj``
+    (rows of the packed weight; only where query, key and value come from one norm) and ``out_proj``. Where a
+    sum of branches feeds a layer, no single norm precedes it.
+
+    Of a layer that is used several times the first use with a norm counts: one weight has one set of strengths.
+    A norm that is used several times goes with every layer that runs into it.
 
     Found in this order: ``torch.fx`` on the largest subtrees that trace; the dataflow of a recorded forward
-    pass; the order of the modules (a norm right after a layer, or right before a linear one), only for layers
-    that neither of the former saw whole. What was used is logged, with the layers left without a norm. Layers
-    whose weight is computed (parametrizations) are left out; of layers that share a weight the first counts.
+    pass, which also finds the norm after the last layer of a subtree; the order of the modules (a norm right
+    after a layer, or right before a linear one), only for layers that neither of the former saw whole. What was
+    used is logged, with the layers left without a norm. Layers whose weight is computed (parametrizations) are
+    left out; of layers that share a weight the first counts.
 
     Args:
-        model: the model, or its shared trunk. Norms may be split or not.
-        forward: makes one forward pass, ``lambda: model(example)``; it is recorded without gradients, and
+        model: The model, or its shared trunk. Norms may be split or not.
+        forward: Makes one forward pass, ``lambda: model(example)``; it is recorded without gradients, and
             norm statistics and torch's random state are put back.
-        recording: a recording made with :func:`torchmto.structure.record_dataflow`, instead of ``forward``.
-        pairs: paths of modules in the order the data runs through them, ``("conv1", "bn1")`` or ``("norm1",
+        recording: A recording made with :func:`torchmto.structure.record_dataflow`, instead of ``forward``.
+        pairs: Paths of modules in the order the data runs through them, ``("conv1", "bn1")`` or ``("norm1",
             "fc1")``; then nothing is searched.
 
     Returns:
         One :class:`StructuredLayer` per paired layer, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: a pair that names no module, doesn't hold one layer and one norm, or whose channels don't
+        ValueError: A pair that names no module, doesn't hold one layer and one norm, or whose channels don't
             fit; both ``forward`` and ``recording``.
 
     Source: the paper (arXiv 2406.02996) pairs conv and BatchNorm; all else is our generalisation.
@@ -91,8 +99,8 @@ class PairSearch:
     """What is known so far about each layer: a module and, for attentions, one of its projections.
 
     Args:
-        model: the model.
-        serves: whether a norm may go with the layer of a weight; asked for pairs that aren't given explicitly.
+        model: The model.
+        serves: Whether a norm may go with the layer of a weight; asked for pairs that aren't given explicitly.
             By default any may. A norm that only one of a layer's tasks runs says nothing about the others.
     """
 
@@ -135,8 +143,9 @@ class PairSearch:
                 structured = self.found.get((layer, part))
                 if structured is not None:
                     norms = [structured.norm_out, structured.norm_in]
-                    paths = [None if norm is None else self.modules[norm] for norm in norms]
-                    known[structured.name] = [*paths, structured.source]
+                    after, before = (None if norm is None else self.modules[norm] for norm in norms)
+                    start = structured.out_start
+                    known[structured.name] = [after if start is None else f"{after}@{start}", before, structured.source]
                 elif layer in self.settled:
                     known[self._name(layer, part)] = [None, None, None]
         return known
@@ -145,23 +154,26 @@ class PairSearch:
         """Take over what an earlier search of this model knew and this one doesn't.
 
         Raises:
-            ValueError: a name that the model doesn't have, or channels that don't fit.
+            ValueError: A name that the model doesn't have, or channels that don't fit.
         """
         layers = {self._name(layer, part): (layer, part) for layer in self.layers for part in _parts(layer)}
         norms: dict[str | None, nn.Module | None] = {None: None}
         norms |= {path: module for module, path in self.modules.items() if isinstance_of_norm(module)}
         for name, (after, before, source) in pairs.items():
-            if name not in layers or after not in norms or before not in norms:
+            first, _, place = (after or "").partition("@")
+            path, start = first or None, int(place) if place.isdecimal() else None
+            if name not in layers or path not in norms or before not in norms:
                 raise ValueError(f"The model has no layer {name!r} with the norms {after!r} and {before!r}.")
-            (layer, part), norm_out, norm_in = layers[name], norms[after], norms[before]
+            (layer, part), norm_out, norm_in = layers[name], norms[path], norms[before]
             if not (
-                self._fits(layer, part, norm_out, incoming=False) and self._fits(layer, part, norm_in, incoming=True)
+                self._fits(layer, part, norm_out, incoming=False, start=start)
+                and self._fits(layer, part, norm_in, incoming=True)
             ):
                 raise ValueError(f"The channels of layer {name!r} and the norms {after!r} and {before!r} don't fit.")
             if norm_out is None and norm_in is None:
                 self.settled.add(layer)
             elif (layer, part) not in self.found and self._serve(layer, part, norm_out, norm_in):
-                self._add(layer, part, norm_out, norm_in, source or "")
+                self._add(layer, part, norm_out, norm_in, source or "", start=start)
 
     def trace(self) -> None:
         """Pair the layers of the subtrees that ``torch.fx`` can trace."""
@@ -179,15 +191,33 @@ class PairSearch:
             for node in nodes
             if node.module is not None and node.module in self.modules and is_layer(node.module)
         ]
+        seen: set[tuple[nn.Module, str]] = set()
         for node, layer in layer_nodes:
             for part in _parts(layer):
-                if (layer, part) in self.found:
-                    continue
-                norm_out = None if part == "in_proj" else self._following(node, layer, part)
-                norm_in = None if part == "out_proj" or norm_out is not None else self._preceding(node, layer, part)
-                self._add(layer, part, norm_out, norm_in, source)
+                if (layer, part) not in seen and self._complete(node, layer, part, source):
+                    seen.add((layer, part))
         if whole:
             self.settled.update(layer for _, layer in layer_nodes)
+
+    def _complete(self, node: Node, layer: nn.Module, part: str, source: str) -> bool:
+        """Pair a layer by one of its uses, with what isn't known of it yet; whether that is anything."""
+        known = self.found.get((layer, part))
+        norm_out, norm_in, start = (
+            (None, None, None) if known is None else (known.norm_out, known.norm_in, known.out_start)
+        )
+        if known is not None and known.source == "explicit":
+            return False
+        if norm_out is None and part != "in_proj":
+            norm_out, start = self._following(node, layer, part)
+        if _tracks_variance(norm_out):
+            # The paper's formula: the variance shows what comes in.
+            norm_in = None
+        elif norm_in is None and part != "out_proj":
+            norm_in = self._preceding(node, layer, part)
+        if known is not None and (norm_out, norm_in) == (known.norm_out, known.norm_in):
+            return False
+        self._add(layer, part, norm_out, norm_in, source if known is None else known.source, start=start)
+        return norm_out is not None or norm_in is not None
 
     def guess_by_order(self) -> None:
         """Pair layers that no graph holds with the norm right after them, or right before a linear one."""
@@ -238,19 +268,31 @@ class PairSearch:
     def _name(self, layer: nn.Module, part: str) -> str:
         return ".".join(filter(None, (self.modules[layer], part)))
 
-    def _following(self, node: Node, layer: nn.Module, part: str) -> nn.Module | None:
-        """The first norm that the output reaches, breadth first, whose channels fit."""
-        queue, seen = deque(node.users), {node}
+    def _following(self, node: Node, layer: nn.Module, part: str) -> tuple[nn.Module | None, int | None]:
+        """The first norm that the output reaches, breadth first, whose channels fit; and where the layer's begin.
+
+        The latter is None unless the norm takes a concatenation.
+        """
+        queue: deque[tuple[Node, Node, int]] = deque((node, user, 0) for user in node.users)
+        seen = {node}
         while queue:
-            user = queue.popleft()
+            source, user, start = queue.popleft()
             if user in seen or user.mixes:
                 continue
             seen.add(user)
-            if not user.is_norm:
-                queue.extend(user.users)
-            elif user.module is not None and self._suits(layer, part, user.module, incoming=False):
-                return user.module
-        return None
+            if user.module is not None and user.is_norm:
+                if self._suits(layer, part, user.module, incoming=False):
+                    return user.module, None
+                width = _width(source)
+                whole = norm_channels(user.module, spatial=isinstance(layer, CONVOLUTIONS))
+                if width == whole and self._suits(layer, part, user.module, incoming=False, start=start):
+                    return user.module, start
+            else:
+                if user.concatenates:
+                    before = [_width(entry) for entry in user.inputs[: user.inputs.index(source)]]
+                    start = start + sum(before) if all(before) else -1
+                queue.extend((user, following, start) for following in user.users)
+        return None, None
 
     def _preceding(self, node: Node, layer: nn.Module, part: str) -> nn.Module | None:
         """The one norm that all of the input comes from."""
@@ -258,8 +300,8 @@ class PairSearch:
         norm = norms.pop() if len(norms) == 1 else None
         return norm if norm is not None and self._suits(layer, part, norm, incoming=True) else None
 
-    def _suits(self, layer: nn.Module, part: str, norm: nn.Module, *, incoming: bool) -> bool:
-        return self._fits(layer, part, norm, incoming=incoming) and self._serve(layer, part, norm)
+    def _suits(self, layer: nn.Module, part: str, norm: nn.Module, *, incoming: bool, start: int | None = None) -> bool:
+        return self._fits(layer, part, norm, incoming=incoming, start=start) and self._serve(layer, part, norm)
 
     def _serve(self, layer: nn.Module, part: str, *norms: nn.Module | None) -> bool:
         candidate = self._structured(layer, part, None, None, "")
@@ -267,25 +309,43 @@ class PairSearch:
             return candidate is not None
         return all(norm is None or self.serves(candidate.weight, norm) for norm in norms)
 
-    def _fits(self, layer: nn.Module, part: str, norm: nn.Module | None, *, incoming: bool) -> bool:
+    def _fits(
+        self, layer: nn.Module, part: str, norm: nn.Module | None, *, incoming: bool, start: int | None = None
+    ) -> bool:
         candidate = self._structured(layer, part, None, None, "")
         if norm is None or candidate is None:
             return norm is None
         have = norm_channels(norm, spatial=candidate.spatial)
         if incoming:
             return have == candidate.num_inputs
+        if start is not None:
+            return 0 <= start <= have - candidate.num_channels
         heads = isinstance(layer, nn.Linear) and have > 0 and candidate.num_channels % have == 0
         return have == candidate.num_channels or heads
 
     def _add(
-        self, layer: nn.Module, part: str, norm_out: nn.Module | None, norm_in: nn.Module | None, source: str
+        self,
+        layer: nn.Module,
+        part: str,
+        norm_out: nn.Module | None,
+        norm_in: nn.Module | None,
+        source: str,
+        *,
+        start: int | None = None,
     ) -> None:
-        structured = self._structured(layer, part, norm_out, norm_in, source)
+        structured = self._structured(layer, part, norm_out, norm_in, source, start=start)
         if structured is not None and (norm_out is not None or norm_in is not None):
             self.found[layer, part] = structured
 
     def _structured(
-        self, layer: nn.Module, part: str, norm_out: nn.Module | None, norm_in: nn.Module | None, source: str
+        self,
+        layer: nn.Module,
+        part: str,
+        norm_out: nn.Module | None,
+        norm_in: nn.Module | None,
+        source: str,
+        *,
+        start: int | None = None,
     ) -> StructuredLayer | None:
         own: nn.Module = layer.get_submodule("out_proj") if part == "out_proj" else layer
         prefix = "in_proj_" if part == "in_proj" else ""
@@ -303,11 +363,49 @@ class PairSearch:
             transposed=bool(getattr(layer, "transposed", False)) if isinstance(layer, CONVOLUTIONS) else False,
             spatial=isinstance(layer, CONVOLUTIONS),
             source=source,
+            out_start=start,
         )
 
 
 def _parts(layer: nn.Module) -> tuple[str, ...]:
     return ("in_proj", "out_proj") if isinstance(layer, nn.MultiheadAttention) else ("",)
+
+
+def _tracks_variance(norm: nn.Module | None) -> bool:
+    """Whether a norm divides by a variance that it tracks."""
+    if isinstance(norm, SplitNorm):
+        norm = norm.copy_for(norm.task_names[0])
+    return getattr(norm, "running_var", None) is not None or getattr(norm, "running_group_var", None) is not None
+
+
+def _width(node: Node) -> int:
+    """The channels of a value, as far as layers and norms tell; 0 if they don't."""
+    waiting, seen, widths = [node], set(), set()
+    while waiting:
+        current = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.module is not None and current.is_norm:
+            widths.add(norm_channels(current.module))
+        elif current.module is not None and is_layer(current.module):
+            widths.add(_channels(current.module))
+        elif current.mixes or not current.inputs:
+            widths.add(0)
+        elif current.concatenates:
+            parts = [_width(entry) for entry in current.inputs]
+            widths.add(sum(parts) if all(parts) else 0)
+        else:
+            waiting.extend(current.inputs)
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def _channels(layer: nn.Module) -> int:
+    """The output channels of a layer."""
+    for name in ("out_channels", "out_features", "embed_dim"):
+        if hasattr(layer, name):
+            return int(getattr(layer, name))
+    return 0
 
 
 def _source_norm(node: Node) -> nn.Module | None:

@@ -15,7 +15,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Buffers of the model (norm statistics) and the random states of torch, numpy and Python are afterwards as before.
 
     Args:
-        model: the module whose buffers are kept.
+        model: The module whose buffers are kept.
     """
     kept = [
         (module, name, buffer, buffer.detach().clone())

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchmto.checks import check_choice
 from torchmto.structure.strength import at_least_float32
 
 Degenerate = Literal["sum", "project"]
@@ -22,7 +23,7 @@ def channel_dots(task_grads: Tensor, top: Tensor) -> Tensor:
         are the layer's products.
 
     Raises:
-        ValueError: shapes that don't fit.
+        ValueError: Shapes that don't fit.
     """
     if task_grads.dim() < 2 or top.shape != task_grads.shape[1:2]:
         raise ValueError(
@@ -48,7 +49,7 @@ def group_coefficients(dots: Tensor, top: Tensor, *, degenerate: Degenerate = "s
     Args:
         dots: ``[T, C_out]`` from :func:`channel_dots`, summed over the layer's parameters.
         top: int64 ``[C_out]``.
-        degenerate: where one task leads every channel of the layer, ``"sum"`` adds the gradients plainly, as
+        degenerate: Where one task leads every channel of the layer, ``"sum"`` adds the gradients plainly, as
             the paper's released code does; ``"project"`` applies the formula as printed.
 
     Returns:
@@ -58,8 +59,7 @@ def group_coefficients(dots: Tensor, top: Tensor, *, degenerate: Degenerate = "s
     Raises:
         ValueError: ``degenerate`` is something else.
     """
-    if degenerate not in ("sum", "project"):
-        raise ValueError(f"Parameter `degenerate` should be 'sum' or 'project'. Found `degenerate = {degenerate!r}`.")
+    check_choice("degenerate", degenerate, ("sum", "project"))
     num_tasks = dots.shape[0]
     leads = top == torch.arange(num_tasks, device=top.device).unsqueeze(1)  # [T, C_out]
     products = leads.to(dots.dtype) @ dots.T  # [i, j]: <G_ii, G_ij>
@@ -79,13 +79,13 @@ def priority_coefficients(task_grads: Tensor, top: Tensor, *, degenerate: Degene
     Args:
         task_grads: ``[T, C_out, ...]``.
         top: int64 ``[C_out]``, the leading task of each channel, -1 for none.
-        degenerate: see :func:`group_coefficients`.
+        degenerate: See :func:`group_coefficients`.
 
     Returns:
         ``[T, C_out]``.
 
     Raises:
-        ValueError: shapes that don't fit, or an unknown ``degenerate``.
+        ValueError: Shapes that don't fit, or an unknown ``degenerate``.
     """
     return group_coefficients(channel_dots(task_grads, top), top, degenerate=degenerate)
 
@@ -100,14 +100,14 @@ def project_by_priority(task_grads: Tensor, top: Tensor, *, degenerate: Degenera
     Args:
         task_grads: ``[T, C_out, ...]``, each task's gradient of the layer.
         top: int64 ``[C_out]``, the leading task of each channel; channels with -1 are summed plainly.
-        degenerate: where one task leads every channel, ``"sum"`` (default, as released) or ``"project"`` (as
+        degenerate: Where one task leads every channel, ``"sum"`` (default, as released) or ``"project"`` (as
             printed).
 
     Returns:
         ``[C_out, ...]``. Scale: sum of the tasks' gradients, homogeneous of degree 1.
 
     Raises:
-        ValueError: shapes that don't fit, a task in ``top`` that doesn't exist, or an unknown ``degenerate``.
+        ValueError: Shapes that don't fit, a task in ``top`` that doesn't exist, or an unknown ``degenerate``.
 
     Source: "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996), phase 2.
 

@@ -31,7 +31,7 @@ class TaskSpecific(PerTask):
         """Run the active task's copy.
 
         Raises:
-            RuntimeError: not exactly one of its tasks is active.
+            RuntimeError: Not exactly one of its tasks is active.
         """
         tasks = current_tasks()
         if len(tasks) != 1 or tasks[0] not in self.task_names:
@@ -120,7 +120,7 @@ def make_task_specific(model: nn.Module, tasks: Sequence[str], layers: Iterable[
         ``model``.
 
     Raises:
-        ValueError: a path that doesn't exist or is the model itself, or a name that can't be part of a state key.
+        ValueError: A path that doesn't exist or is the model itself, or a name that can't be part of a state key.
 
     Source: Shi et al., Recon, ICLR 2023.
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from torchmto.gradients.torch_private import tree_map
 from torchmto.task_norms import active_task, active_tasks
 
 
@@ -26,7 +26,7 @@ def stacked(trunk: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     task. Memory is that of K passes at once.
 
     Args:
-        trunk: a module, or any callable that runs modules, with norms split by
+        trunk: A module, or any callable that runs modules, with norms split by
             :func:`torchmto.structure.split_norms`.
 
     Returns:

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchmto.checks import check_number
+
 Measure = Literal["parameters", "gradients", "saliency"]
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
 
@@ -19,13 +21,13 @@ def connection_strength(weight: Tensor, gamma: Tensor, running_var: Tensor | Non
         gamma: ``[C_out]``, the scale of the task's norm.
         running_var: ``[C_out]``, the running variance of the task's BatchNorm. None for norms whose variance
             is common to all channels (LayerNorm, RMSNorm): it cancels in :func:`normalized_strength`.
-        eps: the norm's ``eps``; only used with ``running_var``.
+        eps: The norm's ``eps``; only used with ``running_var``.
 
     Returns:
         ``[C_out]``, non-negative, without a graph.
 
     Raises:
-        ValueError: shapes that don't fit, or a negative ``eps``.
+        ValueError: Shapes that don't fit, or a negative ``eps``.
 
     Source: "Quantifying Task Priority for Multi-Task Optimization" (arXiv 2406.02996), task-specific
     connection strength. ``running_var=None`` is our generalisation.
@@ -44,8 +46,7 @@ def connection_strength(weight: Tensor, gamma: Tensor, running_var: Tensor | Non
             "Parameter `running_var` should have the shape of `gamma`. Found shapes "
             f"{tuple(running_var.shape)} and {tuple(gamma.shape)}."
         )
-    if eps < 0:
-        raise ValueError(f"Parameter `eps` should be a non-negative float. Found `eps = {eps}`.")
+    check_number("eps", eps, minimum=0)
     weight, gamma = weight.detach(), gamma.detach()
     strength = _squared_norm(at_least_float32(weight).reshape(weight.shape[0], -1))
     strength = strength * at_least_float32(gamma).square()
@@ -71,8 +72,8 @@ def scaled_strength(
         weight: ``[C_out, C_in / groups, ...]``; ``[C_in, C_out / groups, ...]`` for transposed convolutions.
         out_scale: ``[T, C_out]``, the scale of the norm that follows, per task.
         in_scale: ``[T, C_in]``, the scale of the norm that precedes, per task.
-        groups: of a grouped convolution.
-        transposed: whether the weight belongs to a transposed convolution.
+        groups: Of a grouped convolution.
+        transposed: Whether the weight belongs to a transposed convolution.
 
     Returns:
         ``[T, C_out]`` in float64 (float32 on devices without it), so that tasks with equal scales have
@@ -144,7 +145,7 @@ def top_priority(normalized: Tensor, *, tie: float = 1e-12) -> Tensor:
 
     Args:
         normalized: ``[T, C_out]``, from :func:`normalized_strength`.
-        tie: shares that differ by no more than this part are equal. The default is for strengths of parameters,
+        tie: Shares that differ by no more than this part are equal. The default is for strengths of parameters,
             which are exact; those of gradients are as uncertain as these.
 
     Returns:
@@ -173,11 +174,11 @@ def channels_first(tensor: Tensor, *, groups: int = 1, transposed: bool = False,
     A view, except for a transposed convolution in groups, whose output channels don't lie on one dimension.
 
     Args:
-        tensor: a weight, or T gradients of it with ``batch_dims=1``.
-        groups: of a grouped convolution.
-        transposed: whether the weight is ``[C_in, C_out / groups, ...]``, as transposed convolutions store
+        tensor: A weight, or T gradients of it with ``batch_dims=1``.
+        groups: Of a grouped convolution.
+        transposed: Whether the weight is ``[C_in, C_out / groups, ...]``, as transposed convolutions store
             it.
-        batch_dims: leading dimensions to leave alone.
+        batch_dims: Leading dimensions to leave alone.
 
     Returns:
         The same numbers, output channel first.

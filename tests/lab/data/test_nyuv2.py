@@ -5,8 +5,9 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from data_layouts import GENERATOR, rgb, save_array, write_invpt_nyud, write_mtan
+from data_layouts import GENERATOR, rgb, save_array, write_mtan, write_nyud
 from shared_data import data
 from torchmto.lab.data import load_data
 
@@ -96,19 +97,33 @@ def test_pickles_among_mtans_files_are_refused(tmp_path):
         load_data(f"nyuv2:{tmp_path}").test[0]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_invpt_folder_and_archive(tmp_path, packed):
+@pytest.mark.parametrize(
+    ("archive", "image", "maps"),
+    [(None, "png", "png"), ("NYUDv2.tar.gz", "png", "png"), ("NYUD_MT.tgz", "jpg", "npy"), (None, "jpg", "png")],
+)
+def test_nyud_as_invpt_and_mtinet_read_it(tmp_path, archive, image, maps):
     names = {"train": [str(i) for i in range(25)], "val": ["0101", "0102"]}
-    root = write_invpt_nyud(tmp_path / "NYUDv2", names)
+    root = write_nyud(tmp_path / "NYUDv2", names, image=image, maps=maps)
     path = root
-    if packed:
-        path = tmp_path / "NYUDv2.tgz"
+    if archive:
+        path = tmp_path / archive
         with tarfile.open(path, "w:gz") as tar:
             tar.add(root, "NYUDv2")
     bundle = load_data(f"nyuv2:{path}", size=(12, 16))
     check(bundle, 40, (12, 16))
-    edges = np.load(root / "edge" / "0102.npy")
-    assert np.array_equal(bundle.test[1]["targets"]["edges"][0], edges)
+    targets = bundle.test[1]["targets"]
+    if maps == "png":
+        edges = np.asarray(Image.open(root / "edge" / "0102.png"), dtype=np.float32) / 255
+        normals = 2 * np.asarray(Image.open(root / "normals" / "0102.png"), dtype=np.float32) / 255 - 1
+        normals[0, 0] = 0  # a vector of no length is stored as 127
+    else:
+        edges, normals = (np.load(root / kind / "0102.npy") for kind in ("edge", "normals"))
+    assert np.array_equal(targets["edges"][0], edges)
+    lengths = np.linalg.norm(normals, axis=-1, keepdims=True).clip(min=1e-6)
+    assert np.allclose(targets["normals"].permute(1, 2, 0), normals / lengths, atol=2e-3)
+    labels = np.asarray(Image.open(root / "segmentation" / "0102.png")).astype(int)
+    assert np.array_equal(targets["segmentation"], np.where(labels == 0, 255, labels - 1))
+    assert np.allclose(targets["depth"][0], np.load(root / "depth" / "0102.npy"), atol=2e-3)
     assert load_data(f"nyuv2:{path}", size=(6, 8)).train[0]["targets"]["depth"].shape == (1, 6, 8)
 
 

@@ -11,6 +11,7 @@ from data_layouts import save_mat, save_text, write_celeba, write_mtan, write_pa
 from torchmto.lab.data import load_data
 from torchmto.lab.data.pascal_context import PARTS
 from torchmto.lab.data.taskonomy import BUILDINGS, TASKS
+from torchmto.lab.losses import task_loss
 
 
 @pytest.mark.parametrize("classes", [7, 19])
@@ -93,6 +94,24 @@ LAYOUTS = {
 }
 
 
+def rescaled(top, clip=True):
+    """The released code's: values of ``[0, top]``, clipped or not, become ``[-1, 1]``."""
+    return lambda x: (np.clip(x, 0, top) if clip else x)[None] / top * 2 - 1
+
+
+RELEASED = {
+    "keypoints2d": rescaled(0.005 * 2**16),
+    "keypoints3d": rescaled(2**16),
+    "edge_texture": rescaled(0.08 * 2**16),
+    "edge_occlusion": rescaled(0.00625 * 2**16, clip=False),
+    "reshading": rescaled(255),
+    "segment_unsup2d": rescaled(255),
+    "segment_unsup25d": rescaled(255),
+    "principal_curvature": lambda x: ((x[..., :2] - (123.572, 120.1)) / (31.922, 21.658)).transpose(2, 0, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Taskonomy")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_taskonomy(tmp_path, layout):
     folder_of = LAYOUTS[layout](tmp_path)
@@ -103,16 +122,19 @@ def test_taskonomy(tmp_path, layout):
     targets = bundle.test[1]["targets"]
     for task in TASKS:
         target = targets[task.name]
-        assert target.shape == (task.channels, 16, 16)
         assert torch.isfinite(target).all()
-        assert target.abs().max() <= (128 if task.kind == "depth" else 1.001)
+        assert target.shape == (task.channels, 16, 16)
     file = folder_of("depth_zbuffer", "uvalda") / "point_1_view_0_domain_depth_zbuffer.png"
     stored = np.asarray(Image.open(file)).astype(np.float32)
     stored[0, 0] = 0
     assert np.allclose(targets["depth_zbuffer"][0], stored / 512)
     assert not targets["normal"][:, 0, 0].any()
-    assert not targets["principal_curvature"][:, 0, 0].any()
-    assert len(load_data(f"taskonomy:{tmp_path}", size=(8, 8), limit=1).train) == 2
+    for name, expected in RELEASED.items():
+        stored = np.asarray(Image.open(folder_of(name, "uvalda") / f"point_1_view_0_domain_{name}.png"))
+        assert np.allclose(targets[name], expected(stored.astype(np.float64)), rtol=2e-3, atol=2e-3), name
+    few = load_data(f"taskonomy:{tmp_path}", size=(8, 8), limit={"train": 3, "test": 1})
+    assert (len(few.train), len(few.validation), len(few.test)) == (3, 2, 1)
+    assert len(load_data(f"taskonomy:{tmp_path}", size=(8, 8), limit=1).train) == 1
     assert next(bundle.loader("train", 2).epoch(0))["targets"]["normal"].shape == (2, 3, 16, 16)
 
 
@@ -122,6 +144,36 @@ def test_taskonomys_official_buildings():
     assert len({name for names in BUILDINGS.values() for name in names.split()}) == 35
 
 
+def test_what_taskonomy_leaves_out_is_counted_once(tmp_path):
+    folder_of = LAYOUTS["omnidata"](tmp_path)
+    buildings = [name for names in BUILDINGS.values() for name in names.split() if name != "woodbine"]
+    write_taskonomy(folder_of, buildings, views=1, size=4)
+    write_taskonomy(folder_of, ["wiconisco", "muleshoe"], views=3, size=4)
+    for domain, building, view in (
+        ("edge_texture", "wiconisco", 1),
+        ("rgb", "wiconisco", 2),
+        ("normal", "muleshoe", 0),
+    ):
+        (folder_of(domain, building) / f"point_{view}_view_0_domain_{domain}.png").unlink()
+    with pytest.warns(UserWarning, match="3 images that lack a file of a task") as caught:
+        bundle = load_data(f"taskonomy:{tmp_path}", size=(4, 4))
+    assert len(caught) == 1
+    assert "(of wiconisco, muleshoe) and 1 building without files (woodbine)." in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (24, 5, 6)
+    for split in (bundle.validation, bundle.test):
+        split.batch(torch.arange(len(split)))
+
+
+def test_taskonomys_losses_are_the_released_ones():
+    names = {task.name: task_loss(task)._function.__name__ for task in TASKS}
+    others = {name for name in names if name not in {"normal", "principal_curvature"}}
+    assert (names["normal"], names["principal_curvature"]) == ("normals_cosine", "mse")
+    assert {names[name] for name in others} == {"l1"}
+    assert task_loss(TASKS[6], "l1")._function.__name__ == "normals_l1"
+
+
+@pytest.mark.filterwarnings("ignore:Taskonomy")
 def test_taskonomy_misuse(tmp_path):
     with pytest.raises(ValueError, match="none of these"):
         load_data(f"taskonomy:{tmp_path}")
@@ -132,14 +184,16 @@ def test_taskonomy_misuse(tmp_path):
     write_taskonomy(folder_of, ["ihlen"], views=1)
     (folder_of("normal", "ihlen") / "point_0_view_0_domain_normal.png").unlink()
     with pytest.raises(FileNotFoundError, match="domain_normal"):
-        load_data(f"taskonomy:{tmp_path}").test[0]
-    with pytest.raises(ValueError, match="`limit` should be positive"):
+        load_data(f"taskonomy:{tmp_path}")
+    with pytest.raises(ValueError, match="`limit` should be"):
         load_data(f"taskonomy:{tmp_path}", limit=0)
+    with pytest.raises(ValueError, match="`limit` should be"):
+        load_data(f"taskonomy:{tmp_path}", limit={"val": 3})
 
 
-@pytest.mark.parametrize("official", [True, False])
-def test_celeba(tmp_path, official):
-    signs = write_celeba(tmp_path, official=official)
+@pytest.mark.parametrize("form", ["official", "flat", "kaggle"])
+def test_celeba(tmp_path, form):
+    signs = write_celeba(tmp_path, form=form)
     bundle = load_data(f"celeba:{tmp_path}", size=(16, 16))
     assert [task.name for task in bundle.tasks] == ["5_o_Clock_Shadow", "Smiling", "Young"]
     assert [len(bundle.split(split)) for split in ("train", "validation", "test")] == [4, 4, 4]
@@ -159,7 +213,7 @@ def test_celeba(tmp_path, official):
     ],
 )
 def test_celeba_misuse(tmp_path, name, lines, message):
-    write_celeba(tmp_path, official=False)
+    write_celeba(tmp_path, form="flat")
     save_text(tmp_path / name, lines)
     with pytest.raises(ValueError, match=message):
         load_data(f"celeba:{tmp_path}")

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchmto import lab
-from torchmto.lab.grid import FailedRunsError
+from torchmto.lab.grid import FailedRunsError, executors
 from torchmto.lab.grid.executors import Outcome, execute, make_executor
 from torchmto.lab.references import load_problem
 
@@ -28,6 +29,7 @@ def results_of(folder):
             entry.pop("seconds")
         result["cost"] = {name: result["cost"][name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
         result.pop("seconds")
+        result.pop("made")
         found[path.name] = result
     return found
 
@@ -185,3 +187,9 @@ def test_outcomes_of_jobs_that_cannot_be_done():
     assert callable(execute)
     with pytest.raises(ValueError, match="should be one of local, ray, slurm"):
         make_executor("cloud", 1, Path())
+
+
+def test_by_default_runs_share_the_cores_wherever_there_is_no_accelerator(monkeypatch):
+    monkeypatch.setattr(executors, "device_of", lambda name: torch.device("cpu" if name == "auto" else name))
+    monkeypatch.setattr(executors.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    assert [executors.default_jobs(name) for name in ("auto", "cpu", "meta")] == [3, 3, 1]

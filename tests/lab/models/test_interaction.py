@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import mse_loss
 
 from torchmto.lab.data.base import Task
+from torchmto.lab.losses import OwnLoss, task_loss
 from torchmto.lab.models import MTINet, RotoGrad, build_model
 
 DENSE = (Task("seg", "segmentation", 5), Task("depth", "depth", 1), Task("normal", "normals", 3))
@@ -22,25 +23,31 @@ def test_initial_predictions(task_norms):
     model = mti(task_norms=task_norms)
     assert isinstance(model, MTINet)
     x = torch.randn(2, 3, 32, 48)
-    outputs, initial = model.eval().with_initial(x)
-    assert torch.equal(outputs["seg"], model(x)["seg"])
+    in_training, outputs = model(x), model.eval()(x)
     for task in DENSE:
-        assert [p.shape for p in initial[task.name]] == [(2, task.channels, 32, 48)] * 4
-    (sum(p.mean() for p in initial["depth"])).backward()
-    assert model.initial[0].predict["depth"].weight.grad is not None
+        assert [p.shape for p in in_training[task.name]] == [(2, task.channels, 32, 48)] * 5
+        assert outputs[task.name].shape == (2, task.channels, 32, 48)
+    depth, target = in_training["depth"], torch.rand(2, 1, 32, 48) + 0.5
+    loss, count = task_loss(DENSE[1])(depth, target)
+    assert torch.isclose(loss, sum((p - target).abs().mean() for p in depth))
+    assert count == target.numel()
+    own, _ = OwnLoss(DENSE[1], lambda output, target: (output - target).abs().mean())(depth, target)
+    assert torch.isclose(own, loss)
+    loss.backward()
+    assert all(scale.predict["depth"].weight.grad.any() for scale in model.initial)
     assert model.initial[0].predict["seg"].weight.grad is None
 
 
 def test_tasks_inform_each_other():
     model = mti()
-    model(torch.randn(2, 3, 32, 48), ("seg",))["seg"].mean().backward()
+    model(torch.randn(2, 3, 32, 48), ("seg",))["seg"][0].mean().backward()
     assert model.initial[0].refine["depth"][0].conv1.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.heads["depth"].parameters())
 
 
 def test_one_task():
     model = build_model("hrnet18", DENSE[:1], (3, 32, 32), **HRNET)
-    assert model(torch.randn(2, 3, 32, 32))["seg"].shape == (2, 5, 32, 32)
+    assert model.eval()(torch.randn(2, 3, 32, 32))["seg"].shape == (2, 5, 32, 32)
 
 
 def test_cross_stitch_mixes_columns():

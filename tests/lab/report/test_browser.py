@@ -1,16 +1,18 @@
 """The report in headless Chromium: it draws, sorts, slides, and loads nothing."""
 
+import csv
+import io
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chromium import Browser, chromium, require_chromium
 from report_folders import comparison, experiment, training
 from torchmto.lab.report import write_report
-
-pytest.importorskip("plotly")
 
 HOSTILE = "</script><img src=x onerror='window.hacked=1'>"
 METHODS = ("gd", "pcgrad <b>bold</b>", "connection_strength", f"task_groups{HOSTILE}")
@@ -37,7 +39,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Browser, 
 
 def rows(browser: Browser, table: str = "#comparison") -> list[str]:
     found: list[str] = browser.run(
-        "return [...document.querySelectorAll(`${arguments[0]} tbody tr`)].map(r => r.dataset.method)", table
+        "return [...document.querySelectorAll(`${arguments[0]} tbody tr`)].filter(r => !r.hidden).map(r => r.dataset.method)",
+        table,
     )
     return found
 
@@ -49,6 +52,7 @@ def test_it_opens_without_errors_and_loads_nothing(report: tuple[Browser, Path, 
     assert browser.log("browser") == []
     assert browser.run("return window.hacked") is None
     assert browser.run("return document.images.length") == 0
+    assert path.stat().st_size < 3_000_000
     drawn, sections = browser.run(
         "return [document.querySelectorAll('.js-plotly-plot .main-svg').length, document.querySelectorAll('section').length]"
     )
@@ -70,10 +74,9 @@ def test_the_table_shows_the_values_of_the_json(report: tuple[Browser, Path, Res
             figures[about["primary_metric"]]["mean"]
             for figures, about in zip(method["tasks"].values(), results["tasks"].values(), strict=True)
         ]
-        cells = [None if cell == "" else float(cell) for cell in shown[name]]
-        assert cells[0] == (delta and delta["mean"])
-        assert sorted(cells[1:4]) == sorted(tasks)
-        assert cells[4] == method["cost"]["seconds_per_batch"]
+        values = [None if cell == "" else float(cell) for cell in shown[name]]
+        assert values == [delta and delta["mean"], *tasks]
+        assert float(cells(browser, "#cost-table")[name][0] or "") == method["cost"]["seconds_per_batch"]
     plotted = browser.run(
         "return document.querySelector('#delta .js-plotly-plot').data.filter(t => t.error_x)"
         ".map(t => [t.x[0], t.error_x.array[0]])"
@@ -111,8 +114,8 @@ def test_differences_ranks_and_budgets_are_those_of_the_json(report: tuple[Brows
         "return document.querySelector('#versus .js-plotly-plot').data.map(t => [t.x[0], t.error_x.array[0], t.marker.symbol])"
     )
     known = [entry["delta_m"] for entry in versus["methods"].values() if entry["delta_m"]]
-    marks = [[d["mean"], d["ci95"], "circle" if d["p_holm"] < 0.05 else "circle-open"] for d in known]
-    assert sorted(plotted) == sorted(marks)
+    marks = [[d["mean"], d["ci95"], d["p_holm"] >= 0.05] for d in known]
+    assert sorted([x, bar, symbol.endswith("-open")] for x, bar, symbol in plotted) == sorted(marks)
     for name, values in cells(browser, "#budget-table").items():
         within = [budget["methods"][name] for budget in versus["budgets"].values()]
         assert [float(value) if value else None for value in values] == [entry and entry["mean"] for entry in within]
@@ -126,7 +129,8 @@ def test_differences_ranks_and_budgets_are_those_of_the_json(report: tuple[Brows
     assert f"χ² = {versus['ranks']['tasks']['friedman']['statistic']:.2f}" in browser.run(
         "return document.getElementById('rank-test').textContent"
     )
-    browser.type("#versus-table th[data-key=wins] button", "\ue007")
+    browser.type("#versus-table th[data-key=wins]", "\ue007")
+    settle(browser)
     balance = {n: e["wins_ties_losses"][0] - e["wins_ties_losses"][2] for n, e in versus["methods"].items()}
     order = [balance[name] for name in rows(browser, "#versus-table")]
     assert order == sorted(order, reverse=True)
@@ -184,18 +188,28 @@ def test_affinities_below_their_noise_floor_are_marked(report: tuple[Browser, Pa
     assert "Noise floor" in browser.run("return document.getElementById('noise-floor').textContent")
 
 
-def test_the_table_sorts_and_filters_by_mouse_and_keyboard(report: tuple[Browser, Path, Results]) -> None:
+def settle(browser: Browser) -> None:
+    """Wait until a table is sorted, which happens after the click."""
+    browser.call("POST", "/execute/async", script="setTimeout(arguments[0], 30)", args=[])
+
+
+def test_tables_sort_and_filter_by_mouse_and_keyboard(report: tuple[Browser, Path, Results]) -> None:
     browser, _, results = report
     time = {name: method["cost"]["seconds_per_batch"] for name, method in results["methods"].items()}
-    header = "#comparison th[data-key=seconds_per_batch]"
-    browser.click(f"{header} button")
-    assert rows(browser) == sorted(time, key=time.__getitem__)
-    assert browser.run("return document.querySelector(arguments[0]).ariaSort", header) == "ascending"
-    browser.type(f"{header} button", "\ue007")
-    assert rows(browser) == sorted(time, key=time.__getitem__, reverse=True)
-    assert browser.run("return document.activeElement.closest('th').dataset.key") == "seconds_per_batch"
-    browser.click("#comparison th[data-key=delta_m] button")
-    assert rows(browser)[-1] == METHODS[-1], "a method without a value comes last"
+    header = "#cost-table th[data-key=seconds_per_batch]"
+    browser.click(header)
+    settle(browser)
+    assert rows(browser, "#cost-table") == sorted(time, key=time.__getitem__, reverse=True)
+    assert browser.run("return document.querySelector(arguments[0]).ariaSort", header) == "descending"
+    browser.type(header, "\ue007")
+    settle(browser)
+    assert rows(browser, "#cost-table") == sorted(time, key=time.__getitem__)
+    assert browser.run("return document.activeElement.dataset.key") == "seconds_per_batch"
+    for order in ("ascending", "descending"):  # it is sorted by it already
+        browser.click("#comparison th[data-key=delta_m]")
+        settle(browser)
+        assert browser.run("return document.querySelector('#comparison th[data-key=delta_m]').ariaSort") == order
+        assert rows(browser)[-1] == METHODS[-1], "a method without a value comes last"
     browser.type("#filter", "BOLD")
     assert rows(browser) == [METHODS[1]]
     browser.type("#filter", "\ue003" * 4)
@@ -206,9 +220,120 @@ def test_the_table_sorts_and_filters_by_mouse_and_keyboard(report: tuple[Browser
     assert len(rows(browser)) == 4
 
 
+def saved(browser: Browser, button: str) -> list[Any]:
+    """Name and content of what a button saves."""
+    found: list[Any] = browser.call(
+        "POST",
+        "/execute/async",
+        script="""const [selector, done] = arguments;
+        const click = HTMLAnchorElement.prototype.click;
+        HTMLAnchorElement.prototype.click = function () {
+          HTMLAnchorElement.prototype.click = click;
+          fetch_(this.href).then((text) => done([this.download, text]));
+        };
+        const blobs = new Map(), create = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { const url = create.call(URL, blob); blobs.set(url, blob); return url; };
+        const fetch_ = async (url) =>
+          blobs.has(url) ? blobs.get(url).text() : url.startsWith("data:") ? atob(url.split(",")[1]) : url;
+        document.querySelector(selector).click();""",
+        args=[button],
+    )
+    return found
+
+
+def test_tables_are_saved_as_csv_and_latex(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, results = report
+    name, text = saved(browser, "#table .table .tool")
+    assert name == "run-Comparison-of-methods.csv"
+    header, *lines = list(csv.reader(io.StringIO(text)))
+    assert header[:3] == ["method", "Δm (%)", "Δm (%) ±"]
+    assert [line[0] for line in lines] == [*rows(browser), "single-task models"]
+    for line in lines[:-2]:
+        delta = results["methods"][line[0]]["delta_m"]
+        assert (float(line[1]), float(line[2])) == (delta["mean"], delta["ci95"])
+    assert lines[-2][0] == METHODS[-1]
+    assert lines[-2][1:3] == ["", ""]
+    name, text = saved(browser, "#table .table .tool + .tool")
+    assert name == "run-Comparison-of-methods.tex"
+    assert text.startswith("\\begin{tabular}{lrrrr}\n\\toprule\nmethod & $\\Delta$m (\\%) & ")
+    assert "task\\_groups$<$/script$>$" in text
+    assert text.count("\\\\\n") == 6
+    assert browser.log("browser") == []
+
+
+def test_figures_are_saved_as_png_and_svg(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    every, with_tools = browser.run(
+        "return [document.querySelectorAll('figure').length, document.querySelectorAll('figure .tool + .tool').length]"
+    )
+    assert every == with_tools > 10
+    name, image = saved(browser, "#delta .tool")
+    assert name == "run-Δm-of-every-method-with-its-confidence-interval.png"
+    assert image[1:4] == "PNG"
+    name, image = saved(browser, "#delta .tool + .tool")
+    assert name.endswith(".svg")
+    assert "<svg" in image
+
+
+def test_means_over_seeds(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    for section, plotted, recorded in (
+        ("shares", "data.map(t => t.y[1])", "report.studies[0].task_names.map(t => p.records.priority_shares[t])"),
+        ("affinity", "data[0].z", "p.records.affinity"),
+        ("conflicts", "data.map(t => t.y[1])", "[p.cosines[0][1], p.cosines[0][2], p.cosines[1][2]]"),
+        ("groups", "data[0].z", "null"),
+    ):
+        plot = f"[...document.querySelectorAll('#{section} .js-plotly-plot')]"
+        at = "at(-1)" if section == "conflicts" else "at(0)"
+        shown, seeds, options = browser.run(
+            f"const plot = {plot}.{at};"
+            f"const options = [...document.querySelector('#{section} select').options].map(o => o.textContent);"
+            "const has = {shares: 'priority_shares', affinity: 'affinity', groups: 'groups'}[arguments[0]];"
+            "const runs = report.studies[0].runs.filter(r => r.trace.some(p => has ? p.records[has] : p.cosines));"
+            f"return [plot.{plotted}, runs.map(r => r.trace.at(has === 'affinity' ? -1 : 1)).map(p => {recorded}), options]",
+            section,
+        )
+        assert options[0].endswith("mean over 2 seeds")
+        assert len(options) == 3
+        if section == "groups":
+            assert shown == [[1, 0, 1], [0, 1, 0], [1, 0, 1]], "the first and the last task share a group in both seeds"
+        else:
+            assert np.allclose(shown, np.mean(seeds, axis=0))
+
+
+def test_colours_of_methods_and_tasks_cant_be_mistaken(report: tuple[Browser, Path, Results]) -> None:
+    browser, _, _ = report
+    for theme, card in (("light", "#ffffff"), ("dark", "#181d24")):
+        methods, tasks = browser.run("return [METHOD_COLOURS[arguments[0]], TASK_COLOURS[arguments[0]]]", theme)
+        chroma = {name: [np.hypot(*oklab(shade)[1:]) for shade in own] for name, own in (("m", methods), ("t", tasks))}
+        assert min(chroma["m"]) > 2 * max(chroma["t"])
+        shades = [*methods, *tasks]
+        apart = [np.linalg.norm(oklab(a) - oklab(b)) for a, b in itertools.combinations(shades, 2)]
+        assert min(apart) > 0.08
+        assert min(contrast(shade, card) for shade in shades) > 2.9
+
+
+def linear(shade: str) -> Any:
+    values = np.array([int(shade[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def oklab(shade: str) -> Any:
+    """Ottosson's perceptual colour space: lightness, and two axes of chroma."""
+    to_lms = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
+    to_lab = np.array([[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]])
+    return to_lab @ np.cbrt(to_lms @ linear(shade))
+
+
+def contrast(first: str, second: str) -> float:
+    dark, light = sorted(float(linear(shade) @ [0.2126, 0.7152, 0.0722]) for shade in (first, second))
+    return (light + 0.05) / (dark + 0.05)
+
+
 def test_the_slider_moves_through_the_affinities(report: tuple[Browser, Path, Results]) -> None:
     browser, _, _ = report
     script = "return document.querySelector('#affinity .js-plotly-plot').data[0].z"
+    choose(browser, "#affinity select", 1)
     last = browser.run(script)
     browser.type("#affinity-slider", "\ue012")
     before = browser.run(script)
@@ -224,8 +349,23 @@ def test_the_slider_moves_through_the_affinities(report: tuple[Browser, Path, Re
     assert browser.run("return document.getElementById('layer-slider').value") == "0"
 
 
+CUT = """
+const wide = [...document.querySelectorAll(".scroll, nav")].filter((node) => node.scrollWidth > node.clientWidth);
+const out = [...document.querySelectorAll(".js-plotly-plot")].flatMap((plot) => {
+  const box = plot.getBoundingClientRect();
+  return [...plot.querySelectorAll("text")].filter((text) => {
+    const own = text.getBoundingClientRect();
+    const across = own.left < box.left - 1 || own.right > box.right + 1;
+    return own.width && (across || own.top < box.top - 1 || own.bottom > box.bottom + 1);
+  }).map((text) => text.textContent);
+});
+return [...wide.map((node) => node.id), ...out];
+"""
+"""Tables that have to be scrolled sideways, and words of figures that stick out."""
+
+
 @pytest.mark.parametrize(
-    ("theme", "width", "phone"), [("light", 1200, False), ("dark", 1200, False), ("light", 390, True)]
+    ("theme", "width", "phone"), [("light", 1280, False), ("dark", 1280, False), ("light", 390, True)]
 )
 def test_screenshots_in_light_dark_and_on_a_phone(
     report: tuple[Browser, Path, Results], theme: str, width: int, phone: bool
@@ -237,6 +377,8 @@ def test_screenshots_in_light_dark_and_on_a_phone(
         image = browser.screenshot()
         assert len(image) > 15_000, "an empty page is a few kilobytes"
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    if not phone:
+        assert browser.run(CUT) == []
     background = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(15, 19, 24)" if theme == "dark" else "rgb(246, 247, 249)")
     assert browser.log("browser") == []
@@ -247,6 +389,10 @@ def test_choosing_another_folder(report: tuple[Browser, Path, Results]) -> None:
     browser.view(1200, 900)
     choose(browser, "#chooser select", 3)
     assert rows(browser) == ["pcgrad"]
+    alerts, known = browser.run(
+        "return [[...document.querySelectorAll('.alert')].map(a => a.textContent), study.warnings]"
+    )
+    assert alerts == known
     text = browser.run("return document.getElementById('delta').textContent")
     assert "Relative to: the comparison first." in text, "which is on the same data"
     assert browser.run("return document.getElementById('title').textContent") == "training"

@@ -10,11 +10,11 @@ import pytest
 
 from report_folders import METHODS, TASKS, comparison, experiment, training
 from torchmto.cli import main
+from torchmto.lab import report
 from torchmto.lab.report import ReportError, page, read_studies
+from torchmto.lab.report.comparisons import warnings
 from torchmto.lab.report.page import MAX_BYTES, _fitting
 from torchmto.metrics import delta_m
-
-pytest.importorskip("plotly")
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -64,7 +64,7 @@ def test_nothing_is_loaded_and_no_text_becomes_markup(tmp_path: Path) -> None:
     text = page(read_studies([folder]))
     reader = Reader(text)
     kinds = [tag for tag, _ in reader.tags]
-    assert kinds.count("script") == 3
+    assert kinds.count("script") == 4
     assert not {"img", "link", "iframe", "b", "object", "base"} & set(kinds)
     assert not [a for _, a in reader.tags if {"src", "onclick", "onerror"} & set(a)]
     policy = next(a["content"] for _, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
@@ -158,7 +158,7 @@ def test_an_experiment_shows_its_tables_its_plots_and_its_comparisons(tmp_path: 
     whole, arm = embedded(page(read_studies([tmp_path / "found"])))
     assert (whole["title"], arm["title"]) == ("found", "found: first")
     assert whole["tables"][0]["rows"] == [[HOSTILE, "1.0"]]
-    assert [name for name, _ in whole["plots"]] == ["dot"]
+    assert [(name, bool(svg)) for name, _, svg in whole["plots"]] == [("dot", True)]
     assert "Not complete" in whole["notes"][0]
     assert "Smoke run: 2 seeds." in whole["notes"]
     assert whole["notes"][-1] == "More plots are in found/plots: other.png."
@@ -230,3 +230,59 @@ def test_a_folder_that_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="isn't a run's folder"):
         read_studies([tmp_path])
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "no" / "page.html")]) == 2
+
+
+def test_the_page_says_when_and_where_its_runs_were_made(tmp_path: Path) -> None:
+    comparison(tmp_path / "old")
+    assert [text for _, text in read_studies([tmp_path / "old"])[0]["made"]] == ["not recorded"] * 4
+    made = {"date": "2026-03-04T05:06:07+00:00", "machine": "Linux x86_64, 2 cores", "revision": "abc"}
+    comparison(tmp_path / "new", made=made)
+    assert read_studies([tmp_path / "new"])[0]["made"] == [
+        ["Date", "2026-03-04"],
+        ["Machine", "Linux x86_64, 2 cores"],
+        ["Revision", "abc"],
+        ["Wall time", "7.0 min in 14 runs"],
+    ]
+
+
+def settled(results: dict[str, Any], p: float) -> dict[str, Any]:
+    """The same results with one difference of this corrected p value, and no other."""
+    changed: dict[str, Any] = json.loads(json.dumps(results))
+    for entry in changed["versus"]["methods"].values():
+        for difference in (entry["delta_m"], *(task["change"] for task in entry["tasks"].values())):
+            if difference:
+                difference["p_holm"] = 1.0
+    changed["versus"]["methods"]["pcgrad"]["tasks"]["left"]["change"]["p_holm"] = p
+    return changed
+
+
+def test_a_warning_where_nothing_is_settled_or_learnt(tmp_path: Path) -> None:
+    results = settled(comparison(tmp_path / "run"), 0.04)
+    assert warnings(results) == []
+    assert "Nothing is settled" in warnings(settled(results, 0.06))[0]
+    results["config"]["seeds"] = 1
+    assert warnings(results)[0].startswith("One seed")
+    results["config"]["seeds"] = 2
+    for task, chance in (("left", 0.5), ("right", 0.1)):
+        results["tasks"][task]["metrics"]["accuracy"]["chance"] = chance
+        for method, value in zip(results["methods"].values(), (0.2, 0.505, 0.49, 0.51), strict=True):
+            method["tasks"][task]["accuracy"] = {"mean": value, "std": 0.004}
+    assert warnings(results) == [
+        "Every method is at chance in left: nobody has learnt anything there, and differences mean nothing."
+    ]
+    results["methods"]["gd"]["tasks"]["left"]["accuracy"]["mean"] = 0.52
+    assert warnings(results) == []
+
+
+def test_what_is_vendored_has_its_licence_and_is_what_its_readme_says() -> None:
+    vendor = Path(report.__file__).parent / "vendor"
+    readme = (vendor / "README.md").read_text()
+    scripts = {path.name.removesuffix(".min.js") for path in vendor.glob("*.js")}
+    assert (
+        scripts
+        == {path.stem for path in vendor.glob("*.LICENSE")}
+        == set(re.findall(r"^\| `([\w-]+)\.min", readme, re.MULTILINE))
+    )
+    version = re.search(r"plotly\.js-cartesian-dist-min` ([\d.]+)", readme)
+    assert version is not None
+    assert f"v{version[1]}" in (vendor / "plotly-cartesian.min.js").read_text()[:200]

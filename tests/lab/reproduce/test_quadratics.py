@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import torchmto
-from torchmto.lab.reproduce.studies.quadratics import STRATEGIES, descend, related_tasks, stationarity, train
+from torchmto.lab.reproduce.quadratics import STRATEGIES, descend, related_tasks, stationarity, train
 
 
 class Model(nn.Module):

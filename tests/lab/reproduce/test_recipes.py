@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from torchmto.lab.data import Task, dataset_info
+from torchmto.lab.data import Task, dataset_info, datasets
 from torchmto.lab.losses import task_loss
+from torchmto.lab.references import resolve
 from torchmto.lab.reproduce import RecipeError, load_recipe, recipe_names
-from torchmto.lab.reproduce.studies import STUDIES
+from torchmto.lab.reproduce.tables import STUDIES
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import parse_method
 
@@ -18,13 +19,16 @@ TRAIN = sorted((Path(__file__).parents[3] / "recipes" / "train").glob("*.yaml"))
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe(name):
     recipe = load_recipe(name)
-    assert recipe.study in STUDIES
+    assert recipe.study in {*STUDIES, "theory"}
     assert recipe.arms or recipe.study == "theory"
     for arm in recipe.arms:
         run = recipe.run_config(arm, Path("somewhere"))
         assert "{" not in run.data.name
         data, _, path = run.data.name.partition(":")
-        assert bool(path) == bool(dataset_info(data).layouts)
+        if data in datasets():
+            assert bool(path) == bool(dataset_info(data).layouts)
+        else:
+            assert resolve(run.data.name)
         for method in arm.methods:
             spec = parse_method(method)
             more = {"total_steps": 10} if spec.takes("total_steps") else {}

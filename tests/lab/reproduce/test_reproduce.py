@@ -16,13 +16,11 @@ from torchmto.lab.grid import executors, outputs
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label
 from torchmto.lab.grid.tuning import edges
-from torchmto.lab.reproduce import load_recipe, reproduce, units
-from torchmto.lab.reproduce.arms import run_arms
+from torchmto.lab.reproduce import load_recipe, reproduce, theory
+from torchmto.lab.reproduce.arms import Context, run_arms
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import claim_folder
-from torchmto.lab.reproduce.studies import Context, comparison, theory
-from torchmto.lab.reproduce.studies.cosines import cosine_statistics
-from torchmto.lab.reproduce.units import run_units
+from torchmto.lab.reproduce.tables import STUDIES, cosine_statistics, settings
 
 RUN = """
 run:
@@ -259,7 +257,7 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
     }
     (line,) = arms["a"].failed
     assert f"{hurt}, seed 0, learning_rate 0.3: " in line
-    assert line in comparison._settings_table("a", arms["a"], loaded).notes[-1]
+    assert line in settings(arms["a"], loaded).notes[-1]
     again, _ = run_arms(context)
     assert again["a"].experiment == arms["a"].experiment
     assert again["a"].failed == arms["a"].failed
@@ -311,12 +309,37 @@ def test_cosines_are_of_each_third_of_training():
         return {"losses": dict.fromkeys(names, 1.0), "cosines": [[1.0, ab, ac], [ab, 1.0, bc], [ac, bc, 1.0]]}
 
     without = {"losses": {"a": 1.0}, "cosines": None}
-    runs = [{"trace": [step(0.5, -0.5, 0.0), without, step(1.0, 0.5, -0.1)]}] * 2
-    found = cosine_statistics([*runs, {"trace": [step(0.5, -0.5, 0.3), without, step(-1.0, 0.5, -0.2)]}])
+    runs = [[step(0.5, -0.5, 0.0), without, step(1.0, 0.5, -0.1)]] * 2
+    found = cosine_statistics([*runs, [step(0.5, -0.5, 0.3), without, step(-1.0, 0.5, -0.2)]])
     assert found["first"]["mean"] == pytest.approx(0.1 / 3)
     assert found["first"]["negative_share"] == pytest.approx(1 / 3)
     assert found["last"]["pairs"] == pytest.approx({"a, b": 1 / 3, "a, c": 0.5, "b, c": -0.4 / 3})
-    assert cosine_statistics([{"trace": [without]}]) is None
+    assert cosine_statistics([[without]]) is None
+
+
+ORACLE = """
+arms:
+  a: &arm
+    methods: [connection_strength]
+    baselines: false
+    run: &run
+      data: torchmto.lab.reproduce.oracle:probed
+      data.options: &data {train: 32, validation: 16, test: 16, channels: 2, probe: 8, num_tasks: 4}
+  b:
+    <<: *arm
+    run:
+      <<: *run
+      data.options: {<<: *data, order: 1}
+"""
+COPIES = """
+arms:
+  a:
+    methods: {}
+    baselines: false
+    run:
+      data: torchmto.lab.reproduce.copies:copies
+      data.options: {{train: 32, validation: 16, test: 16, num_tasks: 5, noise: 0.5}}
+"""
 
 
 @pytest.mark.parametrize(
@@ -324,61 +347,62 @@ def test_cosines_are_of_each_third_of_training():
     [
         ("priorities", "arms: {a: {methods: [pcgrad, 'wpcgrad(priority={left: 1.0})'], reference: pcgrad}}"),
         ("groups", "arms: {a: {methods: [gd, 'task_groups(warmup=1, noise_floor=True)']}}"),
-        (
-            "oracle",
-            "arms: {a: {methods: [connection_strength]}}\noptions: {channels: 2, probe: 8, orders: 2, num_tasks: 4}",
-        ),
-        (
-            "many_tasks",
-            "arms: {a: {methods: [task_groups, connection_strength]}}\noptions: {num_tasks: [3, 5], noise: [0.5]}",
-        ),
-        (
-            "cost",
-            "arms: {a: {methods: [gd, pcgrad]}}\noptions: {num_tasks: [4], batch_size: [8], width: [2], steps: 2}",
-        ),
+        ("oracle", ORACLE),
+        ("many_tasks", COPIES.format("[task_groups, connection_strength]")),
+        ("cost", COPIES.format("[gd, pcgrad]")),
     ],
 )
 def test_other_studies(tmp_path, study, more, no_figures):
     loaded = load_recipe(str(recipe(tmp_path, f"study: {study}\nsummary: toy\n{more}\n")))
     findings = reproduce(loaded, tmp_path / "o", seeds=1, say=lambda _: None)
     assert findings.complete
+    assert set(findings.numbers) >= set(STUDIES[study])
+    titles = [table.title for table in findings.tables]
+    assert titles[0] == "Arm a"
     assert all(table.rows for table in findings.tables)
-    said = []
+    if study == "oracle":
+        assert titles == [
+            "Arm a",
+            "Strength and oracle, arm a",
+            "Arm b",
+            "Strength and oracle, arm b",
+            "Stability of priorities",
+        ]
+        (same,) = findings.numbers["stability"].values()
+        assert 0 <= same["agreement"] <= 1
+    # another machine: settings and results of runs only
+    other = tmp_path / "elsewhere"
+    for path in [
+        tmp_path / "o" / "experiment.json",
+        *(tmp_path / "o" / "arms").glob("*/config.json"),
+        *tmp_path.glob("o/arms/*/runs/*.json"),
+    ]:
+        (other / path.relative_to(tmp_path / "o")).parent.mkdir(parents=True, exist_ok=True)
+        (other / path.relative_to(tmp_path / "o")).write_bytes(path.read_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(executors, "execute", None)
-        again = reproduce(loaded, tmp_path / "o", seeds=1, say=said.append)
-    assert not [line for line in said if ": done" in line]
+        again = reproduce(loaded, other, seeds=1, say=lambda _: None)
     assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]
 
 
-def test_units_whose_results_mean_something_else_are_done_again(tmp_path, monkeypatch):
-    said = []
-
-    def work(folder=tmp_path, **parameters):
-        return run_units(
-            folder, {"a": parameters}, lambda p: {"twice": 2 * p["x"]}, budget=Budget(None), say=said.append
-        )
-
-    monkeypatch.setattr(units, "RESULTS_VERSION", 1)
-    assert work(x=1) == {"a": {"twice": 2}}
-    (path,) = tmp_path.iterdir()
-    content = atomic.read_json(path, "torchmto reproduce unit", 1)
-    del content["results_version"], content["result"]
-    atomic.write_json(path, "torchmto reproduce unit", 1, {**content, "result": {"twice": 7}})
-    assert work(x=1) == {"a": {"twice": 7}}, "files from before there were versions have the first one"
-    monkeypatch.setattr(units, "RESULTS_VERSION", 2)
-    assert work(x=1) == {"a": {"twice": 2}}
-    assert "mean something else" in said[-2]
-    assert atomic.read_json(path, "torchmto reproduce unit", 1)["results_version"] == 2
-
-
-def test_theory(tmp_path, monkeypatch, no_figures):
+def test_theory(tmp_path, monkeypatch):
     monkeypatch.setattr(theory, "MARKS", (1, 4))
     loaded = load_recipe("theory")
     small = replace(loaded, options={"problems": 3, "batches": 4, "long": 6})
     findings = reproduce(small, tmp_path, say=lambda _: None)
     assert findings.numbers["affinities"]["0.001"]["agreement"] == 1.0
-    assert set(findings.figures) == {"groups", "stationarity"}
+    said = []
+    again = reproduce(small, tmp_path, say=said.append)
+    assert said == []
+    assert [table.rows for table in again.tables] == [table.rows for table in findings.tables]
+    other = replace(small, options={**small.options, "problems": 2})
+    assert not reproduce(other, tmp_path, minutes=1e-9, say=said.append).complete
+    monkeypatch.setattr(theory, "RESULTS_VERSION", 0)
+    monkeypatch.setattr(theory, "CHECKS", {"affinities": theory.CHECKS["affinities"]})
+    reproduce(small, tmp_path, say=said.append)
+    assert [line.partition(":")[0].strip() for line in said] == ["affinities"], (
+        "what means something else is done again"
+    )
 
 
 def test_exit_codes(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Everything that can be timed, by name: hand-written bounds, torchmto's methods, other libraries."""
 
-import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,23 +9,25 @@ import torch
 from torch import Tensor, nn
 
 import torchmto
+from torchmto.checks import check_choice
 from torchmto.lab.bench.bounds import BOUNDS, Step
 from torchmto.lab.bench.cases import Case
 from torchmto.lab.bench.peers import peer_names, peer_step
+from torchmto.lab.specs import parse_method
 from torchmto.methods import GramianWeighting, make_method, method_class, methods
 from torchmto.structure import split_norms
 
-__all__ = ["Bound", "Contestant", "bound_of", "contestant_names", "holds_rows", "make_contestant"]
+__all__ = ["Bound", "Contestant", "bound_of", "contestant_names", "holds_rows", "make_contestant", "split_names"]
 
 _ENGINES = ("parameters", "layerwise", "representation")
 _NEEDS_WEIGHTS = ("static", "constant")
 _VARIANTS = (
-    "pcgrad@parameters",
-    "pcgrad@layerwise",
-    "mgda@layerwise",
-    "mgda@representation",
-    "pcgrad@refresh_every=10",
-    "task_groups@warmup=0",
+    "pcgrad(gradients=parameters)",
+    "pcgrad(gradients=layerwise)",
+    "mgda(gradients=layerwise)",
+    "mgda(gradients=representation)",
+    "pcgrad(refresh_every=10)",
+    "task_groups(warmup=0)",
 )
 
 
@@ -102,8 +104,8 @@ def make_contestant(name: str, case: Case) -> Contestant:
     """A contestant on a case. The optimizer is SGD with momentum, in the form that PyTorch picks for the device.
 
     Args:
-        name: A hand-written step (with a star), a peer's ``library/method``, or a method. Options follow a method's name:
-            ``pcgrad@layerwise``, ``mgda@refresh_every=10``, ``cagrad@layerwise@c=0.2``.
+        name: A hand-written step (with a star), a peer's ``library/method``, or a method's text, in which ``gradients`` forces
+            an engine: ``cagrad(gradients=layerwise, c=0.2)``.
         case: What it steps.
 
     Raises:
@@ -136,30 +138,23 @@ def _once(step: Step) -> Contestant:
 
 
 def _parts(name: str) -> tuple[str, str, dict[str, Any]]:
-    """Method, engine and hyper-parameters of ``METHOD@ENGINE@NAME=VALUE``."""
-    method, *rest = name.split("@")
-    engine, options = "", {}
-    for part in rest:
-        key, equals, value = part.partition("=")
-        if equals:
-            options[key] = _value(value)
-        elif part in _ENGINES:
-            engine = part
-        else:
-            method = ""
-    if method not in methods():
-        raise ValueError(
-            f"There is no contestant `{name}`: a method, METHOD@ENGINE or METHOD@NAME=VALUE, "
-            f"`library/method` of a peer, or one of {', '.join(BOUNDS)}."
-        )
-    return method, engine, options
+    """Method, engine and hyper-parameters of a method's text."""
+    spec = parse_method(name)
+    options = dict(spec.hyperparameters)
+    engine = options.pop("gradients", "")
+    if engine:
+        check_choice("gradients", engine, _ENGINES)
+    return spec.name, engine, options
 
 
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        return text
+def split_names(text: str) -> list[str]:
+    """Contestants from their texts, with commas in between.
+
+    Example:
+        >>> split_names("gd*, cagrad(gradients=layerwise, c=0.2),torchjd/upgrad")
+        ['gd*', 'cagrad(gradients=layerwise, c=0.2)', 'torchjd/upgrad']
+    """
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text)]
 
 
 def _ours(case: Case, method: torchmto.Method, engine: str, num_steps: int) -> Callable[[], int]:

@@ -69,7 +69,8 @@ class Task:
         name: The key in ``targets``, in losses and in tables.
         kind: What the target is; see the table in this module's docstring.
         channels: Number of outputs: classes, yes/no questions, or regressed numbers.
-        extra: Anything a plot or a metric may want, such as ``{"classes": (...)}``.
+        extra: Anything a plot or a metric may want, such as ``{"classes": (...)}``; ``"loss"`` names a loss of the kind to
+            use by default.
         unit: Of the values, for tables.
 
     Example:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Task
 from torchmto.lab.data.dense import image_bundle, resize_image
-from torchmto.lab.data.files import FileData, Sample, load_rgb, read_lines, require
+from torchmto.lab.data.files import FileData, Sample, check_names, load_rgb, read_lines, require
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
@@ -44,13 +44,17 @@ class Faces(MultiTaskDataset):
     "celeba",
     "202,599 faces with 40 yes/no attributes as 40 tasks",
     source="https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-    layouts=("a folder with img_align_celeba/, list_attr_celeba.txt and list_eval_partition.txt",),
+    layouts=(
+        "a folder with img_align_celeba/, list_attr_celeba.txt and list_eval_partition.txt",
+        "the same with .csv tables (Kaggle)",
+    ),
 )
 def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64)) -> Problem:
     """CelebA with its official training, validation and test partition.
 
-    Layout: ``img_align_celeba/*.jpg`` (also under ``Img/``), ``list_attr_celeba.txt`` (also under ``Anno/``) and
-    ``list_eval_partition.txt`` (also under ``Eval/``).
+    Layouts: ``img_align_celeba/*.jpg`` (also under ``Img/``), ``list_attr_celeba.txt`` (also under ``Anno/``) and
+    ``list_eval_partition.txt`` (also under ``Eval/``); or as on Kaggle, the two tables as comma-separated files with a header
+    and the pictures in ``img_align_celeba/img_align_celeba/``.
 
     Args:
         path: Folder.
@@ -63,17 +67,16 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
     Source: 64 x 64 as in Sener and Koltun, "Multi-task learning as multi-objective optimization", NeurIPS 2018.
     """
     root = require(path, "celeba")
-    folder, table, partition = (
-        _find(root, name)
-        for name in ("Img/img_align_celeba", "Anno/list_attr_celeba.txt", "Eval/list_eval_partition.txt")
+    folder = _find(root, "Img/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba")
+    table, partition = (
+        _find(root, f"{place}/{name}.txt", f"{name}.csv", f"{name}.txt")
+        for place, name in (("Anno", "list_attr_celeba"), ("Eval", "list_eval_partition"))
     )
-    lines = read_lines(table, "celeba")
     try:
-        count, names = int(lines[0]), lines[1].split()
-        rows = [line.split() for line in lines[2:]]
-        files = [row[0] for row in rows]
+        count, names, rows = _attribute_rows(table)
+        files = check_names([row[0] for row in rows], table)
         signs = np.array([row[1:] for row in rows], dtype=np.int8)
-        parts = dict(line.split() for line in read_lines(partition, "celeba"))
+        parts = dict(_cells(partition)[1:] if partition.suffix == ".csv" else _cells(partition))
         part_of = np.array([int(parts[file]) for file in files])
     except (ValueError, IndexError, KeyError) as error:
         raise ValueError(f"`{table}` and `{partition}` aren't the official CelebA files: {error!r}") from error
@@ -103,6 +106,19 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
     )
 
 
-def _find(root: Path, name: str) -> Path:
-    """``root/name``, or the same without its first folder, which is the path an error message names."""
-    return root / name if (root / name).exists() else require(root / Path(name).name, "celeba")
+def _find(root: Path, *names: str) -> Path:
+    """The first of some places that is there; an error names the last."""
+    return next((root / name for name in names if (root / name).exists()), None) or require(root / names[-1], "celeba")
+
+
+def _cells(table: Path) -> list[list[str]]:
+    """A table's lines, split at commas or spaces."""
+    return [line.replace(",", " ").split() for line in read_lines(table, "celeba")]
+
+
+def _attribute_rows(table: Path) -> tuple[int, list[str], list[list[str]]]:
+    """How many rows there should be, the attributes' names, and the rows: a file's name, then its signs."""
+    lines = _cells(table)
+    if table.suffix == ".csv":
+        return len(lines) - 1, lines[0][1:], lines[1:]
+    return int(lines[0][0]), lines[1], lines[2:]

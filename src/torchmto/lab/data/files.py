@@ -5,10 +5,9 @@ import importlib
 import shutil
 import tarfile
 import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
 from typing import Any
 
@@ -70,9 +69,10 @@ def need_package(module: str) -> ModuleType:
 
 def load_array(path: Path, dataset: str) -> NDArray[Any]:
     """A ``.npy`` file as an array; pickled objects are refused."""
+    require(path, dataset)
     try:
-        array: NDArray[Any] = np.load(require(path, dataset), allow_pickle=False)
-    except ValueError as error:
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+    except Exception as error:  # a damaged header can raise anything, MemoryError included
         raise ValueError(f"`{path}` isn't a plain NumPy array: {error}") from error
     return array
 
@@ -83,7 +83,7 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
         with np.load(path, allow_pickle=False) as stored:
             found = stored.files
             arrays = [stored[key] for key in keys if key in found]
-    except (ValueError, AttributeError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except Exception as error:  # a damaged header can raise anything, MemoryError included
         raise ValueError(f"`{path}` isn't a readable `.npz` file: {error}") from error
     if len(arrays) < len(keys):
         missing = next(key for key in keys if key not in found)
@@ -123,8 +123,29 @@ def load_rgb(path: Path, dataset: str) -> Tensor:
 
 def read_lines(path: Path, dataset: str) -> list[str]:
     """The lines of a text file that aren't blank, stripped."""
-    lines = require(path, dataset).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = require(path, dataset).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"`{path}` isn't a text file: {error}.") from error
     return [line.strip() for line in lines if line.strip()]
+
+
+def read_names(path: Path, dataset: str) -> list[str]:
+    """The lines of a text file that names files inside a data set's folder; see `check_names`."""
+    return check_names(read_lines(path, dataset), path)
+
+
+def check_names(names: Sequence[str], source: Path) -> list[str]:
+    """The names, none of which leads out of the folder they are looked up in.
+
+    Raises:
+        ValueError: If one is absolute or has a ``..`` in it.
+    """
+    for name in names:
+        place = PureWindowsPath(name)  # knows both kinds of slash, and drives
+        if place.drive or place.root or ".." in place.parts:
+            raise ValueError(f"`{source}` should name files inside the data set's folder. Found `{name[:200]}`.")
+    return list(names)
 
 
 def extract(archive: Path) -> Path:

@@ -18,7 +18,7 @@ from torchmto.lab.data.files import (
     load_array,
     load_picture,
     load_rgb,
-    read_lines,
+    read_names,
     read_npz,
     require,
     unknown_layout,
@@ -35,12 +35,13 @@ _BLOCK = 20  # neighbouring images of the official order often show one room
 @register(
     "nyuv2",
     "indoor scenes: segmentation (13 or 40 classes), depth in metres, normals, edges; 795 + 654 images",
-    source="https://github.com/lorenmt/mtan (folders of .npy) or "
-    "https://github.com/prismformore/Multi-Task-Transformer (NYUDv2.tgz)",
+    source="https://github.com/lorenmt/mtan (folders of .npy), "
+    "https://github.com/prismformore/Multi-Task-Transformer (NYUDv2.tar.gz) or "
+    "https://github.com/SimonVandenhende/Multi-Task-Learning-PyTorch (NYUD_MT.tgz)",
     layouts=(
         "a `.npz` with rgb_train, seg13_train, ...",
         "a folder with train/ and val/ (MTAN)",
-        "NYUDv2.tgz or its folder (InvPT, MTI-Net)",
+        "NYUDv2.tar.gz (InvPT, TaskPrompter), NYUD_MT.tgz (MTI-Net) or the folder of one",
     ),
 )
 def load(
@@ -60,10 +61,10 @@ def load(
     - MTAN: ``{train,val}/{image,label,depth,normal}/{0,1,...}.npy`` with 13 classes, -1 for void. Edges are
     the
       boundaries of these labels.
-    - InvPT and MTI-Net: ``gt_sets/{train,val}.txt`` with ``images/*.jpg``, ``segmentation/*.png`` (40
-    classes, 0 =
-      void), ``depth``, ``normals`` and ``edge/*.npy``, in a folder or a tar archive, which is unpacked beside
-      itself.
+    - InvPT, TaskPrompter, MTI-Net: ``gt_sets/{train,val}.txt`` with ``images/*.{png,jpg}``,
+      ``segmentation/*.png`` (40 classes, 0 = void), ``depth/*.npy`` in metres, ``normals/*.{png,npy}`` and
+      ``edge/*.{png,npy}``, in a folder or a tar archive, which is unpacked beside itself. A png of normals holds
+      127.5 (n + 1), one of edges 0 or 255.
 
     The official test images are the test split. The validation split is carved out of the official training
     images in runs of 20 neighbours, since neighbours often show the same room.
@@ -161,19 +162,36 @@ def _mtan(folder: Path, size: tuple[int, int]) -> FileData:
 def _invpt(root: Path, split: str, size: tuple[int, int]) -> FileData:
     tasks = _tasks(40)
 
-    def read(name: str) -> Sample:
-        def array(kind: str) -> Tensor:
-            values = load_array(root / kind / f"{name}.npy", "nyuv2").astype(np.float16)
-            return torch.from_numpy(values.reshape(*values.shape[:2], -1)).permute(2, 0, 1)[None]
+    def stored(kind: str, name: str, endings: tuple[str, str]) -> Path:
+        """The file with the first of two endings that is there, or else the first, which an error then names."""
+        paths = [root / kind / f"{name}{ending}" for ending in endings]
+        return next((path for path in paths if path.is_file()), paths[0])
 
+    def array(path: Path) -> Tensor:
+        """``[1, C, H, W]`` in the file's units; pixels of a picture in ``[0, 1]``."""
+        values = load_array(path, "nyuv2") if path.suffix == ".npy" else load_picture(path, "nyuv2")
+        if values.dtype == np.uint8:
+            values = values / np.float32(255)
+        values = values.reshape(*values.shape[:2], -1).astype(np.float32)
+        return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+    def normals(name: str) -> Tensor:
+        path = stored("normals", name, (".png", ".npy"))
+        values = array(path)
+        if path.suffix == ".png":
+            # Zero is 127 or 128 there: such a pixel has no normal.
+            values = torch.where((values - 0.5).abs().amax(dim=1, keepdim=True) > 1 / 255, 2 * values - 1, 0)
+        return values.half()
+
+    def read(name: str) -> Sample:
         labels = load_picture(root / "segmentation" / f"{name}.png", "nyuv2").astype(np.uint8)
         targets = {
             "segmentation": torch.from_numpy(labels - np.uint8(1))[None],  # void wraps to 255
-            "depth": array("depth"),
-            "normals": array("normals"),
-            "edges": (array("edge") > 0).to(torch.uint8),
+            "depth": array(root / "depth" / f"{name}.npy").half(),
+            "normals": normals(name),
+            "edges": (array(stored("edge", name, (".png", ".npy"))) >= 0.5).to(torch.uint8),
         }
         resized = {task.name: resize_target(task, targets[task.name], size) for task in tasks}
-        return resize_image(load_rgb(root / "images" / f"{name}.jpg", "nyuv2"), size), resized
+        return resize_image(load_rgb(stored("images", name, (".png", ".jpg")), "nyuv2"), size), resized
 
-    return FileData(tasks, read_lines(root / "gt_sets" / f"{split}.txt", "nyuv2"), read)
+    return FileData(tasks, read_names(root / "gt_sets" / f"{split}.txt", "nyuv2"), read)

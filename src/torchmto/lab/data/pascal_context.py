@@ -19,7 +19,7 @@ from torchmto.lab.data.files import (
     find_root,
     load_picture,
     load_rgb,
-    read_lines,
+    read_names,
     require,
     unknown_layout,
     validation_split,
@@ -31,7 +31,7 @@ TASKS = (
     Task("segmentation", "segmentation", 21),
     Task("parts", "segmentation", 7),
     Task("normals", "normals", 3),
-    Task("saliency", "saliency", 1),
+    Task("saliency", "saliency", 1, {"loss": "class_balanced"}),
     Task("edges", "edges", 1),
 )
 CITATION = "Mottaghi et al., The role of context, CVPR 2014; Maninis et al., Attentive single-tasking, CVPR 2019"
@@ -61,8 +61,9 @@ NORMAL_CLASSES = np.array(_NORMAL_CLASSES.split(), dtype=np.int64)
 @register(
     "pascal_context",
     "everyday scenes: segmentation (21), person parts (7), normals, saliency, edges; 4,998 + 5,105 images",
-    source="https://github.com/prismformore/Multi-Task-Transformer (PASCALContext.tar.gz)",
-    layouts=("PASCALContext.tar.gz or its folder (InvPT, MTI-Net)",),
+    source="https://github.com/prismformore/Multi-Task-Transformer (PASCALContext.tar.gz) or "
+    "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz",
+    layouts=("PASCALContext.tar.gz (InvPT, TaskPrompter), PASCAL_MT.tgz (MTI-Net) or the folder of one",),
 )
 def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512), validation: float = 0.1) -> Problem:
     """PASCAL-Context from a folder, or a tar archive that is unpacked beside itself.
@@ -73,7 +74,8 @@ def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512)
 
     As in the multi-task literature, the official validation images are the test split, images without annotated
     person parts have no ``parts`` label, and distilled normals count only on classes that NYUv2 has too. Images larger
-    than ``size`` are shrunk to fit, smaller ones padded with missing labels.
+    than ``size`` are shrunk to fit, smaller ones padded with missing labels. Saliency's loss is ``class_balanced`` by
+    default.
 
     Args:
         path: Folder or archive.
@@ -98,7 +100,7 @@ def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512)
         return pad_to(TASKS, image, targets, size)
 
     train, test = (
-        FileData(TASKS, read_lines(root / "ImageSets" / "Context" / f"{split}.txt", "pascal_context"), read)
+        FileData(TASKS, read_names(root / "ImageSets" / "Context" / f"{split}.txt", "pascal_context"), read)
         for split in ("train", "val")
     )
     kept, held_out = validation_split(len(train), validation, seed)
@@ -132,9 +134,10 @@ def _read(root: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _load_mat(path: Path, key: str) -> Any:
+    require(path, "pascal_context")
     try:
-        return scipy.io.loadmat(require(path, "pascal_context"), simplify_cells=True)[key]
-    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        return scipy.io.loadmat(path, simplify_cells=True)[key]
+    except Exception as error:  # a damaged file can raise anything in SciPy
         raise ValueError(f"`{path}` isn't a MAT file with `{key}`: {error}") from error
 
 

@@ -23,6 +23,7 @@ from queue import Empty
 from types import ModuleType, TracebackType
 from typing import Any, Protocol, Self
 
+from torchmto.checks import found, nearest
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
@@ -33,7 +34,17 @@ from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.user_code import user_frames
 
-__all__ = ["EXECUTORS", "Executor", "Here", "Job", "Local", "Outcome", "default_jobs", "execute", "make_executor"]
+__all__ = [
+    "EXECUTORS",
+    "Executor",
+    "Here",
+    "Job",
+    "Local",
+    "Outcome",
+    "default_jobs",
+    "execute",
+    "make_executor",
+]
 
 EXECUTORS = ("local", "ray", "slurm")
 Advance = Callable[[str, int], None]
@@ -411,21 +422,29 @@ def _needed(module: str, extra: str) -> ModuleType:
         raise ImportError(f"`--executor {extra}` needs {module}: pip install 'torchmto[{extra}]'") from error
 
 
-def make_executor(name: str, jobs: int, folder: Path, address: str | None = None) -> Executor:
-    """An executor by its name: ``local``, ``ray``, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
+def make_executor(name: str, jobs: int, folder: Path, ray_address: str | None = None) -> Executor:
+    """An executor by its name.
+
+    Args:
+        name: ``local``, ``ray``, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
+        jobs: Runs at a time.
+        folder: Of the Runs.
+        ray_address: Of a Ray cluster; a local one starts by default.
 
     Raises:
         ValueError: If there is none of this name, or Slurm isn't here.
         ImportError: If its package is missing; says what to type.
     """
-    kind, _, cluster = name.partition(":")
+    kind, _, place = name.partition(":")
     if kind not in EXECUTORS:
-        raise ValueError(f"Parameter `executor` should be one of {', '.join(EXECUTORS)}. Found `executor = {name!r}`.")
+        raise ValueError(found("executor", f"one of {', '.join(EXECUTORS)}", name) + nearest(kind, EXECUTORS))
+    if ray_address is not None and kind != "ray":
+        raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
     if kind == "ray":
-        return Ray(jobs, address)
+        return Ray(jobs, ray_address)
     if kind == "slurm":
-        slurm = Slurm(jobs, folder / ".slurm", cluster or None)
-        if not cluster and shutil.which("sbatch") is None:
+        slurm = Slurm(jobs, folder / ".slurm", place or None)
+        if not place and shutil.which("sbatch") is None:
             raise ValueError(
                 "There is no Slurm here (`sbatch` isn't found): `--executor slurm` has to run on its login node."
             )

@@ -26,12 +26,14 @@ class Experiment:
         seeds: How many; they are 0, 1, ...
         run: Everything that all Runs have in common, with nothing left open.
         chosen: Settings of single methods, and of baselines by ``single-task <task>``, by dotted names; what tuning chose.
+        baselines: Whether single-task models are trained, too; without them there is no Δm.
     """
 
     methods: tuple[str, ...] = DEFAULT_METHODS
     seeds: int = 3
     run: RunConfig = field(default_factory=RunConfig)
     chosen: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    baselines: bool = True
 
     def __post_init__(self) -> None:
         check_tasks(self.methods)
@@ -44,13 +46,14 @@ class Experiment:
         del common["seed"], common["method"]["name"], common["method"]["options"]
         free = {name: everything[name] for name in FREE & set(everything)}
         chosen = {"chosen": {name: dict(entry) for name, entry in self.chosen.items()}} if self.chosen else {}
-        return {"methods": list(self.methods), "seeds": self.seeds, **common, **chosen, "free": free}
+        alone = {} if self.baselines else {"baselines": False}
+        return {"methods": list(self.methods), "seeds": self.seeds, **alone, **common, **chosen, "free": free}
 
     def single_task_runs(self, tasks: Sequence[str]) -> list[RunConfig]:
         """One baseline per seed and task."""
         runs = []
         for seed in range(self.seeds):
-            for task in tasks:
+            for task in tasks if self.baselines else ():
                 plain = replace(
                     self.run,
                     data=replace(self.run.data, tasks=[task]),

@@ -61,9 +61,10 @@ class GridFolder:
         present = check_folder(path, "torchmto compare")
         if present:
             self._check_settings(settings, changed_source=changed_source)
-        self._runs.mkdir(parents=True, exist_ok=True)
-        if not present:
+        path.mkdir(parents=True, exist_ok=True)
+        if not present:  # first of all: a folder with anything else in it would be taken for somebody else's
             write_json(path / "config.json", _EXPERIMENT, SCHEMA_VERSION, settings)
+        self._runs.mkdir(exist_ok=True)
 
     @classmethod
     def of(

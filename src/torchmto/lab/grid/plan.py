@@ -50,6 +50,7 @@ def plan(
     methods: Sequence[str] = DEFAULT_METHODS,
     seeds: int = 3,
     tune: int = 0,
+    baselines: bool = True,
     changed_source: bool = False,
 ) -> Grid:
     """Plan a comparison.
@@ -61,6 +62,7 @@ def plan(
         methods: Texts of methods.
         seeds: How many.
         tune: Settings that each may try first.
+        baselines: Whether single-task models are trained, too; without them there is no Δm.
         changed_source: Go on though the file that defines the problem has changed.
 
     Raises:
@@ -71,7 +73,7 @@ def plan(
     config.validate()
     problem, config = problem_of(config, problem)
     labels = tuple(parse_method(method).label for method in methods)
-    experiment = Experiment(labels, seeds, config)
+    experiment = Experiment(labels, seeds, config, baselines=baselines)
     experiment.check(problem)
     folder = GridFolder.of(out, experiment, problem, tune=tune, changed_source=changed_source)
     return Grid(experiment, folder, problem)
@@ -87,6 +89,7 @@ def compare(
     executor: str | Executor = "local",
     ray_address: str | None = None,
     tune: int = 0,
+    baselines: bool = True,
     progress: bool = True,
     changed_source: bool = False,
     config: RunConfig | Mapping[str, Any] | None = None,
@@ -105,6 +108,7 @@ def compare(
         executor: Where they run: ``"local"``, ``"ray"``, ``"slurm"``.
         ray_address: Of a Ray cluster; a local one by default.
         tune: Settings that each method and each single-task model may try first.
+        baselines: Whether single-task models are trained, too; without them there is no Δm.
         progress: Whether to show how far it is.
         changed_source: Go on though the file that defines the problem has changed.
         config: Settings of all Runs.
@@ -129,10 +133,12 @@ def compare(
         methods=texts,
         seeds=seeds,
         tune=tune,
+        baselines=baselines,
         changed_source=changed_source,
     )
     number = jobs or default_jobs(grid.experiment.run.device)
-    chosen = make_executor(executor, number, grid.folder.path, ray_address) if isinstance(executor, str) else executor
+    if isinstance(executor, str):
+        executor = make_executor(executor, number, grid.folder.path, ray_address)
     with contextlib.ExitStack() as stack:
         watcher: Watcher = Silence()
         if progress:
@@ -142,5 +148,5 @@ def compare(
         if tune:
             from torchmto.lab.grid.tuning import tuned  # noqa: PLC0415  it needs optuna
 
-            return tuned(grid, tune, chosen, watcher)
-        return grid.run(chosen, watcher)
+            return tuned(grid, tune, executor, watcher)
+        return grid.run(executor, watcher)

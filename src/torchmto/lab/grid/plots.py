@@ -107,7 +107,8 @@ def _learning_curves(
             mean = np.array(values, dtype=float).mean(axis=0)
             return np.arange(1, len(mean) + 1), mean
 
-        axis.plot(*curve(baselines[task]), color="black", linestyle="--", marker=".", label="single-task")
+        if baselines[task]:
+            axis.plot(*curve(baselines[task]), color="black", linestyle="--", marker=".", label="single-task")
         for method, seeds in runs.items():
             axis.plot(*curve(seeds), marker=".", label=method)
         axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")

@@ -94,6 +94,8 @@ class Result:
         tasks = {task: about["primary_metric"] for task, about in self.results["tasks"].items()}
         rows = []
         for name, entry in {"single_task": self.results["single_task"], **self.results["methods"]}.items():
+            if entry is None:
+                continue
             delta = entry.get("delta_m") or {}
             row = {"method": name, "delta_m": delta.get("mean"), "ci95": delta.get("ci95")}
             for task, metric in tasks.items():

@@ -101,8 +101,8 @@ def run_grid(
         runs = [config for stage in stages for config in by_stage[stage]]
         watcher.plan(runs, [config for config in runs if run_key(config) in results])
 
-        def baseline_of(seed: int) -> Mapping[str, float | None]:
-            if baseline is not None:
+        def baseline_of(seed: int) -> Mapping[str, float | None] | None:
+            if baseline is not None or not singles:
                 return baseline
             values: dict[str, float | None] = {}
             for config in singles:

@@ -8,7 +8,7 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.grid.experiment import Experiment, method_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
 from torchmto.lab.grid.versus import versus
-from torchmto.lab.metrics import higher_is_better, primary_metric
+from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.evaluation import primary_values
 from torchmto.lab.run.scores import is_finite
@@ -53,9 +53,11 @@ def summarize(
     for method in experiment.methods:
         runs = [results[run_key(config)] for config in experiment.method_runs() if method_label(config) == method]
         by_method[method] = runs
+        measured = [run["test"] for run in runs]
+        alone = {"delta_m": None, "reason": "no single-task models were trained"}
         methods[method] = {
-            **_delta_m([run["test"] for run in runs], tests, tasks),
-            "tasks": _over_seeds([run["test"] for run in runs], tasks),
+            **(_delta_m(measured, tests, tasks) if experiment.baselines else alone),
+            "tasks": _over_seeds(measured, tasks),
             "cost": _mean_cost([run["cost"] for run in runs]),
             "selected_epochs": [run["selected_epoch"] for run in runs],
         }
@@ -65,7 +67,10 @@ def summarize(
             task.name: {
                 "kind": task.kind,
                 "primary_metric": primary_metric(task)[0],
-                "metrics": {name: {"higher_is_better": higher_is_better(task, name)} for name in tests[0][task.name]},
+                "metrics": {
+                    name: {"higher_is_better": higher_is_better(task, name), "chance": chance_level(task, name)}
+                    for name in measured[0][task.name]
+                },
             }
             for task in tasks
         },
@@ -73,7 +78,9 @@ def summarize(
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
             "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),
-        },
+        }
+        if experiment.baselines
+        else None,
         "versus": versus(
             by_method,
             {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in methods.items()},
@@ -81,7 +88,7 @@ def summarize(
             reference,
         ),
         "versions": versions(),
-        "config": experiment.settings,
+        "config": {**experiment.settings, "data": experiment.run.as_dict()["data"]},  # with the path of the data here
     }
 
 

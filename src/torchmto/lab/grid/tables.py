@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ __all__ = [
     "csv_text",
     "header",
     "markdown",
+    "markdown_table",
     "rich_tables",
     "rows",
     "task_header",
@@ -32,7 +33,8 @@ def header(summary: Summary) -> list[str]:
 
 def rows(summary: Summary) -> list[list[str]]:
     """The cells, single-task models first; means over seeds, ± is the 95 % CI for Δm, else the standard deviation."""
-    table = [_row("single-task", summary["single_task"], summary, "0")]
+    single = summary["single_task"]
+    table = [] if single is None else [_row("single-task", single, summary, "0")]
     for name, method in summary["methods"].items():
         table.append(_row(name, method, summary, _delta(method["delta_m"])))
     return table
@@ -45,12 +47,12 @@ def many_tasks(summary: Summary) -> bool:
 
 def task_header(summary: Summary) -> list[str]:
     """Titles of the table of many tasks."""
-    return ["task", "single-task", *summary["methods"]]
+    return ["task", *([] if summary["single_task"] is None else ["single-task"]), *summary["methods"]]
 
 
 def task_rows(summary: Summary) -> list[list[str]]:
     """Cells of the table of many tasks."""
-    entries = [summary["single_task"], *summary["methods"].values()]
+    entries = [entry for entry in (summary["single_task"], *summary["methods"].values()) if entry is not None]
     return [
         [_title(name, task), *(_mean_std(entry["tasks"][name][task["primary_metric"]], summary) for entry in entries)]
         for name, task in summary["tasks"].items()
@@ -150,12 +152,12 @@ def rich_tables(summary: Summary) -> "list[FittedTable]":
 def markdown(summary: Summary) -> str:
     """A Markdown page with the table, one of the tasks where there are many, and one of differences to the reference."""
     made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    tables = [_markdown(header(summary), rows(summary))]
+    tables = [markdown_table(header(summary), rows(summary))]
     if many_tasks(summary):
-        tables.append(_markdown(task_header(summary), task_rows(summary)))
+        tables.append(markdown_table(task_header(summary), task_rows(summary)))
     lines = notes(summary)
     if len(summary["methods"]) > 1:
-        tables.append(_markdown(versus_header(summary), versus_rows(summary)))
+        tables.append(markdown_table(versus_header(summary), versus_rows(summary)))
         lines.append(
             "Differences are paired by seed; p values are of paired t tests, corrected for their number by Holm; wins, ties "
             "and losses count tasks and seeds, ranks are means over both."
@@ -163,7 +165,15 @@ def markdown(summary: Summary) -> str:
     return "\n".join([*tables, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
 
 
-def _markdown(titles: list[str], cells: list[list[str]]) -> str:
+def markdown_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whose first column holds names.
+
+    Example:
+        >>> print(markdown_table(["a", "b"], [["x", "1"]]), end="")
+        | a | b |
+        | --- | ---: |
+        | x | 1 |
+    """
     lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
@@ -174,6 +184,8 @@ def csv_text(summary: Summary) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["method", "task", "quantity", "mean", "spread", "spread_is"])
     for name, entry in {"single_task": summary["single_task"], **summary["methods"]}.items():
+        if entry is None:
+            continue
         delta = entry.get("delta_m")
         if delta is not None:
             writer.writerow([name, "", "delta_m", delta["mean"], delta["ci95"], "ci95"])

@@ -116,7 +116,7 @@ class Sampled:
         own: Mapping[str, tuple[Any, ...]] = {}
         if not who.startswith("single-task "):
             spec = parse_method(who)
-            own = getattr(method_class(spec.name), "tuning_space", {})
+            own = method_class(spec.name).tuning_space
             options = {name: _draw(trial, f"{spec.name}.{name}", entry) for name, entry in own.items()}
             drawn |= {"method.options": {**options, **spec.hyperparameters}} if options else {}
         return drawn
@@ -192,7 +192,7 @@ def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt)
         raise ValueError("`--tune` chooses on the validation split. Found a problem with `evaluate`, which has none.")
     found = Tuning()
     baseline: dict[str, float] = {}
-    singles = [f"single-task {name}" for name in problem.task_names]
+    singles = [f"single-task {name}" for name in problem.task_names] if experiment.baselines else []
     for stage, names in (("single-task", singles), ("methods", list(experiment.methods))):
         for number in range(len(plan)):
             offers = {who: plan.settings(who, number) for who in names}
@@ -230,7 +230,7 @@ def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt)
 def _score(result: Mapping[str, Any], run: RunConfig, problem: Problem, baseline: Mapping[str, float]) -> float | None:
     tasks: Sequence[Task] = problem.only(run.data.tasks or ()).task_list
     values = primary_values(result["validation"], tasks)
-    return measure_of(tasks, None if is_single_task(run) else baseline)(values)
+    return measure_of(tasks, None if is_single_task(run) else baseline or None)(values)
 
 
 def edges(settings: Settings, offers: Sequence[Settings]) -> list[str]:

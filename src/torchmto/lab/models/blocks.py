@@ -12,6 +12,7 @@ __all__ = [
     "DeepLabDecoder",
     "DenseHead",
     "FPNDecoder",
+    "LinearDecoder",
     "MLPDecoder",
     "PooledHead",
     "init_convs",
@@ -166,8 +167,29 @@ class DeepLabDecoder(nn.Module):
         return self.predict(self.refine(torch.cat([x, self.reduce(fine)], dim=1)))  # type: ignore[no-any-return]
 
 
-DECODERS: dict[str, type[MLPDecoder] | type[FPNDecoder] | type[DeepLabDecoder]] = {
+class LinearDecoder(nn.Module):
+    """One 1x1 layer on all stages, resized to the finest.
+
+    Args:
+        channels: Channels of each feature map, fine to coarse.
+        outputs: Channels of the output.
+        width: Not used.
+
+    Source: the head of the released code of "Selective Task Group Updates" (arXiv 2502.11986).
+    """
+
+    def __init__(self, channels: Sequence[int], outputs: int, *, width: int = 128) -> None:
+        super().__init__()
+        self.predict = nn.Conv2d(sum(channels), outputs, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Feature maps to a map at the finest resolution."""
+        return self.predict(torch.cat([resize(x, features[0]) for x in features], dim=1))  # type: ignore[no-any-return]
+
+
+DECODERS: dict[str, type[MLPDecoder | FPNDecoder | DeepLabDecoder | LinearDecoder]] = {
     "mlp": MLPDecoder,
     "fpn": FPNDecoder,
     "deeplab": DeepLabDecoder,
+    "linear": LinearDecoder,
 }

@@ -72,7 +72,7 @@ class _InvertedResidual(nn.Module):
 
 
 class EfficientNetTrunk(Trunk):
-    """EfficientNet-Lite0 with feature maps at 1/4, 1/8, 1/16 and 1/32 of the input: 2.9 million parameters.
+    """EfficientNet-Lite0 with feature maps at 1/4, 1/8, 1/16 and 1/32 of the input: 2.96 million parameters.
 
     EfficientNet-B0 without squeeze-and-excitation and with ReLU6. The classifier and the 1x1 layer before it are left
     out, and no blocks are dropped in training.

@@ -53,6 +53,10 @@ class HuggingFaceTrunk(Trunk):
         super().__init__()
         self.backbone = backbone
         self.channels = tuple(backbone.channels)  # type: ignore[arg-type]
+        for name, parameter in backbone.named_parameters():
+            # What no feature map passes through: a norm that SwinBackbone leaves out, masks of pretraining.
+            if name.startswith("swin.layernorm.") or name.endswith("mask_token"):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, channels, H, W]`` to feature maps, fine to coarse."""
@@ -143,26 +147,46 @@ def named_backbone(
     return HuggingFaceTrunk(backbone)
 
 
-def local_backbone(folder: str | Path) -> HuggingFaceTrunk:
-    """A backbone from a local folder with ``config.json`` and ``model.safetensors``; runs no code from there.
+def local_backbone(weights: str | Path) -> HuggingFaceTrunk:
+    """Any backbone of transformers, from files on this machine; runs no code from there and downloads nothing.
+
+    Of a backbone with more than four stages, such as DINOv2 with one per layer, four evenly spaced ones are used.
+
+    Args:
+        weights: A folder with ``config.json`` and ``model.safetensors``, or the name of a model in Hugging Face's cache
+            (``facebook/dinov2-small``). A ``timm_backbone`` needs timm.
 
     Raises:
         FileNotFoundError: If one of the files is missing.
     """
     transformers = _transformers()
+    folder = Path(weights) if Path(weights).is_dir() else _cached(str(weights))
     for file in ("config.json", "model.safetensors"):
-        if not (Path(folder) / file).is_file():
+        if not (folder / file).is_file():
             raise FileNotFoundError(
-                f"{Path(folder) / file} is missing. Save it with `model.save_pretrained({str(folder)!r})`."
+                f"{folder / file} is missing. Save it with `model.save_pretrained({str(folder)!r})`."
             )
-    config = transformers.AutoConfig.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, out_features=_stage_names()
-    )
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    if names := [name for name in getattr(config, "stage_names", None) or () if name != "stem"]:
+        config.out_features = [names[i * len(names) // STAGES - 1] for i in range(1, STAGES + 1)]
     # `AutoBackbone.from_pretrained` looks the folder's name up on the hub; the class it would choose doesn't.
     chosen = type(transformers.AutoBackbone.from_config(config))
     return HuggingFaceTrunk(
         chosen.from_pretrained(str(folder), config=config, local_files_only=True, use_safetensors=True)
     )
+
+
+def _cached(name: str) -> Path:
+    """The folder of a model in Hugging Face's cache."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  comes with transformers
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"There is no folder {name}, nor a model of this name in Hugging Face's cache."
+        ) from error
 
 
 def vit(

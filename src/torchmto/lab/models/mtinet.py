@@ -1,6 +1,7 @@
 """MTI-Net: tasks inform each other at every scale."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,28 +128,23 @@ class MTINet(MultiTaskModel):
             }
         )
 
-    def forward(self, x: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Outputs of the asked tasks; see `MultiTaskModel.forward`."""
-        return self.with_initial(x, tasks, initial=False)[0]
-
-    def with_initial(
-        self, x: Tensor, tasks: Sequence[str] | None = None, *, initial: bool = True
-    ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, ...]]]:
-        """Outputs and the first predictions behind them, which the paper supervises too.
+    def forward(  # type: ignore[override]
+        self, x: Tensor, tasks: Sequence[str] | None = None
+    ) -> dict[str, Tensor] | dict[str, tuple[Tensor, ...]]:
+        """Outputs of the asked tasks; see `MultiTaskModel.forward`.
 
         Args:
             x: A batch of images.
             tasks: Names of tasks; all by default.
-            initial: Whether to compute the first predictions.
 
         Returns:
-            One output per name, and per name its first predictions at every scale, fine to coarse, at the height and
-            width of ``x``; an empty mapping unless ``initial``.
+            One output per name. In training, a tuple per name: the output, and the first predictions behind it at every
+            scale, fine to coarse, at the height and width of ``x``, all of which have the task's loss.
         """
         names = self.asked(tasks)
         trunk_features = self.features(x, names)
         split = has_split_norms(self)
-        outputs, first = {}, {}
+        outputs: dict[str, Any] = {}
         by_task: list[dict[str, Tensor]] = []
         for name in names:
             with active_task(name):
@@ -156,14 +152,15 @@ class MTINet(MultiTaskModel):
                     by_task = self._task_features(trunk_features[name])
                 scales = zip(self._distillation(name), by_task, strict=True)
                 distilled = [distil(features[name], features) for distil, features in scales]
-                outputs[name] = self.resized(name, self.heads[name](distilled), x)
-                if initial:
-                    first[name] = tuple(
-                        self.resized(name, scale.first(name, features[name]), x)
-                        for scale, features in zip(self.initial, by_task, strict=True)
-                        if isinstance(scale, _InitialPrediction)
-                    )
-        return outputs, first
+                output = self.resized(name, self.heads[name](distilled), x)
+                outputs[name] = (output, *self._first(name, by_task, x)) if self.training else output
+        return outputs
+
+    def _first(self, task: str, by_task: Sequence[Mapping[str, Tensor]], x: Tensor) -> Iterator[Tensor]:
+        """A task's first predictions, which the paper supervises too."""
+        for scale, features in zip(self.initial, by_task, strict=True):
+            assert isinstance(scale, _InitialPrediction)
+            yield self.resized(task, scale.first(task, features[task]), x)
 
     def _task_features(self, maps: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Features of all tasks at every scale, fine to coarse."""

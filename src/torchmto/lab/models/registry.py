@@ -33,7 +33,7 @@ def with_decoders(trunk: Trunk, tasks: Sequence[Task], *, decoder: str = "mlp", 
     Args:
         trunk: Gives feature maps, fine to coarse.
         tasks: The tasks; one that isn't dense gets a linear head on the averages of the coarsest map.
-        decoder: ``"mlp"``, ``"fpn"`` or ``"deeplab"``, one per dense task, or ``"mti"``: MTI-Net's distillation.
+        decoder: ``"mlp"``, ``"fpn"``, ``"deeplab"`` or ``"linear"``, one per dense task, or ``"mti"``: MTI-Net's distillation.
         width: Channels inside a decoder.
 
     Returns:
@@ -107,8 +107,8 @@ def _hrnet18(
     decoder: str = "mti",
     decoder_width: int = 128,
     width: int = 18,
-    modules: Sequence[int] = (1, 4, 3),
-    blocks: int = 4,
+    modules: Sequence[int] = (1, 3, 2),
+    blocks: int = 2,
     stem: int = 64,
     weights: str | Path | None = None,
 ) -> MultiTaskModel:
@@ -187,13 +187,13 @@ def build_model(
     mlp                                 widths, norm, dropout
     convnet                             widths, grid
     segnet                              width (64 is MTAN's; 16 is a small one)
-    resnet18, resnet34, resnet50,       decoder (mlp, fpn, deeplab, mti), decoder_width, weights, config
-    swin_tiny, convnext_tiny
+    resnet18, resnet34, resnet50,       decoder (mlp, fpn, deeplab, linear, mti), decoder_width,
+    swin_tiny, convnext_tiny            weights, config
     efficientnet_lite0                  pretrained (ImageNet), decoder, decoder_width, weights
     vit_tiny, vit_small, vit_base,      the same as resnet18, and patch
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
-    backbone                            weights (a local Hugging Face folder), decoder, decoder_width
+    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width
     cross_stitch                        widths, own
     ==================================  ================================================================
 

@@ -1,9 +1,9 @@
 """What all kinds of folders have in common on the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["ReportError", "Study", "traced_point"]
+__all__ = ["ReportError", "Study", "provenance", "traced_point"]
 
 Study = dict[str, Any]
 _RECORDS = ("phase", "priority_shares", "affinity", "groups")
@@ -30,3 +30,24 @@ def traced_point(point: Mapping[str, Any], names: Any, records: Mapping[str, Any
     if layers := records.get("layer_priority_shares"):
         kept["layers"] = [[name, shares] for name, shares in layers.items()]
     return kept
+
+
+def provenance(made: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> list[list[str]]:
+    """When, where and from what runs were made, and how long they took: pairs of heading and text.
+
+    Args:
+        made: What each run says about it, as `torchmto.lab.run.environment.made` gives it; nothing in older ones.
+        seconds: Each run's wall time, as far as it is known.
+
+    Example:
+        >>> provenance([{"date": "2026-01-01T10:00:00+00:00"}, {"date": "2026-01-02T10:00:00+00:00"}], [40, 50])[0]
+        ['Date', '2026-01-01 to 2026-01-02']
+    """
+    days = sorted({str(entry["date"])[:10] for entry in made if entry.get("date")})
+    rows = [["Date", " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""]]
+    for key, heading in (("machine", "Machine"), ("revision", "Revision")):
+        rows.append([heading, ", ".join(sorted({str(entry[key]) for entry in made if entry.get(key)}))])
+    total = sum(seconds)
+    size = f"{total / 3600:.1f} h" if total >= 3600 else f"{total / 60:.1f} min" if total >= 60 else f"{total:.1f} s"
+    rows.append(["Wall time", f"{size} in {len(seconds)} run{'s' * (len(seconds) > 1)}" if seconds else ""])
+    return [[heading, text or "not recorded"] for heading, text in rows]

@@ -9,10 +9,10 @@ from torchmto.lab.grid.folder import SCHEMA_VERSION, run_name
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.pace import is_recorded, progress
 from torchmto.lab.grid.versus import versus
-from torchmto.lab.report.base import ReportError, Study, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["comparison_study"]
+__all__ = ["comparison_study", "warnings"]
 
 Content = Mapping[str, Any]
 """Of a run's file, see `_read_run`."""
@@ -36,6 +36,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     for method in results["methods"].values():
         _check_method(method, tasks)
     contents = [_read_run(path, schema) for path in sorted((folder / "runs").glob("*.json"))]
+    compared = results.get("versus") or _versus(results, contents)
     data, model, size = config["data"], config["model"], config.get("batch_size")
     if schema == SCHEMA_VERSION:
         data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
@@ -43,6 +44,10 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     return {
         "title": folder.resolve().name,
         "about": f"{about} Figures are of the test split, at the epoch that the validation split chose.",
+        "made": provenance(
+            [content["result"].get("made") or {} for content in contents],
+            [content["result"]["seconds"] for content in contents if "seconds" in content["result"]],
+        ),
         "notes": _notes(folder, results, contents),
         "task_names": tasks,
         "metric_names": [list(results["tasks"][task]["metrics"]) for task in tasks],
@@ -50,8 +55,9 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
         "seeds": int(config["seeds"]),
         "history_unit": "epoch",
         "steps_estimated": not all(is_recorded(content["result"]["history"]) for content in contents),
-        "baseline": "single-task models of the same seed",
-        "results": {**results, "versus": results.get("versus") or _versus(results, contents)},
+        "baseline": "single-task models of the same seed" if results.get("single_task") else None,
+        "warnings": warnings({**results, "versus": compared}),
+        "results": {**results, "versus": compared},
         "runs": [_run(content, results) for content in contents],
         "settings": [["Configuration", config]],
     }
@@ -105,6 +111,46 @@ def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]
             f"The runs were made with different versions of torchmto: {', '.join(sorted(map(str, made_with)))}."
         )
     return notes
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader has to know before any figure: tasks that no method has learnt, and that nothing is settled."""
+    methods, versus = results["methods"], results["versus"]
+    found = []
+    guessed = [task for task, about in results["tasks"].items() if _at_chance(task, about, methods)]
+    if guessed:
+        which = "every task whose metric tells it" if len(guessed) == len(results["tasks"]) else ", ".join(guessed)
+        found.append(
+            f"Every method is at chance in {which}: nobody has learnt anything there, and differences mean nothing."
+        )
+    if versus is None or len(methods) < 2:
+        return found
+    seeds, reference = int(results["config"]["seeds"]), versus["reference"]
+    every = [
+        difference
+        for entry in versus["methods"].values()
+        for difference in (entry["delta_m"], *(task["change"] for task in entry["tasks"].values()))
+        if difference
+    ]
+    if seeds == 1:
+        found.append("One seed: nothing here is settled, whatever the differences look like.")
+    elif not any(difference["p_holm"] is not None and difference["p_holm"] < 0.05 for difference in every):
+        found.append(
+            f"Nothing is settled: after correction no method differs significantly from {reference} over {seeds} seeds, "
+            "neither in Δm nor in any task."
+        )
+    return found
+
+
+def _at_chance(task: str, about: Mapping[str, Any], methods: Mapping[str, Any]) -> bool:
+    """Whether in each method a metric is within a standard deviation, and 2 % of what is left, of what guessing gives."""
+    chances = {metric: entry["chance"] for metric, entry in about["metrics"].items() if entry.get("chance") is not None}
+    metric = about["primary_metric"] if about["primary_metric"] in chances else next(iter(chances), None)
+    if metric is None:
+        return False
+    figures = [method["tasks"][task][metric] for method in methods.values()]
+    slack = 0.02 * (1 - chances[metric])
+    return all(f["mean"] is None or f["mean"] <= chances[metric] + max(f["std"] or 0.0, slack) for f in figures)
 
 
 def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str, Any] | None:

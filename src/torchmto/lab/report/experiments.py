@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.report.base import Study
+from torchmto.lab.report.base import Study, provenance
 
 __all__ = ["LARGEST_PLOTS", "arms_of", "experiment_study"]
 
-LARGEST_PLOTS = 1_500_000
+LARGEST_PLOTS = 700_000
 """Bytes of plots that a page takes; the others stay in their folder."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -32,12 +32,14 @@ def experiment_study(folder: Path, results: Mapping[str, Any]) -> Study:
         notes.insert(0, "Not complete: the time was up. The same command goes on.")
     if left_out:
         notes.append(f"More plots are in {folder.name}/plots: {', '.join(left_out)}.")
-    about = {key: results.get(key) for key in ("experiment", "study", "complete", "seeds", "cores")}
+    about = {key: results.get(key) for key in ("experiment", "study", "complete", "seeds")}
     return {
         "title": str(results["experiment"]),
         "about": "What the experiment found; the comparisons it is made of can be chosen below."
         if arms_of(folder)
         else "",
+        "made": provenance([results.get("made") or {}], [60 * results.get("minutes_of_this_call", 0.0)]),
+        "warnings": [],
         "notes": notes,
         "task_names": [],
         "metric_names": [],
@@ -63,14 +65,19 @@ def experiment_study(folder: Path, results: Mapping[str, Any]) -> Study:
 
 
 def _plots(folder: Path) -> tuple[list[list[str]], list[str]]:
-    """Pairs of name and data URI, smallest files first to take in many, and the names of those that are left out."""
+    """Name, and data URIs as PNG and as SVG (or ""); smallest first to take in many. And the names of those left out."""
     taken: list[list[str]] = []
     left_out, room = [], LARGEST_PLOTS
     for path in sorted(folder.glob("*.png"), key=lambda path: (path.stat().st_size, path.name)):
-        data = path.read_bytes()
-        if data.startswith(_PNG) and len(data) <= room:
-            room -= len(data)
-            taken.append([path.stem, f"data:image/png;base64,{base64.b64encode(data).decode()}"])
+        data, vector = path.read_bytes(), path.with_suffix(".svg")
+        lines = vector.read_bytes() if vector.is_file() else b""
+        if data.startswith(_PNG) and len(data) + len(lines) <= room:
+            room -= len(data) + len(lines)
+            taken.append([path.stem, _uri("png", data), _uri("svg+xml", lines) if lines else ""])
         else:
             left_out.append(path.name)
     return sorted(taken), left_out
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

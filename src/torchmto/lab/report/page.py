@@ -19,7 +19,7 @@ from torchmto.lab.report.studies import read_studies
 __all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
 
 REPORT_NAME = "report.html"
-MAX_BYTES = 8_000_000
+MAX_BYTES = 3_000_000
 """Largest page."""
 _FEWEST_POINTS = 3
 
@@ -36,7 +36,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
 
     Raises:
         ReportError: If a folder holds no finished run.
-        ImportError: If Plotly is missing.
     """
     text = page(read_studies(folders)).encode()
     targets = [folder / REPORT_NAME for folder in folders] if out is None else [out]
@@ -51,7 +50,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> list[Path]
 def page(studies: Sequence[Study]) -> str:
     """The HTML page.
 
-    Nothing in it is loaded from elsewhere, and its content security policy forbids all scripts but its own two. Where the
+    Nothing in it is loaded from elsewhere, and its content security policy forbids all scripts but its own three. Where the
     page would grow beyond `MAX_BYTES`, curves and time lines are thinned, and the page says so; tables never are.
 
     Args:
@@ -59,28 +58,21 @@ def page(studies: Sequence[Study]) -> str:
     """
     assets = files("torchmto.lab.report")
     template, style, script = (assets.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js"))
-    plotly = _inline(_plotly())
-    script = _inline(script)
-    room = MAX_BYTES - len((template + style + script + plotly).encode()) - 10_000
+    vendored = (
+        assets.joinpath("vendor", f"{name}.min.js").read_text("utf-8") for name in ("plotly-cartesian", "sortable")
+    )
+    plotly, sortable, script = (_inline(text) for text in (*vendored, script))
+    room = MAX_BYTES - len((template + style + script + sortable + plotly).encode()) - 10_000
     return Template(template).substitute(
         title=html.escape("torchmto: " + ", ".join(study["title"] for study in studies)),
         version=html.escape(__version__),
         style=style,
         data=_fitting(studies, room),
         plotly=plotly,
+        sortable=sortable,
         script=script,
-        script_hashes=" ".join(_csp_hash(text) for text in (plotly, script)),
+        script_hashes=" ".join(_csp_hash(text) for text in (plotly, sortable, script)),
     )
-
-
-def _plotly() -> str:
-    """Plotly's script, which its Python package brings along."""
-    try:
-        from plotly.offline import get_plotlyjs  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("The report needs plotly: pip install 'torchmto[lab]'") from error
-    text: str = get_plotlyjs()
-    return text
 
 
 def _inline(script: str) -> str:

@@ -1,6 +1,5 @@
 """Folders of `torchmto train`: those on the same data and tasks share a table; single-task runs are their baselines."""
 
-import contextlib
 import csv
 import json
 import math
@@ -15,8 +14,9 @@ from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.data.base import Kind, Task
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.pace import steps_until
-from torchmto.lab.metrics import higher_is_better
-from torchmto.lab.report.base import ReportError, Study, traced_point
+from torchmto.lab.metrics import higher_is_better, metric_names
+from torchmto.lab.references import without_place
+from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
 
@@ -42,6 +42,8 @@ class Training:
         run: Its curves, as the page shows them.
         settings: Its configuration and outcome.
         versions: What it was made with.
+        made: When and where, for each start.
+        seconds: Its wall time.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Training:
     run: Mapping[str, Any]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    made: Sequence[Mapping[str, Any]]
+    seconds: float
 
     @property
     def is_single(self) -> bool:
@@ -144,7 +148,7 @@ def _baselines_of(
 def _study(
     members: Sequence[Training], helpers: Sequence[Training], known: Mapping[str, Sequence[tuple[Baseline, float]]]
 ) -> Study:
-    first = members[0]
+    first, everyone = members[0], [*members, *helpers]
     tasks = list(first.primary)
     labels: list[str] = []
     for training in members:
@@ -157,6 +161,10 @@ def _study(
     return {
         "title": first.name if len(members) == 1 else f"{len(members)} training runs",
         "about": first.about,
+        "made": provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
+        "warnings": ["One seed: nothing here is settled, whatever the differences look like."]
+        if len(members) > 1
+        else [],
         "notes": [],
         "task_names": tasks,
         "metric_names": [list(first.measured[task]) for task in tasks],
@@ -197,7 +205,7 @@ def _study(
             *({**training.run, "method": label} for label, training in zip(labels, members, strict=True)),
             *({**training.run, "task": training.task} for training in helpers),
         ],
-        "settings": [[f"Run {training.name}", training.settings] for training in (*members, *helpers)],
+        "settings": [[f"Run {training.name}", training.settings] for training in everyone],
     }
 
 
@@ -270,6 +278,8 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         run=_run(folder, config["seed"], results["primary"], cost),
         settings={**outcome, **config},
         versions=starts[-1].get("versions", {}) if starts else {},
+        made=[{"revision": start.get("git"), **start} for start in starts],
+        seconds=results.get("seconds", cost["steps"] * cost["seconds_per_batch"]),
     )
 
 
@@ -284,7 +294,7 @@ def _cost(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _data_key(name: str, options: Mapping[str, Any], seed: int, split: str) -> str:
-    return canonical([name, options, seed, split])
+    return canonical([without_place(name), options, seed, split])
 
 
 def _direction(metric: str, said: Mapping[str, bool]) -> bool:
@@ -292,9 +302,7 @@ def _direction(metric: str, said: Mapping[str, bool]) -> bool:
     if metric in said:
         return said[metric]
     for kind in get_args(Kind):
-        if kind == "own":
-            continue
-        with contextlib.suppress(KeyError):
+        if metric in metric_names(kind):
             return higher_is_better(Task("any", kind, 1), metric)
     raise ReportError(f"No task has a metric `{metric}`.")
 

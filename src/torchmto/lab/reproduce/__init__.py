@@ -1,7 +1,7 @@
 """The papers' tables and figures: experiments that run resumably and leave numbers, tables and plots in a folder.
 
-A `Recipe` (a YAML file) says what to run, a study (`torchmto.lab.reproduce.studies`) runs it and says what was found,
-`reproduce` puts both together.
+A `Recipe` (a YAML file) says what to run: arms, each a comparison of `torchmto.lab.grid`, and a study, which names the tables
+(`torchmto.lab.reproduce.tables`) that are made of them. `reproduce` puts both together.
 """
 
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError, load_recipe, recipe_names

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torchmto.lab.atomic import canonical, write_bytes
 from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, make_executor, run_grid, summarize, write_outputs
@@ -16,17 +17,41 @@ from torchmto.lab.grid.runner import Stage
 from torchmto.lab.grid.tuning import Tuning, listed, tune
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
-from torchmto.lab.reproduce.budget import BudgetSpentError, BudgetWatcher
-from torchmto.lab.reproduce.recipe import Arm, RecipeError
+from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatcher
+from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import RunConfig, config_of
 
-if TYPE_CHECKING:  # the studies import this module
-    from torchmto.lab.reproduce.studies.context import Context
-
-__all__ = ["ArmResult", "check_arm", "run_arms"]
+__all__ = ["ArmResult", "Context", "check_arm", "run_arms"]
 
 Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What was asked for.
+
+    Attributes:
+        recipe: What to run.
+        folder: Where everything goes.
+        data_root: What ``{data}`` in the recipe stands for.
+        seeds: How many.
+        budget: The time.
+        jobs: Training runs at a time.
+        say: Prints a line.
+        executor: Where they run.
+        ray_address: Of a Ray cluster.
+    """
+
+    recipe: Recipe
+    folder: Path
+    data_root: Path
+    seeds: int
+    budget: Budget
+    jobs: int
+    say: Callable[[str], None]
+    executor: str = "local"
+    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,29 +135,28 @@ def run_arms(context: Context) -> tuple[dict[str, ArmResult], bool]:
     return done, complete
 
 
-def check_arm(context: Context, arm: Arm, methods: tuple[str, ...]) -> None:
+def check_arm(context: Context, arm: Arm) -> None:
     """Build everything once, so that a mistake shows before hours of training.
 
     Raises:
         FileNotFoundError: If the arm's data isn't there.
-        RecipeError: If its settings make no sense for these methods.
+        RecipeError: If its settings make no sense.
     """
     recipe = context.recipe
     try:
         run = recipe.run_config(arm, context.data_root)
         for settings in ({}, arm.method_run, *({**recipe.tune_run, **settings} for settings in recipe.tune)):
             problem, config = _settled(config_of(settings, run))
-            Experiment(methods, 1, config).check(problem)
+            Experiment(arm.methods, 1, config).check(problem)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{recipe.name}, arm {arm.name}: {error}") from error
 
 
 def _planned(context: Context, arm: Arm) -> Experiment:
     """An arm's comparison before tuning."""
-    check_arm(context, arm, arm.methods)
     own = {method: dict(arm.method_run) for method in arm.methods if arm.method_run}
     _, run = _settled(context.recipe.run_config(arm, context.data_root))
-    return Experiment(arm.methods, context.seeds, run, chosen=own)
+    return Experiment(arm.methods, min(context.seeds, arm.seeds or context.seeds), run, own, arm.baselines)
 
 
 def _run(
@@ -192,7 +216,7 @@ def _train(
             grid.experiment,
             grid.folder,
             grid.problem,
-            executor=make_executor(context.executor, context.jobs, context.folder),
+            executor=make_executor(context.executor, context.jobs, context.folder, context.ray_address),
             watcher=BudgetWatcher(context.budget, context.say),
             stages=stages,
             baseline=baseline,

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from torchmto._layout import BOUNDLESS, plain_table
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
+from torchmto.lab.grid.tables import markdown_table
 from torchmto.lab.reproduce.recipe import Recipe
+from torchmto.lab.run.environment import made
 from torchmto.lab.versions import versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Findings", "Table", "claim_folder", "number", "write_findings"]
+__all__ = ["Findings", "Table", "claim_folder", "figure", "number", "write_findings"]
 
 SCHEMA_VERSION = 1
 _KIND = "torchmto reproduce"
@@ -43,9 +44,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table in Markdown."""
-        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] + ["---:"] * (len(self.header) - 1))]
-        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in self.rows]
-        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+        table = markdown_table(self.header, self.rows)
+        return "\n".join([f"### {self.title}", "", table, *(f"{note}\n" for note in self.notes)])
 
     def text(self, width: int = BOUNDLESS) -> str:
         """The table on a terminal of so many columns."""
@@ -85,6 +85,16 @@ def number(value: float | None, interval: float | None = None, digits: int = 2) 
     return f"{value:.{digits}f}" + ("" if interval is None else f" ± {interval:.{digits}f}")
 
 
+def figure(entry: Mapping[str, Any] | None) -> str:
+    """A ``mean`` with its ``ci95`` as text.
+
+    Example:
+        >>> figure({"mean": 1.0, "ci95": None}), figure(None)
+        ('1.00', '-')
+    """
+    return number(None) if entry is None else number(entry["mean"], entry["ci95"])
+
+
 def claim_folder(folder: Path, recipe: Recipe) -> None:
     """Take a folder for an experiment: a new one, or one in which the same was begun.
 
@@ -118,10 +128,11 @@ def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: i
         minutes: What this call took.
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    for name, figure in findings.figures.items():
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
-        write_bytes(folder / "plots" / f"{name}.png", data.getvalue())
+    for name, plot in findings.figures.items():
+        for kind, more in (("png", {"Software": None}), ("svg", {"Date": None})):
+            data = io.BytesIO()
+            plot.savefig(data, format=kind, dpi=130, metadata=more)
+            write_bytes(folder / "plots" / f"{name}.{kind}", data.getvalue())
     content: Mapping[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "experiment": recipe.name,
@@ -129,7 +140,7 @@ def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: i
         "complete": findings.complete,
         "seeds": seeds,
         "minutes_of_this_call": minutes,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "made": made(),
         "notes": findings.notes,
         "numbers": findings.numbers,
         "tables": [vars(table) for table in findings.tables],
@@ -148,9 +159,5 @@ def _page(recipe: Recipe, findings: Findings) -> str:
         parts += [f"The papers: {recipe.papers.strip()}", ""]
     parts += [f"{note}\n" for note in findings.notes]
     parts += [table.markdown() for table in findings.tables]
-    parts += [f"![{name}](plots/{name}.png)\n" for name in findings.figures]
+    parts += [f"![{name}](plots/{name}.png) [as SVG](plots/{name}.svg)\n" for name in findings.figures]
     return "\n".join(parts)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

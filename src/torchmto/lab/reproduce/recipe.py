@@ -1,5 +1,6 @@
 """Recipes: what an experiment runs, as a typed YAML file."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import yaml
 from torchmto.checks import check_integer
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.specs import parse_method
+from torchmto.methods import method_class
+from torchmto.methods import methods as all_methods
 
-__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "method_settings", "recipe_names"]
+__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _FOLDERS = (_PACKAGE / "recipes" / "reproduce", _PACKAGE.parents[1] / "recipes" / "reproduce")
@@ -33,6 +36,8 @@ class Arm:
         method_run: The same, but for the multi-task runs only: the single-task models stay as they are.
         reference: The method that the others are compared with.
         about: What the arm is there for.
+        baselines: Whether single-task models are trained, too; without them there is no Δm.
+        seeds: At most so many, where fewer than the recipe's do.
     """
 
     name: str
@@ -41,6 +46,8 @@ class Arm:
     method_run: Mapping[str, Any] = field(default_factory=dict)
     reference: str = "gd"
     about: str = ""
+    baselines: bool = True
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Recipe:
 
     Attributes:
         name: The recipe's.
-        study: What is done with it, see `torchmto.lab.reproduce.studies`.
+        study: What is done with it, see `torchmto.lab.reproduce.tables.STUDIES`.
         summary: One line.
         papers: What the papers say about it: text that is printed beside the results.
         seeds: How many.
@@ -84,17 +91,18 @@ class Recipe:
                 raise RecipeError(str(error)) from error
 
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
-        """The runs of an arm, with ``{data}`` in its data set's path replaced."""
+        """The runs of an arm, with ``{data}`` in its data's name and options replaced."""
         config = config_of(arm.run, config_of(self.run))
-        name = (config.data.name or "digits").replace("{data}", str(data_root))
-        return replace(config, threads=config.threads or 1, data=replace(config.data, name=name))
+        name, options = (
+            _filled(value, str(data_root)) for value in (config.data.name or "digits", config.data.options)
+        )
+        return replace(config, threads=config.threads or 1, data=replace(config.data, name=name, options=options))
 
 
-def method_settings(base: RunConfig, method: str, **settings: Any) -> dict[str, Any]:
-    """A run's settings as plain values, with a method in text and others that differ."""
-    spec = parse_method(method)
-    own = {"method": {"name": spec.name, "options": dict(spec.hyperparameters)}}
-    return config_of({**own, **settings}, base).as_dict()
+def _filled(value: Any, data_root: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _filled(entry, data_root) for key, entry in value.items()}
+    return value.replace("{data}", data_root) if isinstance(value, str) else value
 
 
 def recipe_names() -> tuple[str, ...]:
@@ -133,8 +141,16 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     return replace(Recipe(name=name, **entries), arms=arms, tune=tune)
 
 
+def _needed(method: str) -> list[str]:
+    """What a method can't do without, besides what every Run tells it."""
+    parameters = inspect.signature(method_class(method)).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name != "total_steps" and p.kind not in {2, 4}]
+
+
 def _arm(name: str, content: Mapping[str, Any]) -> Arm:
     entries = dict(content)
     methods: Sequence[str] = entries.pop("methods")
+    if methods == "all":
+        methods = [method for method in all_methods() if not _needed(method)]
     labels = tuple(parse_method(method).label for method in methods)
     return Arm(name, labels, **entries)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from torchmto.checks import check_choice
 from torchmto.lab.report import write_report
-from torchmto.lab.reproduce.arms import check_arm
+from torchmto.lab.reproduce.arms import Context, check_arm, run_arms
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import Findings, claim_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
-from torchmto.lab.reproduce.studies import STUDIES, Context
+from torchmto.lab.reproduce.tables import STUDIES, add_tables
+from torchmto.lab.reproduce.theory import theory
 
 __all__ = ["reproduce"]
 
@@ -23,6 +24,7 @@ def reproduce(
     minutes: float | None = None,
     jobs: int = 1,
     executor: str = "local",
+    ray_address: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Findings:
     """Run what of an experiment isn't finished yet, and write what is known.
@@ -34,7 +36,8 @@ def reproduce(
         seeds: How many; the recipe's by default.
         minutes: No unit of work begins after so many; None for no limit.
         jobs: Training runs at a time.
-        executor: Where they run.
+        executor: Where they run: ``"local"``, ``"ray"``, ``"slurm"``.
+        ray_address: Of a Ray cluster; a local one by default.
         say: Prints a line.
 
     Returns:
@@ -45,16 +48,21 @@ def reproduce(
         FolderError: If the folder belongs to something else.
     """
     try:
-        check_choice("study", recipe.study, tuple(STUDIES))
+        check_choice("study", recipe.study, (*STUDIES, "theory"))
     except ValueError as error:
         raise RecipeError(str(error)) from error
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
-    context = Context(recipe, folder, data_root, asked, budget, jobs, say, executor)
-    for arm in recipe.arms:  # some studies change the tasks, and methods may name them: what runs methods checks those
-        check_arm(context, arm, ("gd",))
+    context = Context(recipe, folder, data_root, asked, budget, jobs, say, executor, ray_address)
+    for arm in recipe.arms:
+        check_arm(context, arm)
     claim_folder(folder, recipe)
-    findings = STUDIES[recipe.study](context)
+    if recipe.study == "theory":
+        findings = theory(folder, recipe.options, budget, say)
+    else:
+        arms, complete = run_arms(context)
+        findings = Findings(complete=complete)
+        add_tables(findings, arms, recipe)
     write_findings(folder, recipe, findings, seeds=asked, minutes=budget.used)
     try:
         write_report([folder])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torchmto.lab.versions import versions
 
 
 def environment() -> dict[str, Any]:
-    """Package versions, the revision of the git repository in the current folder (if any), and the machine.
+    """Package versions, when and where it is, and what more may explain a difference.
 
     Example:
         >>> environment()["versions"]["torch"] == torch.__version__
@@ -23,13 +26,35 @@ def environment() -> dict[str, Any]:
     """
     return {
         "versions": versions() | {"torch": torch.__version__},  # torch's own string names the build, such as +cpu
-        "git": git_revision(Path.cwd()),
+        **made(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "arguments": sys.argv,
     }
+
+
+def made() -> dict[str, Any]:
+    """When, on what machine, and from which revision of the git repository in the current folder (None outside of one).
+
+    Example:
+        >>> sorted(made())
+        ['date', 'machine', 'revision']
+    """
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": _machine(), "revision": _revision()}
+
+
+@functools.cache
+def _machine() -> str:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"{platform.system()} {platform.machine()}", f"{cores} cores", *gpus])
+
+
+@functools.cache
+def _revision() -> str | None:
+    return git_revision(Path.cwd())
 
 
 def git_revision(folder: Path) -> str | None:
@@ -50,4 +75,4 @@ def git_revision(folder: Path) -> str | None:
     return described.stdout.strip() or None
 
 
-__all__ = ["environment", "git_revision"]
+__all__ = ["environment", "git_revision", "made"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -263,7 +264,28 @@ def make_loggers(
         ImportError: If a logger's package is missing.
     """
     check_loggers(names)
-    return [_make_logger(name, folder, config, resume_step) for name in names]
+    loggers = []
+    for name in names:
+        with told_by(name):
+            loggers.append(_make_logger(name, folder, config, resume_step))
+    return loggers
+
+
+@contextlib.contextmanager
+def told_by(logger: Logger | str) -> Iterator[None]:
+    """Whatever a logger's package raises inside the block is an OSError of one line: a full disk, a server that is gone.
+
+    Raises:
+        OSError: In place of anything else.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name = logger if isinstance(logger, str) else type(logger).__name__.removesuffix("Log").lower()
+        raise OSError(f"The logger `{name}` failed: {first}") from error
 
 
 def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:

@@ -26,6 +26,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, Parts, build
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.environment import made
 from torchmto.lab.run.evaluation import (
     Measured,
     Metrics,
@@ -37,7 +38,7 @@ from torchmto.lab.run.evaluation import (
     tell_method,
 )
 from torchmto.lab.run.folder import RunFolder
-from torchmto.lab.run.logs import Logger, RecordLog, make_loggers, step_figures
+from torchmto.lab.run.logs import Logger, RecordLog, make_loggers, step_figures, told_by
 from torchmto.lab.run.processes import Processes
 from torchmto.lab.run.random_state import random_state, restore_random_state, seed_everything, seed_of_rank
 from torchmto.lab.run.scores import Measure, is_better, measure_of, needs_untrained
@@ -350,7 +351,7 @@ class Trainer:
             return
         self._loggers = make_loggers(config.loggers or (), self.folder.path, config.as_dict(), resume_step=resume_step)
         for logger in self._loggers:
-            stack.callback(logger.finalize, "finished")
+            stack.callback(_finish, logger)
         self._records = RecordLog(self.folder.path / "records.jsonl", resume_step=resume_step)
         stack.callback(self._records.close)
 
@@ -423,7 +424,8 @@ class Trainer:
     def _log(self, figures: dict[str, float]) -> None:
         with self.processes.together():
             for logger in self._loggers:
-                logger.log_metrics(figures, self.progress.step)
+                with told_by(logger):
+                    logger.log_metrics(figures, self.progress.step)
 
     def _end_epoch(self) -> None:
         """Validate, tell the method, save. All of it comes again if a signal or a crash comes before the save."""
@@ -541,13 +543,19 @@ class Trainer:
             "trace": progress.trace,
             "seconds": time.perf_counter() - self._began,
             "versions": versions(),
+            "made": made(),
         }
         folder = self.folder
         if folder is None:
             return result
-        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions"}}
+        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions", "made"}}
         self.processes.first(lambda: folder.write_results(kept, self.parts.model))
         return result
+
+
+def _finish(logger: Logger) -> None:
+    with told_by(logger):
+        logger.finalize("finished")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """AdaTask: Adam with moments of its own for every task."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch
@@ -43,6 +41,7 @@ class AdaTask(GradientCombiner):
 
     source = "Yang et al., AAAI 2023, Algorithm 1"
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
+    adapts = True
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     first: Tensor
     second: Tensor

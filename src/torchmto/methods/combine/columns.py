@@ -1,7 +1,5 @@
 """Memory of gradient rows across steps, and passes over their columns in pieces."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """DB-MTL: gradients of the log-losses, tracked and made equally long."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -43,6 +41,7 @@ class DBMTL(GradientCombiner):
 
     source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
+    tuning_space = {"beta": ("linear", 0.1, 0.99)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)
     domain = Domain(
         "0",

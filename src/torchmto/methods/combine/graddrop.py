@@ -1,7 +1,5 @@
 """GradDrop: per entry one sign is picked, and gradients of the other sign are dropped."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch
@@ -38,16 +36,12 @@ class GradDrop(GradientCombiner):
 
     source = "Chen et al., NeurIPS 2020, Algorithm 1"
     use = "Many conflicting tasks; random sign dropout as a regulariser."
+    tuning_space = {"leak": ("linear", 0.0, 0.9)}
     properties = Properties(pareto=False)
 
     def __init__(self, *, leak: Numbers = 0.0, **options: Unpack[GradientOptions]) -> None:
         super().__init__(**options)
         self.leak = PerTask("leak", leak, minimum=0, maximum=1)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the leaks with the tasks."""
-        self.leak.bind(tasks)
-        super().bind(tasks)
 
     def _leak_of(self, task_grads: TaskGradients) -> Tensor:
         return self.leak.of(task_grads.indices).to(task_grads.matrix).unsqueeze(1)

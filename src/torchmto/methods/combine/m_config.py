@@ -1,7 +1,5 @@
 """M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch
@@ -50,6 +48,7 @@ class MConFIG(GradientCombiner):
 
     source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
+    adapts = True
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
     momenta: Tensor

@@ -1,7 +1,5 @@
 """MetaBalance: auxiliary gradients brought towards the length of the primary task's, parameter by parameter."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch
@@ -40,6 +38,7 @@ class MetaBalance(GradientCombiner):
 
     source = "He et al., WWW 2022, arXiv 2203.06801"
     use = "Auxiliary tasks that only serve one target task, and drown it or are too weak to help."
+    tuning_space = {"relax": ("linear", 0.0, 1.0)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(corners="Where the primary task has had no gradient the others stay as they are.")
     lengths: Tensor
@@ -57,11 +56,6 @@ class MetaBalance(GradientCombiner):
         """Running means of the gradients' lengths, one per task and shared parameter, and their numbers of steps."""
         self.add_state("lengths", torch.zeros(num_tasks, 0, dtype=torch.float64))
         self.add_state("times", torch.zeros(num_tasks, 0, dtype=torch.int64))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the primary task with the tasks."""
-        self.primary.bind(tasks)
-        super().bind(tasks)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

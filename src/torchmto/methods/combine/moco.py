@@ -1,7 +1,5 @@
 """MoCo: weights on the simplex from gradients that are tracked over the steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -50,6 +48,7 @@ class MoCo(GradientCombiner):
 
     source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
+    tuning_space = {"beta": ("linear", 0.1, 0.99), "gamma": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '

@@ -1,7 +1,5 @@
 """Trimmed mean: entry by entry the mean without the extremes."""
 
-from __future__ import annotations
-
 from typing import Unpack
 
 import torch
@@ -11,7 +9,7 @@ from torchmto.checks import check_integer
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register_method
-from torchmto.step import Network, TaskGradients
+from torchmto.step import TaskGradients
 
 
 @register_method("trimmed_mean")
@@ -33,15 +31,12 @@ class TrimmedMean(GradientCombiner):
     source = "Yin et al., ICML 2018, Definition 2"
     use = "Gradients of some tasks may be outliers, entry by entry."
     properties = Properties(pareto=False)
+    whole_rows = ""  # every column is averaged by itself
     domain = Domain(corners="With one or two tasks nothing is trimmed: the mean.")
 
     def __init__(self, *, num_trimmed: int = 1, **options: Unpack[GradientOptions]) -> None:
         super().__init__(**options)
         self.num_trimmed = check_integer("num_trimmed", num_trimmed, minimum=0)
-
-    def refusal(self, network: Network) -> str:
-        """Every column is averaged by itself."""
-        return ""
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -1,7 +1,5 @@
 """Aligned-MTL: gradients made orthogonal and equally long."""
 
-from __future__ import annotations
-
 from typing import Literal, Unpack, cast
 
 from torchmto import solvers
@@ -42,6 +40,7 @@ class AlignedMTL(PreferenceWeighting):
 
     source = "Senushkin et al., CVPR 2023, Algorithm 1"
     use = "Gradients of very different size that should be orthogonalised without favouring any."
+    tuning_space = {"scale_mode": ("choice", "min", "median", "rmse")}
     properties = Properties(pareto=False)
     domain = Domain(corners="Zero gradients take no part; what dependent ones span is aligned over its own rank.")
 

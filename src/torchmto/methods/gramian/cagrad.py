@@ -1,7 +1,5 @@
 """CAGrad: near the mean gradient, the direction that serves the worst-off task best."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -47,6 +45,7 @@ class CAGrad(GramianWeighting):
 
     source = "Liu et al., NeurIPS 2021, equation 4, Algorithm 1"
     use = "When the worst-off task matters but the average should still fall; the step stays near the mean gradient."
+    tuning_space = {"c": ("linear", 0.1, 0.9)}
 
     def __init__(
         self,

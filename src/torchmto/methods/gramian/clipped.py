@@ -1,7 +1,5 @@
 """Updates of the shared parameters that are bounded by themselves, whatever the heads do."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """ConFIG: the direction on which all gradients project equally, as long as they agree."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Fixed weights of the gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -43,11 +41,6 @@ class Constant(GramianWeighting):
     def __init__(self, *, weights: TaskFloats, **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
         self.given = PerTask("weights", weights, minimum=0, common=False)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the weights with the tasks."""
-        self.given.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The present tasks' weights, [k]."""

@@ -1,17 +1,15 @@
 """CR-MOGM: any weighting, smoothed over the steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
+from torchmto.checks import check_number
 from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
-from torchmto.methods.registry import make_method, register_method
-from torchmto.step import Losses, StepContext, TaskGradients
+from torchmto.methods.registry import gramian_method, register_method
+from torchmto.step import StepContext, TaskGradients
 
 
 @register_method("cr_mogm")
@@ -46,7 +44,9 @@ class CRMOGM(GramianWeighting):
 
     source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
+    tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
+    inner: GramianWeighting
     smoothed: Tensor
     seen: Tensor
 
@@ -58,22 +58,13 @@ class CRMOGM(GramianWeighting):
         **options: Unpack[WeightingOptions],
     ) -> None:
         super().__init__(**options)
-        inner = make_method(method) if isinstance(method, str) else method
-        if not isinstance(inner, GramianWeighting):
-            raise TypeError(found("method", "a Gramian method", method))
         self.alpha = check_number("alpha", alpha, minimum=0, below=1)
-        self.inner = inner
-        self.add_state("inner", inner)
+        self.add_state("inner", gramian_method("method", method))
 
     def setup(self, num_tasks: int) -> None:
         """The smoothed weights [K] and which tasks have some."""
         self.add_state("smoothed", torch.zeros(num_tasks, dtype=torch.float64))
         self.add_state("seen", torch.zeros(num_tasks, dtype=torch.bool))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the other method first."""
-        self.inner.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""
@@ -94,18 +85,6 @@ class CRMOGM(GramianWeighting):
         self.smoothed[present] = new + self.alpha * (old - new)
         self.seen[present] = True
         return self.smoothed[present].to(weights)
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Tell the other method."""
-        self.inner.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Tell the other method validation results."""
-        self.inner.report(performance)
-
-    def end_window(self) -> None:
-        """Tell the other method that a window has ended."""
-        self.inner.end_window()
 
     def records(self) -> Mapping[str, Any]:
         """What the other method records."""

@@ -1,7 +1,5 @@
 """Methods whose weights come from two independent mini-batches."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Unpack

@@ -1,7 +1,5 @@
 """DualProj: the mean gradient made free of conflict."""
 
-from __future__ import annotations
-
 from torchmto import solvers
 from torchmto.methods.gramian.preference import PreferenceWeighting
 from torchmto.methods.method import Properties

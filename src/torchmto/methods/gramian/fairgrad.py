@@ -1,7 +1,5 @@
 """FairGrad: alpha-fair shares of the update."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -52,6 +50,7 @@ class FairGrad(GramianWeighting):
 
     source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
+    tuning_space = {"alpha": ("choice", 1.0, 2.0, 5.0, 10.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     domain = Domain(
         corners="With alpha > 1 the update has no bound as gradients shrink or cancel. A zero gradient takes no part; where a "

@@ -1,7 +1,5 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -50,6 +48,7 @@ class GradVac(GramianWeighting):
 
     source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
     use = "Related tasks whose gradients should stay as aligned as they usually are."
+    tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
     targets: Tensor
     group_targets: dict[str, Tensor]

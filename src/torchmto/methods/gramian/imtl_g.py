@@ -1,7 +1,5 @@
 """IMTL-G: an update with equal projections on all gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Krum: the gradients that lie closest to the others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """MGDA: the shortest convex combination of the gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -47,6 +45,7 @@ class MGDA(GramianWeighting):
 
     source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
+    tuning_space = {"normalize": ("choice", "none", "l2")}
     properties = Properties(nonconflicting=True)
     domain = Domain(
         corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the '

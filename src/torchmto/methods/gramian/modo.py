@@ -1,7 +1,5 @@
 """MoDo: one double-sampling step on the simplex per training step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -43,6 +41,7 @@ class MoDo(DoubleSampling):
 
     source = "Chen et al., NeurIPS 2023, Algorithm 1"
     use = "Generalisation-minded multi-objective training with independent mini-batches."
+    tuning_space = {"gamma": ("log", 1e-4, 1e-1), "rho": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None)
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, against the pull of `rho`."

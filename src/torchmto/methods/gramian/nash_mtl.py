@@ -1,7 +1,5 @@
 """Nash-MTL: the update as a bargain between the tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -50,6 +48,7 @@ class NashMTL(GramianWeighting):
 
     source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
+    tuning_space = {"max_norm": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
     domain = Domain(
         corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "

@@ -1,7 +1,5 @@
 """PCD: close to the primary task's gradient, with a share of their own progress for all others."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -50,6 +48,7 @@ class PCD(GramianWeighting):
 
     source = "Varam & AlHajri, TMLR 2026, arXiv 2606.29521, Algorithm 1"
     use = "One task is the goal and the others are constraints: sparsity, robustness, auxiliary tasks."
+    tuning_space = {"tau": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(
         corners="A primary gradient of zero stops the others. Constraints that no direction satisfies are dropped, a fallback."
@@ -76,12 +75,6 @@ class PCD(GramianWeighting):
         """Running means of the squared norms, and the number of steps in each."""
         self.add_state("squares", torch.zeros(num_tasks, dtype=torch.float64))
         self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the primary task and the shares with the tasks."""
-        self.primary.bind(tasks)
-        self.tau.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]. Moves the running means of the present tasks."""

@@ -1,7 +1,5 @@
 """PCGrad: gradients projected off those they conflict with."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

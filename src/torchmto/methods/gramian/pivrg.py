@@ -1,7 +1,5 @@
 """PIVRG: fair shares of the update, larger for tasks that are further behind their single-task models."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
@@ -56,6 +54,7 @@ class PIVRG(FairGrad):
 
     source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
+    tuning_space = {}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     drops: Tensor
 

@@ -1,7 +1,5 @@
 """Gramian weightings that start from a preference among the tasks."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Unpack
@@ -10,11 +8,11 @@ from torch import Tensor
 
 from torchmto.checks import check_choice
 from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.methods.per_task import PerTask, TaskFloats
+from torchmto.methods.per_task import ByTask, PerTask, TaskFloats
 from torchmto.solvers.solution import Array, Solution
 
 
-class Preference:
+class Preference(ByTask):
     """How much each task counts in a sum or mean of modified gradients.
 
     Args:
@@ -58,11 +56,6 @@ class PreferenceWeighting(GramianWeighting):
     ) -> None:
         super().__init__(**options)
         self.preference = Preference(preference, check_choice("scale", scale, ("mean", "sum")))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The solution, [k]."""

@@ -1,7 +1,5 @@
 """Random weights of the gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 

@@ -1,7 +1,5 @@
 """SDMGrad: stochastic steps towards a common direction near the mean gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -47,6 +45,7 @@ class SDMGrad(DoubleSampling):
 
     source = "Xiao et al., NeurIPS 2023, Algorithm 1"
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
+    tuning_space = {"lam": ("log", 0.03, 10.0)}
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
     )

@@ -1,7 +1,5 @@
 """Points of the simplex over all tasks, of which some are present."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

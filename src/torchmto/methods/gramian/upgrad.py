@@ -1,7 +1,5 @@
 """UPGrad: every gradient made free of conflict by itself, then averaged."""
 
-from __future__ import annotations
-
 from torchmto import solvers
 from torchmto.methods.gramian.preference import PreferenceWeighting
 from torchmto.methods.method import Properties

@@ -1,7 +1,5 @@
 """wPCGrad: in a conflict, a probability per task decides who is projected."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
@@ -14,7 +12,6 @@ from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
 from torchmto.methods.registry import register_method
-from torchmto.step import Losses, StepContext
 
 
 def plackett_luce(probabilities: Tensor, generator: torch.Generator, num_orders: int = 1) -> Tensor:
@@ -87,6 +84,7 @@ class WPCGrad(GramianWeighting):
 
     source = "Bohn et al., 2024, arXiv 2409.01793"
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
+    tuning_space = {"priority": ("choice", "loss", "relative_loss"), "gamma": ("linear", 0.5, 3.0)}
     properties = Properties(equivariant=False, uses_losses=True)
     domain = Domain(
         corners="A mean loss that isn't positive has priority 0; where all have, the tasks are alike. Of a loss weighting as "
@@ -113,11 +111,6 @@ class WPCGrad(GramianWeighting):
         )
         self._drawn: dict[str, Any] = {}
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the priority too; it is checked first."""
-        self.priority.bind(tasks)
-        super().bind(tasks)
-
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         num_tasks = len(gramian)
@@ -140,18 +133,6 @@ class WPCGrad(GramianWeighting):
         turns = plackett_luce(p, self.generator, num_tasks)
         others = turns[turns != torch.arange(num_tasks).unsqueeze(1)].view(num_tasks, num_tasks - 1)
         return self.accept(solvers.pcgrad(array, others.numpy()), gramian)
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Tell the priority this step's losses."""
-        self.priority.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Tell the priority validation results."""
-        self.priority.report(performance)
-
-    def end_window(self) -> None:
-        """Tell the priority that a window has ended."""
-        self.priority.end_window()
 
     def records(self) -> Mapping[str, Any]:
         """The probabilities and, in mode "order", the order drawn."""

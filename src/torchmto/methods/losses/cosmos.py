@@ -1,7 +1,5 @@
 """COSMOS: a weighted sum with a reward for the preferred direction."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +35,7 @@ class COSMOS(LossWeighting):
 
     source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
     use = "One model for a chosen preference between tasks on a Pareto front."
+    tuning_space = {"penalty": ("log", 1e-2, 8.0)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(
         "0",
@@ -49,11 +48,6 @@ class COSMOS(LossWeighting):
         super().__init__()
         self.preference = Shares(preference)
         self.penalty = check_number("penalty", penalty, minimum=0)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the preference with the tasks."""
-        self.preference.bind(tasks)
-        super().bind(tasks)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum minus the cosine."""

@@ -1,7 +1,5 @@
 """Dynamic task prioritization."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,6 +47,7 @@ class DTP(LossWeighting):
 
     source = "Guo et al., ECCV 2018, Section 3"
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
+    tuning_space = {"gamma": ("linear", 0.0, 2.0), "alpha": ("linear", 0.1, 1.0)}
     takes_shares = True
     properties = Properties(identity=False)
     domain = Domain(corners="Once every task is at performance 1, nothing moves.")
@@ -59,11 +58,6 @@ class DTP(LossWeighting):
         super().__init__()
         self.gamma = PerTask("gamma", gamma, minimum=0)
         self.alpha = check_number("alpha", alpha, above=0, maximum=1)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the exponents with the tasks."""
-        self.gamma.bind(tasks)
-        super().bind(tasks)
 
     def setup(self, num_tasks: int) -> None:
         """The averaged performances; NaN: not reported yet."""

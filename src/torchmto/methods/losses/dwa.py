@@ -1,7 +1,5 @@
 """Dynamic weight average."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +35,7 @@ class DWA(WindowedWeighting):
 
     source = "Liu et al., CVPR 2019, Eq. 7"
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
+    tuning_space = {"temperature": ("linear", 0.5, 5.0)}
     domain = Domain(
         corners="Where a window's mean isn't positive a ratio has no meaning: r = 1. A task whose loss has grown many times "
         "over takes nearly all of the weight for a window."

@@ -1,7 +1,5 @@
 """FAMO: fast adaptive multi-task optimisation."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,6 +48,7 @@ class FAMO(LossWeighting):
 
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
+    tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         "`min_losses` + `eps`",
@@ -65,11 +64,6 @@ class FAMO(LossWeighting):
         self.gamma = check_number("gamma", gamma, minimum=0)
         self.min_losses = PerTask("min_losses", min_losses)
         self.eps = check_number("eps", eps, minimum=0)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the lower bounds with the tasks."""
-        self.min_losses.bind(tasks)
-        super().bind(tasks)
 
     def setup(self, num_tasks: int) -> None:
         """One logit per task."""

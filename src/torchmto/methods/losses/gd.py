@@ -1,7 +1,5 @@
 """Equal weights: the plain sum of the losses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """GO4Align: group optimisation for multi-task alignment."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,6 +83,7 @@ class GO4Align(LossWeighting):
 
     source = "Shen et al., NeurIPS 2024"
     use = "Tasks that learn in step with each other and should share a weight."
+    tuning_space = {"step_size": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None, pareto=False)
     domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
     shares: Tensor

@@ -1,7 +1,5 @@
 """Improvable gap balancing, first version."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

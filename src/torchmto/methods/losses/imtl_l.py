@@ -1,7 +1,5 @@
 """IMTL-L: impartial scaling of the losses."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling
@@ -32,6 +30,7 @@ class IMTLL(LearntScaling):
 
     source = "Liu et al., ICLR 2021, Eq. 6"
     use = "Losses on different scales, with learnable scales and one backward."
+    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Functions of losses that tell where they have no value."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

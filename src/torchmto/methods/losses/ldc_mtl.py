@@ -1,7 +1,5 @@
 """LDC-MTL: loss discrepancy control by learnt weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +49,7 @@ class LDCMTL(LossWeighting):
 
     source = "Xiao et al., 2025, arXiv 2502.08585"
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
+    tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
     properties = Properties(equivariant=False)
     domain = Domain(corners="With a large `penalty` the smallest losses have negative weights, and climb.")
     logits: LearnableScales

@@ -1,7 +1,5 @@
 """Learnable numbers per task, with an optimizer of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Loss weightings that learn one scale per task."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any

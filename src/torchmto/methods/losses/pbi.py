@@ -1,7 +1,5 @@
 """Penalty-based boundary intersection."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -39,6 +37,7 @@ class PBI(LossWeighting):
 
     source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
     use = "A chosen preference direction in loss space."
+    tuning_space = {"theta": ("log", 0.1, 10.0)}
     properties = Properties(pareto=False)
     domain = Domain(
         "`reference`",
@@ -57,12 +56,6 @@ class PBI(LossWeighting):
         self.preference = Shares(preference)
         self.theta = check_number("theta", theta, minimum=0)
         self.reference = PerTask("reference", reference)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match preference and reference with the tasks."""
-        self.preference.bind(tasks)
-        self.reference.bind(tasks)
-        super().bind(tasks)
 
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Distances to a point that isn't below the losses mean nothing."""

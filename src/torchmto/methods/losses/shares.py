@@ -1,7 +1,5 @@
 """A preference among the tasks, as shares."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

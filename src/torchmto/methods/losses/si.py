@@ -1,7 +1,5 @@
 """Scale-invariant sum: the logarithms of the losses."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Fixed weights given by the user."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -39,11 +37,6 @@ class Static(LossWeighting):
     def __init__(self, *, weights: TaskFloats) -> None:
         super().__init__()
         self.given = PerTask("weights", weights, minimum=0, common=False)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the weights with the tasks."""
-        self.given.bind(tasks)
-        super().bind(tasks)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""

@@ -1,7 +1,5 @@
 """Smooth Tchebycheff scalarisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -40,6 +38,7 @@ class STCH(WindowedWeighting):
 
     source = "Lin et al., ICML 2024"
     use = "The worst task counts most, smoothly, at one backward."
+    tuning_space = {"mu": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l during the warm-up.")
     nadir: Tensor

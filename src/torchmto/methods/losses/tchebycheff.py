@@ -1,7 +1,5 @@
 """Tchebycheff scalarisations: the largest weighted loss."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -48,12 +46,6 @@ class Tchebycheff(LossWeighting):
         super().__init__()
         self.preference = Shares(preference)
         self.reference = PerTask("reference", reference)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match preference and reference with the tasks."""
-        self.preference.bind(tasks)
-        self.reference.bind(tasks)
-        super().bind(tasks)
 
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Below the reference the distance falls as the loss rises: descent would climb."""

@@ -1,7 +1,5 @@
 """Uncertainty weighting."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from torchmto.methods.losses.learnt_scaling import LearntScaling
@@ -34,6 +32,7 @@ class UW(LearntScaling):
 
     source = "Kendall et al., CVPR 2018, Eq. 7"
     use = "Losses on different scales; the most used learnable weighting."
+    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

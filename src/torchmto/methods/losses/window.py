@@ -1,7 +1,5 @@
 """Mean losses over windows of steps."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Connection strength: learn which task each channel serves, then conserve it."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +15,7 @@ from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Proc
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.methods.registry import make_method, methods, register_method
 from torchmto.solvers.unit import rounding_error
-from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure import (
     Recording,
     SplitNorm,
@@ -301,6 +299,8 @@ class ConnectionStrength(Procedure):
 
     source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
+    norms = "per task"
+    tuning_space = {"schedule": ("choice", "mix", "sequence"), "switch": ("linear", 0.2, 0.8)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
@@ -355,14 +355,9 @@ class ConnectionStrength(Procedure):
         self.add_state("drawn", 0)
         self.add_state("priorities", priorities)
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the second phase too."""
-        self.second.bind(tasks)
-        super().bind(tasks)
-
     def attach(self, network: Network) -> None:
         """Look for task-specific norms."""
-        self.second.attach(network)
+        super().attach(network)
         self.priorities.attach(network, self.tasks)
         if len(self.tasks) > 1 and not has_split_norms(network.model):
             warn(
@@ -404,11 +399,7 @@ class ConnectionStrength(Procedure):
     def end_window(self) -> None:
         """An epoch ends: the next phase is drawn anew."""
         self.drawn = 0
-        self.second.end_window()
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Pass on to the second phase."""
-        self.second.report(performance)
+        super().end_window()
 
     def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
         """What the second phase says in the second phase."""
@@ -441,9 +432,6 @@ class ConnectionStrength(Procedure):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; older ones hold no pairs of layers and norms, which are then found anew."""
         super().load_state_dict({"priorities": {"pairs": {}, "seen": []}, **state})
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Nothing: the phases keep their own state."""
 
     def _records(
         self, context: StepContext, phase: int, tops: list[tuple[str, Tensor, tuple[int, ...]]] | None = None

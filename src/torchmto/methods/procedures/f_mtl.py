@@ -1,7 +1,5 @@
 """F-MTL: every task in a flat region, by sharpness-aware gradients of its own."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -53,6 +51,7 @@ class FMTL(SharpnessAware):
 
     source = "Phan et al., ICCV 2025, arXiv 2211.13723"
     use = "Tasks that overfit, or few samples, where twice the price per step is affordable."
+    tuning_space = {"rho": ("log", 1e-3, 0.5)}
     properties = Properties(identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
     flat: GramianWeighting | None

@@ -1,7 +1,5 @@
 """SAMO: sharpness-aware multi-task optimisation with a joint global-local perturbation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -52,6 +50,7 @@ class SAMO(SharpnessAware):
 
     source = "Ban et al., ICCV 2025, arXiv 2507.07883"
     use = "Conflicting tasks that overfit: flat minima for about the price of one more backward than K."
+    tuning_space = {"rho": ("log", 1e-5, 1e-1), "alpha": ("linear", 0.0, 1.0)}
     properties = Properties(homogeneity=-1 / 3, equivariant=False, identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
 

@@ -1,7 +1,5 @@
 """Plain one-task-at-a-time updates."""
 
-from __future__ import annotations
-
 import torch
 
 from torchmto.checks import check_flag

@@ -1,7 +1,5 @@
 """Gradients at perturbed parameters, one task at a time, and what combines them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,8 +9,8 @@ from torch import Tensor
 from torchmto.checks import check_flag, check_number, found
 from torchmto.gradients import gramian, real
 from torchmto.methods.method import GramianWeighting, Procedure
-from torchmto.methods.registry import make_method
-from torchmto.step import Losses, Network, StepContext, TaskGradients
+from torchmto.methods.registry import gramian_method
+from torchmto.step import Losses, StepContext, TaskGradients
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Parameters, each with a tensor of its shape (pairs of reals for a complex one)."""
@@ -30,42 +28,17 @@ class SharpnessAware(Procedure):
         inner: A Gramian method, by name or as an object.
     """
 
+    inner: GramianWeighting
+    whole_rows = "moves parameters along whole rows"
+
     def __init__(self, *, rho: float, adaptive: bool, inner: str | GramianWeighting) -> None:
         super().__init__()
         self.rho = check_number("rho", rho, minimum=0)
         self.adaptive = check_flag("adaptive", adaptive)
-        made = make_method(inner) if isinstance(inner, str) else inner
-        if not isinstance(made, GramianWeighting):
-            raise TypeError(found("inner", "a Gramian method", inner))
+        made = gramian_method("inner", inner)
         if made.refresh_every > 1 or made.heads != "unit":
             raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
-        self.inner = made
         self.add_state("inner", made)
-
-    def refusal(self, network: Network) -> str:
-        """The perturbations are made of whole rows."""
-        return "moves parameters along whole rows" if network.divided else super().refusal(network)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Bind the inner methods first."""
-        for inner in self._inner():
-            inner.bind(tasks)
-        super().bind(tasks)
-
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.after_step(losses, context)
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.report(performance)
-
-    def end_window(self) -> None:
-        """Tell the inner methods."""
-        for inner in self._inner():
-            inner.end_window()
 
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""

@@ -1,7 +1,5 @@
 """SON-GOKU: conflicting tasks take turns, in groups from a colouring of the conflict graph."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register_method
 from torchmto.solvers.unit import rounding_error
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import StepContext, StepInfo, TaskGradients
 
 
 def colour_conflicts(gramian: Tensor, threshold: float = 0.0, *, precision: float | None = None) -> list[list[int]]:
@@ -75,7 +73,9 @@ class SonGoku(Procedure):
 
     source = "Patapati & Srinivasan, 2025, arXiv 2509.16959"
     use = "Many tasks of which only some conflict: trains compatible sets in turn."
+    tuning_space = {"beta": ("linear", 0.5, 0.99), "tau": ("linear", 0.0, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
+    whole_rows = "tracks the rows in its state"
     needs_closure = False
     tracked: Tensor
     groups: list[list[int]]
@@ -102,10 +102,6 @@ class SonGoku(Procedure):
     def no_backward(self, num_sources: int) -> str:
         """One step from one forward."""
         return ""
-
-    def refusal(self, network: Network) -> str:
-        """The tracked rows are its state."""
-        return "tracks the rows in its state" if network.divided else ""
 
     def step(self, context: StepContext) -> StepInfo:
         """Track all gradients; update by those of one group."""

@@ -1,9 +1,7 @@
 """Selective task groups: groups of tasks formed from their affinity, updated one after the other within each batch."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
-from torchmto.methods.registry import make_method, register_method
+from torchmto.methods.registry import gramian_method, register_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
 
@@ -73,6 +71,7 @@ class TaskGroups(Procedure):
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
+    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
@@ -122,9 +121,7 @@ class TaskGroups(Procedure):
         self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
         self.num_groups = None if num_groups is None else check_integer("num_groups", num_groups, minimum=1)
         self.random_state = check_integer("random_state", random_state, minimum=0)
-        made = make_method(inner) if isinstance(inner, str) else inner
-        if made is not None and not isinstance(made, GramianWeighting):
-            raise ValueError(found("inner", "a Gramian method", inner))
+        made = None if inner is None else gramian_method("inner", inner)
         if made is not None and made.refresh_every > 1:
             raise ValueError(found("inner.refresh_every", "1: groups don't keep their weights", made.refresh_every))
         self.add_state("inner", made)
@@ -143,8 +140,6 @@ class TaskGroups(Procedure):
         if self.num_groups is not None and self.num_groups > len(tasks):
             raise ValueError(found("num_groups", f"at most the number of tasks, {len(tasks)}", self.num_groups))
         super().bind(tasks)
-        if self.inner is not None:
-            self.inner.bind(tasks)
         decay, attribution, normalization = self._options
         self.add_state("affinity", ProximalAffinity(tasks, decay, attribution, normalization))
         self.add_state("current", self._first_groups(tasks))
@@ -250,16 +245,6 @@ class TaskGroups(Procedure):
         count = self.num_groups or math.ceil(self.num_tasks / 2)
         order = torch.randperm(self.num_tasks, generator=self.generator).tolist()
         return [[self.tasks[i] for i in sorted(order[start::count])] for start in range(count)]
-
-    def report(self, performance: Mapping[str, float]) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.report(performance)
-
-    def end_window(self) -> None:
-        """Pass on to the inner method."""
-        if self.inner is not None:
-            self.inner.end_window()
 
 
 def _named(context: StepContext, losses: Losses, values: Tensor) -> dict[str, float]:

@@ -1,0 +1,351 @@
+"""All that this package knows of PyTorch beyond its public names; nothing outside this file uses such a name.
+
+A name that a version of PyTorch has no longer is an error that says so where it is first used, never at import, and one test
+for each (``tests/engine/test_torch_private.py``) finds it on what PyTorch really makes. That holds too for what is only
+recognised by its name, which otherwise would just never be met. ``torch._foreach_*`` are documented, and used everywhere.
+"""
+
+import contextlib
+import functools
+import importlib
+import operator
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+from torch.utils.hooks import RemovableHandle
+
+
+def _gone(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"PyTorch {torch.__version__} has no `{name}`, which torchmto relies on. Install a version that "
+        "torchmto is tested with (its constraints.txt names one)."
+    )
+
+
+def _of(owner: str, name: str) -> Callable[[Any], Any]:
+    """What reads the attribute ``name`` of an ``owner``."""
+    read = operator.attrgetter(name)
+
+    def attribute(thing: Any) -> Any:
+        try:
+            return read(thing)
+        except AttributeError:
+            raise _gone(f"{owner}.{name}") from None
+
+    return attribute
+
+
+class _Missing(type):
+    """The type of what stands for a name that isn't there."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise _gone(cls.__name__)
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        raise _gone(cls.__name__)
+
+
+def _name(module: str, name: str) -> Any:
+    """The class or function ``name``; in its place, where there is none, what raises when it is used."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return _Missing(f"{module}.{name}", (), {})
+
+
+# ------------------------------------------------------------------ modules, tensors, scalers
+
+NormBase: type[torch.nn.Module] = _name("torch.nn.modules.batchnorm", "_NormBase")
+"""The base of batch and instance norms."""
+
+InstanceNorm: type[torch.nn.Module] = _name("torch.nn.modules.instancenorm", "_InstanceNorm")
+"""The base of instance norms."""
+
+tree_leaves: Callable[[Any], list[Any]] = _name("torch.utils._pytree", "tree_leaves")
+"""What there is in nested lists, tuples and dicts."""
+
+tree_map: Callable[[Callable[..., Any], Any], Any] = _name("torch.utils._pytree", "tree_map")
+"""Nested lists, tuples and dicts with what a function makes of what is in them."""
+
+flattened: Callable[[Sequence[Tensor]], Tensor] = _name("torch._utils", "_flatten_dense_tensors")
+"""Tensors as one vector, in one call."""
+
+children_of: Callable[[Any], dict[str, torch.nn.Module | None]] = _of("Module", "_modules")
+"""A module's children by their names in it, None where one was taken out."""
+
+buffers_of: Callable[[Any], dict[str, Tensor | None]] = _of("Module", "_buffers")
+"""A module's own buffers, not those of its children."""
+
+version_of: Callable[[Any], int] = _of("Tensor", "_version")
+"""How often a tensor was changed in place."""
+
+gradient_hooks: Callable[[Any], dict[int, Callable[[Tensor], None]] | None] = _of(
+    "Tensor", "_post_accumulate_grad_hooks"
+)
+"""The hooks of a leaf that run once its gradient is complete."""
+
+scaler_states: Callable[[Any], dict[int, dict[str, Any]]] = _of("GradScaler", "_per_optimizer_states")
+"""What a scaler knows of each optimizer since its last update: whether gradients were unscaled, what was found."""
+
+_instance_dims = _of("InstanceNorm", "_get_no_batch_dim")
+_leaf_hooks = _of("Tensor", "_backward_hooks")
+
+
+def is_single(norm: torch.nn.Module, x: Tensor) -> bool:
+    """Whether an instance norm takes ``x`` for one sample, without a dimension of samples."""
+    return isinstance(norm, InstanceNorm) and x.dim() == _instance_dims(norm)()
+
+
+def has_hooks(leaf: Tensor) -> bool:
+    """Whether something else than the optimizer looks at, or changes, the gradient of a leaf."""
+    return bool(_leaf_hooks(leaf))
+
+
+class Hooks:
+    """Whether hooks were set since: PyTorch numbers their handles, wherever they are."""
+
+    def __init__(self) -> None:
+        self._first = _next_handle(RemovableHandle)
+
+    @property
+    def new(self) -> bool:
+        """Whether there are new hooks: those on activations are always new, but a node doesn't tell that it has one."""
+        return bool(_next_handle(RemovableHandle) != self._first)
+
+
+_next_handle = _of("RemovableHandle", "next_id")
+
+
+# ------------------------------------------------------------------ wrappers of models and optimizers
+
+
+def compiled_inside(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that ``torch.compile`` was given, or the model itself."""
+    inside: torch.nn.Module = getattr(model, "_orig_mod", model)
+    return inside
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether the first FSDP has made a parameter part of a flat one."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def overlaps(optimizer: object) -> bool:
+    """Whether a ``ZeroRedundancyOptimizer`` steps inside the backward."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    return "ZeroRedundancyOptimizer" in names and bool(_overlap(optimizer))
+
+
+_overlap = _of("ZeroRedundancyOptimizer", "_overlap_with_ddp")
+
+delayed_by: Callable[[Any], Any] = _of("DistributedDataParallel", "_delay_all_reduce_params")
+"""The parameters that ``DistributedDataParallel`` was given as ``delay_all_reduce_named_params``."""
+
+hooks_of: Callable[[Any], Any] = _of("DistributedDataParallel", "_comm_hooks")
+"""The communication hooks of ``DistributedDataParallel``."""
+
+is_joining: Callable[[Any], bool] = _of("DistributedDataParallel", "_join_config.enable")
+"""Whether ``DistributedDataParallel`` is inside ``join()``."""
+
+
+# ------------------------------------------------------------------ nodes of the backward graph
+
+_NATIVE = re.compile(r"Backward\d+$")
+
+places: Callable[[Any], Sequence[Any]] = _of("Node", "_input_metadata")
+"""The shape, dtype and device of the tensors whose gradients a node takes."""
+
+_sequence_number = _of("Node", "_sequence_nr")
+_forward_class = _of("BackwardCFunction", "_forward_cls")
+_nodes_made = _of("torch.autograd", "_get_sequence_nr")
+
+
+run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+"""What ``torch.autograd.backward`` and ``grad`` call with the arguments they have checked; where it is None they do."""
+
+
+def number_of(node: Node) -> int:
+    """A number that is larger for operations that ran later; the largest there is for leaves."""
+    return int(_sequence_number(node)())
+
+
+def nodes_made() -> int:
+    """How many graph nodes this thread has made: its growth over a forward is the size of that forward's graph."""
+    return int(_nodes_made(torch.autograd)())
+
+
+def saved(node: Any, name: str, default: Any = None) -> Any:
+    """What a node has saved as ``name``; ``default`` if nodes of its kind save no such thing."""
+    try:
+        return getattr(node, f"_saved_{name}")
+    except AttributeError:
+        if default is None:
+            raise _gone(f"{node.name()}._saved_{name}") from None
+        return default
+
+
+@functools.cache
+def _names(kind: Hashable) -> tuple[str, ...] | None:
+    """What nodes of a kind of PyTorch's own save; None for other nodes: of custom functions, compiled regions, views."""
+    if not isinstance(kind, type) or issubclass(kind, BackwardCFunction) or not _NATIVE.search(kind.__name__):
+        return None
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
+
+
+def native(node: Node) -> bool:
+    """Whether a node is PyTorch's own and may be called outside of a backward."""
+    return _names(node.__class__) is not None
+
+
+def hooked(node: Node) -> bool:
+    """Whether something else than a tensor is saved (checkpointing, offloading): only backwards may unpack it."""
+    for name in _names(node.__class__) or ():
+        kept = getattr(node, name)
+        for entry in kept if isinstance(kept, tuple) else (kept,):
+            if getattr(entry, "unpack_hook", entry) is not None:
+                return True
+    return False
+
+
+# What follows is recognised by its name, and the name is looked for where PyTorch defines it.
+
+
+def _defines(module: Any, name: str) -> None:
+    if not hasattr(module, name):
+        raise _gone(f"{module.__name__}.{name}")
+
+
+_functions_of = _of("torch", "_C._functions")
+
+
+@functools.cache
+def converting() -> str:
+    """The name of the nodes of conversions between dtypes and devices."""
+    _defines(_functions_of(torch), "ToCopyBackward0")
+    return "ToCopyBackward0"
+
+
+@functools.cache
+def reentrant() -> str:
+    """The name of the node of a reentrant checkpoint, in PyTorch and in libraries that follow it."""
+    _defines(torch.utils.checkpoint, "CheckpointFunction")
+    return "CheckpointFunctionBackward"
+
+
+@functools.cache
+def _sink() -> str:
+    if torch.distributed.is_available():
+        _defines(torch.nn.parallel.distributed, "_DDPSink")
+    return "_DDPSink"
+
+
+def is_sink(node: Node) -> bool:
+    """Whether ``DistributedDataParallel`` passes all outputs of a model through a node, each to its own input."""
+    return isinstance(node, BackwardCFunction) and node.name().startswith(_sink())
+
+
+_COMPILER = "torch._functorch._aot_autograd.runtime_wrappers"
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether a node is a compiled region, which hides which of its outputs depends on which input."""
+    # Nothing has been compiled where the compiler isn't loaded.
+    return isinstance(node, BackwardCFunction) and _COMPILER in sys.modules and node.name().startswith(_compiled())
+
+
+@functools.cache
+def _compiled() -> str:
+    name = "CompiledFunction"
+    stack = [value.__code__ for value in _functions(sys.modules[_COMPILER])]
+    while stack:
+        code = stack.pop()
+        if code.co_name == name:
+            return name
+        stack += [const for const in code.co_consts if hasattr(const, "co_consts")]
+    raise _gone(f"{_COMPILER}.{name}")
+
+
+def _functions(module: Any) -> Iterator[Any]:
+    """The functions of a module and the methods of its classes."""
+    for value in vars(module).values():
+        if getattr(value, "__module__", None) == module.__name__:
+            entries = vars(value).values() if isinstance(value, type) else [value]
+            inner = (getattr(entry, "__func__", entry) for entry in entries)
+            yield from (entry for entry in inner if hasattr(entry, "__code__"))
+
+
+_donated = _of("CompiledFunction", "metadata.bw_donated_idxs")
+_compiled_backward = _of("CompiledFunction", "compiled_bw")
+
+
+def gives_up(node: Any) -> bool:
+    """Whether a node is a compiled region whose backward writes over what its forward has saved."""
+    if not is_compiled(node):
+        return False
+    region = _forward_class(node)
+    # Not compiled yet, it will learn from its first backward that others follow.
+    return bool(_donated(region)) and _compiled_backward(region) is not None
+
+
+def is_users(node: Node) -> bool:
+    """Whether a node is of a function written in Python outside PyTorch; what it generates around an operator is the user's."""
+    if not isinstance(node, BackwardCFunction):
+        return False
+    module: str = _forward_class(node).__module__
+    return not module.startswith("torch.") or module.startswith("torch._library")
+
+
+# ------------------------------------------------------------------ the compiler's settings
+
+TAG = "torchmto"
+"""Part of the names under which the caches on disk keep what is compiled in a step."""
+
+
+def _compiler_settings() -> Any:
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("torch.compiler.config")
+    return None
+
+
+@functools.cache
+def _settings() -> tuple[Any, Any, bool]:
+    """Where it is set whether backwards may write over what was saved; where the cache on disk is; whether that takes a tag."""
+    try:
+        donating = importlib.import_module("torch._functorch.config")
+        caches: Any = _compiler_settings()
+        tagged = hasattr(caches, "cache_key_tag")
+        if not tagged:
+            # An older PyTorch: nothing is read from the cache then.
+            caches = importlib.import_module("torch._inductor.config")
+        _of("torch._functorch.config", "donated_buffer")(donating)
+        _of("torch._inductor.config", "cache_key_tag" if tagged else "fx_graph_cache")(caches)
+    except ImportError as error:
+        raise _gone(error.name or "torch._functorch.config") from error
+    return donating, caches, tagged
+
+
+@contextlib.contextmanager
+def keeping_buffers() -> Iterator[None]:
+    """Whatever is compiled in this context keeps what its forward has saved, however many backwards there are.
+
+    A compiled backward may write over what the forward has saved for it (PyTorch's "donated buffers"). That is fine for one
+    backward, and garbage for those after it. Whether it does so is decided when it is compiled; PyTorch's own check is off
+    while the setting is off, and its cache on disk doesn't tell the two kinds apart.
+    """
+    donating, caches, tagged = _settings()
+    cache = "cache_key_tag" if tagged else "fx_graph_cache"
+    before, kept = donating.donated_buffer, getattr(caches, cache)
+    donating.donated_buffer = False
+    setattr(caches, cache, kept + TAG if tagged else False)
+    try:
+        yield
+    finally:
+        donating.donated_buffer = before
+        setattr(caches, cache, kept)

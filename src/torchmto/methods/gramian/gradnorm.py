@@ -1,0 +1,148 @@
+"""GradNorm: weights that balance the norms of the tasks' gradients."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from torchmto.checks import check_number, found
+from torchmto.gradients import gramian as gramian_of_rows
+from torchmto.methods.losses.learnable import LearnableScales
+from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
+from torchmto.methods.per_task import named
+from torchmto.methods.registry import register_method
+from torchmto.step import Losses, Network, StepContext, TaskGradients
+
+LEAST = 1e-4
+"""Smallest weight before the rescaling: the update of a weight isn't bounded below."""
+
+
+@register_method("gradnorm")
+class GradNorm(GramianWeighting):
+    r"""Learnt loss weights that bring the gradients' norms to a common scale, more for tasks that train slowly.
+
+    With norms :math:`n_i = w_i \|g_i\|`, their mean :math:`\bar n` and relative inverse training rates :math:`r_i =
+    (l_i / l_i(0)) / \mathrm{mean}_j (l_j / l_j(0))`, the weights descend :math:`\sum_i |n_i - \bar n r_i^\alpha|` by
+    Adam, where the targets are constants; then they are rescaled to sum K. The step itself uses the weights from
+    before. The weights belong to the method; an absent task's weight and Adam moments stay, and the weights of the
+    present tasks keep their sum.
+
+    A loss weighting, but it needs the K gradients: K backwards per step. Scale: sum, weights sum to the number of
+    present tasks. Heads: times the task's weight by default, as the weighted sum of losses says. Deviations: after
+    Adam's step weights below 1e-4 are set to it, before the rescaling; :math:`l_i(0)` is the task's first positive loss,
+    and until it has one :math:`r_i = 1`.
+
+    Args:
+        alpha: How strongly slow tasks are pulled up; 0 makes all norms equal.
+        lr: Adam's learning rate for the weights; 0.025 as in the paper.
+        layer: Whose parameters the norms are taken of. None: all shared parameters. The path of a module in the model,
+            e.g. "encoder.layer4": its shared parameters; the paper takes the last shared layer.
+        **options: ``heads`` ("weighted" by default here), ``refresh_every``.
+
+    Raises:
+        ValueError: If the model has no module ``layer``, or (in a step) it has no shared parameter.
+
+    Source: Chen et al., GradNorm: Gradient Normalization for Adaptive Loss Balancing, ICML 2018, Algorithm 1.
+
+    Example:
+        >>> import torch, torchmto
+        >>> torchmto.make_method("gradnorm").weights(torch.eye(3), torch.ones(3))
+        tensor([1., 1., 1.])
+    """
+
+    source = "Chen et al., ICML 2018, Algorithm 1"
+    use = "Losses on different scales that train at different rates."
+    tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
+    properties = Properties(uses_losses=True)
+    domain = Domain(
+        corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
+    )
+    scales: LearnableScales
+    first: Tensor
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.5,
+        lr: float = 0.025,
+        layer: str | None = None,
+        **options: Unpack[WeightingOptions],
+    ) -> None:
+        options.setdefault("heads", "weighted")
+        super().__init__(**options)
+        self.alpha = check_number("alpha", alpha, minimum=0)
+        self.lr = check_number("lr", lr, above=0)
+        if layer is not None and not isinstance(layer, str):
+            raise TypeError(found("layer", "the path of a module, a string", layer))
+        self.layer = layer
+        self._layer_parameters: list[Tensor] = []
+        self._norms: Tensor | None = None
+
+    def setup(self, num_tasks: int) -> None:
+        """The weights, and the first positive losses (NaN: not seen yet)."""
+        self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=1.0))
+        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+
+    def refusal(self, network: Network) -> str:
+        """A layer's columns may lie on several ranks, or not be kept."""
+        if (network.divided or network.engine is not None) and self.layer is not None:
+            return "takes the norms over one layer's columns"
+        return super().refusal(network)
+
+    def attach(self, network: Network) -> None:
+        """Find the layer."""
+        if self.layer is None:
+            return
+        modules = dict(network.model.named_modules())
+        if self.layer not in modules:
+            raise ValueError(found("layer", "the path of a module of the model", self.layer))
+        self._layer_parameters = list(modules[self.layer].parameters())
+
+    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
+        """The weights; the norms of the gradients on the layer are kept for :meth:`after_step`."""
+        return self.weights(self._layer_gramian(gradients), gradients.losses, gradients.indices)
+
+    def _layer_gramian(self, gradients: TaskGradients) -> Tensor:
+        if self.layer is None:
+            return gradients.gramian
+        total = torch.zeros_like(gradients.gramian)
+        shared = [p for p in self._layer_parameters if gradients.has(p)]
+        if not shared:
+            raise ValueError(found("layer", "a module with shared parameters", self.layer))
+        for parameter in shared:
+            total += gramian_of_rows(gradients.matrix[:, gradients.columns(parameter)])
+        return total
+
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+        """The weights learnt so far, [k], summing to k; the Gramian only matters to the update after the step."""
+        chosen = list(range(len(gramian)) if indices is None else indices)
+        self.ensure_setup(max(chosen) + 1)
+        self._norms = gramian.detach().diagonal().to("cpu", torch.float64).clamp_min(0).sqrt()
+        weights = self.scales.of(chosen)
+        return (weights * (len(chosen) / weights.sum())).to(gramian)
+
+    def after_step(self, losses: Losses, context: StepContext) -> None:
+        """One step of Adam on the weights; none in a step that reused its weights (``refresh_every``)."""
+        norms, self._norms = self._norms, None
+        if norms is None:
+            return
+        chosen = list(losses.indices)
+        values = losses.values.to("cpu", torch.float64)
+        self.first[chosen] = torch.where(self.first[chosen].isnan() & (values > 0), values, self.first[chosen])
+        before = self.scales.of(chosen)
+        scaled = before * norms
+        first = self.first[chosen]
+        # Below 0 there is nothing left to gain: the mean of the others' progress must stay positive.
+        progress = (values / first).clamp_min(0)
+        rates = torch.where(first.isnan(), 1.0, progress / progress[~first.isnan()].mean())
+        distances = scaled - scaled.mean() * rates**self.alpha
+        if not bool(distances.isfinite().all()):
+            return
+        self.scales.step(torch.sign(distances) * norms, chosen)
+        moved = self.scales.of(chosen).clamp_min(LEAST)
+        self.scales.assign(moved * (before.sum() / moved.sum()), chosen)
+
+    def records(self) -> Mapping[str, Any]:
+        """The weights after the step."""
+        return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}
