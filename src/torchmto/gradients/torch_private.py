@@ -29,9 +29,11 @@ def _gone(name: str) -> RuntimeError:
     )
 
 
-def _of(owner: str, name: str) -> Callable[[Any], Any]:
-    """What reads the attribute ``name`` of an ``owner``."""
+def _of(owner: str, name: str, example: object = None) -> Callable[[Any], Any]:
+    """What reads the attribute ``name`` of an ``owner``; without a call in Python where an ``example`` shows that it is there."""
     read = operator.attrgetter(name)
+    if hasattr(example, name):
+        return read
 
     def attribute(thing: Any) -> Any:
         try:
@@ -77,17 +79,17 @@ tree_map: Callable[[Callable[..., Any], Any], Any] = _name("torch.utils._pytree"
 flattened: Callable[[Sequence[Tensor]], Tensor] = _name("torch._utils", "_flatten_dense_tensors")
 """Tensors as one vector, in one call."""
 
-children_of: Callable[[Any], dict[str, torch.nn.Module | None]] = _of("Module", "_modules")
+children_of: Callable[[Any], dict[str, torch.nn.Module | None]] = _of("Module", "_modules", torch.nn.Module())
 """A module's children by their names in it, None where one was taken out."""
 
-buffers_of: Callable[[Any], dict[str, Tensor | None]] = _of("Module", "_buffers")
+buffers_of: Callable[[Any], dict[str, Tensor | None]] = _of("Module", "_buffers", torch.nn.Module())
 """A module's own buffers, not those of its children."""
 
-version_of: Callable[[Any], int] = _of("Tensor", "_version")
+version_of: Callable[[Any], int] = _of("Tensor", "_version", Tensor)
 """How often a tensor was changed in place."""
 
 gradient_hooks: Callable[[Any], dict[int, Callable[[Tensor], None]] | None] = _of(
-    "Tensor", "_post_accumulate_grad_hooks"
+    "Tensor", "_post_accumulate_grad_hooks", Tensor
 )
 """The hooks of a leaf that run once its gradient is complete."""
 
