@@ -30,7 +30,7 @@ def _gone(name: str) -> RuntimeError:
 
 
 def _of(owner: str, name: str, example: object = None) -> Callable[[Any], Any]:
-    """What reads the attribute ``name`` of an ``owner``; without a call in Python where an ``example`` shows that it is there."""
+    """What reads the attribute ``name`` of an ``owner``; without a call in Python where an ``example`` shows it to be there."""
     read = operator.attrgetter(name)
     if hasattr(example, name):
         return read
