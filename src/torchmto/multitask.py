@@ -159,7 +159,7 @@ class MultiTask:
             method = make_method(method)
         if not isinstance(method, Method):
             raise TypeError(found("method", "a method's name or a torchmto method", method))
-        self.method = method
+        self._method = method
         self.weights = self._check_weights(weights)
         weighting = [self.weights] if isinstance(self.weights, LossWeighting) else []
         self._methods: tuple[Method, ...] = (method, *weighting)
@@ -203,13 +203,18 @@ class MultiTask:
                 self.weights.seed(derived_seed(first, "weights"))
         self._steps = self._plan()
 
+    @property
+    def method(self) -> Method:
+        """The method, for as long as this object lives: another one needs another ``MultiTask``."""
+        return self._method
+
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""
-        engine, name = self.network.engine, self.method.name
+        engine, name = self.network.engine, self._method.name
         if engine is None:
             return
         reason = ""
-        if not isinstance(self.method, GramianWeighting):
+        if not isinstance(self._method, GramianWeighting):
             reason = f"method `{name}` isn't a function of the Gramian (see `torchmto methods`: family gramian)"
         elif self.network.sharded:
             reason = "sharded parameters (FSDP) are summed within each backward, which goes through the whole graph"
@@ -237,7 +242,7 @@ class MultiTask:
         if not network.sparse and any(isinstance(o, torch.optim.SparseAdam) for o in network.optimizers.all):
             raise ValueError(
                 "SparseAdam takes sparse gradients only. They stay sparse for loss weightings on one process; method "
-                f"`{self.method.name}` on {network.ranks.size} makes them dense. Use SGD or Adagrad, say, or sparse=False."
+                f"`{self._method.name}` on {network.ranks.size} makes them dense. Use SGD or Adagrad, say, or sparse=False."
             )
 
     def _check_weights(
@@ -264,12 +269,12 @@ class MultiTask:
             return None, True
         if isinstance(self.weights, LossWeighting):
             return self.weights.loss_weights, self.weights.fixed
-        factors = [self.weights[name] for name in self.tasks]
+        return self._factors, True
 
-        def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
-            return values.new_tensor([factors[i] for i in indices])
-
-        return weigh, True
+    def _factors(self, values: Tensor, indices: tuple[int, ...]) -> Tensor:
+        # Read at every step: they are the user's to change.
+        assert isinstance(self.weights, dict)
+        return values.new_tensor([self.weights[self.tasks[i]] for i in indices])
 
     def _plan(self) -> Plan:
         """What all steps have in common."""
@@ -381,7 +386,7 @@ class MultiTask:
     def _summed(self) -> bool:
         """Whether accumulated batches are kept as a weighted sum: no weights depend on the losses."""
         fixed = self.weights is None or not isinstance(self.weights, LossWeighting) or self.weights.fixed
-        return fixed and isinstance(self.method, LossWeighting) and self.method.fixed
+        return fixed and isinstance(self._method, LossWeighting) and self._method.fixed
 
     def _run(
         self,
@@ -427,7 +432,7 @@ class MultiTask:
     def _take(self, context: StepContext) -> StepInfo:
         """The method's step on a whole batch, or on the last part of one that is accumulated."""
         try:
-            info = self.method.step(context)
+            info = self._method.step(context)
             if not context.any_losses:
                 context.raise_empty()
             if context.skipped and context.num_optimizer_steps == 0:
@@ -445,7 +450,7 @@ class MultiTask:
 
     def _keep(self, context: StepContext) -> StepInfo:
         """One micro-batch of a batch that is accumulated, which isn't the last."""
-        context.keep(self.method.loss_weights if isinstance(self.method, LossWeighting) else None)
+        context.keep(self._method.loss_weights if isinstance(self._method, LossWeighting) else None)
         self._carried_tasks = context.asked
         return context.info()
 
@@ -575,8 +580,8 @@ class MultiTask:
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "tasks": list(self.tasks),
-            "method": self.method.name,
-            "method_state": self.method.state_dict(),
+            "method": self._method.name,
+            "method_state": self._method.state_dict(),
             "roles": self.network.roles.state_dict(),
         }
         if isinstance(self.weights, LossWeighting):
@@ -596,7 +601,7 @@ class MultiTask:
         expected = {
             "version": STATE_VERSION,
             "tasks": list(self.tasks),
-            "method": self.method.name,
+            "method": self._method.name,
             "weights": weights,
         }
         for key, value in expected.items():
@@ -610,7 +615,7 @@ class MultiTask:
         kept = [(part, part.state_dict()) for part in self._methods]
         loading = "method_state"
         try:
-            self.method.load_state_dict(state["method_state"])
+            self._method.load_state_dict(state["method_state"])
             if isinstance(self.weights, LossWeighting):
                 loading = "weights_state"
                 self.weights.load_state_dict(state["weights_state"])

@@ -6,7 +6,7 @@ import copy
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from typing import Any
 
 import torch
@@ -52,20 +52,22 @@ def current_tasks() -> tuple[str, ...]:
     return next(iter(training), ())
 
 
-class _Activated:
+class _Activated(ContextDecorator):
     """Makes tasks active inside a ``with`` block; a class, because a generator takes twice as long, once per forward."""
 
     def __init__(self, tasks: tuple[str, ...]) -> None:
         self.tasks = tasks
+        self._former: list[tuple[str, ...]] = []  # a block may be entered again inside itself
 
     def __enter__(self) -> None:
-        self._former, _OWN.tasks = _OWN.tasks, self.tasks
+        self._former.append(_OWN.tasks)
+        _OWN.tasks = self.tasks
         _TRAINING[threading.get_ident()] = self.tasks
 
     def __exit__(self, *_: object) -> None:
-        _OWN.tasks = self._former
-        if self._former:
-            _TRAINING[threading.get_ident()] = self._former
+        _OWN.tasks = former = self._former.pop()
+        if former:
+            _TRAINING[threading.get_ident()] = former
         else:
             del _TRAINING[threading.get_ident()]
 

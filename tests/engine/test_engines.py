@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
-from torchmto.gradients.engine import Piece
+from torchmto.gradients.engine import Piece, Wanted
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.layerwise import Kept, Layerwise
@@ -312,9 +312,7 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
     assert {key: mask for key, mask in reached.items() if key in map(id, parameters)} == {
         id(p): sum(1 << i for i, g in enumerate(matrix) if _reached(losses[i], p)) for p in parameters
     }
-    found = engine.gramian(
-        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never
-    )
+    found = engine.gramian(Wanted([Piece(losses, dict.fromkeys(losses))], list(losses), parameters, [], _never))
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
     if any(map(hooked, read_graph(losses).common)):
         return
@@ -322,9 +320,7 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
     kept.read([losses])
     wanted = {id(p): p for p in parameters}
     kept.factors = find_factors(kept.graph.common, kept.graph.uses, wanted, K)
-    found = kept.gramian(
-        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=parameters, others=[], take=_never
-    )
+    found = kept.gramian(Wanted([Piece(losses, dict.fromkeys(losses))], list(losses), parameters, [], _never))
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
     weights = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     kept.backward([Piece(losses, dict(enumerate(weights.unbind())))], parameters)
@@ -391,9 +387,7 @@ def test_inner_products_of_a_linear_layer(**sizes: int) -> None:
     matrix = torch.stack([(torch.zeros_like(weight) if row is None else row).flatten() for row in rows])
     engine = Layerwise(Ranks())
     engine.read([losses])
-    found = engine.gramian(
-        [Piece(losses, dict.fromkeys(losses))], list(losses), shared=[weight], others=[], take=_never
-    )
+    found = engine.gramian(Wanted([Piece(losses, dict.fromkeys(losses))], list(losses), [weight], [], _never))
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
 
 

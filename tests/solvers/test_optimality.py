@@ -309,7 +309,7 @@ def test_modo_steps_converge_to_the_regularised_minimum():
         (lambda G: solvers.aligned(G, scale="max"), r"Parameter `scale` should be one of"),
         (lambda G: solvers.dual_cone(G, [1.0]), r"Parameter `preference` should be 2 finite numbers."),
         (lambda G: solvers.upgrad(G, [1.0, np.nan]), r"Parameter `preference` should be 2 finite numbers."),
-        (lambda G: solvers.gradvac(G, beta=1.5), r"Parameter `beta` should be a float in \[0, 1\]."),
+        (lambda G: solvers.gradvac(G, beta=1.5), "Parameter `beta` should be a float >= 0 and <= 1."),
         (lambda G: solvers.gradvac(G, np.ones(2)), r"Parameter `targets` should be finite, of shape \(2, 2\)."),
         (lambda G: solvers.pcgrad(G, [[0], [0]]), r"Each row of `orders` should be a permutation"),
         (lambda G: solvers.wpcgrad(G, [0, 0]), r"Parameter `order` should be a permutation of 2 tasks."),

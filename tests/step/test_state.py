@@ -2,12 +2,13 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 
 import torchmto
-from toy import batch, closure, make, same, state
+from toy import Toy, batch, closure, make, same, state
 
 TASKS = ("a", "b", "c")
 
@@ -125,3 +126,41 @@ def test_roles_given_on_loading_follow_the_saved_ones():
     info = other.step(closure(model, batch(TASKS), only=("b",)))
     assert list(info.losses) == ["b"]
     assert other.network.rows[0].matrix.shape == (1, 25)
+
+
+def test_weights_that_change_between_steps_count_and_a_method_stays():
+    start = Toy(TASKS).state_dict()
+    ends = []
+    for weights, later in (({"a": 2.0}, {}), ({}, {"a": 2.0})):
+        model, _, mt = make("gd", weights=weights)
+        model.load_state_dict(start)
+        mt.weights.update(later)
+        mt.step(closure(model, batch(TASKS)))
+        ends.append(model.state_dict())
+    assert same(*ends)
+    with pytest.raises(AttributeError, match="method"):
+        mt.method = torchmto.make_method("uw")
+
+
+def test_what_drives_a_model_can_be_pickled():
+    model, _, mt = make("gd", weights={"b": 0.5})
+    mt.step(closure(model, batch(TASKS)))
+    other = pickle.loads(pickle.dumps(mt))
+    for driven in (mt, other):
+        driven.step(closure(driven.network.model, batch(TASKS, seed=2)))
+    assert same(mt.network.model.state_dict(), other.network.model.state_dict())
+
+
+def test_a_task_of_the_second_pass_alone_has_no_weight():
+    ends = []
+    for later in (("a",), TASKS):
+        model, _, mt = make("dwa")
+        data, calls = batch(TASKS), []
+
+        def losses(tasks, model=model, data=data, calls=calls, later=later):
+            calls.append(tasks)
+            return closure(model, data, only=("a",) if len(calls) <= 2 else later)(tasks)
+
+        mt.step([losses, losses])
+        ends.append(model.state_dict())
+    assert same(*ends)

@@ -431,3 +431,13 @@ def test_hugging_face_backbones(kind):
     with torch.no_grad():
         both = stacked(lambda batch: model(batch)[0])(x, TASKS)
         torch.testing.assert_close(both["seg"], plain(x)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_may_be_entered_within_itself_and_decorates():
+    block = active_task("depth")
+    with block:
+        with block:
+            assert current_tasks() == ("depth",)
+        assert current_tasks() == ("depth",)
+    assert current_tasks() == ()
+    assert active_task("seg")(current_tasks)() == ("seg",)

@@ -183,7 +183,7 @@ def test_measures_from_gradients():
         (lambda: project_by_priority(torch.ones(2, 3, 4), torch.tensor([0, 2, -1])), "tasks from 0 to 1"),
         (
             lambda: priority_coefficients(torch.ones(2, 3), torch.zeros(3, dtype=torch.int64), degenerate="x"),
-            "`degenerate` should be 'sum' or 'project'",
+            "`degenerate` should be one of 'sum', 'project'",
         ),
     ],
 )

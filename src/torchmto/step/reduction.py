@@ -32,7 +32,7 @@ class Sums:
         values = chunk.stacked.detach().unbind() if chunk.losses else ()
         for (index, count), value in zip(chunk.counts.items(), values, strict=True):
             if index in self.totals:
-                self.weighted[index] = self.weighted[index] + value * count
+                self.weighted[index] = _sum(self.weighted[index], value * count)
                 self.totals[index] += count
             else:
                 self.weighted[index] = value * count if count != 1 else value
@@ -42,8 +42,14 @@ class Sums:
         """Add other sums."""
         for index, total in other.totals.items():
             known = index in self.totals
-            self.weighted[index] = self.weighted[index] + other.weighted[index] if known else other.weighted[index]
+            added = other.weighted[index]
+            self.weighted[index] = _sum(self.weighted[index], added) if known else added
             self.totals[index] = self.totals[index] + total if known else total
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    # A chunk's losses lie where its first one does, which needn't be where the former chunk's did.
+    return one + other.to(one.device)
 
 
 def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[object]:

@@ -85,7 +85,8 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     try:
         weights = _weights(parts, weigh, losses.only(request.wanted))
         for chunk in chunks if held else forwards(parts, request, apart=apart):
-            _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals[i] for i in chunk.losses], unit)
+            # A task that only the second pass brings has no weight.
+            _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals.get(i, 1) for i in chunk.losses], unit)
         _tidy(parts, unit, weights)
     except BaseException as error:
         if network.ranks.size == 1 or network.sharded:

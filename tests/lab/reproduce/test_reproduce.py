@@ -270,7 +270,7 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
 
     monkeypatch.setattr(executors, "execute", execute)
     assert main(["reproduce", str(recipe(tmp_path, TUNED)), "--seeds", "1", "--out", str(tmp_path / "o")]) == 1
-    assert "torchmto reproduce: some runs failed" in capsys.readouterr().err
+    assert "error: some runs failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
