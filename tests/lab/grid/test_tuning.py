@@ -21,6 +21,7 @@ def test_the_random_plan_is_the_same_for_all_and_for_every_start():
     ]
     assert plans[:2] == plans[2:]
     for plain, own in zip(*plans[:2], strict=True):
+        # cagrad's own hyper-parameter takes nothing from what is the same for all.
         assert own == plain | {"method.options": own["method.options"]}
         assert 0 <= own["method.options"]["c"] < 1
     assert len({entry["optimizer.lr"] for entry in plans[0]}) == 3

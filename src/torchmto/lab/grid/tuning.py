@@ -103,26 +103,31 @@ class Sampled:
         return self._number
 
     def settings(self, who: str, number: int) -> Settings:
-        """The next ones of a study of its own; with the random sampler all studies draw alike."""
-        key = who, number
-        if key not in self._trials:
-            if who not in self._studies:
-                samplers = self._optuna.samplers
-                kind = samplers.RandomSampler if self._sampler == "random" else samplers.TPESampler
-                self._studies[who] = self._optuna.create_study(direction="maximize", sampler=kind(seed=self._seed))
-            self._trials[key] = self._studies[who].ask()
-        trial = self._trials[key]
+        """The next ones: at random from one study for all, a method's own hyper-parameters apart; by TPE from its own."""
+        trial = self._trial("" if self._sampler == "random" else who, number)
         drawn = {name: _draw(trial, name, entry) for name, entry in SPACE.items()}
         own: Mapping[str, tuple[Any, ...]] = {}
         if not who.startswith("single-task "):
             spec = parse_method(who)
             own = method_class(spec.name).tuning_space
+            trial = self._trial(who, number)
             options = {name: _draw(trial, f"{spec.name}.{name}", entry) for name, entry in own.items()}
             drawn |= {"method.options": {**options, **spec.hyperparameters}} if options else {}
         return drawn
 
+    def _trial(self, who: str, number: int) -> Any:
+        if (who, number) not in self._trials:
+            if who not in self._studies:
+                samplers = self._optuna.samplers
+                kind = samplers.RandomSampler if self._sampler == "random" else samplers.TPESampler
+                self._studies[who] = self._optuna.create_study(direction="maximize", sampler=kind(seed=self._seed))
+            self._trials[who, number] = self._studies[who].ask()
+        return self._trials[who, number]
+
     def tell(self, who: str, number: int, score: float | None) -> None:
         """For TPE."""
+        if self._sampler == "random":
+            return
         state = self._optuna.trial.TrialState
         trial = self._trials[who, number]
         if score is None:
