@@ -124,3 +124,33 @@ def test_without_the_extra_every_verb_but_methods_says_what_to_install():
     assert done.stdout.splitlines()[-1] == str({verb: 0 if verb == "methods" else 1 for verb in cli.verbs()})
     assert len(done.stderr.splitlines()) == len(cli.verbs()) - 1
     assert all("pip install 'torchmto[lab]'" in line for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1: 2\n", "name 1"),
+        ("problem: 3\n", "`problem` should be a reference"),
+        ("problem: [farm.py:farm]\n", "`problem` should be a reference"),
+        ("data: digits\nproblem: {use: digits}\n", "both say what is learnt"),
+    ],
+)
+def test_settings_of_the_wrong_shape_are_one_line(tmp_path, content, message, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    assert cli.main(["compare", "--config", str(file), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+ENDLESS = "a: &a {data: {options: *a}}\n"
+EXPLODING = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else '0' * 10)}]\n" for n in range(10))
+
+
+@pytest.mark.parametrize("content", [ENDLESS, EXPLODING], ids=["endless", "exploding"])
+def test_a_recipe_that_explodes_is_one_line(tmp_path, content, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content)
+    assert cli.main(["reproduce", str(file), "--out", str(tmp_path / "o")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -178,9 +178,17 @@ def _from_file(values: dict[str, Any]) -> dict[str, Any]:
     problem = values.pop("problem", None)
     if isinstance(problem, str):
         problem = {"use": problem}
-    if isinstance(problem, Mapping):
+    if problem is not None and not (isinstance(problem, Mapping) and isinstance(problem.get("use"), str)):
+        raise ConfigError(
+            f"`problem` should be a reference, or `{{use: REFERENCE, ARGUMENT: VALUE}}`. Found {problem!r}."
+        )
+    if problem is not None and values.get("data") is not None and not isinstance(values["data"], Mapping):
+        raise ConfigError(
+            f"`problem` and `data` both say what is learnt. Found {problem['use']!r} and {values['data']!r}."
+        )
+    if problem is not None:
         arguments = {name: value for name, value in problem.items() if name != "use"}
-        data = {"name": problem.get("use"), "options": arguments}
+        data = {"name": problem["use"], "options": arguments}
         values["data"] = {**(values.get("data") or {}), **data}
     return {
         name: {"name": value} if name in SECTIONS and isinstance(value, str) else value

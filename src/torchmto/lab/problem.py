@@ -8,6 +8,8 @@ have any shape: then nothing but these two looks at model and batches.
 from __future__ import annotations
 
 import hashlib
+import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,14 +69,23 @@ class Origin:
         ):
             frame = frame.f_back
         code = frame.f_code
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        plain = {name: frame.f_locals[name] for name in names if isinstance(frame.f_locals.get(name), _PLAIN)}
+        starred = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
+        plain = {name: _told_apart(frame.f_locals[name]) for name in names if name in frame.f_locals}
         function = code.co_qualname.replace(".<locals>", "")
         source = source_hash(Path(code.co_filename))
         return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", plain, source)
 
 
-_PLAIN = (str, int, float, bool, type(None))
+def _told_apart(value: Any) -> Any:
+    """An argument as JSON knows it; of other objects what they print, without where they lie."""
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _told_apart(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told_apart(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))[:1000]
 
 
 def source_hash(path: Path) -> str | None:

@@ -23,7 +23,15 @@ from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, model_options, models
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
 
-__all__ = ["UnknownReferenceError", "build_network", "load_problem", "model_named", "resolve", "without_place"]
+__all__ = [
+    "UnknownReferenceError",
+    "build_network",
+    "load_problem",
+    "model_named",
+    "resolve",
+    "source_of",
+    "without_place",
+]
 
 GROUP = "torchmto.problems"
 
@@ -104,6 +112,15 @@ def without_place(reference: str) -> str:
     """
     head = reference.partition(":")[0]
     return head if head in datasets() else re.sub(r"^.*[/\\](?=[^/\\]+\.py:)", "", reference)
+
+
+def source_of(reference: str) -> str | None:
+    """A hash of the file that defines an own model; None for what is built in, or isn't there."""
+    try:
+        file = resolve(reference, "model").file if ":" in reference else None
+    except UnknownReferenceError:
+        return None
+    return None if file is None or reference.startswith("torchmto.") else source_hash(file)
 
 
 def _file_of(function: Any) -> Path | None:

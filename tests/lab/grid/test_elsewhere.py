@@ -12,6 +12,7 @@ from torchmto import lab
 from torchmto.lab import memory
 from torchmto.lab.grid import FolderError, outputs
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
+from torchmto.lab.problem import Origin
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.config import RunConfig, config_of
 from torchmto.lab.run.loop import Trainer
@@ -92,7 +93,7 @@ def test_tuned_comparisons_and_own_files_go_on_elsewhere(tmp_path, trained):
     assert len(trained) == 3
 
 
-def test_what_a_run_is_known_by():
+def test_what_a_run_is_known_by(tmp_path):
     def key(**settings):
         return run_key(config_of({"data.name": "nyuv2:/a/b.npz", "epochs": 3, **settings}))
 
@@ -103,13 +104,58 @@ def test_what_a_run_is_known_by():
         {"data.options": {}},
     ):
         assert key(**same) == key(), same
-    for other in ({"data.name": "cityscapes:/a/b.npz"}, {"epochs": 4}, {"data.options": {"size": [1, 2]}}, {"seed": 1}):
+    for other in (
+        {"data.name": "cityscapes:/a/b.npz"},
+        {"epochs": 4},
+        {"data.options": {"size": [1, 2]}},
+        {"seed": 1},
+        {"devices": 2},
+    ):
         assert key(**other) != key(), other
-    weights = [
-        key(**{"model.options": {"weights": path}}) for path in ("/x/a.pt", "~/a.pt", "../a.pt", "/x/b.pt", "x/a")
-    ]
-    assert len(set(weights[:3])) == 1
-    assert len(set(weights)) == 3, "a name with a slash may be one of a hub"
+    for n, content in enumerate(("same", "same", "other")):
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "a.pt").write_text(content)
+    options = [*(str(tmp_path / str(n) / "a.pt") for n in range(3)), *(str(tmp_path / str(n)) for n in (0, 2))]
+    first, moved, changed, *folders = (key(**{"model.options": {"weights": path}}) for path in options)
+    assert first == moved
+    assert len({first, changed, *folders}) == 4
+    numbers = (float("inf"), -float("inf"), float("nan"), None)
+    assert len({key(**{"model.options": {"x": number}}) for number in numbers}) == 4
+    assert key(**{"data.tasks": ["/a/x"]}) != key(**{"data.tasks": ["/b/x"]})
+
+
+def test_arguments_of_a_problem_from_python_count(tmp_path, trained):
+    def made(*sizes, **more):
+        return replace(load_problem(f"{FARM}:farm", {}), origin=Origin.of_caller())
+
+    out = tmp_path / "x"
+    lab.compare(made(8, names=["a"]), ["gd"], out=out, **SETTINGS)
+    for other in (made(9, names=["a"]), made(8, names=["b"])):
+        with pytest.raises(FolderError, match="options"):
+            lab.compare(other, ["gd"], out=out, **SETTINGS)
+
+
+def test_an_own_model_is_known_by_its_file(tmp_path, trained):
+    file = tmp_path / "net.py"
+    text = (
+        "from torchmto.lab.models import build_model\n"
+        "def net(tasks, input_shape):\n"
+        "    return build_model('mlp', tasks, input_shape, widths=[{}])\n"
+    )
+    data = {"data.options": {"targets": 2}, "model": f"{file}:net"}
+    file.write_text(text.format(4))
+    lab.compare(f"rf1:{river(tmp_path / 'rf1.arff')}", ["gd"], out=tmp_path / "x", **data, **SETTINGS)
+    file.write_text(text.format(5))
+    with pytest.raises(FolderError, match="changed-source"):
+        lab.compare(f"rf1:{tmp_path / 'rf1.arff'}", ["gd"], out=tmp_path / "x", **data, **SETTINGS)
+    assert len(trained) == 3
+
+
+def test_one_task_alone_is_compared_too(tmp_path, trained):
+    result = lab.compare(f"{FARM}:farm", ["gd", "pcgrad"], tasks=["crop"], out=tmp_path / "x", **SETTINGS)
+    assert list(result.table()["method"]) == ["single:crop", "gd", "pcgrad"]
+    with pytest.raises(ValueError, match="evaluate_test"):
+        lab.compare(f"{FARM}:farm", ["gd"], evaluate_test=False, out=tmp_path / "y", **SETTINGS)
 
 
 def test_settings_that_are_new_leave_finished_runs_what_they_are():

@@ -45,18 +45,19 @@ def test_edges_name_what_lies_at_the_end_of_the_offer():
 
 
 def test_each_runs_at_its_best_settings_and_goes_on(tmp_path, monkeypatch):
-    result = lab.compare(f"{FARM}:farm", ["gd", "pcgrad"], tune=2, out=tmp_path / "x", **SETTINGS)
+    result = lab.compare(f"{FARM}:farm", ["gd", "cagrad"], tune=2, out=tmp_path / "x", **SETTINGS)
     tuning = result.results["tuning"]
-    assert set(tuning["chosen"]) == {"gd", "pcgrad", "single-task crop", "single-task yield"}
+    assert set(tuning["chosen"]) == {"gd", "cagrad", "single-task crop", "single-task yield"}
     for who, tried in tuning["tried"].items():
         assert len(tried) == 2
         best = max(tried, key=lambda entry: entry["score"])
         assert tuning["chosen"][who] == best["settings"]
     assert len(result.table()) == 8
+    assert result.report().is_file()
     runs = [json.loads(path.read_text())["content"] for path in (tmp_path / "x" / "runs").glob("gd-*.json")]
     assert {run["config"]["optimizer"]["lr"] for run in runs} == {tuning["chosen"]["gd"]["optimizer.lr"]}
     monkeypatch.setattr(Trainer, "fit", None)  # everything is there already
-    again = lab.compare(f"{FARM}:farm", ["gd", "pcgrad"], tune=2, out=tmp_path / "x", **SETTINGS)
+    again = lab.compare(f"{FARM}:farm", ["gd", "cagrad"], tune=2, out=tmp_path / "x", **SETTINGS)
     assert again.table().equals(result.table())
 
 

@@ -65,11 +65,11 @@ class Experiment:
                 runs.append(config_of(self.chosen.get(f"single-task {task}", {}), plain))
         return runs
 
-    def method_runs(self) -> list[RunConfig]:
-        """One run per seed and method."""
+    def method_runs(self, only: str | None = None) -> list[RunConfig]:
+        """One run per seed and method, or those of one method."""
         runs = []
         for seed in range(self.seeds):
-            for method in self.methods:
+            for method in self.methods if only is None else (only,):
                 spec = parse_method(method)
                 chosen = replace(self.run.method, name=spec.name, options=dict(spec.hyperparameters))
                 run = replace(self.run, method=chosen, seed=seed)

@@ -28,15 +28,29 @@ from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_key", "run_name"]
+__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key", "run_name"]
 
 SCHEMA_VERSION = 2
 _EXPERIMENT, _RUN = "torchmto compare", "torchmto compare run"
 _LEFTOVER = re.compile(r"\..+\.tmp")
 
 
+def run_files(path: Path, results: Mapping[str, Any]) -> list[tuple[str | None, Path]]:
+    """The files of a comparison's finished runs, each with what its rows are called: a method's text, or ``single:<task>``.
+
+    Args:
+        path: The comparison's folder.
+        results: Its results.json. Where that doesn't list the runs, as once it didn't, the names are None.
+    """
+    files = sorted((path / "runs").glob("*.json"))
+    if "runs" not in results:
+        return [(None, file) for file in files]
+    by_key = {file.stem.rpartition("-")[2]: file for file in files}
+    return [(name, by_key[key]) for name, keys in results["runs"].items() for key in keys if key in by_key]
+
+
 def run_name(config: Mapping[str, Any]) -> str:
-    """What a saved run's rows are called: its method, or ``single:<task>``."""
+    """What the rows of a run are called, as far as its settings tell."""
     tasks = config["data"]["tasks"] or ()
     method = config["method"]
     return f"single:{next(iter(tasks))}" if len(tasks) == 1 else MethodSpec(method["name"], method["options"]).label

@@ -1,9 +1,12 @@
 """What makes a Run the same one on another machine, under another path, and for later versions of this package."""
 
+import contextlib
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import canonical, plain
@@ -24,8 +27,8 @@ def identity(config: RunConfig) -> dict[str, Any]:
         >>> identity(config_of({"data.name": "rf1:/data/rf1.arff"}))["data"]["name"]
         'rf1'
     """
-    values: dict[str, Any] = plain(config.as_dict())
-    for name in FREE:
+    values: dict[str, Any] = plain(_told_apart(config.as_dict()))
+    for name in FREE - _COUNTED:
         section, _, key = name.partition(".")
         if key:
             values[section].pop(key, None)
@@ -34,19 +37,47 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for section in ("data", "model"):
         if values[section]["name"] is not None:
             values[section]["name"] = without_place(values[section]["name"])
-    named: dict[str, Any] = _by_name(values)
-    return named
+        values[section]["options"] = _by_content(values[section]["options"])
+    return values
 
 
-def _by_name(value: Any) -> Any:
-    """The value with the last name only of whatever is a path for sure."""
+_COUNTED = {"devices", "nodes"}
+"""Free when a run is resumed; but each process has norm statistics and dropout of its own."""
+
+
+def _told_apart(value: Any) -> Any:
+    """The value with numbers that JSON has no words for as text."""
     if isinstance(value, Mapping):
-        return {key: _by_name(entry) for key, entry in value.items()}
+        return {key: _told_apart(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told_apart(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_content(value: Any) -> Any:
+    """The value with a path of something that is there as its last name and what it holds."""
+    if isinstance(value, Mapping):
+        return {key: _by_content(entry) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_by_name(entry) for entry in value]
+        return [_by_content(entry) for entry in value]
     if isinstance(value, str) and _PATH.fullmatch(value):
-        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+        path = Path(value).expanduser()
+        with contextlib.suppress(OSError, ValueError):
+            return f"{path.name} {_fingerprint(path, path.stat().st_mtime_ns)}"
     return value
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(path: Path, _changed: int) -> str:
+    """A hash of a file's content, or of a folder's names and sizes; of a large file, its size."""
+    if path.is_dir():
+        told: Any = sorted((entry.name, entry.stat().st_size if entry.is_file() else None) for entry in path.iterdir())
+        return hashlib.sha256(canonical(told).encode()).hexdigest()[:16]
+    size = path.stat().st_size
+    return f"{size} bytes" if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+_LARGE = 2**28
 
 
 @functools.cache

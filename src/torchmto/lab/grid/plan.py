@@ -17,7 +17,7 @@ from torchmto.lab.grid.runner import Silence, Watcher, run_grid
 from torchmto.lab.grid.summary import summarize
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import problem_of
-from torchmto.lab.run.config import RunConfig, config_of
+from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.specs import parse_method, parse_methods
 
 __all__ = ["Grid", "compare", "plan"]
@@ -71,6 +71,8 @@ def plan(
     """
     config = replace(config, threads=config.threads or 1)
     config.validate()
+    if not config.evaluate_test:
+        raise ConfigError("A comparison's figures are of the test split. Found `evaluate_test = False`.")
     problem, config = problem_of(config, problem)
     labels = tuple(parse_method(method).label for method in methods)
     experiment = Experiment(labels, seeds, config, baselines=baselines)

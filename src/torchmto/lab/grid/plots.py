@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchmto.lab.grid.experiment import Experiment, method_label
+from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.noise import below_floor, noise_floor
 
@@ -31,8 +31,7 @@ def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[s
     """
     tasks = list(summary["tasks"])
     runs = {
-        method: [results[run_key(config)] for config in experiment.method_runs() if method_label(config) == method]
-        for method in experiment.methods
+        method: [results[run_key(config)] for config in experiment.method_runs(method)] for method in experiment.methods
     }
     baselines: dict[str, list[Result]] = {task: [] for task in tasks}
     for config in experiment.single_task_runs(tasks):

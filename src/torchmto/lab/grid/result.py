@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.folders import FolderError
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_name
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.plots import delta_m_figure
 from torchmto.metrics import delta_m
 
@@ -43,10 +43,10 @@ class Result:
             found = self.results.get("schema_version")
             if found != SCHEMA_VERSION:
                 raise FolderError(f"{file} has version {found!r}; this torchmto reads version {SCHEMA_VERSION}.")
-            self._runs = [
-                read_json(p, "torchmto compare run", SCHEMA_VERSION)
-                for p in sorted((self.path / "runs").glob("*.json"))
-            ]
+            self._runs: list[tuple[str, dict[str, Any]]] = []
+            for name, run_file in run_files(self.path, self.results):
+                run = read_json(run_file, "torchmto compare run", SCHEMA_VERSION)
+                self._runs.append((name or run_name(run["config"]), run))
         except (ValueError, AttributeError, BrokenFileError) as error:
             raise FolderError(str(error)) from error
 
@@ -60,8 +60,8 @@ class Result:
         columns = [f"{task}.{metric}" for task, about in tasks.items() for metric in about["metrics"]]
         names = [*(f"single:{task}" for task in tasks), *self.results["methods"]]
         rows = []
-        for run in self._runs:
-            name, seed = run_name(run["config"]), run["config"]["seed"]
+        for name, run in self._runs:
+            seed = run["config"]["seed"]
             if name not in names:
                 continue
             test = run["result"]["test"] or {}
@@ -82,7 +82,7 @@ class Result:
         """0, as it is what the others are compared with; None where it has no figure."""
         task = name.removeprefix("single:")
         metric = self.results["tasks"][task]["primary_metric"]
-        run = next(r for r in self._runs if run_name(r["config"]) == name and r["config"]["seed"] == seed)
+        run = next(run for who, run in self._runs if who == name and run["config"]["seed"] == seed)
         value = run["result"]["test"][task][metric]
         try:
             return delta_m({task: value}, {task: value}, {task: True})

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from torchmto.lab.data.base import Task
-from torchmto.lab.grid.experiment import Experiment, method_label
+from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
 from torchmto.lab.grid.versus import versus
 from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
@@ -38,20 +38,23 @@ def summarize(
         reference: The method that the others are compared with, if it is among them, else the first.
 
     Returns:
-        ``schema_version``, ``tasks``, ``methods``, ``single_task``, ``versus`` (see `torchmto.lab.grid.versus.versus`),
-        ``versions`` and ``config``.
+        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``single_task``, ``versus``
+        (see `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
     """
     tasks = problem.task_list
     names = [task.name for task in tasks]
     singles: list[list[Result]] = [[] for _ in range(experiment.seeds)]
-    for config in experiment.single_task_runs(names):
+    files: dict[str, list[str]] = {f"single:{name}": [] for name in names if experiment.baselines}
+    for number, config in enumerate(experiment.single_task_runs(names)):
         singles[config.seed].append(results[run_key(config)])
+        files[f"single:{names[number % len(names)]}"].append(run_key(config))
     tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
 
     methods: dict[str, Any] = {}
     by_method: dict[str, list[Result]] = {}
     for method in experiment.methods:
-        runs = [results[run_key(config)] for config in experiment.method_runs() if method_label(config) == method]
+        files[method] = [run_key(config) for config in experiment.method_runs(method)]
+        runs = [results[key] for key in files[method]]
         by_method[method] = runs
         measured = [run["test"] for run in runs]
         alone = {"delta_m": None, "reason": "no single-task models were trained"}
@@ -75,6 +78,7 @@ def summarize(
             for task in tasks
         },
         "methods": methods,
+        "runs": files,
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
             "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),

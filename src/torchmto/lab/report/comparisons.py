@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import BrokenFileError, read_json
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_name
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.pace import is_recorded, progress
 from torchmto.lab.grid.versus import versus
@@ -35,7 +35,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     tasks, config = list(results["tasks"]), results["config"]
     for method in results["methods"].values():
         _check_method(method, tasks)
-    contents = [_read_run(path, schema) for path in sorted((folder / "runs").glob("*.json"))]
+    contents = [_read_run(path, schema, name) for name, path in run_files(folder, results)]
     compared = results.get("versus") or _versus(results, contents)
     data, model, size = config["data"], config["model"], config.get("batch_size")
     if schema == SCHEMA_VERSION:
@@ -71,7 +71,7 @@ def _check_method(method: Mapping[str, Any], tasks: Sequence[str]) -> None:
     _ = method["cost"]["num_forward"], [method["tasks"][task] for task in tasks]
 
 
-def _read_run(path: Path, schema: int) -> Content:
+def _read_run(path: Path, schema: int, name: str | None = None) -> Content:
     """A run's file: its ``result``, ``method`` (None for a baseline), ``task`` (None for others) and ``seed``."""
     try:
         content = read_json(path, "torchmto compare run", schema)
@@ -83,11 +83,12 @@ def _read_run(path: Path, schema: int) -> Content:
             f"{_READABLE[schema]} of such a file)."
         )
     config = content["config"]
-    if schema == SCHEMA_VERSION:
-        name, tasks = run_name(config), config["data"]["tasks"] or ()
-    else:  # flat settings
-        name, tasks = config["method"], config["tasks"]
-    task = next(iter(tasks)) if len(tasks) == 1 else None
+    if name is None and schema == SCHEMA_VERSION:
+        name = run_name(config)
+    elif name is None:  # flat settings
+        (*more, task) = config["tasks"] or [""]
+        name = f"single:{task}" if config["tasks"] and not more else config["method"]
+    task = name.removeprefix("single:") if name.startswith("single:") else None
     return {"result": content["result"], "method": name, "task": task, "seed": config["seed"]}
 
 

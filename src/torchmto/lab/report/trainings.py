@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.data.base import Kind, Task
 from torchmto.lab.grid.noise import noise_floor
@@ -17,6 +15,7 @@ from torchmto.lab.grid.pace import steps_until
 from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
 from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
+from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
 
@@ -257,8 +256,7 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
     Raises:
         ReportError: If a metric is unknown.
     """
-    with (folder / "config.yaml").open(encoding="utf-8") as file:
-        config = plain(yaml.safe_load(file))
+    config = plain(read_yaml(folder / "config.yaml"))
     cost = _cost(results)
     per_batch = {name: cost[name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
     starts = _read_list(folder / "environment.json")

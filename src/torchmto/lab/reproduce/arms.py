@@ -11,7 +11,6 @@ from typing import Any
 
 from torchmto.lab.atomic import canonical, write_bytes
 from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, make_executor, run_grid, summarize, write_outputs
-from torchmto.lab.grid.experiment import method_label
 from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import Stage
 from torchmto.lab.grid.tuning import Tuning, listed, tune
@@ -78,7 +77,7 @@ class ArmResult:
 
     def runs(self, method: str) -> list[Result]:
         """The runs of a method, by seed."""
-        return [self.results[run_key(run)] for run in self.experiment.method_runs() if method_label(run) == method]
+        return [self.results[run_key(run)] for run in self.experiment.method_runs(method)]
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from torchmto.checks import check_integer
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
+from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method
 from torchmto.methods import method_class
 from torchmto.methods import methods as all_methods
@@ -128,9 +127,8 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"There is no experiment {name!r}. There are: {', '.join(recipe_names())}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return _recipe(path.stem, content)
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        return _recipe(path.stem, read_yaml(path))
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RecipeError(f"{path} isn't a recipe: {error}") from error
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
 from torchmto.lab.methods import check_weighting, make
+from torchmto.lab.references import source_of
 from torchmto.lab.specs import MethodSpec
 
 if TYPE_CHECKING:
@@ -405,6 +406,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
         epochs, batch_size, lr = _SUITABLE.get(model) or _SUITABLE["segnet" if problem.is_image else "mlp"]
     options = {"widths": [16, 32, 64]} if digits else _SUITABLE_OPTIONS.get(model or "", {})
     origin = problem.origin
+    sources = (origin.source if origin else None, source_of(config.model.name) if config.model.name else None)
     data = replace(
         config.data,
         batch_size=batch_size if config.data.batch_size is None else config.data.batch_size,
@@ -417,7 +419,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
         model=replace(config.model, name=model, options=config.model.options or options),
         optimizer=replace(config.optimizer, lr=lr if config.optimizer.lr is None else config.optimizer.lr),
         epochs=epochs if config.epochs is None else config.epochs,
-        source=origin.source if origin else None,
+        source="+".join(filter(None, sources)) or None,
     )
 
 

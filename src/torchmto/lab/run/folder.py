@@ -153,6 +153,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"`{path}` isn't a file of settings{line}: {reason}.") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"`{path}` should hold settings. Found {type(values).__name__}.")
+    if odd := [name for name in values or () if not isinstance(name, str)]:
+        raise ConfigError(f"`{path}` should hold settings by name. Found the name {odd[0]!r}.")
     return values or {}
 
 
