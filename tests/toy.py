@@ -148,3 +148,37 @@ def reentrant(module: nn.Module, x: Tensor) -> Tensor:
 def inner(module: nn.Module, x: Tensor) -> Tensor:
     """A module inside a function that hides its parameters."""
     return Inner.apply(module, x)
+
+
+class Witness(torchmto.LossWeighting):
+    """The plain sum, which notes what it is told."""
+
+    name = "witness"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        self.told.append("bind")
+        super().bind(tasks)
+
+    def attach(self, network: Any) -> None:
+        self.told.append("attach")
+        super().attach(network)
+
+    def seed(self, seed: int) -> None:
+        self.told.append("seed")
+        super().seed(seed)
+
+    def after_step(self, losses: Any, context: Any) -> None:
+        self.told.append("after_step")
+
+    def report(self, performance: Mapping[str, float]) -> None:
+        self.told.append("report")
+
+    def end_window(self) -> None:
+        self.told.append("end_window")
+
+    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+        return losses.sum()

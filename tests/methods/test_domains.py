@@ -9,6 +9,7 @@ import torchmto
 from methods.test_losses import Feed
 from torchmto.methods import LossWeighting
 from torchmto.methods.registry import hyperparameters_of
+from toy import Witness
 
 make = torchmto.make_method
 
@@ -139,40 +140,6 @@ def test_si_in_front_gives_the_log_variant():
     mt.step({"a": parameter[0] + 2, "b": 3 * parameter[1] + 4})
     rows = torch.diag(torch.tensor([1 / 2, 3 / 4], dtype=torch.float64))
     assert torch.allclose(parameter.grad, make("mgda").weights(rows @ rows.T) @ rows)
-
-
-class Witness(LossWeighting):
-    """The plain sum, which counts what it is told."""
-
-    name = "witness"
-
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def bind(self, tasks):
-        self.told.append("bind")
-        super().bind(tasks)
-
-    def attach(self, network):
-        self.told.append("attach")
-        super().attach(network)
-
-    def seed(self, seed):
-        self.told.append("seed")
-        super().seed(seed)
-
-    def after_step(self, losses, problem):
-        self.told.append("after_step")
-
-    def report(self, performance):
-        self.told.append("report")
-
-    def end_window(self):
-        self.told.append("end_window")
-
-    def objective(self, losses, indices=None):
-        return losses.sum()
 
 
 @pytest.mark.parametrize(

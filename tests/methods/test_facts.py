@@ -10,7 +10,7 @@ import torchmto
 from battery.table import ROWS
 from torchmto.methods import method_class
 from torchmto.methods.registry import hyperparameters_of
-from toy import batch, closure, make
+from toy import Witness, batch, closure, make
 
 CORE = Path(torchmto.__file__).parent
 NAMES = set(torchmto.methods())
@@ -44,39 +44,6 @@ def test_tuning_spaces_hold_hyperparameters(name):
     fixed = ROWS[name].options(3) | ({"total_steps": 10} if "total_steps" in known else {})
     for values in itertools.product(*(values for _, *values in space.values())):
         torchmto.make_method(name, **{**fixed, **dict(zip(space, values, strict=True))})
-
-
-class Ear(torchmto.LossWeighting):
-    """The plain sum; notes what it is told."""
-
-    name = "ear"
-
-    def __init__(self):
-        super().__init__()
-        self.told = []
-
-    def bind(self, tasks):
-        super().bind(tasks)
-        self.told.append("bind")
-
-    def attach(self, network):
-        self.told.append("attach")
-
-    def seed(self, seed):
-        super().seed(seed)
-        self.told.append("seed")
-
-    def after_step(self, losses, context):
-        self.told.append("after_step")
-
-    def report(self, performance):
-        self.told.append("report")
-
-    def end_window(self):
-        self.told.append("end_window")
-
-    def objective(self, losses, indices=None):
-        return losses.sum()
 
 
 class Around(torchmto.LossWeighting):
@@ -120,7 +87,7 @@ OUTER = {
 @pytest.mark.filterwarnings("ignore:connection_strength")
 @pytest.mark.parametrize("where", OUTER)
 def test_a_method_inside_hears_every_event_once(where):
-    ear = Ear()
+    ear = Witness()
     model, _, mt = make(seed=4, **OUTER[where](ear))
     ear.told = [entry for entry in ear.told if entry != "seed"]
     mt.step(closure(model, batch(mt.tasks)))

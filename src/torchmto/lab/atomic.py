@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,23 +98,23 @@ def try_lock(file: IO[str]) -> bool:
     return True
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON knows it: tensors and tuples become lists, numbers that aren't finite None.
+def plain(value: Any, *, nonfinite: Callable[[float], Any] = lambda _: None) -> Any:
+    """``value`` as JSON knows it: tensors and tuples become lists, numbers that aren't finite ``nonfinite`` of them.
 
     Example:
         >>> plain({"a": (1, float("nan")), 2: True})
         {'a': [1, None], '2': True}
     """
     if isinstance(value, Tensor | np.ndarray | np.generic):
-        return plain(value.tolist())
+        return plain(value.tolist(), nonfinite=nonfinite)
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry, nonfinite=nonfinite) for key, entry in value.items()}
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) else nonfinite(value)
     if isinstance(value, Sequence):
-        return [plain(entry) for entry in value]
+        return [plain(entry, nonfinite=nonfinite) for entry in value]
     return str(value)
 
 

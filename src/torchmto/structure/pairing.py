@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -304,7 +305,7 @@ class PairSearch:
         return self._fits(layer, part, norm, incoming=incoming, start=start) and self._serve(layer, part, norm)
 
     def _serve(self, layer: nn.Module, part: str, *norms: nn.Module | None) -> bool:
-        candidate = self._structured(layer, part, None, None, "")
+        candidate = self._unpaired(layer, part)
         if self.serves is None or candidate is None:
             return candidate is not None
         return all(norm is None or self.serves(candidate.weight, norm) for norm in norms)
@@ -312,7 +313,7 @@ class PairSearch:
     def _fits(
         self, layer: nn.Module, part: str, norm: nn.Module | None, *, incoming: bool, start: int | None = None
     ) -> bool:
-        candidate = self._structured(layer, part, None, None, "")
+        candidate = self._unpaired(layer, part)
         if norm is None or candidate is None:
             return norm is None
         have = norm_channels(norm, spatial=candidate.spatial)
@@ -333,20 +334,14 @@ class PairSearch:
         *,
         start: int | None = None,
     ) -> None:
-        structured = self._structured(layer, part, norm_out, norm_in, source, start=start)
-        if structured is not None and (norm_out is not None or norm_in is not None):
-            self.found[layer, part] = structured
+        unpaired = self._unpaired(layer, part)
+        if unpaired is not None and (norm_out is not None or norm_in is not None):
+            self.found[layer, part] = replace(
+                unpaired, norm_out=norm_out, norm_in=norm_in, source=source, out_start=start
+            )
 
-    def _structured(
-        self,
-        layer: nn.Module,
-        part: str,
-        norm_out: nn.Module | None,
-        norm_in: nn.Module | None,
-        source: str,
-        *,
-        start: int | None = None,
-    ) -> StructuredLayer | None:
+    def _unpaired(self, layer: nn.Module, part: str) -> StructuredLayer | None:
+        """What a layer is by itself."""
         own: nn.Module = layer.get_submodule("out_proj") if part == "out_proj" else layer
         prefix = "in_proj_" if part == "in_proj" else ""
         parameters = dict(own.named_parameters(recurse=False))
@@ -357,13 +352,11 @@ class PairSearch:
             name=self._name(layer, part),
             weight=weight,
             bias=parameters.get(f"{prefix}bias"),
-            norm_out=norm_out,
-            norm_in=norm_in,
+            norm_out=None,
+            norm_in=None,
             groups=int(getattr(layer, "groups", 1)) if isinstance(layer, CONVOLUTIONS) else 1,
             transposed=bool(getattr(layer, "transposed", False)) if isinstance(layer, CONVOLUTIONS) else False,
             spatial=isinstance(layer, CONVOLUTIONS),
-            source=source,
-            out_start=start,
         )
 
 

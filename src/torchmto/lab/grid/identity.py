@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ def identity(config: RunConfig) -> dict[str, Any]:
         >>> identity(config_of({"data.name": "rf1:/data/rf1.arff"}))["data"]["name"]
         'rf1'
     """
-    values: dict[str, Any] = plain(_told_apart(config.as_dict()))
+    values: dict[str, Any] = plain(config.as_dict(), nonfinite=str)
     for name in FREE - _COUNTED:
         section, _, key = name.partition(".")
         if key:
@@ -43,15 +42,6 @@ def identity(config: RunConfig) -> dict[str, Any]:
 
 _COUNTED = {"devices", "nodes"}
 """Free when a run is resumed; but each process has norm statistics and dropout of its own."""
-
-
-def _told_apart(value: Any) -> Any:
-    """The value with numbers that JSON has no words for as text."""
-    if isinstance(value, Mapping):
-        return {key: _told_apart(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told_apart(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_content(value: Any) -> Any:

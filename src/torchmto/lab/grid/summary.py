@@ -45,9 +45,10 @@ def summarize(
     names = [task.name for task in tasks]
     singles: list[list[Result]] = [[] for _ in range(experiment.seeds)]
     files: dict[str, list[str]] = {f"single:{name}": [] for name in names if experiment.baselines}
-    for number, config in enumerate(experiment.single_task_runs(names)):
-        singles[config.seed].append(results[run_key(config)])
-        files[f"single:{names[number % len(names)]}"].append(run_key(config))
+    for config in experiment.single_task_runs(names):
+        key = run_key(config)
+        singles[config.seed].append(results[key])
+        files[f"single:{(config.data.tasks or [''])[0]}"].append(key)
     tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
 
     methods: dict[str, Any] = {}
