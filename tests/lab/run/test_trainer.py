@@ -278,8 +278,10 @@ def test_average_is_what_is_evaluated_and_exported(tmp_path):
             assert not torch.equal(best["model"][name.removeprefix("module.")], value)
 
 
-@pytest.mark.parametrize("option", [{"compile": True, "compile_backend": "eager"}, {"gradient_checkpointing": True}])
-def test_compiled_and_checkpointed_models_train_alike(tmp_path, option):
+@pytest.mark.parametrize(
+    "option", [{"compile": True, "compile_backend": "eager"}, {"gradient_checkpointing": True}, {"channels_last": True}]
+)
+def test_ways_to_compute_a_model_train_alike(tmp_path, option):
     plain = ModelConfig("convnet", {"widths": [4, 8]})
     states = []
     for name, choice in (("other", ModelConfig("convnet", {"widths": [4, 8]}, **option)), ("plain", plain)):

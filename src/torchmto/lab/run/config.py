@@ -63,6 +63,8 @@ class ModelConfig:
         options: Options of the model, such as `{width: 16}`.
         task_norms: Whether norms get one copy per task (in a ready model, the trunk's); by default where the method needs it.
         gradient_checkpointing: Run the trunk's blocks again in the backward pass, to save memory.
+        channels_last: Keep weights and feature maps of convolutions with the channels last in memory: often faster, equal
+            up to rounding.
         compile: Whether to run the model through `torch.compile`.
         compile_backend: Its backend.
     """
@@ -71,6 +73,7 @@ class ModelConfig:
     options: dict[str, Any] = field(default_factory=dict)
     task_norms: bool | None = None
     gradient_checkpointing: bool = False
+    channels_last: bool = False
     compile: bool = False
     compile_backend: str = "inductor"
 

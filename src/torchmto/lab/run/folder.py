@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import nn
 
@@ -119,8 +120,9 @@ class RunFolder:
         """Save the results and the model's weights; returns the results."""
         from safetensors.torch import save  # noqa: PLC0415
 
-        # Copies, since the format has no tensors that share memory.
-        weights = save({name: value.detach().cpu().clone() for name, value in model.state_dict().items()})
+        # Copies, since the format has no tensors that share memory, and contiguous, as it asks for.
+        state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+        weights = save({name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()})
         write_bytes(self.path / "model.safetensors", weights)
         self.write_json("results.json", results)
         return results
