@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-
 from tests.shared_data import SHARED
+
 from torchmto.lab.grid import executors, outputs
 from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce
 

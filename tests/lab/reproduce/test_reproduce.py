@@ -108,7 +108,9 @@ def test_an_added_method_is_all_that_trains(phases, tmp_path, no_figures, monkey
     shutil.copytree(out, tmp_path / "out")
     trained = []
     execute = executors.execute
-    monkeypatch.setattr(executors, "execute", lambda run, *rest, **more: trained.append(run) or execute(run, *rest, **more))
+    monkeypatch.setattr(
+        executors, "execute", lambda run, *rest, **more: trained.append(run) or execute(run, *rest, **more)
+    )
     command = ["reproduce", str(path), "--seeds", "2", "--out", str(tmp_path / "out"), "--add"]
     assert main([*command, "pcgrad,gd"]) == 0
     assert len(trained) == 2
