@@ -19,7 +19,8 @@ DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
 sys.path.insert(0, str(DOCS))
 
-from docstrings import roles  # noqa: E402  a script beside this one
+import released  # noqa: E402  scripts beside this one
+from docstrings import roles  # noqa: E402
 
 MODULES = (torchmto, structure, metrics, solvers, lab)
 FAMILIES = {
@@ -179,6 +180,7 @@ def pages() -> dict[Path, str]:
     made[DOCS / "methods" / "README.md"] = index()
     for module in MODULES:
         made[DOCS / "api" / f"{module.__name__.removeprefix('torchmto.')}.md"] = reference(module)
+    made[DOCS / "recipes.md"] = released.page()
     made[README] = readme()
     return made
 

@@ -80,10 +80,11 @@ def _vit(name: str) -> Builder:
         decoder: str = "mlp",
         decoder_width: int = 128,
         patch: int = 16,
+        drop_path: float = 0.0,
         weights: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> MultiTaskModel:
-        trunk = vit(name, input_shape, patch=patch, weights=weights, config=config)
+        trunk = vit(name, input_shape, patch=patch, drop_path=drop_path, weights=weights, config=config)
         return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
 
     return build
@@ -96,8 +97,9 @@ def _backbone(
     weights: str | Path,
     decoder: str = "mlp",
     decoder_width: int = 128,
+    config: Mapping[str, Any] | None = None,
 ) -> MultiTaskModel:
-    return with_decoders(local_backbone(weights), tasks, decoder=decoder, width=decoder_width)
+    return with_decoders(local_backbone(weights, config), tasks, decoder=decoder, width=decoder_width)
 
 
 def _hrnet18(
@@ -190,10 +192,10 @@ def build_model(
     resnet18, resnet34, resnet50,       decoder (mlp, fpn, deeplab, linear, mti), decoder_width,
     swin_tiny, convnext_tiny            weights, config
     efficientnet_lite0                  pretrained (ImageNet), decoder, decoder_width, weights
-    vit_tiny, vit_small, vit_base,      the same as resnet18, and patch
+    vit_tiny, vit_small, vit_base,      the same as resnet18, and patch, drop_path
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
-    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width
+    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width, config
     cross_stitch                        widths, own
     ==================================  ================================================================
 
