@@ -37,6 +37,7 @@ def write_tiny_taskonomy(root):
 
 # What a recipe's data set is at toy size: its files, and the settings that keep it small.
 SCENES = {"train": [f"a{i:02}" for i in range(24)], "val": ["b0", "b1"]}
+FEW = SCENES | {"train": SCENES["train"][:6]}
 TOY = {
     "celeba": (lambda root: write_celeba(root) is not None and root, {"size": [32, 32]}, 2),
     "cifar100": (write_cifar100, {"validation": 0.25}, 60),
@@ -45,8 +46,8 @@ TOY = {
         {"size": [32, 32], "validation": 0.8},
         2,
     ),
-    "nyuv2": (lambda root: write_nyud(root, SCENES), {"size": [64, 64], "validation": 0.8}, 2),
-    "pascal_context": (lambda root: write_pascal(root, SCENES), {"size": [64, 64], "validation": 0.8}, 2),
+    "nyuv2": (lambda root: write_nyud(root, SCENES), {"size": [32, 32], "validation": 0.8}, 2),
+    "pascal_context": (lambda root: write_pascal(root, FEW), {"size": [32, 32], "validation": 0.34}, 2),
     "taskonomy": (write_tiny_taskonomy, {"size": [32, 32]}, 2),
 }
 NARROW = {
@@ -89,6 +90,5 @@ def test_recipe_runs(path, tmp_path):
     out = tmp_path / "run"
     assert main(["train", "--config", str(tmp_path / "toy.yaml"), "--out", str(out)]) == 0
     results = json.loads((out / "results.json").read_text())
-    print(results, (out / "metrics.csv").read_text()[:800])
-    assert 0
+    assert results["cost"]["steps"] == 2
     assert (out / "model.safetensors").is_file()
