@@ -53,7 +53,7 @@ TOY = {
 NARROW = {
     "resnet18": {"config": {"hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}, "decoder_width": 8},
     "segnet": {"width": 4},
-    "hrnet18": {"width": 2, "stem": 8, "decoder_width": 8},
+    "hrnet18": {"width": 2, "modules": [1, 1, 1], "blocks": 1, "stem": 8, "decoder_width": 8},
 }
 
 

@@ -407,6 +407,6 @@ def test_any_modules_make_a_model():
 
 
 def test_every_model_is_tested():
-    same_code = {"resnet34", "vit_small", "vit_base", "vit_large", "backbone"}
+    same_code = {"resnet34", "vit_small", "vit_base", "vit_large", "backbone", "bev"}
     assert {case[0] for case in CASES.values()} | same_code == set(models())
     assert callable(with_decoders)

@@ -10,6 +10,7 @@ from torch import nn
 from torchmto.checks import check_tasks, found, nearest
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
+from torchmto.lab.models.bev import bev
 from torchmto.lab.models.blocks import DECODERS, PooledHead
 from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.convnet import convnet, segnet
@@ -144,6 +145,7 @@ _BUILDERS: dict[str, Builder] = {
     **{name: _named(name) for name in BACKBONES},
     **{name: _vit(name) for name in VITS},
     "backbone": _backbone,
+    "bev": bev,
     "cross_stitch": cross_stitch,
 }
 
@@ -196,6 +198,7 @@ def build_model(
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
     backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width, config
+    bev                                 width, heights, blocks, pretrained (cameras seen from above: nuscenes)
     cross_stitch                        widths, own
     ==================================  ================================================================
 
