@@ -209,6 +209,7 @@ RELEASED: dict[str, Released | str] = {
     ),
     "celeba-resnet18": _UNKNOWN,
     "cifar100-resnet18": _UNKNOWN,
+    "nuscenes-bev": _UNKNOWN,
 }
 DEFAULTS = {"optimizer.head_rate": 1.0, "precision": "32"}
 
@@ -250,9 +251,9 @@ def page() -> str:
         "in the files that are named. `=` marks the same value. What could be read nowhere is called not confirmed.",
         "The ViT recipes train the other sizes with `--model.name vit_small`, `vit_base` or `vit_large`.",
     ]
-    for name, released in RELEASED.items():
-        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
-        text += ["", f"## {name}", ""]
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe, released = yaml.safe_load(path.read_text(encoding="utf-8")), RELEASED[path.stem]
+        text += ["", f"## {path.stem}", ""]
         if isinstance(released, str):
             text.append(released)
             continue

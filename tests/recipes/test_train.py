@@ -10,11 +10,15 @@ import yaml
 
 import torchmto
 from data_layouts import GENERATOR, write_celeba, write_mtan, write_nyud, write_pascal, write_taskonomy
+from nuscenes_miniature import write_nuscenes
 from torchmto.cli import main
 from torchmto.lab.data import dataset_info
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.taskonomy import BUILDINGS
 from torchmto.lab.models import build_model
+from torchmto.lab.reproduce import load_recipe
+from torchmto.lab.run import DataConfig, MethodConfig, ModelConfig, RunConfig, train
+from torchmto.lab.specs import parse_method
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))
 DENSE = (Task("segmentation", "segmentation", 5), Task("depth", "depth", 1))
@@ -49,15 +53,21 @@ TOY = {
     "nyuv2": (lambda root: write_nyud(root, SCENES), {"size": [32, 32], "validation": 0.8}, 2),
     "pascal_context": (lambda root: write_pascal(root, FEW), {"size": [32, 32], "validation": 0.34}, 2),
     "taskonomy": (write_tiny_taskonomy, {"size": [32, 32]}, 2),
+    "nuscenes": (
+        lambda root: write_nuscenes(root / "nuscenes", samples=4),
+        {"size": [64, 96], "reach": 24.0, "cells": 16, "validation": 0.5},
+        2,
+    ),
 }
 NARROW = {
     "resnet18": {"config": {"hidden_sizes": [8, 8, 16, 16], "embedding_size": 8}, "decoder_width": 8},
     "segnet": {"width": 4},
+    "bev": {"width": 8, "blocks": 1, "pretrained": False},
     "hrnet18": {"width": 2, "modules": [1, 1, 1], "blocks": 1, "stem": 8, "decoder_width": 8},
 }
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "nuscenes-bev"], ids=lambda path: path.stem)
 def test_every_parameter_learns(path):
     recipe = yaml.safe_load(path.read_text())
     info = dataset_info(recipe["data"]["name"].partition(":")[0])
@@ -69,6 +79,26 @@ def test_every_parameter_learns(path):
     parts = [part for output in outputs.values() for part in (output if isinstance(output, tuple) else (output,))]
     sum(part.square().mean() for part in parts).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.slow
+def test_every_method_of_nuscenes_trains(tmp_path):
+    """Those of the recipe of `torchmto reproduce`, on the miniature: PCGrad and wPCGrad with every priority."""
+    write, options, batch_size = TOY["nuscenes"]
+    data = DataConfig(f"nuscenes:{write(tmp_path)}", options, batch_size=batch_size)
+    methods = {method for arm in load_recipe("nuscenes").arms for method in arm.methods}
+    assert len(methods) == 16
+    for number, method in enumerate(sorted(methods)):
+        spec = parse_method(method)
+        settings = MethodConfig(spec.name, dict(spec.hyperparameters))
+        if settings.options.get("priority") == "performance":
+            settings.options["baseline"] = {"detection": 0.3, "map": 0.5}
+        config = RunConfig(
+            data=data, model=ModelConfig("bev", NARROW["bev"]), method=settings, epochs=2, loggers=["csv"]
+        )
+        results = train(config, tmp_path / str(number))
+        assert results["cost"]["steps"] == 4
+        assert set(results["test"]) == {"detection", "map"}
 
 
 @pytest.mark.filterwarnings("ignore:Taskonomy")

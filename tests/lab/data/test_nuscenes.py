@@ -32,9 +32,9 @@ def problem_of(root, **options):
 
 
 def ideal(boxes, wrong=0.0):
-    """The network's output that stands for some boxes, moved by ``wrong`` metres, the farther the less sure."""
+    """The network's output that stands for some boxes, each moved by about ``wrong`` metres; the farther, the less sure."""
     boxes = boxes.clone()
-    boxes[..., 1:3] += wrong
+    boxes[..., 1:3] += wrong * torch.randn(boxes[..., 1:3].shape, generator=torch.Generator().manual_seed(0))
     heat = centre_heatmap(boxes, GRID, len(CLASSES)) ** 4 * 0.9
     output = torch.zeros(len(boxes), len(CLASSES) + 10, GRID.cells, GRID.cells)
     output[:, : len(CLASSES)] = torch.logit(heat.clamp(1e-6, 0.999))
