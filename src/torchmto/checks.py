@@ -1,7 +1,5 @@
 """Checks of arguments, all with one form of message: what the parameter should be, and what was found."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import sys

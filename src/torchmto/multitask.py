@@ -1,7 +1,5 @@
 """The user's handle: drives a model and its optimizer with a multi-task method."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import weakref

@@ -1,7 +1,5 @@
 """Copies of a model's buffers, to undo what a forward has done to them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

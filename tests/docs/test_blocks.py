@@ -75,7 +75,9 @@ def test_every_block_is_a_test(page, monkeypatch, tmp_path):
     settings = [body for language, body in found if language == "yaml"]
     for name in re.findall(r"--config (\S+\.yaml)", text):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text((ROOT / name).read_text() if (ROOT / name).is_file() else settings[-1] if settings else "{}")
+        Path(name).write_text(
+            (ROOT / name).read_text() if (ROOT / name).is_file() else settings[-1] if settings else "{}"
+        )
     for language, body in found:
         if language == "python":
             assert ">>> " in body or page in RUN_ELSEWHERE, f"no test runs this block:\n{body}"

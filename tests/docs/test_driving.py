@@ -70,7 +70,9 @@ class Detector(nn.Module):
 
     def _parse_losses(self, losses):
         means = {k: sum(v) if isinstance(v, list) else v.mean() for k, v in losses.items()}
-        return sum(value for key, value in means.items() if "loss" in key), {key: float(v.detach()) for key, v in means.items()}
+        return sum(value for key, value in means.items() if "loss" in key), {
+            key: float(v.detach()) for key, v in means.items()
+        }
 
     def train_step(self, x):
         loss, log_vars = self._parse_losses(self(x))

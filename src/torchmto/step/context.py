@@ -1,7 +1,5 @@
 """One step's work on a network: the facade that methods see."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType

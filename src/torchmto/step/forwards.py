@@ -1,7 +1,5 @@
 """The forwards of one step: closures are called here, and nowhere else, and what they return is checked."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a step reports."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field

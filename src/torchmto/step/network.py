@@ -1,7 +1,5 @@
 """The network being trained: its parameters and their roles, its buffers, its optimizer."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import operator

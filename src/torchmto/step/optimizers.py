@@ -1,7 +1,5 @@
 """One optimizer or several, stepped together, through a scaler if there is one."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What one step works with."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """From the losses of single forwards to those of the step: averaged over micro-batches and ranks, and weighted."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ class Sums:
                 self.weighted[index] = value * count if count != 1 else value
                 self.totals[index] = count
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: "Sums") -> None:
         """Add other sums."""
         for index, total in other.totals.items():
             known = index in self.totals

@@ -1,7 +1,5 @@
 """The gradients of the tasks of one batch, as methods see them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

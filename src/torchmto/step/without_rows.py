@@ -1,7 +1,5 @@
 """Task gradients whose rows aren't kept: an engine computes their Gramian, and one more backward combines them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
