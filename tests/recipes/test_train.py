@@ -55,7 +55,7 @@ TOY = {
     "taskonomy": (write_tiny_taskonomy, {"size": [32, 32]}, 2),
     "nuscenes": (
         lambda root: write_nuscenes(root / "nuscenes", samples=4),
-        {"size": [64, 96], "reach": 24.0, "cells": 16, "validation": 0.5},
+        {"size": [32, 64], "reach": 24.0, "cells": 16, "validation": 0.5},
         2,
     ),
 }
