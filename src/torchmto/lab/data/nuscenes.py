@@ -99,7 +99,7 @@ def _pose(record: Record) -> Array:
 
 
 def _inverse(pose: Array) -> Array:
-    inverse: Array = np.linalg.inv(pose)
+    inverse: Array = np.linalg.inv(pose).astype(np.float64)
     return inverse
 
 
