@@ -21,7 +21,7 @@ CONFIG = re.search(r"^```text\noptimizer_config = (.*?)^```$", PAGE, re.DOTALL |
 
 def test_a_runs_detections_become_a_submission(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = {"size": [64, 96], "reach": 24.0, "cells": 16, "validation": 0.5, "limit": 1}
+    options = {"size": [32, 64], "reach": 24.0, "cells": 16, "validation": 0.5, "limit": 1}
     data = DataConfig(f"nuscenes:{write_nuscenes(tmp_path / 'data', samples=2)}", options, batch_size=1)
     train(RunConfig(data=data, model=ModelConfig("bev", {"width": 8, "blocks": 1}), epochs=1), "runs/nuscenes")
     exec(SUBMIT, {})

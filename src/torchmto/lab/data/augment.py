@@ -145,7 +145,7 @@ def photometric(images: Tensor, keys: Tensor) -> Tensor:
 
     images = (images + draw(9, -32 / 255, 32 / 255, 0.0)).clamp(0, 1)
     contrast, first = draw(11, 0.5, 1.5, 1.0), (uniform(keys, 13) < 0.5).view(-1, 1, 1, 1)
-    hue, saturation, value = rgb_to_hsv((images * torch.where(first, contrast, 1.0)).clamp(0, 1)).split(1, dim=1)
+    hue, saturation, value = torch.split(rgb_to_hsv((images * torch.where(first, contrast, 1.0)).clamp(0, 1)), 1, dim=1)
     hue = torch.remainder(hue + draw(16, -torch.pi / 5, torch.pi / 5, 0.0), 2 * torch.pi)
     images = hsv_to_rgb(torch.cat([hue, (saturation * draw(14, 0.5, 1.5, 1.0)).clamp(0, 1), value], dim=1))
     return (images * torch.where(first, 1.0, contrast)).clamp(0, 1)

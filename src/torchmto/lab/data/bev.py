@@ -80,7 +80,7 @@ def centre_heatmap(boxes: Tensor, grid: Grid, classes: int) -> Tensor:
     bumps = torch.where(known[..., None, None], rows[..., :, None] * columns[..., None, :], 0.0).flatten(2)
     heat = bumps.new_zeros(len(boxes), classes, bumps.shape[-1])
     index = boxes[..., 0].nan_to_num().long()[..., None].expand_as(bumps)
-    return heat.scatter_reduce(1, index, bumps, "amax").unflatten(-1, (grid.cells, grid.cells))
+    return heat.scatter_reduce(1, index, bumps, "amax").view(len(boxes), classes, grid.cells, grid.cells)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ def _average_precision(
     """Of one class at one distance; ``found [N, K, 4]`` and ``boxes [N, M, 3]`` end in class, x and y, after the score."""
 
     def of_class(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return (values[..., -3] == number) & (np.hypot(values[..., -2], values[..., -1]) < most)
+        counts: NDArray[np.bool_] = (values[..., -3] == number) & (np.hypot(values[..., -2], values[..., -1]) < most)
+        return counts
 
     chosen, real = of_class(found), of_class(boxes)
     if not real.any():

@@ -98,6 +98,11 @@ def _pose(record: Record) -> Array:
     return pose
 
 
+def _inverse(pose: Array) -> Array:
+    inverse: Array = np.linalg.inv(pose).astype(np.float64)
+    return inverse
+
+
 def _table(folder: Path, name: str) -> dict[str, Record]:
     path = require(folder / f"{name}.json", "nuscenes")
     try:
@@ -146,8 +151,9 @@ def _linked(tables: Mapping[str, Mapping[str, Record]]) -> list[Frame]:
             for name in CAMERAS:
                 calibrated = tables["calibrated_sensor"][channels[name]["calibrated_sensor_token"]]
                 camera = _pose(tables["ego_pose"][channels[name]["ego_pose_token"]]) @ _pose(calibrated)
-                projection = np.asarray(calibrated["camera_intrinsic"]) @ (np.linalg.inv(camera) @ to_world)[:3]
-                cameras.append((*check_names([channels[name]["filename"]], Path("sample_data.json")), projection))
+                projection: Array = np.asarray(calibrated["camera_intrinsic"]) @ (_inverse(camera) @ to_world)[:3]
+                (file,) = check_names([channels[name]["filename"]], Path("sample_data.json"))
+                cameras.append((file, projection))
             frames.append(
                 Frame(
                     token=token,
@@ -157,7 +163,7 @@ def _linked(tables: Mapping[str, Mapping[str, Record]]) -> list[Frame]:
                     translation=np.asarray(car["translation"]),
                     rotation=np.asarray(car["rotation"]),
                     cameras=tuple(cameras),
-                    boxes=_boxes(annotations[token], np.linalg.inv(to_world), tables),
+                    boxes=_boxes(annotations[token], _inverse(to_world), tables),
                 )
             )
             token = tables["sample"][token]["next"]

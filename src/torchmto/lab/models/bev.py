@@ -36,8 +36,8 @@ def lift(features: Tensor, projections: Tensor, points: Tensor, size: tuple[int,
     place = 2 * at[..., :2] / depth.clamp(min=_NEAREST) / at.new_tensor([size[1], size[0]]) - 1
     seen = ((depth > _NEAREST) & (place.abs() <= 1).all(-1, keepdim=True)).transpose(1, 2)
     values = functional.grid_sample(features.flatten(0, 1), place[:, None].to(features.dtype), align_corners=False)
-    values, seen = (x.unflatten(0, (batch, cameras)) for x in (values[:, :, 0] * seen, seen))
-    return values.sum(1) / seen.sum(1).clamp(min=1)
+    values, seen = (x.reshape(batch, cameras, *x.shape[1:]).sum(1) for x in (values[:, :, 0] * seen, seen))
+    return values / seen.clamp(min=1)
 
 
 class _Block(nn.Module):
@@ -86,7 +86,7 @@ class BEVTrunk(Trunk):
         self.blocks_below = nn.Sequential(*(_Block(width) for _ in range(blocks)))
         self.up = ConvNorm(2 * width, width)
         self.channels = (width,)
-        self.grid, self.layers = grid, len(heights)
+        self.grid = grid
         cells = grid.centres().flatten(0, 1)
         points = torch.cat([functional.pad(cells, (0, 1), value=float(height)) for height in heights])
         self.register_buffer("points", points, persistent=False)
@@ -97,11 +97,12 @@ class BEVTrunk(Trunk):
         """``[B, cameras, 3, H + 1, W]``, as `torchmto.lab.data.nuscenes.Frames` gives it, to ``[B, width, cells, cells]``."""
         pictures, projections = x[..., :-1, :], x[..., -1, :4]
         maps = self.pictures(((pictures - self.mean) / self.std).flatten(0, 1))
-        features = self.join(torch.cat([maps[2], resize(maps[3], maps[2])], dim=1)).unflatten(0, x.shape[:2])
+        joined = self.join(torch.cat([maps[2], resize(maps[3], maps[2])], dim=1))
+        features = joined.view(*x.shape[:2], *joined.shape[1:])
         with torch.autocast(x.device.type, enabled=False):  # places in pixels need more than 8 bits
             lifted = lift(features.float(), projections.float(), self.points, (pictures.shape[-2], pictures.shape[-1]))
         side = self.grid.cells
-        ground = self.ground(lifted.unflatten(2, (self.layers, side, side)).flatten(1, 2))
+        ground = self.ground(lifted.reshape(len(x), -1, side, side))
         below = self.blocks_below(self.down(ground))
         return self.up(torch.cat([ground, resize(below, ground)], dim=1))  # type: ignore[no-any-return]
 
