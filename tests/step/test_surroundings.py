@@ -59,18 +59,39 @@ def test_a_copy_goes_on_like_the_original(copied):
         assert same(dataclasses.asdict(again), dataclasses.asdict(infos[1]))
 
 
-@pytest.mark.parametrize("width", [5, 7])
-def test_a_layer_that_is_replaced_is_combined_like_a_new_model(width):
-    model, optimizer, mt = make("mgda")
-    mt.step(closure(model, batch(TASKS)))
+def replaced(model, optimizer, width):
+    """Other layers of the same names, and what the optimizer trains."""
     torch.manual_seed(3)
     model.trunk[0] = nn.Linear(4, width).double()
     model.heads = nn.ModuleDict({task: nn.Linear(width, 1).double() for task in TASKS})
     optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def test_layers_that_are_replaced_are_combined_like_a_new_model():
+    model, optimizer, mt = make("mgda")
+    mt.step(closure(model, batch(TASKS)))
+    replaced(model, optimizer, 5)
     twin, _, fresh = make("mgda", model=copy.deepcopy(model))
     info, expected = (one.step(closure(net, batch(TASKS))) for net, one in ((model, mt), (twin, fresh)))
     assert torch.equal(info.gramian, expected.gramian)
     assert torch.equal(flat(model), flat(twin))
+
+
+def test_layers_replaced_by_others_of_another_shape_are_named():
+    model, optimizer, mt = make("mgda")
+    mt.step(closure(model, batch(TASKS)))
+    before = [p.detach().clone() for p in model.parameters()]
+    former = model.trunk[0], model.heads
+    replaced(model, optimizer, 7)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"`trunk.0.weight` was replaced by one of another shape, \[7, 4\] after \[5, 4\]"
+        ):
+            mt.step(closure(model, batch(TASKS)))
+    model.trunk[0], model.heads = former
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    assert all(map(torch.equal, model.parameters(), before))
+    mt.step(closure(model, batch(TASKS)))
 
 
 def test_lazy_parameters_are_named_before_anything_happens():

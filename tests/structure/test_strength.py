@@ -253,7 +253,7 @@ def test_all_channels_tie_at_initialisation():
 def test_transposed_layers_combine_by_output_channel(groups):
     net = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=groups), nn.BatchNorm2d(6)).double()
     (layer,) = find_norm_pairs(net)
-    assert (layer.num_channels, layer.num_inputs, layer.channel_dim) == (6, 4, 1)
+    assert (layer.num_channels, layer.num_inputs) == (6, 4)
     grads = [torch.randn(2, *parameter.shape, dtype=torch.float64) for parameter in layer.parameters]
     top = torch.tensor([0, 1, 1, -1, 0, 1])
     found = layer.combine(grads, layer.coefficients(grads, top))

@@ -181,19 +181,25 @@ class Network:
                 raise ValueError("The model has parameters without a shape (a lazy module). Run it once before.")
             in_model = {id(p): name for name, p in self._in_model().items()}
             before = {id(p): self._names[id(p)] for p in self._known}
-            self._names = {}
+            names: dict[int, str] = {}
+            by_name = dict(self._by_name)
             groups = [group for optimizer in self.optimizers.all for group in optimizer.param_groups]
             for g, group in enumerate(groups):
                 for i, p in enumerate(group["params"]):
                     name = in_model.get(id(p)) or before.get(id(p)) or f"param_groups.{g}.{i}"
-                    while id(p) not in in_model and self._by_name.get(name, p) is not p:
+                    while id(p) not in in_model and by_name.get(name, p) is not p:
                         # The place of another one, before groups left the optimizer.
                         name += "'"
-                    if self._by_name.get(name, p) is not p:
-                        # The rows have columns for the one before.
-                        self.rows = []
-                    self._names[id(p)] = name
-                    self._by_name[name] = p
+                    if by_name.get(name, p).shape != p.shape:
+                        raise ValueError(
+                            f"Parameter `{name}` was replaced by one of another shape, {list(p.shape)} after "
+                            f"{list(by_name[name].shape)}, which what the method knows doesn't fit. Build a new MultiTask."
+                        )
+                    names[id(p)], by_name[name] = name, p
+            if any(by_name[name] is not p for name, p in self._by_name.items()):
+                # The rows have columns for those that were replaced.
+                self.rows = []
+            self._names, self._by_name = names, by_name
             self._known, self._trained = everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:

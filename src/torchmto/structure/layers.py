@@ -50,11 +50,6 @@ class StructuredLayer:
     out_start: int | None = None
 
     @property
-    def channel_dim(self) -> int:
-        """The dimension of ``weight`` that holds the output channels (of one group)."""
-        return int(self.transposed)
-
-    @property
     def num_channels(self) -> int:
         """The number of output channels."""
         return self.weight.shape[1] * self.groups if self.transposed else self.weight.shape[0]
