@@ -408,14 +408,13 @@ class MultiTask:
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
+                network.tell_trained()
                 with network.no_sync(), keeping_buffers():
                     return work(context)
             except BaseException:
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
                 raise
-            finally:
-                self._kept = []
         except EndedTogether as ended:
             raise ended.error from None
         except BaseException as error:

@@ -171,31 +171,34 @@ class Network:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = self.optimizers.parameters()
         if len(everything) != len(self._known) or not all(map(operator.is_, everything, self._known)):
-            self._complex = any(p.is_complex() for p in everything)
-            if self.scaler is not None and self._complex:
+            any_complex = any(p.is_complex() for p in everything)
+            if self.scaler is not None and any_complex:
                 raise ValueError(
                     "Parameter `scaler` should be None with complex parameters: a GradScaler can't unscale complex gradients."
                 )
             in_model = {id(p): name for name, p in self.model.named_parameters()}
             before = {id(p): self._names[id(p)] for p in self._known}
-            self._names = {}
+            names: dict[int, str] = {}
+            by_name = dict(self._by_name)
             groups = [group for optimizer in self.optimizers.all for group in optimizer.param_groups]
             for g, group in enumerate(groups):
                 for i, p in enumerate(group["params"]):
                     name = in_model.get(id(p)) or before.get(id(p)) or f"param_groups.{g}.{i}"
-                    while id(p) not in in_model and self._by_name.get(name, p) is not p:
+                    while id(p) not in in_model and by_name.get(name, p) is not p:
                         # The place of another one, before groups left the optimizer.
                         name += "'"
-                    self._names[id(p)] = name
-                    self._by_name[name] = p
-            self._known, self._trained = everything, None
+                    names[id(p)] = name
+                    by_name[name] = p
+            # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
+            self._complex = any_complex
+            self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:
-            self._trained = trained
             self.parameters = list(itertools.compress(everything, trained))
             self.sizes = {}
             self._beyond = (-1, {})
             self._other = True
+            self._trained = trained
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -268,6 +271,9 @@ class Network:
         """Remember buffers and roles for :meth:`undo`."""
         self.buffers.take()
         self.roles.mark()
+
+    def tell_trained(self) -> None:
+        """Tell the roles which parameters are trained now; after :meth:`mark`, since an error undoes it."""
         if self._other:
             self.roles.look(self.names())
             self._other = False
