@@ -62,3 +62,24 @@ def test_one_task_and_a_scaler(method):
     )
     info = mt.step(lambda tasks: dict.fromkeys(tasks, head(model(torch.ones(3, 2))).square().mean()))
     assert info.num_optimizer_steps == 1
+
+
+def test_an_interrupt_just_before_the_optimizer_counts_no_step_of_before():
+    model, _, mt = make("adatask")
+
+    def losses(tasks):
+        return {task: model(torch.ones(2, 4, dtype=torch.float64))[task].square().mean() for task in tasks}
+
+    mt.step(losses)
+    before = state(mt)
+    mt.network.optimizers._fired = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        mt.step(losses)
+    assert same(state(mt), before)
+
+
+class Interrupting(set):
+    """Is interrupted when it is cleared, which is the first thing that the optimizers' step does."""
+
+    def clear(self):
+        raise KeyboardInterrupt

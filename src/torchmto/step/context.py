@@ -346,6 +346,8 @@ class StepContext:
                 return True
             if norm is not None:
                 network.clip_gradients(norm)
+            # Here, since an interrupt before the first optimizer's step must not find the count of the last one.
+            network.optimizers.num_stepped = 0
             try:
                 network.optimizers.step()
             finally:
