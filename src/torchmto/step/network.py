@@ -545,6 +545,7 @@ class Network:
         self.set_infinite()
         with self.optimizers.scaling():
             self.optimizers.unscale()
+            self.optimizers.num_stepped = 0
             self.optimizers.step()
         self.zero_grad()
 
