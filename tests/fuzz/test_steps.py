@@ -83,3 +83,21 @@ class Interrupting(set):
 
     def clear(self):
         raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["f_mtl", "samo"])
+def test_an_interrupt_while_moved_parameters_are_put_back(method):
+    model, _, mt = make(method)
+    before = state(mt)
+    put_back, calls = mt.network.put_back, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        put_back()
+
+    mt.network.put_back = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        mt.step(lambda tasks: {t: model(torch.ones(2, 4, dtype=torch.float64))[t].square().mean() for t in tasks})
+    assert same(state(mt), before)

@@ -107,6 +107,7 @@ class Network:
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
         self.rows: list[Rows | ShardedRows] = []
+        self.moved: list[tuple[Tensor, Tensor]] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
@@ -280,6 +281,7 @@ class Network:
 
     def undo(self, *, keep_buffers: bool) -> None:
         """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
+        self.put_back()
         self.zero_grad()
         if self.engine is not None:
             self.engine.forget()
@@ -289,6 +291,13 @@ class Network:
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give parameters that a method has moved their values back; an error's undoing repeats what was interrupted."""
+        for parameter, value in self.moved:
+            parameter.copy_(value)
+        self.moved = []
 
     @property
     def divided(self) -> bool:
