@@ -19,7 +19,8 @@ DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
 sys.path.insert(0, str(DOCS))
 
-from docstrings import roles  # noqa: E402  scripts beside this one
+import released  # noqa: E402  scripts beside this one
+from docstrings import roles  # noqa: E402
 from evidence import filled, leaderboard  # noqa: E402
 
 MODULES = (torchmto, structure, metrics, solvers, lab)
@@ -182,6 +183,7 @@ def pages() -> dict[Path, str]:
         made[DOCS / "api" / f"{module.__name__.removeprefix('torchmto.')}.md"] = reference(module)
     made[DOCS / "leaderboard.md"] = leaderboard()
     made[DOCS / "results.md"] = filled((DOCS / "results.md").read_text(encoding="utf-8"))
+    made[DOCS / "recipes.md"] = released.page()
     made[README] = readme()
     return made
 

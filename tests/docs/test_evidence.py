@@ -26,7 +26,9 @@ def test_results_follow_from_the_runs(name, tmp_path, monkeypatch):
         if not (SHARED / "data" / file).exists():
             pytest.skip(f"needs the data set {file}, which a plain clone doesn't have")
     outcomes, execute = [], executors.execute
-    monkeypatch.setattr(executors, "execute", lambda *job, **more: outcomes.append(execute(*job, **more)) or outcomes[-1])
+    monkeypatch.setattr(
+        executors, "execute", lambda *job, **more: outcomes.append(execute(*job, **more)) or outcomes[-1]
+    )
     monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
     monkeypatch.setattr(outputs, "plots", lambda *_: {})
     monkeypatch.setattr(sys.modules["torchmto.lab.reproduce.reproduce"], "write_report", lambda *_: None)

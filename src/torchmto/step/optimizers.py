@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.gradients.torch_private import scaler_states
+from torchmto.gradients.torch_private import scaler_states, version_of
 
 
 class Optimizers:
@@ -52,6 +52,8 @@ class Optimizers:
         """
         self._fired.clear()
         for optimizer in self.all:
+            first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
+            before = 0 if first is None else version_of(first)
             try:
                 if self._scaler is None:
                     optimizer.step()
@@ -60,6 +62,8 @@ class Optimizers:
                 if self._wrapped:
                     self._check_fired(optimizer)
             except BaseException as error:
+                # A hook after the step may fail, too.
+                self.num_stepped += first is not None and version_of(first) != before
                 if self.num_stepped:
                     error.add_note(
                         f"{self.num_stepped} of {len(self.all)} optimizers had stepped already, which isn't undone."

@@ -108,7 +108,10 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     pieces = [
         Piece(
             chunk.losses,
-            {i: (by_task[i] * (chunk.counts[i] / losses.totals[i])).to(loss) for i, loss in chunk.losses.items()},
+            {
+                i: (by_task[i] * (chunk.counts[i] / losses.totals[i])).to(loss.device)
+                for i, loss in chunk.losses.items()
+            },
             chunk.activated,
         )
         for chunk in chunks
