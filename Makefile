@@ -2,6 +2,8 @@
 # make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
 # make test-all   the same with the slow tests: clusters, launchers, kills of real processes
 # make docs   the generated pages, then the documentation site in site/, which opens without a server
+# make coverage   how much of the core's lines the tests run (those for CUDA apart)
+# make audit   known weaknesses of the pinned dependencies, and their list (SBOM) in dist/sbom.json; needs a network
 #
 # All set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
 
@@ -9,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup demo test test-all docs clean
+.PHONY: help setup demo test test-all docs coverage audit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +20,7 @@ DEMO_OUT ?= runs/demo
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup: $(STAMP)
 
@@ -57,6 +59,18 @@ docs: $(STAMP)
 	@$(BIN)/python docs/generate.py
 	$(BIN)/mkdocs --quiet build --clean
 	echo "Open site/index.html"
+
+coverage: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt coverage
+	OMP_NUM_THREADS=1 $(BIN)/coverage run --source=torchmto -m pytest -m "not slow" tests/battery tests/engine tests/fuzz \
+	    tests/methods tests/solvers tests/step tests/structure
+	$(BIN)/coverage report --omit='*/lab/*,*/cli/*,*/integrations/*' --show-missing --skip-covered
+
+audit: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	mkdir -p dist
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --format cyclonedx-json --output dist/sbom.json
 
 clean:
 	@rm -rf $(VENV) runs dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

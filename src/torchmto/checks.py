@@ -13,6 +13,10 @@ from typing import Any
 _PACKAGE = str(Path(__file__).parent)
 
 
+LONGEST = 300
+"""Characters that a message shows of a value."""
+
+
 def found(name: str, should: str, value: object) -> str:
     """The message of every argument error.
 
@@ -20,7 +24,13 @@ def found(name: str, should: str, value: object) -> str:
         >>> found("c", "a non-negative float", -5)
         'Parameter `c` should be a non-negative float. Found `c = -5`.'
     """
-    return f"Parameter `{name}` should be {should}. Found `{name} = {value!r}`."
+    return f"Parameter `{name}` should be {should}. Found `{name} = {shown(value)}`."
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, its end left out where it is long."""
+    text = " ".join(repr(value).split("\n"))
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def warn(message: str) -> None:

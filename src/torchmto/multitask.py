@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, unknown_task, warn
+from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
@@ -424,6 +424,7 @@ class MultiTask:
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
+                network.tell_trained()
                 around = contextlib.nullcontext() if surroundings.neutral else surroundings.kept_out()
                 with around, network.no_sync(), keeping_buffers():
                     return work(context)
@@ -431,8 +432,6 @@ class MultiTask:
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
                 raise
-            finally:
-                self._kept = []
         except EndedTogether as ended:
             raise ended.error from None
         except BaseException as error:
@@ -632,8 +631,11 @@ class MultiTask:
             "weights": weights,
         }
         for key, value in expected.items():
-            if state.get(key) != value:
-                raise ValueError(f"The saved state has {key} = {state.get(key)!r}, but this MultiTask has {value!r}.")
+            # By what they look like: whether a tensor equals something isn't a yes or no.
+            if repr(state.get(key)) != repr(value):
+                raise ValueError(
+                    f"The saved state has {key} = {shown(state.get(key))}, but this MultiTask has {value!r}."
+                )
         needed = ("method_state", "roles", *(("weights_state",) if weights is not None else ()))
         missing = [key for key in needed if key not in state]
         if missing:
@@ -651,8 +653,8 @@ class MultiTask:
         except BaseException as error:
             for part, before in kept:
                 part.load_state_dict(before)
-            if isinstance(error, KeyError | TypeError | AttributeError | RuntimeError):
-                raise ValueError(f"The saved state's {loading} doesn't fit: {error!r}.") from error
+            if isinstance(error, Exception) and not isinstance(error, ValueError):
+                raise ValueError(f"The saved state's {loading} doesn't fit: {shown(error)}.") from error
             raise
 
 

@@ -50,9 +50,10 @@ class Roles:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
         self.changes += 1
         for name, task in self._journal:
-            self._reached[name].discard(task)
-            if not self._reached[name]:
-                del self._reached[name]
+            tasks = self._reached.get(name, set())
+            tasks.discard(task)
+            if not tasks:
+                self._reached.pop(name, None)
         size, seen, walked, self.looked = self._mark
         shrunk = len(self.layout) > size
         self._shared.difference_update(self.layout[size:])
@@ -88,15 +89,16 @@ class Roles:
         needed = 1 if self.num_tasks == 1 else 2
         grown = False
         for name in names:
-            tasks = self._reached.setdefault(name, set())
-            if task in tasks:
+            if task in self._reached.get(name, ()):
                 continue
+            # What can be undone is noted before it is done: an interrupt may come in between.
+            self._journal.append((name, task))
+            tasks = self._reached.setdefault(name, set())
             tasks.add(task)
             self.changes += 1
-            self._journal.append((name, task))
             if not self.given and len(tasks) >= needed and name not in self._shared:
-                self._shared.add(name)
                 self.layout.append(name)
+                self._shared.add(name)
                 grown = True
         return grown
 

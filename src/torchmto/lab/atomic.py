@@ -13,6 +13,8 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
+from torchmto.checks import shown
+
 __all__ = [
     "BrokenFileError",
     "canonical",
@@ -155,7 +157,7 @@ def read_json(path: Path, kind: str, version: int) -> dict[str, Any]:
         raise BrokenFileError(f"{path} isn't a file of this program ({kind}).")
     if document.get("schema_version") != version:
         raise BrokenFileError(
-            f"{path} has version {document.get('schema_version')!r} of its format; this torchmto reads version {version}."
+            f"{path} has version {shown(document.get('schema_version'))} of its format; this torchmto reads version {version}."
         )
     content = document.get("content")
     if not isinstance(content, dict) or document.get("sha256") != _checksum(content):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_integer, warn
+from torchmto.checks import check_choice, check_integer, shown, warn
 from torchmto.methods.per_task import ByTask
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
@@ -288,7 +288,7 @@ class Method(ABC):
         if set(state) != expected:
             raise ValueError(
                 f"The state isn't one of method `{self.name}` with these hyper-parameters: it holds "
-                f"{sorted(state)}, expected {sorted(expected)}."
+                f"{shown(sorted(state))}, expected {sorted(expected)}."
             )
         self.generator.set_state(state["generator"])
         for name in self._states:

@@ -162,7 +162,7 @@ class StepContext:
         Args:
             shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
         """
-        before = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
+        self.network.moved = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
         try:
             with self._parts.noise.extra(replay=False):
                 with torch.no_grad():
@@ -170,9 +170,7 @@ class StepContext:
                         real(parameter.detach()).add_(shift)
                 yield
         finally:
-            with torch.no_grad():
-                for parameter, value in before:
-                    parameter.copy_(value)
+            self.network.put_back()
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
         """Inner products between the rows of two batches, float64 on the CPU, [k1, k2].
@@ -348,6 +346,8 @@ class StepContext:
                 return True
             if norm is not None:
                 network.clip_gradients(norm)
+            # Here, since an interrupt before the first optimizer's step must not find the count of the last one.
+            network.optimizers.num_stepped = 0
             try:
                 network.optimizers.step()
             finally:

@@ -353,7 +353,9 @@ def average_statistics(network: Network) -> None:
     network.ranks.sum_all_(sums)
     for (norm, buffer), total in zip(averaged, sums, strict=True):
         if norm.training:
-            torch.div(total, network.ranks.size, out=buffer)
+            # Past the version counter, as the norm's own kernel writes: a graph that is still to be walked backwards checks it,
+            # and in training mode doesn't use these numbers.
+            torch.div(total, network.ranks.size, out=buffer.data)
     if counted:
         largest = network.ranks.max_(torch.stack([buffer.to(network.device) for _, buffer in counted]))
         for (norm, buffer), count in zip(counted, largest, strict=True):

@@ -109,6 +109,7 @@ class Network:
         check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
+        self.moved: list[tuple[Tensor, Tensor]] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
@@ -172,8 +173,8 @@ class Network:
         """Look up which parameters are trained now: groups may have been added, parameters frozen."""
         everything = self.optimizers.parameters()
         if len(everything) != len(self._known) or not all(map(operator.is_, everything, self._known)):
-            self._complex = any(p.is_complex() for p in everything)
-            if self.scaler is not None and self._complex:
+            any_complex = any(p.is_complex() for p in everything)
+            if self.scaler is not None and any_complex:
                 raise ValueError(
                     "Parameter `scaler` should be None with complex parameters: a GradScaler can't unscale complex gradients."
                 )
@@ -196,18 +197,18 @@ class Network:
                             f"{list(by_name[name].shape)}, which what the method knows doesn't fit. Build a new MultiTask."
                         )
                     names[id(p)], by_name[name] = name, p
-            if any(by_name[name] is not p for name, p in self._by_name.items()):
-                # The rows have columns for those that were replaced.
-                self.rows = []
-            self._names, self._by_name = names, by_name
-            self._known, self._trained = everything, None
+            # The rows have columns for parameters that were replaced.
+            rows = self.rows if all(by_name[name] is p for name, p in self._by_name.items()) else []
+            # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
+            self._complex, self.rows = any_complex, rows
+            self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:
-            self._trained = trained
             self.parameters = list(itertools.compress(everything, trained))
             self.sizes = {}
             self._beyond = (-1, {})
             self._other = True
+            self._trained = trained
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose parameters are others; the next step looks them up."""
@@ -289,12 +290,16 @@ class Network:
         """Remember buffers and roles for :meth:`undo`."""
         self.buffers.take()
         self.roles.mark()
+
+    def tell_trained(self) -> None:
+        """Tell the roles which parameters are trained now; after :meth:`mark`, since an error undoes it."""
         if self._other:
             self.roles.look(self.names())
             self._other = False
 
     def undo(self, *, keep_buffers: bool) -> None:
         """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
+        self.put_back()
         self.zero_grad()
         if self.engine is not None:
             self.engine.forget()
@@ -304,6 +309,13 @@ class Network:
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give parameters that a method has moved their values back; an error's undoing repeats what was interrupted."""
+        for parameter, value in self.moved:
+            parameter.copy_(value)
+        self.moved = []
 
     @property
     def divided(self) -> bool:
@@ -560,6 +572,7 @@ class Network:
         self.set_infinite()
         with self.optimizers.scaling():
             self.optimizers.unscale()
+            self.optimizers.num_stepped = 0
             self.optimizers.step()
         self.zero_grad()
 

@@ -18,7 +18,7 @@ class Optimizers:
         scaler: A ``torch.amp.GradScaler``, or None.
 
     Attributes:
-        num_stepped: How many of them have stepped in the last :meth:`step`.
+        num_stepped: How many of them have stepped since the caller of :meth:`step` set it to 0.
 
     Raises:
         ValueError: If two have a parameter in common.
@@ -50,7 +50,6 @@ class Optimizers:
         Raises:
             RuntimeError: If a wrapper of an optimizer swallows the step.
         """
-        self.num_stepped = 0
         self._fired.clear()
         for optimizer in self.all:
             first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)

@@ -127,5 +127,6 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
         failure = error
     network.tidy_sparse()
     sum_gradients(network, failure)
-    if scale is not None:
-        torch._foreach_div_(network.gradients(shared), scale)
+    reached = network.gradients(shared)
+    if scale is not None and reached:
+        torch._foreach_div_(reached, scale)

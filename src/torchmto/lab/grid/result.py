@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.folders import FolderError
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
@@ -42,7 +43,7 @@ class Result:
             self.results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             found = self.results.get("schema_version")
             if found != SCHEMA_VERSION:
-                raise FolderError(f"{file} has version {found!r}; this torchmto reads version {SCHEMA_VERSION}.")
+                raise FolderError(f"{file} has version {shown(found)}; this torchmto reads version {SCHEMA_VERSION}.")
             self._runs: list[tuple[str, dict[str, Any]]] = []
             for name, run_file in run_files(self.path, self.results):
                 run = read_json(run_file, "torchmto compare run", SCHEMA_VERSION)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
@@ -31,7 +32,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     schema = results["schema_version"]
     if schema not in _READABLE:
         known = " and ".join(map(str, _READABLE))
-        raise ReportError(f"{folder}/results.json has version {schema!r}; this torchmto reads versions {known}.")
+        raise ReportError(f"{folder}/results.json has version {shown(schema)}; this torchmto reads versions {known}.")
     tasks, config = list(results["tasks"]), results["config"]
     for method in results["methods"].values():
         _check_method(method, tasks)

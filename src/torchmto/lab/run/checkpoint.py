@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,8 +98,8 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
         file.seek(HEADER_SIZE)
         try:
             state = torch.load(file, map_location=device, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise CheckpointError(f"The checkpoint `{path}` holds something other than plain data: {error}") from error
+        except Exception as error:  # what isn't a pickle of plain data can raise anything
+            raise CheckpointError(f"The checkpoint `{path}` holds something other than plain data.") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"`{path}` isn't a checkpoint of a training run: it holds a {type(state).__name__}.")
     return state

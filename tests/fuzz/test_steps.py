@@ -1,0 +1,103 @@
+"""A sample of `benchmarks/fuzz_steps.py`, and what it has found."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import torchmto
+from scripts import load_script
+from toy import make, same, state
+
+fuzz = load_script("benchmarks/fuzz_steps.py")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sample():
+    ends, findings = fuzz.run(itertools.count(20_000), steps=40)
+    assert not findings
+    assert ends["plain steps taken"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_an_interrupt_at_sampled_lines(method):
+    assert fuzz.every_line(method, stride=97) > 100
+
+
+@pytest.mark.parametrize("line", range(1, 20))
+def test_an_interrupt_while_new_parameters_are_looked_up(line):
+    """What is known of the parameters is replaced as a whole: the step after an interrupt works as if there had been none."""
+    model, optimizer, mt = make("pcgrad")
+
+    def losses(tasks):
+        return {task: model(torch.ones(2, 4, dtype=torch.float64))[task].square().mean() for task in tasks}
+
+    mt.step(losses)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    mt.network.buffers.take()
+    before = state(mt)
+    with fuzz.raising_at(line, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
+        mt.network.refresh()
+    assert same(state(mt), before)
+    assert mt.step(losses).num_optimizer_steps == 1
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "mgda"])
+def test_one_task_and_a_scaler(method):
+    """With nothing on the shared parameters there is nothing to unscale."""
+    model = nn.Linear(2, 1)
+    model.requires_grad_(False)
+    head = nn.Linear(1, 1)
+    both = nn.ModuleList([model, head])
+    mt = torchmto.MultiTask(
+        both,
+        torch.optim.SGD(both.parameters(), lr=0.1),
+        tasks=["a", "b"],
+        shared=model.parameters(),
+        method=method,
+        scaler=torch.amp.GradScaler("cpu", init_scale=8.0),
+        gradients="layerwise",
+    )
+    info = mt.step(lambda tasks: dict.fromkeys(tasks, head(model(torch.ones(3, 2))).square().mean()))
+    assert info.num_optimizer_steps == 1
+
+
+def test_an_interrupt_just_before_the_optimizer_counts_no_step_of_before():
+    model, _, mt = make("adatask")
+
+    def losses(tasks):
+        return {task: model(torch.ones(2, 4, dtype=torch.float64))[task].square().mean() for task in tasks}
+
+    mt.step(losses)
+    before = state(mt)
+    mt.network.optimizers._fired = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        mt.step(losses)
+    assert same(state(mt), before)
+
+
+class Interrupting(set):
+    """Is interrupted when it is cleared, which is the first thing that the optimizers' step does."""
+
+    def clear(self):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["f_mtl", "samo"])
+def test_an_interrupt_while_moved_parameters_are_put_back(method):
+    model, _, mt = make(method)
+    before = state(mt)
+    put_back, calls = mt.network.put_back, []
+
+    def interrupted():
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        put_back()
+
+    mt.network.put_back = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        mt.step(lambda tasks: {t: model(torch.ones(2, 4, dtype=torch.float64))[t].square().mean() for t in tasks})
+    assert same(state(mt), before)
