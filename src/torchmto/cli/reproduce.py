@@ -34,6 +34,7 @@ def make_parser(prog: str) -> Parser:
 
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
+    from torchmto.checks import needed  # noqa: PLC0415
     from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
     from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce  # noqa: PLC0415  the lab takes seconds to import
 
@@ -42,6 +43,7 @@ def run(args: Namespace) -> int:
             print(f"{name:<18} {load_recipe(name).summary}")
         return 0
     with reported(this_command()):
+        needed("An experiment", "matplotlib.figure")  # its figures come last
         recipe = load_recipe(args.name)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
         make_executor(args.executor, 1, out, args.ray_address)  # says what is missing before anything is read
