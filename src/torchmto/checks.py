@@ -38,11 +38,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known name that is most like it; empty if none is.
 
     Example:
-        >>> nearest("pcgard", ["gd", "pcgrad"])
+        >>> nearest("PCGard", ["gd", "pcgrad"])
         ' Did you mean `pcgrad`?'
     """
-    alike = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{alike[0]}`?" if alike else ""
+    lowered = {entry.lower(): entry for entry in known}
+    alike = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
+    return f" Did you mean `{lowered[alike[0]]}`?" if alike else ""
 
 
 def needed(what: str, module: str, extra: str = "lab") -> Any:

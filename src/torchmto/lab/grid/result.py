@@ -41,6 +41,8 @@ class Result:
             raise FolderError(f"There is no finished comparison in `{self.path}`.")
         try:
             self.results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if "methods" not in self.results:
+                raise FolderError(f"`{path}` holds no comparison.")
             found = self.results.get("schema_version")
             if found != SCHEMA_VERSION:
                 raise FolderError(f"{file} has version {found!r}; this torchmto reads version {SCHEMA_VERSION}.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
 from torchmto.lab.methods import check_weighting, make
 from torchmto.lab.references import source_of
-from torchmto.lab.specs import MethodSpec
+from torchmto.lab.specs import MethodSpec, parse_method
 
 if TYPE_CHECKING:
     from torchmto.lab.problem import Problem
@@ -355,10 +355,13 @@ def config_of(settings: Mapping[str, Any], base: RunConfig | None = None) -> Run
 
     Raises:
         ConfigError: If there is no such setting.
+        ValueError: If the text of a method has another form.
 
     Example:
         >>> config_of({"optimizer": {"name": "sgd"}, "lr": 0.1}).optimizer.lr
         0.1
+        >>> config_of({"method": "cagrad(c=0.3)"}).method.options
+        {'c': 0.3}
     """
     values = (base or RunConfig()).as_dict()
     for key, value in settings.items():
@@ -372,6 +375,10 @@ def config_of(settings: Mapping[str, Any], base: RunConfig | None = None) -> Run
         entries = asdict(entries) if is_dataclass(entries) and not isinstance(entries, type) else entries
         if not isinstance(entries, Mapping):
             raise ConfigError(f"The setting `{key}` should be a mapping. Found {value!r}.")
+        if section == "method" and "(" in str(entries.get("name")):
+            spec = parse_method(str(entries["name"]))
+            options = {**spec.hyperparameters, **(entries.get("options") or {})}
+            entries = {**entries, "name": spec.name, "options": options}
         for entry in entries:
             if entry not in values[section]:
                 hint = nearest(entry, values[section])
