@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
 from torchmto.lab.methods import check_weighting, make
-from torchmto.lab.references import source_of
+from torchmto.lab.references import resolve, source_of
 from torchmto.lab.specs import MethodSpec, parse_method
+from torchmto.methods import methods
 
 if TYPE_CHECKING:
     from torchmto.lab.problem import Problem
@@ -191,7 +192,11 @@ class RunConfig:
 
         Raises:
             ConfigError: If a value makes no sense, or a method's or model's name or option is unknown.
+            UnknownReferenceError: If there is no such problem, whose file might register an unknown method.
         """
+        named = {self.method.name, self.method.weights if isinstance(self.method.weights, str) else "gd"}
+        if self.data.name and not named <= {*methods()}:
+            resolve(self.data.name)  # a problem's file may register methods
         try:
             self._check_numbers()
             _check_model(self.model)
