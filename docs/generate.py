@@ -1,4 +1,4 @@
-"""Writes the generated pages of the documentation: methods and their index, public names by module, README's table.
+"""Writes the generated pages of the documentation: methods and their index, public names, tables of results, README's table.
 
 Run ``python docs/generate.py`` after adding a method or changing a docstring; a test compares the pages with the code.
 """
@@ -19,7 +19,9 @@ DOCS = Path(__file__).resolve().parent
 README = DOCS.parent / "README.md"
 sys.path.insert(0, str(DOCS))
 
-from docstrings import roles  # noqa: E402  a script beside this one
+import released  # noqa: E402  scripts beside this one
+from docstrings import roles  # noqa: E402
+from evidence import filled, leaderboard  # noqa: E402
 
 MODULES = (torchmto, structure, metrics, solvers, lab)
 FAMILIES = {
@@ -179,6 +181,9 @@ def pages() -> dict[Path, str]:
     made[DOCS / "methods" / "README.md"] = index()
     for module in MODULES:
         made[DOCS / "api" / f"{module.__name__.removeprefix('torchmto.')}.md"] = reference(module)
+    made[DOCS / "leaderboard.md"] = leaderboard()
+    made[DOCS / "results.md"] = filled((DOCS / "results.md").read_text(encoding="utf-8"))
+    made[DOCS / "recipes.md"] = released.page()
     made[README] = readme()
     return made
 

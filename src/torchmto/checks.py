@@ -1,13 +1,12 @@
 """Checks of arguments, all with one form of message: what the parameter should be, and what was found."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import math
 import sys
 import warnings
 from collections.abc import Collection, Iterable
+from numbers import Real
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -77,7 +76,8 @@ def unknown_task(name: object, tasks: Iterable[str], where: str = "") -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # numpy's scalars are numbers of numbers.Real.
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_number(

@@ -1,9 +1,8 @@
 """The user's handle: drives a model and its optimizer with a multi-task method."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, check_alike, tell
 from torchmto.step.parts import Carried
 from torchmto.step.plan import Plan
+from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import replicas
 
 STATE_VERSION = 1
@@ -69,8 +69,11 @@ def _check_parts(model: object, optimizers: Sequence[object], scaler: object, se
         raise ValueError(found("optimizer", "at least one torch.optim.Optimizer", list(optimizers)))
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(found("scaler", "a torch.amp.GradScaler", scaler))
-    if seed is not None and not hasattr(seed, "__index__"):
-        raise TypeError(found("seed", "an int", seed))
+    if seed is not None:
+        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
+            raise TypeError(found("seed", "an int", seed))
+        if not -(2**63) <= operator.index(seed) < 2**64:
+            raise ValueError(found("seed", "an int of 64 bits", seed))
 
 
 class MultiTask:
@@ -189,11 +192,10 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        method.bind(self.tasks)
-        method.attach(self.network)
-        if isinstance(self.weights, LossWeighting):
-            self.weights.bind(self.tasks)
-            self.weights.attach(self.network)
+        with Surroundings(self.network.device).kept_out():
+            for part in self._methods:
+                part.bind(self.tasks)
+                part.attach(self.network)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -239,6 +241,17 @@ class MultiTask:
                 where = "sharded parameters" if network.sharded else "shard_gradients=True"
                 where = where if network.engine is None else f'gradients="{network.engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
+        weights = self.weights
+        if (
+            isinstance(weights, LossWeighting)
+            and not weights.fixed
+            and weights.properties.identity
+            and self._method.one_by_one
+        ):
+            warn(
+                f"Method `{self._method.name}` runs one task at a time, where weighting `{weights.name}`, which weighs tasks "
+                "against each other, gives it weight 1: it has no effect there. Weights by task have: `weights={'task': 0.5}`."
+            )
         if not network.sparse and any(isinstance(o, torch.optim.SparseAdam) for o in network.optimizers.all):
             raise ValueError(
                 "SparseAdam takes sparse gradients only. They stay sparse for loss weightings on one process; method "
@@ -406,11 +419,13 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
+            surroundings = Surroundings(network.device)
+            context = self._context(losses, tasks, independent, surroundings, stepping=stepping, carried=carried)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
-                with network.no_sync(), keeping_buffers():
+                around = contextlib.nullcontext() if surroundings.neutral else surroundings.kept_out()
+                with around, network.no_sync(), keeping_buffers():
                     return work(context)
             except BaseException:
                 if context.num_optimizer_steps == 0:
@@ -459,6 +474,7 @@ class MultiTask:
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
         independent: Sequence[Any],
+        surroundings: Surroundings,
         *,
         stepping: bool,
         carried: dict[int, Carried] | None,
@@ -498,7 +514,15 @@ class MultiTask:
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
         plan.repeats = any(part.repeats for part in self._methods)
         return StepContext(
-            plan, network, sources, asked=asked, about=about, stepping=stepping, carried=carried, summed=summed
+            plan,
+            network,
+            sources,
+            surroundings,
+            asked=asked,
+            about=about,
+            stepping=stepping,
+            carried=carried,
+            summed=summed,
         )
 
     def _warn_of_gradients(self) -> None:
@@ -549,8 +573,11 @@ class MultiTask:
         for name, value in performance.items():
             if name not in self.tasks:
                 raise ValueError(unknown_task(name, self.tasks, "in the report"))
-            # Metrics often are tensors or numpy scalars.
-            number = value.item() if hasattr(value, "item") else value
+            number: Any = value
+            if hasattr(value, "item"):
+                # Metrics often are tensors or numpy scalars; what holds several values isn't one.
+                with contextlib.suppress(RuntimeError, ValueError):
+                    number = value.item()
             values[name] = check_number(f"performance[{name!r}]", number)
         with self._restoring():
             for part in self._methods:

@@ -1,7 +1,5 @@
 """Task-specific normalisation: one copy of every norm layer per task, everything else shared."""
 
-from __future__ import annotations
-
 import copy
 import re
 import threading

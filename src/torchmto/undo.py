@@ -1,7 +1,5 @@
 """Copies of a model's buffers, to undo what a forward has done to them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +16,13 @@ class BufferSnapshot:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kept: dict[tuple[int, str], _KeptBuffer] = {}
+        self._empty: list[tuple[nn.Module, str]] = []
 
     def take(self) -> None:
         """Copy the buffers."""
         current: dict[tuple[int, str], _KeptBuffer] = {}
         again: list[_KeptBuffer] = []
+        empty: list[tuple[nn.Module, str]] = []
         # Like `model.modules()`, but several times as fast; a reused module comes more than once.
         stack: list[nn.Module | None] = [self._model]
         while stack:
@@ -32,31 +32,34 @@ class BufferSnapshot:
             stack.extend(children_of(module).values())
             for name, buffer in buffers_of(module).items():
                 if buffer is None:
+                    empty.append((module, name))
                     continue
                 kept = self._kept.get((id(module), name))
                 if kept is None or not kept.fits(module, buffer):
-                    kept = _KeptBuffer(module, name, buffer, buffer.detach().clone())
+                    kept = _KeptBuffer(module, name, buffer)
                 elif kept.may_have_changed():
                     again.append(kept)
                 current[id(module), name] = kept
         if again:
             with torch.no_grad():
-                torch._foreach_copy_([kept.copy for kept in again], [kept.buffer for kept in again])
+                torch._foreach_copy_([kept.copy for kept in again], [kept.entries for kept in again])
         for kept in current.values():
             kept.version = version_of(kept.buffer)
-        self._kept = current
+        self._kept, self._empty = current, empty
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
         changed = [kept for kept in self._kept.values() if kept.may_have_changed()]
         if changed:
-            torch._foreach_copy_([kept.buffer for kept in changed], [kept.copy for kept in changed])
+            torch._foreach_copy_([kept.entries for kept in changed], [kept.copy for kept in changed])
         for kept in self._kept.values():
             kept.version = version_of(kept.buffer)
             buffers = buffers_of(kept.module)
             if buffers.get(kept.name) is not kept.buffer:
                 buffers[kept.name] = kept.buffer
+        for module, name in self._empty:
+            buffers_of(module)[name] = None
 
 
 class _KeptBuffer:
@@ -64,22 +67,33 @@ class _KeptBuffer:
 
     SMALL = 100_000
 
-    def __init__(self, module: nn.Module, name: str, buffer: Tensor, copy: Tensor) -> None:
+    def __init__(self, module: nn.Module, name: str, buffer: Tensor) -> None:
         self.module = module
         self.name = name
         self.buffer = buffer
-        self.copy = copy
+        self.shape = buffer.shape
+        self.entries = _distinct(buffer.detach())
+        self.copy = self.entries.clone()
         self.version = version_of(buffer)
 
     def fits(self, module: nn.Module, buffer: Tensor) -> bool:
         """Whether this is still the buffer of that place, and of the same kind."""
         same = self.module is module and self.buffer is buffer
-        return same and (buffer.shape, buffer.dtype, buffer.device) == (
-            self.copy.shape,
+        return same and (buffer.shape, buffer.dtype, buffer.device, buffer.data_ptr()) == (
+            self.shape,
             self.copy.dtype,
             self.copy.device,
+            self.entries.data_ptr(),
         )
 
     def may_have_changed(self) -> bool:
         """Whether the buffer can differ from what it was when the version was noted."""
         return self.buffer.numel() <= self.SMALL or version_of(self.buffer) != self.version
+
+
+def _distinct(tensor: Tensor) -> Tensor:
+    """A view of the elements that lie in different places, as those of an expanded tensor don't."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor

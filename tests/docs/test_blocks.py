@@ -20,7 +20,11 @@ PAGES = {
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
     if path.parent.name not in GENERATED
 }
-RUN_ELSEWHERE = {"docs/coming-from.md": "test_coming_from.py", "docs/scaling.md": "test_scaling.py"}
+RUN_ELSEWHERE = {
+    "docs/coming-from.md": "test_coming_from.py",
+    "docs/how-to/nuscenes.md": "test_driving.py",
+    "docs/scaling.md": "test_scaling.py",
+}
 FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)(?: {4}(?! *[-*|]).*\n)+")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
@@ -70,7 +74,10 @@ def test_every_block_is_a_test(page, monkeypatch, tmp_path):
     found = blocks(text)
     settings = [body for language, body in found if language == "yaml"]
     for name in re.findall(r"--config (\S+\.yaml)", text):
-        Path(name).write_text(settings[-1] if settings else "{}")
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(
+            (ROOT / name).read_text() if (ROOT / name).is_file() else settings[-1] if settings else "{}"
+        )
     for language, body in found:
         if language == "python":
             assert ">>> " in body or page in RUN_ELSEWHERE, f"no test runs this block:\n{body}"

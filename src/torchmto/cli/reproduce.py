@@ -27,6 +27,9 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--data-root", type=Path, default=Path("data"), metavar="DIR", help="What {data} in recipes stands for."
     )
+    parser.add_argument(
+        "--add", type=str | None, metavar="A,B(c=1)", help="Methods that the first arm gets besides the recipe's."
+    )
     add_executor(parser, jobs=1)
     parser.add_argument("--out", type=Path | None, metavar="DIR", help="The folder (runs/reproduce-NAME).")
     return parser
@@ -36,7 +39,12 @@ def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
     from torchmto.checks import needed  # noqa: PLC0415
     from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
-    from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.reproduce import (  # noqa: PLC0415  the lab takes seconds to import
+        load_recipe,
+        recipe_names,
+        reproduce,
+        with_methods,
+    )
 
     if args.name is None:
         for name in recipe_names():
@@ -45,6 +53,8 @@ def run(args: Namespace) -> int:
     with reported(this_command()):
         needed("An experiment", "matplotlib.figure")  # its figures come last
         recipe = load_recipe(args.name)
+        if args.add is not None:
+            recipe = with_methods(recipe, args.add)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
         make_executor(args.executor, 1, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(

@@ -79,8 +79,10 @@ class Layerwise(Engine):
         self._graphs = []
         pieces = [piece for piece in pieces if piece.losses and shared]
         for piece in pieces:
+            # A loss in bfloat16 has its cotangent in bfloat16, so its weight is rounded here.
+            seeds = [None if s is None else s.to(piece.losses[task]) for task, s in piece.seeds.items()]
             with piece.context(), quiet(shared):
-                torch.autograd.backward(list(piece.losses.values()), list(piece.seeds.values()), inputs=list(shared))
+                torch.autograd.backward(list(piece.losses.values()), seeds, inputs=list(shared))
         return len(pieces)
 
     def gramian(self, wanted: Wanted) -> Tensor:

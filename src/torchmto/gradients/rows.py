@@ -20,7 +20,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _kinds(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
     """What the memory of a gradient matrix depends on."""
-    return [(parameter.dtype, parameter.device, parameter.stride()) for parameter in parameters]
+    return [(parameter.dtype, parameter.device, parameter.shape, parameter.stride()) for parameter in parameters]
 
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:

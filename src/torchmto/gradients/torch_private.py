@@ -134,6 +134,11 @@ def compiled_inside(model: torch.nn.Module) -> torch.nn.Module:
     return inside
 
 
+def uncompiled(name: str) -> str:
+    """The name of a parameter without what ``torch.compile`` puts before it."""
+    return name.replace("_orig_mod.", "")
+
+
 def is_flattened(parameter: Tensor) -> bool:
     """Whether the first FSDP has made a parameter part of a flat one."""
     return bool(getattr(parameter, "_fsdp_flattened", False))

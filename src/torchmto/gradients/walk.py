@@ -32,10 +32,9 @@ class Walk:
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
-            assert loss.grad_fn is not None
-            self._wait(
-                (loss.grad_fn, loss.output_nr), Stack((row[task],), [torch.ones_like(loss) if seed is None else seed])
-            )
+            if loss.grad_fn is not None:  # a leaf reaches no parameter but itself
+                stack = Stack((row[task],), [torch.ones_like(loss) if seed is None else seed])
+                self._wait((loss.grad_fn, loss.output_nr), stack)
 
     def _wait(self, edge: Edge, stack: Stack) -> None:
         self._waiting.setdefault(edge, []).append(stack)

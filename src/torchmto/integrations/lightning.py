@@ -5,8 +5,6 @@ of ``loss.backward()``, so clipping, accumulation, precision, schedulers, checkp
 Methods that take several steps or forwards per batch drive the optimizers themselves: manual optimization.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any

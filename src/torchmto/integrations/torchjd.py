@@ -1,7 +1,5 @@
 """TorchJD: its aggregators as methods here, Gramian methods as aggregators there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@
 and the one optimizer step per effective batch stay the Trainer's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -256,6 +256,11 @@ class Method(ABC):
         return next((reason for reason in (value.refusal(network) for value in self._inner()) if reason), "")
 
     @property
+    def one_by_one(self) -> bool:
+        """Whether it asks the model for one task at a time, so that weightings see no other task's loss."""
+        return False
+
+    @property
     def repeats(self) -> bool:
         """Whether a step of this method, or of one inside it, runs the model more than once."""
         return any(part.needs_closure or part.needs_losses_after for part in self.parts())
@@ -310,7 +315,7 @@ class Method(ABC):
             elif hasattr(value, "state_dict"):
                 kept[name] = copied(value.state_dict())
             elif not isinstance(value, Tensor):
-                kept[name] = copy.copy(value) if isinstance(value, list | dict | set) else value
+                kept[name] = copied(value) if isinstance(value, list | dict | set) else value
             elif value.numel() <= SMALL:
                 kept[name] = value.detach().clone()
         return kept
@@ -354,7 +359,8 @@ class Method(ABC):
         Args:
             num_sources: How many independent batches there are.
         """
-        return "runs the model again after the step" if self.needs_losses_after else ""
+        after = any(part.needs_losses_after for part in self.parts())
+        return "runs the model again after the step" if after else ""
 
     @abstractmethod
     def step(self, context: StepContext) -> StepInfo:

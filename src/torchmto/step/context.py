@@ -1,10 +1,7 @@
 """One step's work on a network: the facade that methods see."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +16,7 @@ from torchmto.step.network import Network
 from torchmto.step.parts import Carried, Parts
 from torchmto.step.plan import Plan
 from torchmto.step.reduction import Reduction
+from torchmto.step.surroundings import Surroundings
 from torchmto.step.task_gradients import TaskGradients, set_heads
 from torchmto.step.weighted import accumulate, finish, weighted_backward
 from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products, keep_rows
@@ -35,6 +33,7 @@ class StepContext:
         plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
+        surroundings: The caller's modes, for closures.
         asked: The tasks this step is about.
         about: What must be the same on all ranks, besides the tasks.
         stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
@@ -47,6 +46,7 @@ class StepContext:
         plan: Plan,
         network: Network,
         sources: Sequence[Sequence[Source]],
+        surroundings: Surroundings,
         *,
         asked: tuple[str, ...],
         about: str = "",
@@ -63,7 +63,7 @@ class StepContext:
         reduction = Reduction(network, plan, about, plan.weigh)
         finite = FiniteChecks(network, plan, reduction, stepping)
         several = network.ranks.size > 1
-        self._parts = Parts(plan, network, asked, sources, reduction, finite, several, carried, summed)
+        self._parts = Parts(plan, network, asked, sources, reduction, finite, surroundings, several, carried, summed)
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
@@ -426,8 +426,8 @@ class StepContext:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
         return StepInfo(
-            losses=MappingProxyType({name: self._parts.finite.recorded[index] for index, name in names.items()}),
-            weights=None if by_name is None else MappingProxyType(by_name),
+            losses={name: self._parts.finite.recorded[index] for index, name in names.items()},
+            weights=by_name,
             skipped=self.skipped,
             reason=self.reason,
             num_forward=self._parts.num_forward,
@@ -435,7 +435,7 @@ class StepContext:
             num_optimizer_steps=self.num_optimizer_steps,
             engine=self._parts.engine,
             num_fallbacks=num_fallbacks,
-            records=MappingProxyType(dict(records or {})),
+            records=dict(records or {}),
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )

@@ -1,7 +1,5 @@
 """Whether losses, weights and gradients are finite, and what happens if not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn

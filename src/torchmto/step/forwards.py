@@ -1,7 +1,6 @@
 """The forwards of one step: closures are called here, and nowhere else, and what they return is checked."""
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -66,7 +65,8 @@ def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) 
         parts.consumed.add(id(closure))
         return _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
     active = names[0] if len(names) == 1 else None
-    with torch.set_grad_enabled(grad):
+    around = contextlib.nullcontext() if parts.surroundings.neutral else parts.surroundings.restored()
+    with around, torch.set_grad_enabled(grad):
         if active is None:
             result = closure(names)
         else:

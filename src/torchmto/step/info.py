@@ -1,11 +1,8 @@
 """What a step reports."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,7 +20,7 @@ class StepInfo:
         losses: The loss of every present task, as the closure returned it (averaged over micro-batches and ranks; in
             procedures the first value of the step).
         weights: The weight of every present task's gradient in the update of the shared parameters, where the method
-            has one weight per task; else None.
+            has one weight per task, the user's own loss weights (``weights=``) not counted; else None.
         skipped: Whether an optimizer step was left out (non-finite losses or gradients).
         reason: Why it was left out; empty otherwise.
         num_forward: Calls of the closure, micro-batches and extra forwards included.
@@ -47,7 +44,7 @@ class StepInfo:
     num_optimizer_steps: int = 0
     engine: str | None = None
     num_fallbacks: int = 0
-    records: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    records: Mapping[str, Any] = field(default_factory=dict)
     gramian: Tensor | None = None
     precision: float = 0.0
 

@@ -1,7 +1,5 @@
 """The losses of one forward, with graph, and those of a step, reduced."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -88,7 +86,7 @@ class Losses:
     totals: dict[int, float]
     factors: Tensor | None = None
 
-    def only(self, tasks: Collection[int]) -> Losses:
+    def only(self, tasks: Collection[int]) -> "Losses":
         """The losses of some tasks."""
         chosen = [position for position, index in enumerate(self.indices) if index in tasks]
         if len(chosen) == len(self.indices):

@@ -24,8 +24,6 @@ its backwards an error is kept, what is left to send is sent as it is, and the s
 else the next message of the others is an exchange: the rank answers it with its failure. All ranks end the step together.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence

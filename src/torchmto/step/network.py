@@ -1,7 +1,5 @@
 """The network being trained: its parameters and their roles, its buffers, its optimizer."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import operator
@@ -10,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchmto.checks import found, warn
 from torchmto.gradients import (
@@ -28,6 +27,7 @@ from torchmto.gradients import (
     run_unreached,
 )
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
+from torchmto.gradients.torch_private import uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
 from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
@@ -91,6 +91,7 @@ class Network:
         self.optimizers = Optimizers(optimizers, self.scaler)
         self.clip = clip
         self.ranks = ranks
+        self.rows: list[Rows | ShardedRows] = []
         self._names: dict[int, str] = {}
         self._by_name: dict[str, Tensor] = {}
         self._known: list[Tensor] = []
@@ -108,7 +109,6 @@ class Network:
         check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
-        self.rows: list[Rows | ShardedRows] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
@@ -153,11 +153,10 @@ class Network:
     def _given_names(self, shared: Iterable[Tensor] | None) -> list[str] | None:
         if shared is None:
             return None
-        if isinstance(shared, Tensor):
-            raise TypeError("Parameter `shared` should be an iterable of parameters. Found a single tensor.")
-        given = list(shared)
-        if not all(isinstance(p, Tensor) for p in given):
-            raise TypeError(found("shared", "an iterable of parameters", given))
+        several = isinstance(shared, Iterable) and not isinstance(shared, Tensor)
+        given = list(shared) if several else []
+        if not several or not all(isinstance(p, Tensor) for p in given):
+            raise TypeError(found("shared", "an iterable of parameters", shared))
         unknown = [p for p in given if id(p) not in self._names]
         if unknown:
             raise ValueError(
@@ -178,7 +177,9 @@ class Network:
                 raise ValueError(
                     "Parameter `scaler` should be None with complex parameters: a GradScaler can't unscale complex gradients."
                 )
-            in_model = {id(p): name for name, p in self.model.named_parameters()}
+            if any(map(is_lazy, everything)):
+                raise ValueError("The model has parameters without a shape (a lazy module). Run it once before.")
+            in_model = {id(p): name for name, p in self._in_model().items()}
             before = {id(p): self._names[id(p)] for p in self._known}
             self._names = {}
             groups = [group for optimizer in self.optimizers.all for group in optimizer.param_groups]
@@ -188,6 +189,9 @@ class Network:
                     while id(p) not in in_model and self._by_name.get(name, p) is not p:
                         # The place of another one, before groups left the optimizer.
                         name += "'"
+                    if self._by_name.get(name, p) is not p:
+                        # The rows have columns for the one before.
+                        self.rows = []
                     self._names[id(p)] = name
                     self._by_name[name] = p
             self._known, self._trained = everything, None
@@ -198,6 +202,15 @@ class Network:
             self.sizes = {}
             self._beyond = (-1, {})
             self._other = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, whose parameters are others; the next step looks them up."""
+        self.__dict__.update(state)
+        self._known, self._names, self.rows = [], {}, []
+
+    def _in_model(self) -> dict[str, Tensor]:
+        """The model's parameters by the names that they have uncompiled."""
+        return {uncompiled(name): p for name, p in self.model.named_parameters()}
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
@@ -253,7 +266,7 @@ class Network:
         """
         roles = Roles(self.num_tasks)
         roles.load_state_dict(state)
-        known = {**dict(self.model.named_parameters()), **self._by_name}
+        known = {**self._in_model(), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
         if missing:
             raise ValueError(

@@ -1,7 +1,5 @@
 """Random states of a step's forwards, so that a forward can be repeated with the same noise and leave no trace."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

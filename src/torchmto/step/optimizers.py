@@ -1,7 +1,5 @@
 """One optimizer or several, stepped together, through a scaler if there is one."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.gradients.torch_private import scaler_states
+from torchmto.gradients.torch_private import scaler_states, version_of
 
 
 class Optimizers:
@@ -55,6 +53,8 @@ class Optimizers:
         self.num_stepped = 0
         self._fired.clear()
         for optimizer in self.all:
+            first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
+            before = 0 if first is None else version_of(first)
             try:
                 if self._scaler is None:
                     optimizer.step()
@@ -63,6 +63,8 @@ class Optimizers:
                 if self._wrapped:
                     self._check_fired(optimizer)
             except BaseException as error:
+                # A hook after the step may fail, too.
+                self.num_stepped += first is not None and version_of(first) != before
                 if self.num_stepped:
                     error.add_note(
                         f"{self.num_stepped} of {len(self.all)} optimizers had stepped already, which isn't undone."

@@ -1,7 +1,5 @@
 """What one step works with."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from torchmto.step.network import Heads, Network
 from torchmto.step.noise import Noise
 from torchmto.step.plan import Plan
 from torchmto.step.reduction import Proportions, Reduction, Sums
+from torchmto.step.surroundings import Surroundings
 
 
 @dataclass
@@ -59,6 +58,7 @@ class Parts:
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
         reduction: Averages losses over micro-batches and ranks.
         finite: Checks losses and gradients.
+        surroundings: The caller's modes, for closures.
         several: Whether several processes train together.
         carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
         summed: Then: whether weighted sums are kept, and not rows.
@@ -75,6 +75,7 @@ class Parts:
     sources: Sequence[Sequence[Source]]
     reduction: Reduction
     finite: FiniteChecks
+    surroundings: Surroundings
     several: bool
     carried: dict[int, Carried] | None = None
     summed: bool = False

@@ -1,7 +1,5 @@
 """What all steps of a training have in common."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

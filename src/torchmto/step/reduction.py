@@ -1,7 +1,5 @@
 """From the losses of single forwards to those of the step: averaged over micro-batches and ranks, and weighted."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ class Sums:
                 self.weighted[index] = value * count if count != 1 else value
                 self.totals[index] = count
 
-    def merge(self, other: Sums) -> None:
+    def merge(self, other: "Sums") -> None:
         """Add other sums."""
         for index, total in other.totals.items():
             known = index in self.totals
@@ -52,30 +50,23 @@ def _sum(one: Tensor, other: Tensor) -> Tensor:
     return one + other.to(one.device)
 
 
-def shape_of(micro_batches: Sequence[object], chunks: Sequence[Chunk]) -> list[object]:
-    """The number of micro-batches, and the tasks and counts of each chunk: what must be the same for equal shares."""
-    return [len(micro_batches), *(sorted(chunk.counts.items()) for chunk in chunks)]
-
-
 @dataclass
 class Proportions:
-    """Whether all micro-batches bring the same tasks in the same proportions.
+    """Whether all micro-batches that bring any task bring the same ones in the same proportions.
 
     Attributes:
         alike: Whether those so far did.
-        first: Task index -> count in the first micro-batch.
+        first: Task index -> count in the first of them.
     """
 
     alike: bool = True
     first: dict[int, float] = field(default_factory=dict)
-    _number: int = -1
     _own: dict[int, float] = field(default_factory=dict)
 
     def begin(self) -> None:
         """Before the first call of a micro-batch."""
         self.close()
-        self._number += 1
-        self._own = {} if self._number else self.first
+        self._own = {} if self.first else self.first
 
     def add(self, counts: Mapping[int, float]) -> float:
         """Add the counts of one call; returns its micro-batch's size: the count of its first task."""
@@ -89,8 +80,8 @@ class Proportions:
         return size
 
     def close(self) -> None:
-        """After the last call of a micro-batch: has it brought all tasks?"""
-        self.alike = self.alike and (self._number < 0 or self._own.keys() == self.first.keys())
+        """After the last call of a micro-batch: has it brought all tasks, or none?"""
+        self.alike = self.alike and (not self._own or self._own.keys() == self.first.keys())
 
     @property
     def lead(self) -> int:

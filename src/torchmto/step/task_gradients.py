@@ -1,7 +1,5 @@
 """The gradients of the tasks of one batch, as methods see them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -129,6 +127,6 @@ def set_heads(network: Network, gradients: TaskGradients, weights: Tensor | None
         for task, gradient in held.items():
             part = gradient if by_task[task] == 1 else gradient * by_task[task]
             total = part if total is None else total + part
-        if total is not None:
+        if total is not None and parameter.requires_grad:
             totals.append((parameter, total))
     network.set_gradients(totals)

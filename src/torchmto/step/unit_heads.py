@@ -1,7 +1,5 @@
 """Heads' own gradients out of one weighted backward."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """One backward of the weighted sum of the losses."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +35,7 @@ class _Weights:
         """Task index -> the method's weight."""
         return dict(zip(self.indices, self.values.unbind(), strict=True))
 
-    def only(self, tasks: Collection[int]) -> _Weights:
+    def only(self, tasks: Collection[int]) -> "_Weights":
         """The weights of some tasks."""
         places = [place for place, index in enumerate(self.indices) if index in tasks]
         if len(places) == len(self.indices):

@@ -1,7 +1,5 @@
 """Task gradients whose rows are kept: one backward per task, on one process or many, into the rows and the heads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Task gradients whose rows aren't kept: an engine computes their Gramian, and one more backward combines them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
@@ -110,7 +108,10 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     pieces = [
         Piece(
             chunk.losses,
-            {i: (by_task[i] * (chunk.counts[i] / losses.totals[i])).to(loss) for i, loss in chunk.losses.items()},
+            {
+                i: (by_task[i] * (chunk.counts[i] / losses.totals[i])).to(loss.device)
+                for i, loss in chunk.losses.items()
+            },
             chunk.activated,
         )
         for chunk in chunks

@@ -1,7 +1,5 @@
 """Modules around a model that train it in their own way: those a step can drive, and those it refuses."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 

@@ -7,7 +7,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from torchmto.lab.data import Batch, Task
-from torchmto.lab.data.augment import JointAugment, color_jitter, hflip, shift, zoom
+from torchmto.lab.data.augment import JointAugment, color_jitter, hflip, photometric, shift, zoom
+from torchmto.lab.data.dense import IMAGENET_MEAN, scene_augment
 from torchmto.lab.data.loading import sample_keys
 
 TASKS = (
@@ -101,6 +102,58 @@ def test_zoom_keeps_image_and_targets_together():
     assert batch["input"].shape == zoomed["input"].shape
 
 
+@hypothesis_settings(max_examples=15)
+@given(seed=seeds, factor=st.floats(0.3, 1.0, exclude_max=True))
+def test_a_shrunk_sample_stands_in_a_frame_without_labels(seed, factor):
+    batch, factors = make_batch(seed), torch.full((4,), factor)
+    shrunk = zoom(batch, TASKS, factors, torch.rand(4, 2), fill=(2.0, 3.0, 4.0))
+    inside = shrunk["input"][:, :1] != 2.0
+    rows, columns = inside[0, 0].any(1), inside[0, 0].any(0)
+    assert torch.equal(inside, (rows[:, None] & columns).expand_as(inside))
+    assert torch.equal(rows, rows.flip(0))
+    assert torch.equal(columns, columns.flip(0))
+    assert abs(int(columns.sum()) - (WIDTH - 1) * factor) <= 2
+    for task in TASKS[:5]:
+        old, new = batch["targets"][task.name], shrunk["targets"][task.name]
+        framed = new if new.dim() == 4 else new[:, None]
+        missing = torch.tensor(task.missing).to(new.dtype)
+        assert (framed.masked_fill(inside, missing).nan_to_num(-9) == missing.nan_to_num(-9)).all()
+        expected = old / torch.tensor(factor) if task.kind == "depth" else old
+        for sample in range(4):
+            known = torch.cat([expected[sample].flatten(), missing.view(1)]).nan_to_num(-9)
+            assert torch.isin(new[sample].nan_to_num(-9), known).all()
+
+
+def test_distorted_colours_are_those_of_the_released_code():
+    """Each distortion alone, as OpenCV's HSV of the released code defines it, and none on half of the samples."""
+    keys = sample_keys(0, 0, torch.arange(4000))
+    gray = photometric(torch.full((4000, 3, 1, 1), 0.5), keys)
+    assert torch.allclose(gray.amax(1), gray.amin(1), atol=1e-6)  # neither hue nor saturation changes a gray
+    assert 0.2 < (gray[:, 0] == 0.5).float().mean() < 0.3  # neither brightness nor contrast
+    assert 0.18 < gray.min() < 0.21
+    assert 0.9 < gray.max() < 0.94
+    red = photometric(torch.tensor([0.5, 0.25, 0.25]).view(1, 3, 1, 1).expand(4000, 3, 1, 1), keys)
+    high, low = red.amax(1), red.amin(1)
+    saturation = ((high - low) / high).flatten()
+    assert 0 < saturation.min() < 0.3
+    kept = red.argmax(1).flatten() == 0
+    assert kept.all()  # hue turns by up to 36 degrees, less than the 60 to the next colour
+    assert (red[:, 1] > red[:, 2]).any()
+    assert (red[:, 1] < red[:, 2]).any()
+
+
+def test_augmentations_by_name():
+    batch, augment = make_batch(), scene_augment("atrc")
+    batch["input"] = torch.rand(4, 3, HEIGHT, WIDTH)
+    keys = sample_keys(1, 0, torch.arange(4))
+    together = augment(batch, TASKS, keys)
+    alone = Batch(input=batch["input"][2:3], targets={name: target[2:3] for name, target in batch["targets"].items()})
+    torch.testing.assert_close(augment(alone, TASKS, keys[2:3])["input"][0], together["input"][2])
+    assert (augment.shrink, augment.zoom, augment.fill) == (0.5, 2.0, IMAGENET_MEAN)
+    with pytest.raises(ValueError, match="`augmentation` should be one of 'plain', 'atrc'"):
+        scene_augment("strong")
+
+
 def test_disparity_grows():
     disparity = Task("depth", "depth", 1, {"inverse": True})
     batch = Batch(input=torch.zeros(1, 3, 4, 4), targets={"depth": torch.ones(1, 1, 4, 4)})
@@ -149,7 +202,7 @@ def test_images_without_dense_targets_are_shifted():
         JointAugment(shift=2)(make_batch(), TASKS, torch.arange(4))
 
 
-@pytest.mark.parametrize("option", [{"flip": 2}, {"zoom": 0.5}, {"shift": -1}, {"color": 1.0}])
+@pytest.mark.parametrize("option", [{"flip": 2}, {"zoom": 0.5}, {"shrink": 0.0}, {"shift": -1}, {"color": 1.0}])
 def test_bad_options(option):
     with pytest.raises(ValueError, match=f"Parameter `{next(iter(option))}` should be"):
         JointAugment(**option)

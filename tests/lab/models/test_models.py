@@ -19,6 +19,7 @@ from torchmto.lab.models import (
     models,
     with_decoders,
 )
+from torchmto.lab.models.blocks import DropPath
 from torchmto.structure import active_task, find_norm_pairs, has_split_norms, split_norms
 
 VECTOR = (Task("digit", "classification", 4), Task("size", "regression", 2), Task("round", "binary", 1))
@@ -257,6 +258,8 @@ def test_any_backbone_from_a_folder(kind, tmp_path):
     total(model(torch.randn(2, *IMAGE))).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     if kind == "dinov2":
+        other = build_model("backbone", DENSE, IMAGE, weights=tmp_path, config={"drop_path_rate": 0.15})
+        assert other.trunk.backbone.config.drop_path_rate == 0.15
         assert model.trunk.backbone.config.out_features == ["stage2", "stage4", "stage6", "stage8"]
     with pytest.raises(FileNotFoundError, match="nor a model of this name"):
         build_model("backbone", DENSE, IMAGE, weights="nobody/nothing")
@@ -366,6 +369,7 @@ def test_importable_without_transformers():
         (("mlp", [Task("items", "regression", 1)], (4,)), {}, ValueError, "'items'"),
         (("segnet", DENSE, (3, 16, 64)), {}, ValueError, "at least 32"),
         (("vit_tiny", DENSE, (3, 30, 32)), {}, ValueError, "multiples of `patch = 16`"),
+        (("vit_tiny", DENSE, IMAGE), {"drop_path": 1.0}, ValueError, "`drop_path` should be a float >= 0 and < 1"),
         (("hrnet18", DENSE, IMAGE), {**TINY_HRNET, "decoder": "unet"}, ValueError, "mlp, fpn, deeplab, linear, mti"),
         (("hrnet18", MIXED, IMAGE), {**TINY_HRNET, "decoder": "mti"}, ValueError, "aren't dense"),
     ],
@@ -373,6 +377,25 @@ def test_importable_without_transformers():
 def test_errors(arguments, options, error, message):
     with pytest.raises(error, match=message):
         build_model(*arguments, **options)
+
+
+def test_drop_path():
+    """As timm's: rates linear in the depth, both branches of a layer, each sample by itself, none when evaluated."""
+    plain, dropping = (build_model("vit_tiny", DENSE, IMAGE, **TINY_VIT, drop_path=rate) for rate in (0.0, 0.15))
+    dropping.load_state_dict(plain.state_dict())
+    x = torch.randn(2, *IMAGE)
+    assert close(plain.eval()(x), dropping.eval()(x))
+    drops = [module for module in dropping.modules() if isinstance(module, DropPath)]
+    assert [module.rate for module in drops] == pytest.approx([0.0, 0.05, 0.1, 0.15])
+    seen = []
+    for module in drops:
+        module.register_forward_hook(lambda *_: seen.append(1))
+    dropping.train()(x)
+    assert len(seen) == 8
+    branch = torch.rand(400, 2, 3) + 1
+    ratio = DropPath(0.25)(branch) / branch
+    assert torch.allclose(ratio, (ratio[:, :1, :1] > 0).expand_as(ratio) / 0.75)
+    assert 0.6 < (ratio[:, 0, 0] > 0).float().mean() < 0.9
 
 
 def test_any_modules_make_a_model():
@@ -384,6 +407,6 @@ def test_any_modules_make_a_model():
 
 
 def test_every_model_is_tested():
-    same_code = {"resnet34", "vit_small", "vit_base", "vit_large", "backbone"}
+    same_code = {"resnet34", "vit_small", "vit_base", "vit_large", "backbone", "bev"}
     assert {case[0] for case in CASES.values()} | same_code == set(models())
     assert callable(with_decoders)

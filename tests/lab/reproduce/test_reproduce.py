@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import textwrap
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torchmto.lab.grid import executors, outputs
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label
 from torchmto.lab.grid.tuning import edges
-from torchmto.lab.reproduce import load_recipe, reproduce, theory
+from torchmto.lab.reproduce import RecipeError, load_recipe, reproduce, theory, with_methods
 from torchmto.lab.reproduce.arms import Context, run_arms
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import claim_folder
@@ -100,6 +101,26 @@ def test_a_second_call_trains_nothing(phases, monkeypatch):
     path, out = phases
     monkeypatch.setattr(executors, "execute", None)
     assert main(["reproduce", str(path), "--seeds", "2", "--out", str(out)]) == 0
+
+
+def test_an_added_method_is_all_that_trains(phases, tmp_path, no_figures, monkeypatch, capsys):
+    path, out = phases
+    shutil.copytree(out, tmp_path / "out")
+    trained = []
+    execute = executors.execute
+    monkeypatch.setattr(
+        executors, "execute", lambda run, *rest, **more: trained.append(run) or execute(run, *rest, **more)
+    )
+    command = ["reproduce", str(path), "--seeds", "2", "--out", str(tmp_path / "out"), "--add"]
+    assert main([*command, "pcgrad,gd"]) == 0
+    assert len(trained) == 2
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["numbers"]["arms"]
+    assert list(arms["a"]["methods"]) == ["gd", "connection_strength(schedule=mix)", "pcgrad"]
+    assert list(arms["b"]["methods"]) == ["gd"]
+    assert main([*command, "pcgrat"]) == 2
+    assert "Did you mean `pcgrad`?" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="no arm"):
+        with_methods(load_recipe("theory"), "gd")
 
 
 def test_an_interrupted_experiment_goes_on(phases, tmp_path, no_figures):

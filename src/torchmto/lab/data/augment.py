@@ -43,8 +43,8 @@ def hflip(batch: Batch, tasks: Sequence[Task], chosen: Tensor) -> Batch:
     return Batch(input=mirror(batch["input"]), targets=targets)
 
 
-def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) -> Batch:
-    """Enlarge a window of each sample to the full frame.
+def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor, fill: Sequence[float] = (0.0,)) -> Batch:
+    """Enlarge a window of each sample to the full frame, or shrink a sample to the middle of the frame.
 
     An object that looks ``factor`` times larger is ``factor`` times nearer, so depth is divided by it
     (disparity, which a depth task declares by ``extra={"inverse": True}``, is multiplied). Images are
@@ -54,8 +54,9 @@ def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) ->
     Args:
         batch: Images and targets, all ``[..., H, W]``.
         tasks: The tasks of the batch.
-        factor: ``[B]``, at least 1.
+        factor: ``[B]``, positive.
         corner: ``[B, 2]`` place of the window (x, y), from 0 (left, top) to 1 (right, bottom).
+        fill: Colour around a shrunk image; its targets are missing there.
 
     Returns:
         A new batch of the same shapes.
@@ -64,10 +65,13 @@ def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) ->
 
     image = batch["input"]
     height, width = image.shape[-2:]
+    corner = torch.where(factor[:, None] < 1, 0.5, corner)
     start, step = corner * (1 - 1 / factor)[:, None], (1 / factor)[:, None]
     columns = start[:, :1] * (width - 1) + step * torch.arange(width)
     rows = start[:, 1:] * (height - 1) + step * torch.arange(height)
     map_x, map_y = (m.expand(-1, height, width) for m in (columns[:, None, :], rows[:, :, None]))
+    past = [(places < -0.5) | (places > size - 0.5) for places, size in ((columns, width), (rows, height))]
+    outside = (past[0][:, None, :] | past[1][:, :, None])[:, None]
 
     def warp(values: Tensor, mode: str) -> Tensor:
         warped: Tensor = remap(values, map_x, map_y, mode, padding_mode="border", align_corners=True)
@@ -80,12 +84,13 @@ def zoom(batch: Batch, tasks: Sequence[Task], factor: Tensor, corner: Tensor) ->
         warped = warp(torch.cat([m.to(image.dtype) for m in maps], dim=1), "nearest")
         for task, new in zip(dense, torch.split(warped, [m.shape[1] for m in maps], dim=1), strict=True):
             old = targets[task.name]
-            targets[task.name] = new.reshape(old.shape).to(old.dtype)
+            targets[task.name] = new.masked_fill(outside, task.missing).reshape(old.shape).to(old.dtype)
             if task.kind == "depth":
                 scale = factor.view(-1, 1, 1, 1)
                 inverse = bool(task.extra.get("inverse", False))
                 targets[task.name] = targets[task.name] * scale if inverse else targets[task.name] / scale
-    return Batch(input=warp(image, "bilinear"), targets=targets)
+    frame = image.new_tensor(fill).view(1, -1, 1, 1)
+    return Batch(input=torch.where(outside, frame, warp(image, "bilinear")), targets=targets)
 
 
 def shift(images: Tensor, offset: Tensor) -> Tensor:
@@ -119,15 +124,45 @@ def color_jitter(images: Tensor, brightness: Tensor, contrast: Tensor, saturatio
     return images.clamp(0, 1)
 
 
+def photometric(images: Tensor, keys: Tensor) -> Tensor:
+    """Distort colours as released code of dense multi-task learning does (ATRC, InvPT, TaskPrompter).
+
+    Brightness moves by up to 32/255; contrast, the first or the last of all, is multiplied by .5 to 1.5, saturation, too; hue
+    turns by up to 36 degrees. Each of the four happens with probability one half.
+
+    Args:
+        images: ``[B, 3, H, W]`` in ``[0, 1]``.
+        keys: int64 ``[B]``, one per sample.
+
+    Returns:
+        The new images, same shape and range.
+    """
+    from kornia.color import hsv_to_rgb, rgb_to_hsv  # noqa: PLC0415 - half a second, and only needed here
+
+    def draw(number: int, low: float, high: float, neutral: float) -> Tensor:
+        value = torch.where(uniform(keys, number) < 0.5, uniform(keys, number + 1, low, high), neutral)
+        return value.view(-1, 1, 1, 1)
+
+    images = (images + draw(9, -32 / 255, 32 / 255, 0.0)).clamp(0, 1)
+    contrast, first = draw(11, 0.5, 1.5, 1.0), (uniform(keys, 13) < 0.5).view(-1, 1, 1, 1)
+    hue, saturation, value = torch.split(rgb_to_hsv((images * torch.where(first, contrast, 1.0)).clamp(0, 1)), 1, dim=1)
+    hue = torch.remainder(hue + draw(16, -torch.pi / 5, torch.pi / 5, 0.0), 2 * torch.pi)
+    images = hsv_to_rgb(torch.cat([hue, (saturation * draw(14, 0.5, 1.5, 1.0)).clamp(0, 1), value], dim=1))
+    return (images * torch.where(first, 1.0, contrast)).clamp(0, 1)
+
+
 @dataclass(frozen=True)
 class JointAugment:
     """Random flip, zoom and colours for images with dense targets; random flip, shift and colours for others.
 
     Args:
         flip: Probability of a mirror image.
-        zoom: Largest enlargement; the factor is uniform in ``[1, zoom]``. Dense targets are zoomed along.
+        zoom: Largest enlargement; the factor is uniform in ``[shrink, zoom]``. Dense targets are zoomed along.
+        shrink: Smallest factor; a shrunk image has a frame of the colour ``fill`` and of missing targets.
+        fill: That colour.
         shift: Largest shift in pixels; only for data sets without dense targets.
         color: Brightness, contrast and saturation change by at most this share.
+        distort: Whether colours are distorted by `photometric`.
 
     Example:
         >>> task = Task("depth", "depth", 1)
@@ -138,19 +173,24 @@ class JointAugment:
 
     flip: float = 0.5
     zoom: float = 1.0
+    shrink: float = 1.0
+    fill: tuple[float, ...] = (0.0,)
     shift: int = 0
     color: float = 0.0
+    distort: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.flip <= 1:
             raise ValueError(f"Parameter `flip` should be in [0, 1]. Found `flip = {self.flip}`.")
         if self.zoom < 1:
             raise ValueError(f"Parameter `zoom` should be at least 1. Found `zoom = {self.zoom}`.")
+        if not 0 < self.shrink <= 1:
+            raise ValueError(f"Parameter `shrink` should be in (0, 1]. Found `shrink = {self.shrink}`.")
         if self.shift < 0:
             raise ValueError(f"Parameter `shift` should be non-negative. Found `shift = {self.shift}`.")
         if not 0 <= self.color < 1:
             raise ValueError(f"Parameter `color` should be in [0, 1). Found `color = {self.color}`.")
-        if self.zoom > 1 or self.color:
+        if self.zoom > 1 or self.shrink < 1 or self.color or self.distort:
             need_package("kornia")
 
     def __call__(self, batch: Batch, tasks: Sequence[Task], keys: Tensor) -> Batch:
@@ -171,9 +211,9 @@ class JointAugment:
             raise ValueError(f"Parameter `shift` should be 0 for dense tasks. Found `shift = {self.shift}`.")
         if self.flip:
             batch = hflip(batch, tasks, uniform(keys, 0) < self.flip)
-        if self.zoom > 1:
+        if self.zoom > 1 or self.shrink < 1:
             corner = torch.stack([uniform(keys, 2), uniform(keys, 3)], dim=1)
-            batch = zoom(batch, tasks, uniform(keys, 1, 1.0, self.zoom), corner)
+            batch = zoom(batch, tasks, uniform(keys, 1, self.shrink, self.zoom), corner, self.fill)
         image = batch["input"]
         if self.shift:
             draws = [uniform(keys, draw, -self.shift, self.shift + 1).floor().long() for draw in (4, 5)]
@@ -181,4 +221,6 @@ class JointAugment:
         if self.color:
             factors = [uniform(keys, draw, 1 - self.color, 1 + self.color) for draw in (6, 7, 8)]
             image = color_jitter(image, *factors)
+        if self.distort:
+            image = photometric(image, keys)
         return Batch(input=image, targets=batch["targets"])

@@ -1,15 +1,22 @@
 """Maps over pixels: resizing each kind by its own rule, and edges from labels."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchmto.checks import check_choice
+from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Augment, MultiTaskDataset, Task
 from torchmto.lab.problem import Problem
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENTATIONS: dict[str, dict[str, Any]] = {
+    "plain": {"zoom": 1.5, "color": 0.2},
+    "atrc": {"zoom": 2.0, "shrink": 0.5, "fill": IMAGENET_MEAN, "distort": True},
+}
 _CHUNK = 64  # images resized at once: bounds the memory of the float copies
 
 
@@ -106,6 +113,20 @@ def pad_to(
         for task in tasks
     }
     return functional.pad(resize_image(image, inner), padding), padded
+
+
+def scene_augment(name: str) -> JointAugment:
+    """The augmentation of scenes called ``name``.
+
+    "plain": mirror, enlargement by up to 1.5, colours by up to 20 %. "atrc": that of ATRC, InvPT, TaskPrompter and the
+    released code of arXiv 2502.11986: a scale of .5 to 2 and a random crop, or padding in ImageNet's mean colour; mirror;
+    distorted colours.
+
+    Raises:
+        ValueError: If there is no such augmentation.
+    """
+    check_choice("augmentation", name, AUGMENTATIONS)
+    return JointAugment(**AUGMENTATIONS[name])
 
 
 def image_bundle(

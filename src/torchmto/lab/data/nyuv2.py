@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import MultiTaskDataset, Subset, Task, TensorData
-from torchmto.lab.data.dense import image_bundle, label_edges, resize_image, resize_target
+from torchmto.lab.data.dense import image_bundle, label_edges, resize_image, resize_target, scene_augment
 from torchmto.lab.data.files import (
     FileData,
     Sample,
@@ -51,6 +50,7 @@ def load(
     classes: int | None = None,
     size: tuple[int, int] | None = None,
     validation: float = 0.1,
+    augmentation: str = "plain",
 ) -> Problem:
     """NYUv2 from any of its usual layouts.
 
@@ -76,6 +76,7 @@ def load(
         size: Height and width to resize to; the stored size by default (folders: 288 x 384 for MTAN's files,
             448 x 576 for InvPT's).
         validation: Share of the training images held out for validation.
+        augmentation: "plain" or "atrc" (`torchmto.lab.data.dense.scene_augment`).
 
     Returns:
         The data set, with tasks ``segmentation``, ``depth``, ``normals`` and ``edges``.
@@ -102,7 +103,7 @@ def load(
         Subset(train, torch.from_numpy(kept)),
         Subset(train, torch.from_numpy(held_out)),
         test,
-        augment=JointAugment(zoom=1.5, color=0.2),
+        augment=scene_augment(augmentation),
         citation=CITATION,
     )
 

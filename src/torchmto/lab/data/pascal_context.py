@@ -9,9 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Subset, Task
-from torchmto.lab.data.dense import image_bundle, label_edges, pad_to
+from torchmto.lab.data.dense import image_bundle, label_edges, pad_to, scene_augment
 from torchmto.lab.data.files import (
     FileData,
     Sample,
@@ -65,7 +64,14 @@ NORMAL_CLASSES = np.array(_NORMAL_CLASSES.split(), dtype=np.int64)
     "https://data.vision.ee.ethz.ch/kmaninis/share/MTL/PASCAL_MT.tgz",
     layouts=("PASCALContext.tar.gz (InvPT, TaskPrompter), PASCAL_MT.tgz (MTI-Net) or the folder of one",),
 )
-def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512), validation: float = 0.1) -> Problem:
+def load(
+    path: Path | None,
+    seed: int = 0,
+    *,
+    size: tuple[int, int] = (512, 512),
+    validation: float = 0.1,
+    augmentation: str = "plain",
+) -> Problem:
     """PASCAL-Context from a folder, or a tar archive that is unpacked beside itself.
 
     Layout: ``ImageSets/Context/{train,val}.txt``, ``JPEGImages/*.jpg``, ``semseg/{VOC12,pascal-context}/*.png`` (255 =
@@ -82,6 +88,7 @@ def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512)
         seed: Decides the validation split, carved out of the training images.
         size: Height and width.
         validation: Share of the training images held out for validation.
+        augmentation: "plain" or "atrc" (`torchmto.lab.data.dense.scene_augment`).
 
     Returns:
         The data set, with tasks ``segmentation``, ``parts``, ``normals``, ``saliency`` and ``edges``.
@@ -109,7 +116,7 @@ def load(path: Path | None, seed: int = 0, *, size: tuple[int, int] = (512, 512)
         Subset(train, torch.from_numpy(kept)),
         Subset(train, torch.from_numpy(held_out)),
         test,
-        augment=JointAugment(zoom=1.5, color=0.2),
+        augment=scene_augment(augmentation),
         citation=CITATION,
     )
 

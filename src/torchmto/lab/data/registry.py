@@ -21,6 +21,7 @@ _MODULES = (
     "cityscapes",
     "pascal_context",
     "taskonomy",
+    "nuscenes",
     "cifar100",
     "celeba",
     "multimnist",

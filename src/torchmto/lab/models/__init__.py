@@ -1,6 +1,7 @@
 """Multi-task models: a trunk, one head per task, ``model(x, tasks=None) -> {task: output}``."""
 
 from torchmto.lab.models.base import MultiTaskModel, Trunk
+from torchmto.lab.models.bev import BEVNet, BEVTrunk
 from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.convnet import ConvNetTrunk, SegNetTrunk
 from torchmto.lab.models.cross_stitch import CrossStitch
@@ -14,6 +15,8 @@ from torchmto.lab.models.rotograd import RotoGrad
 from torchmto.lab.models.weights import load_weights
 
 __all__ = [
+    "BEVNet",
+    "BEVTrunk",
     "ConvNetTrunk",
     "CrossStitch",
     "EfficientNetTrunk",

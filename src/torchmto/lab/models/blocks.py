@@ -11,6 +11,7 @@ __all__ = [
     "ConvNorm",
     "DeepLabDecoder",
     "DenseHead",
+    "DropPath",
     "FPNDecoder",
     "LinearDecoder",
     "MLPDecoder",
@@ -34,6 +35,23 @@ def init_convs(module: nn.Module) -> None:
             nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for some samples in training, and scales it for the others by ``1 / (1 - rate)``.
+
+    Args:
+        rate: Probability that a sample goes without the branch.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """The branch's output ``[B, ...]``."""
+        kept = branch.new_ones(len(branch), *[1] * (branch.dim() - 1))
+        return branch * functional.dropout(kept, self.rate, self.training)
 
 
 class ConvNorm(nn.Sequential):

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchmto.checks import check_number
 from torchmto.lab.models.base import Trunk
+from torchmto.lab.models.blocks import DropPath
 from torchmto.lab.models.weights import load_weights
 
 __all__ = ["BACKBONES", "VITS", "HuggingFaceTrunk", "ViTTrunk", "local_backbone", "named_backbone", "vit"]
@@ -75,9 +77,10 @@ class ViTTrunk(Trunk):
 
     Args:
         vit: A ``ViTModel``.
+        drop_path: Rate at which the last layer's two residual branches are dropped (`DropPath`); linear from 0 at the first.
     """
 
-    def __init__(self, vit: nn.Module) -> None:
+    def __init__(self, vit: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
         self.vit = vit
         config: Any = vit.config
@@ -89,6 +92,14 @@ class ViTTrunk(Trunk):
         self.patch = config.patch_size
         size = config.image_size
         self.made_for = (size, size) if isinstance(size, int) else tuple(size)
+        if drop_path:
+            for index, layer in enumerate(self.blocks()):
+                # Each branch ends in a dropout: the layer's one, or in transformers 4 those of its parts.
+                ends: Any = (
+                    [layer] if hasattr(layer, "dropout") else [layer.get_submodule("attention.output"), layer.output]
+                )
+                for end in ends:
+                    end.dropout = nn.Sequential(end.dropout, DropPath(drop_path * index / (layers - 1)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, channels, H, W]`` to four maps ``[B, hidden_size, H / patch, W / patch]``."""
@@ -133,7 +144,7 @@ def named_backbone(
     """
     transformers = _transformers()
     if weights is not None and Path(weights).is_dir():
-        return local_backbone(weights)
+        return local_backbone(weights, config)
     kind, entries = BACKBONES[name]
     entries = {"num_channels": input_shape[0], **entries, **(config or {})}
     if kind == "swin":
@@ -147,7 +158,7 @@ def named_backbone(
     return HuggingFaceTrunk(backbone)
 
 
-def local_backbone(weights: str | Path) -> HuggingFaceTrunk:
+def local_backbone(weights: str | Path, config: Mapping[str, Any] | None = None) -> HuggingFaceTrunk:
     """Any backbone of transformers, from files on this machine; runs no code from there and downloads nothing.
 
     Of a backbone with more than four stages, such as DINOv2 with one per layer, four evenly spaced ones are used.
@@ -155,6 +166,7 @@ def local_backbone(weights: str | Path) -> HuggingFaceTrunk:
     Args:
         weights: A folder with ``config.json`` and ``model.safetensors``, or the name of a model in Hugging Face's cache
             (``facebook/dinov2-small``). A ``timm_backbone`` needs timm.
+        config: Entries that replace those of ``config.json``, such as ``{"drop_path_rate": 0.15}`` of DINOv2, Swin, ConvNeXt.
 
     Raises:
         FileNotFoundError: If one of the files is missing.
@@ -166,13 +178,15 @@ def local_backbone(weights: str | Path) -> HuggingFaceTrunk:
             raise FileNotFoundError(
                 f"{folder / file} is missing. Save it with `model.save_pretrained({str(folder)!r})`."
             )
-    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    if names := [name for name in getattr(config, "stage_names", None) or () if name != "stem"]:
-        config.out_features = [names[i * len(names) // STAGES - 1] for i in range(1, STAGES + 1)]
+    settings = transformers.AutoConfig.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=False, **(config or {})
+    )
+    if names := [name for name in getattr(settings, "stage_names", None) or () if name != "stem"]:
+        settings.out_features = [names[i * len(names) // STAGES - 1] for i in range(1, STAGES + 1)]
     # `AutoBackbone.from_pretrained` looks the folder's name up on the hub; the class it would choose doesn't.
-    chosen = type(transformers.AutoBackbone.from_config(config))
+    chosen = type(transformers.AutoBackbone.from_config(settings))
     return HuggingFaceTrunk(
-        chosen.from_pretrained(str(folder), config=config, local_files_only=True, use_safetensors=True)
+        chosen.from_pretrained(str(folder), config=settings, local_files_only=True, use_safetensors=True)
     )
 
 
@@ -194,6 +208,7 @@ def vit(
     input_shape: Sequence[int],
     *,
     patch: int = 16,
+    drop_path: float = 0.0,
     weights: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> ViTTrunk:
@@ -203,6 +218,7 @@ def vit(
         name: A key of `VITS`.
         input_shape: ``(channels, H, W)``, both sides multiples of ``patch``.
         patch: Side of a patch in pixels.
+        drop_path: Stochastic depth of the last layer, linear from 0 at the first, as in timm.
         weights: A folder as Hugging Face lays it out, which then also gives the configuration, or a
             ``.safetensors`` file for this one; random weights if None.
         config: Entries that replace those of the configuration.
@@ -211,6 +227,7 @@ def vit(
         The trunk.
     """
     transformers = _transformers()
+    check_number("drop_path", drop_path, minimum=0, below=1)
     channels, height, width = input_shape
     if height % patch or width % patch:
         raise ValueError(
@@ -225,13 +242,13 @@ def vit(
     }
     if weights is not None and Path(weights).is_dir():
         model = transformers.ViTModel.from_pretrained(
-            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True
+            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **(config or {})
         )
-        return ViTTrunk(model)
+        return ViTTrunk(model, drop_path)
     model = transformers.ViTModel(transformers.ViTConfig(**entries), add_pooling_layer=False)
     if weights is not None:
         load_weights(model, weights, prefixes=("vit.",))
-    return ViTTrunk(model)
+    return ViTTrunk(model, drop_path)
 
 
 def _stage_names() -> list[str]:

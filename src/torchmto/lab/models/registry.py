@@ -10,6 +10,7 @@ from torch import nn
 from torchmto.checks import check_tasks, found, nearest
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
+from torchmto.lab.models.bev import bev
 from torchmto.lab.models.blocks import DECODERS, PooledHead
 from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.convnet import convnet, segnet
@@ -80,10 +81,11 @@ def _vit(name: str) -> Builder:
         decoder: str = "mlp",
         decoder_width: int = 128,
         patch: int = 16,
+        drop_path: float = 0.0,
         weights: str | Path | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> MultiTaskModel:
-        trunk = vit(name, input_shape, patch=patch, weights=weights, config=config)
+        trunk = vit(name, input_shape, patch=patch, drop_path=drop_path, weights=weights, config=config)
         return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
 
     return build
@@ -96,8 +98,9 @@ def _backbone(
     weights: str | Path,
     decoder: str = "mlp",
     decoder_width: int = 128,
+    config: Mapping[str, Any] | None = None,
 ) -> MultiTaskModel:
-    return with_decoders(local_backbone(weights), tasks, decoder=decoder, width=decoder_width)
+    return with_decoders(local_backbone(weights, config), tasks, decoder=decoder, width=decoder_width)
 
 
 def _hrnet18(
@@ -142,6 +145,7 @@ _BUILDERS: dict[str, Builder] = {
     **{name: _named(name) for name in BACKBONES},
     **{name: _vit(name) for name in VITS},
     "backbone": _backbone,
+    "bev": bev,
     "cross_stitch": cross_stitch,
 }
 
@@ -190,10 +194,11 @@ def build_model(
     resnet18, resnet34, resnet50,       decoder (mlp, fpn, deeplab, linear, mti), decoder_width,
     swin_tiny, convnext_tiny            weights, config
     efficientnet_lite0                  pretrained (ImageNet), decoder, decoder_width, weights
-    vit_tiny, vit_small, vit_base,      the same as resnet18, and patch
+    vit_tiny, vit_small, vit_base,      the same as resnet18, and patch, drop_path
     vit_large
     hrnet18                             decoder, decoder_width, weights, width, modules, blocks, stem
-    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width
+    backbone                            weights (a Hugging Face folder, or name in its cache), decoder, decoder_width, config
+    bev                                 width, heights, blocks, pretrained (cameras seen from above: nuscenes)
     cross_stitch                        widths, own
     ==================================  ================================================================
 

@@ -4,7 +4,7 @@ A `Recipe` (a YAML file) says what to run: arms, each a comparison of `torchmto.
 (`torchmto.lab.reproduce.tables`) that are made of them. `reproduce` puts both together.
 """
 
-from torchmto.lab.reproduce.recipe import Recipe, RecipeError, load_recipe, recipe_names
+from torchmto.lab.reproduce.recipe import Recipe, RecipeError, load_recipe, recipe_names, with_methods
 from torchmto.lab.reproduce.reproduce import reproduce
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "reproduce"]
+__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "reproduce", "with_methods"]

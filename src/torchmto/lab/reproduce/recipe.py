@@ -9,11 +9,11 @@ from typing import Any
 from torchmto.checks import check_integer
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
-from torchmto.lab.specs import parse_method
+from torchmto.lab.specs import parse_method, parse_methods
 from torchmto.methods import method_class
 from torchmto.methods import methods as all_methods
 
-__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names"]
+__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names", "with_methods"]
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 _FOLDERS = (_PACKAGE / "recipes" / "reproduce", _PACKAGE.parents[1] / "recipes" / "reproduce")
@@ -130,6 +130,26 @@ def load_recipe(name: str) -> Recipe:
         return _recipe(path.stem, read_yaml(path))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RecipeError(f"{path} isn't a recipe: {error}") from error
+
+
+def with_methods(recipe: Recipe, methods: str) -> Recipe:
+    """A recipe whose first arm has more methods.
+
+    Args:
+        recipe: The recipe.
+        methods: Such as ``fairgrad,wpcgrad(mode=pairwise)``; those that the arm has already count once.
+
+    Raises:
+        RecipeError: If there is no such method, or no arm.
+    """
+    if not recipe.arms:
+        raise RecipeError(f"{recipe.name} has no arm to add methods to.")
+    try:
+        labels = [spec.label for spec in parse_methods(methods)]
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    first, *others = recipe.arms
+    return replace(recipe, arms=(replace(first, methods=tuple(dict.fromkeys([*first.methods, *labels]))), *others))
 
 
 def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:

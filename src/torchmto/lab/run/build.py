@@ -342,7 +342,7 @@ def build(
     total_steps = epochs * steps_per_epoch
     model = network_of(config, problem).to(computer.device)
     if config.model.channels_last:
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.model.compile:
         model.compile(backend=config.model.compile_backend)
     with as_settings():

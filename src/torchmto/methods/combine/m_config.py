@@ -92,6 +92,11 @@ class MConFIG(GradientCombiner):
                     f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
                 )
 
+    @property
+    def one_by_one(self) -> bool:
+        """Where not all tasks' gradients are renewed in a step."""
+        return self.num_updates is not None
+
     def no_backward(self, num_sources: int) -> str:
         """It is an optimizer's rule itself, and mayn't need all of the tasks' gradients."""
         return "takes the optimizer's step itself"
@@ -105,7 +110,12 @@ class MConFIG(GradientCombiner):
         self.ensure_setup(len(context.tasks))
         gradients = self._gradients(context)
         self.num_fallbacks = 0
-        context.combine(gradients, vector=self.combine(gradients), heads=self.heads)
+        vector = self.combine(gradients)
+        # The momenta of tasks whose turn it isn't move what they reach, too.
+        roles, seen = context.network.roles, set(torch.nonzero(self.times).flatten().tolist())
+        names = map(context.network.name, gradients.parameters)
+        gradients.rows.fill(place for place, name in enumerate(names) if seen & set(roles.tasks_of(name)))
+        context.combine(gradients, vector=vector, heads=self.heads)
         context.apply()
         self.remember(gradients)
         self.after_step(gradients.reduced, context)

@@ -21,7 +21,7 @@ class NashMTL(GramianWeighting):
     (less if some are zero); ``max_norm`` bounds it by 1, as the released code does by clipping. So the learning rate
     alone sets the step. Steps that reuse the weights are clipped by their own gradient.
 
-    Solved exactly as a strictly convex context, where the released code takes 20 steps of a sequence of convex
+    Solved exactly as a strictly convex problem, where the released code takes 20 steps of a sequence of convex
     programs from the last solution: a warm start isn't needed. Where a convex combination of the gradients vanishes
     there is no solution; 1e-6 is then added to every squared unit length (counted as a fallback; the released code
     keeps its last weights).

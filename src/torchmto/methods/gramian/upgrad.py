@@ -13,9 +13,6 @@ class UPGrad(PreferenceWeighting):
 
     Solved exactly on unit gradients, without the regularisation of G that public codes add (which lets the update
     conflict with tasks of small gradients), and at any scale (below a norm of 1e-2 or so they return the mean).
-    Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these would
-    decide on the weights, a ridge of their size is added.
-
     Only where a positive combination of the gradients vanishes up to the rounding errors of their type, so that these
     would decide on the weights, a ridge of their size is added.
 

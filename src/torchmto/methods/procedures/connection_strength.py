@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -374,6 +373,11 @@ class ConnectionStrength(Procedure):
             return self.second.cost(num_tasks)
         return Cost(num_tasks, num_tasks, num_tasks)
 
+    @property
+    def one_by_one(self) -> bool:
+        """In phase 1."""
+        return self.schedule != "phase2"
+
     def no_backward(self, num_sources: int) -> str:
         """Phase 2 alone takes one step."""
         if self.schedule == "phase2":
@@ -421,7 +425,7 @@ class ConnectionStrength(Procedure):
         second = self.second
         if not isinstance(second, PriorityProjection):
             info: StepInfo = second.step(context)
-            return replace(info, records=MappingProxyType({**info.records, **self._records(context, 2)}))
+            return replace(info, records={**info.records, **self._records(context, 2)})
         gradients = context.gradients()
         self.priorities.learn(context.info().losses)
         context.combine(gradients, vector=second.combine(gradients))

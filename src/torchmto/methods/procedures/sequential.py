@@ -31,6 +31,11 @@ class Sequential(Procedure):
         super().__init__()
         self.shuffle = check_flag("shuffle", shuffle)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Always."""
+        return True
+
     def cost(self, num_tasks: int) -> Cost:
         """K of everything."""
         return Cost(num_tasks, num_tasks, num_tasks)

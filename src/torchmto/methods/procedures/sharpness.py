@@ -40,6 +40,11 @@ class SharpnessAware(Procedure):
             raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
         self.add_state("inner", made)
 
+    @property
+    def one_by_one(self) -> bool:
+        """At the places that are each task's own."""
+        return True
+
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""
         records: Mapping[str, Any] = self.inner.records()

@@ -1,0 +1,217 @@
+"""Boxes seen from above: a grid of cells around the car, centre heatmaps, their loss, boxes out of them, average precision.
+
+A box is ten numbers: class, x, y, z in metres (x forward, y left, z up, from the car), width, length, height, yaw, and velocity
+along x and y; NaN where unknown. A sample's boxes are ``[MOST, 10]``, with rows of NaN behind them. A map of
+``[C, rows, columns]`` looks forward at its top and left at its left.
+
+Source: Zhou, Wang and Krähenbühl, "Objects as points", arXiv 1904.07850; Yin, Zhou and Krähenbühl, CenterPoint, CVPR 2021; the
+average precision is nuScenes' (Caesar et al., CVPR 2020).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import Metric
+
+__all__ = ["MOST", "NUMBERS", "REGRESSED", "CentreAP", "CentreLoss", "Grid", "centre_heatmap", "decode"]
+
+MOST = 256
+"""Boxes of a sample; of more, those farthest from the car are left out."""
+NUMBERS = 10
+REGRESSED = 10
+"""Place inside the cell (2), height of the centre, logarithms of the size (3), sine and cosine of the yaw, velocity (2)."""
+DISTANCES = (0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Square cells around the car.
+
+    Args:
+        reach: Metres from the car to each side.
+        cells: Cells along a side.
+
+    Example:
+        >>> Grid(reach=10.0, cells=4).centres()[0, 0].tolist()
+        [7.5, 7.5]
+    """
+
+    reach: float = 51.2
+    cells: int = 128
+
+    @property
+    def metres(self) -> float:
+        """The side of a cell."""
+        return 2 * self.reach / self.cells
+
+    def centres(self) -> Tensor:
+        """Places (x, y) of the cells' centres, ``[cells, cells, 2]``."""
+        along = self.reach - (torch.arange(self.cells) + 0.5) * self.metres
+        return torch.stack(torch.meshgrid(along, along, indexing="ij"), dim=-1)
+
+    def place(self, xy: Tensor) -> Tensor:
+        """Row and column of points ``[..., 2]``; whole numbers at the cells' centres."""
+        return (self.reach - xy) / self.metres - 0.5
+
+
+def centre_heatmap(boxes: Tensor, grid: Grid, classes: int) -> Tensor:
+    """Gaussian bumps at the boxes' centres, as wide as a sixth of the box, 1 at the cell itself.
+
+    Args:
+        boxes: ``[B, M, 10]``.
+        grid: The cells; boxes outside leave what of their bump is inside.
+        classes: Number of classes.
+
+    Returns:
+        ``[B, classes, cells, cells]`` in ``[0, 1]``.
+    """
+    known = boxes[..., 0].isfinite()
+    cell = grid.place(boxes[..., 1:3]).round().nan_to_num()
+    width = (boxes[..., 4:6].amax(-1) / (6 * grid.metres)).clamp(min=1.0).nan_to_num(1.0)
+    numbers = torch.arange(grid.cells, device=boxes.device)
+    rows, columns = (
+        torch.exp(-(numbers - cell[..., axis, None]).square() / (2 * width.square())[..., None]) for axis in (0, 1)
+    )
+    bumps = torch.where(known[..., None, None], rows[..., :, None] * columns[..., None, :], 0.0).flatten(2)
+    heat = bumps.new_zeros(len(boxes), classes, bumps.shape[-1])
+    index = boxes[..., 0].nan_to_num().long()[..., None].expand_as(bumps)
+    return heat.scatter_reduce(1, index, bumps, "amax").view(len(boxes), classes, grid.cells, grid.cells)
+
+
+@dataclass(frozen=True)
+class CentreLoss:
+    """CenterNet's focal loss of the heatmap, and a quarter of the L1 loss of the boxes' numbers at their cells.
+
+    Args:
+        grid: The cells.
+        classes: Number of classes.
+    """
+
+    grid: Grid
+    classes: int
+
+    def __call__(self, output: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss per box of ``output [B, classes + 10, cells, cells]``, and the number of boxes."""
+        output = output.float()
+        boxes = boxes[:, : max(1, int(boxes[..., 0].isfinite().sum(1).amax()))]
+        cell = self.grid.place(boxes[..., 1:3])
+        nearest = cell.round()
+        known = ((nearest >= 0) & (nearest < self.grid.cells)).all(-1)  # False where NaN
+        count = known.sum()
+        logits, heat = output[:, : self.classes], centre_heatmap(boxes, self.grid, self.classes)
+        p = logits.sigmoid()
+        at_centre = -(1 - p).square() * functional.logsigmoid(logits)
+        elsewhere = -((1 - heat) ** 4) * p.square() * functional.logsigmoid(-logits)
+        focal = torch.where(heat == 1, at_centre, elsewhere).sum()
+
+        index = (nearest[..., 0] * self.grid.cells + nearest[..., 1]).masked_fill(~known, 0).long()
+        numbers = output[:, self.classes :].flatten(2).transpose(1, 2)
+        found = numbers.gather(1, index[..., None].expand(-1, -1, REGRESSED))
+        yaw = boxes[..., 7:8]
+        wanted = torch.cat(
+            [cell - nearest, boxes[..., 3:4], boxes[..., 4:7].log(), yaw.sin(), yaw.cos(), boxes[..., 8:]], -1
+        )
+        counted = known[..., None] & wanted.isfinite()
+        distance = torch.where(counted, (found - torch.where(counted, wanted, 0.0)).abs(), 0.0).sum()
+        return (focal + 0.25 * distance) / count.clamp(min=1), count.clamp(min=1)
+
+
+def decode(output: Tensor, grid: Grid, classes: int, count: int = 100) -> Tensor:
+    """The boxes at the highest peaks of the heatmaps.
+
+    Args:
+        output: ``[B, classes + 10, cells, cells]``.
+        grid: The cells.
+        classes: Number of classes.
+        count: Boxes of a sample.
+
+    Returns:
+        ``[B, count, 11]``: the score, then the box's ten numbers.
+    """
+    output = output.float()
+    heat = output[:, :classes].sigmoid()
+    peaks = torch.where(functional.max_pool2d(heat, 3, stride=1, padding=1) == heat, heat, 0.0).flatten(1)
+    score, place = peaks.topk(min(count, peaks.shape[1]), dim=1)
+    kind, index = place // grid.cells**2, place % grid.cells**2
+    numbers = output[:, classes:].flatten(2).transpose(1, 2).gather(1, index[..., None].expand(-1, -1, REGRESSED))
+    cell = torch.stack([index // grid.cells, index % grid.cells], dim=-1) + numbers[..., :2]
+    xy = grid.reach - (cell + 0.5) * grid.metres
+    yaw = torch.atan2(numbers[..., 6:7], numbers[..., 7:8])
+    sizes = numbers[..., 3:6].clamp(-4, 4).exp()
+    return torch.cat([score[..., None], kind[..., None], xy, numbers[..., 2:3], sizes, yaw, numbers[..., 8:]], dim=-1)
+
+
+class CentreAP(Metric):
+    """nuScenes' mean average precision: a detection is right within .5, 1, 2 and 4 m of a box's centre that isn't taken yet.
+
+    Args:
+        grid: The cells of the outputs.
+        ranges: Metres from the car within which each class counts, for boxes and detections.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    found: list[Tensor]
+    boxes: list[Tensor]
+
+    def __init__(self, grid: Grid, ranges: Sequence[float]) -> None:
+        super().__init__()
+        self.grid, self.ranges = grid, tuple(ranges)
+        self.add_state("found", [], dist_reduce_fx="cat")
+        self.add_state("boxes", [], dist_reduce_fx="cat")
+
+    def update(self, output: Tensor, boxes: Tensor) -> None:
+        """Take a batch's output and its boxes ``[B, MOST, 10]``."""
+        self.found.append(decode(output, self.grid, len(self.ranges))[..., :4])
+        self.boxes.append(boxes[..., :3])
+
+    def compute(self) -> Tensor:
+        """The mean over classes and distances; a class without boxes counts as 0, as it does there."""
+        found, boxes = (
+            (torch.cat(state) if isinstance(state, list) else state).cpu().double().numpy()
+            for state in (self.found, self.boxes)
+        )
+        values = [
+            _average_precision(found, boxes, number, most, distance)
+            for number, most in enumerate(self.ranges)
+            for distance in DISTANCES
+        ]
+        return torch.tensor(np.mean(values), dtype=torch.float32)
+
+
+def _average_precision(
+    found: NDArray[np.float64], boxes: NDArray[np.float64], number: int, most: float, distance: float
+) -> float:
+    """Of one class at one distance; ``found [N, K, 4]`` and ``boxes [N, M, 3]`` end in class, x and y, after the score."""
+
+    def of_class(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+        counts: NDArray[np.bool_] = (values[..., -3] == number) & (np.hypot(values[..., -2], values[..., -1]) < most)
+        return counts
+
+    chosen, real = of_class(found), of_class(boxes)
+    if not real.any():
+        return 0.0
+    right, score = [], []
+    for sample in np.flatnonzero(chosen.any(1)):
+        order = np.flatnonzero(chosen[sample])
+        order = order[np.argsort(-found[sample, order, 0], kind="stable")]
+        score.append(found[sample, order, 0])
+        gaps = np.linalg.norm(found[sample, order, None, 2:] - boxes[sample, real[sample]][None, :, 1:], axis=-1)
+        hits = np.zeros(len(order), dtype=bool)
+        for i in range(len(order) if gaps.shape[1] else 0):
+            nearest = int(gaps[i].argmin())
+            if gaps[i, nearest] < distance:
+                hits[i] = True
+                gaps[:, nearest] = np.inf
+        right.append(hits)
+    if not any(hits.any() for hits in right):
+        return 0.0
+    hits = np.concatenate(right)[np.argsort(-np.concatenate(score), kind="stable")]
+    precision, recall = hits.cumsum() / np.arange(1, len(hits) + 1), hits.cumsum() / real.sum()
+    curve = np.interp(np.linspace(0, 1, 101), recall, precision, right=0)
+    return float(np.clip(curve[11:] - 0.1, 0, None).mean() / 0.9)
