@@ -1,43 +1,32 @@
-"""Wheel and sdist hold what they should; the core runs without the packages of the lab; a user's strict mypy is content."""
+"""Wheel and sdist hold what they should and run with what they require; a user's strict mypy is content."""
 
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import torchmto
+from torchmto.cli import verbs
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 CORE = """
-import importlib.abc, sys
-
-class Missing(importlib.abc.MetaPathFinder):
-    names = {"jsonargparse", "rich", "yaml", "kornia", "PIL", "pyarrow", "safetensors", "transformers", "matplotlib",
-        "pandas", "tensorboard", "lightning_fabric", "lightning", "pytorch_lightning", "torchmetrics", "cloudpickle",
-        "accelerate", "torchjd"}
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in self.names:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.split(".")[0] in Missing.names else find(name, *rest)
-sys.meta_path.insert(0, Missing())
-import torch, torchmto
+import importlib, torch, torchmto
 model = torch.nn.Linear(2, 2)
 mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=["a", "b"], method="pcgrad")
 mt.step(lambda tasks: dict(zip("ab", model(torch.ones(2)).square())))
-for name, extra in [("lightning", "lightning"), ("transformers", "transformers"), ("torchjd", "torchjd")]:
+for name in ("lightning", "transformers", "torchjd"):
     try:
         importlib.import_module(f"torchmto.integrations.{name}")
     except ImportError as error:
-        assert f"pip install 'torchmto[{extra}]'" in str(error), error
+        assert f"pip install 'torchmto[{name}]'" in str(error), error
     else:
         raise AssertionError(name)
 print(torchmto.__version__, torchmto.__file__)
@@ -111,19 +100,78 @@ def test_what_they_hold(built):
     assert {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "src/torchmto/__init__.py"} <= inside
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["wheel", "sdist"])
-def test_installed_into_an_empty_environment(built, which, tmp_path):
-    """Only torch, numpy, scipy and scikit-learn can be imported besides, then all of the lab's packages."""
-    python = environment(tmp_path / "env")
-    run(python, "-m", "pip", "install", "-q", "--no-deps", built[which])
+def install(package: Path, folder: Path, *extras: str) -> Path:
+    """An environment with the package and exactly what it and its extras require, linked from this one; its Python."""
+    python = environment(folder)
+    run(python, "-m", "pip", "install", "-q", "--no-deps", package)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    here = next(path for path in map(Path, sys.path) if path.name == "site-packages" and (path / "torch").is_dir())
-    # Its packages are found, but not what is installed there in place: a line of a .pth file is a folder, no site.
-    (site / "others.pth").write_text(f"{here}\n", encoding="utf-8")
-    said = run(python, "-I", "-c", CORE, cwd=tmp_path)
-    assert said.split()[0] == torchmto.__version__
-    assert str(site) in said
+    for name in sorted(required(*extras)):
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in {"..", "__pycache__"}}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    return python
+
+
+def required(*extras: str) -> set[str]:
+    """Names of all distributions that this package requires, with its extras, as far as they are installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    own = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    waiting, seen, names = [(Requirement(line), ()) for line in own], set(), set()
+    while waiting:
+        requirement, asked = waiting.pop()
+        wanted = requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in ("", *asked))
+        here = requirement.name, frozenset(requirement.extras)
+        if not wanted or here in seen:
+            continue
+        seen.add(here)
+        if requirement.name == "torchmto":
+            names |= required(*requirement.extras)
+            continue
+        try:
+            lines = metadata.requires(requirement.name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        names.add(requirement.name)
+        waiting += [(Requirement(line), tuple(requirement.extras)) for line in lines]
+    return names
+
+
+SMALL = ("compare", "--methods", "gd", "--seeds", "1", "--epochs", "1", "--jobs", "1", "--out", "c")
+LOOP = """
+import sys
+from torchmto.cli import main
+assert [main(line.split()) for line in sys.argv[1:]] == [1] * (len(sys.argv) - 1)
+"""
+
+
+def refused(python: Path, folder: Path, *lines: str) -> None:
+    """Each of these commands says in one line what to install, and does nothing."""
+    command = [python, "-I", "-c", LOOP, *lines]
+    said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert (said.returncode, said.stdout) == (0, ""), said
+    assert [line.endswith("pip install 'torchmto[lab]'") for line in said.stderr.splitlines()] == [True] * len(lines), (
+        said
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["wheel", "sdist"])
+def test_the_core_alone(built, which, tmp_path):
+    """It works, and every verb but `methods` says what to install."""
+    python = install(built[which], tmp_path / "env")
+    assert run(python, "-I", "-c", CORE, cwd=tmp_path).split()[0] == torchmto.__version__
     assert "pcgrad" in run(python, "-I", "-m", "torchmto", "methods", cwd=tmp_path)
+    refused(python, tmp_path, *sorted({*verbs()} - {"methods"}))
+
+
+def test_extras(built, tmp_path):
+    """`lab` compares and reports; with `cli` alone, what a comparison needs shows before anything trains."""
+    python = install(built[0], tmp_path / "lab", "lab")
+    run(python, "-I", "-m", "torchmto", *SMALL, cwd=tmp_path)
+    run(python, "-I", "-m", "torchmto", "report", "c", cwd=tmp_path)
+    assert (tmp_path / "c/report.html").is_file()
+    python = install(built[0], tmp_path / "cli", "cli")
+    refused(python, tmp_path / "cli", " ".join(SMALL), "bench", "reproduce theory", "train --loggers csv --out t")
 
 
 def test_a_users_strict_mypy(tmp_path):

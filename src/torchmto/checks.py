@@ -1,6 +1,7 @@
 """Checks of arguments, all with one form of message: what the parameter should be, and what was found."""
 
 import difflib
+import importlib
 import math
 import sys
 import warnings
@@ -46,11 +47,30 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the known name that is most like it; empty if none is.
 
     Example:
-        >>> nearest("pcgard", ["gd", "pcgrad"])
+        >>> nearest("PCGard", ["gd", "pcgrad"])
         ' Did you mean `pcgrad`?'
     """
-    alike = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{alike[0]}`?" if alike else ""
+    lowered = {entry.lower(): entry for entry in known}
+    alike = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.5)
+    return f" Did you mean `{lowered[alike[0]]}`?" if alike else ""
+
+
+def needed(what: str, module: str, extra: str = "lab") -> Any:
+    """A module of a package that only an extra brings.
+
+    Args:
+        what: What needs it, as the message's first words.
+        module: The module.
+        extra: The extra.
+
+    Raises:
+        ImportError: If it is missing; says what to type.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{what} needs {package}: pip install 'torchmto[{extra}]'") from error
 
 
 def unknown_task(name: object, tasks: Iterable[str], where: str = "") -> str:

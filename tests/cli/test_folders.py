@@ -12,6 +12,7 @@ from PIL import Image
 from torchmto.cli import main
 from torchmto.lab.data.files import load_rgb, read_names
 from torchmto.lab.run import CheckpointFolder
+from torchmto.lab.run.logs import make_loggers
 
 SMALL = ["--data.options", "{train: 32, validation: 16, test: 16}", "--batch-size", "16", "--epochs", "1"]
 SMALL += ["--model.options", "{widths: [4, 4]}"]
@@ -173,3 +174,15 @@ def test_mlflow_keeps_its_files_in_the_runs_folder(tmp_path, monkeypatch):
     run = client.get_run((tmp_path / "run" / ".mlflow-run").read_text())
     assert run.info.status == "FINISHED"
     assert {"lr", "loss/left", "validation/score"} <= set(run.data.metrics)
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_run_it_began(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        (logger,) = make_loggers(["wandb"], tmp_path, {"epochs": 1}, resume_step=step - 1 or None)
+        logger.log_metrics({"loss": 0.5}, step)
+        logger.finalize("success")
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert {file.name for file in files} == {f"run-{(tmp_path / '.wandb-run').read_text()}.wandb"}

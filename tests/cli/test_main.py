@@ -87,6 +87,10 @@ def test_only_the_users_mistakes_are_wrong_usage():
         (["reproduce", "groups", "--executor", "rai"], "Did you mean `ray`?"),
         (["reproduce", "groups", "--ray-address", "here"], "belongs to the executor `ray`"),
         (["methods", "--mark"], "--mark"),
+        (["compare", "--method", "gd"], "no option `--method`. Did you mean `--methods`?"),
+        (["train", "--method", "CAGard(c=1)", "--out", "run"], "Did you mean `cagrad`?"),
+        (["train", "--method", "cagrad(d=1)", "--out", "run"], "no hyper-parameter `d`"),
+        (["train", "--method", "cagrad(c=", "--out", "run"], "should look like"),
     ],
 )
 def test_one_grammar(arguments, message, capsys):

@@ -254,6 +254,13 @@ def test_several_optimizers_by_manual_optimization(tmp_path):
     net = Two()
     trainer(tmp_path).fit(net, loader([(x, y, 1) for x, y, _ in batches(3)]))
     assert [info.num_optimizer_steps for info in net.infos] == [1, 1, 1]
+    before = net.multitask.state_dict()["method_state"]
+    net.configure_optimizers = lambda: torch.optim.SGD(
+        net.parameters(), lr=0.01
+    )  # another fit may have another number of them
+    trainer(tmp_path, limit_train_batches=1).fit(net, loader([(x, y, 1) for x, y, _ in batches(1)]))
+    assert len(net.infos) == 4
+    assert same(net.multitask.state_dict()["method_state"].keys(), before.keys())
 
 
 def test_task_specific_norms(tmp_path):

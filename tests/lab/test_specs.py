@@ -39,7 +39,6 @@ def test_reads_names_numbers_lists_and_mappings(text, name, hyperparameters):
         "wpcgrad(priority=[p for p in x])",
         "torchmto.gd",
         "gd; pcgrad",
-        "no_such_method",
         "wpcgrad(priority=" + "[" * 500 + "]" * 500 + ")",
     ],
 )
@@ -47,7 +46,7 @@ def test_anything_else_is_an_error_and_not_run(text):
     if text == "gd,":
         assert [spec.name for spec in parse_methods(text)] == ["gd"]
         return
-    with pytest.raises(ValueError, match=r"Found|Unknown method"):
+    with pytest.raises(ValueError, match="Found"):
         parse_methods(text)
 
 

@@ -20,6 +20,7 @@ _SHORT = {
     **{f"--{name.replace('_', '-')}": f"--{setting}" for name, setting in SHORT.items()},
     "--data": "--data.name",
     "--model": "--model.name",
+    "--optimizer": "--optimizer.name",
     "--problem": "--data.name",
     "--problem.use": "--data.name",
 }
@@ -53,6 +54,9 @@ class Parser(ArgumentParser):
             r"(?:Key|Option|option) ['\"]?([\w.]+)['\"]? is not (?:expected|accepted|valid)", message
         ):
             return f"There is no setting `{found[1]}`.{nearest(found[1], [name.strip('-') for name in known])}"
+        if found := re.search(r'key "(\w+)": Unable to load config', message):
+            given = f"--{found[1]}"
+            return f"There is no option `{given}`.{nearest(given, [name for name in known if name != given])}"
         return explained(message) or one_line(message)
 
     def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]

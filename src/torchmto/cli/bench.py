@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
 
 
 def _bench(args: Namespace) -> None:
-    from torchmto.checks import check_choice, check_integer, found  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.checks import check_choice, check_integer, found, needed  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.bench.cases import CASES  # noqa: PLC0415
     from torchmto.lab.bench.contestants import bound_of, contestant_names, split_names  # noqa: PLC0415
     from torchmto.lab.bench.outputs import table, write_json, write_plot  # noqa: PLC0415
@@ -60,6 +60,7 @@ def _bench(args: Namespace) -> None:
     from torchmto.lab.run.build import device_of  # noqa: PLC0415
     from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
+    needed("A benchmark", "matplotlib")  # its plot comes last
     console = make_console(140)
     models = [check_choice("models", name, tuple(CASES)) for name in args.models.split(",")]
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", args.tasks):

@@ -37,6 +37,7 @@ def make_parser(prog: str) -> Parser:
 
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
+    from torchmto.checks import needed  # noqa: PLC0415
     from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
     from torchmto.lab.reproduce import (  # noqa: PLC0415  the lab takes seconds to import
         load_recipe,
@@ -50,6 +51,7 @@ def run(args: Namespace) -> int:
             print(f"{name:<18} {load_recipe(name).summary}")
         return 0
     with reported(this_command()):
+        needed("An experiment", "matplotlib.figure")  # its figures come last
         recipe = load_recipe(args.name)
         if args.add is not None:
             recipe = with_methods(recipe, args.add)

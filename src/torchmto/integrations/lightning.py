@@ -134,9 +134,8 @@ class MultiTaskMixin(_Base):
             )
         if self.automatic_optimization:
             optimizers = [wrapper.optimizer for wrapper in optimizers]
-        if self._multitask is None or any(
-            a is not b for a, b in zip(self._multitask.network.optimizers.all, optimizers, strict=True)
-        ):
+        known = [] if self._multitask is None else self._multitask.network.optimizers.all
+        if self._multitask is None or [*map(id, known)] != [*map(id, optimizers)]:
             self._multitask = self._built(optimizers)
         return self._multitask
 

@@ -55,7 +55,7 @@ class MethodSpec:
 
 
 def parse_method(text: str) -> MethodSpec:
-    """One method from its text.
+    """One method from its text; whether there is one of that name shows when it is made.
 
     Values are numbers, strings (without quotes where they are plain names), True, False, None, and lists and
     mappings of these. The text is parsed, never run.
@@ -64,7 +64,7 @@ def parse_method(text: str) -> MethodSpec:
         text: Such as ``task_groups(groups=[[left, right], [offset]])``.
 
     Raises:
-        ValueError: If the text has another form, or no method has that name.
+        ValueError: If the text has another form.
 
     Example:
         >>> parse_method("static(weights={left: 1, right: 0.5})").hyperparameters
@@ -83,7 +83,7 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
         text: Such as ``gd,pcgrad,wpcgrad(priority=uw)``.
 
     Raises:
-        ValueError: If the text has another form, no method has such a name, or a method is there twice.
+        ValueError: If the text has another form, or a method is there twice.
 
     Example:
         >>> [spec.label for spec in parse_methods("gd,wpcgrad(priority=[0.5, 0.25, 0.25])")]
@@ -135,7 +135,6 @@ def _spec(node: ast.expr) -> MethodSpec:
             raise ValueError(f"Hyper-parameters should be given as `name=value`. Found `{ast.unparse(node)}`.")
     if not isinstance(name, ast.Name):
         raise ValueError(f"A method should look like `wpcgrad(mode=pairwise)`. Found `{ast.unparse(node)}`.")
-    method_class(name.id)
     return MethodSpec(name.id, hyperparameters)
 
 

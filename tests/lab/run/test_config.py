@@ -13,7 +13,8 @@ from torchmto.lab.run import (
     train,
 )
 from torchmto.lab.run.build import scheduler_of
-from torchmto.lab.run.config import changed_settings
+from torchmto.lab.run.config import changed_settings, config_of
+from torchmto.methods import registry
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +106,14 @@ def test_warmup_rises_linearly():
     assert constant[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     falling, plain = rates(OptimizerConfig(warmup_steps=3)), rates(OptimizerConfig())
     assert falling[:5] == pytest.approx([share * rate for share, rate in zip(constant, plain[:5], strict=False)])
+
+
+def test_a_problems_file_may_register_the_method_it_is_trained_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    (tmp_path / "own_method.py").write_text(
+        "import torchmto\n@torchmto.register_method('of_a_file')\nclass Own(type(torchmto.make_method('gd'))):\n    pass\n"
+        "def problem():\n    pass\n"
+    )
+    with pytest.raises(ConfigError, match="Unknown method `of_a_file`"):
+        config_of({"method": "of_a_file"}).validate()
+    config_of({"method": "of_a_file", "data": f"{tmp_path}/own_method.py:problem"}).validate()

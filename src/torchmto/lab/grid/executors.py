@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import json
 import multiprocessing
 import os
@@ -20,10 +19,10 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Protocol, Self
 
-from torchmto.checks import found, nearest
+from torchmto.checks import found, nearest, needed
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
@@ -330,7 +329,7 @@ class Ray:
     """
 
     def __init__(self, jobs: int, address: str | None = None) -> None:
-        self._ray = _needed("ray", "ray")
+        self._ray = needed("`--executor ray`", "ray", "ray")
         self._jobs, self._address = jobs, address
 
     def __enter__(self) -> Self:
@@ -376,7 +375,7 @@ class Slurm:
     """
 
     def __init__(self, jobs: int, folder: Path, cluster: str | None = None) -> None:
-        self._submitit = _needed("submitit", "slurm")
+        self._submitit = needed("`--executor slurm`", "submitit", "slurm")
         self._jobs, self._folder, self._cluster = jobs, folder, cluster
         self._running: dict[Any, str] = {}
 
@@ -413,13 +412,6 @@ class Slurm:
 
 
 _MINUTES = 24 * 60
-
-
-def _needed(module: str, extra: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"`--executor {extra}` needs {module}: pip install 'torchmto[{extra}]'") from error
 
 
 def make_executor(name: str, jobs: int, folder: Path, ray_address: str | None = None) -> Executor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torchmto.checks import check_integer, check_tasks
 from torchmto.lab.grid.identity import identity
+from torchmto.lab.metrics import task_metrics
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, build
 from torchmto.lab.run.config import FREE, MethodConfig, RunConfig, config_of
@@ -82,6 +83,7 @@ class Experiment:
         Raises:
             ValueError: If a setting makes no sense, or a part of the problem isn't what it should be.
             TypeError: If a method or the model has no such option.
+            ImportError: If the tasks' metrics need a package that is missing.
         """
         computer = Computer.of(self.run)
         baseline = dict.fromkeys(problem.task_names, 1.0)
@@ -91,6 +93,8 @@ class Experiment:
             if number == 0:
                 check_first_batch(problem, config)
             build(config, problem, computer, baseline=baseline)
+        for task in problem.task_list if problem.evaluate is None else ():
+            task_metrics(task)
 
 
 def is_single_task(config: RunConfig) -> bool:

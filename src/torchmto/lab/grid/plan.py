@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchmto.checks import needed
 from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
 from torchmto.lab.grid.folder import GridFolder
@@ -68,7 +69,9 @@ def plan(
     Raises:
         ConfigError: If settings make no sense.
         FolderError: If the folder belongs to something else.
+        ImportError: If a package is missing that its metrics or plots need.
     """
+    needed("A comparison", "matplotlib.figure")  # its plots come last, and hours later
     config = replace(config, threads=config.threads or 1)
     config.validate()
     if not config.evaluate_test:

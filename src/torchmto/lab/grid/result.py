@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchmto.checks import shown
+from torchmto.checks import needed, shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.folders import FolderError
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
@@ -41,6 +41,8 @@ class Result:
             raise FolderError(f"There is no finished comparison in `{self.path}`.")
         try:
             self.results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if "methods" not in self.results:
+                raise FolderError(f"`{path}` holds no comparison.")
             found = self.results.get("schema_version")
             if found != SCHEMA_VERSION:
                 raise FolderError(f"{file} has version {shown(found)}; this torchmto reads version {SCHEMA_VERSION}.")
@@ -70,7 +72,7 @@ class Result:
             costs = {cost: run["result"]["cost"][cost] for cost in _COSTS}
             rows.append({"method": name, "seed": seed, **values, "delta_m": self._delta_m(name, seed), **costs})
         rows.sort(key=lambda row: (names.index(row["method"]), row["seed"]))
-        return _pandas().DataFrame(rows, columns=["method", "seed", *columns, "delta_m", *_COSTS])
+        return needed("A frame", "pandas").DataFrame(rows, columns=["method", "seed", *columns, "delta_m", *_COSTS])
 
     def _delta_m(self, name: str, seed: int) -> float | None:
         method = self.results["methods"].get(name)
@@ -103,7 +105,7 @@ class Result:
                 figure = entry["tasks"][task][metric]
                 row |= {f"{task}.{metric}": figure["mean"], f"{task}.{metric}.std": figure["std"]}
             rows.append(row | {cost: entry["cost"][cost] for cost in (*_COSTS, "peak_memory_bytes")})
-        return _pandas().DataFrame(rows)
+        return needed("A frame", "pandas").DataFrame(rows)
 
     def figure(self, name: str = "delta_m") -> Figure:
         """A figure of the methods: their Δm, or a task's primary metric by its name.
@@ -133,14 +135,6 @@ class Result:
     def __repr__(self) -> str:
         methods: Mapping[str, Any] = self.results["methods"]
         return f"Result({str(self.path)!r}: {', '.join(methods)}; {self.results['config']['seeds']} seeds)"
-
-
-def _pandas() -> Any:
-    try:
-        import pandas  # noqa: PLC0415, ICN001
-    except ImportError as error:
-        raise ImportError("Frames need pandas: pip install 'torchmto[lab]'") from error
-    return pandas
 
 
 def load_result(path: Path | str) -> Result:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
-from torchmto.checks import check_choice, check_integer
+from torchmto.checks import check_choice, check_integer, needed
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.data.base import Task
 from torchmto.lab.grid.executors import Executor
@@ -87,10 +87,7 @@ class Sampled:
     """
 
     def __init__(self, number: int, sampler: str = "random", seed: int = 0) -> None:
-        try:
-            import optuna  # noqa: PLC0415  an extra of its own
-        except ImportError as error:
-            raise ImportError("Tuning needs Optuna: pip install 'torchmto[tune]'") from error
+        optuna = needed("Tuning", "optuna", "tune")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._number = check_integer("tune", number, minimum=1)

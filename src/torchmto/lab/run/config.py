@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
 from torchmto.lab.methods import check_weighting, make
-from torchmto.lab.references import source_of
-from torchmto.lab.specs import MethodSpec
+from torchmto.lab.references import resolve, source_of
+from torchmto.lab.specs import MethodSpec, parse_method
+from torchmto.methods import methods
 
 if TYPE_CHECKING:
     from torchmto.lab.problem import Problem
@@ -191,7 +192,11 @@ class RunConfig:
 
         Raises:
             ConfigError: If a value makes no sense, or a method's or model's name or option is unknown.
+            UnknownReferenceError: If there is no such problem, whose file might register an unknown method.
         """
+        named = {self.method.name, self.method.weights if isinstance(self.method.weights, str) else "gd"}
+        if self.data.name and not named <= {*methods()}:
+            resolve(self.data.name)  # a problem's file may register methods
         try:
             self._check_numbers()
             _check_model(self.model)
@@ -355,10 +360,13 @@ def config_of(settings: Mapping[str, Any], base: RunConfig | None = None) -> Run
 
     Raises:
         ConfigError: If there is no such setting.
+        ValueError: If the text of a method has another form.
 
     Example:
         >>> config_of({"optimizer": {"name": "sgd"}, "lr": 0.1}).optimizer.lr
         0.1
+        >>> config_of({"method": "cagrad(c=0.3)"}).method.options
+        {'c': 0.3}
     """
     values = (base or RunConfig()).as_dict()
     for key, value in settings.items():
@@ -372,6 +380,10 @@ def config_of(settings: Mapping[str, Any], base: RunConfig | None = None) -> Run
         entries = asdict(entries) if is_dataclass(entries) and not isinstance(entries, type) else entries
         if not isinstance(entries, Mapping):
             raise ConfigError(f"The setting `{key}` should be a mapping. Found {value!r}.")
+        if section == "method" and "(" in str(entries.get("name")):
+            spec = parse_method(str(entries["name"]))
+            options = {**spec.hyperparameters, **(entries.get("options") or {})}
+            entries = {**entries, "name": spec.name, "options": options}
         for entry in entries:
             if entry not in values[section]:
                 hint = nearest(entry, values[section])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchmto.lab.data.base import Split, Task, labelled_tasks
 from torchmto.lab.metrics import primary_metric
-from torchmto.lab.problem import Problem, part_error
+from torchmto.lab.problem import Problem, ProblemError, part_error
 from torchmto.lab.run.build import Computer, closure_of, losses_of, network_of
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import Network, own_figures, placed
@@ -137,7 +137,8 @@ def _check_losses(problem: Problem, config: RunConfig, network: Network, step: A
             _check_values(problem, closure(group), group)
     except ValueError as error:
         if str(error).startswith("Parameter `prediction`"):
-            raise part_error("model", "a network whose outputs fit the targets", str(error)) from error
+            message = f"Part `model` of the problem should be a network whose outputs fit the targets. {error}"
+            raise ProblemError(message) from error
         raise
 
 

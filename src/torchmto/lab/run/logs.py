@@ -102,9 +102,17 @@ class WandbLog:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # noqa: PLC0415 - takes seconds to import
 
+        note = folder / ".wandb-run"  # a run that goes on is the same one there
         self._run = wandb.init(
-            project="torchmto", name=folder.name, dir=folder, config=dict(config), resume="allow", reinit="create_new"
+            project="torchmto",
+            name=folder.name,
+            dir=folder,
+            config=dict(config),
+            id=note.read_text() if note.is_file() else None,
+            resume="allow",
+            reinit="create_new",
         )
+        note.write_text(self._run.id)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Log numbers of one step."""

@@ -141,7 +141,7 @@ def _start(
         say("There is no checkpoint yet: starting anew.")
     elif folder.has_run:
         raise ConfigError(
-            f"`{folder.path}` holds a run already. Add --resume to go on with it, or choose another folder."
+            f"`{folder.path}` holds a run already. Add --resume (`resume=True`) to go on with it, or choose another folder."
         )
     # The claim first: a job killed between the two finds its own folder again, not one that holds a run.
     folder.write_claim(job)
