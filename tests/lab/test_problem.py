@@ -13,8 +13,9 @@ from torchmto import lab
 from torchmto.cli import main
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem
-from torchmto.lab.run.build import problem_of
-from torchmto.lab.run.config import config_of
+from torchmto.lab.run.build import build, problem_of
+from torchmto.lab.run.config import ConfigError, config_of
+from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states
 from torchmto.lab.run.first_batch import check_first_batch
 
 FARM = str(Path(__file__).with_name("farm.py"))
@@ -132,6 +133,56 @@ def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
             for task in step:
                 assert torch.equal(step[task]["input"], expected[task]["input"])
     assert not torch.equal(steps[0]["sum"]["input"], steps[2]["sum"]["input"])
+
+
+class Echo(nn.Module):
+    """Gives its input for each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return {"a": self.scale * x, "b": self.scale * x}
+
+
+def errors(size, *tasks):
+    """Samples on which `Echo` errs by 0, 1, 2, ..."""
+    return [(torch.tensor([float(i)]), {task: torch.zeros(1) for task in tasks}) for i in range(size)]
+
+
+PAIR = [lab.Task("a", "regression", 1), lab.Task("b", "regression", 1)]
+APART = {"a": errors(10, "a"), "b": errors(6, "b")}
+
+
+@pytest.mark.parametrize("train", [APART, errors(10, "a", "b")], ids=["disjoint", "joint"])
+def test_every_sample_of_every_split_is_measured_once(train):
+    own = lab.Problem(PAIR, train, APART, errors(7, "a", "b"), model=Echo)
+    network = Network(Echo())
+    sizes = {"train": (10, 6 if train is APART else 10), "validation": (10, 6), "test": (7, 7)}
+    for split, (a, b) in sizes.items():
+        want = {"a": (a - 1) / 2, "b": (b - 1) / 2}
+        assert {task: m["mae"] for task, m in evaluate(network, own, split, batch_size=4).items()} == want
+        shares = [measure(network, own, split, batch_size=4, rank=rank, world_size=3) for rank in range(3)]
+        together = merged_values(shares[0], [metric_states(share) for share in shares[1:]])
+        assert {task: metrics["mae"] for task, metrics in together.items()} == want
+    run = lab.fit(own, epochs=1, batch_size=4, say=lambda _: None)
+    alone = lab.fit(own.only(["b"]), epochs=1, batch_size=4, say=lambda _: None)
+    assert run.metrics.keys() == {"a", "b"}
+    assert alone.metrics.keys() == {"b"}
+
+
+def test_disjoint_sets_of_one_size_have_orders_of_their_own_and_divide_among_processes():
+    data = {"a": errors(16, "a"), "b": errors(16, "b")}
+    own = lab.Problem(PAIR, data, APART, APART, model=Echo)
+    step = next(own.loader("train", 8, seed=3).epoch(0))
+    assert step["a"]["input"].tolist() != step["b"]["input"].tolist()
+    alone = next(own.only(["b"]).loader("train", 8, seed=3).epoch(0))
+    assert torch.equal(alone["b"]["input"], step["b"]["input"])
+    chosen, config = problem_of(config_of({"epochs": 1, "batch_size": 8}), own)
+    assert len(next(build(config, chosen, rank=3, world_size=4).loader.epoch(0))["b"]["input"]) == 2
+    with pytest.raises(ConfigError, match="Found 6 samples in a batch and 7 processes"):
+        build(config, replace(chosen, train=APART), rank=3, world_size=7)
 
 
 class Stream(torch.utils.data.IterableDataset):
