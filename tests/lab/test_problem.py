@@ -11,6 +11,7 @@ from torch import nn
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.data.base import KINDS
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem
 from torchmto.lab.run.build import build, problem_of
@@ -315,6 +316,38 @@ def test_labels_may_be_plain_numbers_of_any_precision():
     batch = lab.Problem(**{**GOOD, "train": data}).loader("train", 6).batch(0, 0)
     assert batch["targets"]["kind"].dtype == torch.int64
     assert (batch["targets"]["sum"].dtype, batch["targets"]["sum"].shape) == (torch.float32, (6, 1))
+
+
+LABELS = {
+    "classification": torch.tensor(1),
+    "binary": torch.tensor([1.0, 0.0, 1.0]),
+    "regression": torch.tensor([1.0, 2.0, 3.0]),
+    "segmentation": torch.tensor([[1, 0]]),
+    "normals": torch.tensor([1.0, 0.0, 0.0]).reshape(3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.uint8, torch.int32, torch.float64])
+def test_a_missing_label_is_one_whatever_type_the_others_have(kind, dtype):
+    label = LABELS.get(kind, torch.ones(3 if kind == "map" else 1, 1, 1))
+    task = lab.Task("t", kind, 1 if kind == "depth" else 3)
+    sample = torch.zeros(3), {"t": label.to(dtype or label.dtype)}
+    data = [sample, (torch.zeros(3), {}), (torch.zeros(3), {"t": None}), (torch.zeros(3), {"t": label})]
+    target = lab.Problem([task], data, data, data, "mlp").loader("validation", 4).batch(0, 0)["targets"]["t"]
+    valid = task.valid(target)
+    assert [bool(row.all()) for row in valid] == [True, False, False, True]
+    assert [bool(row.any()) for row in valid] == [True, False, False, True]
+    assert torch.equal(target[0], label.to(dtype or label.dtype).to(target.dtype))
+    assert torch.equal(target[3], label)
+
+
+def test_the_first_samples_type_cuts_no_others_short():
+    maps = [torch.ones(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 1.5)]
+    data = [(torch.zeros(3), {"d": depth, "o": depth}) for depth in maps]
+    own = lab.Problem([lab.Task("d", "depth"), "o"], data, data, data, "mlp", losses={"o": nn.MSELoss()})
+    targets = own.loader("validation", 2).batch(0, 0)["targets"]
+    assert targets["d"][1, 0, 0, 0] == targets["o"][1, 0, 0, 0] == 1.5
 
 
 @pytest.mark.parametrize(

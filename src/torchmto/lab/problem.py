@@ -510,6 +510,7 @@ class _Collate:
             pairs = [self._pair(sample, self.split) for sample in samples]
             x = _stacked([x for x, _ in pairs], self.split)
             targets = self._targets([targets for _, targets in pairs])
+            return Batch(input=x, targets=targets)
         return Batch(input=x, targets={t.name: as_target(t, targets[t.name]) for t in self.tasks if t.name in targets})
 
     def _pair(self, sample: Any, part: str) -> tuple[Any, Mapping[str, Any]]:
@@ -529,7 +530,11 @@ class _Collate:
     def _targets(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for task in self.tasks:
-            values = [None if (v := row.get(task.name)) is None else torch.as_tensor(v) for row in rows]
+            # In the kind's type before anything is filled in: a bool or a byte holds no missing value.
+            values = [
+                None if (v := row.get(task.name)) is None else as_target(task, torch.as_tensor(v)[None])[0]
+                for row in rows
+            ]
             example = next((value for value in values if value is not None), None)
             if example is None:
                 continue
@@ -544,10 +549,9 @@ class _Collate:
                 raise part_error(
                     f"{self.split}, task `{task.name}`", "targets of one shape", " and ".join(map(str, shapes))
                 )
-            if task.kind in {"binary", "regression", "map"} and not example.is_floating_point():
-                example = example.float()
-            column = [torch.full_like(example, task.missing) if v is None else v.to(example.dtype) for v in values]
-            columns[task.name] = torch.stack(column)
+            columns[task.name] = torch.stack(
+                [torch.full_like(example, task.missing) if v is None else v for v in values]
+            )
         return columns
 
 
