@@ -11,10 +11,12 @@ from torch import nn
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.data.base import KINDS
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem
-from torchmto.lab.run.build import problem_of
-from torchmto.lab.run.config import config_of
+from torchmto.lab.run.build import build, problem_of
+from torchmto.lab.run.config import ConfigError, config_of
+from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states
 from torchmto.lab.run.first_batch import check_first_batch
 
 FARM = str(Path(__file__).with_name("farm.py"))
@@ -132,6 +134,56 @@ def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
             for task in step:
                 assert torch.equal(step[task]["input"], expected[task]["input"])
     assert not torch.equal(steps[0]["sum"]["input"], steps[2]["sum"]["input"])
+
+
+class Echo(nn.Module):
+    """Gives its input for each task."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return {"a": self.scale * x, "b": self.scale * x}
+
+
+def errors(size, *tasks):
+    """Samples on which `Echo` errs by 0, 1, 2, ..."""
+    return [(torch.tensor([float(i)]), {task: torch.zeros(1) for task in tasks}) for i in range(size)]
+
+
+PAIR = [lab.Task("a", "regression", 1), lab.Task("b", "regression", 1)]
+APART = {"a": errors(10, "a"), "b": errors(6, "b")}
+
+
+@pytest.mark.parametrize("train", [APART, errors(10, "a", "b")], ids=["disjoint", "joint"])
+def test_every_sample_of_every_split_is_measured_once(train):
+    own = lab.Problem(PAIR, train, APART, errors(7, "a", "b"), model=Echo)
+    network = Network(Echo())
+    sizes = {"train": (10, 6 if train is APART else 10), "validation": (10, 6), "test": (7, 7)}
+    for split, (a, b) in sizes.items():
+        want = {"a": (a - 1) / 2, "b": (b - 1) / 2}
+        assert {task: m["mae"] for task, m in evaluate(network, own, split, batch_size=4).items()} == want
+        shares = [measure(network, own, split, batch_size=4, rank=rank, world_size=3) for rank in range(3)]
+        together = merged_values(shares[0], [metric_states(share) for share in shares[1:]])
+        assert {task: metrics["mae"] for task, metrics in together.items()} == want
+    run = lab.fit(own, epochs=1, batch_size=4, say=lambda _: None)
+    alone = lab.fit(own.only(["b"]), epochs=1, batch_size=4, say=lambda _: None)
+    assert run.metrics.keys() == {"a", "b"}
+    assert alone.metrics.keys() == {"b"}
+
+
+def test_disjoint_sets_of_one_size_have_orders_of_their_own_and_divide_among_processes():
+    data = {"a": errors(16, "a"), "b": errors(16, "b")}
+    own = lab.Problem(PAIR, data, APART, APART, model=Echo)
+    step = next(own.loader("train", 8, seed=3).epoch(0))
+    assert step["a"]["input"].tolist() != step["b"]["input"].tolist()
+    alone = next(own.only(["b"]).loader("train", 8, seed=3).epoch(0))
+    assert torch.equal(alone["b"]["input"], step["b"]["input"])
+    chosen, config = problem_of(config_of({"epochs": 1, "batch_size": 8}), own)
+    assert len(next(build(config, chosen, rank=3, world_size=4).loader.epoch(0))["b"]["input"]) == 2
+    with pytest.raises(ConfigError, match="Found 6 samples in a batch and 7 processes"):
+        build(config, replace(chosen, train=APART), rank=3, world_size=7)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -264,6 +316,38 @@ def test_labels_may_be_plain_numbers_of_any_precision():
     batch = lab.Problem(**{**GOOD, "train": data}).loader("train", 6).batch(0, 0)
     assert batch["targets"]["kind"].dtype == torch.int64
     assert (batch["targets"]["sum"].dtype, batch["targets"]["sum"].shape) == (torch.float32, (6, 1))
+
+
+LABELS = {
+    "classification": torch.tensor(1),
+    "binary": torch.tensor([1.0, 0.0, 1.0]),
+    "regression": torch.tensor([1.0, 2.0, 3.0]),
+    "segmentation": torch.tensor([[1, 0]]),
+    "normals": torch.tensor([1.0, 0.0, 0.0]).reshape(3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [None, torch.bool, torch.uint8, torch.int32, torch.float64])
+def test_a_missing_label_is_one_whatever_type_the_others_have(kind, dtype):
+    label = LABELS.get(kind, torch.ones(3 if kind == "map" else 1, 1, 1))
+    task = lab.Task("t", kind, 1 if kind == "depth" else 3)
+    sample = torch.zeros(3), {"t": label.to(dtype or label.dtype)}
+    data = [sample, (torch.zeros(3), {}), (torch.zeros(3), {"t": None}), (torch.zeros(3), {"t": label})]
+    target = lab.Problem([task], data, data, data, "mlp").loader("validation", 4).batch(0, 0)["targets"]["t"]
+    valid = task.valid(target)
+    assert [bool(row.all()) for row in valid] == [True, False, False, True]
+    assert [bool(row.any()) for row in valid] == [True, False, False, True]
+    assert torch.equal(target[0], label.to(dtype or label.dtype).to(target.dtype))
+    assert torch.equal(target[3], label)
+
+
+def test_the_first_samples_type_cuts_no_others_short():
+    maps = [torch.ones(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 1.5)]
+    data = [(torch.zeros(3), {"d": depth, "o": depth}) for depth in maps]
+    own = lab.Problem([lab.Task("d", "depth"), "o"], data, data, data, "mlp", losses={"o": nn.MSELoss()})
+    targets = own.loader("validation", 2).batch(0, 0)["targets"]
+    assert targets["d"][1, 0, 0, 0] == targets["o"][1, 0, 0, 0] == 1.5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -324,6 +325,7 @@ class Problem:
         workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        whole: bool = False,
     ) -> Loaders:
         """Batches of one split; training is shuffled, augmented and drops a last short batch.
 
@@ -335,6 +337,7 @@ class Problem:
             workers: Processes that prepare batches ahead; 0 prepares each when it is asked for. Never changes a batch.
             rank: This process' number.
             world_size: Number of processes.
+            whole: Every sample in the stored order, of the training split, too.
 
         Returns:
             A loader; ``loader.epoch(epoch, start)`` iterates.
@@ -342,10 +345,12 @@ class Problem:
         Raises:
             ProblemError: If batches that come ready-made would have to be divided among processes.
         """
-        data, training = self.split(split), split == "train"
+        data, training = self.split(split), split == "train" and not whole
         transform = self.augment if (training if augment is None else augment) else None
 
         def one(source: Any, task: str | None) -> Loader | StreamLoader:
+            # Sets of equal size shuffled alike would pair the same samples in every epoch.
+            own = seed if task is None else zlib.crc32(task.encode(), seed % 2**32)
             ready = self.closure is not None and not isinstance(source, TorchDataset)
             if ready and world_size > 1:
                 raise part_error(split, "a data set whose batches can be divided among processes", "ready-made batches")
@@ -360,14 +365,12 @@ class Problem:
                 hasattr(source, "__getitem__") and hasattr(source, "__len__")
             ):
                 size, merge = (None, _same) if ready else (batch_size, fetch.merge)
-                return StreamLoader(
-                    source, size, merge, seed=seed, drop_last=training, rank=rank, world_size=world_size
-                )
+                return StreamLoader(source, size, merge, seed=own, drop_last=training, rank=rank, world_size=world_size)
             size = 1 if ready or isinstance(source, range) else batch_size
             plan = BatchPlan(
                 len(source),
                 size,
-                seed=seed,
+                seed=own,
                 shuffle=training,
                 drop_last=training and len(source) >= size,
                 rank=rank,
@@ -390,11 +393,30 @@ class Problem:
             return None
         return _Finish(self.task_list, transform, self.mean, self.std)
 
-    def parts(self, batch: Any) -> list[tuple[tuple[str, ...], Any]]:
+    def parts(self, batch: Any, split: Split = "train") -> list[tuple[tuple[str, ...], Any]]:
         """A step's batch as (tasks, batch) pairs: one of all tasks, or one per task for disjoint data sets."""
-        if isinstance(self.train, Mapping) and self.closure is None:
+        if isinstance(self.split(split), Mapping):
             return [((task,), batch[task]) for task in self.task_names]
         return [(self.task_names, batch)]
+
+    def once(
+        self, split: Split, batch_size: int, *, workers: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[tuple[tuple[str, ...], Any]]:
+        """Every sample of a split once, as (tasks, batch) pairs; of several processes each gets whole batches of its own.
+
+        Args:
+            split: ``"train"``, ``"validation"`` or ``"test"``; not augmented.
+            batch_size: Samples per batch.
+            workers: Processes that prepare batches ahead.
+            rank: This process' number.
+            world_size: Number of processes.
+        """
+        loader = self.loader(split, batch_size, augment=False, workers=workers, whole=True)
+        if not isinstance(loader, JointLoader):
+            yield from ((self.task_names, batch) for batch in loader.epoch(0, rank, world_size))
+            return
+        for task, own in loader.loaders.items():
+            yield from (((task,), batch) for batch in own.epoch(0, rank, world_size))
 
     def settle(self, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take each own task's first metric for its primary one, where nothing says which it is."""
@@ -488,6 +510,7 @@ class _Collate:
             pairs = [self._pair(sample, self.split) for sample in samples]
             x = _stacked([x for x, _ in pairs], self.split)
             targets = self._targets([targets for _, targets in pairs])
+            return Batch(input=x, targets=targets)
         return Batch(input=x, targets={t.name: as_target(t, targets[t.name]) for t in self.tasks if t.name in targets})
 
     def _pair(self, sample: Any, part: str) -> tuple[Any, Mapping[str, Any]]:
@@ -507,7 +530,11 @@ class _Collate:
     def _targets(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, Tensor] = {}
         for task in self.tasks:
-            values = [None if (v := row.get(task.name)) is None else torch.as_tensor(v) for row in rows]
+            # In the kind's type before anything is filled in: a bool or a byte holds no missing value.
+            values = [
+                None if (v := row.get(task.name)) is None else as_target(task, torch.as_tensor(v)[None])[0]
+                for row in rows
+            ]
             example = next((value for value in values if value is not None), None)
             if example is None:
                 continue
@@ -522,10 +549,9 @@ class _Collate:
                 raise part_error(
                     f"{self.split}, task `{task.name}`", "targets of one shape", " and ".join(map(str, shapes))
                 )
-            if task.kind in {"binary", "regression", "map"} and not example.is_floating_point():
-                example = example.float()
-            column = [torch.full_like(example, task.missing) if v is None else v.to(example.dtype) for v in values]
-            columns[task.name] = torch.stack(column)
+            columns[task.name] = torch.stack(
+                [torch.full_like(example, task.missing) if v is None else v for v in values]
+            )
         return columns
 
 

@@ -13,7 +13,6 @@ from torchmto.lab.data import (
     Loader,
     Task,
     TensorData,
-    collate,
     dataset_info,
     datasets,
     labelled_tasks,
@@ -49,25 +48,6 @@ def test_missing_values_aren_t_valid_and_labels_are(kind):
     assert as_target(task, label.to(torch.uint8)).dtype == dtype
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_collate_fills_in_what_a_sample_lacks(kind):
-    task, other = Task("t", kind, 4), Task("other", "classification", 2)
-    dtype = torch.int64 if kind in {"classification", "segmentation"} else torch.float32
-    items = [
-        Batch(input=torch.zeros(2), targets={"t": torch.ones(SHAPES[kind], dtype=dtype)}),
-        Batch(input=torch.ones(2), targets={"other": torch.tensor(1)}),
-    ]
-    batch = collate(items, [task, other])
-    assert batch["targets"]["t"].shape == (2, *SHAPES[kind])
-    assert task.valid(batch["targets"]["t"])[0].all()
-    assert not task.valid(batch["targets"]["t"])[1].any()
-    assert batch["targets"]["other"].tolist() == [-1, 1]
-    with pytest.raises(ValueError, match="lack task"):
-        collate(items)
-    with pytest.raises(ValueError, match="at least one sample"):
-        collate([])
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("a", "colour", 3), "`kind` should be one of"), (("a", "depth", 0), "`channels` should be an int >= 1")],
@@ -85,7 +65,7 @@ def small():
 
 
 def test_a_data_set_works_with_a_plain_torch_loader(small):
-    loader = torch.utils.data.DataLoader(small, batch_size=4, collate_fn=lambda items: collate(items, small.tasks))
+    loader = torch.utils.data.DataLoader(small, batch_size=4)
     batches = list(loader)
     assert [len(batch["input"]) for batch in batches] == [4, 4, 2]
     expected = small.batch(torch.tensor([4, 5, 6, 7]))

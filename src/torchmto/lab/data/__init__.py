@@ -8,7 +8,6 @@ from torchmto.lab.data.base import (
     Split,
     Task,
     TensorData,
-    collate,
     labelled_tasks,
 )
 from torchmto.lab.data.loading import BatchPlan, Loader
@@ -25,7 +24,6 @@ __all__ = [
     "Split",
     "Task",
     "TensorData",
-    "collate",
     "dataset_info",
     "datasets",
     "labelled_tasks",

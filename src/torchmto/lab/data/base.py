@@ -134,43 +134,6 @@ def labelled_tasks(batch: Batch, tasks: Sequence[Task]) -> tuple[str, ...]:
     return tuple(t.name for t in tasks if t.name in targets and bool(t.valid(targets[t.name]).any()))
 
 
-def collate(items: Sequence[Batch], tasks: Sequence[Task] | None = None) -> Batch:
-    """Stack samples into a batch; a task that a sample lacks gets its kind's missing value.
-
-    Args:
-        items: Samples as ``dataset[i]`` gives them, without batch dimension.
-        tasks: Needed only where samples lack keys; a task that no sample has is left out of the batch.
-
-    Returns:
-        The batch, each tensor with a leading dimension ``len(items)``.
-
-    Raises:
-        ValueError: If ``items`` is empty, or samples lack keys and ``tasks`` doesn't name them.
-
-    Example:
-        >>> a, b = Task("a", "classification", 3), Task("b", "regression", 1)
-        >>> first = Batch(input=torch.zeros(2), targets={"a": torch.tensor(1)})
-        >>> second = Batch(input=torch.ones(2), targets={"b": torch.tensor([0.5])})
-        >>> collate([first, second], (a, b))["targets"]["a"].tolist()
-        [1, -1]
-    """
-    if not items:
-        raise ValueError("Parameter `items` should hold at least one sample. Found none.")
-    missing = {task.name: task.missing for task in tasks or ()}
-    examples: dict[str, Tensor] = {}
-    for item in items:
-        examples |= {name: target for name, target in item["targets"].items() if name not in examples}
-    targets = {}
-    for name, example in examples.items():
-        column = [item["targets"].get(name) for item in items]
-        if any(target is None for target in column) and name not in missing:
-            raise ValueError(f"Some samples lack task `{name}`. Pass `tasks` so that its missing value is known.")
-        targets[name] = torch.stack(
-            [torch.full_like(example, missing[name]) if target is None else target for target in column]
-        )
-    return Batch(input=torch.stack([item["input"] for item in items]), targets=targets)
-
-
 class MultiTaskDataset(Dataset[Batch], ABC):
     """A torch data set that fetches whole batches at once.
 

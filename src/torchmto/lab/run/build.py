@@ -327,7 +327,8 @@ def build(
         rank=rank,
         world_size=world_size,
     )
-    samples = min(data.batch_size, len(problem.train) if hasattr(problem.train, "__len__") else data.batch_size)
+    sets = problem.train.values() if isinstance(problem.train, Mapping) else [problem.train]
+    samples = min([data.batch_size, *(len(entry) for entry in sets if hasattr(entry, "__len__"))])
     if samples < world_size:
         raise ConfigError(
             "Parameter `data.batch_size` should be at least the number of processes, which share each batch. "

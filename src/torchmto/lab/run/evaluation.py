@@ -125,18 +125,15 @@ def measure(
     split_norms = has_split_norms(network)
     training = network.training
     network.eval()
-    loader = problem.loader(split, batch_size, augment=False, workers=workers)
     try:
-        for step in loader.epoch(0, rank, world_size):
-            parts = problem.parts(step) if isinstance(problem.split(split), Mapping) else [(tuple(tasks), step)]
-            for names, batch in parts:
-                batch = placed(batch, device)  # noqa: PLW2901
-                known = [name for name in names if name in batch["targets"]]
-                for group in [[name] for name in known] if split_norms else [known] if known else []:
-                    with active_task(group[0]):  # only split norms look at it, and then a group is one task
-                        outputs = network(batch["input"], group)
-                    for name in group:
-                        _update(metrics[name], tasks[name], outputs[name], batch["targets"][name])
+        for names, batch in problem.once(split, batch_size, workers=workers, rank=rank, world_size=world_size):
+            batch = placed(batch, device)  # noqa: PLW2901
+            known = [name for name in names if name in batch["targets"]]
+            for group in [[name] for name in known] if split_norms else [known] if known else []:
+                with active_task(group[0]):  # only split norms look at it, and then a group is one task
+                    outputs = network(batch["input"], group)
+                for name in group:
+                    _update(metrics[name], tasks[name], outputs[name], batch["targets"][name])
     finally:
         network.train(training)
     return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}

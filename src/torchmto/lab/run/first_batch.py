@@ -158,12 +158,10 @@ def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None
 def _check_validation(problem: Problem, size: int) -> None:
     splits: tuple[Split, ...] = ("validation", "test")
     for split in splits:
-        data = problem.split(split)
         step = next(iter(problem.loader(split, min(size, 4), augment=False).epoch(0)), None)
         if step is None:
             raise part_error(split, "a data set with samples", "none")
-        parts = problem.parts(step) if isinstance(data, Mapping) else [(problem.task_names, step)]
-        for names, batch in parts:
+        for names, batch in problem.parts(step, split):
             if not isinstance(batch, Mapping) or "targets" not in batch:
                 raise part_error(split, "samples (x, {task: target}), or `evaluate` given", type(batch).__name__)
             _check_targets(problem, names, placed(batch, "cpu"), split)
