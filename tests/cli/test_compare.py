@@ -61,6 +61,12 @@ def test_one_seed_has_no_interval(tmp_path):
     assert results["methods"]["gd"]["delta_m"]["ci95"] is None
 
 
+def test_tuning_with_bars_runs_the_winner_once_more_where_it_is_kept(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    assert compare(tmp_path / "x", "--methods", "gd", "--seeds", "1", "--tune", "2", "--tasks=[left,right]") == 0
+    assert "3 of 3  gd, seed 0" in capsys.readouterr().out
+
+
 def test_other_settings_are_refused_and_nothing_is_touched(folder, capsys):
     before = contents(folder)
     assert compare(folder, "--methods", "gd", "--seeds", "2") == 2

@@ -74,7 +74,11 @@ class ProgressBars:
         self._progress.stop()
 
     def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
-        """Set up the bar of the grid."""
+        """Set up the bar of the grid, in place of an earlier one's: tuning watches a grid per round."""
+        for task in self._progress.task_ids:
+            self._progress.remove_task(task)
+        self._bars.clear()
+        self._done.clear()
         self.total, self.finished = len(runs), len(finished)
         left = [config for config in runs if config not in finished]
         if finished and left:
@@ -101,7 +105,8 @@ class ProgressBars:
     def finish(self, config: RunConfig, result: dict[str, Any]) -> None:
         """Remove the run's bar."""
         self.advance(config, self._batches)
-        self._progress.remove_task(self._bars.pop(run_key(config)))
+        if (bar := self._bars.pop(run_key(config), None)) is not None:  # none where a Run has no step
+            self._progress.remove_task(bar)
         self.finished += 1
         self._progress.update(self._grid, description=self._title())
         if not self.console.is_terminal:
