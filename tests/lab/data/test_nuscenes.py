@@ -11,7 +11,8 @@ import torch
 
 from nuscenes_miniature import COLOURS, EDGE, GRASS, ROAD, STREET, write_nuscenes
 from torchmto.lab.data import load_data
-from torchmto.lab.data.bev import MOST, CentreAP, CentreLoss, Grid, centre_heatmap, decode
+from torchmto.lab.data.bev import MOST, CentreLoss, Grid, centre_heatmap, decode
+from torchmto.lab.data.centre_ap import CentreAP
 from torchmto.lab.data.nuscenes import CLASSES, LAYERS, RANGES, read_frames, rotation_matrix, submission
 from torchmto.lab.models import build_model
 from torchmto.lab.models.bev import lift

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from torchmto.checks import check_integer, found
 from torchmto.lab.data.base import Task
-from torchmto.lab.data.bev import MOST, NUMBERS, CentreAP, CentreLoss, Grid, decode
+from torchmto.lab.data.bev import MOST, NUMBERS, CentreLoss, Grid, decode
 from torchmto.lab.data.dense import resize_image
 from torchmto.lab.data.files import check_names, load_rgb, require, unknown_layout, validation_split
 from torchmto.lab.data.registry import register
@@ -328,6 +328,8 @@ def load(
     Returns:
         The data set, with tasks ``detection`` and ``map``.
     """
+    from torchmto.lab.data.centre_ap import CentreAP  # noqa: PLC0415  torchmetrics takes seconds to import
+
     root = require(path, "nuscenes")
     version = next((name for name in _VERSIONS if (root / name).is_dir()), None)
     if version is None:
