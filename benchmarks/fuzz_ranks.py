@@ -12,6 +12,7 @@ weights; and the step after it is taken by all.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
@@ -161,8 +162,13 @@ def work(rank: int, size: int, folder: str, seeds: Sequence[int]) -> None:
                 name, kind, _ = everywhere[0]
                 wrong = judge(everywhere)
                 print(f"{name}, {kind}\t{wrong!r}", flush=True, file=out)
-            if judge(everywhere):
-                # The group may be out of step.
+            wrong = judge(everywhere)
+            if wrong and rank == 0:
+                # The group may be out of step. Nobody leaves before rank 0, which writes.
+                sys.exit(1)
+            if wrong:
+                with contextlib.suppress(RuntimeError):
+                    dist.barrier(check)
                 sys.exit(1)
     dist.destroy_process_group()
 
