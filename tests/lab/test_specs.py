@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchmto.lab.specs import MethodSpec, parse_method, parse_methods, parse_options
+from torchmto.lab.specs import MethodSpec, parse_method, parse_methods
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,3 @@ def test_takes_what_the_text_leaves_open():
     assert parse_method("connection_strength").takes("total_steps")
     assert not parse_method("connection_strength(total_steps=7)").takes("total_steps")
     assert not parse_method("gd").takes("total_steps")
-
-
-def test_options():
-    assert parse_options(["root=/data/x", "size=[48, 64]", "augment=False"]) == {
-        "root": "/data/x",
-        "size": [48, 64],
-        "augment": False,
-    }
-    for entries in (["width"], ["=3"], ["a=1", "a=2"], ["a b=1"]):
-        with pytest.raises(ValueError, match="KEY=VALUE"):
-            parse_options(entries)

@@ -3,13 +3,13 @@
 import ast
 import inspect
 import keyword
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torchmto.methods import Method, make_method, method_class
 
-__all__ = ["MethodSpec", "parse_method", "parse_methods", "parse_options"]
+__all__ = ["MethodSpec", "parse_method", "parse_methods"]
 
 
 @dataclass(frozen=True)
@@ -98,28 +98,6 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
     if not specs or len(set(labels)) < len(labels):
         raise ValueError(f"Methods should be named once each, at least one. Found {text!r}.")
     return specs
-
-
-def parse_options(entries: Sequence[str]) -> dict[str, Any]:
-    """Options from ``KEY=VALUE`` texts, with values as in `parse_method`.
-
-    Raises:
-        ValueError: If a text has another form, or a key is there twice.
-
-    Example:
-        >>> parse_options(["width=16", "size=[48, 64]"])
-        {'width': 16, 'size': [48, 64]}
-    """
-    options: dict[str, Any] = {}
-    for entry in entries:
-        key, equals, text = entry.partition("=")
-        if not equals or not key.isidentifier() or key in options:
-            raise ValueError(f"An option should look like KEY=VALUE, each key once. Found {entry!r}.")
-        try:
-            options[key] = _value(ast.parse(text.strip(), mode="eval").body)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            options[key] = text  # a path, for example
-    return options
 
 
 def _spec(node: ast.expr) -> MethodSpec:
