@@ -571,6 +571,11 @@ def threads(number: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def is_state(state: Mapping[str, Any]) -> bool:
+    """Whether this is what a `Trainer` of this version saves."""
+    return state.get("version") == STATE_VERSION and {"config", "progress", "model", "multitask"} <= set(state)
+
+
 def load_weights_of(parts: Parts, state: Mapping[str, Any]) -> None:
     """Give the model the weights a checkpoint evaluates: the averaged ones where it has such.
 
@@ -590,4 +595,4 @@ def _flat(metrics: Metrics) -> list[tuple[str, float]]:
     return [(f"{task}/{name}", value) for task, values in metrics.items() for name, value in values.items()]
 
 
-__all__ = ["Interrupted", "Progress", "Trainer", "load_weights_of", "threads"]
+__all__ = ["Interrupted", "Progress", "Trainer", "is_state", "load_weights_of", "threads"]
