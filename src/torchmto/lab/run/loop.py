@@ -305,7 +305,8 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         number = self.processes.largest(self._signal)
         if number:
-            if self.saved_step != self.progress.step:
+            # Before the first save the untrained network isn't measured: the run starts anew, by the same measure.
+            if 0 <= self.saved_step != self.progress.step:
                 self._save()
             raise Interrupted(
                 f"Interrupted by {signal.Signals(number).name} after {self.progress.step} steps, all of them saved."
