@@ -12,12 +12,15 @@ from torch import nn
 from torchmto import lab
 from torchmto.cli import main
 from torchmto.lab.data.base import KINDS
+from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, config_of
 from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states
 from torchmto.lab.run.first_batch import check_first_batch
+from torchmto.lab.run.loop import Trainer
+from torchmto.lab.run.processes import Processes
 
 FARM = str(Path(__file__).with_name("farm.py"))
 QUICK = {"epochs": 2, "batch_size": 16, "progress": False}
@@ -223,6 +226,24 @@ def test_batches_of_ones_own_and_lists_of_them():
     run = lab.fit(own, epochs=2, optimizer={"name": "sgd"}, say=lambda _: None)
     assert sorted(seen[1:5]) == [0, 1, 2, 3]  # the first is the check's
     assert run.metrics == {"a": {"rmse": 1.0}}
+
+
+@pytest.mark.filterwarnings("ignore:The task")
+def test_own_figures_are_known_again_after_resuming_and_on_every_process(tmp_path):
+    def own():
+        return replace(problem("pinn"), tasks=["equation", "start"], primary={})
+
+    run = lab.fit(own(), epochs=1, out=tmp_path / "x", loggers=["csv"], say=lambda _: None)
+    again = lab.fit(own(), epochs=1, out=tmp_path / "x", resume=True, loggers=["csv"], say=lambda _: None)
+    assert again.metrics == run.metrics
+
+    class Other(Processes):
+        def first(self, work):
+            return run.metrics
+
+    chosen, config = problem_of(config_of({"epochs": 1}), own())
+    Trainer(config, chosen, processes=Other()).evaluate("validation")
+    assert [primary_metric(task)[0] for task in chosen.task_list] == ["error", "error"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

@@ -250,6 +250,7 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.progress = Progress(**state["progress"])
+            self.problem.settle(self.progress.best_validation or self.progress.untrained)
             self._restore_random(state["random"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint doesn't fit the run's settings and data: {error}") from error
@@ -475,7 +476,9 @@ class Trainer:
         """All metrics on one split, of the averaged weights where there are such; the processes share the batches."""
         processes, network = self.processes, self.parts.network
         if self.problem.evaluate is not None:
-            return processes.first(lambda: own_figures(self._evaluated, self.problem))
+            figures = processes.first(lambda: own_figures(self._evaluated, self.problem))
+            self.problem.settle(figures)  # on the other processes, too
+            return figures
         measured: Measured | None = None
         network.interrupt = self._leave_if_asked
         network.model = self._evaluated
