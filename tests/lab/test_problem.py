@@ -301,6 +301,8 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ({"train": [(X[i], CLASS[i]) for i in range(6)]}, ["`train`", "(x, {task: target})"]),
         ({"train": [(X[i, : 2 + i % 2], {"kind": 0, "sum": 1.0}) for i in range(6)]}, ["`train`", "collate"]),
         ({"validation": samples(kind=CLASS, sum=torch.randn(6, 2))}, ["validation", "`sum`", "[B, 1]"]),
+        ({"validation": samples(sum=NUMBER)}, ["`validation`", "label of the task `kind`", "targets of sum"]),
+        ({"test": samples(kind=CLASS, sum=NUMBER * torch.nan)}, ["`test`", "label of the task `sum`"]),
         ({"model": lambda: nn.Linear(4, 3)}, ["`model`", "{task: output}", "Tensor"]),
         ({"model": lambda: Outputs(kind=3)}, ["`model`", "output for `sum`", "kind"]),
         ({"model": lambda: Outputs(kind=2, sum=1)}, ["`model`", "kind", "(2, 3)", "(2, 2)"]),
