@@ -212,6 +212,59 @@ def test_streams_are_replayed_up_to_the_place():
         streamed(iter(Stream()))
 
 
+class Shuffled(torch.utils.data.IterableDataset):
+    """Its order is drawn when it is asked for, before the first sample is."""
+
+    def __iter__(self):
+        order = torch.randperm(12).tolist()
+        return ((torch.full((4,), float(i)), {"sum": torch.ones(1)}) for i in order)
+
+
+def test_a_stream_may_draw_before_its_first_sample():
+    loader = streamed(Shuffled()).loader("train", 3, seed=5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    whole = torch.cat([batch["input"] for batch in loader.epoch(1)])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(torch.cat([batch["input"] for batch in loader.epoch(1, 2)]), whole[6:])
+
+
+class Ends(torch.utils.data.IterableDataset):
+    """Gives 12 samples a few times, fewer afterwards."""
+
+    def __init__(self, passes, then):
+        self.passes, self.then = passes, then
+
+    def __iter__(self):
+        self.passes -= 1
+        yield from errors(12 if self.passes >= 0 else self.then, "a")
+
+
+@pytest.mark.parametrize("then", [0, 6])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_stream_that_ends_too_early_says_so(then, accumulate, joint):
+    train = Ends(9, then)
+    own = lab.Problem(PAIR, {"a": train, "b": errors(24, "b")}, APART, APART, Echo)
+    if not joint:
+        own = lab.Problem(PAIR[:1], train, errors(4, "a"), errors(4, "a"), Echo)
+    with pytest.raises(ValueError, match=f"as many samples every time.*Found 4 batches.*and {then // 3} in epoch"):
+        lab.fit(own, epochs=20, batch_size=3, accumulate=accumulate, say=lambda _: None)
+
+
+def test_an_iterator_that_is_used_up_once_is_refused():
+    class Once:
+        def __init__(self):
+            self.items = iter(errors(8, "sum"))
+
+        def __iter__(self):
+            return self.items
+
+    with pytest.raises(ProblemError, match="one-shot generator"):
+        streamed(Once())
+
+
 def test_batches_of_ones_own_and_lists_of_them():
     batches = [torch.full((2, 1), float(number)) for number in range(4)]
     seen = []
