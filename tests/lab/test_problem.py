@@ -12,12 +12,15 @@ from torch import nn
 from torchmto import lab
 from torchmto.cli import main
 from torchmto.lab.data.base import KINDS
+from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, config_of
 from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states
 from torchmto.lab.run.first_batch import check_first_batch
+from torchmto.lab.run.loop import Trainer
+from torchmto.lab.run.processes import Processes
 
 FARM = str(Path(__file__).with_name("farm.py"))
 QUICK = {"epochs": 2, "batch_size": 16, "progress": False}
@@ -209,6 +212,59 @@ def test_streams_are_replayed_up_to_the_place():
         streamed(iter(Stream()))
 
 
+class Shuffled(torch.utils.data.IterableDataset):
+    """Its order is drawn when it is asked for, before the first sample is."""
+
+    def __iter__(self):
+        order = torch.randperm(12).tolist()
+        return ((torch.full((4,), float(i)), {"sum": torch.ones(1)}) for i in order)
+
+
+def test_a_stream_may_draw_before_its_first_sample():
+    loader = streamed(Shuffled()).loader("train", 3, seed=5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    whole = torch.cat([batch["input"] for batch in loader.epoch(1)])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(torch.cat([batch["input"] for batch in loader.epoch(1, 2)]), whole[6:])
+
+
+class Ends(torch.utils.data.IterableDataset):
+    """Gives 12 samples a few times, fewer afterwards."""
+
+    def __init__(self, passes, then):
+        self.passes, self.then = passes, then
+
+    def __iter__(self):
+        self.passes -= 1
+        yield from errors(12 if self.passes >= 0 else self.then, "a")
+
+
+@pytest.mark.parametrize("then", [0, 6])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_stream_that_ends_too_early_says_so(then, accumulate, joint):
+    train = Ends(9, then)
+    own = lab.Problem(PAIR, {"a": train, "b": errors(24, "b")}, APART, APART, Echo)
+    if not joint:
+        own = lab.Problem(PAIR[:1], train, errors(4, "a"), errors(4, "a"), Echo)
+    with pytest.raises(ValueError, match=f"as many samples every time.*Found 4 batches.*and {then // 3} in epoch"):
+        lab.fit(own, epochs=20, batch_size=3, accumulate=accumulate, say=lambda _: None)
+
+
+def test_an_iterator_that_is_used_up_once_is_refused():
+    class Once:
+        def __init__(self):
+            self.items = iter(errors(8, "sum"))
+
+        def __iter__(self):
+            return self.items
+
+    with pytest.raises(ProblemError, match="one-shot generator"):
+        streamed(Once())
+
+
 def test_batches_of_ones_own_and_lists_of_them():
     batches = [torch.full((2, 1), float(number)) for number in range(4)]
     seen = []
@@ -223,6 +279,24 @@ def test_batches_of_ones_own_and_lists_of_them():
     run = lab.fit(own, epochs=2, optimizer={"name": "sgd"}, say=lambda _: None)
     assert sorted(seen[1:5]) == [0, 1, 2, 3]  # the first is the check's
     assert run.metrics == {"a": {"rmse": 1.0}}
+
+
+@pytest.mark.filterwarnings("ignore:The task")
+def test_own_figures_are_known_again_after_resuming_and_on_every_process(tmp_path):
+    def own():
+        return replace(problem("pinn"), tasks=["equation", "start"], primary={})
+
+    run = lab.fit(own(), epochs=1, out=tmp_path / "x", loggers=["csv"], say=lambda _: None)
+    again = lab.fit(own(), epochs=1, out=tmp_path / "x", resume=True, loggers=["csv"], say=lambda _: None)
+    assert again.metrics == run.metrics
+
+    class Other(Processes):
+        def first(self, work):
+            return run.metrics
+
+    chosen, config = problem_of(config_of({"epochs": 1}), own())
+    Trainer(config, chosen, processes=Other()).evaluate("validation")
+    assert [primary_metric(task)[0] for task in chosen.task_list] == ["error", "error"]
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
@@ -280,6 +354,8 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ({"train": [(X[i], CLASS[i]) for i in range(6)]}, ["`train`", "(x, {task: target})"]),
         ({"train": [(X[i, : 2 + i % 2], {"kind": 0, "sum": 1.0}) for i in range(6)]}, ["`train`", "collate"]),
         ({"validation": samples(kind=CLASS, sum=torch.randn(6, 2))}, ["validation", "`sum`", "[B, 1]"]),
+        ({"validation": samples(sum=NUMBER)}, ["`validation`", "label of the task `kind`", "targets of sum"]),
+        ({"test": samples(kind=CLASS, sum=NUMBER * torch.nan)}, ["`test`", "label of the task `sum`"]),
         ({"model": lambda: nn.Linear(4, 3)}, ["`model`", "{task: output}", "Tensor"]),
         ({"model": lambda: Outputs(kind=3)}, ["`model`", "output for `sum`", "kind"]),
         ({"model": lambda: Outputs(kind=2, sum=1)}, ["`model`", "kind", "(2, 3)", "(2, 2)"]),

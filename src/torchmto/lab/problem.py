@@ -234,7 +234,7 @@ class Problem:
         if data is None or isinstance(data, str | bytes) or not (sized or isinstance(data, Iterable)):
             hint = "" if part == "train" else " (it may be left out where `evaluate` is given)"
             raise part_error(part, f"a map-style or iterable data set{hint}", data)
-        if not sized and iter(data) is data:
+        if not sized and iter(data) is iter(data):
             raise part_error(part, "something that can be gone through every epoch", "a one-shot generator")
         if sized and len(data) == 0:
             raise part_error(part, "a data set with samples", "an empty one")

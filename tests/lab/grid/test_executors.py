@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,13 @@ import torch
 
 from torchmto import lab
 from torchmto.lab.grid import FailedRunsError, executors
-from torchmto.lab.grid.executors import Outcome, execute, make_executor
+from torchmto.lab.grid.executors import Job, Outcome, execute, make_executor
 from torchmto.lab.references import load_problem
+from torchmto.lab.run import CheckpointFolder, read_checkpoint
+from torchmto.lab.run.build import problem_of
+from torchmto.lab.run.config import config_of
+from torchmto.lab.run.loop import Trainer
+from torchmto.lab.run.scores import Measure
 
 FARM = str(Path(__file__).parents[1] / "farm.py")
 METHODS = ["gd", "wpcgrad"]
@@ -180,6 +186,49 @@ def failing():
 
     problem.model = broken
     return problem
+
+
+class Killed(BaseException):
+    """What no handler catches."""
+
+
+@pytest.mark.parametrize(("damage", "step"), [("unmarked", 10), ("damaged", 7), ("foreign", 10)])
+def test_a_killed_run_goes_on_from_its_newest_whole_checkpoint_and_keeps_its_best(tmp_path, monkeypatch, damage, step):
+    """Twelve steps of which the ninth is the best: killed before that is marked, or after it; then files are damaged."""
+    third = property(lambda self: Measure("m", "m", lambda _: -abs(self.progress.epoch - 2)))
+    monkeypatch.setattr(Trainer, "_measure", third)
+    settings = {"data.name": f"{FARM}:farm", "epochs": 4, "batch_size": 16, "checkpoint_every": 99, "threads": 1}
+    problem, config = problem_of(config_of(settings))
+    job = Job("a", config, {"crop": 0.5, "yield": 1.0}, checkpoints=tmp_path / "straight")
+    straight = execute(job, problem).result
+    folder = CheckpointFolder(tmp_path / "killed")
+    job, began, mark_best = replace(job, checkpoints=folder.folder), [], CheckpointFolder.mark_best
+
+    def marking(self, path):
+        if damage == "unmarked" and path.name == "step-00000009.ckpt":
+            raise Killed
+        mark_best(self, path)
+
+    def stop(number):
+        if number == 11:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointFolder, "mark_best", marking)
+        with pytest.raises(Killed):
+            execute(job, problem, stop)
+    last = folder.steps()[-1]
+    if damage == "damaged":  # and the best, which is the same file
+        last.write_bytes(last.read_bytes()[:-9])
+    if damage == "foreign":
+        folder.save(50, {**read_checkpoint(last), "baseline": {"crop": 0.1, "yield": 1.0}})
+        folder.best.unlink()
+        folder.best.write_bytes(b"rubbish")
+    resumed = execute(job, problem, began.append).result
+    assert began[0] == step
+    assert resumed["selected_epoch"] == 2
+    for part in ("validation", "test"):
+        assert resumed[part] == straight[part]
 
 
 def test_outcomes_of_jobs_that_cannot_be_done():

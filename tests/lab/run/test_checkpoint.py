@@ -171,3 +171,18 @@ def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
     folder.set_aside_after(1)
     assert [path.name for path in folder.steps()] == ["step-00000001.ckpt"]
     assert len(list(tmp_path.glob("*.old"))) == 2
+
+
+def test_a_resumed_run_knows_its_best_again(tmp_path):
+    """Any checkpoint of the best step serves; without one the progress forgets it."""
+    folder = CheckpointFolder(tmp_path, keep=9)
+    for step in (1, 2, 3):
+        folder.save(step, state(step), best=True)
+    progress = {"step": 2, "best_step": 1, "best_score": 0.5}
+    assert len(folder.go_on_from(progress)) == 1
+    assert read_checkpoint(folder.best)["progress"]["step"] == progress["best_step"] == 1
+    folder.path(1).unlink()
+    assert not folder.go_on_from(progress)
+    folder.mark_best(folder.path(2))
+    assert "isn't there any more" in folder.go_on_from(progress)[0]
+    assert progress == {"step": 2, "best_step": -1, "best_score": None}

@@ -149,13 +149,14 @@ def test_print_config_can_be_read_back(capsys, tmp_path):
     assert "mode: order" in printed
 
 
-def test_a_signal_during_validation_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("evaluation", "place"), [(1, None), (2, (0, 6))])
+def test_a_signal_during_validation_loses_nothing(tmp_path, monkeypatch, evaluation, place):
     settings, out = config(), tmp_path / "run"
     original, calls = Trainer.evaluate, []
 
     def evaluate(self, split):
         calls.append(split)
-        if len(calls) == 2:
+        if len(calls) == evaluation:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, split)
 
@@ -163,11 +164,16 @@ def test_a_signal_during_validation_loses_nothing(tmp_path, monkeypatch):
         patch.setattr(Trainer, "evaluate", evaluate)
         with pytest.raises(Interrupted):
             train(settings, out)
-    _, state = CheckpointFolder(out / "checkpoints").read_last()
-    assert (state["progress"]["epoch"], state["progress"]["position"]) == (0, 6)
-    train(None, out, resume=True)
+    checkpoints = CheckpointFolder(out / "checkpoints")
+    if place is None:  # the untrained network's
+        assert not checkpoints.steps()
+    else:
+        progress = checkpoints.read_last()[1]["progress"]
+        assert (progress["epoch"], progress["position"]) == place
+    resumed = train(None, out, resume=True)
     straight = tmp_path / "straight"
-    train(settings, straight)
+    whole = train(settings, straight)
+    assert [entry["score"] for entry in resumed["history"]] == [entry["score"] for entry in whole["history"]]
     assert kill.same(kill.final_state(straight), kill.final_state(out))
 
 

@@ -263,19 +263,29 @@ class StreamLoader:
             try:
                 size = len(self.stream)  # type: ignore[arg-type]
             except TypeError:
-                size = sum(1 for _ in self.stream)
+                with own_random_state(self._key(0, -1)):  # counting disturbs nothing
+                    size = sum(1 for _ in self.stream)
             whole, rest = divmod(size, self.batch_size or 1)
             self._length = whole + int(rest > 0 and (not self.drop_last or not whole))
         return self._length
 
+    def _key(self, epoch: int, place: int) -> int:
+        """What the random state is seeded from at a place; -1 is where an epoch begins."""
+        return int(sample_keys(self.seed, epoch, torch.tensor([place])))
+
     def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
-        """Every ``stride``-th batch of an epoch from position ``start`` on."""
-        source = iter(self.stream)
+        """Every ``stride``-th batch of an epoch from position ``start`` on.
+
+        Raises:
+            ValueError: If the stream gives fewer samples than when it was counted.
+        """
+        with own_random_state(self._key(epoch, -1)):
+            source = iter(self.stream)
         place = 0
 
         def take() -> tuple[bool, Any]:
             nonlocal place
-            key = int(sample_keys(self.seed, epoch, torch.tensor([place])))
+            key = self._key(epoch, place)
             place += 1
             with own_random_state(key):
                 try:
@@ -289,7 +299,10 @@ class StreamLoader:
             items = [item for there, item in taken if there]
             wanted = position >= start and (position - start) % stride == 0
             if not items:
-                return
+                raise ValueError(
+                    f"An iterable data set should give as many samples every time it is gone through. Found {len(self)} "
+                    f"batches when it was counted, and {position} in epoch {epoch}."
+                )
             if wanted and self.batch_size is not None:
                 pieces = np.array_split(np.arange(len(items)), self.world_size)
                 items = [items[i] for i in pieces[self.rank]]

@@ -28,9 +28,9 @@ from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import Computer, device_of
-from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
-from torchmto.lab.run.config import RunConfig
-from torchmto.lab.run.loop import Trainer
+from torchmto.lab.run.checkpoint import CheckpointFolder
+from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.user_code import user_frames
 
 __all__ = [
@@ -108,13 +108,10 @@ def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) ->
     config, checkpoints, state = job.config, None, None
     if job.checkpoints is not None:
         checkpoints = CheckpointFolder(job.checkpoints, config.keep)
-        with contextlib.suppress(CheckpointError):
-            _, state = checkpoints.read_last()
-        if state is not None and (
-            identity(RunConfig.from_dict(json.loads(state["config"]))) != identity(config)
-            or state.get("baseline") != plain(job.baseline)
-        ):
-            state = None
+        checkpoints.clean()
+        state = checkpoints.newest(functools.partial(_is_of, job))
+        if state is not None:
+            checkpoints.go_on_from(state["progress"])
     trainer = Trainer(
         config,
         problem,
@@ -125,6 +122,15 @@ def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) ->
         on_step=on_step,
     )
     return trainer.fit()
+
+
+def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's state is one of this job."""
+    if not is_state(state) or state.get("baseline") != plain(job.baseline):
+        return False
+    with contextlib.suppress(ConfigError):  # settings that there were once
+        return identity(RunConfig.from_dict(json.loads(state["config"]))) == identity(job.config)
+    return False
 
 
 def _reference(config: RunConfig) -> tuple[str, str, int]:

@@ -97,7 +97,7 @@ def run_grid(
     with folder.locked():
         results = folder.load([*singles, *methods])
         for result in results.values():
-            problem.settle(result["test"] or {})
+            problem.settle(result["validation"])
         runs = [config for stage in stages for config in by_stage[stage]]
         watcher.plan(runs, [config for config in runs if run_key(config) in results])
 

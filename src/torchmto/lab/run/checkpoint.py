@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -185,6 +186,45 @@ class CheckpointFolder:
         """Rename checkpoints after ``step``, from which a run won't go on, so that they aren't taken for its own."""
         later = [path for path in self.steps() if int(path.stem.removeprefix("step-")) > step]
         return [path.replace(path.with_suffix(".ckpt.old")) for path in later]
+
+    def newest(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The newest state that is whole and fits, or None; what comes before it is set aside."""
+        for path in (*reversed(self.steps()), self.best):
+            with contextlib.suppress(CheckpointError):
+                state = read_checkpoint(path)
+                if fits(state):
+                    return state
+            if path.exists():
+                path.replace(path.with_suffix(".ckpt.old"))
+        return None
+
+    def go_on_from(self, progress: dict[str, Any]) -> list[str]:
+        """Make the folder that of a run that goes on from a state.
+
+        Later checkpoints are set aside, and ``best.ckpt`` is the one that the state's progress knows as the best. If that isn't
+        there any more, the progress forgets it.
+
+        Args:
+            progress: The state's; may be changed.
+
+        Returns:
+            What there is to say about it.
+        """
+        told = [f"Renamed a checkpoint of a later step: {old}" for old in self.set_aside_after(progress["step"])]
+        best = progress["best_step"]
+        if best < 0:
+            return told
+        if is_whole(self.path(best)):
+            self.mark_best(self.path(best))
+            return told
+        with contextlib.suppress(CheckpointError, KeyError):
+            if read_checkpoint(self.best)["progress"]["step"] == best:
+                return told
+        progress |= {"best_step": -1, "best_score": None}
+        return [
+            *told,
+            "The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.",
+        ]
 
     def clean(self) -> None:
         """Remove what an interrupted write left behind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -45,14 +45,14 @@ def check_first_batch(problem: Problem, config: RunConfig) -> None:
         if problem.closure is None:
             for names, batch in problem.parts(step):
                 _check_targets(problem, names, batch, "train")
-            _check_all_are_labelled(problem, step, loader)
+            _check_all_are_labelled(problem, "train", itertools.chain([step], loader.epoch(0, 1)))
         network = Network(network_of(config, problem))
         few = problem.loader("train", min(size, 2), seed=config.seed, augment=config.data.augment)
         _check_losses(problem, config, network, next(iter(few.epoch(0))))
         if problem.evaluate is not None:
             own_figures(copy.deepcopy(network.model), problem)
         else:
-            _check_validation(problem, size)
+            _check_validation(problem, size, ("validation", "test") if config.evaluate_test else ("validation",))
     for task in problem.task_list:
         try:
             primary_metric(task)
@@ -102,22 +102,23 @@ def _check_labels(task: Task, labels: Tensor, where: str) -> None:
         raise part_error(where, f"numbers in [0, 1], or {missing} where missing", f"{low if low < 0 else high:g}")
 
 
-def _check_all_are_labelled(problem: Problem, first: Any, loader: Any) -> None:
+def _check_all_are_labelled(problem: Problem, split: Split, steps: Iterable[Any]) -> None:
     """Raise if no sample has a label of a task: batches are looked at until each task was seen."""
     missing = dict.fromkeys(problem.task_names)
-    for step in itertools.chain([first], loader.epoch(0, 1)):
-        for names, batch in problem.parts(step):
+    for step in steps:
+        for names, batch in problem.parts(step, split):
             for name in labelled_tasks(batch, [t for t in problem.task_list if t.name in names]):
                 missing.pop(name, None)
         if not missing:
             return
-    raise part_error("train", f"samples of which some have a label of the task `{next(iter(missing))}`", _keys(problem))
+    should = f"samples of which some have a label of the task `{next(iter(missing))}`"
+    raise part_error(split, should, _keys(problem.split(split)))
 
 
-def _keys(problem: Problem) -> str:
+def _keys(data: Any) -> str:
     """What the first sample has instead."""
     try:
-        targets = problem.train[0][1]
+        targets = data[0][1]
         return f"none; the first sample has targets of {', '.join(map(str, targets)) or 'no task'}"
     except (TypeError, KeyError, IndexError):
         return "none"
@@ -155,13 +156,16 @@ def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None
             raise part_error(f"{part}, task `{name}`", "a scalar tensor, or (scalar, count)", came)
 
 
-def _check_validation(problem: Problem, size: int) -> None:
+def _check_validation(problem: Problem, size: int, labelled: tuple[Split, ...]) -> None:
     splits: tuple[Split, ...] = ("validation", "test")
     for split in splits:
-        step = next(iter(problem.loader(split, min(size, 4), augment=False).epoch(0)), None)
+        loader = problem.loader(split, min(size, 4), augment=False)
+        step = next(iter(loader.epoch(0)), None)
         if step is None:
             raise part_error(split, "a data set with samples", "none")
         for names, batch in problem.parts(step, split):
             if not isinstance(batch, Mapping) or "targets" not in batch:
                 raise part_error(split, "samples (x, {task: target}), or `evaluate` given", type(batch).__name__)
             _check_targets(problem, names, placed(batch, "cpu"), split)
+        if split in labelled:
+            _check_all_are_labelled(problem, split, itertools.chain([step], loader.epoch(0, 1)))

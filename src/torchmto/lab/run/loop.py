@@ -250,6 +250,7 @@ class Trainer:
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
             self.progress = Progress(**state["progress"])
+            self.problem.settle(self.progress.best_validation or self.progress.untrained)
             self._restore_random(state["random"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The checkpoint doesn't fit the run's settings and data: {error}") from error
@@ -305,7 +306,8 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         number = self.processes.largest(self._signal)
         if number:
-            if self.saved_step != self.progress.step:
+            # Before the first save the untrained network isn't measured: the run starts anew, by the same measure.
+            if 0 <= self.saved_step != self.progress.step:
                 self._save()
             raise Interrupted(
                 f"Interrupted by {signal.Signals(number).name} after {self.progress.step} steps, all of them saved."
@@ -474,7 +476,9 @@ class Trainer:
         """All metrics on one split, of the averaged weights where there are such; the processes share the batches."""
         processes, network = self.processes, self.parts.network
         if self.problem.evaluate is not None:
-            return processes.first(lambda: own_figures(self._evaluated, self.problem))
+            figures = processes.first(lambda: own_figures(self._evaluated, self.problem))
+            self.problem.settle(figures)  # on the other processes, too
+            return figures
         measured: Measured | None = None
         network.interrupt = self._leave_if_asked
         network.model = self._evaluated
@@ -571,6 +575,11 @@ def threads(number: int | None) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+def is_state(state: Mapping[str, Any]) -> bool:
+    """Whether this is what a `Trainer` of this version saves."""
+    return state.get("version") == STATE_VERSION and {"config", "progress", "model", "multitask"} <= set(state)
+
+
 def load_weights_of(parts: Parts, state: Mapping[str, Any]) -> None:
     """Give the model the weights a checkpoint evaluates: the averaged ones where it has such.
 
@@ -590,4 +599,4 @@ def _flat(metrics: Metrics) -> list[tuple[str, float]]:
     return [(f"{task}/{name}", value) for task, values in metrics.items() for name, value in values.items()]
 
 
-__all__ = ["Interrupted", "Progress", "Trainer", "load_weights_of", "threads"]
+__all__ = ["Interrupted", "Progress", "Trainer", "is_state", "load_weights_of", "threads"]

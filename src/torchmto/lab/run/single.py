@@ -16,7 +16,7 @@ from torchmto.lab.run.config import ConfigError, LoggerName, RunConfig, changed_
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import check_loggers
-from torchmto.lab.run.loop import STATE_VERSION, Trainer
+from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.run.processes import elastic_job, launched, placement
 
 Say = Callable[[str], None]
@@ -132,10 +132,8 @@ def _start(
     if found is not None:
         path, state = found
         check_same(json.loads(state["config"]), config, f"The run of `{path}`", changed_source=changed_source)
-        checkpoints = CheckpointFolder(folder.checkpoints)
-        for old in checkpoints.set_aside_after(state["progress"]["step"]):
-            say(f"Renamed a checkpoint of a later step: {old}")
-        _check_best(checkpoints, state["progress"], say)
+        for told in CheckpointFolder(folder.checkpoints).go_on_from(state["progress"]):
+            say(told)
         say(f"Going on from {path}, {state['progress']['step']} steps.")
     elif resume:
         say("There is no checkpoint yet: starting anew.")
@@ -149,22 +147,6 @@ def _start(
     return config, state
 
 
-def _check_best(checkpoints: CheckpointFolder, progress: dict[str, Any], say: Say) -> None:
-    """Make ``best.ckpt`` the one that a state's progress knows as the best, or let the state forget it."""
-    best = progress["best_step"]
-    if best < 0:
-        return
-    own = checkpoints.path(best)
-    if best == progress["step"] and own.exists():
-        checkpoints.mark_best(own)
-        return
-    with contextlib.suppress(CheckpointError, KeyError):
-        if read_checkpoint(checkpoints.best)["progress"]["step"] == best:
-            return
-    progress |= {"best_step": -1, "best_score": None}
-    say("The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.")
-
-
 def _state_to_resume(folder: RunFolder, checkpoint: Path | None) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from; None for a run that was stopped before its first."""
     checkpoints = CheckpointFolder(folder.checkpoints)
@@ -175,7 +157,7 @@ def _state_to_resume(folder: RunFolder, checkpoint: Path | None) -> tuple[Path, 
         path, state = checkpoints.read_last()
     else:
         path, state = checkpoint, read_checkpoint(checkpoint)
-    if not {"config", "progress", "model", "multitask"} <= set(state) or state.get("version") != STATE_VERSION:
+    if not is_state(state):
         raise CheckpointError(f"`{path}` isn't a checkpoint of a training run of this version of torchmto.")
     return path, state
 
