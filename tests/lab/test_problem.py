@@ -275,6 +275,10 @@ def test_labels_may_be_plain_numbers_of_any_precision():
         (f"{FARM}:fam", "Did you mean `farm`"),
         ("no.such.module:farm", "should be one of"),
         ("torchmto.lab.problem:nothing", "should name a function"),
+        ("os:system", "isn't run from settings"),
+        ("torch.hub:os.system", "isn't run from settings"),
+        ("torchmto.lab.atomic:tempfile.mkdtemp", "isn't run from settings"),
+        ("torchmto.lab.atomic:write_bytes", "isn't run from settings"),
     ],
 )
 def test_references_that_lead_nowhere(reference, message):

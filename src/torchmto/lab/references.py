@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -71,7 +72,8 @@ def resolve(reference: str, what: str = "data") -> Reference:
         what: ``"data"``, or ``"model"``, for which only the middle two are looked at.
 
     Raises:
-        UnknownReferenceError: If it leads nowhere.
+        UnknownReferenceError: If it leads nowhere, or to what was never meant to make a problem or model: the standard
+            library's functions, which a received file of settings could name to run a command.
     """
     head, _, tail = reference.partition(":")
     if what == "data":
@@ -80,12 +82,15 @@ def resolve(reference: str, what: str = "data") -> Reference:
         entries = problem_names()
         if reference in entries:
             function = entries[reference].load()
-            return Reference(reference, function, _file_of(function))
+            return Reference(reference, _meant(function, reference, what), _file_of(function))
     if head.endswith(".py"):
         path = Path(head).expanduser()
         if not path.is_file():
             raise UnknownReferenceError(f"There is no file `{head}` (in `{reference}`).")
-        return Reference(reference, _attribute(_module_of_file(path.resolve()), tail, reference), path)
+        function = _attribute(_module_of_file(path.resolve()), tail, reference)
+        return Reference(reference, _meant(function, reference, what), path)
+    if head.partition(".")[0] in _STANDARD:
+        raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
         try:
             found = importlib.util.find_spec(head)
@@ -95,7 +100,7 @@ def resolve(reference: str, what: str = "data") -> Reference:
             found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
         if found is not None:
             function = _attribute(importlib.import_module(head), tail, reference)
-            return Reference(reference, function, _file_of(function))
+            return Reference(reference, _meant(function, reference, what), _file_of(function))
     known = [*datasets(), *problem_names()] if what == "data" else list(models())
     raise UnknownReferenceError(
         f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
@@ -114,13 +119,45 @@ def without_place(reference: str) -> str:
     return head if head in datasets() else re.sub(r"^.*[/\\](?=[^/\\]+\.py:)", "", reference)
 
 
-def source_of(reference: str) -> str | None:
-    """A hash of the file that defines an own model; None for what is built in, or isn't there."""
+def source_of(reference: str, options: Mapping[str, Any], what: str) -> str | None:
+    """A hash of the file that defines an own problem or model; None for what is built in, or isn't there.
+
+    Nothing that the file defines is called.
+    """
+    if reference.startswith("torchmto."):  # this package has versions of its own, but may be given another's problem
+        return source_of(options["of"], {}, what) if "of" in options else None
+    head = reference.partition(":")[0]
     try:
-        file = resolve(reference, "model").file if ":" in reference else None
+        file = Path(head).expanduser() if head.endswith(".py") else resolve(reference, what).file
     except UnknownReferenceError:
         return None
-    return None if file is None or reference.startswith("torchmto.") else source_hash(file)
+    return None if file is None else source_hash(file)
+
+
+_STANDARD = sys.stdlib_module_names | {*sys.builtin_module_names}
+_MADE = {"data": (Problem, "Problem"), "model": (nn.Module, "nn.Module", "MultiTaskModel")}
+"""What this package's own functions may return, to be referred to."""
+
+
+def _meant(function: Callable[..., Any], reference: str, what: str) -> Callable[..., Any]:
+    """The function, unless the standard library has it, by whatever name, or it is one of this package's that do something else."""
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    bound = getattr(inner, "__self__", inner)
+    module = getattr(inner, "__module__", None) or getattr(bound, "__module__", None) or type(bound).__module__
+    package = module.partition(".")[0]
+    returned = getattr(inner, "__annotations__", {}).get("return")
+    if package in _STANDARD or (package == "torchmto" and returned not in _MADE[what]):
+        raise _refused(reference, module)
+    return function
+
+
+def _refused(reference: str, module: str) -> UnknownReferenceError:
+    return UnknownReferenceError(
+        f"`{reference}` should name a function that makes a problem or a model. Found one of `{module}`, which isn't run from "
+        "settings; a file of your own is FILE.py:FUNCTION."
+    )
 
 
 def _file_of(function: Any) -> Path | None:
@@ -149,7 +186,8 @@ def _module_of_file(path: Path) -> types.ModuleType:
     loaded = sys.modules.get(path.stem)
     if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path:
         return loaded
-    name = path.stem if loaded is None and path.stem.isidentifier() else f"_torchmto_{abs(hash(path)):x}"
+    free = loaded is None and path.stem.isidentifier() and path.stem not in _STANDARD
+    name = path.stem if free else f"_torchmto_{abs(hash(path)):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -193,8 +231,7 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
             if needed and name not in {**arguments, **given}:
                 raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
         problem = found.function(**arguments, **given)
-        own = None if head.startswith("torchmto.") else found.file  # this package has versions of its own
-        source, loadable = None if own is None else source_hash(own), not head.startswith("__main__")
+        source, loadable = source_of(reference, options, "data"), not head.startswith("__main__")
     if not isinstance(problem, Problem):
         raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
     return replace(problem, origin=Origin(reference, dict(options), source, loadable))
