@@ -140,7 +140,7 @@ _MADE = {"data": (Problem, "Problem"), "model": (nn.Module, "nn.Module", "MultiT
 
 
 def _meant(function: Callable[..., Any], reference: str, what: str) -> Callable[..., Any]:
-    """The function, unless the standard library has it, by whatever name, or it is one of this package's that do something else."""
+    """The function, unless it is the standard library's, by whatever name, or one of this package's that do something else."""
     inner: Any = function
     while isinstance(inner, functools.partial):
         inner = inner.func
