@@ -306,6 +306,21 @@ def test_arguments_are_checked_and_modules_and_entry_points_found(monkeypatch):
     assert barn.origin.source == problem("farm").origin.source
 
 
+@pytest.mark.parametrize("reference", ["{}:made", "edited_farm:made"])
+def test_an_edited_file_is_run_again(tmp_path, monkeypatch, reference):
+    file = tmp_path / "edited_farm.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = "from torchmto import lab\ndef made():\n    return lab.Problem(['a'], 1, closure=max, evaluate=max, model=dict, name='{}')\n"
+    seen = []
+    for name in ("one", "two"):  # of one length, in one second
+        file.write_text(text.format(name))
+        problem = load_problem(reference.format(file), {})
+        seen.append((problem.name, problem.origin.source))
+    monkeypatch.delitem(sys.modules, "edited_farm")
+    assert [name for name, _ in seen] == ["one", "two"]
+    assert seen[0][1] != seen[1][1]
+
+
 def test_a_mistake_in_the_users_code_shows_the_users_frames(tmp_path, capsys):
     out = str(tmp_path / "x")
     assert main(["compare", "--problem", f"{FARM}:breaks", "--out", out]) == 1

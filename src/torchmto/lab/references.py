@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
@@ -63,13 +64,14 @@ def problem_names() -> dict[str, Any]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def resolve(reference: str, what: str = "data") -> Reference:
+def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Reference:
     """The function that a reference names.
 
     Args:
         reference: ``NAME[:PATH]`` of a built-in data set, ``FILE.py:FUNCTION``, ``package.module:FUNCTION``, or the name of an
             entry point.
         what: ``"data"``, or ``"model"``, for which only the middle two are looked at.
+        anew: Whether a file that was edited since it was run is run again; not in the middle of something.
 
     Raises:
         UnknownReferenceError: If it leads nowhere, or to what was never meant to make a problem or model: the standard
@@ -87,7 +89,7 @@ def resolve(reference: str, what: str = "data") -> Reference:
         path = Path(head).expanduser()
         if not path.is_file():
             raise UnknownReferenceError(f"There is no file `{head}` (in `{reference}`).")
-        function = _attribute(_module_of_file(path.resolve()), tail, reference)
+        function = _attribute(_as_it_is(_module_of_file(path.resolve()), anew=anew), tail, reference)
         return Reference(reference, _meant(function, reference, what), path)
     if head.partition(".")[0] in _STANDARD:
         raise _refused(reference, head)
@@ -99,7 +101,7 @@ def resolve(reference: str, what: str = "data") -> Reference:
         except ValueError:  # __main__ has no spec
             found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
         if found is not None:
-            function = _attribute(importlib.import_module(head), tail, reference)
+            function = _attribute(_as_it_is(importlib.import_module(head), anew=anew), tail, reference)
             return Reference(reference, _meant(function, reference, what), _file_of(function))
     known = [*datasets(), *problem_names()] if what == "data" else list(models())
     raise UnknownReferenceError(
@@ -203,6 +205,24 @@ def _module_of_file(path: Path) -> types.ModuleType:
     return module
 
 
+_run: dict[str, str | None] = {}
+"""The hash that a module's file had when it was run, by the module's name."""
+
+
+def _as_it_is(module: types.ModuleType, *, anew: bool) -> types.ModuleType:
+    """A module of one's own, run again if its file has been edited."""
+    name, file = module.__name__, getattr(module, "__file__", None)
+    loader = getattr(module.__spec__, "loader", None)
+    if file is None or not isinstance(loader, importlib.machinery.SourceFileLoader):
+        return module
+    now = source_hash(Path(file))
+    if _run.setdefault(name, now) != now and anew:
+        code = loader.source_to_code(Path(file).read_bytes(), file)  # compiled code on the disk may be a second too old
+        exec(code, module.__dict__)  # noqa: S102  the user's file, as import runs it
+        _run[name] = now
+    return module
+
+
 def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> Problem:
     """The problem that a reference and its arguments make.
 
@@ -222,7 +242,7 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
         # What another module has registered, another process doesn't know.
         source, loadable = None, dataset_info(head).load.__module__.startswith("torchmto.")
     else:
-        found = resolve(reference)
+        found = resolve(reference, anew=True)
         parameters = inspect.signature(found.function).parameters
         arguments = fitted(options, parameters, f"`{reference}`")
         given = {"seed": seed} if "seed" in parameters and "seed" not in arguments else {}
@@ -253,7 +273,7 @@ def model_named(name: str, options: Mapping[str, Any]) -> None:
             hint = nearest(unknown[0], known)
             raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
     else:
-        resolve(name, "model")
+        resolve(name, "model", anew=True)
 
 
 def build_network(

@@ -128,12 +128,12 @@ def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) ->
     return trainer.fit()
 
 
-def _reference(config: RunConfig) -> tuple[str, str, int]:
-    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed
+def _reference(config: RunConfig) -> tuple[str, str, int, str | None]:
+    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed, config.source
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(reference: str, options: str, seed: int) -> Problem:
+def _loaded(reference: str, options: str, seed: int, source: str | None) -> Problem:  # noqa: ARG001  another file, another problem
     return load_problem(reference, json.loads(options), seed)
 
 
