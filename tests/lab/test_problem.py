@@ -310,13 +310,14 @@ def test_arguments_are_checked_and_modules_and_entry_points_found(monkeypatch):
 def test_an_edited_file_is_run_again(tmp_path, monkeypatch, reference):
     file = tmp_path / "edited_farm.py"
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = "from torchmto import lab\ndef made():\n    return lab.Problem(['a'], 1, closure=max, evaluate=max, model=dict, name='{}')\n"
+    made = "lab.Problem(['a'], 1, closure=max, evaluate=max, model=dict, name='{}')"
+    text = f"from torchmto import lab\ndef made():\n    return {made}\n"
     seen = []
     for name in ("one", "two"):  # of one length, in one second
         file.write_text(text.format(name))
         problem = load_problem(reference.format(file), {})
         seen.append((problem.name, problem.origin.source))
-    monkeypatch.delitem(sys.modules, "edited_farm")
+    del sys.modules["edited_farm"]
     assert [name for name, _ in seen] == ["one", "two"]
     assert seen[0][1] != seen[1][1]
 
