@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from torchmto.cli import main
@@ -161,6 +162,17 @@ def test_lists_of_names_dont_lead_out_of_their_folder(tmp_path, name):
         read_names(tmp_path / "list.txt", "nyuv2")
     (tmp_path / "list.txt").write_text("0001\nsub/0002\n")
     assert read_names(tmp_path / "list.txt", "nyuv2") == ["0001", "sub/0002"]
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["predict"], ["train", "--resume"]])
+@pytest.mark.parametrize("section", ["data", "model"])
+def test_a_folders_own_settings_run_no_file_but_the_one_it_was_made_with(tmp_path, capsys, verb, section):
+    other = tmp_path / "other.py"
+    other.write_text("raise SystemExit('other.py was run')\n")
+    for name, options in ((f"{other}:f", {}), ("torchmto.lab.reproduce.copies:copies", {"of": f"{other}:f"})):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({section: {"name": name, "options": options}}))
+        assert main([*verb, "--out", str(tmp_path)]) == 2
+        assert "another version of the file" in capsys.readouterr().err
 
 
 @pytest.mark.slow  # MLflow sets up its database

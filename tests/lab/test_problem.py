@@ -435,6 +435,10 @@ def test_the_first_samples_type_cuts_no_others_short():
         (f"{FARM}:fam", "Did you mean `farm`"),
         ("no.such.module:farm", "should be one of"),
         ("torchmto.lab.problem:nothing", "should name a function"),
+        ("os:system", "isn't run from settings"),
+        ("torch.hub:os.system", "isn't run from settings"),
+        ("torchmto.lab.atomic:tempfile.mkdtemp", "isn't run from settings"),
+        ("torchmto.lab.atomic:write_bytes", "isn't run from settings"),
     ],
 )
 def test_references_that_lead_nowhere(reference, message):
@@ -460,6 +464,22 @@ def test_arguments_are_checked_and_modules_and_entry_points_found(monkeypatch):
     barn = load_problem("barn", {})
     assert barn.task_names == ("crop", "yield")
     assert barn.origin.source == problem("farm").origin.source
+
+
+@pytest.mark.parametrize("reference", ["{}:made", "edited_farm:made"])
+def test_an_edited_file_is_run_again(tmp_path, monkeypatch, reference):
+    file = tmp_path / "edited_farm.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = "lab.Problem(['a'], 1, closure=max, evaluate=max, model=dict, name='{}')"
+    text = f"from torchmto import lab\ndef made():\n    return {made}\n"
+    seen = []
+    for name in ("one", "two"):  # of one length, in one second
+        file.write_text(text.format(name))
+        problem = load_problem(reference.format(file), {})
+        seen.append((problem.name, problem.origin.source))
+    del sys.modules["edited_farm"]
+    assert [name for name, _ in seen] == ["one", "two"]
+    assert seen[0][1] != seen[1][1]
 
 
 def test_a_mistake_in_the_users_code_shows_the_users_frames(tmp_path, capsys):

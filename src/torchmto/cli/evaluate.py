@@ -19,6 +19,9 @@ def make_parser(prog: str) -> SettingsParser:
         help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
+    parser.add_argument(
+        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
+    )
     return parser
 
 
@@ -31,7 +34,12 @@ def run(args: Namespace) -> int:
 
     with reported():
         folder = RunFolder(args.out)
-        results = evaluate_run(chosen_config(args, folder.read_settings()), folder, args.weights, args.split)
+        results = evaluate_run(
+            chosen_config(args, folder.read_settings(args.settings, changed_source=args.changed_source)),
+            folder,
+            args.weights,
+            args.split,
+        )
         path = folder.write_json(f"evaluation-{args.split}.json", results)
     print(f"{args.split} split, {results['weights']}")
     print(metric_table(results, terminal_width()))

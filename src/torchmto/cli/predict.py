@@ -20,6 +20,9 @@ def make_parser(prog: str) -> SettingsParser:
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
     parser.add_argument("--count", type=int, default=4, help="How many samples, the first of the split.")
+    parser.add_argument(
+        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
+    )
     return parser
 
 
@@ -30,7 +33,7 @@ def run(args: Namespace) -> int:
 
     with reported():
         folder = RunFolder(args.out)
-        config = chosen_config(args, folder.read_settings())
+        config = chosen_config(args, folder.read_settings(args.settings, changed_source=args.changed_source))
         for path in predict_run(config, folder, args.weights, args.split, args.count):
             print(f"Written to {path}")
     return 0

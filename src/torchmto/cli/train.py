@@ -33,7 +33,9 @@ def run(args: Namespace) -> int:
 
     resume = args.resume or args.checkpoint is not None
     with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
-        base = RunFolder(args.out).read_settings() if resume and args.out and not args.config else None
+        base = None
+        if resume and args.out and not args.config:
+            base = RunFolder(args.out).read_settings(args.settings, changed_source=args.changed_source)
         config = chosen_config(args, base)
         if args.print_config:
             print(RunFolder.settings_text(config), end="")

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import linecache
+import pickle
 import re
 import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state
@@ -79,19 +82,42 @@ class Origin:
 
 
 def _told_apart(value: Any) -> Any:
-    """An argument as JSON knows it; of other objects what they print, without where they lie."""
+    """An argument as JSON knows it; of data a hash, of other objects what they print, without where they lie."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Mapping):
         return {str(key): _told_apart(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [_told_apart(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))[:1000]
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _told_apart(getattr(value, entry.name)) for entry in fields(value)}
+    if isinstance(value, TensorDataset):
+        return _told_apart(value.tensors)
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {list(value.shape)} {_hash(data.tobytes())}"
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return f"{value.dtype} {list(value.shape)} {_hash(value.tobytes())}"
+    if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
+        return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
+    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return printed if len(printed) <= _PRINTED else f"{printed[:_PRINTED]} {_hash(printed.encode())}"
+
+
+_PRINTED = 1000
+"""Characters of what an object prints that are kept to be read."""
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def source_hash(path: Path) -> str | None:
-    """A short hash of a source file; None where there is none (a notebook's cell)."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    """A short hash of a source file, or of a notebook's cell; None where there is none."""
+    source = path.read_bytes() if path.is_file() else "".join(linecache.getlines(str(path))).encode()
+    return _hash(source) if source else None
 
 
 @dataclass

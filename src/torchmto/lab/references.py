@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import re
@@ -62,16 +64,18 @@ def problem_names() -> dict[str, Any]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def resolve(reference: str, what: str = "data") -> Reference:
+def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Reference:
     """The function that a reference names.
 
     Args:
         reference: ``NAME[:PATH]`` of a built-in data set, ``FILE.py:FUNCTION``, ``package.module:FUNCTION``, or the name of an
             entry point.
         what: ``"data"``, or ``"model"``, for which only the middle two are looked at.
+        anew: Whether a file that was edited since it was run is run again; not in the middle of something.
 
     Raises:
-        UnknownReferenceError: If it leads nowhere.
+        UnknownReferenceError: If it leads nowhere, or to what was never meant to make a problem or model: the standard
+            library's functions, which a received file of settings could name to run a command.
     """
     head, _, tail = reference.partition(":")
     if what == "data":
@@ -80,12 +84,15 @@ def resolve(reference: str, what: str = "data") -> Reference:
         entries = problem_names()
         if reference in entries:
             function = entries[reference].load()
-            return Reference(reference, function, _file_of(function))
+            return Reference(reference, _meant(function, reference, what), _file_of(function))
     if head.endswith(".py"):
         path = Path(head).expanduser()
         if not path.is_file():
             raise UnknownReferenceError(f"There is no file `{head}` (in `{reference}`).")
-        return Reference(reference, _attribute(_module_of_file(path.resolve()), tail, reference), path)
+        function = _attribute(_as_it_is(_module_of_file(path.resolve()), anew=anew), tail, reference)
+        return Reference(reference, _meant(function, reference, what), path)
+    if head.partition(".")[0] in _STANDARD:
+        raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
         try:
             found = importlib.util.find_spec(head)
@@ -94,8 +101,8 @@ def resolve(reference: str, what: str = "data") -> Reference:
         except ValueError:  # __main__ has no spec
             found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
         if found is not None:
-            function = _attribute(importlib.import_module(head), tail, reference)
-            return Reference(reference, function, _file_of(function))
+            function = _attribute(_as_it_is(importlib.import_module(head), anew=anew), tail, reference)
+            return Reference(reference, _meant(function, reference, what), _file_of(function))
     known = [*datasets(), *problem_names()] if what == "data" else list(models())
     raise UnknownReferenceError(
         f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
@@ -114,13 +121,45 @@ def without_place(reference: str) -> str:
     return head if head in datasets() else re.sub(r"^.*[/\\](?=[^/\\]+\.py:)", "", reference)
 
 
-def source_of(reference: str) -> str | None:
-    """A hash of the file that defines an own model; None for what is built in, or isn't there."""
+def source_of(reference: str, options: Mapping[str, Any], what: str) -> str | None:
+    """A hash of the file that defines an own problem or model; None for what is built in, or isn't there.
+
+    Nothing that the file defines is called.
+    """
+    if reference.startswith("torchmto."):  # this package has versions of its own, but may be given another's problem
+        return source_of(options["of"], {}, what) if "of" in options else None
+    head = reference.partition(":")[0]
     try:
-        file = resolve(reference, "model").file if ":" in reference else None
+        file = Path(head).expanduser() if head.endswith(".py") else resolve(reference, what).file
     except UnknownReferenceError:
         return None
-    return None if file is None or reference.startswith("torchmto.") else source_hash(file)
+    return None if file is None else source_hash(file)
+
+
+_STANDARD = sys.stdlib_module_names | {*sys.builtin_module_names}
+_MADE = {"data": (Problem, "Problem"), "model": (nn.Module, "nn.Module", "MultiTaskModel")}
+"""What this package's own functions may return, to be referred to."""
+
+
+def _meant(function: Callable[..., Any], reference: str, what: str) -> Callable[..., Any]:
+    """The function, unless it is the standard library's, by whatever name, or one of this package's that do something else."""
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    bound = getattr(inner, "__self__", inner)
+    module = getattr(inner, "__module__", None) or getattr(bound, "__module__", None) or type(bound).__module__
+    package = module.partition(".")[0]
+    returned = getattr(inner, "__annotations__", {}).get("return")
+    if package in _STANDARD or (package == "torchmto" and returned not in _MADE[what]):
+        raise _refused(reference, module)
+    return function
+
+
+def _refused(reference: str, module: str) -> UnknownReferenceError:
+    return UnknownReferenceError(
+        f"`{reference}` should name a function that makes a problem or a model. Found one of `{module}`, which isn't run from "
+        "settings; a file of your own is FILE.py:FUNCTION."
+    )
 
 
 def _file_of(function: Any) -> Path | None:
@@ -149,7 +188,8 @@ def _module_of_file(path: Path) -> types.ModuleType:
     loaded = sys.modules.get(path.stem)
     if loaded is not None and Path(getattr(loaded, "__file__", None) or "").resolve() == path:
         return loaded
-    name = path.stem if loaded is None and path.stem.isidentifier() else f"_torchmto_{abs(hash(path)):x}"
+    free = loaded is None and path.stem.isidentifier() and path.stem not in _STANDARD
+    name = path.stem if free else f"_torchmto_{abs(hash(path)):x}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
@@ -162,6 +202,24 @@ def _module_of_file(path: Path) -> types.ModuleType:
     except BaseException:
         del sys.modules[name]
         raise
+    return module
+
+
+_run: dict[str, str | None] = {}
+"""The hash that a module's file had when it was run, by the module's name."""
+
+
+def _as_it_is(module: types.ModuleType, *, anew: bool) -> types.ModuleType:
+    """A module of one's own, run again if its file has been edited."""
+    name, file = module.__name__, getattr(module, "__file__", None)
+    loader = getattr(module.__spec__, "loader", None)
+    if file is None or not isinstance(loader, importlib.machinery.SourceFileLoader):
+        return module
+    now = source_hash(Path(file))
+    if _run.setdefault(name, now) != now and anew:
+        code = loader.source_to_code(Path(file).read_bytes(), file)  # compiled code on the disk may be a second too old
+        exec(code, module.__dict__)  # noqa: S102  the user's file, as import runs it
+        _run[name] = now
     return module
 
 
@@ -184,7 +242,7 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
         # What another module has registered, another process doesn't know.
         source, loadable = None, dataset_info(head).load.__module__.startswith("torchmto.")
     else:
-        found = resolve(reference)
+        found = resolve(reference, anew=True)
         parameters = inspect.signature(found.function).parameters
         arguments = fitted(options, parameters, f"`{reference}`")
         given = {"seed": seed} if "seed" in parameters and "seed" not in arguments else {}
@@ -193,8 +251,7 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
             if needed and name not in {**arguments, **given}:
                 raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
         problem = found.function(**arguments, **given)
-        own = None if head.startswith("torchmto.") else found.file  # this package has versions of its own
-        source, loadable = None if own is None else source_hash(own), not head.startswith("__main__")
+        source, loadable = source_of(reference, options, "data"), not head.startswith("__main__")
     if not isinstance(problem, Problem):
         raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
     return replace(problem, origin=Origin(reference, dict(options), source, loadable))
@@ -216,7 +273,7 @@ def model_named(name: str, options: Mapping[str, Any]) -> None:
             hint = nearest(unknown[0], known)
             raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
     else:
-        resolve(name, "model")
+        resolve(name, "model", anew=True)
 
 
 def build_network(

@@ -1,12 +1,17 @@
 """A comparison goes on from its settings and finished runs alone: elsewhere, with the data elsewhere, and with more in it."""
 
+import copy
 import json
+import linecache
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from torch.utils.data import TensorDataset
 
 from torchmto import lab
 from torchmto.lab import memory
@@ -133,6 +138,47 @@ def test_arguments_of_a_problem_from_python_count(tmp_path, trained):
     for other in (made(9, names=["a"]), made(8, names=["b"])):
         with pytest.raises(FolderError, match="options"):
             lab.compare(other, ["gd"], out=out, **SETTINGS)
+
+
+def test_data_given_to_a_function_are_told_apart_by_all_their_values():
+    def made(data):
+        return Origin.of_caller()
+
+    def key(data):
+        return json.dumps(made(data).arguments)
+
+    @dataclass
+    class Held:
+        data: torch.Tensor
+
+    x = torch.zeros(5000, dtype=torch.bfloat16)
+    y = x.clone()
+    y[2500] = 1
+    frame = pd.DataFrame({"x": x.tolist()})
+    for first, second in (
+        (x, y),
+        ([{"x": x}], [{"x": y}]),
+        (Held(x), Held(y)),
+        (TensorDataset(x), TensorDataset(y)),
+        (x.float().numpy(), y.float().numpy()),
+        (x.float().numpy(), x.float().numpy().reshape(50, 100)),
+        (frame, pd.DataFrame({"x": y.tolist()})),
+        (frame["x"], frame["x"] + y.float().numpy()),
+        (set(range(5000)), set(range(5001))),
+    ):
+        assert key(first) == key(copy.deepcopy(first)) != key(second)
+    assert key(torch.tensor(1.0)) != key(torch.tensor(2.0))
+
+
+def test_a_cell_of_a_notebook_is_known_by_its_text():
+    def made(text):
+        linecache.cache["cell.py"] = (len(text), None, text.splitlines(keepends=True), "cell.py")
+        names = {"Origin": Origin}
+        exec(compile(text, "cell.py", "exec"), names)  # as a notebook does
+        return names["cell"]().source
+
+    sources = [made(f"def cell(): return Origin.of_caller()  # {number}") for number in (1, 1, 2)]
+    assert sources[0] == sources[1] != sources[2]
 
 
 def test_an_own_model_is_known_by_its_file(tmp_path, trained):

@@ -60,6 +60,19 @@ def as_object():
     return problem
 
 
+def test_a_run_that_exits_ends_no_other(tmp_path, as_object, monkeypatch):
+    monkeypatch.setattr("torchmto.lab.grid.experiment.check_first_batch", lambda *_: None)  # which it would end, too
+
+    def leave(output, target):
+        sys.exit("no licence")
+
+    with pytest.raises(FailedRunsError, match="single-task yield, seed 0: no licence") as failed:
+        run(tmp_path, replace(as_object, losses={"yield": leave}))
+    assert [config.data.tasks for config, _ in failed.value.failures] == [["yield"]]
+    assert [path.name[:11] for path in (tmp_path / "runs").iterdir()] == ["single-crop"]
+    assert executors._lost(KeyError()) == Outcome(None, "KeyError")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("executor", ["local", "ray", "slurm:local"])

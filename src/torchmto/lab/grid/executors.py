@@ -99,9 +99,13 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
             if problem is None:
                 problem = _unpickled(job.problem) if job.problem else _loaded(*_reference(job.config))
             return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
-    except Exception as error:  # noqa: BLE001  whatever it is, it is this Run's alone
-        first = str(error).strip() or type(error).__name__
-        return Outcome(None, first, user_frames(error))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is this Run's alone
+        return Outcome(None, str(error).strip() or type(error).__name__, user_frames(error))
+
+
+def _lost(error: BaseException) -> Outcome:
+    """What a cluster says of a job that it lost, in a line; of some there is nothing to say but their kind."""
+    return Outcome(None, (str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) -> dict[str, Any]:
@@ -133,12 +137,12 @@ def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
     return False
 
 
-def _reference(config: RunConfig) -> tuple[str, str, int]:
-    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed
+def _reference(config: RunConfig) -> tuple[str, str, int, str | None]:
+    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed, config.source
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(reference: str, options: str, seed: int) -> Problem:
+def _loaded(reference: str, options: str, seed: int, source: str | None) -> Problem:  # noqa: ARG001  another file, another problem
     return load_problem(reference, json.loads(options), seed)
 
 
@@ -367,7 +371,7 @@ class Ray:
                 try:
                     outcome = ray.get(ref)
                 except ray.exceptions.RayError as error:
-                    outcome = Outcome(None, str(error).strip().splitlines()[0])
+                    outcome = _lost(error)
                 done(key, outcome)
 
 
@@ -412,7 +416,7 @@ class Slurm:
                 try:
                     outcome = handle.result()
                 except Exception as error:  # noqa: BLE001  a lost job says so in many ways
-                    outcome = Outcome(None, str(error).strip().splitlines()[0])
+                    outcome = _lost(error)
                 done(key, outcome)
             time.sleep(0.2)
 

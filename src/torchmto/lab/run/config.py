@@ -421,7 +421,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
         epochs, batch_size, lr = _SUITABLE.get(model) or _SUITABLE["segnet" if problem.is_image else "mlp"]
     options = {"widths": [16, 32, 64]} if digits else _SUITABLE_OPTIONS.get(model or "", {})
     origin = problem.origin
-    sources = (origin.source if origin else None, source_of(config.model.name) if config.model.name else None)
+    sources = (origin.source if origin else None, _model_source(config))
     data = replace(
         config.data,
         batch_size=batch_size if config.data.batch_size is None else config.data.batch_size,
@@ -438,6 +438,26 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
     )
 
 
+def _model_source(config: RunConfig) -> str | None:
+    return source_of(config.model.name, config.model.options, "model") if config.model.name else None
+
+
+def check_source(config: RunConfig, what: str) -> None:
+    """Whether what a folder's settings name is the code that the folder was made with; before any of it is called.
+
+    Raises:
+        ConfigError: If it is other code: anyone's settings could name anyone's function.
+    """
+    own = source_of(config.data.name or "digits", config.data.options, "data")
+    sources = "+".join(filter(None, (own, _model_source(config))))
+    if sources and sources != config.source:
+        name = config.data.name if own else config.model.name
+        raise ConfigError(
+            f"{what} was begun with another version of the file that defines `{name}`. Add --changed-source to run this one "
+            "all the same."
+        )
+
+
 __all__ = [
     "ConfigError",
     "DataConfig",
@@ -446,6 +466,7 @@ __all__ = [
     "OptimizerConfig",
     "RunConfig",
     "changed_settings",
+    "check_source",
     "config_of",
     "settled",
 ]

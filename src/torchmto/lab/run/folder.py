@@ -14,7 +14,7 @@ from torch import nn
 
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.folders import FolderError, check_folder, locked
-from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.config import ConfigError, RunConfig, check_source, config_of
 from torchmto.lab.run.environment import environment
 
 
@@ -100,15 +100,22 @@ class RunFolder:
         text: str = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
         return text
 
-    def read_settings(self) -> RunConfig:
+    def read_settings(self, given: Mapping[str, Any] | None = None, *, changed_source: bool = False) -> RunConfig:
         """The settings of the run.
 
+        Args:
+            given: Some that go over them.
+            changed_source: Whether files that define the problem and model may be others than those of the run.
+
         Raises:
-            ConfigError: If there is no run.
+            ConfigError: If there is no run, or its files have changed.
         """
         if not self.settings.is_file():
             raise ConfigError(f"There is no run in `{self.path}`: `{self.settings}` is missing.")
-        return RunConfig.from_dict(read_yaml(self.settings))
+        config = config_of(given or {}, RunConfig.from_dict(read_yaml(self.settings)))
+        if not changed_source:
+            check_source(config, f"The run in `{self.path}`")
+        return config
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:
         """Write a JSON file into the folder; numbers that aren't finite become null."""

@@ -75,7 +75,7 @@ def fit(
         trainer = Trainer(config, problem, computer=Computer.of(config), say=say)
         return trainer.fit(), trainer
     folder = RunFolder(out)
-    settings = config or folder.read_settings()
+    settings = config or folder.read_settings(changed_source=changed_source)
     settings.validate()
     loggers: list[LoggerName] = ["csv", "tensorboard"] if settings.loggers is None else settings.loggers
     settings = replace(settings, loggers=loggers)
