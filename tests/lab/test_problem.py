@@ -2,12 +2,14 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics import PearsonCorrCoef, R2Score
 
 from torchmto import lab
 from torchmto.cli import main
@@ -297,6 +299,20 @@ def test_own_figures_are_known_again_after_resuming_and_on_every_process(tmp_pat
     chosen, config = problem_of(config_of({"epochs": 1}), own())
     Trainer(config, chosen, processes=Other()).evaluate("validation")
     assert [primary_metric(task)[0] for task in chosen.task_list] == ["error", "error"]
+
+
+class Merging(PearsonCorrCoef):
+    def merge_state(self, incoming_state):
+        """Knows how."""
+
+
+def test_own_metrics_of_several_processes_have_to_merge():
+    for metric, merges in [(R2Score(), True), (Merging(), True), (PearsonCorrCoef(), False)]:
+        own = lab.Problem(PAIR, APART, APART, APART, Echo, metrics={"a": {"m": metric}}, primary={"a": ("m", True)})
+        chosen, config = problem_of(config_of({"epochs": 1, "batch_size": 4}), own)
+        build(config, chosen)
+        with nullcontext() if merges else pytest.raises(ProblemError, match=r"metrics.'a'.*`m`, a PearsonCorrCoef"):
+            build(config, chosen, rank=1, world_size=2)
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused

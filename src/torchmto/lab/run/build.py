@@ -17,7 +17,7 @@ from torchmto.lab.data.base import labelled_tasks
 from torchmto.lab.losses import OwnLoss, TaskLoss, task_loss
 from torchmto.lab.methods import make, needs_plain_sgd, needs_split_norms
 from torchmto.lab.models import MultiTaskModel
-from torchmto.lab.problem import Loaders, Problem, ProblemError
+from torchmto.lab.problem import Loaders, Problem, ProblemError, part_error
 from torchmto.lab.references import build_network, load_problem
 from torchmto.lab.run.config import ConfigError, OptimizerConfig, RunConfig, settled
 from torchmto.lab.run.evaluation import Network, placed
@@ -292,6 +292,20 @@ def network_of(config: RunConfig, problem: Problem) -> nn.Module:
     return model
 
 
+def _check_metrics_merge(problem: Problem) -> None:
+    from torchmetrics import Metric  # noqa: PLC0415  takes seconds to import
+
+    for task in problem.task_list:
+        for name, metric in task.extra.get("metrics", {}).items():
+            own = type(metric).merge_state is not Metric.merge_state
+            if not own and (metric.full_state_update is not False or metric.dist_sync_on_step):
+                raise part_error(
+                    f"metrics[{task.name!r}]",
+                    "metrics that several processes can merge (`full_state_update = False`, or a `merge_state` of their own)",
+                    f"`{name}`, a {type(metric).__name__} that can't be",
+                )
+
+
 def build(
     config: RunConfig,
     problem: Problem,
@@ -313,6 +327,7 @@ def build(
 
     Raises:
         ConfigError: If settings don't fit together or the problem.
+        ProblemError: If several processes can't share the problem's data or metrics.
     """
     computer = computer or Computer.of(config)
     data, epochs = config.data, config.epochs
@@ -334,6 +349,8 @@ def build(
             "Parameter `data.batch_size` should be at least the number of processes, which share each batch. "
             f"Found {samples} samples in a batch and {world_size} processes."
         )
+    if world_size > 1 and problem.evaluate is None:
+        _check_metrics_merge(problem)
     losses = losses_of(problem, config.losses)
     steps_per_epoch = len(loader) // config.accumulate
     if steps_per_epoch == 0:
