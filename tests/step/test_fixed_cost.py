@@ -35,7 +35,7 @@ def passed(work):
     [
         ("gd", {}, 75, 70),
         ("uw", {}, 95, 90),
-        ("pcgrad", {"gradients": "parameters"}, 150, 99),
+        ("pcgrad", {"gradients": "parameters"}, 150, 100),
         ("sequential", {}, 350, 85),
     ],
 )

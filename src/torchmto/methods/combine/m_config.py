@@ -113,8 +113,8 @@ class MConFIG(GradientCombiner):
         vector = self.combine(gradients)
         # The momenta of tasks whose turn it isn't move what they reach, too.
         roles, seen = context.network.roles, set(torch.nonzero(self.times).flatten().tolist())
-        names = map(context.network.name, gradients.parameters)
-        gradients.rows.fill(place for place, name in enumerate(names) if seen & set(roles.tasks_of(name)))
+        names = roles.layout[: len(gradients.parameters)]
+        gradients.rows.fill(place for place, name in enumerate(names) if seen & roles.tasks_of(name))
         context.combine(gradients, vector=vector, heads=self.heads)
         context.apply()
         self.remember(gradients)
