@@ -192,7 +192,7 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        with Surroundings(self.network.device).kept_out():
+        with Surroundings().kept_out():
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
@@ -419,13 +419,14 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            surroundings = Surroundings(network.device)
-            context = self._context(losses, tasks, independent, surroundings, stepping=stepping, carried=carried)
+            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
-                network.tell_trained()
-                around = contextlib.nullcontext() if surroundings.neutral else surroundings.kept_out()
+                if network.untold:
+                    network.tell_trained()
+                modes = context.surroundings
+                around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
                 with around, network.no_sync(), keeping_buffers():
                     return work(context)
             except BaseException:
@@ -473,7 +474,6 @@ class MultiTask:
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
         independent: Sequence[Any],
-        surroundings: Surroundings,
         *,
         stepping: bool,
         carried: dict[int, Carried] | None,
@@ -516,7 +516,6 @@ class MultiTask:
             plan,
             network,
             sources,
-            surroundings,
             asked=asked,
             about=about,
             stepping=stepping,

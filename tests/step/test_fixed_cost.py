@@ -35,7 +35,7 @@ def passed(work):
     [
         ("gd", {}, 75, 70),
         ("uw", {}, 95, 90),
-        ("pcgrad", {"gradients": "parameters"}, 150, 100),
+        ("pcgrad", {"gradients": "parameters"}, 150, 98),
         ("sequential", {}, 350, 85),
     ],
 )

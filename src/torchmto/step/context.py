@@ -33,7 +33,6 @@ class StepContext:
         plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
-        surroundings: The caller's modes, for closures.
         asked: The tasks this step is about.
         about: What must be the same on all ranks, besides the tasks.
         stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
@@ -46,7 +45,6 @@ class StepContext:
         plan: Plan,
         network: Network,
         sources: Sequence[Sequence[Source]],
-        surroundings: Surroundings,
         *,
         asked: tuple[str, ...],
         about: str = "",
@@ -63,7 +61,10 @@ class StepContext:
         reduction = Reduction(network, plan, about, plan.weigh)
         finite = FiniteChecks(network, plan, reduction, stepping)
         several = network.ranks.size > 1
-        self._parts = Parts(plan, network, asked, sources, reduction, finite, surroundings, several, carried, summed)
+        self.surroundings = Surroundings()
+        self._parts = Parts(
+            plan, network, asked, sources, reduction, finite, self.surroundings, several, carried, summed
+        )
         self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.

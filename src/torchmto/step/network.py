@@ -68,6 +68,7 @@ class Network:
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
         nodes_made: How many graph nodes there had been at the last look.
+        untold: Whether other parameters may be trained than those that the roles were told of.
     """
 
     def __init__(
@@ -98,8 +99,7 @@ class Network:
         self._trained: list[bool] | None = None
         self._complex = False
         self._precisions: dict[str, float] = {}
-        # Whether other parameters may be trained than those that roles are known of.
-        self._other = True
+        self.untold = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
         self.nodes_made = 0
@@ -207,7 +207,7 @@ class Network:
             self.parameters = list(itertools.compress(everything, trained))
             self.sizes = {}
             self._beyond = (-1, {})
-            self._other = True
+            self.untold = True
             self._trained = trained
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -283,7 +283,7 @@ class Network:
         self.roles = roles
         self.rows = []
         self.sizes = {}
-        self._other = True
+        self.untold = True
         self.agreement = Agreement(self.ranks, roles)
 
     def mark(self) -> None:
@@ -293,9 +293,8 @@ class Network:
 
     def tell_trained(self) -> None:
         """Tell the roles which parameters are trained now; after :meth:`mark`, since an error undoes it."""
-        if self._other:
-            self.roles.look(self.names())
-            self._other = False
+        self.roles.look(self.names())
+        self.untold = False
 
     def undo(self, *, keep_buffers: bool) -> None:
         """Put buffers and roles back to where they were at :meth:`mark`; drop the gradients and their graphs."""
@@ -305,7 +304,7 @@ class Network:
             self.engine.forget()
         if not keep_buffers:
             self.buffers.restore()
-        self._other = True
+        self.untold = True
         if self.roles.undo():
             self.rows = []
             self.agreement.shrink()

@@ -1,6 +1,7 @@
 """What the caller's surroundings would do to a step's own arithmetic: autocast, a default device, no gradient."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -10,14 +11,10 @@ class Surroundings:
     """Modes of the caller that closures are to be run in, and nothing else of a step.
 
     In bfloat16 a Gramian is too coarse for any method, and what K numbers decide is computed on the CPU.
-
-    Args:
-        device: Where the model is.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        kinds = dict.fromkeys(("cpu", device.type))
-        self._casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
+    def __init__(self) -> None:
+        self._casts = [(kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind)]
         self._device = torch.empty(0).device
         self.neutral = not self._casts and self._device.type == "cpu" and torch.is_grad_enabled()
 
@@ -42,3 +39,10 @@ class Surroundings:
         if self._device.type != "cpu":
             stack.enter_context(self._device if enabled else torch.device("cpu"))
         return stack
+
+
+@functools.cache
+def _kinds() -> tuple[str, ...]:
+    """The types of devices that there are."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

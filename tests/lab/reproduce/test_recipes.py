@@ -52,7 +52,7 @@ def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
     [
         ("study: comparison\nsummary: x\nrun: {rate: 1}\n", "no setting `rate`"),
         ("study: comparison\nsummary: x\nwrong: 1\n", "wrong"),
-        ("study: comparison\nsummary: x\narms: {a: {methods: [no thing]}}\n", "no thing"),
+        ("study: comparison\nsummary: x\narms: {a: {methods: [nothing]}}\n", "nothing"),
         ("study: comparison\nsummary: x\nseeds: 0\n", "seeds"),
         ("- 1\n", "isn't a recipe"),
         ("study: [\n", "isn't a recipe"),

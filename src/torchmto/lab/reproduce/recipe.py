@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.checks import check_integer
+from torchmto.lab.data import datasets
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
@@ -88,6 +89,13 @@ class Recipe:
                 config_of(settings)
             except ConfigError as error:
                 raise RecipeError(str(error)) from error
+        for arm in self.arms:
+            data = config_of(arm.run, config_of(self.run)).data.name or "digits"
+            if (
+                data.partition(":")[0] in datasets()
+            ):  # one's own problem may bring methods, which show when it is loaded
+                for method in arm.methods:
+                    method_class(parse_method(method).name)
 
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
         """The runs of an arm, with ``{data}`` in its data's name and options replaced."""
@@ -144,12 +152,12 @@ def with_methods(recipe: Recipe, methods: str) -> Recipe:
     """
     if not recipe.arms:
         raise RecipeError(f"{recipe.name} has no arm to add methods to.")
+    first, *others = recipe.arms
     try:
-        labels = [spec.label for spec in parse_methods(methods)]
+        labels = dict.fromkeys([*first.methods, *(spec.label for spec in parse_methods(methods))])
+        return replace(recipe, arms=(replace(first, methods=tuple(labels)), *others))
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    first, *others = recipe.arms
-    return replace(recipe, arms=(replace(first, methods=tuple(dict.fromkeys([*first.methods, *labels]))), *others))
 
 
 def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
