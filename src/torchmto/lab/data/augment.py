@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from torchmto.checks import needed
 from torchmto.lab.data.base import Batch, Task
-from torchmto.lab.data.files import need_package
 from torchmto.lab.data.loading import uniform
 
 
@@ -191,7 +191,7 @@ class JointAugment:
         if not 0 <= self.color < 1:
             raise ValueError(f"Parameter `color` should be in [0, 1). Found `color = {self.color}`.")
         if self.zoom > 1 or self.shrink < 1 or self.color or self.distort:
-            need_package("kornia")
+            needed("This data set", "kornia")
 
     def __call__(self, batch: Batch, tasks: Sequence[Task], keys: Tensor) -> Batch:
         """Augment a batch.

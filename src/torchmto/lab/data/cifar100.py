@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from torchmto.checks import needed
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.data.files import need_package, read_npz, require, unknown_layout, validation_split
+from torchmto.lab.data.files import read_npz, require, unknown_layout, validation_split
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
@@ -212,7 +213,7 @@ def _from_pickle(content: bytes) -> Images:
 
 
 def _from_parquet(folder: Path, split: str) -> Images:
-    parquet, image = need_package("pyarrow.parquet"), need_package("PIL.Image")
+    parquet, image = (needed("This data set", name) for name in ("pyarrow.parquet", "PIL.Image"))
     pixels, fine, coarse = [], [], []
     for file in sorted(folder.glob(f"{split}-*.parquet")):
         table = parquet.read_table(file, columns=["img", "fine_label", "coarse_label"])

@@ -1,14 +1,12 @@
 """Data sets in files: clear errors, archives that can't write elsewhere, samples read when needed."""
 
 import contextlib
-import importlib
 import shutil
 import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchmto.checks import needed
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Task, as_input, as_target
 from torchmto.lab.data.registry import dataset_info
 
@@ -57,16 +56,6 @@ def unknown_layout(path: Path, dataset: str) -> ValueError:
     )
 
 
-def need_package(module: str) -> ModuleType:
-    """Import an optional package, or say how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"This data set needs the package `{module.partition('.')[0]}`: pip install 'torchmto[lab]'"
-        ) from error
-
-
 def load_array(path: Path, dataset: str) -> NDArray[Any]:
     """A ``.npy`` file as an array; pickled objects are refused."""
     require(path, dataset)
@@ -98,7 +87,7 @@ def _opened(path: Path, dataset: str) -> Iterator[Any]:
     Raises:
         ValueError: If it is damaged, too large, or something else; the message names it.
     """
-    image = need_package("PIL.Image")
+    image = needed("This data set", "PIL.Image")
     require(path, dataset)
     try:
         with image.open(path, formats=("PNG", "JPEG")) as picture:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchmto.checks import check_number
+from torchmto.checks import check_number, needed
 from torchmto.lab.models.base import Trunk
 from torchmto.lab.models.blocks import DropPath
 from torchmto.lab.models.weights import load_weights
@@ -34,14 +34,6 @@ VITS: dict[str, dict[str, int]] = {
     for size, width, layers in (("tiny", 192, 12), ("small", 384, 12), ("base", 768, 12), ("large", 1024, 24))
 }
 STAGES = 4
-
-
-def _transformers() -> Any:
-    try:
-        import transformers  # noqa: PLC0415  takes seconds to import
-    except ImportError as error:
-        raise ImportError("This model needs transformers: pip install 'torchmto[lab]'") from error
-    return transformers
 
 
 class HuggingFaceTrunk(Trunk):
@@ -142,7 +134,7 @@ def named_backbone(
     Returns:
         The trunk.
     """
-    transformers = _transformers()
+    transformers = needed("This model", "transformers")
     if weights is not None and Path(weights).is_dir():
         return local_backbone(weights, config)
     kind, entries = BACKBONES[name]
@@ -171,7 +163,7 @@ def local_backbone(weights: str | Path, config: Mapping[str, Any] | None = None)
     Raises:
         FileNotFoundError: If one of the files is missing.
     """
-    transformers = _transformers()
+    transformers = needed("This model", "transformers")
     folder = Path(weights) if Path(weights).is_dir() else _cached(str(weights))
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
@@ -226,7 +218,7 @@ def vit(
     Returns:
         The trunk.
     """
-    transformers = _transformers()
+    transformers = needed("This model", "transformers")
     check_number("drop_path", drop_path, minimum=0, below=1)
     channels, height, width = input_shape
     if height % patch or width % patch:

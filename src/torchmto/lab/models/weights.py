@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import nn
 
+from torchmto.checks import needed
+
 __all__ = ["load_weights"]
 
 
@@ -26,17 +28,13 @@ def load_weights(module: nn.Module, path: str | Path, *, prefixes: Sequence[str]
         FileNotFoundError: If there is no such file.
         ValueError: If it isn't a safetensors file, or keys are missing or have another shape.
     """
-    try:
-        from safetensors import SafetensorError  # noqa: PLC0415
-        from safetensors.torch import load_file  # noqa: PLC0415
-    except ImportError as error:
-        raise ImportError("Loading weights needs safetensors: pip install 'torchmto[lab]'") from error
+    safetensors, tensors = (needed("Loading weights", name) for name in ("safetensors", "safetensors.torch"))
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There are no weights at {path}.")
     try:
-        stored = load_file(path)
-    except SafetensorError as error:
+        stored = tensors.load_file(path)
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} isn't a safetensors file ({error}). Only safetensors can be loaded.") from error
     found, missing, misshapen = {}, [], []
     for key, value in module.state_dict().items():
