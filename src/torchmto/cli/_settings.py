@@ -287,6 +287,13 @@ def reported(resume: str = "") -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
+def add_changed_source(parser: Parser) -> None:
+    """The option that lets something go on with another version of the problem's file."""
+    parser.add_argument(
+        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
+    )
+
+
 def add_executor(parser: Parser, jobs: int | None = None) -> None:
     """The options that say where Runs go.
 

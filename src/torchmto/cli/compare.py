@@ -11,7 +11,14 @@ from typing import Literal
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from torchmto.cli._settings import SettingsParser, add_executor, chosen_config, reported, this_command
+from torchmto.cli._settings import (
+    SettingsParser,
+    add_changed_source,
+    add_executor,
+    chosen_config,
+    reported,
+    this_command,
+)
 
 
 def make_parser(prog: str) -> SettingsParser:
@@ -38,9 +45,7 @@ def make_parser(prog: str) -> SettingsParser:
         default="random",
         help="One plan for all, or TPE by each on its own.",
     )
-    parser.add_argument(
-        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
-    )
+    add_changed_source(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), metavar="DIR", help="The folder.")
     return parser
 

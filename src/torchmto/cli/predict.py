@@ -5,7 +5,7 @@ from typing import Literal
 
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, chosen_config, reported
+from torchmto.cli._settings import SettingsParser, add_changed_source, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
@@ -20,9 +20,7 @@ def make_parser(prog: str) -> SettingsParser:
     )
     parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
     parser.add_argument("--count", type=int, default=4, help="How many samples, the first of the split.")
-    parser.add_argument(
-        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
-    )
+    add_changed_source(parser)
     return parser
 
 

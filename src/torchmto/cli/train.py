@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from torchmto.cli._errors import UsageError
-from torchmto.cli._settings import SettingsParser, chosen_config, reported
+from torchmto.cli._settings import SettingsParser, add_changed_source, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
@@ -17,9 +17,7 @@ def make_parser(prog: str) -> SettingsParser:
     parser.add_argument("--resume", action="store_true", help="Go on with the run in --out, by its own settings.")
     parser.add_argument("--checkpoint", type=Path | None, metavar="FILE", help="Go on from this checkpoint.")
     parser.add_argument("--print-config", action="store_true", help="Print the settings and do nothing.")
-    parser.add_argument(
-        "--changed-source", action="store_true", help="Go on though the file that defines the problem has changed."
-    )
+    add_changed_source(parser)
     return parser
 
 
