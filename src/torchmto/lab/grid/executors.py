@@ -100,12 +100,17 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
                 problem = _unpickled(job.problem) if job.problem else _loaded(*_reference(job.config))
             return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is this Run's alone
-        return Outcome(None, str(error).strip() or type(error).__name__, user_frames(error))
+        return Outcome(None, _said(error), user_frames(error))
 
 
 def _lost(error: BaseException) -> Outcome:
-    """What a cluster says of a job that it lost, in a line; of some there is nothing to say but their kind."""
-    return Outcome(None, (str(error).strip() or type(error).__name__).splitlines()[0])
+    """What a cluster says of a job that it lost, in a line."""
+    return Outcome(None, _said(error).splitlines()[0])
+
+
+def _said(error: BaseException) -> str:
+    """An error's message, or its kind where it has none."""
+    return str(error).strip() or type(error).__name__
 
 
 def _train(job: Job, problem: Problem, on_step: Callable[[int], None] | None) -> dict[str, Any]:
