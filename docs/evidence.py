@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torchmto.lab.grid.tables import markdown_table
+
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _BLOCK = re.compile(r"(<!-- results (\S+): (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
@@ -30,20 +32,11 @@ def filled(text: str) -> str:
 
     def block(found: re.Match[str]) -> str:
         tables = {table["title"]: table for table in known[found[2]]["tables"]}
-        return f"{found[1]}\n{markdown(tables[found[3]])}\n{found[4]}"
+        table = tables[found[3]]
+        notes = "\n".join(f"{note}\n" for note in table["notes"])
+        return f"{found[1]}\n{markdown_table(table['header'], table['rows'])}\n{notes}\n{found[4]}"
 
     return _BLOCK.sub(block, text)
-
-
-def markdown(table: dict[str, Any]) -> str:
-    """A table of results.json with its notes."""
-    lines = [row(table["header"]), row(["---", *["---:"] * (len(table["header"]) - 1)]), *map(row, table["rows"])]
-    return "\n".join([*lines, "", *(f"{note}\n" for note in table["notes"])])
-
-
-def row(cells: list[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def leaderboard() -> str:
@@ -81,26 +74,16 @@ def _arm(name: str, arm: str, numbers: dict[str, Any], found: dict[str, Any]) ->
     best_first = sorted(entries, key=lambda method: -entries[method]["delta_m"]["mean"])
     about = next((table["notes"][0] for table in found["tables"] if table["title"] == f"Arm {arm}"), "")
     header = ["method", "Δm %", f"minus {numbers['reference']}", "p", "backwards", "steps", "settings"]
-    lines = [f"## {name}: {arm}", "", about, "", row(header), row(["---", *["---:"] * 5, "---"])]
+    rows = []
     for method in best_first:
         entry = entries[method]
         settings = ", ".join(f"{key} {value}" for key, value in entry["settings"].items() if key != "method.options")
         cost, difference = entry["cost"], entry["difference"]
         p = "-" if difference is None or difference["p_holm"] is None else f"{difference['p_holm']:.3f}"
-        lines.append(
-            row(
-                [
-                    f"`{method}`",
-                    interval(entry["delta_m"]),
-                    interval(difference),
-                    p,
-                    f"{cost['num_backward']:.3g}",
-                    f"{cost['num_optimizer_steps']:.3g}",
-                    settings or "-",
-                ]
-            )
-        )
-    return [*lines, "", "Backwards and optimizer steps are per batch.", ""]
+        passes = [f"{cost[key]:.3g}" for key in ("num_backward", "num_optimizer_steps")]
+        rows.append([f"`{method}`", interval(entry["delta_m"]), interval(difference), p, *passes, settings or "-"])
+    table = markdown_table(header, rows)
+    return [f"## {name}: {arm}", "", about, "", table, "Backwards and optimizer steps are per batch.", ""]
 
 
 def interval(entry: dict[str, Any] | None) -> str:
