@@ -196,6 +196,15 @@ def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
                 assert torch.equal(result["parameters"], results[0]["parameters"])
 
 
+@pytest.mark.parametrize(("place", "after"), [(0, False), (1, False), (1, True)])
+def test_a_message_that_fails_is_the_end_of_all_ranks(pool, place, after):
+    """Nobody is told what doesn't fit what they wait for: all raise, no process is aborted, and nobody takes another step."""
+    for rank, (first, second, unchanged) in enumerate(pool.run(4, cases.lose, place, after)):
+        assert first == "MemoryError: no room" if rank == 1 else ": " in first
+        assert second.startswith("RankFailedError: A message between the ranks has failed before")
+        assert unchanged == "True"
+
+
 @pytest.mark.parametrize("name", ["gd", "rlw", "uw", "pcgrad", "graddrop"])
 def test_backward_of_a_trainer_that_owns_the_step(pool, name):
     first, second = pool.run(2, cases.backward, name)

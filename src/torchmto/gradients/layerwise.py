@@ -101,11 +101,12 @@ class Layerwise(Engine):
                     if number < len(plan):
                         _advance(walk, plan[number], tasks, buckets, take)
             except Exception as error:
-                if self._ranks.size == 1:
+                if not self._ranks.owing:
                     raise
                 # The other ranks wait for this one's part of every bucket.
                 failure, walks, plans = error, [], []
-            buckets.close(number)
+            with self._ranks.message():
+                buckets.close(number)
         buckets.finish()
         product = self._ranks.sum_(buckets.product)
         if failure is not None:
