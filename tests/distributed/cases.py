@@ -346,6 +346,12 @@ class _Broken(torch.autograd.Function):
         raise RuntimeError("broken backward")
 
 
+class _Interrupted(_Broken):
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyboardInterrupt("stop")
+
+
 def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
     rank: int, size: int, group: Any, name: str, kind: str, pieces: int
 ):
@@ -382,6 +388,8 @@ def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
             losses["z"] = next(iter(losses.values()))
         if kind == "backward" and "b" in losses:
             losses["b"] = _Broken.apply(losses["b"])
+        if kind == "interrupted backward" and "b" in losses:
+            losses["b"] = _Interrupted.apply(losses["b"])
         if kind in ("reentrant", "inner") and "b" in losses:
             run = reentrant if kind == "reentrant" else inner
             losses["b"] = run(net.heads["b"], net.trunk(part[0])).square().mean()

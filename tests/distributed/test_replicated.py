@@ -170,6 +170,7 @@ FAILURES = {
     "backward": ("backward", "RuntimeError: broken backward"),
     "reentrant": ("reentrant", "ValueError: The model runs a part of its forward under a reentrant checkpoint"),
     "interrupt": ("interrupt", "KeyboardInterrupt: stop"),
+    "interrupted backward": ("interrupted backward", "KeyboardInterrupt: stop"),
     "argument": ("argument", "ValueError: Unknown task `nobody`"),
     "rule": ("rule", "ValueError: no rule"),
     "second run": ("second run", "OSError: no data the second time"),
