@@ -413,7 +413,7 @@ class MultiTask:
     ) -> StepInfo:
         """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
         network = self.network
-        ranks = network.ranks
+        ranks, grad = network.ranks, torch.is_grad_enabled()
         if ranks.lost:
             raise RankFailedError(
                 "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
@@ -440,6 +440,8 @@ class MultiTask:
         except EndedTogether as ended:
             raise ended.error from None
         except BaseException as error:
+            # An interrupt on the way out of a `with torch.no_grad()` has lost its end.
+            torch.set_grad_enabled(grad)
             tell(ranks, len(self.tasks), network.device, error)
             raise
 
