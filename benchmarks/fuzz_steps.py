@@ -545,8 +545,6 @@ def check_error(world: World, error: BaseException, before: dict[str, Any]) -> b
     if world.begun:
         World(world.seed, world.name, world.engine).mt.load_state_dict(world.mt.state_dict())
         return True
-    # Python itself loses the end of a `with` that is interrupted on its way out, of `torch.no_grad()` for one.
-    torch.set_grad_enabled(True)
     where = differs(before, world.state())
     if where:
         raise FindingError(f"{error!r} has left a trace: {where}") from error
@@ -643,8 +641,6 @@ def every_line(method: str, seed: int = 0, stride: int = 1) -> int:
                 if hit.name != "m_config":
                     hit.do(replace(action, seed=6))
                 continue
-            # Python itself loses the end of a `with` that is interrupted on its way out, of `torch.no_grad()` for one.
-            torch.set_grad_enabled(True)
             where = differs(before, hit.state())
             if where:
                 raise FindingError(f"{method}: an interrupt at line {line} has left a trace: {where}") from None

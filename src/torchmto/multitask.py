@@ -17,7 +17,7 @@ from torchmto.methods.method import derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
-from torchmto.step.messages import EndedTogether, check_alike, tell
+from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
 from torchmto.step.parts import Carried
 from torchmto.step.plan import Plan
 from torchmto.step.surroundings import Surroundings
@@ -413,7 +413,12 @@ class MultiTask:
     ) -> StepInfo:
         """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
         network = self.network
-        ranks = network.ranks
+        ranks, grad = network.ranks, torch.is_grad_enabled()
+        if ranks.lost:
+            raise RankFailedError(
+                "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
+                "processes again, from a checkpoint."
+            )
         if ranks.size > 1 and not self._met:
             # Before anything is told: messages of ranks with different tasks don't fit.
             check_alike(ranks, self.tasks)
@@ -436,6 +441,8 @@ class MultiTask:
         except EndedTogether as ended:
             raise ended.error from None
         except BaseException as error:
+            # An interrupt on the way out of a `with torch.no_grad()` has lost its end.
+            torch.set_grad_enabled(grad)
             tell(ranks, len(self.tasks), network.device, error)
             raise
 

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import socket
 import stat
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +346,12 @@ class _Broken(torch.autograd.Function):
         raise RuntimeError("broken backward")
 
 
+class _Interrupted(_Broken):
+    @staticmethod
+    def backward(ctx, grad):
+        raise KeyboardInterrupt("stop")
+
+
 def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
     rank: int, size: int, group: Any, name: str, kind: str, pieces: int
 ):
@@ -380,6 +388,8 @@ def fail(  # noqa: C901, PLR0917 - one kind of failure after the other
             losses["z"] = next(iter(losses.values()))
         if kind == "backward" and "b" in losses:
             losses["b"] = _Broken.apply(losses["b"])
+        if kind == "interrupted backward" and "b" in losses:
+            losses["b"] = _Interrupted.apply(losses["b"])
         if kind in ("reentrant", "inner") and "b" in losses:
             run = reentrant if kind == "reentrant" else inner
             losses["b"] = run(net.heads["b"], net.trunk(part[0])).square().mean()
@@ -801,3 +811,36 @@ def join(rank: int, size: int, group: Any):
     with model.join(enable=False):
         model._join_config = model._join_config._replace(enable=True)
         return _message(lambda: mt.step(closure(model, data(rank, 4, "all"), count=False)))
+
+
+def lose(rank: int, size: int, group: Any, place: int, after: bool) -> list[str]:
+    """Rank 1's message number `place` of the second step fails, before or after it is sent."""
+    own = dist.new_group(list(range(size)), timeout=timedelta(seconds=2))
+    net = build("toy")
+    mt = torchmto.MultiTask(
+        net, torch.optim.SGD(net.parameters(), lr=0.02), tasks=TASKS, method="gd", process_group=own
+    )
+    good = closure(net, data(rank, 4, "all"), count=False)
+    mt.step(good)
+    before, number, original = flat(net), itertools.count(), dist.all_reduce
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        here = rank == 1 and next(number) == place
+        work = original(*args, **kwargs) if after or not here else None
+        if here:
+            raise MemoryError("no room")
+        return work
+
+    dist.all_reduce = failing
+    ends = []
+    try:
+        for _ in range(2):
+            try:
+                mt.step(good)
+                ends.append("done")
+            except Exception as error:  # noqa: BLE001 - reported
+                ends.append(f"{type(error).__name__}: {error}")
+    finally:
+        dist.all_reduce = original
+        dist.destroy_process_group(own)
+    return [*ends, str(torch.equal(before, flat(net)))]

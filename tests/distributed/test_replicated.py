@@ -170,6 +170,7 @@ FAILURES = {
     "backward": ("backward", "RuntimeError: broken backward"),
     "reentrant": ("reentrant", "ValueError: The model runs a part of its forward under a reentrant checkpoint"),
     "interrupt": ("interrupt", "KeyboardInterrupt: stop"),
+    "interrupted backward": ("interrupted backward", "KeyboardInterrupt: stop"),
     "argument": ("argument", "ValueError: Unknown task `nobody`"),
     "rule": ("rule", "ValueError: no rule"),
     "second run": ("second run", "OSError: no data the second time"),
@@ -194,6 +195,15 @@ def test_a_failure_on_one_rank_ends_the_step_on_all(pool, name):
             for result in results:
                 assert result["unchanged"] or name == "sequential"
                 assert torch.equal(result["parameters"], results[0]["parameters"])
+
+
+@pytest.mark.parametrize(("place", "after"), [(0, False), (1, False), (1, True)])
+def test_a_message_that_fails_is_the_end_of_all_ranks(pool, place, after):
+    """Nobody is told what doesn't fit what they wait for: all raise, no process is aborted, and nobody takes another step."""
+    for rank, (first, second, unchanged) in enumerate(pool.run(4, cases.lose, place, after)):
+        assert first == "MemoryError: no room" if rank == 1 else ": " in first
+        assert second.startswith("RankFailedError: A message between the ranks has failed before")
+        assert unchanged == "True"
 
 
 @pytest.mark.parametrize("name", ["gd", "rlw", "uw", "pcgrad", "graddrop"])

@@ -101,3 +101,19 @@ def test_an_interrupt_while_moved_parameters_are_put_back(method):
     with pytest.raises(KeyboardInterrupt):
         mt.step(lambda tasks: {t: model(torch.ones(2, 4, dtype=torch.float64))[t].square().mean() for t in tasks})
     assert same(state(mt), before)
+
+
+def test_gradients_stay_on_where_an_interrupt_has_lost_the_end_of_a_with():
+    _, _, mt = make("gd")
+
+    def interrupted(context):
+        torch.set_grad_enabled(False)
+        raise KeyboardInterrupt
+
+    mt.method.step = interrupted
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            mt.step(lambda tasks: {})
+        assert torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)

@@ -94,18 +94,19 @@ class Layerwise(Engine):
         groups = self._groups(plans, shared)
         device = shared[0].device if shared else torch.device("cpu")
         buckets = Buckets(groups, len(tasks), ranks=self._ranks, spare=self._spare, device=device)
-        failure: Exception | None = None
+        failure: BaseException | None = None
         for number in range(max([len(groups), *map(len, plans)])):
             try:
                 for walk, plan in zip(walks, plans, strict=True):
                     if number < len(plan):
                         _advance(walk, plan[number], tasks, buckets, take)
-            except Exception as error:
-                if self._ranks.size == 1:
+            except BaseException as error:
+                if not self._ranks.owing:
                     raise
                 # The other ranks wait for this one's part of every bucket.
                 failure, walks, plans = error, [], []
-            buckets.close(number)
+            with self._ranks.message():
+                buckets.close(number)
         buckets.finish()
         product = self._ranks.sum_(buckets.product)
         if failure is not None:

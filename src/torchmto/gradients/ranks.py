@@ -1,8 +1,9 @@
 """Collectives over the ranks of a process group, and how many bytes they send."""
 
+import contextlib
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +26,17 @@ class _Done:
         """Nothing was started."""
 
 
+class _Sent:
+    """A collective that is under way."""
+
+    def __init__(self, ranks: "Ranks", work: Any) -> None:
+        self._ranks, self._work = ranks, work
+
+    def wait(self) -> None:
+        with self._ranks.message():
+            self._work.wait()
+
+
 class Ranks:
     """The processes that train together; without an initialised process group, this process alone.
 
@@ -36,6 +48,7 @@ class Ranks:
         size: How many processes there are, N.
         bytes_sent: What this process has sent: ``2 S (N-1)/N`` for the sum of S bytes, half of it to scatter a sum or to
             gather S bytes. That is the volume of the ring algorithm, the least possible.
+        lost: Whether a message has failed: nobody knows which one the others wait for now.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -48,6 +61,21 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("Parameter `process_group` should be a group that this process belongs to.")
         self.bytes_sent = 0.0
+        self.lost = False
+
+    @property
+    def owing(self) -> bool:
+        """Whether others wait for this rank's next message, and it can be told which one that is."""
+        return self.size > 1 and not self.lost
+
+    @contextlib.contextmanager
+    def message(self) -> Iterator[None]:
+        """Inside something is sent. After an error no other message would fit what the others wait for."""
+        try:
+            yield
+        except BaseException:
+            self.lost = self.size > 1
+            raise
 
     def _count(self, tensor: Tensor, passes: int) -> None:
         self.bytes_sent += passes * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size
@@ -62,14 +90,15 @@ class Ranks:
         if self.size == 1 or tensor.numel() == 0:
             return _Done()
         self._count(tensor, 2)
-        work: Pending = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True)
-        return work
+        with self.message():
+            return _Sent(self, dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True))
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its elementwise maximum over the ranks."""
         if self.size > 1 and tensor.numel():
             self._count(tensor, 2)
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            with self.message():
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def start_scatter(self, piece: Tensor, whole: Tensor) -> Pending:
@@ -79,8 +108,8 @@ class Ranks:
             return _Done()
         self._count(whole, 1)
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        work: Pending = scatter(piece, whole, group=self.group, async_op=True)
-        return work
+        with self.message():
+            return _Sent(self, scatter(piece, whole, group=self.group, async_op=True))
 
     def gather_(self, whole: Tensor, piece: Tensor) -> Tensor:
         """Fill ``whole`` [N * n] with the ranks' ``piece`` [n] in order."""
@@ -88,13 +117,15 @@ class Ranks:
             return whole.copy_(piece)
         self._count(whole, 1)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(whole, piece, group=self.group)
+        with self.message():
+            gather(whole, piece, group=self.group)
         return whole
 
     def objects(self, value: object) -> list[Any]:
         """Every rank's ``value``: a small object; for messages and errors, not for every step."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        with self.message():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
@@ -104,17 +135,19 @@ class Ranks:
         """
         if self.size == 1:
             return
-        started = [
-            (bucket, flat, self.start_sum(flat))
-            for bucket in _buckets(tensors)
-            for flat in [torch.cat([tensor.reshape(-1) for tensor in bucket])]
-        ]
-        for bucket, flat, work in started:
-            work.wait()
-            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(
-                list(bucket), [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
-            )
+        # No memory for a buffer is a message that fails, too.
+        with self.message():
+            started = [
+                (bucket, flat, self.start_sum(flat))
+                for bucket in _buckets(tensors)
+                for flat in [torch.cat([tensor.reshape(-1) for tensor in bucket])]
+            ]
+            for bucket, flat, work in started:
+                work.wait()
+                parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+                torch._foreach_copy_(
+                    list(bucket), [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
+                )
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -22,6 +22,9 @@ The first error's words (:func:`raise_together`)
 A rank on which something fails still owes the others the messages they wait for. So between an exchange and the sum that ends
 its backwards an error is kept, what is left to send is sent as it is, and the sum says that it isn't worth anything. Anywhere
 else the next message of the others is an exchange: the rank answers it with its failure. All ranks end the step together.
+
+What fails in a message (a lost connection, no memory for a buffer, Ctrl-C while it waits) can't be answered: its rank raises
+and says no more, the others raise when its connection ends or by their time limit, and none of them takes another step.
 """
 
 import contextlib
@@ -66,7 +69,7 @@ def raise_together(ranks: Ranks, failure: BaseException | None) -> NoReturn:
 
 def tell(ranks: Ranks, num_tasks: int, device: torch.device, failure: BaseException) -> None:
     """Tell the other ranks of a failure outside a pass: the next message they wait for is an exchange."""
-    if ranks.size > 1:
+    if ranks.owing:
         # A rank that is gone can't be told.
         with contextlib.suppress(EndedTogether, RuntimeError):
             Exchange(ranks, num_tasks, "")({}, {}, doing="", device=device, disagree=False, failure=failure)

@@ -87,7 +87,7 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
             _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals.get(i, 1) for i in chunk.losses], unit)
         _tidy(parts, unit, weights)
     except BaseException as error:
-        if network.ranks.size == 1 or network.sharded:
+        if not network.ranks.owing or network.sharded:
             raise
         # The other ranks wait for this one's gradients.
         failure = error

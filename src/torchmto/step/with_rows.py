@@ -148,7 +148,7 @@ def _backwards(
                     _place(parts, rows, heads, index, gradients)
                     del gradients
                 except BaseException as error:
-                    if not streamed:
+                    if not streamed or parts.network.ranks.lost:
                         raise
                     failure = error
             if streamed:

@@ -59,7 +59,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
         product = engine.gramian(Wanted(pieces, losses.indices, shared, others, take))
         network.refuse_hidden()
     except BaseException as error:
-        if not several:
+        if not network.ranks.owing:
             raise
         failure = error
     parts.num_backward += sum(len(own) for own in own_losses)
@@ -122,7 +122,7 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
         parts.num_backward += network.engine.backward(pieces, shared)
         network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
     except BaseException as error:
-        if network.ranks.size == 1:
+        if not network.ranks.owing:
             raise
         failure = error
     network.tidy_sparse()
