@@ -54,6 +54,7 @@ def run(args: Namespace) -> int:
     """Run what isn't finished, print the table, write the files."""
     from torchmto.lab.grid import default_jobs, make_executor, plan  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.grid.experiment import DEFAULT_METHODS  # noqa: PLC0415
+    from torchmto.lab.grid.plan import check_names_no_method  # noqa: PLC0415
     from torchmto.lab.grid.progress import progress_bars  # noqa: PLC0415
     from torchmto.lab.grid.tables import rich_tables  # noqa: PLC0415
     from torchmto.lab.specs import parse_methods  # noqa: PLC0415
@@ -61,10 +62,7 @@ def run(args: Namespace) -> int:
     began = time.monotonic()
     with reported():
         texts = DEFAULT_METHODS if args.methods is None else [spec.label for spec in parse_methods(args.methods)]
-        if args.tune:
-            from torchmto.lab.grid.tuning import sampled  # noqa: PLC0415
-
-            sampled(args.tune, args.tune_by)  # says so if Optuna is missing
+        check_names_no_method(args.settings)
         make_executor(args.executor, 1, args.out, args.ray_address)
         grid = plan(
             chosen_config(args),
@@ -72,6 +70,7 @@ def run(args: Namespace) -> int:
             methods=texts,
             seeds=args.seeds,
             tune=args.tune,
+            tune_by=args.tune_by,
             changed_source=args.changed_source,
         )
         jobs = args.jobs or default_jobs(grid.experiment.run.device)
@@ -79,12 +78,7 @@ def run(args: Namespace) -> int:
         bars = progress_bars(grid.experiment, grid.problem)
         try:
             with bars:
-                if args.tune:
-                    from torchmto.lab.grid.tuning import tuned  # noqa: PLC0415
-
-                    result = tuned(grid, args.tune, executor, bars, args.tune_by)
-                else:
-                    result = grid.run(executor, bars)
+                result = grid.run(executor, bars)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted. {bars.finished} of {bars.total} runs are finished and kept in {args.out}; "

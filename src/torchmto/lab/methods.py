@@ -42,11 +42,19 @@ def make(
         total_steps: Batches of the whole training.
         tasks: The tasks.
         baseline: Single-task value of every task's primary metric, for ``wpcgrad(priority=performance)``.
+
+    Raises:
+        ValueError: If a hyper-parameter makes no sense, or a single-task value is missing.
     """
     more: dict[str, Any] = {}
     if spec.takes("total_steps"):
         more["total_steps"] = total_steps
     if spec.hyperparameters.get("priority") == "performance" and spec.takes("baseline") and baseline is not None:
+        if missing := [task.name for task in tasks if task.name not in baseline]:
+            raise ValueError(
+                f"Method `{spec.label}` needs a single-task value of each task. There is none for `{missing[0]}`: it "
+                "wasn't a finite number."
+            )
         more["baseline"] = {task.name: baseline[task.name] for task in tasks}
         more["higher_is_better"] = {task.name: primary_metric(task)[1] for task in tasks}
     return spec.make(**more)

@@ -5,8 +5,6 @@ label. Targets and outputs by kind are listed in `torchmto.lab.data.base`. With 
 have any shape: then nothing but these two looks at model and batches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import linecache
@@ -64,7 +62,7 @@ class Origin:
     loadable: bool = False
 
     @classmethod
-    def of_caller(cls) -> Origin:
+    def of_caller(cls) -> "Origin":
         """The function outside of this package that builds a problem now."""
         frame = sys._getframe(1)  # noqa: SLF001  the only way to the caller
         inside = (str(Path(__file__).parent), "<string>")
@@ -277,7 +275,7 @@ class Problem:
         """The tasks' names."""
         return tuple(task.name for task in self.task_list)
 
-    def only(self, names: Sequence[str]) -> Problem:
+    def only(self, names: Sequence[str]) -> "Problem":
         """The same problem with some of its tasks, in its own order; all of them if there are no names.
 
         Raises:

@@ -1,7 +1,5 @@
 """Where Runs go: this process, local processes, Ray, Slurm. Each takes jobs and hands back results, the same ones."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -98,8 +98,8 @@ class Experiment:
 
 
 def is_single_task(config: RunConfig) -> bool:
-    """Whether this is a baseline: one of several tasks, alone."""
-    return len(config.data.tasks or ()) == 1
+    """Whether this is a baseline: one task, alone and by no method."""
+    return len(config.data.tasks or ()) == 1 and config.method == MethodConfig(on_nonfinite=config.method.on_nonfinite)
 
 
 def method_label(config: RunConfig) -> str:

@@ -24,14 +24,15 @@ from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
 from torchmto.lab.grid.experiment import Experiment, is_single_task, method_label
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.config import ConfigError, RunConfig, check_source
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 __all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key", "run_name"]
 
 SCHEMA_VERSION = 2
-_EXPERIMENT, _RUN = "torchmto compare", "torchmto compare run"
+_OWNER = _EXPERIMENT = "torchmto compare"
+_RUN = "torchmto compare run"
 _LEFTOVER = re.compile(r"\..+\.tmp")
 
 
@@ -53,7 +54,8 @@ def run_name(config: Mapping[str, Any]) -> str:
     """What the rows of a run are called, as far as its settings tell."""
     tasks = config["data"]["tasks"] or ()
     method = config["method"]
-    return f"single:{next(iter(tasks))}" if len(tasks) == 1 else MethodSpec(method["name"], method["options"]).label
+    label = MethodSpec(method["name"], method["options"]).label
+    return f"single:{next(iter(tasks))}" if len(tasks) == 1 and label == "gd" else label
 
 
 class GridFolder:
@@ -70,15 +72,16 @@ class GridFolder:
 
     def __init__(self, path: Path | str, settings: Mapping[str, Any], *, changed_source: bool = False) -> None:
         self.path = path = Path(path)
+        self.changed_source = changed_source
         self._runs = path / "runs"
         settings = plain(settings)
-        present = check_folder(path, "torchmto compare")
-        if present:
-            self._check_settings(settings, changed_source=changed_source)
-        path.mkdir(parents=True, exist_ok=True)
-        if not present:  # first of all: a folder with anything else in it would be taken for somebody else's
-            write_json(path / "config.json", _EXPERIMENT, SCHEMA_VERSION, settings)
-        self._runs.mkdir(exist_ok=True)
+        check_folder(path, _OWNER)  # before the lock, whose file has no place in somebody else's folder
+        with self.locked():
+            if check_folder(path, _OWNER):
+                self._check_settings(settings)
+            else:  # first of all: a folder with anything else in it would be taken for somebody else's
+                write_json(path / "config.json", _EXPERIMENT, SCHEMA_VERSION, settings)
+            self._runs.mkdir(exist_ok=True)
 
     @classmethod
     def of(
@@ -99,24 +102,24 @@ class GridFolder:
         settings = {**experiment.settings, **contents(problem), **({"tune": tune} if tune else {})}
         return cls(path, settings, changed_source=changed_source)
 
-    def _check_settings(self, settings: Mapping[str, Any], *, changed_source: bool) -> None:
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
         try:
             saved = read_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION)
         except BrokenFileError as error:
-            raise FolderError(f"{error} The folder was left as it is; choose another one with --out.") from error
+            raise FolderError(f"{error} The folder was left as it is; choose another one.") from error
         more = {name: settings[name] for name in _GROWING if _is_more(saved.get(name), settings.get(name))}
         different = _differences(decided({**saved, **more}), decided(settings))
         if different:
             raise FolderError(
                 f"The folder {self.path} belongs to a comparison with other settings: {'; '.join(different)}. "
-                "It was left as it is; choose another one with --out."
+                "It was left as it is; choose another one."
             )
-        there, here = (values.get("free", {}).get("source") for values in (saved, settings))
-        if there != here and not changed_source:
-            raise FolderError(
-                f"The runs in {self.path} were made with another version of the file that defines the problem. "
-                "Add --changed-source to go on all the same, or choose another folder with --out."
-            )
+        if not self.changed_source:
+            there, here = (values.get("free", {}).get("source") for values in (saved, settings))
+            try:
+                check_source(there, here, f"The comparison in {self.path}")
+            except ConfigError as error:
+                raise FolderError(str(error)) from error
         if more:
             write_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION, {**saved, **more})
 
@@ -155,7 +158,7 @@ class GridFolder:
             if is_ignored(path.name) or (path.is_dir() and path.with_name(f"{path.name}.json") in wanted):
                 continue
             if path not in wanted:
-                raise FolderError(f"{path} doesn't belong to this comparison. Move it away, or choose another --out.")
+                raise FolderError(f"{path} doesn't belong to this comparison. Move it away, or choose another folder.")
             try:
                 content = read_json(path, _RUN, SCHEMA_VERSION)
             except BrokenFileError as error:
@@ -163,7 +166,7 @@ class GridFolder:
             if results_version(content) != RESULTS_VERSION:
                 raise FolderError(
                     f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
-                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
+                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another folder."
                 )
             if decided(content["config"]) != decided(identity(wanted[path])):
                 raise FolderError(f"{path} is a run with another configuration. Move it away.")

@@ -1,7 +1,5 @@
 """A comparison as an object: frames, figures, a report, all read from its folder."""
 
-from __future__ import annotations
-
 import html
 import json
 from collections.abc import Mapping
@@ -53,7 +51,7 @@ class Result:
         except (ValueError, AttributeError, BrokenFileError) as error:
             raise FolderError(str(error)) from error
 
-    def table(self) -> DataFrame:
+    def table(self) -> "DataFrame":
         """One row per Run: method (``single:<task>`` for baselines), seed, ``<task>.<metric>`` of the test split, Δm, costs.
 
         Raises:
@@ -92,7 +90,7 @@ class Result:
         except (ValueError, TypeError):
             return None
 
-    def summary(self) -> DataFrame:
+    def summary(self) -> "DataFrame":
         """One row per method, single-task models first: Δm with its interval, primary metrics, costs per batch."""
         tasks = {task: about["primary_metric"] for task, about in self.results["tasks"].items()}
         rows = []
@@ -107,7 +105,7 @@ class Result:
             rows.append(row | {cost: entry["cost"][cost] for cost in (*_COSTS, "peak_memory_bytes")})
         return needed("A frame", "pandas").DataFrame(rows)
 
-    def figure(self, name: str = "delta_m") -> Figure:
+    def figure(self, name: str = "delta_m") -> "Figure":
         """A figure of the methods: their Δm, or a task's primary metric by its name.
 
         Args:

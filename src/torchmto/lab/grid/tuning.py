@@ -5,33 +5,24 @@ the other, from what the ones before gave. Single-task models are tuned first: t
 measured by.
 """
 
-from __future__ import annotations
-
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from torchmto.checks import check_choice, check_integer, needed
-from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.data.base import Task
-from torchmto.lab.grid.executors import Executor
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
-from torchmto.lab.grid.folder import GridFolder, run_key
-from torchmto.lab.grid.outputs import write_outputs
-from torchmto.lab.grid.plan import Grid
-from torchmto.lab.grid.result import Result
-from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, run_grid
-from torchmto.lab.grid.summary import summarize
+from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.runner import FailedRunsError, Stage
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import RunConfig
+from torchmto.lab.run.config import ConfigError, RunConfig, check_used
 from torchmto.lab.run.evaluation import primary_values
 from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
 from torchmto.methods import method_class
 
-__all__ = ["Plan", "Tuning", "edges", "listed", "sampled", "tune", "tuned"]
+__all__ = ["SPACE", "Plan", "Tuning", "check_tunable", "edges", "listed", "sampled", "tune"]
 
 Settings = Mapping[str, Any]
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -177,6 +168,21 @@ class Tuning:
         }
 
 
+def check_tunable(problem: Problem, config: RunConfig | None = None) -> None:
+    """Whether a problem can be tuned, and by `SPACE` if there are settings.
+
+    Raises:
+        ConfigError: If it has no validation split to choose by, or something else decides what tuning chooses.
+    """
+    if problem.evaluate is not None:
+        raise ConfigError("Tuning chooses on the validation split. Found a problem with `evaluate`, which has none.")
+    if config is None:
+        return
+    if problem.optimizer is not None:
+        raise ConfigError("Tuning chooses the optimizer. Found a problem that brings its own.")
+    check_used(config, dict.fromkeys(SPACE, "tuning chooses it"), tuned=SPACE)
+
+
 def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt) -> Tuning:
     """Each method and each single-task model at its best settings by validation on the first seed.
 
@@ -188,10 +194,9 @@ def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt)
 
     Raises:
         FailedRunsError: If one had no finite score at any settings.
-        ValueError: If the problem has no validation split to choose by.
+        ConfigError: If the problem has no validation split to choose by.
     """
-    if problem.evaluate is not None:
-        raise ValueError("`--tune` chooses on the validation split. Found a problem with `evaluate`, which has none.")
+    check_tunable(problem)
     found = Tuning()
     baseline: dict[str, float] = {}
     singles = [f"single-task {name}" for name in problem.task_names] if experiment.baselines else []
@@ -238,56 +243,35 @@ def _score(result: Mapping[str, Any], run: RunConfig, problem: Problem, baseline
 def edges(settings: Settings, offers: Sequence[Settings]) -> list[str]:
     """Numbers of ``settings`` that no offer with otherwise equal choices exceeds, or falls below: a better one may lie beyond.
 
+    Nothing lies below 0.
+
     Example:
-        >>> edges({"lr": 0.1}, [{"lr": 0.01}, {"lr": 0.1}])
+        >>> edges({"lr": 0.1, "method.options": {"c": 0.0}}, [{"lr": 0.01}, {"lr": 0.1, "method.options": {"c": 0.5}}])
         ['largest lr']
     """
+    chosen, others = _flat(settings), [_flat(offer) for offer in offers]
+    same = [
+        offer for offer in others if all(offer[key] == chosen[key] for key in offer if _is_choice(key, offer, chosen))
+    ]
     found = []
-    for key, value in settings.items():
-        rivals = [offer[key] for offer in offers if key in offer and _same_choices(offer, settings)]
-        if isinstance(value, int | float) and len(set(rivals)) > 1 and value in {min(rivals), max(rivals)}:
-            found.append(f"{'largest' if value == max(rivals) else 'smallest'} {key}")
+    for key, value in chosen.items():
+        rivals = {offer[key] for offer in same if key in offer} if _is_number(value) else set()
+        if len(rivals) > 1 and value == max(rivals):
+            found.append(f"largest {key}")
+        elif len(rivals) > 1 and value == min(rivals) and value != 0:
+            found.append(f"smallest {key}")
     return found
 
 
-def _same_choices(first: Settings, second: Settings) -> bool:
-    return all(first[key] == second[key] for key in first if key in second and isinstance(first[key], str))
+def _flat(settings: Settings) -> Settings:
+    """A method's own hyper-parameters by names of their own."""
+    options = {f"method.options.{name}": value for name, value in settings.get("method.options", {}).items()}
+    return {**settings, **options}
 
 
-# ------------------------------------------------------------------------------------------- tuning of a comparison
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def tuned(
-    grid: Grid, number: int, executor: Executor, watcher: Watcher, sampler: Literal["random", "tpe"] = "random"
-) -> Result:
-    """Tune a comparison, then run it at the chosen settings.
-
-    Args:
-        grid: The comparison; rounds go into ``tuning/`` of its folder.
-        number: Settings by each.
-        executor: Where runs go.
-        watcher: Is told how far it is.
-        sampler: ``"random"`` or ``"tpe"``.
-    """
-    experiment, problem, folder = grid.experiment, grid.problem, grid.folder
-
-    def attempt(
-        name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
-    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        place = GridFolder.of(folder.path / "tuning" / name, trial, problem)
-        try:
-            results = run_grid(
-                trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline
-            )
-        except FailedRunsError as error:
-            runs = [*trial.single_task_runs(problem.task_names), *trial.method_runs()]
-            return place.load(runs), {run_key(run): text for run, text in error.failures}
-        return results, {}
-
-    found = tune(experiment, problem, sampled(number, sampler), attempt)
-    final = replace(experiment, chosen=found.chosen)
-    results = run_grid(final, folder, problem, executor=executor, watcher=watcher)
-    summary = {**summarize(final, problem, results), "tuning": found.as_dict()}
-    write_outputs(final, folder, summary, results)
-    write_bytes(folder.path / "tuning.json", (json.dumps(plain(found.as_dict()), indent=1) + "\n").encode())
-    return Result(folder.path)
+def _is_choice(key: str, first: Settings, second: Settings) -> bool:
+    return key in second and isinstance(first[key], str | bool)

@@ -86,7 +86,7 @@ def comparison(arm: ArmResult) -> tuple[Any, Table]:
         for method in arm.experiment.methods
     }
     run = config_of(arm.arm.method_run, arm.experiment.run)
-    tuned = any({"learning_rate", "lr", "optimizer"} & set(entry) for entry in arm.experiment.chosen.values())
+    tuned = any(config_of(entry, run).optimizer != run.optimizer for entry in arm.experiment.chosen.values())
     optimizer = "each at its chosen settings" if tuned else f"{run.optimizer.name} {run.optimizer.lr:g}"
     columns = {
         "Δm %": [figure(numbers[m]["delta_m"]) for m in numbers],

@@ -1,16 +1,15 @@
 """From settings to the parts of a Run: problem, network, method, optimizer, schedule."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
+from torch.utils.data import Dataset as TorchDataset
 
 import torchmto
 from torchmto.lab.data.base import labelled_tasks
@@ -106,7 +105,7 @@ class Computer:
     scaler: torch.amp.GradScaler | None
 
     @classmethod
-    def of(cls, config: RunConfig, device: torch.device | None = None) -> Computer:
+    def of(cls, config: RunConfig, device: torch.device | None = None) -> "Computer":
         """The device and precision of the settings.
 
         Args:
@@ -153,6 +152,8 @@ def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> di
         ConfigError: If a task, a loss or an option is unknown.
     """
     if problem.closure is not None:
+        if settings:
+            raise ConfigError("`losses` can't be used with a problem that brings its own `closure`.")
         return {}
     if unknown := [name for name in settings if name not in problem.task_names]:
         raise ConfigError(f"Unknown task `{unknown[0]}` in `losses`. The tasks are {', '.join(problem.task_names)}.")
@@ -292,6 +293,21 @@ def network_of(config: RunConfig, problem: Problem) -> nn.Module:
     return model
 
 
+def _check_own(config: RunConfig, problem: Problem) -> None:
+    """Refuse settings of what a problem brings itself."""
+    usual = settled(replace(config, data=replace(config.data, batch_size=None), optimizer=OptimizerConfig()), problem)
+    own = config.optimizer, usual.optimizer
+    if problem.optimizer is not None:
+        for name in ("name", "lr", "weight_decay", "momentum", "head_rate"):
+            if getattr(own[0], name) != getattr(own[1], name):
+                raise ConfigError(f"`optimizer.{name}` can't be used with a problem that brings its own optimizer.")
+    splits = (problem.train, problem.validation, problem.test)
+    sets = [entry for split in splits for entry in (split.values() if isinstance(split, Mapping) else [split])]
+    ready = problem.closure is not None and not any(isinstance(entry, TorchDataset) for entry in sets)
+    if ready and config.data.batch_size != usual.data.batch_size:
+        raise ConfigError("`data.batch_size` can't be used with a problem whose batches come ready-made.")
+
+
 def _check_metrics_merge(problem: Problem) -> None:
     from torchmetrics import Metric  # noqa: PLC0415  takes seconds to import
 
@@ -329,6 +345,7 @@ def build(
         ConfigError: If settings don't fit together or the problem.
         ProblemError: If several processes can't share the problem's data or metrics.
     """
+    _check_own(config, problem)
     computer = computer or Computer.of(config)
     data, epochs = config.data, config.epochs
     assert data.batch_size is not None
@@ -368,8 +385,6 @@ def build(
             optimizer = optimizer_of(config.optimizer, model, config.method.name)
         else:
             optimizer = problem.optimizer(model)
-            if config.optimizer.head_rate != 1:
-                raise ConfigError("`optimizer.head_rate` can't be used with a problem that brings its own optimizer.")
         method = make(
             MethodSpec(config.method.name, config.method.options),
             total_steps=total_steps,

@@ -1,7 +1,5 @@
 """Checkpoints that are whole or absent: written aside, checksummed, renamed into place, read without running code."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

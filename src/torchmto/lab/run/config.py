@@ -1,9 +1,7 @@
 """What a run is made of: typed settings, checked before anything is loaded."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -253,7 +251,7 @@ class RunConfig:
         return result
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
         """The inverse of :meth:`as_dict`.
 
         Example:
@@ -295,6 +293,44 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
     first, second = _flat(before), _flat(after)
     names = list(dict.fromkeys((*first, *second)))
     return [name for name in names if name not in FREE and first.get(name) != second.get(name)]
+
+
+_BELONGS: dict[str, tuple[str, Any]] = {
+    "optimizer.momentum": ("optimizer.name", "sgd"),
+    "optimizer.power": ("optimizer.schedule", "poly"),
+    "optimizer.step_epochs": ("optimizer.schedule", "step"),
+    "optimizer.gamma": ("optimizer.schedule", "step"),
+    "model.compile_backend": ("model.compile", True),
+}
+"""Settings that mean something at one value of another only."""
+
+
+def check_used(
+    config: RunConfig, unused: Mapping[str, str], base: RunConfig | None = None, tuned: Collection[str] = ()
+) -> None:
+    """Whether every setting that was changed has an effect.
+
+    Args:
+        config: The settings.
+        unused: Those without any, and why.
+        base: What they were changed from; the defaults if there is none.
+        tuned: Those that take several values.
+
+    Raises:
+        ConfigError: If one has none.
+
+    Example:
+        >>> check_used(RunConfig(seed=1), {"epochs": "nothing is trained"})
+    """
+    values, before = _flat(config.as_dict()), _flat((base or RunConfig()).as_dict())
+    for name in [name for name, value in values.items() if value != before.get(name)]:
+        if name in unused:
+            raise ConfigError(f"The setting `{name}` has no effect here: {unused[name]}. Leave it out.")
+        other, value = _BELONGS.get(name, (name, values[name]))
+        if other not in tuned and values[other] != value:
+            raise ConfigError(
+                f"The setting `{name}` belongs to `{other} = {value!r}`. Found `{other} = {values[other]!r}`."
+            )
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,7 +439,7 @@ _SUITABLE: dict[str, tuple[int, int, float]] = {
 _SUITABLE_OPTIONS: dict[str, dict[str, Any]] = {"segnet": {"width": 16}}
 
 
-def settled(config: RunConfig, problem: Problem) -> RunConfig:
+def settled(config: RunConfig, problem: "Problem") -> RunConfig:
     """The settings with those left open filled in, as suits the problem.
 
     Args:
@@ -431,7 +467,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
     return replace(
         config,
         data=data,
-        model=replace(config.model, name=model, options=config.model.options or options),
+        model=replace(config.model, name=model, options={**options, **config.model.options}),
         optimizer=replace(config.optimizer, lr=lr if config.optimizer.lr is None else config.optimizer.lr),
         epochs=epochs if config.epochs is None else config.epochs,
         source="+".join(filter(None, sources)) or None,
@@ -442,19 +478,22 @@ def _model_source(config: RunConfig) -> str | None:
     return source_of(config.model.name, config.model.options, "model") if config.model.name else None
 
 
-def check_source(config: RunConfig, what: str) -> None:
-    """Whether what a folder's settings name is the code that the folder was made with; before any of it is called.
+def source_now(config: RunConfig) -> str | None:
+    """The source of what settings name, as it is now, none of it called; the recorded one where there is nothing to read."""
+    own = source_of(config.data.name or "digits", config.data.options, "data")
+    return "+".join(filter(None, (own, _model_source(config)))) or config.source
+
+
+def check_source(recorded: str | None, now: str | None, what: str) -> None:
+    """Whether the code that settings name is the code that something was begun with.
 
     Raises:
         ConfigError: If it is other code: anyone's settings could name anyone's function.
     """
-    own = source_of(config.data.name or "digits", config.data.options, "data")
-    sources = "+".join(filter(None, (own, _model_source(config))))
-    if sources and sources != config.source:
-        name = config.data.name if own else config.model.name
+    if recorded != now:
         raise ConfigError(
-            f"{what} was begun with another version of the file that defines `{name}`. Add --changed-source to run this one "
-            "all the same."
+            f"{what} was begun with another version of the file that defines its problem or model. Add --changed-source "
+            "(`changed_source=True`) to go on all the same, or choose another folder."
         )
 
 
@@ -467,6 +506,8 @@ __all__ = [
     "RunConfig",
     "changed_settings",
     "check_source",
+    "check_used",
     "config_of",
     "settled",
+    "source_now",
 ]

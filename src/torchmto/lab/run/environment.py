@@ -1,7 +1,5 @@
 """Where a run was made: versions, revision, machine."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform

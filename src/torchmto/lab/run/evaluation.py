@@ -1,7 +1,5 @@
 """Calling a problem's network, and measuring it on a split."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +137,7 @@ def measure(
     return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}
 
 
-def _update(metrics: Mapping[str, Metric], task: Task, output: Tensor, target: Tensor) -> None:
+def _update(metrics: "Mapping[str, Metric]", task: Task, output: Tensor, target: Tensor) -> None:
     if "metrics" in task.extra:
         _, rows = labelled_rows(task, target)
         if not bool(rows.any()):

@@ -1,7 +1,5 @@
 """What a problem's first batch shows before anything trains: keys, shapes, labels, outputs, losses, metrics."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """One Run, from Python."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +37,7 @@ class FittedRun:
     result: Mapping[str, Any]
     path: Path | None
 
-    def table(self) -> DataFrame:
+    def table(self) -> "DataFrame":
         """The history as a frame: a row per epoch, ``loss.<task>`` and ``<task>.<metric>`` of the validation split."""
         from pandas import DataFrame  # noqa: PLC0415  half a second
 

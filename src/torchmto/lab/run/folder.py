@@ -1,7 +1,5 @@
 """The folder of a run: settings, environment, checkpoints, figures, results."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +12,7 @@ from torch import nn
 
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.folders import FolderError, check_folder, locked
-from torchmto.lab.run.config import ConfigError, RunConfig, check_source, config_of
+from torchmto.lab.run.config import ConfigError, RunConfig, check_source, config_of, source_now
 from torchmto.lab.run.environment import environment
 
 
@@ -114,7 +112,7 @@ class RunFolder:
             raise ConfigError(f"There is no run in `{self.path}`: `{self.settings}` is missing.")
         config = config_of(given or {}, RunConfig.from_dict(read_yaml(self.settings)))
         if not changed_source:
-            check_source(config, f"The run in `{self.path}`")
+            check_source(config.source, source_now(config), f"The run in `{self.path}`")
         return config
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> Path:

@@ -1,7 +1,5 @@
 """A trained run's weights at work: metrics on a split, and predictions as pictures and numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a run's figures go: CSV, TensorBoard, W&B, MLflow; and what of a step is logged."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import importlib.util

@@ -1,7 +1,5 @@
 """The training loop: steps, validation, checkpoints, interruption."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import itertools

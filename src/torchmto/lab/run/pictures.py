@@ -1,7 +1,5 @@
 """Input, label and prediction of each dense task side by side."""
 
-from __future__ import annotations
-
 import colorsys
 import io
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ The first one owns the run's folder, its logs and its decisions; the others get 
 one process ends all of them, its message first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

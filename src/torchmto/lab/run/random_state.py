@@ -1,7 +1,5 @@
 """All random generators a run may draw from."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """One number per validation, by which the best epoch is chosen."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

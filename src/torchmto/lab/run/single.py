@@ -1,7 +1,5 @@
 """A single Run in a folder of its own: started, taken up again, guarded against another one's settings."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Mapping
@@ -12,7 +10,7 @@ from typing import Any
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, problem_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
-from torchmto.lab.run.config import ConfigError, LoggerName, RunConfig, changed_settings
+from torchmto.lab.run.config import ConfigError, LoggerName, RunConfig, changed_settings, check_source, check_used
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import check_loggers
@@ -70,6 +68,9 @@ def fit(
     if out is None:
         assert config is not None
         config.validate()
+        check_used(
+            config, dict.fromkeys(_OF_A_FOLDER, "a run without a folder (`out`) is one process that keeps nothing")
+        )
         problem, config = problem_of(config, problem)
         check_first_batch(problem, config)
         trainer = Trainer(config, problem, computer=Computer.of(config), say=say)
@@ -77,6 +78,8 @@ def fit(
     folder = RunFolder(out)
     settings = config or folder.read_settings(changed_source=changed_source)
     settings.validate()
+    if not (resume or checkpoint):
+        check_used(settings, {})
     loggers: list[LoggerName] = ["csv", "tensorboard"] if settings.loggers is None else settings.loggers
     settings = replace(settings, loggers=loggers)
     check_loggers(loggers)
@@ -105,6 +108,9 @@ def fit(
         )
         trainer = Trainer(used, problem, folder, computer, processes, state=state, say=say)
         return trainer.fit(), trainer
+
+
+_OF_A_FOLDER = ("devices", "nodes", "checkpoint_every", "keep", "loggers", "log_every")
 
 
 def _start(
@@ -170,14 +176,11 @@ def check_same(saved: Mapping[str, Any], config: RunConfig, what: str, *, change
     """
     if changed := changed_settings(saved, config.as_dict()):
         raise ConfigError(
-            f"{what} has other settings: {', '.join(changed)} changed. Leave out --config and the other "
-            "settings to go on with the run's own, or start a new run in another folder."
+            f"{what} has other settings: {', '.join(changed)} changed. Leave them out to go on with the run's "
+            "own, or start a new run in another folder."
         )
-    if saved.get("source") != config.source and not changed_source:
-        raise ConfigError(
-            f"{what} was begun with another version of the file that defines `{config.data.name}`. Add --changed-source "
-            "to go on all the same, or start a new run in another folder."
-        )
+    if not changed_source:
+        check_source(saved.get("source"), config.source, what)
 
 
 __all__ = ["check_same", "fit", "train"]
