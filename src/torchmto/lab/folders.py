@@ -39,18 +39,20 @@ def check_folder(path: Path, verb: str) -> bool:
         FolderError: If it is a file, or holds something else.
     """
     if path.exists() and not path.is_dir():
-        raise FolderError(f"`{path}` is a file; choose another folder.")
+        raise FolderError(f"`{path}` is a file; choose another folder (--out, `out=`).")
     present = sorted(entry.name for entry in path.iterdir() if not is_ignored(entry.name)) if path.is_dir() else []
     for marker, owner in MARKERS.items():
         if marker in present and owner != verb:
-            raise FolderError(f"The folder {path} belongs to `{owner}`. It was left as it is; choose another folder.")
+            raise FolderError(
+                f"The folder {path} belongs to `{owner}`. It was left as it is; choose another folder (--out, `out=`)."
+            )
     if any(MARKERS.get(name) == verb for name in present):
         return True
     if present:
         more = ", ..." if len(present) > 3 else ""
         raise FolderError(
             f"The folder {path} isn't empty and isn't one of `{verb}` (it holds {', '.join(present[:3])}{more}). "
-            "It was left as it is; choose another one."
+            "It was left as it is; choose another one (--out, `out=`)."
         )
     return False
 

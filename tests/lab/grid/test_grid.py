@@ -9,17 +9,20 @@ from scipy import stats
 
 from torchmto.lab.atomic import plain, read_json, write_json
 from torchmto.lab.data import load_data
+from torchmto.lab.folders import locked
 from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, plan, run_grid, summarize
 from torchmto.lab.grid import executors as executors_module
 from torchmto.lab.grid.executors import Outcome
-from torchmto.lab.grid.experiment import is_single_task, method_label
+from torchmto.lab.grid.experiment import is_single_task, method_label, run_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
 from torchmto.lab.grid.plots import plots
 from torchmto.lab.grid.tables import csv_text, header, markdown, rows, task_header, task_rows, versus_rows
+from torchmto.lab.methods import make
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import config_of
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.scores import measure_of
+from torchmto.lab.specs import parse_method
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.versions import RESULTS_VERSION
 
@@ -323,6 +326,25 @@ def test_two_processes_dont_share_a_folder(tmp_path):
         GridFolder(folder.path, {"a": 1}).locked(),
     ):
         pass
+
+
+def test_a_folder_in_use_gets_no_settings(tmp_path):
+    with locked(tmp_path / "x"), pytest.raises(FolderError, match="Another process"):
+        GridFolder(tmp_path / "x", {"epochs": 3})
+    assert [path.name for path in (tmp_path / "x").iterdir()] == [".lock"]
+
+
+def test_only_a_task_alone_without_a_method_is_called_single_task():
+    run = config_of({"data.tasks": ["left"]})
+    assert run_label(run) == "single-task left, seed 0"
+    assert run_label(config_of({"method": "cagrad(c=0.3)"}, run)) == "cagrad(c=0.3), seed 0"
+    assert run_label(config_of({"method.weights": {"left": 2.0}}, run)) == "gd, seed 0"
+
+
+def test_a_missing_single_task_value_is_named(problem):
+    spec = parse_method("wpcgrad(priority=performance)")
+    with pytest.raises(ValueError, match="There is none for `right`"):
+        make(spec, total_steps=1, tasks=problem.task_list, baseline={"left": 0.5})
 
 
 def test_folders_of_something_else_are_left_alone(tmp_path):

@@ -1,12 +1,16 @@
 """Tuning: the same budget for all, a plan drawn beforehand, chosen on validation, resumable."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from torchmto import lab
 from torchmto.lab.grid.tuning import edges, sampled
+from torchmto.lab.references import load_problem
+from torchmto.lab.run.config import ConfigError
 from torchmto.lab.run.loop import Trainer
 
 pytest.importorskip("optuna")
@@ -44,6 +48,12 @@ def test_edges_name_what_lies_at_the_end_of_the_offer():
     assert edges({"lr": 0.01}, [{"lr": 0.01}]) == []
 
 
+def test_edges_look_into_a_methods_own_options_and_know_that_nothing_is_below_0():
+    offers = [{"weight_decay": decay, "method.options": {"c": c, "on": c > 1}} for decay, c in ((0.0, 0.5), (0.1, 0.7))]
+    assert edges(offers[0], offers) == ["smallest method.options.c"]
+    assert edges(offers[1], offers) == ["largest weight_decay", "largest method.options.c"]
+
+
 def test_each_runs_at_its_best_settings_and_goes_on(tmp_path, monkeypatch):
     result = lab.compare(f"{FARM}:farm", ["gd", "cagrad"], tune=2, out=tmp_path / "x", **SETTINGS)
     tuning = result.results["tuning"]
@@ -64,3 +74,26 @@ def test_each_runs_at_its_best_settings_and_goes_on(tmp_path, monkeypatch):
 def test_tuning_needs_a_validation_split(tmp_path):
     with pytest.raises(ValueError, match="has none"):
         lab.compare(f"{FARM}:pinn", ["gd"], tune=2, out=tmp_path / "x", **SETTINGS)
+
+
+def test_tuning_refuses_what_it_would_ignore(tmp_path):
+    own = replace(load_problem(f"{FARM}:farm", {}), optimizer=lambda model: torch.optim.SGD(model.parameters(), 0.1))
+    for problem, settings, message in (
+        (own, {"tune": 1}, "brings its own"),
+        (f"{FARM}:farm", {"tune": 1, "lr": 0.1}, "`optimizer.lr` has no effect here: tuning"),
+        (f"{FARM}:farm", {"tune_by": "tpe"}, "needs `tune`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            lab.compare(problem, ["gd"], out=tmp_path / "x", **SETTINGS | settings)
+        assert not (tmp_path / "x").exists()
+
+
+def test_a_changed_source_goes_on_in_the_middle_of_tuning(tmp_path, monkeypatch):
+    file, settings = tmp_path / "own.py", {**SETTINGS, "seeds": 1, "tune": 1, "out": tmp_path / "x"}
+    file.write_text(Path(FARM).read_text())
+    lab.compare(f"{file}:farm", ["gd"], **settings)
+    file.write_text(Path(FARM).read_text() + "# a remark\n")
+    with pytest.raises(lab.grid.FolderError, match="another version of the file"):
+        lab.compare(f"{file}:farm", ["gd"], **settings)
+    monkeypatch.setattr(Trainer, "fit", None)  # everything is there already
+    lab.compare(f"{file}:farm", ["gd"], changed_source=True, **settings)

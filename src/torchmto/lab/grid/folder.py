@@ -106,13 +106,13 @@ class GridFolder:
         try:
             saved = read_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION)
         except BrokenFileError as error:
-            raise FolderError(f"{error} The folder was left as it is; choose another one.") from error
+            raise FolderError(f"{error} The folder was left as it is; choose another one (--out, `out=`).") from error
         more = {name: settings[name] for name in _GROWING if _is_more(saved.get(name), settings.get(name))}
         different = _differences(decided({**saved, **more}), decided(settings))
         if different:
             raise FolderError(
                 f"The folder {self.path} belongs to a comparison with other settings: {'; '.join(different)}. "
-                "It was left as it is; choose another one."
+                "It was left as it is; choose another one (--out, `out=`)."
             )
         if not self.changed_source:
             there, here = (values.get("free", {}).get("source") for values in (saved, settings))
@@ -158,7 +158,9 @@ class GridFolder:
             if is_ignored(path.name) or (path.is_dir() and path.with_name(f"{path.name}.json") in wanted):
                 continue
             if path not in wanted:
-                raise FolderError(f"{path} doesn't belong to this comparison. Move it away, or choose another folder.")
+                raise FolderError(
+                    f"{path} doesn't belong to this comparison. Move it away, or choose another folder (--out, `out=`)."
+                )
             try:
                 content = read_json(path, _RUN, SCHEMA_VERSION)
             except BrokenFileError as error:
@@ -166,7 +168,7 @@ class GridFolder:
             if results_version(content) != RESULTS_VERSION:
                 raise FolderError(
                     f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
-                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another folder."
+                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
                 )
             if decided(content["config"]) != decided(identity(wanted[path])):
                 raise FolderError(f"{path} is a run with another configuration. Move it away.")

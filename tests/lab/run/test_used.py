@@ -1,0 +1,121 @@
+"""No setting is ignored silently: each one changes something, or is refused by a line."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchmto import lab
+from torchmto.lab.grid.identity import identity
+from torchmto.lab.grid.plan import plan
+from torchmto.lab.references import load_problem
+from torchmto.lab.run.build import build, problem_of
+from torchmto.lab.run.config import ConfigError, RunConfig, config_of
+
+FARM = str(Path(__file__).parents[1] / "farm.py")
+SETTINGS = [
+    f"{name}.{key}" if isinstance(value, dict) and name != "losses" else name
+    for name, value in RunConfig().as_dict().items()
+    for key in (value if isinstance(value, dict) and name != "losses" else [""])
+]
+OTHER = {
+    "data.name": None,  # given by the first argument
+    "data.options": None,
+    "data.tasks": ["crop"],
+    "model.name": None,
+    "model.options": None,
+    "model.compile_backend": "eager",
+    "method.name": "pcgrad",
+    "method.options": {"c": 0.1},
+    "method.weights": {"crop": 2.0},
+    "method.on_nonfinite": "skip",
+    "optimizer.name": "sgd",
+    "optimizer.schedule": "poly",
+    "optimizer.gamma": 0.1,
+    "losses": {"crop": {"loss": "cross_entropy", "label_smoothing": 0.1}},
+    "precision": "bf16-mixed",
+    "device": "cpu",
+    "baseline": {"crop": 0.5, "yield": 0.5},
+    "loggers": ["csv"],
+    "source": None,  # found by itself
+}
+ON_THE_WAY = {"data.workers", "device", "checkpoint_every", "model.compile"}
+"""Settings of how a Run is done, not of what comes out."""
+
+
+def other(name):
+    if name in OTHER:
+        return OTHER[name]
+    section, _, key = name.partition(".")
+    values = RunConfig().as_dict()
+    value = values[section][key] if key else values[section]
+    return not value if isinstance(value, bool) else 0.5 if isinstance(value, float) else (value or 1) + 1
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if OTHER.get(name, 0) is not None])
+def test_a_comparison_ignores_no_setting(name, tmp_path):
+    settings = {"data.name": f"{FARM}:farm", "epochs": 1, "data.batch_size": 16}
+
+    def runs(more):
+        experiment = plan(
+            config_of({**settings, **more}), tmp_path / f"{bool(more)}", methods=["gd"], seeds=1
+        ).experiment
+        return [identity(run) for run in (*experiment.single_task_runs(["crop", "yield"]), *experiment.method_runs())]
+
+    try:
+        changed = runs({name: other(name)})
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert name in ON_THE_WAY or changed != runs({})
+        return
+    assert name.rpartition(".")[2] in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "True").exists()
+
+
+@pytest.mark.parametrize("given", [{"method": "gd"}, {"method.name": "gd"}, {"method": {"options": {}}}])
+def test_a_comparison_names_its_methods_once(given, tmp_path):
+    with pytest.raises(ConfigError, match="`methods` names"):
+        lab.compare("digits", out=tmp_path / "x", **given)
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings", "message"),
+    [
+        ("optimizer", {"lr": 0.1}, "`optimizer.lr` can't be used"),
+        ("optimizer", {"weight_decay": 0.1}, "`optimizer.weight_decay` can't be used"),
+        ("optimizer", {"optimizer.name": "sgd"}, "`optimizer.name` can't be used"),
+        ("optimizer", {"optimizer.head_rate": 2.0}, "`optimizer.head_rate` can't be used"),
+        ("pinn", {"losses": {"equation": {"loss": "mse"}}}, "`losses` can't be used"),
+        ("pinn", {"batch_size": 5}, "`data.batch_size` can't be used"),
+    ],
+)
+def test_settings_of_what_a_problem_brings_itself_are_refused(problem, settings, message):
+    own = load_problem(f"{FARM}:pinn", {})
+    if problem == "optimizer":
+        own = replace(
+            load_problem(f"{FARM}:farm", {}), optimizer=lambda model: torch.optim.SGD(model.parameters(), 0.1)
+        )
+    used, config = problem_of(config_of({"epochs": 1}), own)
+    build(config, used)
+    used, config = problem_of(config_of({"epochs": 1, **settings}), own)
+    with pytest.raises(ConfigError, match=message):
+        build(config, used)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer.momentum": 0.5}, {"optimizer.gamma": 0.1}, {"optimizer.power": 2.0}, {"log_every": 2}, {"keep": 3}],
+)
+def test_a_run_without_use_for_a_setting_says_so(settings):
+    with pytest.raises(ConfigError, match=f"The setting `{next(iter(settings))}`"):
+        lab.fit(load_problem(f"{FARM}:farm", {}), epochs=1, **settings)
+
+
+def test_a_problems_usual_options_stay_beside_those_that_are_given():
+    _, config = problem_of(config_of({"model.options": {"grid": [2, 2]}}))
+    assert config.model.options == {"widths": [16, 32, 64], "grid": [2, 2]}
+    _, config = problem_of(config_of({"model.options": {"widths": [8]}}))
+    assert config.model.options == {"widths": [8]}
