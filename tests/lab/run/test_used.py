@@ -27,7 +27,7 @@ OTHER = {
     "model.options": None,
     "model.compile_backend": "eager",
     "method.name": "pcgrad",
-    "method.options": {"c": 0.1},
+    "method.options": None,  # no method has none; see below
     "method.weights": {"crop": 2.0},
     "method.on_nonfinite": "skip",
     "optimizer.name": "sgd",
