@@ -154,7 +154,7 @@ def _mti(config: str, weights: dict[str, float], *more: Line) -> Released:
 
 
 _UNKNOWN = (
-    "Not confirmed: arXiv 2409.01793, whose data set this is, has released no code that its page or a search of public "
+    "Not confirmed: arXiv 2409.01793, whose experiment this is, has released no code that its page or a search of public "
     "repositories (November 2026) shows, so network and settings are this project's."
 )
 RELEASED: dict[str, Released | str] = {
@@ -199,7 +199,7 @@ RELEASED: dict[str, Released | str] = {
     ),
     "cityscapes-segnet": Released(
         "Cranial-XIX/CAGrad (folder cityscapes), and lorenmt/mtan (folder im2im_pred) for the network",
-        "No code of arXiv 2406.02996 was found, so this is the setting that others compare in; the method's own is not confirmed.",
+        "No code of arXiv 2406.02996 was found, so this is what others compare in; the method's settings are not confirmed.",
         (
             *(
                 Line(what, value, "model_segnet_mt.py", setting)
@@ -219,7 +219,7 @@ RELEASED: dict[str, Released | str] = {
                 "SegNet with MTAN's attention",
                 "model_segnet_mt.py",
                 "model.name",
-                "without attention: the next line's",
+                "no attention, as below",
             ),
             Line("its width", 64, "im2im_pred/model_segnet_split.py", "model.options.width"),
             Line("augmentation", "mirror, scale 1, 1.2 or 1.5", "create_dataset.py", ours="mirror, scale 1 to 1.5"),
