@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from torchmto.checks import shown
 from torchmto.gradients import finite_mark, real
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
@@ -202,10 +203,15 @@ class StepContext:
             head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
+            ValueError: If the weights or the vector have another shape.
             NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
+        if weights is not None or vector is None:
+            _check_shape("weights", "one number per present task", weights, len(gradients.indices))
+        if vector is not None:
+            _check_shape("combined gradient", "one number per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
             weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
@@ -440,3 +446,10 @@ class StepContext:
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )
+
+
+def _check_shape(what: str, about: str, given: object, length: int) -> None:
+    """Raise ValueError unless a method has given a tensor [length]."""
+    if not isinstance(given, Tensor) or given.shape != (length,):
+        shape = f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
+        raise ValueError(f"A method's {what} should be a tensor of shape [{length}], {about}. Found {shape}.")
