@@ -487,3 +487,22 @@ def test_what_a_method_of_ones_own_may_not_return(kind, what):
     ):
         mt.step(closure(model, batch(TASKS)))
     assert same(before, state(mt))
+
+
+@pytest.mark.parametrize("name", ["clip", "weights", "method"])
+def test_attributes_that_would_change_nothing_cant_be_set(name):
+    _, _, mt = make("gd")
+    with pytest.raises(AttributeError, match=name):
+        setattr(mt, name, None)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+@pytest.mark.parametrize("case", ["replaced", "added"])
+def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
+    model, mt = started(method)
+    if case == "replaced":
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        model.trunk = nn.Sequential(model.trunk, nn.Linear(5, 5).double())
+    with pytest.warns(UserWarning, match="isn't in the optimizer"):
+        mt.step(closure(model, batch(TASKS)))

@@ -208,10 +208,11 @@ class StepContext:
         """
         network = self.network
         network.zero_grad()
-        if weights is not None or vector is None:
-            _check_shape("weights", "one number per present task", weights, len(gradients.indices))
-        if vector is not None:
-            _check_shape("combined gradient", "one number per column of the rows", vector, gradients.matrix.shape[1])
+        number = len(gradients.indices)
+        if (weights is not None or vector is None) and not (isinstance(weights, Tensor) and weights.shape == (number,)):
+            raise _wrong_shape("weights", "one number per present task", weights, number)
+        if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
+            raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
             weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
@@ -257,7 +258,9 @@ class StepContext:
         self.network.zero_grad()
         parts, request = self._parts, self._parts.request(tasks, forward, source)
         if parts.carried is not None and not parts.summed:
-            gradients = self.gradients(tasks, forward=forward, source=source)
+            request.combined = False
+            gradients = gradients_with_rows(parts, request)
+            parts.network.warn_of_unshared()
             self.combine(gradients, weigh(gradients.losses, gradients.indices), heads=heads)
             return gradients.all_losses
         if parts.summed:
@@ -304,7 +307,7 @@ class StepContext:
         norm = network.norm(shared)
         if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
             norm = network.exact_norm(shared)
-        scale = network.scale(norm.device)
+        scale = network.scale(norm.device) if self._scaled else None
         if scale is not None:
             norm = norm / scale
         factor = float((largest / norm).clamp_max(1))
@@ -332,6 +335,8 @@ class StepContext:
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
             if not gradients:
+                if losses is not None and losses.indices:
+                    network.warn_of_untrained()
                 if unchecked and losses is not None:
                     finite.losses(losses, losses.raw.tolist())
                 return False
@@ -448,8 +453,7 @@ class StepContext:
         )
 
 
-def _check_shape(what: str, about: str, given: object, length: int) -> None:
-    """Raise ValueError unless a method has given a tensor [length]."""
-    if not isinstance(given, Tensor) or given.shape != (length,):
-        shape = f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
-        raise ValueError(f"A method's {what} should be a tensor of shape [{length}], {about}. Found {shape}.")
+def _wrong_shape(what: str, about: str, given: object, length: int) -> ValueError:
+    """The error of a method that gives something else than a tensor [length]."""
+    shape = f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
+    return ValueError(f"A method's {what} should be a tensor of shape [{length}], {about}. Found {shape}.")
