@@ -1,0 +1,17 @@
+"""A sample of `benchmarks/long_runs.py`."""
+
+import pytest
+
+import torchmto
+from scripts import load_script
+
+long_runs = load_script("benchmarks/long_runs.py")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", torchmto.methods()[4::9])
+def test_nothing_builds_up(name):
+    result = long_runs.run(name, 120)
+    assert long_runs.judge(result) == ""
+    for precision in long_runs.NEAR:
+        assert long_runs.compare(result, long_runs.run(name, 120, precision), precision) == ""
