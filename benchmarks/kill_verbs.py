@@ -147,7 +147,8 @@ def figures(value: Any) -> Any:
 def outcome(out: Path) -> tuple[set[str], dict[str, Any]]:
     """The names of all files, and the figures of each Run."""
     names = {str(path.relative_to(out)) for path in out.rglob("*")}
-    files = [path for path in out.rglob("*.json") if path.parent.name == "runs" or path == out / "results.json"]
+    # What is made of Runs has times in its tables.
+    files = list(out.rglob("runs/*.json")) or [out / "results.json"]
     return names, {str(path.relative_to(out)): figures(json.loads(path.read_text())) for path in files}
 
 
