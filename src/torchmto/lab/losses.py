@@ -17,23 +17,6 @@ from torch.nn import functional
 from torchmto.checks import nearest
 from torchmto.lab.data.base import Task
 
-__all__ = [
-    "OwnLoss",
-    "TaskLoss",
-    "balanced_cross_entropy",
-    "binary_cross_entropy",
-    "class_balanced",
-    "cross_entropy",
-    "focal",
-    "huber",
-    "l1",
-    "labelled_rows",
-    "mse",
-    "normals_cosine",
-    "normals_l1",
-    "task_loss",
-]
-
 Loss = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Loss]
 

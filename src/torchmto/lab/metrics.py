@@ -21,16 +21,12 @@ map               rmse, mae
 ================  ==========================================================================
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torchmto.lab.data.base import Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
-
-__all__ = ["chance_level", "higher_is_better", "metric_names", "primary_metric", "task_metrics"]
 
 _METRICS: dict[str, dict[str, bool]] = {
     "classification": {"accuracy": True, "f1": True},
@@ -63,7 +59,7 @@ def metric_names(kind: str) -> tuple[str, ...]:
     return tuple(_METRICS[kind])
 
 
-def task_metrics(task: Task) -> dict[str, Metric]:
+def task_metrics(task: Task) -> "dict[str, Metric]":
     """New metrics of one task, by name, as listed in this module's docstring.
 
     Args:

@@ -1,7 +1,5 @@
 """Problems and models by reference: a built-in name, ``FILE.py:FUNCTION``, ``package.module:FUNCTION`` or an entry point."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.machinery
@@ -24,16 +22,6 @@ from torchmto.lab.arguments import fitted
 from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, model_options, models
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
-
-__all__ = [
-    "UnknownReferenceError",
-    "build_network",
-    "load_problem",
-    "model_named",
-    "resolve",
-    "source_of",
-    "without_place",
-]
 
 GROUP = "torchmto.problems"
 

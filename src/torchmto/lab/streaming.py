@@ -17,8 +17,6 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
-__all__ = ["METRICS"]
-
 PixelError = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from torchmto.lab.bench.cases import Case
 
-__all__ = ["BOUNDS"]
-
 Step = Callable[[], object]
 
 

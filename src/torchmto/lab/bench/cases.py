@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CASES", "Case", "make_case"]
-
 
 @dataclass
 class Case:

@@ -14,8 +14,6 @@ from torchmto.lab.bench.peers import missing_peers, peer_versions
 from torchmto.lab.bench.timing import Measurement
 from torchmto.lab.terminal import FittedTable
 
-__all__ = ["table", "write_json", "write_plot"]
-
 SCHEMA_VERSION = 1
 
 

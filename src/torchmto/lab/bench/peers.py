@@ -10,8 +10,6 @@ import torch
 from torchmto.lab.bench.bounds import Step
 from torchmto.lab.bench.cases import Case
 
-__all__ = ["missing_peers", "peer_names", "peer_step", "peer_versions"]
-
 _TORCHJD = {
     "upgrad": "UPGrad",
     "pcgrad": "PCGrad",

@@ -17,8 +17,6 @@ from torchmto.lab.bench.cases import make_case
 from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
 from torchmto.lab.memory import PeakMemory, tensor_peak
 
-__all__ = ["Measurement", "measure_memory", "measure_times"]
-
 REFERENCES = ("gd*", "lb*", "lbm*")
 
 

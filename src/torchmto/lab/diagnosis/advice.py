@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 from torchmto.lab.diagnosis.measurements import Margins, Measurements
 
-__all__ = ["Diagnosis", "Finding", "Plan", "Suggestion", "Thresholds", "advise"]
-
 Kind = Literal["fine", "note", "warning"]
 
 

@@ -15,8 +15,6 @@ from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.random_state import seed_everything
 from torchmto.structure import has_split_norms
 
-__all__ = ["Report", "diagnose", "probe_config"]
-
 
 class _Batches:
     """Closures of the training batches, epoch after epoch."""

@@ -6,20 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "DECODERS",
-    "ConvNorm",
-    "DeepLabDecoder",
-    "DenseHead",
-    "DropPath",
-    "FPNDecoder",
-    "LinearDecoder",
-    "MLPDecoder",
-    "PooledHead",
-    "init_convs",
-    "resize",
-]
-
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """``x`` at the height and width of ``like``, bilinear."""

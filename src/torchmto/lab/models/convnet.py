@@ -8,8 +8,6 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.blocks import ConvNorm, DenseHead, PooledHead, init_convs
 
-__all__ = ["ConvNetTrunk", "SegNetTrunk", "convnet", "segnet"]
-
 
 class ConvNetTrunk(Trunk):
     """3x3 convolutions with BatchNorm and ReLU, and a pooling after each that leaves at least 2 pixels.

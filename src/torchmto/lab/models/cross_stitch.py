@@ -14,8 +14,6 @@ from torchmto.lab.models.blocks import DenseHead, PooledHead
 from torchmto.lab.models.convnet import ConvNetTrunk
 from torchmto.lab.models.mlp import MLPTrunk
 
-__all__ = ["CrossStitch", "cross_stitch"]
-
 
 class _CrossStitchTrunk(Trunk):
     """Columns of equal layers; after each, every column becomes a learnt mixture of all."""

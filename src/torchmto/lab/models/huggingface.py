@@ -11,8 +11,6 @@ from torchmto.lab.models.base import Trunk
 from torchmto.lab.models.blocks import DropPath
 from torchmto.lab.models.weights import load_weights
 
-__all__ = ["BACKBONES", "VITS", "HuggingFaceTrunk", "ViTTrunk", "local_backbone", "named_backbone", "vit"]
-
 # name -> (model type, configuration)
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("resnet", {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}),

@@ -12,8 +12,6 @@ from torchmto.lab.models.blocks import ConvNorm, MLPDecoder, resize
 from torchmto.lab.models.hrnet import BasicBlock
 from torchmto.structure import active_task, has_split_norms
 
-__all__ = ["MTINet"]
-
 
 class _InitialPrediction(nn.Module):
     """At one scale: features for each task from the trunk's map and what the coarser scale passes on."""

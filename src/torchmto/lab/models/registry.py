@@ -23,8 +23,6 @@ from torchmto.lab.models.mtinet import MTINet
 from torchmto.lab.models.weights import load_weights
 from torchmto.structure import split_norms
 
-__all__ = ["build_model", "model_options", "models"]
-
 Builder = Callable[..., MultiTaskModel]
 
 

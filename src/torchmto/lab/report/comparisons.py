@@ -13,8 +13,6 @@ from torchmto.lab.grid.versus import versus
 from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["comparison_study", "warnings"]
-
 Content = Mapping[str, Any]
 """Of a run's file, see `_read_run`."""
 

@@ -1,7 +1,5 @@
 """The training runs of an experiment: each arm is one comparison of `torchmto.lab.grid` in a folder of its own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +18,6 @@ from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatche
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import RunConfig, config_of
-
-__all__ = ["ArmResult", "Context", "check_arm", "run_arms"]
 
 Result = Mapping[str, Any]
 
