@@ -101,18 +101,8 @@ def load(
     generator = np.random.default_rng((seed, 1))
     parts = split_sources(labels, (0.6, 0.2, 0.2), seed)
 
-    def compose(part: NDArray[np.int64], size: int) -> TensorData:
-        return _compose(images[part], labels[part], size, generator)
-
+    counts, shape = (train, validation, test), (1, HEIGHT, WIDTH)
+    data = [_compose(images[p], labels[p], count, generator) for p, count in zip(parts, counts, strict=True)]
     return Problem(
-        TASKS,
-        name="digits",
-        train=compose(parts[0], train),
-        validation=compose(parts[1], validation),
-        test=compose(parts[2], test),
-        input_shape=(1, HEIGHT, WIDTH),
-        model="convnet",
-        citation=CITATION,
-        mean=(0.2,),
-        std=(0.34,),
+        TASKS, *data, "convnet", name="digits", input_shape=shape, citation=CITATION, mean=(0.2,), std=(0.34,)
     )

@@ -336,12 +336,10 @@ def load(
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
     return Problem(
         TASKS,
+        *(Rooms(count, seed, stream, size) for stream, count in enumerate((train, validation, test))),
+        "segnet",
         name="rooms",
-        train=Rooms(train, seed, 0, size),
-        validation=Rooms(validation, seed, 1, size),
-        test=Rooms(test, seed, 2, size),
         input_shape=(3, *size),
-        model="segnet",
         citation="torchmto's own renderer",
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
