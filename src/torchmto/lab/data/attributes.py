@@ -72,7 +72,9 @@ def load(
 
     return Problem(
         tasks,
-        *map(part, (train, validation, test)),
+        part(train),
+        part(validation),
+        part(test),
         "convnet",
         name="attributes",
         input_shape=(3, SIZE, SIZE),

@@ -101,8 +101,18 @@ def load(
     generator = np.random.default_rng((seed, 1))
     parts = split_sources(labels, (0.6, 0.2, 0.2), seed)
 
-    counts, shape = (train, validation, test), (1, HEIGHT, WIDTH)
-    data = [_compose(images[p], labels[p], count, generator) for p, count in zip(parts, counts, strict=True)]
+    def compose(part: NDArray[np.int64], size: int) -> TensorData:
+        return _compose(images[part], labels[part], size, generator)
+
     return Problem(
-        TASKS, *data, "convnet", name="digits", input_shape=shape, citation=CITATION, mean=(0.2,), std=(0.34,)
+        TASKS,
+        compose(parts[0], train),
+        compose(parts[1], validation),
+        compose(parts[2], test),
+        "convnet",
+        name="digits",
+        input_shape=(1, HEIGHT, WIDTH),
+        citation=CITATION,
+        mean=(0.2,),
+        std=(0.34,),
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import label_edges, resize_image, resize_target
@@ -31,7 +32,7 @@ def mtan_split(
 
     def read(name: str) -> Sample:
         pixels = np.round(np.clip(load_array(folder / "image" / name, dataset), 0, 1) * 255).astype(np.uint8)
-        targets = {}
+        targets: dict[str, Tensor] = {}
         for task in tasks:
             if task.name not in stored:
                 targets[task.name] = label_edges(targets["segmentation"])

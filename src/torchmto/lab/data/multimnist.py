@@ -130,10 +130,18 @@ def _composed(
             sources[2].append(_pictures(folder, "t10k", name))
         generator = np.random.default_rng((seed, 1))
         counts = (train, validation, test)
-        parts = [_compose(pair, tasks, count, generator) for pair, count in zip(sources, counts, strict=True)]
-        shape = (1, CANVAS, CANVAS)
+        first, second, third = (_compose(pair, tasks, n, generator) for pair, n in zip(sources, counts, strict=True))
         return Problem(
-            tasks, *parts, "convnet", name=name, input_shape=shape, citation=CITATION, mean=(0.2,), std=(0.33,)
+            tasks,
+            first,
+            second,
+            third,
+            "convnet",
+            name=name,
+            input_shape=(1, CANVAS, CANVAS),
+            citation=CITATION,
+            mean=(0.2,),
+            std=(0.33,),
         )
 
 

@@ -336,7 +336,9 @@ def load(
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
     return Problem(
         TASKS,
-        *(Rooms(count, seed, stream, size) for stream, count in enumerate((train, validation, test))),
+        Rooms(train, seed, 0, size),
+        Rooms(validation, seed, 1, size),
+        Rooms(test, seed, 2, size),
         "segnet",
         name="rooms",
         input_shape=(3, *size),

@@ -73,8 +73,8 @@ def _bundle(
         chosen = torch.from_numpy(rows)
         return TensorData(tasks, stored[chosen], {task.name: columns[k, chosen] for k, task in enumerate(tasks)})
 
-    shape = (inputs.shape[1],)
-    return Problem(tuple(tasks), *map(part, parts), "mlp", name=name, input_shape=shape, citation=citation)
+    data, shape = (part(parts[0]), part(parts[1]), part(parts[2])), (inputs.shape[1],)
+    return Problem(tuple(tasks), *data, "mlp", name=name, input_shape=shape, citation=citation)
 
 
 def _open_text(path: Path) -> io.TextIOBase:

@@ -109,10 +109,11 @@ def model_options(name: str) -> dict[str, Any]:
     """
     if name not in _BUILDERS:
         raise ValueError(found("name", f"one of {', '.join(_BUILDERS)}", name) + nearest(name, _BUILDERS))
-    builder = _BUILDERS[name]
-    decoded = isinstance(builder, _Decoded)
-    parameters = inspect.signature(builder.trunk if decoded else builder).parameters.values()
-    of_decoder = {"decoder": builder.decoder, "decoder_width": builder.width} if decoded else {}
+    builder: Callable[..., Any] = _BUILDERS[name]
+    of_decoder = {}
+    if isinstance(builder, _Decoded):
+        of_decoder, builder = {"decoder": builder.decoder, "decoder_width": builder.width}, builder.trunk
+    parameters = inspect.signature(builder).parameters.values()
     return of_decoder | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
