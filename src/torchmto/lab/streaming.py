@@ -422,47 +422,33 @@ def _answers(metric: type[Metric]) -> MetricFactory:
     return lambda _: metric(validate_args=False)
 
 
+_ERRORS: dict[str, MetricFactory] = {"rmse": _mean(squared_error, root=True), "mae": _mean(absolute_error)}
 METRICS: dict[str, dict[str, MetricFactory]] = {
     "classification": {
         "accuracy": _multiclass(tm.MulticlassAccuracy, average="micro"),
         "f1": _multiclass(tm.MulticlassF1Score, average="macro"),
     },
-    "binary": {
-        "accuracy": _answers(BinaryAccuracy),
-        "f1": _answers(BinaryF1),
-        "auroc": _answers(BinaryAuroc),
-    },
-    "regression": {
-        "rmse": _mean(squared_error, root=True),
-        "mae": _mean(absolute_error),
-        "r2": R2,
-    },
+    "binary": {"accuracy": _answers(BinaryAccuracy), "f1": _answers(BinaryF1), "auroc": _answers(BinaryAuroc)},
+    "regression": {**_ERRORS, "r2": R2},
     "segmentation": {
         "mIoU": _multiclass(tm.MulticlassJaccardIndex, average="macro"),
         "pixel_accuracy": _multiclass(tm.MulticlassAccuracy, average="micro"),
         "mean_accuracy": _multiclass(MeanAccuracy),
     },
     "depth": {
-        "rmse": _mean(squared_error, root=True),
-        "abs_error": _mean(absolute_error),
+        "rmse": _ERRORS["rmse"],
+        "abs_error": _ERRORS["mae"],
         "rel_error": _mean(relative_error),
-        "delta1": _mean(partial(within_ratio, threshold=1.25)),
-        "delta2": _mean(partial(within_ratio, threshold=1.25**2)),
-        "delta3": _mean(partial(within_ratio, threshold=1.25**3)),
+        **{f"delta{k}": _mean(partial(within_ratio, threshold=1.25**k)) for k in (1, 2, 3)},
     },
     "normals": {
         "mean_angle": _mean(angle),
         "median_angle": MedianAngle,
-        "within_11.25": _mean(partial(within_angle, threshold=11.25)),
-        "within_22.5": _mean(partial(within_angle, threshold=22.5)),
-        "within_30": _mean(partial(within_angle, threshold=30.0)),
+        **{f"within_{limit:g}": _mean(partial(within_angle, threshold=limit)) for limit in (11.25, 22.5, 30.0)},
     },
     "edges": {"odsF": _edges},
     "saliency": {"mIoU": SaliencyIoU, "maxF": MaxF},
-    "map": {
-        "rmse": _mean(squared_error, root=True),
-        "mae": _mean(absolute_error),
-    },
+    "map": _ERRORS,
     "own": {},
 }
 """Kind -> metric -> how to make it, in the order of `torchmto.lab.metrics`."""
