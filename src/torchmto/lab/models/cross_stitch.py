@@ -19,9 +19,8 @@ class _CrossStitchTrunk(Trunk):
 
     def __init__(self, columns: Sequence[MLPTrunk | ConvNetTrunk], own: float) -> None:
         super().__init__()
-        self.rows = nn.ModuleList(
-            [nn.ModuleList(row) for row in zip(*(column.layers for column in columns), strict=True)]
-        )
+        rows = zip(*(column.layers for column in columns), strict=True)
+        self.rows: Any = nn.ModuleList([nn.ModuleList(row) for row in rows])
         self.channels = columns[0].channels
         self.flat = isinstance(columns[0], MLPTrunk)
         count = len(columns)
@@ -32,19 +31,14 @@ class _CrossStitchTrunk(Trunk):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The last features of each column."""
         maps = [x.flatten(1) if self.flat else x] * len(self.mixtures[0])
-        for mixture, row in zip(self.mixtures, self._rows(), strict=True):
+        for mixture, row in zip(self.mixtures, self.rows, strict=True):
             outputs = torch.stack([layer(y) for layer, y in zip(row, maps, strict=True)])
             maps = list(torch.einsum("ij,j...->i...", mixture, outputs))
         return tuple(maps)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The layers of all columns."""
-        yield from chain.from_iterable(self._rows())
-
-    def _rows(self) -> Iterator[nn.ModuleList]:
-        for row in self.rows:
-            assert isinstance(row, nn.ModuleList)
-            yield row
+        yield from chain.from_iterable(self.rows)
 
 
 class CrossStitch(MultiTaskModel):

@@ -103,16 +103,12 @@ class EfficientNetTrunk(Trunk):
         self.stem = nn.Sequential(*_conv(inputs, _STEM, 3, stride=2), nn.ReLU6(inplace=True))
         stages, before = [], _STEM
         for kernel, stride, expansion, channels, blocks in _STAGES:
-            shapes = [(before, stride), *[(channels, 1)] * (blocks - 1)]
-            stages.append(
-                nn.Sequential(
-                    *(
-                        _InvertedResidual(width, channels, kernel, stride=step, expansion=expansion)
-                        for width, step in shapes
-                    )
-                )
-            )
-            before = channels
+            stage = nn.Sequential()
+            for block in range(blocks):
+                step = stride if block == 0 else 1
+                stage.append(_InvertedResidual(before, channels, kernel, stride=step, expansion=expansion))
+                before = channels
+            stages.append(stage)
         self.stages = nn.ModuleList(stages)
         self.channels = tuple(_STAGES[i][3] for i in _MAPS)
         if stored is not None:
@@ -147,9 +143,7 @@ class EfficientNetTrunk(Trunk):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The inverted residual blocks."""
-        for module in self.modules():
-            if isinstance(module, _InvertedResidual):
-                yield module
+        return (module for module in self.modules() if isinstance(module, _InvertedResidual))
 
 
 def _released_weights() -> dict[str, Tensor]:

@@ -58,12 +58,9 @@ class _Exchange(nn.Module):
         self.branches = nn.ModuleList(
             [nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks))) for width in widths]
         )
-        self.fuse_layers = nn.ModuleList(
-            [
-                nn.ModuleList([_path(widths, source, target) for source in range(len(widths))])
-                for target in range(len(widths))
-            ]
-        )
+        places = range(len(widths))
+        paths = [nn.ModuleList([_path(widths, source, target) for source in places]) for target in places]
+        self.fuse_layers = nn.ModuleList(paths)
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
@@ -153,9 +150,7 @@ class HRNetTrunk(Trunk):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The residual blocks."""
-        for module in self.modules():
-            if isinstance(module, _Residual):
-                yield module
+        return (module for module in self.modules() if isinstance(module, _Residual))
 
 
 def _stage(widths: Sequence[int], modules: int, blocks: int) -> nn.Sequential:

@@ -228,19 +228,14 @@ def vit(
         raise ValueError(
             f"A ViT's input should have sides that are multiples of `patch = {patch}`. Found {height} x {width}."
         )
-    entries = {
-        "num_channels": channels,
-        "image_size": (height, width),
-        "patch_size": patch,
-        **VITS[name],
-        **(config or {}),
-    }
+    own = config or {}
     if weights is not None and Path(weights).is_dir():
         model = transformers.ViTModel.from_pretrained(
-            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **(config or {})
+            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **own
         )
         return ViTTrunk(model, drop_path)
-    model = transformers.ViTModel(transformers.ViTConfig(**entries), add_pooling_layer=False)
+    image = {"num_channels": channels, "image_size": (height, width), "patch_size": patch}
+    model = transformers.ViTModel(transformers.ViTConfig(**{**image, **VITS[name], **own}), add_pooling_layer=False)
     if weights is not None:
         load_weights(model, weights, prefixes=("vit.",))
     return ViTTrunk(model, drop_path)
