@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def write_json(path: Path, results: Sequence[Measurement], settings: dict[str, A
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if str(settings["device"]).startswith("cuda") else "cpu",
         },
-        "results": [entry.as_dict() for entry in results],
+        "results": [asdict(entry) for entry in results],
     }
     write_bytes(path, (json.dumps(document, indent=1) + "\n").encode())
 

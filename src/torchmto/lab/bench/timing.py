@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
@@ -56,10 +56,6 @@ class Measurement:
     peak_bytes: int | None = None
     tensor_bytes: int | None = None
     failed: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def _clock(device: str, kind: str) -> float:

@@ -158,17 +158,13 @@ class MultiTaskDataset(Dataset[Batch], ABC):
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"Sample {index} of a data set with {len(self)} samples.")
-        batch = self.batch(torch.tensor([index % len(self)]))
-        return Batch(input=batch["input"][0], targets={name: target[0] for name, target in batch["targets"].items()})
+        return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
         batch = self.batch(torch.as_tensor(indices, dtype=torch.int64))
+        targets = batch["targets"].items()
         return [
-            Batch(
-                input=batch["input"][i],
-                targets={name: target[i] for name, target in batch["targets"].items()},
-            )
-            for i in range(len(indices))
+            Batch(input=x, targets={name: target[i] for name, target in targets}) for i, x in enumerate(batch["input"])
         ]
 
 
