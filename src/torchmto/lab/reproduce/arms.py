@@ -242,12 +242,7 @@ def _tune(
             context.say(f"  {error}")
         return results, {run_key(run): text for run, text in error.failures} if error else {}
 
-    found: Tuning = tune(short, grid_problem(short), listed(recipe.tune), attempt)
+    found: Tuning = tune(short, _settled(short.run)[0], listed(recipe.tune), attempt)
     if not found.complete:
         return None
     return replace(experiment, chosen=found.chosen), found.failed
-
-
-def grid_problem(experiment: Experiment) -> Problem:
-    """What an arm learns."""
-    return _settled(experiment.run)[0]
