@@ -191,9 +191,4 @@ class LinearDecoder(nn.Module):
         return self.predict(torch.cat([resize(x, features[0]) for x in features], dim=1))  # type: ignore[no-any-return]
 
 
-DECODERS: dict[str, type[MLPDecoder | FPNDecoder | DeepLabDecoder | LinearDecoder]] = {
-    "mlp": MLPDecoder,
-    "fpn": FPNDecoder,
-    "deeplab": DeepLabDecoder,
-    "linear": LinearDecoder,
-}
+DECODERS = {"mlp": MLPDecoder, "fpn": FPNDecoder, "deeplab": DeepLabDecoder, "linear": LinearDecoder}
