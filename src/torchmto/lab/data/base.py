@@ -42,15 +42,9 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _MISSING: dict[str, float] = {
     "classification": -1,
-    "binary": float("nan"),
-    "regression": float("nan"),
-    "segmentation": 255,
-    "depth": 0.0,
-    "normals": 0.0,
-    "edges": 255,
-    "saliency": 255,
-    "map": float("nan"),
-    "own": float("nan"),
+    **dict.fromkeys(("segmentation", "edges", "saliency"), 255),
+    **dict.fromkeys(("depth", "normals"), 0.0),
+    **dict.fromkeys(("binary", "regression", "map", "own"), float("nan")),
 }
 
 
