@@ -269,6 +269,18 @@ class StepContext:
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
 
+    def check(self, losses: Losses) -> None:
+        """Check and record the losses of a :meth:`backward` whose gradient isn't applied, as :meth:`apply` would.
+
+        Raises:
+            ValueError: If no task was present.
+            NonFiniteError: If a loss isn't finite (see ``on_nonfinite``).
+        """
+        if not losses.indices:
+            self.raise_empty()
+        self._losses, self._unchecked = None, False
+        self._parts.finite.losses(losses, losses.raw.tolist())
+
     def keep(self, weigh: Weigh | None) -> None:
         """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.
 
