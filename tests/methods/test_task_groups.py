@@ -56,6 +56,15 @@ def test_groups_are_updated_one_after_the_other_and_tracked():
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
+def test_a_state_does_not_change_groups_that_were_given():
+    _, saved, _ = setup(groups=[["a", "c"], ["b"], ["d"]])
+    for groups in ("joint", "per_task", [["a"], ["b", "c", "d"]]):
+        _, mt, _ = setup(groups=groups)
+        before = mt.method.current
+        mt.load_state_dict(saved.state_dict())
+        assert mt.method.current == before
+
+
 def test_heads_outside_a_group_are_left_alone():
     model, mt, losses = setup(groups="per_task")
     before = copy.deepcopy(model["heads"]["a"].state_dict())

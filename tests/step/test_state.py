@@ -65,6 +65,18 @@ def test_a_state_that_does_not_fit(case):
     mt.step(closure(model, batch(TASKS)))
 
 
+@pytest.mark.parametrize(("name", "options"), [("task_groups", {"inner": "mgda"}), ("f_mtl", {"apart": True})])
+def test_a_method_inside_is_there_in_both_or_in_neither(name, options):
+    plain = {"task_groups": {}, "f_mtl": {"apart": False}}[name]
+    for here, there in ((plain, options), (options, plain)):
+        _, mt = started(torchmto.make_method(name, **here))
+        _, other = started(torchmto.make_method(name, **there))
+        before = state(mt)
+        with pytest.raises(ValueError, match=r"`(inner|flat)` is a method"):
+            mt.load_state_dict(other.state_dict())
+        assert same(state(mt), before)
+
+
 def test_something_else_than_a_state():
     _, mt = started()
     before = state(mt)
