@@ -38,12 +38,13 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
         return Layerwise(ranks) if name == "layerwise" else Auto() if name == "auto" else None
     if isinstance(features, str):
-        modules = dict(model.named_modules())
-        if features not in modules:
+        try:
+            features = model.get_submodule(features)
+        except AttributeError as error:
+            known = [path for path, _ in model.named_modules()]
             raise ValueError(
-                found("features", "a module or the name of one in the model", features) + nearest(features, modules)
-            )
-        features = modules[features]
+                found("features", "a module or the name of one in the model", features) + nearest(features, known)
+            ) from error
     if not isinstance(features, nn.Module):
         raise TypeError(found("features", 'a module (or its name) for gradients="representation"', features))
     return Representation(features)
