@@ -190,6 +190,10 @@ def test_pivrg_reports() -> None:
         toy.make(made("pivrg", baseline={"a": 1.0}))
     with pytest.raises(ValueError, match=r"`baseline\['a'\]` should be different from 0"):
         made("pivrg", baseline={"a": 0.0})
+    with pytest.raises(ValueError, match="Unknown task `aa` in `higher_is_better`"):
+        toy.make(made("pivrg", baseline=dict.fromkeys("abc", 1.0), higher_is_better={"aa": False}))
+    with pytest.raises(TypeError, match="a bool, or a mapping"):
+        made("pivrg", baseline={"a": 1.0}, higher_is_better={"a": "min"})
     _, _, mt = toy.make("pivrg")
     with pytest.warns(UserWarning, match="no `baseline`"):
         mt.report({"a": 1.0})

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,23 @@ def test_a_method_is_bound_to_one_set_of_tasks():
     make(method)
     with pytest.raises(ValueError, match="already bound to the tasks"):
         make(method, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("uw", {}), ("adatask", {}), ("gradvac", {"groups": "layer"}), ("connection_strength", {})]
+)
+def test_a_method_that_goes_on_with_another_model(name, options):
+    """It says so, and both can be trained."""
+    method = torchmto.make_method(name, **options)
+    model, mt = started(method)
+    with pytest.warns(UserWarning, match="has taken steps on another model"):
+        other, _, second = make(method, model=Toy(TASKS, seed=1))
+    for net, steps in ((other, second), (model, mt)):
+        steps.step(closure(net, batch(TASKS)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another model")
+        make(method, model=other)
+        make(torchmto.make_method(name, **options), model=other)
 
 
 def test_seed():

@@ -144,6 +144,11 @@ class GradNorm(GramianWeighting):
         moved = self.scales.of(chosen).clamp_min(LEAST)
         self.scales.assign(moved * (before.sum() / moved.sum()), chosen)
 
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """The norms of a step that wasn't taken go, too."""
+        super().restore(kept)
+        self._norms = None
+
     def records(self) -> Mapping[str, Any]:
         """The weights after the step."""
         return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}

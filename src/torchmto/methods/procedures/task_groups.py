@@ -205,7 +205,7 @@ class TaskGroups(Procedure):
                 self.affinity.update([name for name in group if name in before], before)
         measure = self.measure_last or (self._alone and self.single == "measure")
         if measure and context.num_optimizer_steps:
-            after = context.losses()
+            after = context.losses(replay="newest")
             values = _named(context, after, after.raw)
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
