@@ -59,6 +59,7 @@ class PerTask(ByTask):
         self.name = name
         self.given = given
         self._values: list[float] | None = None
+        self._common: float
         bounds = {"minimum": minimum, "maximum": maximum, "above": above}
         if common and isinstance(given, Real):
             self._common = check_number(name, given, **bounds)
