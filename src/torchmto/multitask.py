@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
 from torchmto.step import Network, StepContext, StepInfo
@@ -28,6 +29,9 @@ STATE_VERSION = 1
 _DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers of a first step: the gradients that are there afterwards are a step's own."""
 
+_STEPPED_ON: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The model that a method has taken a step on."""
+
 ENGINES = ("auto", "parameters", "layerwise", "representation")
 
 
@@ -38,12 +42,13 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
         return Layerwise(ranks) if name == "layerwise" else Auto() if name == "auto" else None
     if isinstance(features, str):
-        modules = dict(model.named_modules())
-        if features not in modules:
+        try:
+            features = model.get_submodule(features)
+        except AttributeError as error:
+            known = [path for path, _ in model.named_modules()]
             raise ValueError(
-                found("features", "a module or the name of one in the model", features) + nearest(features, modules)
-            )
-        features = modules[features]
+                found("features", "a module or the name of one in the model", features) + nearest(features, known)
+            ) from error
     if not isinstance(features, nn.Module):
         raise TypeError(found("features", 'a module (or its name) for gradients="representation"', features))
     return Representation(features)
@@ -196,6 +201,7 @@ class MultiTask:
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
+        self._warn_of_another_model(parts)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -533,6 +539,8 @@ class MultiTask:
         if not self._driven:
             self._warn_of_gradients()
             self._driven = True
+            model = weakref.ref(compiled_inside(network.model))
+            _STEPPED_ON.update({part: model for whole in self._methods for part in whole.parts()})
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
@@ -552,6 +560,18 @@ class MultiTask:
             carried=carried,
             summed=summed,
         )
+
+    def _warn_of_another_model(self, parts: Sequence[Method]) -> None:
+        """What a method has learnt on one model goes on with the next."""
+        model = compiled_inside(self.network.model)
+        for part in parts:
+            # Without states of its own there is nothing beside the random generator.
+            if part in _STEPPED_ON and _STEPPED_ON[part]() is not model and len(part.state_dict()) > 1:
+                warn(
+                    f"Method `{part.name}` has taken steps on another model, and goes on with what it learnt there. Give every "
+                    "model (of a fold, of a seed) a method of its own."
+                )
+                break
 
     def _warn_of_gradients(self) -> None:
         """Before an optimizer's first step: gradients that are there were set by somebody else."""

@@ -534,6 +534,9 @@ def test_gradnorm_on_a_layer():
     mt.step(closure(model, data))
     assert method.scales.values.sum().item() == pytest.approx(3)
     assert whole.method.layer is None
+    model.trunk[0] = Toy(TASKS, seed=3).trunk[0]
+    mt.network.optimizers.all[0].param_groups[0]["params"] = list(model.parameters())
+    mt.step(closure(model, data))  # finds the layer that took its place
     with pytest.raises(ValueError, match="path of a module"):
         torchmto.MultiTask(model, mt.network.optimizers.all[0], tasks=TASKS, method=make("gradnorm", layer="nowhere"))
     wrong = torchmto.MultiTask(

@@ -363,6 +363,12 @@ def test_options_of_gramian_methods(options, error, message):
         ({"priority": 3}, TypeError, "Parameter `priority`"),
         ({"priority": "performance"}, ValueError, "Parameter `baseline`"),
         ({"priority": "performance", "baseline": {"a": 0.0}}, ValueError, "different from 0"),
+        ({"baseline": {"a": 1.0}}, ValueError, "None unless priority='performance'"),
+        (
+            {"priority": "performance", "baseline": {"a": 1.0}, "higher_is_better": "min"},
+            TypeError,
+            "a bool, or a mapping",
+        ),
         ({"mode": "both"}, ValueError, "Parameter `mode`"),
         ({"gamma": "x"}, TypeError, "Parameter `gamma`"),
         ({"window": 0}, ValueError, "Parameter `window`"),
@@ -379,6 +385,10 @@ def test_options_of_wpcgrad(options, error, message):
         ({"priority": {"a": 0.5, "x": 0.5}}, "Unknown task `x` in `priority`"),
         ({"priority": [0.5, 0.5]}, "sequence of 3 probabilities"),
         ({"priority": "performance", "baseline": {"a": 1.0}}, "exactly the tasks"),
+        (
+            {"priority": "performance", "baseline": dict.fromkeys(TASKS, 1.0), "higher_is_better": {"aa": False}},
+            "Unknown task `aa` in `higher_is_better`",
+        ),
     ],
 )
 def test_priorities_must_fit_the_tasks(options, message):

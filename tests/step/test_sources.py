@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def test_micro_batches_equal_one_batch(method, ready):
 
 
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
-@pytest.mark.parametrize("count", [int, float, torch.tensor])
+@pytest.mark.parametrize("count", [int, float, torch.tensor, np.int64, np.float32])
 def test_counts_weight_unequal_micro_batches(method, count):
     x, targets = batch(TASKS)
 

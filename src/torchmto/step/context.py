@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,7 +104,9 @@ class StepContext:
         """Raise the error of a batch without any loss."""
         raise empty_batch(self.asked)
 
-    def losses(self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool = True) -> Losses:
+    def losses(
+        self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool | Literal["newest"] = True
+    ) -> Losses:
         """The losses of ``tasks`` by an extra forward without gradient that leaves the model's buffers as they were.
 
         Averaged over micro-batches and ranks.
@@ -112,8 +114,8 @@ class StepContext:
         Args:
             tasks: Default all this step asks for.
             source: Which independent batch.
-            replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
-                state back; else draw new noise (unless ``same_noise`` is on).
+            replay: Replay the random state of the step's own forward (the first of these tasks, or the "newest"), so that
+                dropout masks are the same, and put the random state back; else draw new noise (unless ``same_noise`` is on).
         """
         parts = self._parts
         parts.reduction.doing = "losses"
@@ -271,6 +273,18 @@ class StepContext:
         self.network.warn_of_unshared()
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
+
+    def check(self, losses: Losses) -> None:
+        """Check and record the losses of a :meth:`backward` whose gradient isn't applied, as :meth:`apply` would.
+
+        Raises:
+            ValueError: If no task was present.
+            NonFiniteError: If a loss isn't finite (see ``on_nonfinite``).
+        """
+        if not losses.indices:
+            self.raise_empty()
+        self._losses, self._unchecked = None, False
+        self._parts.finite.losses(losses, losses.raw.tolist())
 
     def keep(self, weigh: Weigh | None) -> None:
         """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.

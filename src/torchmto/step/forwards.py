@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _counted(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:
     if len(value) != 2:
         raise ValueError(f"Task `{task}` should bring `loss` or `(loss, count)`. Found {len(value)} values.")
     loss, count = value
-    count = float(count) if isinstance(count, int | float | Tensor) else count
+    count = float(count) if isinstance(count, Real | Tensor) else count
     if not isinstance(count, float) or not 0 <= count < float("inf"):
         raise ValueError(f"The count of task `{task}` should be a non-negative number. Found {count!r}.")
     return loss, count
