@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from torchmto import solvers
-from torchmto.structure import normalized_affinity, top_priority
+from torchmto.structure import ProximalAffinity, normalized_affinity, scaled_strength, top_priority
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -49,3 +49,20 @@ def test_affinities_by_column():
 def test_a_tie_is_a_part_of_the_larger_share():
     shares = torch.tensor([[0.25, 0.25], [0.2, 0.24]])
     assert top_priority(shares, tie=0.1).tolist() == [0, -1]
+
+
+def test_strengths_are_in_double_precision():
+    assert scaled_strength(torch.ones(1, 2), torch.ones(1, 1)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: solvers.sdmgrad(np.ones((2, 3))), "cross_gramian"),
+        (lambda: solvers.sdmgrad(np.eye(2), momentum=-1.0), "momentum"),
+        (lambda: ProximalAffinity(["a", "b"], decay=1.5), "decay"),
+    ],
+)
+def test_what_is_wrong_is_named(call, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        call()
