@@ -155,7 +155,7 @@ class MultiTask:
         optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         _check_parts(model, optimizers, scaler, seed)
         self.tasks = check_tasks(tasks)
-        self.clip = None if clip is None else check_number("clip", clip, above=0)
+        self._clip = None if clip is None else check_number("clip", clip, above=0)
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.same_noise = bool(same_noise)
         if isinstance(method, str):
@@ -163,7 +163,7 @@ class MultiTask:
         if not isinstance(method, Method):
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self._method = method
-        self.weights = self._check_weights(weights)
+        self._weights = self._check_weights(weights)
         weighting = [self.weights] if isinstance(self.weights, LossWeighting) else []
         self._methods: tuple[Method, ...] = (method, *weighting)
         parts = [part for whole in self._methods for part in whole.parts()]
@@ -179,7 +179,7 @@ class MultiTask:
             num_tasks=len(self.tasks),
             shared=shared,
             scaler=scaler,
-            clip=self.clip,
+            clip=self._clip,
             ranks=ranks,
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
@@ -209,6 +209,29 @@ class MultiTask:
     def method(self) -> Method:
         """The method, for as long as this object lives: another one needs another ``MultiTask``."""
         return self._method
+
+    @property
+    def weights(self) -> dict[str, float] | LossWeighting | None:
+        """The loss weights, a mapping of all tasks whose numbers may be changed between steps, or a loss weighting."""
+        return self._weights
+
+    @property
+    def clip(self) -> float | None:
+        """The largest norm of the gradient, for as long as this object lives."""
+        return self._clip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy.
+
+        Raises:
+            RuntimeError: In the middle of an accumulated batch, whose gradients belong to the original's parameters.
+        """
+        if self._carried is not None:
+            raise RuntimeError(
+                "A MultiTask can't be copied in the middle of an accumulated batch. Call `mt.backward(losses)` for the last "
+                "micro-batch first."
+            )
+        return self.__dict__
 
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""
@@ -459,8 +482,8 @@ class MultiTask:
                 context.raise_empty()
             if context.skipped and context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=context.overflowed)
-            elif isinstance(self.weights, LossWeighting):
-                self.weights.after_step(context.unweighted(), context)
+            elif isinstance(self._weights, LossWeighting):
+                self._weights.after_step(context.unweighted(), context)
         except SkippedError as skipped:
             if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=skipped.overflow)

@@ -448,7 +448,13 @@ class LossWeighting(Method):
         """The weights of the losses in the update, [k]: the gradient of the objective."""
         with torch.enable_grad():
             values = losses.detach().requires_grad_()
-            (weights,) = torch.autograd.grad(self.objective(values, indices), values)
+            objective: object = self.objective(values, indices)
+            if not isinstance(objective, Tensor) or objective.ndim or not objective.requires_grad:
+                raise ValueError(
+                    f"Method `{self.name}`: `objective` should return a scalar tensor that depends on the losses it is given. "
+                    f"Found {shown(objective)}."
+                )
+            (weights,) = torch.autograd.grad(objective, values)
         return weights
 
     def cost(self, num_tasks: int) -> Cost:

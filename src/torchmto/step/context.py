@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from torchmto.checks import shown
 from torchmto.gradients import finite_mark, real
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
@@ -202,10 +203,16 @@ class StepContext:
             head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
+            ValueError: If the weights or the vector have another shape.
             NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
+        number = len(gradients.indices)
+        if (weights is not None or vector is None) and not (isinstance(weights, Tensor) and weights.shape == (number,)):
+            raise _wrong_shape("weights", "one number per present task", weights, number)
+        if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
+            raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
             weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
@@ -251,7 +258,9 @@ class StepContext:
         self.network.zero_grad()
         parts, request = self._parts, self._parts.request(tasks, forward, source)
         if parts.carried is not None and not parts.summed:
-            gradients = self.gradients(tasks, forward=forward, source=source)
+            request.combined = False
+            gradients = gradients_with_rows(parts, request)
+            parts.network.warn_of_unshared()
             self.combine(gradients, weigh(gradients.losses, gradients.indices), heads=heads)
             return gradients.all_losses
         if parts.summed:
@@ -298,7 +307,7 @@ class StepContext:
         norm = network.norm(shared)
         if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
             norm = network.exact_norm(shared)
-        scale = network.scale(norm.device)
+        scale = network.scale(norm.device) if self._scaled else None
         if scale is not None:
             norm = norm / scale
         factor = float((largest / norm).clamp_max(1))
@@ -326,6 +335,8 @@ class StepContext:
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
             if not gradients:
+                if losses is not None and losses.indices:
+                    network.warn_of_untrained()
                 if unchecked and losses is not None:
                     finite.losses(losses, losses.raw.tolist())
                 return False
@@ -440,3 +451,9 @@ class StepContext:
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )
+
+
+def _wrong_shape(what: str, about: str, given: object, length: int) -> ValueError:
+    """The error of a method that gives something else than a tensor [length]."""
+    shape = f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
+    return ValueError(f"A method's {what} should be a tensor of shape [{length}], {about}. Found {shape}.")

@@ -11,12 +11,14 @@ from torchmto.undo import BufferSnapshot
 State = tuple[Tensor, list[Tensor]]
 
 
-def _get() -> State:
+def random_state() -> State:
+    """That of torch's generators now."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), cuda
 
 
-def _set(state: State) -> None:
+def set_random_state(state: State) -> None:
+    """Put an earlier one back."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
@@ -46,11 +48,11 @@ class Noise:
         """
         known = self._states.get(key)
         if known is not None and self._same:
-            _set(known)
+            set_random_state(known)
         elif known is not None and self._replaying:
-            _set(self._states_of.get((key, names), known))
+            set_random_state(self._states_of.get((key, names), known))
         elif self._keep and not self._replaying and (key, names) not in self._states_of:
-            self._states_of[key, names] = _get()
+            self._states_of[key, names] = random_state()
             self._states.setdefault(key, self._states_of[key, names])
 
     @contextlib.contextmanager
@@ -81,11 +83,11 @@ class Noise:
     def attempt(self) -> Iterator[Callable[..., None]]:
         """Gives a function that puts buffers and random state back to where they were at the start."""
         self._buffers.take()
-        state = _get()
+        state = random_state()
 
         def undo(keep_random_state: bool = False) -> None:
             self._buffers.restore()
             if not keep_random_state:
-                _set(state)
+                set_random_state(state)
 
         yield undo
