@@ -376,8 +376,8 @@ class Network:
             for parameter in given:
                 if parameter.grad is not None and parameter.grad.is_conj():
                     parameter.grad = parameter.grad.resolve_conj()
-        gradients = [p.grad for p in given if p.grad is not None]
-        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+        set_now = [gradient for p in given if (gradient := p.grad) is not None]
+        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
         return [real(gradient) for gradient in gradients] if self._complex else gradients
 
     def look(self, chunk: Chunk) -> None:
