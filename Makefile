@@ -3,7 +3,8 @@
 # make test-all   the same with the slow tests: clusters, launchers, kills of real processes
 # make docs   the generated pages, then the documentation site in site/, which opens without a server
 # make coverage   how much of the core's lines the tests run (those for CUDA apart)
-# make audit   known weaknesses of the pinned dependencies, and their list (SBOM) in dist/sbom.json; needs a network
+# make lock   the exact versions and hashes of all that continuous integration installs, in constraints-hashed.txt
+# make audit   known weaknesses of these, and their list (SBOM) in dist/sbom.json; needs a network
 #
 # All set up their own environment in .venv first, once: it needs Python 3.11 or newer (or PYTHON=path/to/python).
 
@@ -11,7 +12,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup demo test test-all docs coverage audit clean
+.PHONY: help setup demo test test-all docs coverage lock audit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ DEMO_OUT ?= runs/demo
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
 
 setup: $(STAMP)
 
@@ -66,11 +67,20 @@ coverage: $(STAMP)
 	    tests/methods tests/solvers tests/step tests/structure
 	$(BIN)/coverage report --omit='*/lab/*,*/cli/*,*/integrations/*' --show-missing --skip-covered
 
+# Without torch, whose builds differ (CPU, CUDA): `make setup` installs the one that constraints.txt names.
+lock: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev -c constraints.txt --generate-hashes --no-annotate \
+	    --python-platform x86_64-manylinux_2_28 --python-version 3.11.9 --no-emit-package torch \
+	    --custom-compile-command "make lock" --output-file constraints-hashed.txt
+
+# Strict: what the service doesn't know, or can't be asked about, is a failure.
 audit: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip-audit
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt cyclonedx-bom pip-audit
 	mkdir -p dist
-	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
-	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip --format cyclonedx-json --output dist/sbom.json
+	{ grep '^torch==' constraints.txt; sed -n 's/^\([a-zA-Z0-9].*==[^ ]*\).*/\1/p' constraints-hashed.txt; } > dist/locked.txt
+	$(BIN)/cyclonedx-py requirements dist/locked.txt --pyproject pyproject.toml --output-file dist/sbom.json
+	$(BIN)/pip-audit -r dist/locked.txt --no-deps --disable-pip --strict
 
 clean:
 	@rm -rf $(VENV) runs dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis

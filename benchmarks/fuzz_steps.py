@@ -588,28 +588,32 @@ def live(seed: int, length: int, method: str | None = None) -> tuple[int, Counte
             ends["steps"] += 1
     if comparable:
         twin = World(seed, method)
-        for i, action in enumerate(done):
-            if action is None or action.kind == "reload":
-                # An error, and loading, drop what was kept of a batch.
-                twin.mt.load_state_dict(twin.mt.state_dict())
-            else:
-                twin.do(replace(actions[i], line=0))
+        repeat(twin, done)
         where = differs(twin.state(), world.state())
         if where:
             raise FindingError(f"A twin without what failed differs: {where}")
-        compare_engines(seed, method, world, [action for action in done if action is not None])
+        compare_engines(seed, method, world, done)
     return ends["steps"], ends
 
 
-def compare_engines(seed: int, method: str | None, world: World, done: list[Action]) -> None:
+def repeat(twin: World, done: list[Action | None]) -> None:
+    """Do again what was done without an error, and without saving and loading."""
+    for action in done:
+        if action is None or action.kind == "reload":
+            # An error, and loading, drop what was kept of a batch.
+            twin.mt.load_state_dict(twin.mt.state_dict())
+        else:
+            twin.do(replace(action, line=0))
+
+
+def compare_engines(seed: int, method: str | None, world: World, done: list[Action | None]) -> None:
     """The same actions by the engine that keeps the rows."""
     exact = world.engine in ("auto", "layerwise") and world.dtype == torch.float64 and "mixed" not in world.model.extras
-    plain = all(action.plain for action in done if action.kind in ("step", "backward", "keep"))
+    plain = all(action.plain for action in done if action and action.kind in ("step", "backward", "keep"))
     if not exact or not plain or not isinstance(world.mt.method, torchmto.GramianWeighting) or len(done) > 4:
         return
     rows = World(seed, method, "parameters")
-    for action in done:
-        rows.do(replace(action, line=0))
+    repeat(rows, done)
     for got, right in zip(world.model.parameters(), rows.model.parameters(), strict=True):
         if not torch.allclose(got, right, rtol=1e-4, atol=1e-5):
             raise FindingError(f"{world.engine} and the rows differ by {(got - right).abs().max():.2g}.")

@@ -30,12 +30,12 @@ def _expanded(entry: Any, docs: Path) -> Any:
 
 
 def _pages(entry: Any, docs: Path) -> list[Any]:
-    """One entry of the navigation as a list: the pages of a folder, its README first."""
+    """One entry of the navigation as a list: the pages of a folder, the one about all of it first."""
     if not isinstance(entry, str):
         return [_expanded(entry, docs)]
     if not entry.endswith("/"):
         return [entry]
-    pages = sorted((docs / entry).glob("*.md"), key=lambda path: (path.name != "README.md", path.name))
+    pages = sorted((docs / entry).glob("*.md"), key=lambda path: (path.stem not in {"README", "torchmto"}, path.name))
     return [path.relative_to(docs).as_posix() for path in pages]
 
 
@@ -63,7 +63,7 @@ def _output(output: dict[str, Any]) -> str:
     if "image/png" in data:
         return f"![What the code above draws](data:image/png;base64,{''.join(data['image/png']).strip()})"
     if "text/html" in data:
-        return "".join(data["text/html"])
+        return "".join(data["text/html"]).replace(' border="1" class="dataframe"', "")  # a table as all others
     return f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```"
 
 

@@ -1,4 +1,4 @@
-"""Pages that register methods leave none behind."""
+"""Pages that register methods or write files leave none behind."""
 
 import pytest
 
@@ -6,5 +6,6 @@ from torchmto.methods import registry
 
 
 @pytest.fixture(autouse=True)
-def _own_methods_end_with_the_page(monkeypatch):
+def _what_a_page_makes_ends_with_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))  # noqa: SLF001  there is no public way to forget a method

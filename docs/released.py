@@ -153,7 +153,10 @@ def _mti(config: str, weights: dict[str, float], *more: Line) -> Released:
     )
 
 
-_UNKNOWN = "No released configuration was found; the paper's network and settings are not confirmed."
+_UNKNOWN = (
+    "Not confirmed: arXiv 2409.01793, whose experiment this is, has released no code that its page or a search of public "
+    "repositories (November 2026) shows, so network and settings are this project's."
+)
 RELEASED: dict[str, Released | str] = {
     "nyud-vit": _selective(
         "configs/sel/nyud.yml", [448, 576], 1e-3, *_scenes("configs/sel/nyud.yml", (795, 715), 450, 4)
@@ -195,16 +198,35 @@ RELEASED: dict[str, Released | str] = {
         ),
     ),
     "cityscapes-segnet": Released(
-        "lorenmt/mtan (folder im2im_pred)",
-        "The released trainer is for NYUv2; what it was for Cityscapes is not confirmed. The method is arXiv 2406.02996's.",
+        "Cranial-XIX/CAGrad (folder cityscapes), and lorenmt/mtan (folder im2im_pred) for the network",
+        "No code of arXiv 2406.02996 was found, so this is what others compare in; the method's settings are not confirmed.",
         (
-            Line("optimizer", "adam", "model_segnet_split.py", "optimizer.name"),
-            Line("learning rate", 1e-4, "model_segnet_split.py", "optimizer.lr"),
-            Line("epochs to a fall", 100, "model_segnet_split.py", "optimizer.step_epochs"),
-            Line("factor of a fall", 0.5, "model_segnet_split.py", "optimizer.gamma"),
-            Line("epochs", 200, "model_segnet_split.py", "epochs"),
-            Line("batch size", "2 (NYUv2)", "model_segnet_split.py", "data.batch_size"),
-            Line("width", 64, "model_segnet_split.py", "model.options.width"),
+            *(
+                Line(what, value, "model_segnet_mt.py", setting)
+                for what, value, setting in (
+                    ("optimizer", "adam", "optimizer.name"),
+                    ("learning rate", 1e-4, "optimizer.lr"),
+                    ("schedule", "step", "optimizer.schedule"),
+                    ("epochs to a fall", 100, "optimizer.step_epochs"),
+                    ("factor of a fall", 0.5, "optimizer.gamma"),
+                    ("epochs", 200, "epochs"),
+                    ("batch size", 8, "data.batch_size"),
+                    ("classes", 7, "data.options.classes"),
+                )
+            ),
+            Line(
+                "network",
+                "SegNet with MTAN's attention",
+                "model_segnet_mt.py",
+                "model.name",
+                "no attention, as below",
+            ),
+            Line("its width", 64, "im2im_pred/model_segnet_split.py", "model.options.width"),
+            Line("augmentation", "mirror, scale 1, 1.2 or 1.5", "create_dataset.py", ours="mirror, scale 1 to 1.5"),
+            Line(
+                "disparity in it", "divided by the scale", "create_dataset.py", ours="times the scale: nearer is larger"
+            ),
+            Line("result", "every epoch on the test set", "utils.py", ours="best epoch of the validation split"),
         ),
     ),
     "celeba-resnet18": _UNKNOWN,

@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from collections.abc import Collection, Iterable
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -126,17 +126,17 @@ def check_number(
 
 
 def check_integer(name: str, value: Any, *, minimum: int) -> int:
-    """Return ``value`` if it is an int >= ``minimum``.
+    """Return ``value`` as an int if it is an integer >= ``minimum``.
 
     Raises:
         TypeError: If ``value`` isn't an int.
         ValueError: If it is below ``minimum``.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(found(name, f"an int >= {minimum}", value))
     if value < minimum:
         raise ValueError(found(name, f"an int >= {minimum}", value))
-    return value
+    return int(value)
 
 
 def check_flag(name: str, value: Any) -> bool:

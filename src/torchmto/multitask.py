@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
 from torchmto.step import Network, StepContext, StepInfo
@@ -28,6 +29,9 @@ STATE_VERSION = 1
 _DRIVEN: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Optimizers of a first step: the gradients that are there afterwards are a step's own."""
 
+_STEPPED_ON: weakref.WeakKeyDictionary[Method, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+"""The model that a method has taken a step on."""
+
 ENGINES = ("auto", "parameters", "layerwise", "representation")
 
 
@@ -38,12 +42,13 @@ def _engine(name: str, features: str | nn.Module | None, model: nn.Module, ranks
             raise ValueError(f'Parameter `features` belongs to gradients="representation". Found gradients="{name}".')
         return Layerwise(ranks) if name == "layerwise" else Auto() if name == "auto" else None
     if isinstance(features, str):
-        modules = dict(model.named_modules())
-        if features not in modules:
+        try:
+            features = model.get_submodule(features)
+        except AttributeError as error:
+            known = [path for path, _ in model.named_modules()]
             raise ValueError(
-                found("features", "a module or the name of one in the model", features) + nearest(features, modules)
-            )
-        features = modules[features]
+                found("features", "a module or the name of one in the model", features) + nearest(features, known)
+            ) from error
     if not isinstance(features, nn.Module):
         raise TypeError(found("features", 'a module (or its name) for gradients="representation"', features))
     return Representation(features)
@@ -155,7 +160,7 @@ class MultiTask:
         optimizers: list[Any] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         _check_parts(model, optimizers, scaler, seed)
         self.tasks = check_tasks(tasks)
-        self.clip = None if clip is None else check_number("clip", clip, above=0)
+        self._clip = None if clip is None else check_number("clip", clip, above=0)
         self.on_nonfinite = check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
         self.same_noise = bool(same_noise)
         if isinstance(method, str):
@@ -163,7 +168,7 @@ class MultiTask:
         if not isinstance(method, Method):
             raise TypeError(found("method", "a method's name or a torchmto method", method))
         self._method = method
-        self.weights = self._check_weights(weights)
+        self._weights = self._check_weights(weights)
         weighting = [self.weights] if isinstance(self.weights, LossWeighting) else []
         self._methods: tuple[Method, ...] = (method, *weighting)
         parts = [part for whole in self._methods for part in whole.parts()]
@@ -179,7 +184,7 @@ class MultiTask:
             num_tasks=len(self.tasks),
             shared=shared,
             scaler=scaler,
-            clip=self.clip,
+            clip=self._clip,
             ranks=ranks,
             stacked=bool(stacked),
             shard_gradients=bool(shard_gradients),
@@ -196,6 +201,7 @@ class MultiTask:
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
+        self._warn_of_another_model(parts)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -209,6 +215,29 @@ class MultiTask:
     def method(self) -> Method:
         """The method, for as long as this object lives: another one needs another ``MultiTask``."""
         return self._method
+
+    @property
+    def weights(self) -> dict[str, float] | LossWeighting | None:
+        """The loss weights, a mapping of all tasks whose numbers may be changed between steps, or a loss weighting."""
+        return self._weights
+
+    @property
+    def clip(self) -> float | None:
+        """The largest norm of the gradient, for as long as this object lives."""
+        return self._clip
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy.
+
+        Raises:
+            RuntimeError: In the middle of an accumulated batch, whose gradients belong to the original's parameters.
+        """
+        if self._carried is not None:
+            raise RuntimeError(
+                "A MultiTask can't be copied in the middle of an accumulated batch. Call `mt.backward(losses)` for the last "
+                "micro-batch first."
+            )
+        return self.__dict__
 
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""
@@ -459,8 +488,8 @@ class MultiTask:
                 context.raise_empty()
             if context.skipped and context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=context.overflowed)
-            elif isinstance(self.weights, LossWeighting):
-                self.weights.after_step(context.unweighted(), context)
+            elif isinstance(self._weights, LossWeighting):
+                self._weights.after_step(context.unweighted(), context)
         except SkippedError as skipped:
             if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=skipped.overflow)
@@ -510,6 +539,8 @@ class MultiTask:
         if not self._driven:
             self._warn_of_gradients()
             self._driven = True
+            model = weakref.ref(compiled_inside(network.model))
+            _STEPPED_ON.update({part: model for whole in self._methods for part in whole.parts()})
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
@@ -529,6 +560,18 @@ class MultiTask:
             carried=carried,
             summed=summed,
         )
+
+    def _warn_of_another_model(self, parts: Sequence[Method]) -> None:
+        """What a method has learnt on one model goes on with the next."""
+        model = compiled_inside(self.network.model)
+        for part in parts:
+            # Without states of its own there is nothing beside the random generator.
+            if part in _STEPPED_ON and _STEPPED_ON[part]() is not model and len(part.state_dict()) > 1:
+                warn(
+                    f"Method `{part.name}` has taken steps on another model, and goes on with what it learnt there. Give every "
+                    "model (of a fold, of a seed) a method of its own."
+                )
+                break
 
     def _warn_of_gradients(self) -> None:
         """Before an optimizer's first step: gradients that are there were set by somebody else."""

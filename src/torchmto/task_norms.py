@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import found
-from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single
+from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single, modules_of, uncompiled
 
 _NORM_TYPES = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"norm(alization)?(1d|2d|3d)?$", re.IGNORECASE)
@@ -257,7 +257,7 @@ def split_norms(
     places: list[tuple[nn.Module, str, nn.Module]] = []
     for path, module in model.named_modules(remove_duplicate=False):
         for child_name, child in module.named_children():
-            full = f"{path}.{child_name}" if path else child_name
+            full = uncompiled(f"{path}.{child_name}" if path else child_name)
             if not _inside(full, wanted) or _inside(full, unwanted):
                 continue
             if isinstance(child, SplitNorm):
@@ -360,14 +360,14 @@ def _checked_path(model: nn.Module, path: str) -> str:
         model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(f"The model has no module {path!r}.") from error
-    return path
+    return uncompiled(path)
 
 
 def _wanted_paths(model: nn.Module, modules: Iterable[nn.Module | str] | None) -> tuple[str, ...]:
     if modules is None:
         return ("",)
     chosen = [modules] if isinstance(modules, (str, nn.Module)) else modules
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths = {id(module): path for path, module in modules_of(model).items()}
     wanted = []
     for module in chosen:
         if isinstance(module, str):

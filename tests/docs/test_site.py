@@ -4,16 +4,32 @@ import os
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from tests.chromium import chromium
 
 import torchmto
 
 ROOT = Path(__file__).parents[2]
 SETS_PAGE = {"a": "href", "link": "href", "script": "src", "img": "src", "iframe": "src"}
+
+BROKEN_WORDS = """
+const broken = [];
+for (const cell of document.querySelectorAll(".md-content :is(td, th)")) {
+    const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) for (const word of texts.currentNode.data.matchAll(/\\w+/g)) {
+        const range = document.createRange();
+        range.setStart(texts.currentNode, word.index);
+        range.setEnd(texts.currentNode, word.index + word[0].length);
+        if (new Set([...range.getClientRects()].map((line) => Math.round(line.top))).size > 1) broken.push(word[0]);
+    }
+}
+return broken
+"""
 
 
 class Page(HTMLParser):
@@ -93,3 +109,21 @@ def test_formulas_are_drawn(pages):
     text = (next(path for path in pages if path.name == "pcgrad.html")).read_text("utf-8")
     assert "<math " in text
     assert [path.name for path in pages if "arithmatex" in path.read_text("utf-8")] == []
+
+
+@pytest.mark.slow
+def test_pages_fit_a_phone_and_the_search_works_from_files(site, pages, tmp_path):
+    with chromium(tmp_path) as browser:
+        browser.view(390, 844, phone=True)
+        for path in pages:
+            browser.open(path)
+            assert browser.run("return document.documentElement.scrollWidth") <= 390, path.name
+            assert browser.run(BROKEN_WORDS) == [], path.name
+        browser.view(1280, 1000)
+        browser.open(site / "index.html")
+        browser.type(".md-search__input", "connection_strength")
+        found = "return [...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
+        while not (links := browser.run(found)):
+            time.sleep(0.1)
+        assert any("methods/connection_strength.html" in link for link in links)
+        assert [url for url in browser.requests() if url.startswith("http")] == []

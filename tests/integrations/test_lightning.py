@@ -305,6 +305,24 @@ def test_misuse(tmp_path):
         trainer(tmp_path).fit(Added(), loader(batches(1)))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda losses: list(losses.values()), "mapping of task names to losses. Found list"),
+        (lambda losses: {t: loss.item() for t, loss in losses.items()}, "scalar tensor. Found float"),
+        (lambda losses: {t: loss.repeat(2) for t, loss in losses.items()}, r"scalar tensor. Found shape \[2\]"),
+        (lambda losses: {"aa": losses["a"]}, "Unknown task `aa`"),
+    ],
+)
+def test_what_is_no_loss_is_named(change, said, tmp_path):
+    class Wrong(Net):
+        def task_losses(self, batch, tasks):
+            return change(super().task_losses(batch, tasks))
+
+    with pytest.raises((TypeError, ValueError), match=said):
+        trainer(tmp_path).fit(Wrong(), loader(batches(1)))
+
+
 def test_the_other_name_of_the_package(tmp_path):
     pl = pytest.importorskip("pytorch_lightning")
 

@@ -257,6 +257,19 @@ def test_misuse(tmp_path):
     with pytest.raises(ValueError, match="entry `losses`"):
         trainer(tmp_path, model=Single()).train()
 
+    class Wrong(Model):
+        def forward(self, x, labels=None):
+            return {"losses": self.change(super().forward(x, labels)["losses"])}
+
+    for change, said in (
+        (lambda losses: [loss for loss, _ in losses.values()], "entry `losses`"),
+        (lambda losses: {f"{task}{task}": loss for task, loss in losses.items()}, "Unknown task `aa` among the losses"),
+    ):
+        model = Wrong()
+        model.change = change
+        with pytest.raises(ValueError, match=said):
+            trainer(tmp_path, model=model).train()
+
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchmetrics import PearsonCorrCoef, R2Score
+from torchmetrics import MeanAbsoluteError, PearsonCorrCoef, R2Score
 
 from torchmto import lab
 from torchmto.cli import main
@@ -343,6 +343,9 @@ GOOD |= {"validation": GOOD["train"], "test": GOOD["train"]}
         ({"losses": {"sun": nn.MSELoss()}}, ["`losses`", "kind, sum", "'sun'"]),
         ({"primary": {"sum": ("rsme", False)}}, ["`primary['sum']`", "rmse, mae, r2", "rsme"]),
         ({"primary": {"sum": "rmse"}}, ["`primary['sum']`", "(metric, whether higher is better)"]),
+        ({"metrics": {"sum": MeanAbsoluteError()}}, ["`metrics['sum']`", "{name: a torchmetrics metric}"]),
+        ({"metrics": {"sum": {"mae": MeanAbsoluteError}}}, ["`metrics['sum']`", "MeanAbsoluteError"]),
+        ({"metrics": {"sum": {"mae": nn.functional.l1_loss}}}, ["`metrics['sum']`", "l1_loss"]),
         ({"model": nn.Linear(1, 1)}, ["`model`", "anew", "built already"]),
         ({"collate": 3}, ["`collate`", "callable"]),
     ],

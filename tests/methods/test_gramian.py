@@ -5,6 +5,7 @@ import inspect
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -393,6 +394,15 @@ def test_every_flag_of_a_method_is_in_the_table() -> None:
         if isinstance(parameter.default, bool) and parameter.name != "higher_is_better"
     }
     assert found == set(FLAGS)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    assert made("pcgrad", refresh_every=np.int64(3)).refresh_every == 3
+    assert torchmto.make_method("connection_strength", total_steps=np.int32(10)).total_steps == 10
+    assert torchmto.make_method("famo", min_losses=np.float32(0.5)).lower_bounds([0]).item() == pytest.approx(0.5)
+    toy.make(made("pcd", primary=np.int64(1)))
+    with pytest.raises(TypeError, match="an int >= 1"):
+        made("pcgrad", refresh_every=np.float64(2.0))
 
 
 def test_wrong_types_are_named() -> None:

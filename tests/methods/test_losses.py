@@ -15,6 +15,7 @@ import torchmto
 from torchmto.methods import LossWeighting, method_class
 from torchmto.methods.losses.go4align import group_means
 from torchmto.methods.losses.learnable import LearnableScales
+from torchmto.methods.method import copied
 from torchmto.methods.registry import hyperparameters_of
 from toy import Toy, batch, closure, flat, flat_grad, same
 
@@ -239,14 +240,14 @@ def test_adam_agrees_with_torch():
         scales.step(parameter.grad, range(3))
         adam.step()
         torch.testing.assert_close(scales.values, parameter.detach(), rtol=1e-12, atol=1e-14)
-    before = scales.state_dict()
+    before = copied(scales.state_dict())
     scales.step(torch.ones(2), (0, 1))
     assert all(tensor[2] == before[name][2] for name, tensor in scales.state_dict().items())
 
 
 def test_learnable_scales_take_over_states():
     scales, other = LearnableScales(2, lr=0.1), LearnableScales(2, lr=0.1)
-    fresh = scales.state_dict()
+    fresh = copied(scales.state_dict())
     scales.step(torch.tensor([1.0, -2.0]), (0, 1))
     other.load_state_dict(scales.state_dict())
     scales.step(torch.tensor([0.5]), (1,))  # the copy must not share memory
@@ -534,6 +535,9 @@ def test_gradnorm_on_a_layer():
     mt.step(closure(model, data))
     assert method.scales.values.sum().item() == pytest.approx(3)
     assert whole.method.layer is None
+    model.trunk[0] = Toy(TASKS, seed=3).trunk[0]
+    mt.network.optimizers.all[0].param_groups[0]["params"] = list(model.parameters())
+    mt.step(closure(model, data))  # finds the layer that took its place
     with pytest.raises(ValueError, match="path of a module"):
         torchmto.MultiTask(model, mt.network.optimizers.all[0], tasks=TASKS, method=make("gradnorm", layer="nowhere"))
     wrong = torchmto.MultiTask(

@@ -190,6 +190,10 @@ def test_pivrg_reports() -> None:
         toy.make(made("pivrg", baseline={"a": 1.0}))
     with pytest.raises(ValueError, match=r"`baseline\['a'\]` should be different from 0"):
         made("pivrg", baseline={"a": 0.0})
+    with pytest.raises(ValueError, match="Unknown task `aa` in `higher_is_better`"):
+        toy.make(made("pivrg", baseline=dict.fromkeys("abc", 1.0), higher_is_better={"aa": False}))
+    with pytest.raises(TypeError, match="a bool, or a mapping"):
+        made("pivrg", baseline={"a": 1.0}, higher_is_better={"a": "min"})
     _, _, mt = toy.make("pivrg")
     with pytest.warns(UserWarning, match="no `baseline`"):
         mt.report({"a": 1.0})
@@ -499,6 +503,28 @@ def test_perturbed_passes_leave_no_trace(name: str) -> None:
         mt.step(closures)
         runs.append(toy.flat(model))
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["f_mtl", "samo"])
+def test_the_losses_of_perturbed_passes_are_those_of_the_first_forward(name: str) -> None:
+    """They are reported, a weighting in front learns from them, and they are checked."""
+    data = toy.batch(("a", "b", "c"))
+    with pytest.warns(UserWarning, match="no effect there"):
+        model, _, mt = toy.make(made(name, rho=2.0), weights="dwa")
+    first = toy.closure(model, data)
+    expected = {task: loss.item() for task, loss in first(mt.tasks).items()}
+    assert mt.step(first).losses == pytest.approx(expected)
+    assert mt.weights.state_dict()["means"]["total"].tolist() == pytest.approx(list(expected.values()))
+    calls = []
+
+    def bad(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        calls.append(tasks)
+        return {task: loss * (torch.nan if len(calls) == 1 else 1.0) for task, loss in first(tasks).items()}
+
+    before = toy.state(mt)
+    with pytest.raises(torchmto.NonFiniteError, match="loss of task `a`"):
+        mt.step(bad)
+    assert toy.same(toy.state(mt), before)
 
 
 @pytest.mark.parametrize("name", ["f_mtl", "samo"])

@@ -56,6 +56,15 @@ def test_groups_are_updated_one_after_the_other_and_tracked():
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
 
 
+def test_a_state_does_not_change_groups_that_were_given():
+    _, saved, _ = setup(groups=[["a", "c"], ["b"], ["d"]])
+    for groups in ("joint", "per_task", [["a"], ["b", "c", "d"]]):
+        _, mt, _ = setup(groups=groups)
+        before = mt.method.current
+        mt.load_state_dict(saved.state_dict())
+        assert mt.method.current == before
+
+
 def test_heads_outside_a_group_are_left_alone():
     model, mt, losses = setup(groups="per_task")
     before = copy.deepcopy(model["heads"]["a"].state_dict())
@@ -119,6 +128,17 @@ def test_noise_floor():
     noisy = mt.step(lambda asked: losses(model, asked))
     assert all(value != 0 for value in noisy.records["noise_floor"].values())
     assert noisy.num_forward == 5
+
+
+def test_the_last_group_is_measured_with_the_noise_of_its_own_forward():
+    """At a learning rate of 0 nothing changes, though every group's forward drops other features."""
+    model, mt, losses = setup(groups=[["a"], ["b"], ["c", "d"]], noise=0.5, decay=1.0, measure_last=True)
+    mt.network.optimizers.all[0].param_groups[0]["lr"] = 0.0
+    info = mt.step(lambda asked: losses(model, asked))
+    last = [TASKS.index(task) for task in info.records["order"][-1]]
+    others = [row for row in range(len(TASKS)) if row not in last]
+    assert not info.records["affinity"][last].any()
+    assert info.records["affinity"][others].any(dim=1).all()
 
 
 def test_a_gramian_method_inside_the_groups():
@@ -205,6 +225,22 @@ def test_an_inner_method_keeps_its_state_where_a_group_is_left_out():
     assert (info.skipped, info.num_optimizer_steps, inner.calls) == (True, 1, 1)
     assert len(info.records["inner"]) == 1
     assert torch.equal(inner.generator.get_state(), expected.get_state())
+
+
+def test_norms_of_a_group_that_is_left_out_are_forgotten():
+    """GradNorm keeps them from its weights to its update."""
+    model, mt, losses = setup(groups=[["a", "b"], ["c"], ["d"]], inner="gradnorm", tasks=TASKS)
+    mt.on_nonfinite = "skip"
+    overflow = torch.finfo(torch.float64).max
+
+    def closure(asked):
+        found = losses(model, asked)
+        far = 1e-3 * (model["trunk"][0].bias.sum() * overflow * 0.9)
+        return {**found, "a": found["a"] + far * 900, "b": found["b"] + far * 900}
+
+    for _ in range(4):
+        info = mt.step(closure)
+        assert (info.skipped, info.num_optimizer_steps) == (True, 2)
 
 
 def test_fallbacks_inside_the_groups_are_counted():

@@ -316,3 +316,52 @@ def test_a_wrapper_that_swallows_the_step_is_noticed():
     with pytest.raises(RuntimeError, match=r"mt\.backward"):
         mt.step(closure(model, batch(TASKS)))
     assert torch.equal(before, flat(model))
+
+
+@pytest.mark.parametrize(
+    "method", [("nash_mtl", {"update_every": 2}), ("fairgrad", {"scale": "released", "refresh_every": 2})]
+)
+def test_reused_weights_are_bounded_whatever_the_scaler(method):
+    """The second batch, of much larger gradients, reuses weights; its gradient is brought to length 1 all the same."""
+    name, options = method
+    lengths = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model, _, mt = make(torchmto.make_method(name, **options), scaler=scaler, gradients="parameters")
+        for factor in (1.0, 100.0):
+            losses = closure(model, batch(TASKS))
+            scaled = lambda tasks, losses=losses, factor=factor: {t: factor * x for t, x in losses(tasks).items()}  # noqa: E731
+            mt.backward(scaled, final=False)
+            mt.backward(scaled)
+            length = torch.cat([p.grad.flatten() for p in model.trunk.parameters()]).norm()
+            lengths.append(float(length) / (1.0 if scaler is None else scaler.get_scale()))
+            for parameter in model.parameters():
+                parameter.grad = None
+    assert lengths[2:] == pytest.approx(lengths[:2])
+    assert lengths[1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_no_copy_in_the_middle_of_an_accumulated_batch(method):
+    """What has been added up belongs to the original's parameters."""
+    model, _, mt = make(method)
+    losses = closure(model, batch(TASKS))
+    mt.backward(losses, final=False)
+    with pytest.raises(RuntimeError, match="in the middle of an accumulated batch"):
+        copy.deepcopy(mt)
+    mt.backward(losses)
+    copy.deepcopy(mt)
+
+
+@pytest.mark.parametrize("method", ["gd", "uw", "dwa", "rlw"])
+def test_loss_weightings_accumulate_where_nothing_is_shared(method):
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({task: torch.nn.Linear(4, 1) for task in TASKS})
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, method=method, seed=1)
+    x = torch.randn(8, 4)
+    losses = lambda tasks: {task: model[task](x).square().mean() for task in tasks}  # noqa: E731
+    mt.step(losses)
+    mt.backward(losses, final=False)
+    info = mt.backward(losses)
+    for task, weight in info.weights.items():
+        (wanted,) = torch.autograd.grad(losses([task])[task] * weight, [model[task].weight])
+        torch.testing.assert_close(model[task].weight.grad, wanted)

@@ -363,6 +363,12 @@ def test_options_of_gramian_methods(options, error, message):
         ({"priority": 3}, TypeError, "Parameter `priority`"),
         ({"priority": "performance"}, ValueError, "Parameter `baseline`"),
         ({"priority": "performance", "baseline": {"a": 0.0}}, ValueError, "different from 0"),
+        ({"baseline": {"a": 1.0}}, ValueError, "None unless priority='performance'"),
+        (
+            {"priority": "performance", "baseline": {"a": 1.0}, "higher_is_better": "min"},
+            TypeError,
+            "a bool, or a mapping",
+        ),
         ({"mode": "both"}, ValueError, "Parameter `mode`"),
         ({"gamma": "x"}, TypeError, "Parameter `gamma`"),
         ({"window": 0}, ValueError, "Parameter `window`"),
@@ -379,6 +385,10 @@ def test_options_of_wpcgrad(options, error, message):
         ({"priority": {"a": 0.5, "x": 0.5}}, "Unknown task `x` in `priority`"),
         ({"priority": [0.5, 0.5]}, "sequence of 3 probabilities"),
         ({"priority": "performance", "baseline": {"a": 1.0}}, "exactly the tasks"),
+        (
+            {"priority": "performance", "baseline": dict.fromkeys(TASKS, 1.0), "higher_is_better": {"aa": False}},
+            "Unknown task `aa` in `higher_is_better`",
+        ),
     ],
 )
 def test_priorities_must_fit_the_tasks(options, message):
@@ -443,3 +453,66 @@ def test_an_unasked_loss_is_ignored_and_warned_of_once():
         closure(other, batch(TASKS))(("a",))["a"].backward()
         optimizer.step()
     assert same(dict(model.state_dict()), dict(other.state_dict()))
+
+
+GIVEN = {
+    "a matrix": lambda size: torch.ones(size, size),
+    "a column": lambda size: torch.ones(size, 1),
+    "too few": lambda size: torch.ones(size - 1),
+    "one number": lambda size: torch.tensor(1.0),
+    "a list": lambda size: [1.0] * size,
+    "nothing": lambda size: None,
+}
+
+
+@pytest.mark.parametrize("what", GIVEN)
+@pytest.mark.parametrize("kind", ["weights", "combine", "objective"])
+def test_what_a_method_of_ones_own_may_not_return(kind, what):
+    class Weights(torchmto.GramianWeighting):
+        """Returns what it shouldn't."""
+
+        def weights(self, gramian, losses=None, indices=None):
+            return GIVEN[what](len(gramian))
+
+    class Combine(torchmto.GradientCombiner):
+        """Returns what it shouldn't."""
+
+        def combine(self, task_grads):
+            return GIVEN[what](task_grads.matrix.shape[1])
+
+    class Objective(torchmto.LossWeighting):
+        """Returns what it shouldn't."""
+
+        def objective(self, losses, indices=None):
+            given = GIVEN[what](len(losses))
+            return given * losses.exp()[: len(given)] if isinstance(given, torch.Tensor) and given.ndim else given
+
+    method = {"weights": Weights, "combine": Combine, "objective": Objective}[kind]()
+    method.name = "mine"
+    model, mt = started(method="gd")
+    mt = torchmto.MultiTask(model, sgd(model), tasks=TASKS, method=method)
+    before = state(mt)
+    with pytest.raises(
+        ValueError, match=r"should be a tensor of shape \[\d+\]|`objective` should return a scalar tensor"
+    ):
+        mt.step(closure(model, batch(TASKS)))
+    assert same(before, state(mt))
+
+
+@pytest.mark.parametrize("name", ["clip", "weights", "method"])
+def test_attributes_that_would_change_nothing_cant_be_set(name):
+    _, _, mt = make("gd")
+    with pytest.raises(AttributeError, match=name):
+        setattr(mt, name, None)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+@pytest.mark.parametrize("case", ["replaced", "added"])
+def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
+    model, mt = started(method)
+    if case == "replaced":
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    else:
+        model.trunk = nn.Sequential(model.trunk, nn.Linear(5, 5).double())
+    with pytest.warns(UserWarning, match="isn't in the optimizer"):
+        mt.step(closure(model, batch(TASKS)))

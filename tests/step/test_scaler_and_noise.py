@@ -1,5 +1,6 @@
 """GradScaler, schedulers and hooks; extra forwards, noise and buffers."""
 
+import contextlib
 import copy
 
 import pytest
@@ -44,6 +45,43 @@ def test_a_scaler_changes_nothing_but_itself(method, clip):
             torch.testing.assert_close(flat(plain), flat(scaled), rtol=1e-6, atol=1e-9)
         steps = sum(info.num_optimizer_steps for info in infos)
         assert mt.network.scaler.get_scale() == scale * 2.0 ** (steps // 2), "one update per optimizer step"
+
+
+@pytest.mark.parametrize("method", ["gd", "dwa", "pcgrad", "sequential", "task_groups"])
+def test_a_scaler_leaves_out_optimizers_without_gradients(method):
+    """Heads whose task a batch lacks, and frozen parts, each with an optimizer of its own."""
+    ended = []
+    for made in (None, scaler()):
+        torch.manual_seed(0)
+        model = Toy(TASKS)
+        parts = [model.trunk, *(model.heads[task] for task in TASKS)]
+        mt = torchmto.MultiTask(
+            model,
+            [torch.optim.Adam(part.parameters(), lr=0.01) for part in parts],
+            tasks=TASKS,
+            method=method,
+            scaler=made,
+        )
+        for wanted in (TASKS, TASKS[:1], TASKS[1:], TASKS):
+            losses = closure(model, batch(TASKS))
+            mt.step(lambda tasks, losses=losses, wanted=wanted: losses(tuple(t for t in tasks if t in wanted)))
+        model.trunk.requires_grad_(requires_grad=False)
+        if method in ("gd", "dwa", "sequential"):
+            mt.step(closure(model, batch(TASKS)))
+        ended.append(dict(model.state_dict()))
+    assert same(*ended)
+
+
+def test_an_overflow_beside_an_optimizer_without_gradients():
+    model = Toy(TASKS, dtype=torch.float32)
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model.trunk, model.heads)]
+    mt = torchmto.MultiTask(model, optimizers, tasks=TASKS, method="gd", scaler=scaler())
+    model.heads.requires_grad_(requires_grad=False)
+    before = copy.deepcopy(dict(model.state_dict()))
+    info = mt.step(overflowing(model))
+    assert info.skipped
+    assert mt.network.scaler.get_scale() == 2.0**9
+    assert same(before, dict(model.state_dict()))
 
 
 def test_a_disabled_scaler():
@@ -228,6 +266,45 @@ def test_an_error_puts_every_kind_of_buffer_back(norm):
         mt.step(lambda tasks: [data(tasks), 1 / 0])
     assert same(state(mt), before)
     mt.step(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("famo", {}),
+        ("samo", {}),
+        ("dwa", {}),
+        ("stch", {}),
+        ("task_groups", {"measure_last": True}),
+        ("task_groups", {"noise_floor": True}),
+    ],
+)
+@pytest.mark.parametrize("number", [1, 2])
+def test_closures_may_differentiate_by_themselves(name, options, number):
+    """As the losses of physics-informed networks do; in forwards without a backward, too."""
+
+    def run(around):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1)).double()
+        mt = torchmto.MultiTask(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            tasks=["pde", "start"],
+            method=torchmto.make_method(name, **options),
+        )
+
+        def losses(tasks):
+            x = torch.rand(16, 1, dtype=torch.float64, requires_grad=True)
+            with around():
+                u = model(x)
+                (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+                known = {"pde": (slope - u).square().mean(), "start": (model(0 * x) - 1).square().mean()}
+            return {task: known[task] for task in tasks}
+
+        infos = [mt.step([losses] * number) for _ in range(3)]
+        return dict(model.state_dict()), [info.losses for info in infos]
+
+    assert same(run(torch.enable_grad), run(contextlib.nullcontext))
 
 
 def test_same_noise():

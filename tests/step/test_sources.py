@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def test_micro_batches_equal_one_batch(method, ready):
 
 
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
-@pytest.mark.parametrize("count", [int, float, torch.tensor])
+@pytest.mark.parametrize("count", [int, float, torch.tensor, np.int64, np.float32])
 def test_counts_weight_unequal_micro_batches(method, count):
     x, targets = batch(TASKS)
 
@@ -241,3 +242,20 @@ def test_no_graph_is_left_behind():
         mt.step(closure(model, batch(TASKS)))
         assert all(p.grad is None or p.grad.grad_fn is None for p in model.parameters())
         assert all(not r.matrix.requires_grad for r in mt.network.rows)
+
+
+@pytest.mark.parametrize("engine", ["parameters", "layerwise"])
+def test_counts_of_losses_in_half_precision(engine):
+    """A type with eight bits holds no count of 300001; the shares of equal batches are equal all the same."""
+
+    def run(sources, count, dtype, method="mgda"):
+        torch.manual_seed(0)
+        model, _, mt = make(method, TASKS, model=Toy(TASKS, dtype=torch.float32), gradients=engine)
+        losses = closure(model, batch(TASKS, dtype=torch.float32))
+        mt.step([lambda tasks: {t: (loss.to(dtype), count) for t, loss in losses(tasks).items()}] * sources)
+        return flat(model)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(run(2, 30001, dtype), run(1, 1, dtype), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"count 300000 of task `a` doesn't fit .*float16"):
+        run(2, 300000, torch.float16)

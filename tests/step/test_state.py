@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_a_state_that_does_not_fit(case):
     mt.step(closure(model, batch(TASKS)))
 
 
+@pytest.mark.parametrize(("name", "options"), [("task_groups", {"inner": "mgda"}), ("f_mtl", {"apart": True})])
+def test_a_method_inside_is_there_in_both_or_in_neither(name, options):
+    plain = {"task_groups": {}, "f_mtl": {"apart": False}}[name]
+    for here, there in ((plain, options), (options, plain)):
+        _, mt = started(torchmto.make_method(name, **here))
+        _, other = started(torchmto.make_method(name, **there))
+        before = state(mt)
+        with pytest.raises(ValueError, match=r"`(inner|flat)` is a method"):
+            mt.load_state_dict(other.state_dict())
+        assert same(state(mt), before)
+
+
 def test_something_else_than_a_state():
     _, mt = started()
     before = state(mt)
@@ -78,6 +91,23 @@ def test_a_method_is_bound_to_one_set_of_tasks():
     make(method)
     with pytest.raises(ValueError, match="already bound to the tasks"):
         make(method, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("uw", {}), ("adatask", {}), ("gradvac", {"groups": "layer"}), ("connection_strength", {})]
+)
+def test_a_method_that_goes_on_with_another_model(name, options):
+    """It says so, and both can be trained."""
+    method = torchmto.make_method(name, **options)
+    model, mt = started(method)
+    with pytest.warns(UserWarning, match="has taken steps on another model"):
+        other, _, second = make(method, model=Toy(TASKS, seed=1))
+    for net, steps in ((other, second), (model, mt)):
+        steps.step(closure(net, batch(TASKS)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*another model")
+        make(method, model=other)
+        make(torchmto.make_method(name, **options), model=other)
 
 
 def test_seed():

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torchmto.structure import active_task, find_norm_pairs, record_dataflow, split_norms
+import torchmto
+from torchmto.structure import active_task, find_norm_pairs, make_task_specific, record_dataflow, split_norms
 from torchmto.structure.pairing import PairSearch
 
 TASKS = ("a", "b")
@@ -539,3 +540,29 @@ def test_layers_and_norms_that_are_used_twice():
     expected = {"conv": "out first", "other": "out both", "plain": "out both"}
     assert pairs_of(model) == expected
     assert pairs_of(model, forward=lambda: model(torch.randn(2, 4, 3, 3))) == expected
+
+
+@pytest.mark.parametrize("part", ["all", "trunk"])
+def test_names_do_not_depend_on_compilation(part):
+    """Those of layers, and those by which modules are chosen."""
+    runs = []
+    for compiled in (False, True):
+        trunk = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
+        model = nn.ModuleDict({"trunk": trunk, "head": nn.Sequential(nn.Linear(4, 1), nn.LayerNorm(1))})
+        run = model
+        if compiled and part == "all":
+            run = torch.compile(model, backend="eager")
+        elif compiled:
+            model["trunk"] = torch.compile(trunk, backend="eager")
+        split_norms(run, ("a", "b"), modules=["trunk.3", model["head"]], exclude="head.1")
+        search = PairSearch(run)
+        search.trace()
+        runs.append(search.pairs())
+        make_task_specific(run, ("a", "b"), ["trunk.2"])
+        assert [path for path, _ in trunk.named_modules() if path.endswith(".a")] == ["2.a", "3.a"]
+        layer = torchmto.make_method("gradnorm", layer="trunk.0")
+        features = {"gradients": "representation", "features": "trunk", "stacked": True}
+        for options in ({"method": layer}, {"method": "mgda", **features}):
+            torchmto.MultiTask(run, torch.optim.SGD(model.parameters(), lr=0.1), tasks=("a", "b"), **options)
+    assert runs[0] == runs[1]
+    assert "trunk.0" in runs[0]

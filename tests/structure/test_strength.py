@@ -305,6 +305,12 @@ def test_oracle_finds_the_leader_and_leaves_no_trace():
     assert all(parameter.grad is None for parameter in model.parameters())
     (only_b, _) = oracle_priority(model, closure, [(layer, [0, 1])], ["a", "b"], weights={"a": 0.0, "b": 1.0})
     assert only_b.tolist() == [1]
+    for frozen in (first.bias, first.weight):
+        frozen.requires_grad_(False)
+        top, decrease = oracle_priority(model, closure, [(layer, [0]), (layer, [1])], ["a", "b"], step_size=1e-4)
+        # With both frozen nothing moves, and nobody leads.
+        assert top.tolist() == ([0, 1] if first.weight.requires_grad else [-1, -1])
+    first.requires_grad_(True)
     with pytest.raises(ValueError, match="positive float"):
         oracle_priority(model, closure, [], ["a"], step_size=0)
     with pytest.raises(ValueError, match="channels of first below 2"):

@@ -135,8 +135,13 @@ def compiled_inside(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def uncompiled(name: str) -> str:
-    """The name of a parameter without what ``torch.compile`` puts before it."""
+    """The name of a parameter or module without what ``torch.compile`` puts before it."""
     return name.replace("_orig_mod.", "")
+
+
+def modules_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """A model's modules by the paths that they have uncompiled."""
+    return {uncompiled(path): module for path, module in model.named_modules()}
 
 
 def is_flattened(parameter: Tensor) -> bool:

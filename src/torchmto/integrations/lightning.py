@@ -163,7 +163,12 @@ class MultiTaskMixin(_Base):
         losses: dict[str, Any] = {}
         for group in groups:
             with active_task(group[0]) if len(group) == 1 else contextlib.nullcontext():
-                losses.update(self.task_losses(batch, group))
+                given = self.task_losses(batch, group)
+            if not isinstance(given, Mapping):
+                raise TypeError(
+                    f"`task_losses` should return a mapping of task names to losses. Found {type(given).__name__}."
+                )
+            losses.update(given)
         self._losses = losses
         values = {task: _value(loss) for task, loss in losses.items()}
         self.log_dict({f"train/{task}": value for task, value in values.items()})
@@ -234,9 +239,9 @@ class MultiTaskMixin(_Base):
 
 
 def _value(loss: Any) -> Tensor:
-    """A loss as a number; without its count."""
-    value: Tensor = loss[0] if isinstance(loss, tuple | list) else loss
-    return value.detach()
+    """A loss as a number, without its count; zero for what `mt.backward` is about to refuse."""
+    value = loss[0] if isinstance(loss, tuple | list) else loss
+    return value.detach() if isinstance(value, Tensor) and value.dim() == 0 else torch.zeros(())
 
 
 __all__ = ["MultiTaskMixin"]

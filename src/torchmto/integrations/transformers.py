@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto import Method, MultiTask, StepInfo, make_method
-from torchmto.checks import check_tasks, found, warn
+from torchmto.checks import check_tasks, found, unknown_task, warn
 from torchmto.integrations import require
 from torchmto.task_norms import active_task, has_split_norms
 
@@ -185,12 +185,16 @@ class MultiTaskTrainer(Trainer):
             ``{task: loss}`` or ``{task: (loss, count)}``; with ``return_outputs`` these and the model's outputs.
         """
         outputs = model(**inputs)
-        if not isinstance(outputs, Mapping) or "losses" not in outputs:
+        given = outputs.get("losses") if isinstance(outputs, Mapping) else None
+        if not isinstance(given, Mapping):
             raise ValueError(
                 "The model's output should have an entry `losses`, {task: loss}. Return it from `forward`, or override "
                 "`MultiTaskTrainer.task_losses`."
             )
-        losses = {task: outputs["losses"][task] for task in tasks if task in outputs["losses"]}
+        for task in given:
+            if task not in self.tasks:
+                raise ValueError(unknown_task(task, self.tasks, "among the losses"))
+        losses = {task: given[task] for task in tasks if task in given}
         return (losses, outputs) if return_outputs else losses
 
     # ------------------------------------------------------------------ training

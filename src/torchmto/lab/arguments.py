@@ -6,8 +6,6 @@ from typing import Any
 
 from torchmto.checks import nearest
 
-__all__ = ["fitted"]
-
 
 def fitted(options: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter], who: str) -> dict[str, Any]:
     """Arguments as a function's annotations and defaults want them."""

@@ -15,18 +15,6 @@ from torch import Tensor
 
 from torchmto.checks import shown
 
-__all__ = [
-    "BrokenFileError",
-    "canonical",
-    "plain",
-    "read_json",
-    "sync_folder",
-    "try_lock",
-    "write_bytes",
-    "write_json",
-    "written_atomically",
-]
-
 
 class BrokenFileError(ValueError):
     """A file isn't what was once written, or was never written by this package."""

@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array, csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-__all__ = ["matched_pixels", "thin"]
-
 Mask = NDArray[np.bool_]
 
 

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from torchmto.lab.atomic import try_lock
 
-__all__ = ["FolderError", "check_folder", "is_ignored", "locked"]
-
 MARKERS = {"config.yaml": "torchmto train", "config.json": "torchmto compare", "experiment.json": "torchmto reproduce"}
 """The file that says whose a folder is."""
 _IGNORED = re.compile(r"\..*|Thumbs\.db|desktop\.ini", re.IGNORECASE)

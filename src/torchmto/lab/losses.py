@@ -17,23 +17,6 @@ from torch.nn import functional
 from torchmto.checks import nearest
 from torchmto.lab.data.base import Task
 
-__all__ = [
-    "OwnLoss",
-    "TaskLoss",
-    "balanced_cross_entropy",
-    "binary_cross_entropy",
-    "class_balanced",
-    "cross_entropy",
-    "focal",
-    "huber",
-    "l1",
-    "labelled_rows",
-    "mse",
-    "normals_cosine",
-    "normals_l1",
-    "task_loss",
-]
-
 Loss = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Loss]
 
@@ -230,7 +213,8 @@ class TaskLoss:
         """
         if isinstance(prediction, tuple):
             return _added(self, prediction, target, labelled)
-        expected = self._expected_shape(target)
+        labels = self.task.kind in {"classification", "segmentation"}
+        expected = (len(target), self.task.channels, *target.shape[1:]) if labels else tuple(target.shape)
         if tuple(prediction.shape) != expected:
             raise ValueError(
                 f"Parameter `prediction` of task `{self.task.name}` ({self.task.kind}) should have the shape "
@@ -240,11 +224,6 @@ class TaskLoss:
         if labelled is None:
             labelled = bool(valid.any())
         return self._function(prediction, target, valid, **self._options) if labelled else None
-
-    def _expected_shape(self, target: Tensor) -> tuple[int, ...]:
-        if self.task.kind in {"classification", "segmentation"}:
-            return (target.shape[0], self.task.channels, *target.shape[1:])
-        return tuple(target.shape)
 
 
 class OwnLoss:

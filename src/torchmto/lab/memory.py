@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["PeakMemory", "tensor_peak"]
-
 
 class PeakMemory:
     """How far memory rises above where it was at construction.

@@ -21,8 +21,6 @@ map               rmse, mae
 ================  ==========================================================================
 """
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torchmto.lab.data.base import Task
@@ -30,27 +28,21 @@ from torchmto.lab.data.base import Task
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-__all__ = ["chance_level", "higher_is_better", "metric_names", "primary_metric", "task_metrics"]
-
-_METRICS: dict[str, dict[str, bool]] = {
-    "classification": {"accuracy": True, "f1": True},
-    "binary": {"accuracy": True, "f1": True, "auroc": True},
-    "regression": {"rmse": False, "mae": False, "r2": True},
-    "segmentation": {"mIoU": True, "pixel_accuracy": True, "mean_accuracy": True},
-    "depth": {"rmse": False, "abs_error": False, "rel_error": False, "delta1": True, "delta2": True, "delta3": True},
-    "normals": {
-        "mean_angle": False,
-        "median_angle": False,
-        "within_11.25": True,
-        "within_22.5": True,
-        "within_30": True,
-    },
-    "edges": {"odsF": True},
-    "saliency": {"mIoU": True, "maxF": True},
-    "map": {"rmse": False, "mae": False},
-    "own": {},
+_METRICS = {
+    "classification": ("accuracy", "f1"),
+    "binary": ("accuracy", "f1", "auroc"),
+    "regression": ("rmse", "mae", "r2"),
+    "segmentation": ("mIoU", "pixel_accuracy", "mean_accuracy"),
+    "depth": ("rmse", "abs_error", "rel_error", "delta1", "delta2", "delta3"),
+    "normals": ("mean_angle", "median_angle", "within_11.25", "within_22.5", "within_30"),
+    "edges": ("odsF",),
+    "saliency": ("mIoU", "maxF"),
+    "map": ("rmse", "mae"),
+    "own": (),
 }
-"""Kind -> metric -> whether higher is better; a kind's first metric is the one of delta_m."""
+"""Kind -> metrics; the first is the one of delta_m."""
+_LOWER = frozenset({"rmse", "mae", "abs_error", "rel_error", "mean_angle", "median_angle"})
+"""The metrics of which lower values are better."""
 
 
 def metric_names(kind: str) -> tuple[str, ...]:
@@ -60,10 +52,10 @@ def metric_names(kind: str) -> tuple[str, ...]:
         >>> metric_names("map")
         ('rmse', 'mae')
     """
-    return tuple(_METRICS[kind])
+    return _METRICS[kind]
 
 
-def task_metrics(task: Task) -> dict[str, Metric]:
+def task_metrics(task: Task) -> "dict[str, Metric]":
     """New metrics of one task, by name, as listed in this module's docstring.
 
     Args:
@@ -109,7 +101,7 @@ def primary_metric(task: Task) -> tuple[str, bool]:
     >>> primary_metric(Task("depth", "depth", 1))
     ('rmse', False)
     """
-    known = _METRICS[task.kind] | task.extra.get("directions", {})
+    known = {metric: metric not in _LOWER for metric in _METRICS[task.kind]} | task.extra.get("directions", {})
     name = task.extra.get("primary_metric", next(iter(known), None))
     if name not in known:
         raise ValueError(
@@ -122,10 +114,7 @@ def primary_metric(task: Task) -> tuple[str, bool]:
 def higher_is_better(task: Task, metric: str) -> bool:
     """Whether a higher value of a task's metric is better; of an own metric that nobody says it of, lower is."""
     own: dict[str, bool] = task.extra.get("directions", {})
-    if metric in own:
-        return own[metric]
-    kind = _METRICS[task.kind]
-    return kind.get(metric, False)
+    return own.get(metric, metric in _METRICS[task.kind] and metric not in _LOWER)
 
 
 def chance_level(task: Task, metric: str) -> float | None:

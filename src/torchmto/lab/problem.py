@@ -227,6 +227,10 @@ class Problem:
             return task
         extra = dict(task.extra)
         if own:
+            entries = own.values() if isinstance(own, Mapping) else [own]
+            wrong = [entry for entry in entries if isinstance(entry, type) or not hasattr(entry, "clone")]
+            if wrong or not isinstance(own, Mapping):
+                raise part_error(f"metrics[{task.name!r}]", "{name: a torchmetrics metric}", (wrong or [own])[0])
             directions = {name: getattr(metric, "higher_is_better", None) for name, metric in own.items()}
             extra |= {"metrics": dict(own), "directions": {n: _direction(n, d) for n, d in directions.items()}}
             extra["primary_metric"] = next(iter(own))

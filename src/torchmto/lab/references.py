@@ -1,7 +1,5 @@
 """Problems and models by reference: a built-in name, ``FILE.py:FUNCTION``, ``package.module:FUNCTION`` or an entry point."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.machinery
@@ -11,7 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,16 +23,6 @@ from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, model_options, models
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
 
-__all__ = [
-    "UnknownReferenceError",
-    "build_network",
-    "load_problem",
-    "model_named",
-    "resolve",
-    "source_of",
-    "without_place",
-]
-
 GROUP = "torchmto.problems"
 
 
@@ -42,29 +30,12 @@ class UnknownReferenceError(ValueError):
     """A reference that leads nowhere."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What a reference leads to.
-
-    Attributes:
-        text: The reference.
-        function: What it names.
-        file: Where that is defined; None for what is built in.
-        path: What follows the name of a built-in data set.
-    """
-
-    text: str
-    function: Callable[..., Any]
-    file: Path | None = None
-    path: str = ""
-
-
 def problem_names() -> dict[str, Any]:
     """The entry points of the group ``torchmto.problems`` by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Reference:
+def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callable[..., Any]:
     """The function that a reference names.
 
     Args:
@@ -80,17 +51,16 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Refere
     head, _, tail = reference.partition(":")
     if what == "data":
         if head in datasets():
-            return Reference(reference, dataset_info(head).load, None, tail)
+            return dataset_info(head).load
         entries = problem_names()
         if reference in entries:
-            function = entries[reference].load()
-            return Reference(reference, _meant(function, reference, what), _file_of(function))
+            return _meant(entries[reference].load(), reference, what)
     if head.endswith(".py"):
         path = Path(head).expanduser()
         if not path.is_file():
             raise UnknownReferenceError(f"There is no file `{head}` (in `{reference}`).")
-        function = _attribute(_as_it_is(_module_of_file(path.resolve()), anew=anew), tail, reference)
-        return Reference(reference, _meant(function, reference, what), path)
+        module = _as_it_is(_module_of_file(path.resolve()), anew=anew)
+        return _meant(_attribute(module, tail, reference), reference, what)
     if head.partition(".")[0] in _STANDARD:
         raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
@@ -101,8 +71,8 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Refere
         except ValueError:  # __main__ has no spec
             found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
         if found is not None:
-            function = _attribute(_as_it_is(importlib.import_module(head), anew=anew), tail, reference)
-            return Reference(reference, _meant(function, reference, what), _file_of(function))
+            module = _as_it_is(importlib.import_module(head), anew=anew)
+            return _meant(_attribute(module, tail, reference), reference, what)
     known = [*datasets(), *problem_names()] if what == "data" else list(models())
     raise UnknownReferenceError(
         f"Parameter `{what}` should be one of {', '.join(known)}, or FILE.py:FUNCTION, or package.module:FUNCTION. "
@@ -129,8 +99,10 @@ def source_of(reference: str, options: Mapping[str, Any], what: str) -> str | No
     if reference.startswith("torchmto."):  # this package has versions of its own, but may be given another's problem
         return source_of(options["of"], {}, what) if "of" in options else None
     head = reference.partition(":")[0]
+    if head in datasets():
+        return None
     try:
-        file = Path(head).expanduser() if head.endswith(".py") else resolve(reference, what).file
+        file = Path(head).expanduser() if head.endswith(".py") else _file_of(resolve(reference, what))
     except UnknownReferenceError:
         return None
     return None if file is None else source_hash(file)
@@ -242,15 +214,15 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
         # What another module has registered, another process doesn't know.
         source, loadable = None, dataset_info(head).load.__module__.startswith("torchmto.")
     else:
-        found = resolve(reference, anew=True)
-        parameters = inspect.signature(found.function).parameters
+        function = resolve(reference, anew=True)
+        parameters = inspect.signature(function).parameters
         arguments = fitted(options, parameters, f"`{reference}`")
         given = {"seed": seed} if "seed" in parameters and "seed" not in arguments else {}
         for name, parameter in parameters.items():
             needed = parameter.default is parameter.empty and parameter.kind not in {2, 4}
             if needed and name not in {**arguments, **given}:
                 raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
-        problem = found.function(**arguments, **given)
+        problem = function(**arguments, **given)
         source, loadable = source_of(reference, options, "data"), not head.startswith("__main__")
     if not isinstance(problem, Problem):
         raise part_error(reference, "a function that returns a lab.Problem", type(problem).__name__)
@@ -300,7 +272,7 @@ def build_network(
     if checkpointing:
         raise ValueError("`model.gradient_checkpointing` is for the lab's ready models.")
     if isinstance(chosen, str):
-        function = resolve(chosen, "model").function
+        function = resolve(chosen, "model")
         parameters = inspect.signature(function).parameters
         given = {"tasks": problem.task_list, "input_shape": None}
         if "input_shape" in parameters:

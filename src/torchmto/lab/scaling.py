@@ -1,12 +1,8 @@
 """What a step costs on many processes: bytes sent, floating-point operations, and time on a given network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torchmto.checks import check_choice, check_integer, found
-
-__all__ = ["Setting"]
 
 FAMILIES = ("loss weighting", "gramian", "layerwise", "sequential", "task groups")
 

@@ -10,20 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "Friedman",
-    "Paired",
-    "average_ranks",
-    "confidence95",
-    "critical_difference",
-    "friedman",
-    "holm",
-    "paired",
-    "spearman",
-    "std",
-    "wins",
-]
-
 
 def confidence95(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of the mean, by Student's t; None for one value.

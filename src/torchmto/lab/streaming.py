@@ -17,12 +17,31 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
-__all__ = ["METRICS"]
-
 PixelError = Callable[[Tensor, Tensor], Tensor]
 
 
-class MaskedMean(Metric):
+class _Counting(Metric):
+    """A metric whose state is sums over the data set.
+
+    Args:
+        task: Tells where a target holds a label.
+        counters: Names of the sums.
+        size: Shape of each.
+        dtype: Of each.
+    """
+
+    full_state_update = False
+
+    def __init__(
+        self, task: Task, *counters: str, size: tuple[int, ...] = (), dtype: torch.dtype = torch.int64, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.task = task
+        for name in counters:
+            self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
+
+
+class MaskedMean(_Counting):
     """Mean of an elementwise error over all labelled entries of the data set.
 
     Args:
@@ -31,16 +50,14 @@ class MaskedMean(Metric):
         root: Whether to take the square root of the mean.
     """
 
-    full_state_update = False
     total: Tensor
     count: Tensor
 
     def __init__(self, task: Task, error: PixelError, *, root: bool = False, **options: Any) -> None:
-        super().__init__(**options)
-        self.task, self.error, self.root = task, error, root
+        super().__init__(task, "count", **options)
+        self.error, self.root = error, root
         # In float32 a sum over 10^8 pixels would lose what a late batch adds.
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -92,19 +109,16 @@ def within_angle(prediction: Tensor, target: Tensor, *, threshold: float) -> Ten
     return (angle(prediction, target) < threshold).float()
 
 
-class MedianAngle(Metric):
+class MedianAngle(_Counting):
     """Median angle between normals in degrees, to 0.01 degrees: from a histogram, not from all angles."""
 
-    full_state_update = False
     higher_is_better = False
     counts: Tensor
     bins_per_degree = 100
+    bins = 180 * bins_per_degree
 
     def __init__(self, task: Task, **options: Any) -> None:
-        super().__init__(**options)
-        self.task = task
-        self.bins = 180 * self.bins_per_degree
-        self.add_state("counts", torch.zeros(self.bins, dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(task, "counts", size=(self.bins,), **options)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -135,14 +149,13 @@ class MeanAccuracy(tm.MulticlassConfusionMatrix):
         return (matrix.diag() / matrix.sum(dim=1)).nanmean()
 
 
-class R2(Metric):
+class R2(_Counting):
     """Coefficient of determination, averaged over outputs; entries may be missing.
 
     1 is perfect, 0 is as good as the mean of the labels. NaN where all labels of every output are equal.
     torchmetrics' ``R2Score`` knows no missing entries.
     """
 
-    full_state_update = False
     higher_is_better = True
     count: Tensor
     total: Tensor
@@ -150,11 +163,8 @@ class R2(Metric):
     residuals: Tensor
 
     def __init__(self, task: Task, **options: Any) -> None:
-        super().__init__(**options)
-        self.task = task
-        for name in ("count", "total", "squares", "residuals"):
-            zeros = torch.zeros(task.channels, dtype=torch.float64)
-            self.add_state(name, zeros, dist_reduce_fx="sum")
+        names, size = ("count", "total", "squares", "residuals"), (task.channels,)
+        super().__init__(task, *names, size=size, dtype=torch.float64, **options)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch of ``[B, C]``."""
@@ -198,15 +208,14 @@ class BinaryAuroc(_Answers, tm.BinaryAUROC):
     """Area under the ROC curve, exact (keeps all scores)."""
 
 
-class _ScoreCounts(Metric):
+class _ScoreCounts(_Counting):
     """Counts of scores, binned so that "score >= k / bins" is known for every k."""
 
-    full_state_update = False
     higher_is_better = True
 
-    def __init__(self, task: Task, bins: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.task, self.bins = task, bins
+    def __init__(self, task: Task, bins: int, *counters: str, **options: Any) -> None:
+        super().__init__(task, *counters, size=(bins,), **options)
+        self.bins = bins
 
     def _bins(self, prediction: Tensor) -> Tensor:
         return (prediction.float().sigmoid() * self.bins).long().clamp(max=self.bins - 1)
@@ -233,10 +242,8 @@ class MaxF(_ScoreCounts):
     negatives: Tensor
 
     def __init__(self, task: Task, beta_squared: float = 0.3, bins: int = 256, **options: Any) -> None:
-        super().__init__(task, bins, **options)
+        super().__init__(task, bins, "positives", "negatives", **options)
         self.beta_squared = beta_squared
-        for name in ("positives", "negatives"):
-            self.add_state(name, torch.zeros(bins, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -311,10 +318,8 @@ class OdsF(_ScoreCounts):
     found: Tensor
 
     def __init__(self, task: Task, tolerance: float = 0.0075, **options: Any) -> None:
-        super().__init__(task, 100, **options)
+        super().__init__(task, 100, "predicted", "correct", "found", **options)
         self.tolerance = tolerance
-        for name in ("predicted", "correct", "found"):
-            self.add_state(name, torch.zeros(self.bins, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -334,7 +339,7 @@ class OdsF(_ScoreCounts):
         return _f_measure(precision, recall, 1.0).max()
 
 
-class BenchmarkOdsF(Metric):
+class BenchmarkOdsF(_Counting):
     """ODS F-measure of edges as the benchmark computes it: predictions thinned, pixels matched one to one.
 
     At each threshold the predicted edges are thinned, and matched with the labelled ones within the tolerance so
@@ -350,17 +355,15 @@ class BenchmarkOdsF(Metric):
     largest, where the benchmark's code weighs size against summed distance; Zhang and Suen's thinning.
     """
 
-    full_state_update = False
     higher_is_better = True
     predicted: Tensor
     matched: Tensor
     labelled: Tensor
 
     def __init__(self, task: Task, tolerance: float = 0.0075, thresholds: int = 99, **options: Any) -> None:
-        super().__init__(**options)
-        self.task, self.tolerance, self.thresholds = task, tolerance, thresholds
-        for name, size in (("predicted", thresholds), ("matched", thresholds), ("labelled", 1)):
-            self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
+        super().__init__(task, "predicted", "matched", size=(thresholds,), **options)
+        self.tolerance, self.thresholds = tolerance, thresholds
+        self.add_state("labelled", torch.zeros(1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
@@ -424,47 +427,33 @@ def _answers(metric: type[Metric]) -> MetricFactory:
     return lambda _: metric(validate_args=False)
 
 
+_ERRORS: dict[str, MetricFactory] = {"rmse": _mean(squared_error, root=True), "mae": _mean(absolute_error)}
 METRICS: dict[str, dict[str, MetricFactory]] = {
     "classification": {
         "accuracy": _multiclass(tm.MulticlassAccuracy, average="micro"),
         "f1": _multiclass(tm.MulticlassF1Score, average="macro"),
     },
-    "binary": {
-        "accuracy": _answers(BinaryAccuracy),
-        "f1": _answers(BinaryF1),
-        "auroc": _answers(BinaryAuroc),
-    },
-    "regression": {
-        "rmse": _mean(squared_error, root=True),
-        "mae": _mean(absolute_error),
-        "r2": R2,
-    },
+    "binary": {"accuracy": _answers(BinaryAccuracy), "f1": _answers(BinaryF1), "auroc": _answers(BinaryAuroc)},
+    "regression": {**_ERRORS, "r2": R2},
     "segmentation": {
         "mIoU": _multiclass(tm.MulticlassJaccardIndex, average="macro"),
         "pixel_accuracy": _multiclass(tm.MulticlassAccuracy, average="micro"),
         "mean_accuracy": _multiclass(MeanAccuracy),
     },
     "depth": {
-        "rmse": _mean(squared_error, root=True),
-        "abs_error": _mean(absolute_error),
+        "rmse": _ERRORS["rmse"],
+        "abs_error": _ERRORS["mae"],
         "rel_error": _mean(relative_error),
-        "delta1": _mean(partial(within_ratio, threshold=1.25)),
-        "delta2": _mean(partial(within_ratio, threshold=1.25**2)),
-        "delta3": _mean(partial(within_ratio, threshold=1.25**3)),
+        **{f"delta{k}": _mean(partial(within_ratio, threshold=1.25**k)) for k in (1, 2, 3)},
     },
     "normals": {
         "mean_angle": _mean(angle),
         "median_angle": MedianAngle,
-        "within_11.25": _mean(partial(within_angle, threshold=11.25)),
-        "within_22.5": _mean(partial(within_angle, threshold=22.5)),
-        "within_30": _mean(partial(within_angle, threshold=30.0)),
+        **{f"within_{limit:g}": _mean(partial(within_angle, threshold=limit)) for limit in (11.25, 22.5, 30.0)},
     },
     "edges": {"odsF": _edges},
     "saliency": {"mIoU": SaliencyIoU, "maxF": MaxF},
-    "map": {
-        "rmse": _mean(squared_error, root=True),
-        "mae": _mean(absolute_error),
-    },
+    "map": _ERRORS,
     "own": {},
 }
 """Kind -> metric -> how to make it, in the order of `torchmto.lab.metrics`."""

@@ -9,8 +9,6 @@ from rich.text import Text
 
 from torchmto._layout import divided, terminal_width
 
-__all__ = ["FittedTable", "make_console"]
-
 
 def make_console(file_width: int) -> Console:
     """A console on the standard output; what isn't a terminal is as wide as told, COLUMNS aside."""

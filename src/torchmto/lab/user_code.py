@@ -4,8 +4,6 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-__all__ = ["user_frames"]
-
 _OURS = (
     str(Path(__file__).resolve().parents[1]),
     *(

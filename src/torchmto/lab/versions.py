@@ -7,8 +7,6 @@ from typing import Any
 
 from torchmto import __version__
 
-__all__ = ["RESULTS_VERSION", "results_version", "versions"]
-
 RESULTS_VERSION = 3
 """Version of what results mean, stored with every finished run: to be raised with a change of the code after which the same
 settings give other figures (a corrected metric, another default, new data), so that old and new ones aren't mixed."""

@@ -282,7 +282,7 @@ class Method(ABC):
         """Take over a saved state.
 
         Raises:
-            ValueError: If the names of the states differ.
+            ValueError: If the names of the states differ, or which of them are methods.
         """
         expected = {"generator", *self._states}
         if set(state) != expected:
@@ -290,6 +290,13 @@ class Method(ABC):
                 f"The state isn't one of method `{self.name}` with these hyper-parameters: it holds "
                 f"{shown(sorted(state))}, expected {sorted(expected)}."
             )
+        for name in self._states:
+            inside = isinstance(getattr(self, name), Method)
+            if inside != (isinstance(state[name], Mapping) and "generator" in state[name]):
+                raise ValueError(
+                    f"The state isn't one of method `{self.name}` with these hyper-parameters: `{name}` is "
+                    f"{'a method here, and none there' if inside else 'a method there, and none here'}."
+                )
         self.generator.set_state(state["generator"])
         for name in self._states:
             self._put(name, copied(state[name]))
@@ -448,7 +455,13 @@ class LossWeighting(Method):
         """The weights of the losses in the update, [k]: the gradient of the objective."""
         with torch.enable_grad():
             values = losses.detach().requires_grad_()
-            (weights,) = torch.autograd.grad(self.objective(values, indices), values)
+            objective: object = self.objective(values, indices)
+            if not isinstance(objective, Tensor) or objective.ndim or not objective.requires_grad:
+                raise ValueError(
+                    f"Method `{self.name}`: `objective` should return a scalar tensor that depends on the losses it is given. "
+                    f"Found {shown(objective)}."
+                )
+            (weights,) = torch.autograd.grad(objective, values)
         return weights
 
     def cost(self, num_tasks: int) -> Cost:

@@ -3,11 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
+from torchmto.checks import check_number, found, unknown_task
 
 TaskFloats = Mapping[str, float] | Sequence[float]
 """One number per task: task -> number, or numbers in the order of the tasks."""
@@ -57,8 +59,9 @@ class PerTask(ByTask):
         self.name = name
         self.given = given
         self._values: list[float] | None = None
+        self._common: float
         bounds = {"minimum": minimum, "maximum": maximum, "above": above}
-        if common and isinstance(given, int | float):
+        if common and isinstance(given, Real):
             self._common = check_number(name, given, **bounds)
             return
         if isinstance(given, str) or not isinstance(given, Mapping | Sequence):
@@ -96,6 +99,43 @@ class PerTask(ByTask):
     def total(self) -> float:
         """The sum over all tasks, where every task has a value of its own."""
         return sum(self._values or ())
+
+
+class Baseline(ByTask):
+    """The hyper-parameters ``baseline`` and ``higher_is_better``: single-task values, and how far behind them results are.
+
+    Args:
+        given: Task -> the single-task model's value.
+        higher_is_better: Task -> whether larger values are better (missing ones are True), or one bool for all.
+
+    Raises:
+        TypeError: If a value isn't a number, or a direction isn't a bool.
+        ValueError: If a value is 0.
+    """
+
+    def __init__(self, given: Mapping[str, float], higher_is_better: Any) -> None:
+        for name, value in given.items():
+            if check_number(f"baseline[{name!r}]", value) == 0:
+                raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
+        by_task = isinstance(higher_is_better, Mapping)
+        directions = higher_is_better.values() if by_task else [higher_is_better]
+        if not all(isinstance(direction, bool) for direction in directions):
+            raise TypeError(found("higher_is_better", "a bool, or a mapping of task names to bools", higher_is_better))
+        self.values = dict(given)
+        self.directions: dict[str, bool] = dict(higher_is_better if by_task else dict.fromkeys(given, higher_is_better))
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Check that every task has a value, and that directions are of these tasks."""
+        if set(self.values) != set(tasks):
+            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.values))
+        unknown = [name for name in self.directions if name not in tasks]
+        if unknown:
+            raise ValueError(unknown_task(unknown[0], tasks, "in `higher_is_better`"))
+
+    def behind(self, task: str, value: float) -> float:
+        """How far a result is behind, relative to the baseline's absolute value; negative where it is better."""
+        sign = 1.0 if self.directions.get(task, True) else -1.0
+        return sign * (self.values[task] - value) / abs(self.values[task])
 
 
 def named(tasks: Sequence[str], values: Tensor) -> dict[str, float]:

@@ -18,10 +18,8 @@ class Primary(ByTask):
     """
 
     def __init__(self, given: Any) -> None:
-        if not isinstance(given, str):
-            check_integer("primary", given, minimum=0)
-        self.given = given
-        self.index: int = 0 if isinstance(given, str) else given
+        self.given: str | int = given if isinstance(given, str) else check_integer("primary", given, minimum=0)
+        self.index = 0 if isinstance(self.given, str) else self.given
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Match it with the tasks.

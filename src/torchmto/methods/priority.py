@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found, nearest, unknown_task
 from torchmto.methods.losses.window import LossWindow, check_window
 from torchmto.methods.method import LossWeighting, Method
+from torchmto.methods.per_task import Baseline
 from torchmto.methods.registry import make_method, methods
 from torchmto.step import Losses, StepContext, StepInfo
 
@@ -168,18 +169,8 @@ class PerformancePriority(Priority):
             raise ValueError(
                 found("baseline", "the single-task value of every task (for priority='performance')", baseline)
             )
-        for name, value in baseline.items():
-            if check_number(f"baseline[{name!r}]", value) == 0:
-                raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
-        self.baseline = dict(baseline)
-        self.higher_is_better = higher_is_better
+        self.baseline = Baseline(baseline, higher_is_better)
         self.gamma = check_number("gamma", gamma, minimum=0)
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Check that every task has a baseline."""
-        if set(self.baseline) != set(tasks):
-            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline))
-        super().bind(tasks)
 
     def setup(self, num_tasks: int) -> None:
         """The last shortfalls; NaN: not reported yet."""
@@ -188,10 +179,7 @@ class PerformancePriority(Priority):
     def report(self, performance: Mapping[str, float]) -> None:
         """Take over validation results."""
         for name, value in performance.items():
-            better = self.higher_is_better
-            sign = 1.0 if (better if isinstance(better, bool) else better.get(name, True)) else -1.0
-            behind = sign * (self.baseline[name] - value) / abs(self.baseline[name])
-            self.shortfall[self.tasks.index(name)] = max(behind, 0.0)
+            self.shortfall[self.tasks.index(name)] = max(self.baseline.behind(name, value), 0.0)
 
     def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
         """Shortfall^gamma; a task without a report gets the mean of the others."""
@@ -262,7 +250,13 @@ def make_priority(
         window: Steps per window of the loss-based sources.
         baseline: Single-task values, for "performance".
         higher_is_better: Direction of the metrics, for "performance".
+
+    Raises:
+        TypeError: If ``priority`` is none of these.
+        ValueError: If it is an unknown name, or there is a ``baseline`` that it doesn't use.
     """
+    if baseline is not None and priority != "performance":
+        raise ValueError(found("baseline", "None unless priority='performance'", baseline))
     if isinstance(priority, str):
         if priority in ("loss", "relative_loss"):
             return LossPriority(gamma=gamma, relative=priority == "relative_loss", window=window)

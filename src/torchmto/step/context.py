@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
+from torchmto.checks import shown
 from torchmto.gradients import finite_mark, real
 from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
 from torchmto.step.forwards import forwards
@@ -103,7 +104,9 @@ class StepContext:
         """Raise the error of a batch without any loss."""
         raise empty_batch(self.asked)
 
-    def losses(self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool = True) -> Losses:
+    def losses(
+        self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool | Literal["newest"] = True
+    ) -> Losses:
         """The losses of ``tasks`` by an extra forward without gradient that leaves the model's buffers as they were.
 
         Averaged over micro-batches and ranks.
@@ -111,8 +114,8 @@ class StepContext:
         Args:
             tasks: Default all this step asks for.
             source: Which independent batch.
-            replay: Replay the random state of the step's own forward, so that dropout masks are the same, and put the random
-                state back; else draw new noise (unless ``same_noise`` is on).
+            replay: Replay the random state of the step's own forward (the first of these tasks, or the "newest"), so that
+                dropout masks are the same, and put the random state back; else draw new noise (unless ``same_noise`` is on).
         """
         parts = self._parts
         parts.reduction.doing = "losses"
@@ -202,10 +205,16 @@ class StepContext:
             head_weights: The weights of the heads, where they differ from ``weights``, [k].
 
         Raises:
+            ValueError: If the weights or the vector have another shape.
             NonFiniteError: If the weights aren't finite (see ``on_nonfinite``).
         """
         network = self.network
         network.zero_grad()
+        number = len(gradients.indices)
+        if (weights is not None or vector is None) and not (isinstance(weights, Tensor) and weights.shape == (number,)):
+            raise _wrong_shape("weights", "one number per present task", weights, number)
+        if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
+            raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
             weights = self._parts.reduction.agree(weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
@@ -251,7 +260,9 @@ class StepContext:
         self.network.zero_grad()
         parts, request = self._parts, self._parts.request(tasks, forward, source)
         if parts.carried is not None and not parts.summed:
-            gradients = self.gradients(tasks, forward=forward, source=source)
+            request.combined = False
+            gradients = gradients_with_rows(parts, request)
+            parts.network.warn_of_unshared()
             self.combine(gradients, weigh(gradients.losses, gradients.indices), heads=heads)
             return gradients.all_losses
         if parts.summed:
@@ -262,6 +273,18 @@ class StepContext:
         self.network.warn_of_unshared()
         self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
         return losses
+
+    def check(self, losses: Losses) -> None:
+        """Check and record the losses of a :meth:`backward` whose gradient isn't applied, as :meth:`apply` would.
+
+        Raises:
+            ValueError: If no task was present.
+            NonFiniteError: If a loss isn't finite (see ``on_nonfinite``).
+        """
+        if not losses.indices:
+            self.raise_empty()
+        self._losses, self._unchecked = None, False
+        self._parts.finite.losses(losses, losses.raw.tolist())
 
     def keep(self, weigh: Weigh | None) -> None:
         """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.
@@ -298,7 +321,7 @@ class StepContext:
         norm = network.norm(shared)
         if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
             norm = network.exact_norm(shared)
-        scale = network.scale(norm.device)
+        scale = network.scale(norm.device) if self._scaled else None
         if scale is not None:
             norm = norm / scale
         factor = float((largest / norm).clamp_max(1))
@@ -326,6 +349,8 @@ class StepContext:
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
             if not gradients:
+                if losses is not None and losses.indices:
+                    network.warn_of_untrained()
                 if unchecked and losses is not None:
                     finite.losses(losses, losses.raw.tolist())
                 return False
@@ -440,3 +465,9 @@ class StepContext:
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )
+
+
+def _wrong_shape(what: str, about: str, given: object, length: int) -> ValueError:
+    """The error of a method that gives something else than a tensor [length]."""
+    shape = f"one of shape {list(given.shape)}" if isinstance(given, Tensor) else shown(given)
+    return ValueError(f"A method's {what} should be a tensor of shape [{length}], {about}. Found {shape}.")

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchmto.checks import unknown_task, warn
 from torchmto.gradients import check_keeps, nodes_made, reach_of
 from torchmto.step.losses import Chunk, Source, needs_closure
+from torchmto.step.noise import random_state, set_random_state
 from torchmto.step.parts import Parts, Request
 from torchmto.task_norms import active_task
 
@@ -44,6 +46,8 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
             # The graph of ready losses was made since the last look.
             start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
             chunk = _call(parts, closure, group, grad=grad)
+            if averaged and apart:
+                _round_counts(parts, chunk)
             if not averaged:
                 chunk.counts = dict.fromkeys(chunk.counts, 1.0)
             if grad:
@@ -65,14 +69,29 @@ def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) 
         parts.consumed.add(id(closure))
         return _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
     active = names[0] if len(names) == 1 else None
-    around = contextlib.nullcontext() if parts.surroundings.neutral else parts.surroundings.restored()
-    with around, torch.set_grad_enabled(grad):
-        if active is None:
-            result = closure(names)
-        else:
-            with active_task(active):
-                result = closure(names)
-    return _parse(parts, result, names, needs_graph=grad, active=active)
+    network = parts.network
+    before = None if grad or network.differentiates else random_state()
+    while True:
+        around = contextlib.nullcontext() if parts.surroundings.neutral else parts.surroundings.restored()
+        try:
+            with around, torch.set_grad_enabled(grad or network.differentiates):
+                if active is None:
+                    result = closure(names)
+                else:
+                    with active_task(active):
+                        result = closure(names)
+            break
+        except RuntimeError as error:
+            if before is None or "does not require grad" not in str(error):
+                raise
+            # It differentiates by itself, as physics-informed losses do: its forwards need a graph, then and from now on.
+            network.differentiates = True
+            set_random_state(before)
+            before = None
+    chunk = _parse(parts, result, names, needs_graph=grad, active=active)
+    if not grad:
+        chunk.losses = {index: loss.detach() for index, loss in chunk.losses.items()}
+    return chunk
 
 
 def _parse(
@@ -135,10 +154,23 @@ def _counted(task: str, value: tuple[Any, ...]) -> tuple[Any, float]:
     if len(value) != 2:
         raise ValueError(f"Task `{task}` should bring `loss` or `(loss, count)`. Found {len(value)} values.")
     loss, count = value
-    count = float(count) if isinstance(count, int | float | Tensor) else count
+    count = float(count) if isinstance(count, Real | Tensor) else count
     if not isinstance(count, float) or not 0 <= count < float("inf"):
         raise ValueError(f"The count of task `{task}` should be a non-negative number. Found {count!r}.")
     return loss, count
+
+
+def _round_counts(parts: Parts, chunk: Chunk) -> None:
+    """Round counts to the types of their losses, in which backwards multiply by them: shares then add up to one."""
+    for index, loss in chunk.losses.items():
+        if loss.dtype in (torch.float16, torch.bfloat16):
+            count = float(torch.tensor(chunk.counts[index], dtype=loss.dtype))
+            if not 0 < count < float("inf"):
+                raise ValueError(
+                    f"The count {chunk.counts[index]:g} of task `{parts.plan.tasks[index]}` doesn't fit the type of its loss, "
+                    f"{loss.dtype}. Return the loss as float32: `(loss.float(), count)`."
+                )
+            chunk.counts[index] = count
 
 
 _WITHOUT_LABELS = "If the batch has no labels for it, leave the task out, or give it count 0."
@@ -183,7 +215,6 @@ def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], 
     if network.compiled and not (roles.given and isinstance(closure, Mapping)):
         chunk = _run_eagerly(parts, closure, names)
     found = {index: reach_of([chunk.losses[index]]).leaves for index in new}
-    network.warn_of_untrained(set().union(*found.values()))
     by_id = {id(p): network.name(p) for p in network.parameters}
     columns = len(roles.layout)
     for index, leaves in found.items():

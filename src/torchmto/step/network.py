@@ -68,6 +68,7 @@ class Network:
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
         nodes_made: How many graph nodes there had been at the last look.
+        differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
 
@@ -115,6 +116,7 @@ class Network:
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
         self.warned_unasked = False
+        self.differentiates = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
         self._warned_taken = False
@@ -374,8 +376,8 @@ class Network:
             for parameter in given:
                 if parameter.grad is not None and parameter.grad.is_conj():
                     parameter.grad = parameter.grad.resolve_conj()
-        gradients = [p.grad for p in given if p.grad is not None]
-        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in gradients]
+        set_now = [gradient for p in given if (gradient := p.grad) is not None]
+        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
         return [real(gradient) for gradient in gradients] if self._complex else gradients
 
     def look(self, chunk: Chunk) -> None:
@@ -386,6 +388,7 @@ class Network:
         """
         found = reach_of(chunk.losses.values())
         refuse_reentrant(found)
+        self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
         if found.functions:
             self._functions = True
@@ -447,18 +450,18 @@ class Network:
             if gradient is not None and gradient.is_sparse:
                 parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
 
-    def warn_of_untrained(self, leaves: Collection[int]) -> None:
+    def warn_of_untrained(self, leaves: Collection[int] | None = None) -> None:
         """Warn once if losses reach parameters of the model that the optimizer doesn't have.
 
         Args:
-            leaves: The ``id`` of every leaf that the losses reach.
+            leaves: The ``id`` of every leaf that the losses reach; any, where they reach none of the optimizer's.
         """
         if self._warned_untrained:
             return
         left = [
             name
             for name, p in self.model.named_parameters()
-            if p.requires_grad and id(p) in leaves and id(p) not in self._names
+            if p.requires_grad and (leaves is None or id(p) in leaves) and id(p) not in self._names
         ]
         if left:
             self._warned_untrained = True

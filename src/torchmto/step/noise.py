@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +12,14 @@ from torchmto.undo import BufferSnapshot
 State = tuple[Tensor, list[Tensor]]
 
 
-def _get() -> State:
+def random_state() -> State:
+    """That of torch's generators now."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return torch.get_rng_state(), cuda
 
 
-def _set(state: State) -> None:
+def set_random_state(state: State) -> None:
+    """Put an earlier one back."""
     torch.set_rng_state(state[0])
     if state[1]:
         torch.cuda.set_rng_state_all(state[1])
@@ -37,29 +40,32 @@ class Noise:
         self._keep = keep or same
         self._states: dict[tuple[int, int], State] = {}
         self._states_of: dict[tuple[tuple[int, int], tuple[str, ...]], State] = {}
-        self._replaying = False
+        self._newest: dict[tuple[tuple[int, int], tuple[str, ...]], State] = {}
+        self._replaying: bool | Literal["newest"] = False
 
     def before(self, key: tuple[int, int], names: tuple[str, ...]) -> None:
         """Called before the forward of micro-batch ``key``, (source, number), for the tasks ``names``.
 
-        A repeat gets the state of the first forward for the same tasks, or else of the micro-batch's first forward.
+        A repeat gets the state of the first forward (or the newest) for the same tasks, or else of the micro-batch's first one.
         """
         known = self._states.get(key)
         if known is not None and self._same:
-            _set(known)
+            set_random_state(known)
         elif known is not None and self._replaying:
-            _set(self._states_of.get((key, names), known))
-        elif self._keep and not self._replaying and (key, names) not in self._states_of:
-            self._states_of[key, names] = _get()
-            self._states.setdefault(key, self._states_of[key, names])
+            states = self._newest if self._replaying == "newest" else self._states_of
+            set_random_state(states.get((key, names), known))
+        elif self._keep and not self._replaying:
+            state = self._newest[key, names] = random_state()
+            self._states_of.setdefault((key, names), state)
+            self._states.setdefault(key, state)
 
     @contextlib.contextmanager
-    def extra(self, *, replay: bool = True) -> Iterator[None]:
+    def extra(self, *, replay: bool | Literal["newest"] = True) -> Iterator[None]:
         """Forwards inside leave the buffers as they were.
 
         Args:
-            replay: They replay the step's own noise, where it was kept, and the random state is put back; else they draw new
-                noise.
+            replay: They replay the step's own noise, where it was kept (that of the first forward, or of the newest), and the
+                random state is put back; else they draw new noise.
         """
         replaying, self._replaying = self._replaying, replay
         try:
@@ -81,11 +87,11 @@ class Noise:
     def attempt(self) -> Iterator[Callable[..., None]]:
         """Gives a function that puts buffers and random state back to where they were at the start."""
         self._buffers.take()
-        state = _get()
+        state = random_state()
 
         def undo(keep_random_state: bool = False) -> None:
             self._buffers.restore()
             if not keep_random_state:
-                _set(state)
+                set_random_state(state)
 
         yield undo

@@ -55,7 +55,7 @@ class Optimizers:
             first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
             before = 0 if first is None else version_of(first)
             try:
-                if self._scaler is None:
+                if self._scaler is None or first is None:
                     optimizer.step()
                 else:
                     self._scaler.step(optimizer)
@@ -70,7 +70,7 @@ class Optimizers:
                     )
                 raise
             self.num_stepped += 1
-        if self._scaler is not None:
+        if self._scaler is not None and any(id(optimizer) in self._states for optimizer in self.all):
             self._update(self._scaler)
 
     def _check_fired(self, optimizer: Any) -> None:
@@ -94,7 +94,9 @@ class Optimizers:
         """Divide all gradients by the scaler's scale, as it does itself."""
         assert self._scaler is not None
         for optimizer in self.all:
-            self._scaler.unscale_(optimizer)
+            # Without a gradient there is nothing a scaler could check, which it takes for a mistake.
+            if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+                self._scaler.unscale_(optimizer)
 
     def forget_scaling(self) -> None:
         """Make the scaler forget what it knows of the optimizers since its last update."""

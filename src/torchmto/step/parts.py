@@ -23,11 +23,13 @@ class Request:
         asked: The tasks the closure is asked for.
         wanted: The numbers of the tasks whose gradients are wanted.
         source: Which independent batch.
+        combined: Whether the gradients are to be combined, so that the tasks have to share parameters.
     """
 
     asked: tuple[str, ...]
     wanted: frozenset[int]
     source: int = 0
+    combined: bool = True
 
 
 @dataclass

@@ -78,7 +78,7 @@ def present(parts: Parts, everything: Losses, request: Request) -> Losses:
         raise empty_batch(parts.asked)
     if not losses.indices:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
-    if parts.network.roles.unshared:
+    if parts.network.roles.unshared and request.combined:
         raise ValueError(
             f"{parts.network.unshared()} A method that combines the gradients of tasks needs shared parameters; loss "
             "weightings, as `gd`, do without."

@@ -177,17 +177,20 @@ def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence
 def _place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, gradients: Sequence[Tensor | None]) -> None:
     """Write one task's gradients: shared ones into its row, others to its head; follow parameters that turn shared."""
     network = parts.network
-    found = [(p, g) for p, g in zip(network.parameters, gradients, strict=True) if g is not None]
-    if network.compiled:
-        found = [(p, g) for p, g in found if network.reaches(task, p)]
-    found = [(p, plain(g) if g.is_sparse or g.is_complex() else g) for p, g in found]
-    others = [pair for pair in found if id(pair[0]) not in rows.position]
-    new = others if task in network.roles.seen else found
+    shared: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor]] = []
+    for parameter, gradient in zip(network.parameters, gradients, strict=True):
+        if gradient is None or (network.compiled and not network.reaches(task, parameter)):
+            continue
+        own = plain(gradient) if gradient.is_sparse or gradient.is_complex() else gradient
+        (shared if id(parameter) in rows.position else others).append((parameter, own))
+    new = others if task in network.roles.seen else shared + others
     grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in new])
     if grown and not parts.several:
         network.lay_out(rows, heads)
+        shared += [pair for pair in others if id(pair[0]) in rows.position]
         others = [pair for pair in others if id(pair[0]) not in rows.position]
-    rows.add(task, [pair for pair in found if id(pair[0]) in rows.position])
+    rows.add(task, shared)
     for parameter, gradient in others:
         hold(heads, task, parameter, gradient)
 

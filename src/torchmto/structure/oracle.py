@@ -55,7 +55,7 @@ def oracle_priority(
         closure: ``closure(tasks) -> {task: loss}``. With split norms it is called for one task at a time,
             with that task's norms active.
         groups: Pairs of a layer from :func:`torchmto.structure.find_norm_pairs` and the indices of its output
-            channels. The bias entries of the channels belong to them.
+            channels. The bias entries of the channels belong to them; what is frozen stays.
         tasks: T names.
         weights: Of the losses in the total; default 1 for every task.
         step_size: Of the gradient step, positive.
@@ -78,10 +78,11 @@ def oracle_priority(
                 f"Found {list(channels)}."
             )
     factors = [1.0 if weights is None else float(weights[task]) for task in tasks]
-    parameters = list(dict.fromkeys(parameter for layer, _ in groups for parameter in layer.parameters))
+    everything = dict.fromkeys(parameter for layer, _ in groups for parameter in layer.parameters)
+    parameters = [parameter for parameter in everything if parameter.requires_grad]
 
     def gradient(loss: Tensor) -> dict[nn.Parameter, Tensor | None]:
-        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if parameters else ()
         return dict(zip(parameters, found, strict=True))
 
     with undisturbed(model), torch.enable_grad():
@@ -134,7 +135,7 @@ def _move(
     chosen = torch.zeros(layer.num_channels, dtype=torch.bool, device=layer.weight.device)
     chosen[channels] = True
     for parameter in layer.parameters:
-        gradient = gradients[parameter]
+        gradient = gradients.get(parameter)
         if gradient is not None:
             moved = chosen
             if parameter is layer.weight:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from torchmto.gradients.torch_private import modules_of
 from torchmto.structure.dataflow import (
     CONVOLUTIONS,
     Node,
@@ -112,7 +113,7 @@ class PairSearch:
         inner = {m.out_proj for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
         self.modules = {
             module: path
-            for path, module in model.named_modules()
+            for path, module in modules_of(model).items()
             if module not in copies and module not in inner and (is_layer(module) or isinstance_of_norm(module))
         }
         self.layers = [module for module in self.modules if is_layer(module)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_number
+from torchmto.gradients.torch_private import modules_of
 from torchmto.task_norms import PerTask, active_task, current_tasks, has_split_norms
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
@@ -73,7 +74,7 @@ def conflict_scores(
     (S-conflict scores).
     """
     threshold = check_number("threshold", threshold, minimum=-1, maximum=0)
-    layers = {path: list(m.parameters(recurse=False)) for path, m in model.named_modules()}
+    layers = {path: list(m.parameters(recurse=False)) for path, m in modules_of(model).items()}
     layers = {path: own for path, own in ((p, [w for w in ws if w.requires_grad]) for p, ws in layers.items()) if own}
     everything = [parameter for own in layers.values() for parameter in own]
     scores: dict[str, int] = {}
@@ -130,7 +131,7 @@ def make_task_specific(model: nn.Module, tasks: Sequence[str], layers: Iterable[
         ['0.bias', '0.weight', '2.a.bias', '2.a.weight', '2.b.bias', '2.b.weight']
     """
     paths = list(layers)
-    known = dict(model.named_modules())
+    known = modules_of(model)
     for path in paths:
         if not path or path not in known:
             raise ValueError(f"Parameter `layers` should hold paths of modules inside the model. Found {path!r}.")

@@ -91,6 +91,16 @@ def test_missing_files_are_named(tmp_path):
         load_data(f"multimnist:{tmp_path / 'data'}", held_out=1.0)
 
 
+def test_debians_folder_is_found_by_itself(tmp_path, monkeypatch):
+    images = write_idx(tmp_path / "debian", packed=True)["t10k"]
+    monkeypatch.setattr("torchmto.lab.data.multimnist.DEBIAN", tmp_path / "debian")
+    canvas = load_data("multifashion", **COUNTS).test.inputs[0, 0].numpy()
+    assert any(np.array_equal(picture[:8, :8], canvas[:8, :8]) for picture in images)
+    monkeypatch.setattr("torchmto.lab.data.multimnist.DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="needs a path: `multifashion:PATH`"):
+        load_data("multifashion", **COUNTS)
+
+
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_files():
     bundle = load_data("multifashion", train=500, validation=100, test=100)

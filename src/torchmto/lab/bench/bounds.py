@@ -13,8 +13,6 @@ from torch import Tensor
 
 from torchmto.lab.bench.cases import Case
 
-__all__ = ["BOUNDS"]
-
 Step = Callable[[], object]
 
 
@@ -23,8 +21,7 @@ def gd(case: Case, optimizer: torch.optim.Optimizer) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        features = case.trunk(case.inputs)
-        torch.stack([case.loss(task, features) for task in range(case.num_tasks)]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack(case.losses()).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     return step
@@ -37,9 +34,7 @@ def lb(case: Case, optimizer: torch.optim.Optimizer) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        features = case.trunk(case.inputs)
-        losses = [case.loss(task, features) for task in range(case.num_tasks)]
-        for task, loss in enumerate(losses):
+        for task, loss in enumerate(case.losses()):
             retain = task < case.num_tasks - 1
             gradients = torch.autograd.grad(loss, [*trunk, *heads[task]], retain_graph=retain)
             for parameter, gradient in zip(heads[task], gradients[len(trunk) :], strict=True):
@@ -61,9 +56,7 @@ def lbm(case: Case, optimizer: torch.optim.Optimizer) -> Step:
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        features = case.trunk(case.inputs)
-        losses = [case.loss(task, features) for task in range(case.num_tasks)]
-        for task, loss in enumerate(losses):
+        for task, loss in enumerate(case.losses()):
             retain = task < case.num_tasks - 1
             gradients = torch.autograd.grad(loss, [*trunk, *heads[task]], retain_graph=retain)
             torch.cat([gradient.reshape(-1) for gradient in gradients[: len(trunk)]], out=matrix[task])
@@ -100,9 +93,7 @@ def turns(case: Case, optimizer: torch.optim.Optimizer) -> Step:
     def step() -> None:
         for task in range(case.num_tasks):
             optimizer.zero_grad()
-            features = case.trunk(case.inputs)
-            losses = [case.loss(other, features) for other in range(case.num_tasks)]
-            losses[task].backward()  # type: ignore[no-untyped-call]
+            case.losses()[task].backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
     return step

@@ -1,12 +1,10 @@
 """The models that are timed, in plain PyTorch: a shared trunk, one head and one target per task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["CASES", "Case", "make_case"]
 
 
 @dataclass
@@ -45,6 +43,11 @@ class Case:
         """The loss of one task."""
         return self.criterion(self.heads[task](features), self.targets[task])
 
+    def losses(self) -> list[Tensor]:
+        """The losses of all tasks, from one forward."""
+        features = self.trunk(self.inputs)
+        return [self.loss(task, features) for task in range(self.num_tasks)]
+
 
 def _mlp(num_tasks: int, device: torch.device) -> Case:
     """1.0M parameters, batch 64."""
@@ -70,13 +73,18 @@ def _pinn(num_tasks: int, device: torch.device) -> Case:
 
 def _conv(num_tasks: int, device: torch.device) -> Case:
     """2.8M parameters: eight 3 x 3 convolutions with batch norms, 64 x 64 pixels, batch 16."""
+    shapes = ((64, 1), (64, 2), (128, 2), (256, 2), (256, 1), (256, 1), (256, 1), (256, 1))
+    trunk = nn.Sequential(*_convolutions(3, shapes), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return _with_linear_heads(trunk, 256, torch.randn(16, 3, 64, 64), num_tasks, device)
+
+
+def _convolutions(channels: int, shapes: Iterable[tuple[int, int]]) -> list[nn.Module]:
+    """3 x 3 with batch norms, from so many channels; each with its width and stride."""
     layers: list[nn.Module] = []
-    channels = 3
-    for width, stride in ((64, 1), (64, 2), (128, 2), (256, 2), (256, 1), (256, 1), (256, 1), (256, 1)):
+    for width, stride in shapes:
         layers += [nn.Conv2d(channels, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
         channels = width
-    trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return _with_linear_heads(trunk, 256, torch.randn(16, 3, 64, 64), num_tasks, device)
+    return layers
 
 
 class _Transformer(nn.Module):
@@ -113,20 +121,12 @@ class _SegNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         channels = 3
         for width, depth in zip(self.WIDTHS, self.DEPTHS, strict=True):
-            self.down.append(self._stage(channels, width, depth))
+            self.down.append(nn.Sequential(*_convolutions(channels, [(width, 1)] * depth)))
             channels = width
         for level in reversed(range(5)):
             out = self.WIDTHS[max(level - 1, 0)]
-            self.up.append(self._stage(channels, out, self.DEPTHS[level]))
+            self.up.append(nn.Sequential(*_convolutions(channels, [(out, 1)] * self.DEPTHS[level])))
             channels = out
-
-    @staticmethod
-    def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
-        layers: list[nn.Module] = []
-        for number in range(depth):
-            conv = nn.Conv2d(inputs if number == 0 else outputs, outputs, 3, padding=1)
-            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
-        return nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         places = []

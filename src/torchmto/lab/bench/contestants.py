@@ -17,8 +17,6 @@ from torchmto.lab.specs import parse_method
 from torchmto.methods import GramianWeighting, make_method, method_class, methods
 from torchmto.structure import split_norms
 
-__all__ = ["Bound", "Contestant", "bound_of", "contestant_names", "holds_rows", "make_contestant", "split_names"]
-
 _ENGINES = ("parameters", "layerwise", "representation")
 _NEEDS_WEIGHTS = ("static", "constant")
 _VARIANTS = (

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from torchmto.lab.atomic import write_bytes
 from torchmto.lab.bench.peers import missing_peers, peer_versions
 from torchmto.lab.bench.timing import Measurement
 from torchmto.lab.terminal import FittedTable
-
-__all__ = ["table", "write_json", "write_plot"]
 
 SCHEMA_VERSION = 1
 
@@ -70,7 +69,7 @@ def write_json(path: Path, results: Sequence[Measurement], settings: dict[str, A
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if str(settings["device"]).startswith("cuda") else "cpu",
         },
-        "results": [entry.as_dict() for entry in results],
+        "results": [asdict(entry) for entry in results],
     }
     write_bytes(path, (json.dumps(document, indent=1) + "\n").encode())
 

@@ -10,8 +10,6 @@ import torch
 from torchmto.lab.bench.bounds import Step
 from torchmto.lab.bench.cases import Case
 
-__all__ = ["missing_peers", "peer_names", "peer_step", "peer_versions"]
-
 _TORCHJD = {
     "upgrad": "UPGrad",
     "pcgrad": "PCGrad",
@@ -96,8 +94,7 @@ def _torchjd_gramian(method: str, case: Case, optimizer: torch.optim.Optimizer) 
 
     def step() -> None:
         optimizer.zero_grad()
-        features = case.trunk(case.inputs)
-        losses = torch.stack([case.loss(task, features) for task in range(case.num_tasks)])
+        losses = torch.stack(case.losses())
         weights = weighting(engine.compute_gramian(losses))
         losses.backward(weights)  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -118,8 +115,7 @@ def _libmtl(method: str, case: Case, optimizer: torch.optim.Optimizer) -> Step:
 
     def step() -> None:
         optimizer.zero_grad()
-        features = case.trunk(case.inputs)
-        losses = torch.stack([case.loss(task, features) for task in range(case.num_tasks)])
+        losses = torch.stack(case.losses())
         weighting.backward(losses, **options)
         optimizer.step()
 

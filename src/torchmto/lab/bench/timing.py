@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
@@ -16,8 +16,6 @@ import torch
 from torchmto.lab.bench.cases import make_case
 from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
 from torchmto.lab.memory import PeakMemory, tensor_peak
-
-__all__ = ["Measurement", "measure_memory", "measure_times"]
 
 REFERENCES = ("gd*", "lb*", "lbm*")
 
@@ -58,10 +56,6 @@ class Measurement:
     peak_bytes: int | None = None
     tensor_bytes: int | None = None
     failed: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        """For JSON."""
-        return asdict(self)
 
 
 def _clock(device: str, kind: str) -> float:

@@ -72,12 +72,12 @@ def load(
 
     return Problem(
         tasks,
+        part(train),
+        part(validation),
+        part(test),
+        "convnet",
         name="attributes",
-        train=part(train),
-        validation=part(validation),
-        test=part(test),
         input_shape=(3, SIZE, SIZE),
-        model="convnet",
         citation="made by torchmto; nothing in it is measured",
         mean=(0.06, 0.06, 0.06),
         std=(0.1, 0.1, 0.1),

@@ -42,15 +42,9 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _MISSING: dict[str, float] = {
     "classification": -1,
-    "binary": float("nan"),
-    "regression": float("nan"),
-    "segmentation": 255,
-    "depth": 0.0,
-    "normals": 0.0,
-    "edges": 255,
-    "saliency": 255,
-    "map": float("nan"),
-    "own": float("nan"),
+    **dict.fromkeys(("segmentation", "edges", "saliency"), 255),
+    **dict.fromkeys(("depth", "normals"), 0.0),
+    **dict.fromkeys(("binary", "regression", "map", "own"), float("nan")),
 }
 
 
@@ -158,17 +152,13 @@ class MultiTaskDataset(Dataset[Batch], ABC):
     def __getitem__(self, index: int) -> Batch:
         if not -len(self) <= index < len(self):
             raise IndexError(f"Sample {index} of a data set with {len(self)} samples.")
-        batch = self.batch(torch.tensor([index % len(self)]))
-        return Batch(input=batch["input"][0], targets={name: target[0] for name, target in batch["targets"].items()})
+        return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
         batch = self.batch(torch.as_tensor(indices, dtype=torch.int64))
+        targets = batch["targets"].items()
         return [
-            Batch(
-                input=batch["input"][i],
-                targets={name: target[i] for name, target in batch["targets"].items()},
-            )
-            for i in range(len(indices))
+            Batch(input=x, targets={name: target[i] for name, target in targets}) for i, x in enumerate(batch["input"])
         ]
 
 

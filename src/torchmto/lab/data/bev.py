@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["MOST", "NUMBERS", "REGRESSED", "CentreLoss", "Grid", "centre_heatmap", "decode"]
-
 MOST = 256
 """Boxes of a sample; of more, those farthest from the car are left out."""
 NUMBERS = 10

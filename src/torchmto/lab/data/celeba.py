@@ -95,15 +95,8 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
         images = FileData((), [files[i] for i in members], read)
         return Faces(tasks, images, attributes[torch.from_numpy(members)])
 
-    return image_bundle(
-        "celeba",
-        split(0),
-        split(1),
-        split(2),
-        augment=JointAugment(),
-        citation=CITATION,
-        model="convnet",
-    )
+    data = split(0), split(1), split(2)
+    return image_bundle("celeba", *data, augment=JointAugment(), citation=CITATION, model="convnet")
 
 
 def _find(root: Path, *names: str) -> Path:

@@ -10,8 +10,6 @@ from torchmetrics import Metric
 
 from torchmto.lab.data.bev import Grid, decode
 
-__all__ = ["CentreAP"]
-
 DISTANCES = (0.5, 1.0, 2.0, 4.0)
 
 

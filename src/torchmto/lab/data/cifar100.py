@@ -105,12 +105,12 @@ def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> Proble
 
     return Problem(
         tasks,
+        part(train, kept),
+        part(train, held_out),
+        part(test, np.arange(len(test[0]))),
+        "convnet",
         name="cifar100",
-        train=part(train, kept),
-        validation=part(train, held_out),
-        test=part(test, np.arange(len(test[0]))),
         input_shape=(3, 32, 32),
-        model="convnet",
         citation=CITATION,
         mean=(0.507, 0.487, 0.441),
         std=(0.267, 0.256, 0.276),

@@ -1,15 +1,12 @@
 """Cityscapes: street scenes with segmentation and disparity, in MTAN's layout."""
 
-from functools import partial
 from pathlib import Path
 
-import torch
-
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import Subset, Task
-from torchmto.lab.data.dense import image_bundle, resize_image, resize_target
-from torchmto.lab.data.files import FileData, Sample, load_array, require, unknown_layout, validation_split
-from torchmto.lab.data.mtan import mtan_image, mtan_labels, mtan_map, mtan_names
+from torchmto.lab.data.base import Task
+from torchmto.lab.data.dense import image_bundle
+from torchmto.lab.data.files import carved, require, unknown_layout
+from torchmto.lab.data.mtan import mtan_split
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
@@ -55,29 +52,7 @@ def load(
         Task("segmentation", "segmentation", classes),
         Task("depth", "depth", 1, {"inverse": True}, unit="disparity"),
     )
-    load_file = partial(load_array, dataset="cityscapes")
-    label = f"label_{classes}"
-
-    def split(name: str) -> FileData:
-        folder = path / name
-
-        def read(file: str) -> Sample:
-            targets = {
-                "segmentation": mtan_labels(load_file(folder / label / file)),
-                "depth": mtan_map(load_file(folder / "depth" / file)),
-            }
-            resized = {task.name: resize_target(task, targets[task.name], size) for task in tasks}
-            return resize_image(mtan_image(load_file(folder / "image" / file)), size), resized
-
-        return FileData(tasks, mtan_names(folder, ("image", label, "depth"), "cityscapes"), read)
-
-    train, test = split("train"), split("val")
-    kept, held_out = validation_split(len(train), validation, seed, _BLOCK)
-    return image_bundle(
-        "cityscapes",
-        Subset(train, torch.from_numpy(kept)),
-        Subset(train, torch.from_numpy(held_out)),
-        test,
-        augment=JointAugment(zoom=1.5),
-        citation=CITATION,
-    )
+    stored = {"segmentation": f"label_{classes}", "depth": "depth"}
+    train, test = (mtan_split(path / split, "cityscapes", tasks, stored, size) for split in ("train", "val"))
+    parts = *carved(train, validation, seed, _BLOCK), test
+    return image_bundle("cityscapes", *parts, augment=JointAugment(zoom=1.5), citation=CITATION)

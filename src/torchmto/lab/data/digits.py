@@ -106,12 +106,12 @@ def load(
 
     return Problem(
         TASKS,
+        compose(parts[0], train),
+        compose(parts[1], validation),
+        compose(parts[2], test),
+        "convnet",
         name="digits",
-        train=compose(parts[0], train),
-        validation=compose(parts[1], validation),
-        test=compose(parts[2], test),
         input_shape=(1, HEIGHT, WIDTH),
-        model="convnet",
         citation=CITATION,
         mean=(0.2,),
         std=(0.34,),

@@ -5,7 +5,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchmto.checks import needed
-from torchmto.lab.data.base import Batch, MultiTaskDataset, Task, as_input, as_target
+from torchmto.lab.data.base import Batch, MultiTaskDataset, Subset, Task, as_input, as_target
 from torchmto.lab.data.registry import dataset_info
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -227,6 +227,12 @@ def validation_split(
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def carved(data: MultiTaskDataset, fraction: float, seed: int, block: int = 1) -> tuple[Subset, Subset]:
+    """Official training samples as training and validation data; arguments as of `validation_split`."""
+    kept, held_out = validation_split(len(data), fraction, seed, block)
+    return Subset(data, torch.from_numpy(kept)), Subset(data, torch.from_numpy(held_out))
+
+
 class FileData(MultiTaskDataset):
     """Samples read from files when they are first needed, and kept in memory while there is room.
 
@@ -262,7 +268,8 @@ class FileData(MultiTaskDataset):
         sample = self._kept.get(index)
         if sample is None:
             sample = self.read(self.names[index])
-            if len(self._kept) < self.memory_bytes // max(1, _nbytes(sample[0], sample[1])):
+            nbytes = sample[0].nbytes + sum(target.nbytes for target in sample[1].values())
+            if len(self._kept) < self.memory_bytes // max(1, nbytes):
                 self._kept[index] = sample
         return sample
 
@@ -276,7 +283,3 @@ class FileData(MultiTaskDataset):
                 for task in self.tasks
             },
         )
-
-
-def _nbytes(image: Tensor, targets: Mapping[str, Tensor]) -> int:
-    return image.nbytes + sum(target.nbytes for target in targets.values())

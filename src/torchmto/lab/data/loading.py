@@ -4,6 +4,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from torchmto.checks import check_integer
+from torchmto.checks import check_integer, found
 
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
 
@@ -68,6 +69,7 @@ def uniform(keys: Tensor, draw: int, low: float = 0.0, high: float = 1.0) -> Ten
     return torch.from_numpy(low + (high - low) * unit)
 
 
+@dataclass(eq=False)
 class BatchPlan:
     """Which samples make up which batch.
 
@@ -90,32 +92,24 @@ class BatchPlan:
         [4, 4, 2]
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        drop_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"Parameter `size` should be positive. Found `size = {size}`.")
-        if batch_size < 1:
-            raise ValueError(f"Parameter `batch_size` should be positive. Found `batch_size = {batch_size}`.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"Parameter `rank` should be in [0, {world_size}). Found `rank = {rank}`.")
-        if drop_last and size < batch_size:
-            raise ValueError(
-                f"Parameter `batch_size` should be at most the {size} samples there are."
-                f" Found `batch_size = {batch_size}`."
-            )
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.rank, self.world_size = rank, world_size
-        self._permutation: tuple[int, Tensor] | None = None
+    size: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = True
+    rank: int = 0
+    world_size: int = 1
+    _permutation: tuple[int, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(found(name, "positive", getattr(self, name)))
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(found("rank", f"in [0, {self.world_size})", self.rank))
+        if self.drop_last and self.size < self.batch_size:
+            raise ValueError(found("batch_size", f"at most the {self.size} samples there are", self.batch_size))
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -227,6 +221,7 @@ def _same(batch: Any) -> Any:
     return batch
 
 
+@dataclass(eq=False)
 class StreamLoader:
     """Batches of an iterable, which is gone through anew every epoch, and up to the place where a run goes on.
 
@@ -241,21 +236,16 @@ class StreamLoader:
         world_size: Number of processes; each takes its piece of every batch.
     """
 
-    def __init__(
-        self,
-        stream: Iterable[Any],
-        batch_size: int | None,
-        collate: Callable[[Any], Any],
-        *,
-        seed: int = 0,
-        drop_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.stream, self.batch_size, self.collate, self.seed = stream, batch_size, collate, seed
-        self.drop_last, self.rank, self.world_size = drop_last, rank, world_size
-        self.wait_seconds = 0.0
-        self._length: int | None = None
+    stream: Iterable[Any]
+    batch_size: int | None
+    collate: Callable[[Any], Any]
+    _: KW_ONLY
+    seed: int = 0
+    drop_last: bool = True
+    rank: int = 0
+    world_size: int = 1
+    wait_seconds: float = field(default=0.0, init=False)
+    _length: int | None = field(default=None, init=False, repr=False)
 
     def __len__(self) -> int:
         """Batches per epoch; counted by going through the stream once where it doesn't say."""

@@ -3,13 +3,14 @@
 import gzip
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from torchmto.checks import found
 from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.digits import split_sources
 from torchmto.lab.data.files import require
@@ -84,138 +85,100 @@ def _compose(
     return TensorData(tasks, torch.from_numpy(canvas)[:, None], targets)
 
 
-def _load(
-    name: str, folders: tuple[Path, Path], seed: int, *, counts: tuple[int, int, int], held_out: float
-) -> Problem:
-    if not 0 < held_out < 1:
-        raise ValueError(f"Parameter `held_out` should be in (0, 1). Found `held_out = {held_out}`.")
-    tasks = (Task("left", "classification", 10), Task("right", "classification", 10))
-    sources: tuple[list[Pictures], ...] = ([], [], [])
-    for folder in folders:
-        images, labels = _pictures(folder, "train", name)
-        for into, part in zip(sources, split_sources(labels, (1 - held_out, held_out), seed), strict=False):
-            into.append((images[part], labels[part]))
-        sources[2].append(_pictures(folder, "t10k", name))
-    generator = np.random.default_rng((seed, 1))
-    train, validation, test = (
-        _compose(pair, tasks, count, generator) for pair, count in zip(sources, counts, strict=True)
-    )
-    return Problem(
-        tasks,
-        name=name,
-        train=train,
-        validation=validation,
-        test=test,
-        input_shape=(1, CANVAS, CANVAS),
-        model="convnet",
-        citation=CITATION,
-        mean=(0.2,),
-        std=(0.33,),
-    )
+def _composed(
+    name: str, summary: str, *, source: str, layout: str, folders: Callable[[Path | None], tuple[Path, Path]]
+) -> None:
+    """Enter a data set; ``folders`` says where the pictures at the top left and those at the bottom right are."""
+
+    @register(name, summary, source=source, layouts=(layout,))
+    def load(
+        path: Path | None,
+        seed: int = 0,
+        *,
+        train: int = 54000,
+        validation: int = 6000,
+        test: int = 10000,
+        held_out: float = 0.1,
+    ) -> Problem:
+        """Two pictures, the first at the top left and the second at the bottom right of a 36 x 36 canvas.
+
+        Where both have ink the brighter value stays. Test canvases are composed of official test pictures only; a share
+        ``held_out`` of the official training pictures makes the validation canvases, so no picture is in two splits.
+
+        Args:
+            path: Folder with the IDX files.
+            seed: Decides splits and compositions.
+            train: Number of training canvases.
+            validation: Number of validation canvases.
+            test: Number of test canvases.
+            held_out: Share of the training pictures kept for validation.
+
+        Returns:
+            The data set, tasks ``left`` and ``right``.
+
+        Source: Sabour, Frosst and Hinton, "Dynamic routing between capsules", NeurIPS 2017; layout of Lin et al., "Pareto
+        multi-task learning", NeurIPS 2019. Deviation: canvases stay 36 x 36.
+        """
+        if not 0 < held_out < 1:
+            raise ValueError(found("held_out", "in (0, 1)", held_out))
+        tasks = (Task("left", "classification", 10), Task("right", "classification", 10))
+        sources: tuple[list[Pictures], ...] = ([], [], [])
+        for folder in folders(path):
+            images, labels = _pictures(folder, "train", name)
+            for into, part in zip(sources, split_sources(labels, (1 - held_out, held_out), seed), strict=False):
+                into.append((images[part], labels[part]))
+            sources[2].append(_pictures(folder, "t10k", name))
+        generator = np.random.default_rng((seed, 1))
+        counts = (train, validation, test)
+        first, second, third = (_compose(pair, tasks, n, generator) for pair, n in zip(sources, counts, strict=True))
+        return Problem(
+            tasks,
+            first,
+            second,
+            third,
+            "convnet",
+            name=name,
+            input_shape=(1, CANVAS, CANVAS),
+            citation=CITATION,
+            mean=(0.2,),
+            std=(0.33,),
+        )
 
 
-@register(
-    "multimnist",
-    "two MNIST digits on one canvas: left class, right class",
-    source=_MNIST,
-    layouts=(f"a folder with {_FILES}",),
-)
-def load_multimnist(
-    path: Path | None,
-    seed: int = 0,
-    *,
-    train: int = 54000,
-    validation: int = 6000,
-    test: int = 10000,
-    held_out: float = 0.1,
-) -> Problem:
-    """Two MNIST digits, the first at the top left and the second at the bottom right of a 36 x 36 canvas.
-
-    Where both have ink the brighter value stays. Test canvases are composed of official test digits only; a share
-    ``held_out`` of the official training digits makes the validation canvases, so no digit is in two splits.
-
-    Args:
-        path: Folder with the IDX files.
-        seed: Decides splits and compositions.
-        train: Number of training canvases.
-        validation: Number of validation canvases.
-        test: Number of test canvases.
-        held_out: Share of the training digits kept for validation.
-
-    Returns:
-        The data set, tasks ``left`` and ``right``.
-
-    Source: Sabour, Frosst and Hinton, "Dynamic routing between capsules", NeurIPS 2017; layout of Lin et al., "Pareto
-    multi-task learning", NeurIPS 2019. Deviation: canvases stay 36 x 36.
-    """
-    folder = require(path, "multimnist")
-    return _load("multimnist", (folder, folder), seed, counts=(train, validation, test), held_out=held_out)
-
-
-@register(
-    "multifashion",
-    "two Fashion-MNIST pictures on one canvas: left class, right class",
-    source=_FASHION,
-    layouts=(f"a folder with {_FILES} (Debian's is found by itself)",),
-)
-def load_multifashion(
-    path: Path | None,
-    seed: int = 0,
-    *,
-    train: int = 54000,
-    validation: int = 6000,
-    test: int = 10000,
-    held_out: float = 0.1,
-) -> Problem:
-    """Two Fashion-MNIST pictures on one canvas; everything as for `load_multimnist`.
-
-    Args:
-        path: Folder with the IDX files; without one, the folder of Debian's ``dataset-fashion-mnist``.
-        seed: Decides splits and compositions.
-        train: Number of training canvases.
-        validation: Number of validation canvases.
-        test: Number of test canvases.
-        held_out: Share of the training pictures kept for validation.
-
-    Returns:
-        The data set, tasks ``left`` and ``right``.
-    """
+def _both_fashion(path: Path | None) -> tuple[Path, Path]:
+    """The folder, or that of Debian's ``dataset-fashion-mnist``."""
     folder = require(path or (DEBIAN if DEBIAN.is_dir() else None), "multifashion")
-    return _load("multifashion", (folder, folder), seed, counts=(train, validation, test), held_out=held_out)
+    return folder, folder
 
 
-@register(
-    "multi_fashion_mnist",
-    "an MNIST digit and a Fashion-MNIST picture on one canvas: left class, right class",
-    source=f"{_MNIST} and {_FASHION}",
-    layouts=(f"a folder with mnist/ and fashion/, each with {_FILES}",),
-)
-def load_multi_fashion_mnist(
-    path: Path | None,
-    seed: int = 0,
-    *,
-    train: int = 54000,
-    validation: int = 6000,
-    test: int = 10000,
-    held_out: float = 0.1,
-) -> Problem:
-    """An MNIST digit (top left) and a Fashion-MNIST picture (bottom right); the rest as for `load_multimnist`.
-
-    Args:
-        path: Folder with ``mnist`` and ``fashion``; without the latter, Debian's folder is used.
-        seed: Decides splits and compositions.
-        train: Number of training canvases.
-        validation: Number of validation canvases.
-        test: Number of test canvases.
-        held_out: Share of the training pictures kept for validation.
-
-    Returns:
-        The data set, tasks ``left`` and ``right``.
-    """
+def _mnist_and_fashion(path: Path | None) -> tuple[Path, Path]:
+    """The two folders inside; without that of Fashion-MNIST, Debian's."""
     name = "multi_fashion_mnist"
     folder = require(path, name)
     fashion = folder / "fashion"
     if not fashion.is_dir() and DEBIAN.is_dir():
         fashion = DEBIAN
-    folders = require(folder / "mnist", name), require(fashion, name)
-    return _load(name, folders, seed, counts=(train, validation, test), held_out=held_out)
+    return require(folder / "mnist", name), require(fashion, name)
+
+
+_composed(
+    "multimnist",
+    "two MNIST digits on one canvas: left class, right class",
+    source=_MNIST,
+    layout=f"a folder with {_FILES}",
+    folders=lambda path: (require(path, "multimnist"),) * 2,
+)
+_composed(
+    "multifashion",
+    "two Fashion-MNIST pictures on one canvas: left class, right class",
+    source=_FASHION,
+    layout=f"a folder with {_FILES} (Debian's is found by itself)",
+    folders=_both_fashion,
+)
+_composed(
+    "multi_fashion_mnist",
+    "an MNIST digit and a Fashion-MNIST picture on one canvas: left class, right class",
+    source=f"{_MNIST} and {_FASHION}",
+    layout=f"a folder with mnist/ and fashion/, each with {_FILES}",
+    folders=_mnist_and_fashion,
+)

@@ -48,6 +48,11 @@ _VALIDATION = """
 """
 _VERSIONS = {"v1.0-trainval": _VALIDATION, "v1.0-mini": "103 916"}
 """The official validation scenes of each version, by their number."""
+_ATTRIBUTES = {
+    "traffic_cone": ("", ""), "barrier": ("", ""), "pedestrian": ("pedestrian.standing", "pedestrian.moving"),
+    **dict.fromkeys(("bicycle", "motorcycle"), ("cycle.without_rider", "cycle.with_rider")),
+}  # fmt: skip
+"""Of what stands and of what moves, where it isn't a vehicle's."""
 _PIXELS = 2  # of a map, per metre; the official masks have 10
 CITATION = "Caesar et al., nuScenes: a multimodal dataset for autonomous driving, CVPR 2020"
 Array = NDArray[np.float64]
@@ -154,18 +159,10 @@ def _linked(tables: Mapping[str, Mapping[str, Record]]) -> list[Frame]:
                 projection: Array = np.asarray(calibrated["camera_intrinsic"]) @ (_inverse(camera) @ to_world)[:3]
                 (file,) = check_names([channels[name]["filename"]], Path("sample_data.json"))
                 cameras.append((file, projection))
-            frames.append(
-                Frame(
-                    token=token,
-                    scene=scene["name"],
-                    location=log["location"],
-                    mask=masks[log["token"]],
-                    translation=np.asarray(car["translation"]),
-                    rotation=np.asarray(car["rotation"]),
-                    cameras=tuple(cameras),
-                    boxes=_boxes(annotations[token], _inverse(to_world), tables),
-                )
-            )
+            place = np.asarray(car["translation"]), np.asarray(car["rotation"])
+            boxes = _boxes(annotations[token], _inverse(to_world), tables)
+            mask = masks[log["token"]]
+            frames.append(Frame(token, scene["name"], log["location"], mask, *place, tuple(cameras), boxes))
             token = tables["sample"][token]["next"]
     return frames
 
@@ -239,6 +236,7 @@ def _drawn(content: Mapping[str, Any], layers: Sequence[str]) -> NDArray[np.uint
     return canvas
 
 
+@dataclass(frozen=True, eq=False)
 class Frames(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Key frames as samples: cameras, boxes, and the map around the car.
 
@@ -253,15 +251,11 @@ class Frames(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         grid: The cells of the map.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        frames: Sequence[Frame],
-        maps: Mapping[str, NDArray[np.uint8]],
-        size: tuple[int, int],
-        grid: Grid,
-    ) -> None:
-        self.root, self.frames, self.maps, self.size, self.grid = root, list(frames), maps, size, grid
+    root: Path
+    frames: Sequence[Frame]
+    maps: Mapping[str, NDArray[np.uint8]]
+    size: tuple[int, int]
+    grid: Grid
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -352,14 +346,10 @@ def load(
         step = 1 if limit is None else max(1, -(-len(chosen) // limit))
         return Frames(root, chosen[::step], maps, size, grid)
 
+    seen = ("nothing", *(layers or ("street",)))
     tasks = (
         Task("detection", "own", len(CLASSES), {"classes": CLASSES, "grid": grid}),
-        Task(
-            "map",
-            "segmentation",
-            1 + max(1, len(layers)),
-            {"classes": ("nothing", *(layers or ("street",))), "grid": grid},
-        ),
+        Task("map", "segmentation", len(seen), {"classes": seen, "grid": grid}),
     )
     return Problem(
         tasks,
@@ -419,15 +409,5 @@ def _result(frame: Frame, turn: Array, row: Array) -> dict[str, Any]:
         "velocity": (turn[:2, :2] @ velocity).tolist(),
         "detection_name": CLASSES[kind],
         "detection_score": float(score),
-        "attribute_name": _attribute(CLASSES[kind], moving=moving),
+        "attribute_name": _ATTRIBUTES.get(CLASSES[kind], ("vehicle.parked", "vehicle.moving"))[moving],
     }
-
-
-def _attribute(name: str, *, moving: bool) -> str:
-    if name in {"traffic_cone", "barrier"}:
-        return ""
-    if name == "pedestrian":
-        return "pedestrian.moving" if moving else "pedestrian.standing"
-    if name in {"bicycle", "motorcycle"}:
-        return "cycle.with_rider" if moving else "cycle.without_rider"
-    return "vehicle.moving" if moving else "vehicle.parked"

@@ -1,17 +1,17 @@
 """NYUv2: indoor scenes with segmentation, depth, surface normals and edges, in three layouts."""
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.lab.data.base import MultiTaskDataset, Subset, Task, TensorData
+from torchmto.lab.data.base import MultiTaskDataset, Task, TensorData
 from torchmto.lab.data.dense import image_bundle, label_edges, resize_image, resize_target, scene_augment
 from torchmto.lab.data.files import (
     FileData,
     Sample,
+    carved,
     extract,
     find_root,
     load_array,
@@ -21,13 +21,13 @@ from torchmto.lab.data.files import (
     read_npz,
     require,
     unknown_layout,
-    validation_split,
 )
-from torchmto.lab.data.mtan import mtan_image, mtan_labels, mtan_map, mtan_names
+from torchmto.lab.data.mtan import mtan_split
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
 CITATION = "Silberman, Hoiem, Kohli and Fergus, Indoor segmentation and support inference, ECCV 2012"
+_MTAN = {"segmentation": "label", "depth": "depth", "normals": "normal"}
 _BLOCK = 20  # neighbouring images of the official order often show one room
 
 
@@ -89,7 +89,9 @@ def load(
     else:
         folder = extract(path) if path.is_file() else path
         if (folder / "train" / "image").is_dir():
-            train, test = (_mtan(folder / split, size or (288, 384)) for split in ("train", "val"))
+            train, test = (
+                mtan_split(folder / split, "nyuv2", _tasks(13), _MTAN, size or (288, 384)) for split in ("train", "val")
+            )
         elif (root := find_root(folder, "gt_sets")) is not None:
             train, test = (_invpt(root, split, size or (448, 576)) for split in ("train", "val"))
         else:
@@ -97,15 +99,8 @@ def load(
     found = train.tasks[0].channels
     if classes not in {None, found}:
         raise ValueError(f"Parameter `classes` should be {found} for this layout. Found `classes = {classes}`.")
-    kept, held_out = validation_split(len(train), validation, seed, _BLOCK)
-    return image_bundle(
-        "nyuv2",
-        Subset(train, torch.from_numpy(kept)),
-        Subset(train, torch.from_numpy(held_out)),
-        test,
-        augment=scene_augment(augmentation),
-        citation=CITATION,
-    )
+    parts = *carved(train, validation, seed, _BLOCK), test
+    return image_bundle("nyuv2", *parts, augment=scene_augment(augmentation), citation=CITATION)
 
 
 def _tasks(classes: int) -> tuple[Task, ...]:
@@ -140,24 +135,6 @@ def _load_npz(path: Path, size: tuple[int, int] | None, classes: int) -> tuple[T
         return TensorData(tasks, image, {**targets, "edges": label_edges(edges)})
 
     return split("train"), split("test")
-
-
-def _mtan(folder: Path, size: tuple[int, int]) -> FileData:
-    tasks = _tasks(13)
-    load = partial(load_array, dataset="nyuv2")
-
-    def read(name: str) -> Sample:
-        image = mtan_image(load(folder / "image" / name))
-        labels = mtan_labels(load(folder / "label" / name))
-        targets = {
-            "segmentation": labels,
-            "depth": mtan_map(load(folder / "depth" / name)),
-            "normals": mtan_map(load(folder / "normal" / name)),
-        }
-        targets = {task.name: resize_target(task, targets[task.name], size) for task in tasks[:3]}
-        return resize_image(image, size), {**targets, "edges": label_edges(targets["segmentation"])}
-
-    return FileData(tasks, mtan_names(folder, ("image", "label", "depth", "normal"), "nyuv2"), read)
 
 
 def _invpt(root: Path, split: str, size: tuple[int, int]) -> FileData:

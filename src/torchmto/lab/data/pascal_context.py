@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchmto.lab.data.base import Subset, Task
+from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import image_bundle, label_edges, pad_to, scene_augment
 from torchmto.lab.data.files import (
     FileData,
     Sample,
+    carved,
     extract,
     find_root,
     load_picture,
@@ -21,7 +22,6 @@ from torchmto.lab.data.files import (
     read_names,
     require,
     unknown_layout,
-    validation_split,
 )
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
@@ -110,15 +110,8 @@ def load(
         FileData(TASKS, read_names(root / "ImageSets" / "Context" / f"{split}.txt", "pascal_context"), read)
         for split in ("train", "val")
     )
-    kept, held_out = validation_split(len(train), validation, seed)
-    return image_bundle(
-        "pascal_context",
-        Subset(train, torch.from_numpy(kept)),
-        Subset(train, torch.from_numpy(held_out)),
-        test,
-        augment=scene_augment(augmentation),
-        citation=CITATION,
-    )
+    parts = *carved(train, validation, seed), test
+    return image_bundle("pascal_context", *parts, augment=scene_augment(augmentation), citation=CITATION)
 
 
 def _read(root: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:

@@ -123,8 +123,6 @@ def load_data(spec: str, seed: int = 0, **options: Any) -> "Problem":
         raise ValueError(f"The data set `{name}` is built in and takes no path. Found `{spec}`.")
     if path and not Path(path).expanduser().exists():
         raise FileNotFoundError(f"There is no `{path}` (`{spec}`). Where to get it: {info.source}.")
-    if info.layouts and not path:
-        raise ValueError(f"The data set `{name}` needs a path: `{name}:PATH`. Where to get it: {info.source}.")
     parameters = inspect.signature(info.load).parameters
     arguments = fitted(options, {option: parameters[option] for option in info.options}, f"The data set `{name}`")
     return info.load(Path(path).expanduser() if path else None, seed, **arguments)

@@ -6,7 +6,7 @@ y = 0 and the camera looks roughly along +z. Rays are ``(u, v, 1)`` in the camer
 """
 
 import threading
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -281,7 +281,7 @@ class Rooms(MultiTaskDataset):
         super().__init__(TASKS)
         self.count, self.seed, self.stream, self.size = count, seed, stream, size
         self._rendered = torch.zeros(count, dtype=torch.bool)
-        self._kept: Rendering | None = None
+        self._kept: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -290,23 +290,19 @@ class Rooms(MultiTaskDataset):
     def batch(self, indices: Tensor) -> Batch:
         """The rooms ``indices``."""
         with self._lock:
-            kept = self._ensure(indices)
-        targets = {task.name: as_target(task, getattr(kept, task.name).index_select(0, indices)) for task in TASKS}
-        return Batch(input=as_input(kept.rgb.index_select(0, indices)), targets=targets)
+            self._ensure(indices)
+        targets = {task.name: as_target(task, self._kept[task.name].index_select(0, indices)) for task in TASKS}
+        return Batch(input=as_input(self._kept["rgb"].index_select(0, indices)), targets=targets)
 
-    def _ensure(self, indices: Tensor) -> Rendering:
+    def _ensure(self, indices: Tensor) -> None:
         missing = torch.unique(indices[~self._rendered[indices]])
         for part in torch.split(missing, 32) if len(missing) else ():
             new = render(sample_keys(self.seed, self.stream, part), self.size)
-            if self._kept is None:
-                empty = {f.name: getattr(new, f.name).new_zeros(()) for f in fields(new)}
-                shapes = {f.name: (self.count, *getattr(new, f.name).shape[1:]) for f in fields(new)}
-                self._kept = Rendering(**{name: empty[name].expand(shapes[name]).clone() for name in empty})
-            for f in fields(new):
-                getattr(self._kept, f.name)[part] = getattr(new, f.name)
+            for name, values in vars(new).items():
+                if name not in self._kept:
+                    self._kept[name] = values.new_zeros(self.count, *values.shape[1:])
+                self._kept[name][part] = values
             self._rendered[part] = True
-        assert self._kept is not None
-        return self._kept
 
 
 @register("rooms", "rendered rooms: segmentation, depth in metres, normals, edges, all exact; built in")
@@ -336,12 +332,12 @@ def load(
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
     return Problem(
         TASKS,
+        Rooms(train, seed, 0, size),
+        Rooms(validation, seed, 1, size),
+        Rooms(test, seed, 2, size),
+        "segnet",
         name="rooms",
-        train=Rooms(train, seed, 0, size),
-        validation=Rooms(validation, seed, 1, size),
-        test=Rooms(test, seed, 2, size),
         input_shape=(3, *size),
-        model="segnet",
         citation="torchmto's own renderer",
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),

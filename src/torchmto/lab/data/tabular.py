@@ -14,6 +14,7 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 
+from torchmto.checks import found
 from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.files import require
 from torchmto.lab.data.registry import register
@@ -72,16 +73,8 @@ def _bundle(
         chosen = torch.from_numpy(rows)
         return TensorData(tasks, stored[chosen], {task.name: columns[k, chosen] for k, task in enumerate(tasks)})
 
-    return Problem(
-        tuple(tasks),
-        name=name,
-        train=part(parts[0]),
-        validation=part(parts[1]),
-        test=part(parts[2]),
-        input_shape=(inputs.shape[1],),
-        model="mlp",
-        citation=citation,
-    )
+    data, shape = (part(parts[0]), part(parts[1]), part(parts[2])), (inputs.shape[1],)
+    return Problem(tuple(tasks), *data, "mlp", name=name, input_shape=shape, citation=citation)
 
 
 def _open_text(path: Path) -> io.TextIOBase:
@@ -252,78 +245,61 @@ def hashed_ngrams(smiles: Sequence[str], features: int, longest: int) -> Floats:
     return np.log1p(counts)
 
 
-def _load_molecules(name: str, path: Path | None, seed: int, *, features: int, ngram: int, citation: str) -> Problem:
-    for option, value in (("features", features), ("ngram", ngram)):
-        if value < 1:
-            raise ValueError(f"Parameter `{option}` should be positive. Found `{option} = {value}`.")
-    path = require(path, name)
-    with _open_text(path) as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    titles = [title for title in rows[0] if title not in {"smiles", "mol_id"}] if rows else []
-    if not titles or "smiles" not in rows[0]:
-        raise ValueError(f"`{path}` should be a table with a column `smiles` and one column per task.")
-    try:
-        labels = [[float(row[title]) if row[title] else np.nan for title in titles] for row in rows]
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"`{path}` should have 0, 1 or nothing in the tasks' columns: {error}") from error
-    targets = np.array(labels, dtype=np.float32)
-    if not np.isin(targets[np.isfinite(targets)], (0, 1)).all():
-        raise ValueError(f"`{path}` should have 0, 1 or nothing in the tasks' columns. Found other numbers.")
-    molecules, which = np.unique([row["smiles"] for row in rows], return_inverse=True)
-    parts = [np.flatnonzero(np.isin(which, part)) for part in split_rows(len(molecules), seed, (0.8, 0.1, 0.1))]
-    inputs = hashed_ngrams([row["smiles"] for row in rows], features, ngram)
-    inputs, _, _ = standardize(inputs, parts[0])
-    tasks = [Task(_key(title), "binary", 1, {"title": title}) for title in titles]
-    return _bundle(name, tasks, inputs, targets, parts=parts, citation=citation)
-
-
 def _key(title: str) -> str:
     """A task's name that can be part of a module's path."""
     return re.sub(r"[^\w-]+", "_", title).strip("_")
 
 
-@register(
+def _molecules(name: str, summary: str, citation: str) -> None:
+    """Enter a table of MoleculeNet."""
+
+    @register(name, summary, source=_DEEPCHEM, layouts=(f"{name}.csv.gz",))
+    def load(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
+        """A table of MoleculeNet, split at random 80 / 10 / 10 %, with equal SMILES strings in one part.
+
+        Args:
+            path: A ``.csv`` or ``.csv.gz``.
+            seed: Decides the split.
+            features: Number of bins of the hashed n-grams of the SMILES strings, which are the inputs.
+            ngram: Length of the longest n-gram.
+
+        Returns:
+            The data set; a missing label is NaN.
+
+        Source: Wu et al., "MoleculeNet", Chemical Science 9, 2018. Deviation: n-grams instead of circular fingerprints,
+        which need a chemistry package.
+        """
+        for option, value in (("features", features), ("ngram", ngram)):
+            if value < 1:
+                raise ValueError(found(option, "positive", value))
+        path = require(path, name)
+        with _open_text(path) as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        titles = [title for title in rows[0] if title not in {"smiles", "mol_id"}] if rows else []
+        if not titles or "smiles" not in rows[0]:
+            raise ValueError(f"`{path}` should be a table with a column `smiles` and one column per task.")
+        try:
+            labels = [[float(row[title]) if row[title] else np.nan for title in titles] for row in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"`{path}` should have 0, 1 or nothing in the tasks' columns: {error}") from error
+        targets = np.array(labels, dtype=np.float32)
+        if not np.isin(targets[np.isfinite(targets)], (0, 1)).all():
+            raise ValueError(f"`{path}` should have 0, 1 or nothing in the tasks' columns. Found other numbers.")
+        molecules, which = np.unique([row["smiles"] for row in rows], return_inverse=True)
+        parts = [np.flatnonzero(np.isin(which, part)) for part in split_rows(len(molecules), seed, (0.8, 0.1, 0.1))]
+        inputs = hashed_ngrams([row["smiles"] for row in rows], features, ngram)
+        inputs, _, _ = standardize(inputs, parts[0])
+        tasks = [Task(_key(title), "binary", 1, {"title": title}) for title in titles]
+        return _bundle(name, tasks, inputs, targets, parts=parts, citation=citation)
+
+
+_molecules(
     "tox21",
     "toxicity of about 8,000 molecules, 12 yes/no tasks, 17 % of the labels missing",
-    source=_DEEPCHEM,
-    layouts=("tox21.csv.gz",),
+    "Huang et al., Tox21Challenge, Frontiers in Environmental Science, 2016; Wu et al., MoleculeNet, 2018",
 )
-def load_tox21(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
-    """Tox21 from MoleculeNet's table, split at random 80 / 10 / 10 %, with equal SMILES strings in one part.
-
-    Args:
-        path: ``tox21.csv`` or ``tox21.csv.gz``.
-        seed: Decides the split.
-        features: Number of bins of the hashed n-grams of the SMILES strings, which are the inputs.
-        ngram: Length of the longest n-gram.
-
-    Returns:
-        The data set; a missing label is NaN.
-
-    Source: Wu et al., "MoleculeNet", Chemical Science 9, 2018. Deviation: n-grams instead of circular fingerprints,
-    which need a chemistry package.
-    """
-    citation = "Huang et al., Tox21Challenge, Frontiers in Environmental Science, 2016; Wu et al., MoleculeNet, 2018"
-    return _load_molecules("tox21", path, seed, features=features, ngram=ngram, citation=citation)
-
-
-@register(
+_molecules(
     "sider",
     "side effects of 1,427 drugs, 27 yes/no tasks",
-    source=_DEEPCHEM,
-    layouts=("sider.csv.gz",),
+    "Kuhn et al., The SIDER database of drugs and side effects, NAR, 2016; Wu et al., MoleculeNet, 2018",
 )
-def load_sider(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
-    """SIDER from MoleculeNet's table; everything as for `load_tox21`.
-
-    Args:
-        path: ``sider.csv`` or ``sider.csv.gz``.
-        seed: Decides the split.
-        features: Number of bins of the hashed n-grams.
-        ngram: Length of the longest n-gram.
-
-    Returns:
-        The data set.
-    """
-    citation = "Kuhn et al., The SIDER database of drugs and side effects, NAR, 2016; Wu et al., MoleculeNet, 2018"
-    return _load_molecules("sider", path, seed, features=features, ngram=ngram, citation=citation)

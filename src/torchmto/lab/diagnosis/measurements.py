@@ -14,8 +14,6 @@ Array = npt.NDArray[np.float64]
 Matrix = tuple[tuple[float, ...], ...]
 """K x K, NaN where nothing was measured."""
 
-__all__ = ["Array", "Layer", "Margins", "Matrix", "Measurements", "matrix_of", "relative_margins", "summarize_gramians"]
-
 
 @dataclass(frozen=True)
 class Layer:

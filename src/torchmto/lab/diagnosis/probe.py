@@ -37,8 +37,6 @@ from torchmto.structure import (
     record_dataflow,
 )
 
-__all__ = ["probe", "probe_priorities"]
-
 Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 _TIMED = 4
 """Steps per kind of method that are timed; the first of them doesn't count."""

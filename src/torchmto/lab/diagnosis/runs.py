@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 from torchmto.lab.diagnosis.advice import Diagnosis, Plan, advise
@@ -15,20 +16,12 @@ from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.random_state import seed_everything
 from torchmto.structure import has_split_norms
 
-__all__ = ["Report", "diagnose", "probe_config"]
 
-
-class _Batches:
-    """Closures of the training batches, epoch after epoch."""
-
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
-        self._epoch = 0
-
-    def __iter__(self) -> Iterator[Closure]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        for batch in self._parts.loader.epoch(epoch):
-            yield self._parts.closure(batch)
+def _closures(parts: Parts) -> Iterator[Closure]:
+    """Those of the training batches, epoch after epoch, without an end."""
+    for epoch in count():
+        for batch in parts.loader.epoch(epoch):
+            yield parts.closure(batch)
 
 
 def probe_config(
@@ -73,7 +66,7 @@ def probe_config(
         parts.model,
         parts.optimizer,
         tasks,
-        _Batches(parts),
+        _closures(parts),
         num_batches=num_batches,
         seed=config.seed,
         weights=method.weights,
@@ -85,13 +78,9 @@ def probe_config(
         split = build(dataclasses.replace(plain, model=dataclasses.replace(plain.model, task_norms=True)), problem)
         split.model.train()
         has_norms = has_split_norms(split.model)
+        number = max(2, num_batches)
         margins = probe_priorities(
-            split.model,
-            split.optimizer,
-            tasks,
-            _Batches(split),
-            num_batches=max(2, num_batches),
-            seed=config.seed,
+            split.model, split.optimizer, tasks, _closures(split), num_batches=number, seed=config.seed
         )
         measured = dataclasses.replace(measured, margins=margins)
     total_steps = (config.epochs or 1) * parts.steps_per_epoch

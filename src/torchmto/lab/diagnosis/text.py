@@ -11,8 +11,6 @@ from torchmto.lab.diagnosis.advice import Diagnosis, Plan
 from torchmto.lab.diagnosis.measurements import Matrix, Measurements
 from torchmto.lab.versions import versions
 
-__all__ = ["SCHEMA_VERSION", "as_json", "as_text"]
-
 SCHEMA_VERSION = 2
 _MARKS = {"warning": "!", "note": "-", "fine": "+"}
 

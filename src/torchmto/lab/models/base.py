@@ -10,8 +10,6 @@ from torch.nn import functional
 from torchmto.lab.data.base import Task
 from torchmto.structure import active_task, has_split_norms, stacked
 
-__all__ = ["Heads", "MultiTaskModel", "Trunk"]
-
 Features = Any  # one tensor, or a tuple of feature maps from fine to coarse
 
 

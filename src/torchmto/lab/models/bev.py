@@ -13,8 +13,6 @@ from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.blocks import ConvNorm, DenseHead, resize
 from torchmto.lab.models.efficientnet import EfficientNetTrunk
 
-__all__ = ["BEVNet", "BEVTrunk", "bev", "lift"]
-
 _NEAREST = 0.5  # metres in front of a camera; what is nearer isn't seen
 
 

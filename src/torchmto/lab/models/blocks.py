@@ -6,20 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    "DECODERS",
-    "ConvNorm",
-    "DeepLabDecoder",
-    "DenseHead",
-    "DropPath",
-    "FPNDecoder",
-    "LinearDecoder",
-    "MLPDecoder",
-    "PooledHead",
-    "init_convs",
-    "resize",
-]
-
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
     """``x`` at the height and width of ``like``, bilinear."""
@@ -205,9 +191,4 @@ class LinearDecoder(nn.Module):
         return self.predict(torch.cat([resize(x, features[0]) for x in features], dim=1))  # type: ignore[no-any-return]
 
 
-DECODERS: dict[str, type[MLPDecoder | FPNDecoder | DeepLabDecoder | LinearDecoder]] = {
-    "mlp": MLPDecoder,
-    "fpn": FPNDecoder,
-    "deeplab": DeepLabDecoder,
-    "linear": LinearDecoder,
-}
+DECODERS = {"mlp": MLPDecoder, "fpn": FPNDecoder, "deeplab": DeepLabDecoder, "linear": LinearDecoder}

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from torchmto.structure import active_tasks, current_tasks
 
-__all__ = ["checkpoint_blocks"]
-
 
 def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
     """Keep only the inputs of each block in training, and run it again in the backward pass.

@@ -8,8 +8,6 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.blocks import ConvNorm, DenseHead, PooledHead, init_convs
 
-__all__ = ["ConvNetTrunk", "SegNetTrunk", "convnet", "segnet"]
-
 
 class ConvNetTrunk(Trunk):
     """3x3 convolutions with BatchNorm and ReLU, and a pooling after each that leaves at least 2 pixels.
@@ -65,13 +63,16 @@ def convnet(
     """
     channels, height, width = input_shape
     trunk = ConvNetTrunk(channels, (height, width), widths)
-    heads = {
-        task.name: DenseHead(widths[-1], task.channels)
-        if task.dense
-        else PooledHead(trunk.channels, task.channels, grid=grid)
-        for task in tasks
-    }
-    return MultiTaskModel(trunk, heads, tasks)
+    return MultiTaskModel(trunk, small_heads(tasks, trunk.channels, grid), tasks)
+
+
+def small_heads(tasks: Sequence[Task], channels: Sequence[int], grid: int) -> dict[str, nn.Module]:
+    """A convolutional head for each dense task, for the others a linear one on a grid of cells of the last map."""
+
+    def head(task: Task) -> nn.Module:
+        return DenseHead(channels[-1], task.channels) if task.dense else PooledHead(channels, task.channels, grid=grid)
+
+    return {task.name: head(task) for task in tasks}
 
 
 class _Stage(nn.Sequential):

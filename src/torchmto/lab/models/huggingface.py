@@ -11,8 +11,6 @@ from torchmto.lab.models.base import Trunk
 from torchmto.lab.models.blocks import DropPath
 from torchmto.lab.models.weights import load_weights
 
-__all__ = ["BACKBONES", "VITS", "HuggingFaceTrunk", "ViTTrunk", "local_backbone", "named_backbone", "vit"]
-
 # name -> (model type, configuration)
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("resnet", {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}),
@@ -136,26 +134,31 @@ def named_backbone(
     """
     transformers = needed("This model", "transformers")
     if weights is not None and Path(weights).is_dir():
-        return local_backbone(weights, config)
+        return local_backbone(input_shape, weights=weights, config=config)
     kind, entries = BACKBONES[name]
     entries = {"num_channels": input_shape[0], **entries, **(config or {})}
     if kind == "swin":
         entries.setdefault("image_size", tuple(input_shape[1:]))
     if kind == "resnet":
         entries.setdefault("embedding_size", 64)
-    settings = transformers.AutoConfig.for_model(kind, **entries, out_features=_stage_names())
+    settings = transformers.AutoConfig.for_model(
+        kind, **entries, out_features=[f"stage{i}" for i in range(1, STAGES + 1)]
+    )
     backbone = transformers.AutoBackbone.from_config(settings)
     if weights is not None:
         load_weights(backbone, weights, prefixes=(f"{kind}.",))
     return HuggingFaceTrunk(backbone)
 
 
-def local_backbone(weights: str | Path, config: Mapping[str, Any] | None = None) -> HuggingFaceTrunk:
+def local_backbone(
+    _input_shape: Sequence[int], *, weights: str | Path, config: Mapping[str, Any] | None = None
+) -> HuggingFaceTrunk:
     """Any backbone of transformers, from files on this machine; runs no code from there and downloads nothing.
 
     Of a backbone with more than four stages, such as DINOv2 with one per layer, four evenly spaced ones are used.
 
     Args:
+        _input_shape: Not used: the files decide.
         weights: A folder with ``config.json`` and ``model.safetensors``, or the name of a model in Hugging Face's cache
             (``facebook/dinov2-small``). A ``timm_backbone`` needs timm.
         config: Entries that replace those of ``config.json``, such as ``{"drop_path_rate": 0.15}`` of DINOv2, Swin, ConvNeXt.
@@ -225,26 +228,17 @@ def vit(
         raise ValueError(
             f"A ViT's input should have sides that are multiples of `patch = {patch}`. Found {height} x {width}."
         )
-    entries = {
-        "num_channels": channels,
-        "image_size": (height, width),
-        "patch_size": patch,
-        **VITS[name],
-        **(config or {}),
-    }
+    own = config or {}
     if weights is not None and Path(weights).is_dir():
         model = transformers.ViTModel.from_pretrained(
-            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **(config or {})
+            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **own
         )
         return ViTTrunk(model, drop_path)
-    model = transformers.ViTModel(transformers.ViTConfig(**entries), add_pooling_layer=False)
+    image = {"num_channels": channels, "image_size": (height, width), "patch_size": patch}
+    model = transformers.ViTModel(transformers.ViTConfig(**{**image, **VITS[name], **own}), add_pooling_layer=False)
     if weights is not None:
         load_weights(model, weights, prefixes=("vit.",))
     return ViTTrunk(model, drop_path)
-
-
-def _stage_names() -> list[str]:
-    return [f"stage{i}" for i in range(1, STAGES + 1)]
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:

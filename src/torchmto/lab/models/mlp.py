@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 
-__all__ = ["MLPTrunk", "mlp"]
-
 _NORMS: dict[str, type[nn.LayerNorm] | type[nn.BatchNorm1d]] = {"layer": nn.LayerNorm, "batch": nn.BatchNorm1d}
 
 

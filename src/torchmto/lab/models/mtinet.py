@@ -1,6 +1,6 @@
 """MTI-Net: tasks inform each other at every scale."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,20 +12,14 @@ from torchmto.lab.models.blocks import ConvNorm, MLPDecoder, resize
 from torchmto.lab.models.hrnet import BasicBlock
 from torchmto.structure import active_task, has_split_norms
 
-__all__ = ["MTINet"]
-
 
 class _InitialPrediction(nn.Module):
     """At one scale: features for each task from the trunk's map and what the coarser scale passes on."""
 
     def __init__(self, channels: int, extra: int, tasks: Sequence[Task]) -> None:
         super().__init__()
-        self.refine = Heads(
-            {
-                task.name: nn.Sequential(BasicBlock(channels + extra, channels), BasicBlock(channels, channels))
-                for task in tasks
-            }
-        )
+        refine = {t.name: [BasicBlock(channels + extra, channels), BasicBlock(channels, channels)] for t in tasks}
+        self.refine = Heads({task: nn.Sequential(*blocks) for task, blocks in refine.items()})
         self.predict = Heads({task.name: nn.Conv2d(channels, task.channels, 1) for task in tasks})
 
     def forward(self, x: Tensor, passed_on: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -33,10 +27,6 @@ class _InitialPrediction(nn.Module):
             return x if passed_on is None else torch.cat([x, resize(passed_on[task], x)], dim=1)
 
         return {task: refine(joined(task)) for task, refine in self.refine.items()}
-
-    def first(self, task: str, features: Tensor) -> Tensor:
-        """A task's first prediction from its features."""
-        return self.predict[task](features)  # type: ignore[no-any-return]
 
 
 class _Propagation(nn.Module):
@@ -115,17 +105,13 @@ class MTINet(MultiTaskModel):
         channels = trunk.channels
         super().__init__(trunk, {task.name: MLPDecoder(channels, task.channels, width=width) for task in tasks}, tasks)
         coarser = (*channels[1:], 0)
-        self.initial = nn.ModuleList(
+        self.initial: Any = nn.ModuleList(
             [_InitialPrediction(own, extra, tasks) for own, extra in zip(channels, coarser, strict=True)]
         )
         self.propagation = nn.ModuleList([_Propagation(own, names) for own in channels[1:]])
+        others = {name: [other for other in names if other != name] for name in names}
         self.distillation = Heads(
-            {
-                name: nn.ModuleList(
-                    [_Distillation(own, [other for other in names if other != name]) for own in channels]
-                )
-                for name in names
-            }
+            {name: nn.ModuleList([_Distillation(own, others[name]) for own in channels]) for name in names}
         )
 
     def forward(  # type: ignore[override]
@@ -150,17 +136,14 @@ class MTINet(MultiTaskModel):
             with active_task(name):
                 if split or not by_task:
                     by_task = self._task_features(trunk_features[name])
-                scales = zip(self._distillation(name), by_task, strict=True)
-                distilled = [distil(features[name], features) for distil, features in scales]
+                layers: Any = self.distillation[name]
+                distilled = [distil(own[name], own) for distil, own in zip(layers, by_task, strict=True)]
                 output = self.resized(name, self.heads[name](distilled), x)
-                outputs[name] = (output, *self._first(name, by_task, x)) if self.training else output
+                # The paper supervises the first predictions, too.
+                scales = zip(self.initial, by_task, strict=True)
+                first = (self.resized(name, scale.predict[name](features[name]), x) for scale, features in scales)
+                outputs[name] = (output, *first) if self.training else output
         return outputs
-
-    def _first(self, task: str, by_task: Sequence[Mapping[str, Tensor]], x: Tensor) -> Iterator[Tensor]:
-        """A task's first predictions, which the paper supervises too."""
-        for scale, features in zip(self.initial, by_task, strict=True):
-            assert isinstance(scale, _InitialPrediction)
-            yield self.resized(task, scale.first(task, features[task]), x)
 
     def _task_features(self, maps: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Features of all tasks at every scale, fine to coarse."""
@@ -172,8 +155,3 @@ class MTINet(MultiTaskModel):
             if scale > 0:
                 passed_on = self.propagation[scale - 1](features)
         return found
-
-    def _distillation(self, task: str) -> nn.ModuleList:
-        layers = self.distillation[task]
-        assert isinstance(layers, nn.ModuleList)
-        return layers

@@ -1,8 +1,9 @@
 """Ready-made models by name."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,10 +21,7 @@ from torchmto.lab.models.hrnet import HRNetTrunk
 from torchmto.lab.models.huggingface import BACKBONES, VITS, local_backbone, named_backbone, vit
 from torchmto.lab.models.mlp import mlp
 from torchmto.lab.models.mtinet import MTINet
-from torchmto.lab.models.weights import load_weights
 from torchmto.structure import split_norms
-
-__all__ = ["build_model", "model_options", "models"]
 
 Builder = Callable[..., MultiTaskModel]
 
@@ -57,94 +55,35 @@ def with_decoders(trunk: Trunk, tasks: Sequence[Task], *, decoder: str = "mlp", 
     return MultiTaskModel(trunk, {task.name: head(task) for task in tasks}, tasks)
 
 
-def _named(name: str) -> Builder:
-    def build(
-        tasks: Sequence[Task],
-        input_shape: Sequence[int],
-        *,
-        decoder: str = "mlp",
-        decoder_width: int = 128,
-        weights: str | Path | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> MultiTaskModel:
-        trunk = named_backbone(name, input_shape, weights=weights, config=config)
-        return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
+@dataclass(frozen=True)
+class _Decoded:
+    """A trunk under decoders: its options are the trunk's, a ``decoder``, and the ``decoder_width``.
 
-    return build
+    Args:
+        trunk: ``(input_shape, **options) -> trunk``, or a class that takes the channels alone.
+        decoder: What it has by default.
+        width: Channels inside the decoders by default.
+    """
 
+    trunk: Callable[..., Trunk]
+    decoder: str = "mlp"
+    width: int = 128
 
-def _vit(name: str) -> Builder:
-    def build(
-        tasks: Sequence[Task],
-        input_shape: Sequence[int],
-        *,
-        decoder: str = "mlp",
-        decoder_width: int = 128,
-        patch: int = 16,
-        drop_path: float = 0.0,
-        weights: str | Path | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> MultiTaskModel:
-        trunk = vit(name, input_shape, patch=patch, drop_path=drop_path, weights=weights, config=config)
-        return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
-
-    return build
-
-
-def _backbone(
-    tasks: Sequence[Task],
-    input_shape: Sequence[int],  # noqa: ARG001  every builder takes it; this one's folder decides
-    *,
-    weights: str | Path,
-    decoder: str = "mlp",
-    decoder_width: int = 128,
-    config: Mapping[str, Any] | None = None,
-) -> MultiTaskModel:
-    return with_decoders(local_backbone(weights, config), tasks, decoder=decoder, width=decoder_width)
-
-
-def _hrnet18(
-    tasks: Sequence[Task],
-    input_shape: Sequence[int],
-    *,
-    decoder: str = "mti",
-    decoder_width: int = 128,
-    width: int = 18,
-    modules: Sequence[int] = (1, 3, 2),
-    blocks: int = 2,
-    stem: int = 64,
-    weights: str | Path | None = None,
-) -> MultiTaskModel:
-    trunk = HRNetTrunk(input_shape[0], width=width, modules=modules, blocks=blocks, stem=stem)
-    if weights is not None:
-        load_weights(trunk, weights)
-    return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
-
-
-def _efficientnet_lite0(
-    tasks: Sequence[Task],
-    input_shape: Sequence[int],
-    *,
-    pretrained: bool = False,
-    decoder: str = "mlp",
-    decoder_width: int = 64,
-    weights: str | Path | None = None,
-) -> MultiTaskModel:
-    trunk = EfficientNetTrunk(input_shape[0], pretrained=pretrained)
-    if weights is not None:
-        load_weights(trunk, weights)
-    return with_decoders(trunk, tasks, decoder=decoder, width=decoder_width)
+    def __call__(self, tasks: Sequence[Task], input_shape: Sequence[int], **options: Any) -> MultiTaskModel:
+        decoder, width = options.pop("decoder", self.decoder), options.pop("decoder_width", self.width)
+        trunk = self.trunk(input_shape[0] if isinstance(self.trunk, type) else input_shape, **options)
+        return with_decoders(trunk, tasks, decoder=decoder, width=width)
 
 
 _BUILDERS: dict[str, Builder] = {
     "mlp": mlp,
     "convnet": convnet,
     "segnet": segnet,
-    "efficientnet_lite0": _efficientnet_lite0,
-    "hrnet18": _hrnet18,
-    **{name: _named(name) for name in BACKBONES},
-    **{name: _vit(name) for name in VITS},
-    "backbone": _backbone,
+    "efficientnet_lite0": _Decoded(EfficientNetTrunk, width=64),
+    "hrnet18": _Decoded(HRNetTrunk, decoder="mti"),
+    **{name: _Decoded(partial(named_backbone, name)) for name in BACKBONES},
+    **{name: _Decoded(partial(vit, name)) for name in VITS},
+    "backbone": _Decoded(local_backbone),
     "bev": bev,
     "cross_stitch": cross_stitch,
 }
@@ -170,8 +109,12 @@ def model_options(name: str) -> dict[str, Any]:
     """
     if name not in _BUILDERS:
         raise ValueError(found("name", f"one of {', '.join(_BUILDERS)}", name) + nearest(name, _BUILDERS))
-    parameters = inspect.signature(_BUILDERS[name]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    builder: Callable[..., Any] = _BUILDERS[name]
+    of_decoder = {}
+    if isinstance(builder, _Decoded):
+        of_decoder, builder = {"decoder": builder.decoder, "decoder_width": builder.width}, builder.trunk
+    parameters = inspect.signature(builder).parameters.values()
+    return of_decoder | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def build_model(

@@ -8,8 +8,6 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from torchmto.lab.models.base import Features, Heads, MultiTaskModel
 
-__all__ = ["RotoGrad"]
-
 
 class RotoGrad(MultiTaskModel):
     r"""A model with a rotation between the trunk's features and each head.

@@ -7,8 +7,6 @@ from torch import nn
 
 from torchmto.checks import needed
 
-__all__ = ["load_weights"]
-
 
 def load_weights(module: nn.Module, path: str | Path, *, prefixes: Sequence[str] = ()) -> list[str]:
     """Load a trunk's weights from a ``.safetensors`` file.

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["ReportError", "Study", "provenance", "traced_point"]
-
 Study = dict[str, Any]
 _RECORDS = ("phase", "priority_shares", "affinity", "groups")
 """What the page shows of a method's records, besides the shares by layer and the noise floor."""

@@ -13,8 +13,6 @@ from torchmto.lab.grid.versus import versus
 from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["comparison_study", "warnings"]
-
 Content = Mapping[str, Any]
 """Of a run's file, see `_read_run`."""
 
@@ -97,14 +95,10 @@ _READABLE = {1: 2, SCHEMA_VERSION: RESULTS_VERSION}
 """Versions of files that a page can be made of, and what their results mean."""
 
 
-def _is_single(content: Content) -> bool:
-    return content["task"] is not None
-
-
 def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]) -> list[str]:
     notes = []
     expected = len(results["methods"]) * int(results["config"]["seeds"])
-    missing = expected - sum(not _is_single(content) for content in contents)
+    missing = expected - sum(content["task"] is None for content in contents)
     if missing > 0:
         notes.append(f"{missing} runs have no file in {folder.name}/runs; their curves are missing.")
     made_with = {content["result"].get("versions", {}).get("torchmto") for content in contents} - {None}
@@ -158,7 +152,7 @@ def _at_chance(task: str, about: Mapping[str, Any], methods: Mapping[str, Any]) 
 def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str, Any] | None:
     """Methods against gd, for folders whose results.json has none; None where runs are missing."""
     seeds = int(results["config"]["seeds"])
-    by_run = {(c["method"], c["seed"]): c["result"] for c in contents if not _is_single(c)}
+    by_run = {(c["method"], c["seed"]): c["result"] for c in contents if c["task"] is None}
     if not all((name, seed) in by_run for name in results["methods"] for seed in range(seeds)):
         return None
     return versus(
@@ -172,7 +166,7 @@ def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str
 
 
 def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
-    result = content["result"]
+    result, single = content["result"], content["task"] is not None
     pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
     history = [
         {
@@ -180,12 +174,11 @@ def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
             **here,
             "losses": entry["losses"],
             "validation": _primary_only(entry["validation"], results["tasks"]),
-            "score": None if _is_single(content) else entry["score"],
+            "score": None if single else entry["score"],
             "conflict_share": None if entry["num_conflicts"] is None else entry["num_conflicts"] / pairs,
         }
         for entry, here in zip(result["history"], progress(result), strict=True)
     ]
-    single = _is_single(content)
     trace = [] if single else [traced_point(point, point["losses"], point["records"]) for point in result["trace"]]
     return {
         "method": content["method"],

@@ -7,8 +7,6 @@ from typing import Any
 
 from torchmto.lab.report.base import Study, provenance
 
-__all__ = ["LARGEST_PLOTS", "arms_of", "experiment_study"]
-
 LARGEST_PLOTS = 700_000
 """Bytes of plots that a page takes; the others stay in their folder."""
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -53,8 +53,8 @@ function fit(text, length) {
   return `${text.slice(0, length - 1 - tail)}…${text.slice(-tail)}`;
 }
 
-/** A name that may be broken after brackets, commas and underscores. */
-const breakable = (name) => String(name).split(/(?<=[(,=_])/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
+/** A name that may be broken after brackets, commas, underscores and the dots between words. */
+const breakable = (name) => String(name).split(/(?<=[(,=_]|[a-z]\.)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
 
 function select(label, options, value, change) {
   const node = el("select", { onchange: (event) => change(options[event.target.selectedIndex][0]) });
@@ -705,7 +705,7 @@ const hasCosines = (step) => Boolean(step.cosines || step.pairs || isNumber(step
 
 function conflictsSection(card) {
   if (conflictShares()) {
-    card.append(methodLegend(), lineChart({ caption: "share of pairs in conflict", about: "mean over each epoch", height: 260, label: "Share of task pairs with conflicting gradients", unit: study.history_unit,
+    card.append(methodLegend(), lineChart({ caption: "share of pairs in conflict", about: "mean over each epoch, of methods that compare gradients", height: 260, label: "Share of task pairs with conflicting gradients", unit: study.history_unit,
       xaxis: timeAxis(study.history_unit), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" }, series: () => methodCurves((entry) => entry.conflict_share) }));
   }
   if (!study.runs.some((run) => run.task === null && run.trace.some(hasCosines))) return;
@@ -757,7 +757,7 @@ function costSection(card) {
 
 function flat(value, prefix = "") {
   if (value !== null && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length) return Object.entries(value).flatMap(([name, entry]) => flat(entry, prefix ? `${prefix}.${name}` : name));
-  return [[prefix, typeof value === "string" ? value : JSON.stringify(value)]];
+  return [[prefix, typeof value === "string" ? value : JSON.stringify(value, null, 1).replace(/\n */g, " ")]];
 }
 
 const textCells = (texts) => texts.map((text) => cell(null, text, { long: text.length > 32 }));
@@ -839,7 +839,7 @@ function start() {
   content.querySelectorAll(".js-plotly-plot").forEach((plot) => Plotly.purge(plot));
   content.replaceChildren();
   document.getElementById("title").textContent = study.title;
-  document.getElementById("made").replaceChildren(...study.made.flatMap(([name, text]) => [el("dt", {}, name), el("dd", {}, text)]));
+  document.getElementById("made").replaceChildren(...study.made.map(([name, text]) => el("div", {}, el("dt", {}, name), el("dd", {}, text))));
   document.getElementById("summary").textContent = summary();
   document.getElementById("warnings").replaceChildren(...study.warnings.map((text) => el("p", { class: "alert", role: "alert" }, text)));
   const chooser = document.getElementById("chooser");

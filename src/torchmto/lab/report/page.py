@@ -16,8 +16,6 @@ from torchmto.lab.atomic import write_bytes
 from torchmto.lab.report.base import ReportError, Study
 from torchmto.lab.report.studies import read_studies
 
-__all__ = ["MAX_BYTES", "REPORT_NAME", "page", "write_report"]
-
 REPORT_NAME = "report.html"
 MAX_BYTES = 3_000_000
 """Largest page."""

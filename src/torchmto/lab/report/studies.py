@@ -22,8 +22,6 @@ from torchmto.lab.report.comparisons import comparison_study
 from torchmto.lab.report.experiments import arms_of, experiment_study
 from torchmto.lab.report.trainings import Baseline, Training, comparison_baselines, read_training, training_studies
 
-__all__ = ["read_studies"]
-
 
 def read_studies(folders: Sequence[Path]) -> list[Study]:
     """The studies in these folders; training runs that can be compared become one.

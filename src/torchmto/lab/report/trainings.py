@@ -19,8 +19,6 @@ from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
 
-__all__ = ["Baseline", "Training", "comparison_baselines", "read_training", "training_studies"]
-
 Metrics = Mapping[str, float | None]
 
 

@@ -1,7 +1,5 @@
 """The training runs of an experiment: each arm is one comparison of `torchmto.lab.grid` in a folder of its own."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +18,6 @@ from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatche
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import RunConfig, config_of
-
-__all__ = ["ArmResult", "Context", "check_arm", "run_arms"]
 
 Result = Mapping[str, Any]
 
@@ -246,12 +242,7 @@ def _tune(
             context.say(f"  {error}")
         return results, {run_key(run): text for run, text in error.failures} if error else {}
 
-    found: Tuning = tune(short, grid_problem(short), listed(recipe.tune), attempt)
+    found: Tuning = tune(short, _settled(short.run)[0], listed(recipe.tune), attempt)
     if not found.complete:
         return None
     return replace(experiment, chosen=found.chosen), found.failed
-
-
-def grid_problem(experiment: Experiment) -> Problem:
-    """What an arm learns."""
-    return _settled(experiment.run)[0]

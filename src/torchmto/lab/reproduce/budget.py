@@ -7,8 +7,6 @@ from typing import Any
 from torchmto.lab.grid.experiment import run_label
 from torchmto.lab.run.config import RunConfig
 
-__all__ = ["Budget", "BudgetSpentError", "BudgetWatcher"]
-
 
 class BudgetSpentError(Exception):
     """The time is up. What is finished is saved; the same command goes on from there."""

@@ -11,8 +11,6 @@ from torchmto.lab.data.base import MultiTaskDataset, Task, TensorData
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 
-__all__ = ["copies", "with_copies"]
-
 
 def copies(*, of: str = "digits", num_tasks: int = 20, noise: float = 0.0, seed: int = 0, **options: Any) -> Problem:
     """A problem with so many tasks by copies, for recipes.

@@ -18,8 +18,6 @@ from torchmto.lab.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Findings", "Table", "claim_folder", "figure", "number", "write_findings"]
-
 SCHEMA_VERSION = 1
 _KIND = "torchmto reproduce"
 FEW_SEEDS = 5

@@ -3,8 +3,6 @@
 A problem whose own evaluation probes the network after every epoch, so that the grid runs it like any other.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +33,6 @@ from torchmto.structure import (
 )
 from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import Measure
-
-__all__ = ["oracle", "probed", "stability"]
 
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
 COLUMNS = {

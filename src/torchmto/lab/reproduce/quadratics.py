@@ -4,8 +4,6 @@ r"""Least-squares tasks on shared and own parameters, where every answer is know
 parameters, n own parameters per task; everything in float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +11,6 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-
-__all__ = ["STRATEGIES", "Problems", "State", "descend", "related_tasks", "stationarity", "train"]
 
 Partition = Sequence[Sequence[int]]
 
@@ -64,7 +60,7 @@ class Problems:
         outer = residuals.sign() if self.absolute else residuals
         return torch.einsum("nkmd,nkm->nkd", self.A, outer), torch.einsum("nkmh,nkm->nkh", self.B, outer)
 
-    def repeated(self, times: int) -> Problems:
+    def repeated(self, times: int) -> "Problems":
         """The same problems ``times`` over, to be trained with different learning rates at once."""
         parts = self.A.repeat(times, 1, 1, 1), self.B.repeat(times, 1, 1, 1), self.c.repeat(times, 1, 1)
         return Problems(*parts, self.absolute)

@@ -14,8 +14,6 @@ from torchmto.lab.specs import parse_method, parse_methods
 from torchmto.methods import method_class
 from torchmto.methods import methods as all_methods
 
-__all__ = ["Arm", "Recipe", "RecipeError", "load_recipe", "recipe_names", "with_methods"]
-
 _PACKAGE = Path(__file__).resolve().parents[2]
 _FOLDERS = (_PACKAGE / "recipes" / "reproduce", _PACKAGE.parents[1] / "recipes" / "reproduce")
 """In an installed package, and in a checkout."""

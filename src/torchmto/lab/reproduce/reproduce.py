@@ -12,8 +12,6 @@ from torchmto.lab.reproduce.recipe import Recipe, RecipeError
 from torchmto.lab.reproduce.tables import STUDIES, add_tables
 from torchmto.lab.reproduce.theory import theory
 
-__all__ = ["reproduce"]
-
 
 def reproduce(
     recipe: Recipe,

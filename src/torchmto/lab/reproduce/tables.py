@@ -3,8 +3,6 @@
 `STUDIES` says by the name of a recipe's study which looks at an arm there are besides the comparison of its methods.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -19,8 +17,6 @@ from torchmto.lab.reproduce.oracle import oracle, stability
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.config import config_of
 from torchmto.lab.statistics import holm, paired
-
-__all__ = ["STUDIES", "add_tables"]
 
 Look = Callable[[ArmResult], "tuple[Any, Table | None]"]
 """Numbers of an arm, and a table of them if there is something to show."""

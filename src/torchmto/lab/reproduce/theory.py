@@ -5,8 +5,6 @@ multiples of 1/L, L the Lipschitz constant of the summed loss's gradient. "Gap" 
 as a share of the gap at the start.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +20,6 @@ from torchmto.lab.reproduce.findings import Findings, Table, number
 from torchmto.lab.reproduce.quadratics import STRATEGIES, Problems, descend, related_tasks, stationarity, train
 from torchmto.lab.statistics import confidence95, paired
 from torchmto.lab.versions import RESULTS_VERSION
-
-__all__ = ["OPTIONS", "theory"]
 
 Options = Mapping[str, Any]
 Found = tuple[dict[str, Any], list[Table]]

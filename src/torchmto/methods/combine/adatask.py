@@ -9,7 +9,7 @@ from torchmto.checks import check_flag, check_number, found, warn
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
 from torchmto.methods.registry import register_method
-from torchmto.step import Network, TaskGradients
+from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
 @register_method("adatask")
@@ -83,13 +83,17 @@ class AdaTask(GradientCombiner):
 
     def attach(self, network: Network) -> None:
         """Check that the optimizer doesn't adapt the learning rates a second time."""
-        self._network = network
         for optimizer in network.optimizers.all:
             if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
                 warn(
                     "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
                     f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
                 )
+
+    def step(self, context: StepContext) -> StepInfo:
+        """As every combiner; moments of heads are kept by the network's names."""
+        self._network = context.network
+        return super().step(context)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

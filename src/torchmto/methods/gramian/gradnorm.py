@@ -76,7 +76,6 @@ class GradNorm(GramianWeighting):
         if layer is not None and not isinstance(layer, str):
             raise TypeError(found("layer", "the path of a module, a string", layer))
         self.layer = layer
-        self._layer_parameters: list[Tensor] = []
         self._norms: Tensor | None = None
 
     def setup(self, num_tasks: int) -> None:
@@ -91,25 +90,27 @@ class GradNorm(GramianWeighting):
         return super().refusal(network)
 
     def attach(self, network: Network) -> None:
-        """Find the layer."""
+        """Check that the model has the layer."""
         if self.layer is None:
             return
-        modules = dict(network.model.named_modules())
-        if self.layer not in modules:
-            raise ValueError(found("layer", "the path of a module of the model", self.layer))
-        self._layer_parameters = list(modules[self.layer].parameters())
+        try:
+            network.model.get_submodule(self.layer)
+        except AttributeError as error:
+            raise ValueError(found("layer", "the path of a module of the model", self.layer)) from error
 
     def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The weights; the norms of the gradients on the layer are kept for :meth:`after_step`."""
-        return self.weights(self._layer_gramian(gradients), gradients.losses, gradients.indices)
+        gramian = (
+            gradients.gramian if self.layer is None else self._layer_gramian(context.network, gradients, self.layer)
+        )
+        return self.weights(gramian, gradients.losses, gradients.indices)
 
-    def _layer_gramian(self, gradients: TaskGradients) -> Tensor:
-        if self.layer is None:
-            return gradients.gramian
+    def _layer_gramian(self, network: Network, gradients: TaskGradients, layer: str) -> Tensor:
         total = torch.zeros_like(gradients.gramian)
-        shared = [p for p in self._layer_parameters if gradients.has(p)]
+        # By its path, as the module may have been replaced.
+        shared = [p for p in network.model.get_submodule(layer).parameters() if gradients.has(p)]
         if not shared:
-            raise ValueError(found("layer", "a module with shared parameters", self.layer))
+            raise ValueError(found("layer", "a module with shared parameters", layer))
         for parameter in shared:
             total += gramian_of_rows(gradients.matrix[:, gradients.columns(parameter)])
         return total
@@ -142,6 +143,11 @@ class GradNorm(GramianWeighting):
         self.scales.step(torch.sign(distances) * norms, chosen)
         moved = self.scales.of(chosen).clamp_min(LEAST)
         self.scales.assign(moved * (before.sum() / moved.sum()), chosen)
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """The norms of a step that wasn't taken go, too."""
+        super().restore(kept)
+        self._norms = None
 
     def records(self) -> Mapping[str, Any]:
         """The weights after the step."""

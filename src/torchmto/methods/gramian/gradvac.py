@@ -73,7 +73,6 @@ class GradVac(GramianWeighting):
                     groups,
                 )
             )
-        self._network: Network | None = None
 
     def setup(self, num_tasks: int) -> None:
         """Cosine targets [K, K], 0 at first; per group where there are several."""
@@ -81,10 +80,6 @@ class GradVac(GramianWeighting):
             self.add_state("targets", torch.zeros(num_tasks, num_tasks, dtype=torch.float64))
         else:
             self.add_state("group_targets", {})
-
-    def attach(self, network: Network) -> None:
-        """Parameters are grouped by their names."""
-        self._network = network
 
     def refusal(self, network: Network) -> str:
         """A group's columns may lie on several ranks, or not be kept."""
@@ -142,7 +137,7 @@ class GradVac(GramianWeighting):
         orders = self._orders(len(matrix))
         vector, mean = torch.zeros_like(matrix[0]), gradients.gramian.new_zeros(len(matrix))
         targets = dict(self.group_targets)
-        for group, parts in self._columns(gradients).items():
+        for group, parts in self._columns(context.network, gradients).items():
             gramian = sum((gramian_of_rows(matrix[:, part]) for part in parts), torch.zeros_like(gradients.gramian))
             before = targets.get(group, gramian.new_zeros(self.num_tasks, self.num_tasks))
             weights, targets[group] = self._turned(gramian, before, orders, indices)
@@ -156,12 +151,11 @@ class GradVac(GramianWeighting):
         self.after_step(gradients.reduced, context)
         return mean
 
-    def _columns(self, gradients: TaskGradients) -> dict[str, list[slice]]:
+    def _columns(self, network: Network, gradients: TaskGradients) -> dict[str, list[slice]]:
         """The columns of every group, by its name."""
-        assert self._network is not None, "attached before the first step"
         groups: dict[str, list[slice]] = {}
         for parameter in gradients.parameters:
-            name = self._network.name(parameter)
+            name = network.name(parameter)
             key = name.rpartition(".")[0] if self.groups == "layer" else name
             groups.setdefault(key, []).append(gradients.columns(parameter))
         return groups

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found, warn
 from torchmto.methods.gramian.fairgrad import FairGrad
 from torchmto.methods.method import Properties, WeightingOptions
-from torchmto.methods.per_task import named
+from torchmto.methods.per_task import Baseline, named
 from torchmto.methods.registry import register_method
 
 
@@ -71,11 +71,7 @@ class PIVRG(FairGrad):
         super().__init__(alpha=2.0, scale=scale, **options)
         if baseline is not None and not isinstance(baseline, Mapping):
             raise TypeError(found("baseline", "a mapping of task names to floats", baseline))
-        for name, value in (baseline or {}).items():
-            if check_number(f"baseline[{name!r}]", value) == 0:
-                raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
-        self.baseline = None if baseline is None else dict(baseline)
-        self.higher_is_better = higher_is_better
+        self.baseline = None if baseline is None else Baseline(baseline, higher_is_better)
         self.ratio = check_number("bound", bound, above=1)
         self.min_temperature = check_number("min_temperature", min_temperature, above=0)
         self._told = False
@@ -83,12 +79,6 @@ class PIVRG(FairGrad):
     def setup(self, num_tasks: int) -> None:
         """The last drops in percent (NaN: not reported yet)."""
         self.add_state("drops", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Check that every task has a baseline."""
-        if self.baseline is not None and set(self.baseline) != set(tasks):
-            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.baseline))
-        super().bind(tasks)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Take over validation results."""
@@ -98,10 +88,7 @@ class PIVRG(FairGrad):
                 warn("Method `pivrg` has no `baseline` to compare reports with: all tasks stay equally important.")
             return
         for name, value in performance.items():
-            better = self.higher_is_better
-            sign = 1.0 if (better if isinstance(better, bool) else better.get(name, True)) else -1.0
-            single = self.baseline[name]
-            self.drops[self.tasks.index(name)] = 100 * sign * (single - value) / abs(single)
+            self.drops[self.tasks.index(name)] = 100 * self.baseline.behind(name, value)
 
     def importance(self, indices: Sequence[int]) -> Tensor:
         """The importance of the present tasks, float64 [k], summing to k."""

@@ -56,21 +56,22 @@ class LearnableScales:
         where = self._places(indices)
         values, steps = self.values.numpy(), self._steps.numpy()
         means, squares = self._means.numpy(), self._squares.numpy()
-        slope = gradient.detach().to("cpu", torch.float64).numpy() + self.weight_decay * values[where]
-        steps[where] += 1
-        means[where] += (slope - means[where]) * (1 - BETAS[0])
-        squares[where] += (slope * slope - squares[where]) * (1 - BETAS[1])
-        size = np.sqrt(squares[where] / (1 - BETAS[1] ** steps[where])) + EPS
-        values[where] -= self.lr * means[where] / (1 - BETAS[0] ** steps[where]) / size
+        own, count = values[where], steps[where] + 1
+        slope = gradient.detach().to("cpu", torch.float64).numpy() + self.weight_decay * own
+        mean, square = means[where], squares[where]
+        mean = mean + (slope - mean) * (1 - BETAS[0])
+        square = square + (slope * slope - square) * (1 - BETAS[1])
+        size = np.sqrt(square / (1 - BETAS[1] ** count)) + EPS
+        values[where] = own - self.lr * mean / (1 - BETAS[0] ** count) / size
+        means[where], squares[where], steps[where] = mean, square, count
 
     def assign(self, values: Tensor, indices: Sequence[int]) -> None:
         """Set the numbers of the tasks ``indices``; the moments stay."""
         self.values[list(indices)] = values
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the numbers and of Adam's state."""
-        named = {"values": self.values, "means": self._means, "squares": self._squares, "steps": self._steps}
-        return {name: tensor.clone() for name, tensor in named.items()}
+        """The numbers and Adam's state: the tensors themselves, as in an optimizer's, which whoever keeps them copies."""
+        return {"values": self.values, "means": self._means, "squares": self._squares, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.

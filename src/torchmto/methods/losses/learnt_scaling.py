@@ -54,10 +54,12 @@ class LearntScaling(LossWeighting):
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """One step of Adam on the scales, along the objective's derivative."""
         values = losses.values.to("cpu", torch.float64)
-        positive = (values > 0).tolist()
+        positive = [value > 0 for value in values.tolist()]
         chosen = [index for index, good in zip(losses.indices, positive, strict=True) if good]
         if chosen:
-            self.scales.step(self.slope(values[positive], self.scales.of(chosen)), chosen)
+            # Picking all of them by a list would take longer than the rest.
+            values = values if len(chosen) == len(values) else values[positive]
+            self.scales.step(self.slope(values, self.scales.of(chosen)), chosen)
 
     def records(self) -> Mapping[str, Any]:
         """The scales after the step."""

@@ -412,6 +412,8 @@ class ConnectionStrength(Procedure):
     def step(self, context: StepContext) -> StepInfo:
         """One batch in phase 1 or 2."""
         phase = self._now = self._phase()
+        if self.priorities.network is not context.network:
+            self.priorities.attach(context.network, self.tasks)
         with self.priorities.watching():
             if phase == 1:
                 one_task_at_a_time(context, self.generator if self.shuffle else None)

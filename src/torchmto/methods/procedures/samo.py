@@ -75,8 +75,7 @@ class SAMO(SharpnessAware):
         """The mean gradient, an estimate per task, gradients where they lead, one optimizer step."""
         network = context.network
         losses = context.backward(lambda values, _: torch.full_like(values, 1 / len(values)))
-        if not losses.indices:
-            context.raise_empty()
+        context.check(losses)
         # The next backward starts from new ones.
         mean = {network.name(p): (p, real(dense(p.grad))) for p in network.parameters if p.grad is not None}
         shared = {name: pair for name, pair in mean.items() if network.roles.is_shared(name)}

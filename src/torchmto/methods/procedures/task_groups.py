@@ -1,7 +1,7 @@
 """Selective task groups: groups of tasks formed from their affinity, updated one after the other within each batch."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -151,6 +151,12 @@ class TaskGroups(Procedure):
             return [[name] for name in tasks]
         return [list(group) for group in self.grouping]
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; groups that never change stay as they were given."""
+        super().load_state_dict(state)
+        if self.grouping != "random" and not self._tracks():
+            self.current = self._first_groups(self.tasks)
+
     def cost(self, num_tasks: int) -> Cost:
         """M of everything for M groups, with an inner method K backwards; adaptive groups start with M = K."""
         num_groups = num_tasks
@@ -199,7 +205,7 @@ class TaskGroups(Procedure):
                 self.affinity.update([name for name in group if name in before], before)
         measure = self.measure_last or (self._alone and self.single == "measure")
         if measure and context.num_optimizer_steps:
-            after = context.losses()
+            after = context.losses(replay="newest")
             values = _named(context, after, after.raw)
             if all(math.isfinite(value) for value in values.values()):
                 self.affinity.finish(values)
