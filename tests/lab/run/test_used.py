@@ -89,7 +89,6 @@ def test_a_comparison_names_its_methods_once(given, tmp_path):
         ("optimizer", {"optimizer.name": "sgd"}, "`optimizer.name` can't be used"),
         ("optimizer", {"optimizer.head_rate": 2.0}, "`optimizer.head_rate` can't be used"),
         ("pinn", {"losses": {"equation": {"loss": "mse"}}}, "`losses` can't be used"),
-        ("pinn", {"batch_size": 5}, "`data.batch_size` can't be used"),
     ],
 )
 def test_settings_of_what_a_problem_brings_itself_are_refused(problem, settings, message):

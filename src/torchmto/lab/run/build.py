@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.utils.data import Dataset as TorchDataset
 
 import torchmto
 from torchmto.lab.data.base import labelled_tasks
@@ -295,17 +294,11 @@ def network_of(config: RunConfig, problem: Problem) -> nn.Module:
 
 def _check_own(config: RunConfig, problem: Problem) -> None:
     """Refuse settings of what a problem brings itself."""
-    usual = settled(replace(config, data=replace(config.data, batch_size=None), optimizer=OptimizerConfig()), problem)
-    own = config.optimizer, usual.optimizer
     if problem.optimizer is not None:
+        usual = settled(replace(config, optimizer=OptimizerConfig()), problem).optimizer
         for name in ("name", "lr", "weight_decay", "momentum", "head_rate"):
-            if getattr(own[0], name) != getattr(own[1], name):
+            if getattr(config.optimizer, name) != getattr(usual, name):
                 raise ConfigError(f"`optimizer.{name}` can't be used with a problem that brings its own optimizer.")
-    splits = (problem.train, problem.validation, problem.test)
-    sets = [entry for split in splits for entry in (split.values() if isinstance(split, Mapping) else [split])]
-    ready = problem.closure is not None and not any(isinstance(entry, TorchDataset) for entry in sets)
-    if ready and config.data.batch_size != usual.data.batch_size:
-        raise ConfigError("`data.batch_size` can't be used with a problem whose batches come ready-made.")
 
 
 def _check_metrics_merge(problem: Problem) -> None:
