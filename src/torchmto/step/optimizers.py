@@ -70,7 +70,7 @@ class Optimizers:
                     )
                 raise
             self.num_stepped += 1
-        if self._scaler is not None and any(id(optimizer) in self._states for optimizer in self.all):
+        if self._scaler is not None:
             self._update(self._scaler)
 
     def _check_fired(self, optimizer: Any) -> None:
