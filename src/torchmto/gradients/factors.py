@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.rows import products
+from torchmto.gradients.rows import products, wide_dtype
 from torchmto.gradients.torch_private import has_hooks, hooked, saved
 
 AT_ONCE = 2**20
@@ -149,8 +149,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _over_samples(left: Tensor, right: Tensor) -> Tensor:
     """Inner products [k, k] of tasks' cotangents [samples, k, columns], sample by sample."""
-    wide = torch.float32 if left.device.type == "mps" else torch.float64
-    return torch.bmm(left, right.mT).sum(0, dtype=wide)
+    return torch.bmm(left, right.mT).sum(0, dtype=wide_dtype(left.device))
 
 
 def find_factors(

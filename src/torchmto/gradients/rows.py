@@ -65,6 +65,11 @@ def gramian(matrix: Tensor) -> Tensor:
     return product
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
@@ -72,7 +77,7 @@ BLOCK = 16384
 def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
     """``matrix @ other.T`` (default: of itself), block by block of columns, without a copy of either."""
     other = matrix if other is None else other
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    wide = wide_dtype(matrix.device)
     whole = matrix.shape[1] // BLOCK
     if not whole:
         return (matrix @ other.T).to(wide)
