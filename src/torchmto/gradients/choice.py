@@ -13,7 +13,7 @@ from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
 from torchmto.gradients.stack import Stack
-from torchmto.gradients.torch_private import Hooks, has_hooks, hooked, is_compiled, native, places
+from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
 from torchmto.gradients.walk import Walk
 
 FEW = 2**14
@@ -62,7 +62,7 @@ class Auto(Engine):
 
     def begin(self) -> None:
         """Count the hooks that there are."""
-        self._hooks = Hooks()
+        self._hooks = hooks_made()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graph."""
@@ -80,7 +80,7 @@ class Auto(Engine):
     def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
         """Whether gradients that needn't be formed save more time than the walk takes in Python, and room besides."""
         graph = self.graph
-        if self._hooks.new or not graph.reached:
+        if hooks_made() != self._hooks or not graph.reached:
             return False
         nodes = graph.common
         wanted = {id(parameter): parameter for parameter in shared}

@@ -29,7 +29,7 @@ from torchmto.gradients.hooks import quiet
 from torchmto.gradients.ranks import Pending, Ranks
 from torchmto.gradients.rows import products, slices_of, wide_dtype, widest
 from torchmto.gradients.stack import Stack, merge
-from torchmto.gradients.torch_private import Hooks, hooked
+from torchmto.gradients.torch_private import hooked, hooks_made
 from torchmto.gradients.walk import Walk
 
 SMALL = 2**14
@@ -60,11 +60,11 @@ class Layerwise(Engine):
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._graphs: list[Graph] = []
-        self._hooks = Hooks()
+        self._hooks = 0
 
     def begin(self) -> None:
         """Count the hooks that there are."""
-        self._hooks = Hooks()
+        self._hooks = hooks_made()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graphs."""
@@ -136,7 +136,7 @@ class Layerwise(Engine):
         times = Counter(key for graph in self._graphs for key in graph.reached)
         # Sums over forwards and ranks are sums of gradients, which factors don't have.
         alone = {id(p): p for p in wanted.shared if times[id(p)] == 1 and self._ranks.size == 1 and not p.is_complex()}
-        whole = self._hooks.new
+        whole = hooks_made() != self._hooks
         plans = []
         for graph in self._graphs:
             direct = not whole and not any(map(hooked, graph.common))
