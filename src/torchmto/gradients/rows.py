@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients.finite import real
-from torchmto.gradients.ranks import Pending, Ranks, local
+from torchmto.gradients.ranks import Ranks, Wait, local
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -166,7 +166,7 @@ class Rows(Columns):
     """One reused buffer J [K, P] with a view per task and parameter. Parameters a task doesn't reach are zero in its row."""
 
     def __init__(self, num_tasks: int, ranks: Ranks) -> None:
-        self._sent: list[Pending] = []
+        self._sent: list[Wait] = []
         super().__init__(num_tasks, ranks)
 
     def _lay_out(self, parameters: list[Tensor]) -> None:
@@ -213,8 +213,8 @@ class Rows(Columns):
     def wait(self) -> None:
         """Wait for the sums that were started."""
         sent, self._sent = self._sent, []
-        for work in sent:
-            work.wait()
+        for wait in sent:
+            wait()
 
     def view(self, parameter: Tensor) -> Tensor:
         """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix ([..., 2] if complex)."""
