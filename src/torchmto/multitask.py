@@ -19,8 +19,7 @@ from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
-from torchmto.step.parts import Carried
-from torchmto.step.plan import Plan
+from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import replicas
 
@@ -453,13 +452,14 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
+            parts = self._parts(losses, tasks, independent, stepping=stepping, carried=carried)
+            context = StepContext(parts)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
                 if network.untold:
                     network.tell_trained()
-                modes = context.surroundings
+                modes = parts.surroundings
                 around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
                 with around, network.no_sync(), keeping_buffers():
                     return work(context)
@@ -505,7 +505,7 @@ class MultiTask:
         self._carried_tasks = context.asked
         return context.info()
 
-    def _context(
+    def _parts(
         self,
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
@@ -513,7 +513,7 @@ class MultiTask:
         *,
         stepping: bool,
         carried: dict[int, Carried] | None,
-    ) -> StepContext:
+    ) -> Parts:
         """Check the arguments of a step."""
         asked = self.tasks
         if tasks is not None:
@@ -545,12 +545,11 @@ class MultiTask:
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
-        summed = carried is not None and self._summed
         plan = self._steps
         # What may be changed between steps.
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
         plan.repeats = any(part.repeats for part in self._methods)
-        return StepContext(
+        return Parts(
             plan,
             network,
             sources,
@@ -558,7 +557,9 @@ class MultiTask:
             about=about,
             stepping=stepping,
             carried=carried,
-            summed=summed,
+            summed=carried is not None and self._summed,
+            several=network.ranks.size > 1,
+            weigh=plan.weigh,
         )
 
     def _warn_of_another_model(self, parts: Sequence[Method]) -> None:
