@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
-from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers, may_compile
 from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import derived_seed
@@ -200,7 +200,8 @@ class MultiTask:
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
-        self._warn_of_another_model(parts)
+        self._every = tuple(part for whole in self._methods for part in whole.parts())
+        self._warn_of_another_model(self._every)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -320,8 +321,7 @@ class MultiTask:
     def _plan(self) -> Plan:
         """What all steps have in common."""
         weigh, weigh_fixed = self._weigh()
-        parts = [part for whole in self._methods for part in whole.parts()]
-        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in parts)
+        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
         return Plan(
             self.tasks,
             weigh=weigh,
@@ -452,7 +452,8 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            parts = self._parts(losses, tasks, independent, stepping=stepping, carried=carried)
+            first = not self._driven
+            parts = self._begin(losses, tasks, independent, stepping=stepping, carried=carried)
             context = StepContext(parts)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
@@ -461,7 +462,8 @@ class MultiTask:
                     network.tell_trained()
                 modes = parts.surroundings
                 around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
-                with around, network.no_sync(), keeping_buffers():
+                compiles = first or network.compiled or may_compile()
+                with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
             except BaseException:
                 if context.num_optimizer_steps == 0:
@@ -505,7 +507,7 @@ class MultiTask:
         self._carried_tasks = context.asked
         return context.info()
 
-    def _parts(
+    def _begin(
         self,
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
@@ -540,7 +542,7 @@ class MultiTask:
             self._warn_of_gradients()
             self._driven = True
             model = weakref.ref(compiled_inside(network.model))
-            _STEPPED_ON.update({part: model for whole in self._methods for part in whole.parts()})
+            _STEPPED_ON.update(dict.fromkeys(self._every, model))
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
@@ -548,7 +550,7 @@ class MultiTask:
         plan = self._steps
         # What may be changed between steps.
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
-        plan.repeats = any(part.repeats for part in self._methods)
+        plan.repeats = any(part.needs_closure or part.needs_losses_after for part in self._every)
         return Parts(
             plan,
             network,

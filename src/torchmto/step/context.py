@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchmto.checks import shown
 from torchmto.gradients import finite_mark, real
+from torchmto.gradients.torch_private import flattened
 from torchmto.step.finite import (
     SkippedError,
     check_losses,
@@ -343,7 +344,7 @@ class StepContext:
                     check_losses(parts, losses, losses.raw.tolist())
                 return False
             norm = network.norm(gradients) if network.clip is not None or network.sharded else None
-            mark = finite_mark(gradients) if norm is None else norm
+            mark = norm if norm is not None else flattened(gradients).sum() if network.few else finite_mark(gradients)
             if unchecked and losses is not None:
                 values, weights, (total,) = in_one_transfer(losses.raw, parts.weights, mark)
                 check_losses(parts, losses, values)

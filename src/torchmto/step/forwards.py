@@ -223,7 +223,7 @@ def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], 
         reached = [name for key, name in by_id.items() if key in leaves]
         roles.observe(index, reached)
         if reached:
-            roles.walked.add(index)
+            roles.walked |= {index}
     if network.ranks.size == 1:
         # As several ranks do it, whose methods then draw the same random numbers for the same columns.
         roles.sort(columns, list(by_id.values()))

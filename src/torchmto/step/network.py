@@ -26,8 +26,9 @@ from torchmto.gradients import (
     run_hooks,
     run_unreached,
 )
+from torchmto.gradients.finite import FEW
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
-from torchmto.gradients.torch_private import uncompiled
+from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
 from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
@@ -68,6 +69,7 @@ class Network:
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
         nodes_made: How many graph nodes there had been at the last look.
+        few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
@@ -99,6 +101,8 @@ class Network:
         self._known: list[Tensor] = []
         self._trained: list[bool] | None = None
         self._complex = False
+        self.few = False
+        self._hooked: tuple[int, list[Tensor]] = (-1, [])
         self._precisions: dict[str, float] = {}
         self.untold = True
         self.parameters: list[Tensor] = []
@@ -209,6 +213,8 @@ class Network:
             self.parameters = list(itertools.compress(everything, trained))
             self.sizes = {}
             self._beyond = (-1, {})
+            self.few = all(p.is_cpu and p.numel() <= FEW for p in self.parameters)
+            self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
 
@@ -376,8 +382,11 @@ class Network:
             for parameter in given:
                 if parameter.grad is not None and parameter.grad.is_conj():
                     parameter.grad = parameter.grad.resolve_conj()
-        set_now = [gradient for p in given if (gradient := p.grad) is not None]
-        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
+        gradients = [gradient for p in given if (gradient := p.grad) is not None]
+        if True in [gradient.is_sparse for gradient in gradients]:
+            self.tidy_sparse()
+            set_now = [gradient for p in given if (gradient := p.grad) is not None]
+            gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
         return [real(gradient) for gradient in gradients] if self._complex else gradients
 
     def look(self, chunk: Chunk) -> None:
@@ -555,9 +564,17 @@ class Network:
 
     # ------------------------------------------------------------------ hooks and the scaler
 
+    def hooked(self) -> list[Tensor]:
+        """The parameters with post-accumulate-grad hooks: a hook has a handle, and all handles of a process are counted."""
+        number, hooked = self._hooked
+        if number != hooks_made():
+            hooked = [p for p in self.parameters if gradient_hooks(p)]
+            self._hooked = (hooks_made(), hooked)
+        return hooked
+
     def run_hooks(self) -> bool:
         """Run the parameters' post-accumulate-grad hooks on what the step has set; return whether there are any."""
-        hooked = run_hooks(self.parameters)
+        hooked = run_hooks(self.hooked())
         taken = [parameter for parameter in hooked if parameter.grad is None]
         if taken and not self._warned_taken:
             self._warned_taken = True

@@ -287,7 +287,7 @@ def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence
         # Its backwards leave gradients in `.grad`, averaged over the ranks.
         network.zero_grad()
         seed = torch.ones_like(loss) * (factor * network.ranks.size)
-        with quiet(network.parameters):
+        with quiet(network.hooked()):
             torch.autograd.backward([loss], [seed], retain_graph=not last)
         gradients: Sequence[Tensor | None] = take_shards(network)
     else:

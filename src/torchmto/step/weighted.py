@@ -261,7 +261,8 @@ def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
 
 def _tidy(parts: Parts, unit: UnitHeads | None, weights: _Weights) -> None:
     """After the last backward of this rank: own gradients on the heads."""
-    parts.network.tidy_sparse()
+    if parts.several or unit is not None:
+        parts.network.tidy_sparse()
     if unit is not None:
         unit.finish(weights.by_task)
 
@@ -309,7 +310,7 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
         inputs = [p for p in network.parameters if any(network.reaches(index, p) for index in weights.indices)]
     seeds = weights.values if factors is None else weights.values * factors
     before = network.without_gradient(weights.indices)
-    with chunk.activated(), quiet(network.parameters):
+    with chunk.activated(), quiet(network.hooked()):
         if unit is not None:
             ones = weights.values.new_ones(len(shares))
             seeds_of = dict(zip(weights.indices, (ones if factors is None else factors).unbind(), strict=True))
