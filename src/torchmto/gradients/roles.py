@@ -64,6 +64,7 @@ class Roles:
     def look(self, names: Iterable[str]) -> None:
         """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
         if not self.looked.issuperset(names := list(names)):
+            self.changes += 1
             self.looked = self.looked.union(names)
             self.seen = self.walked = frozenset()
 

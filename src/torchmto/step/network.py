@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,25 @@ Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the gradients belong that one backward of a task gives, in the order of the trained parameters.
+
+    Attributes:
+        key: As long as what holds: the parameters with a gradient, what is known of roles, the number of columns.
+        shared: Which go to the task's row.
+        positions: At which places there.
+        others: Which go to heads.
+        heads: The parameters of these.
+    """
+
+    key: tuple[list[bool], int, int]
+    shared: list[bool]
+    positions: list[int]
+    others: list[bool]
+    heads: list[Tensor]
+
+
 TF32 = 2.0**-10
 """The machine precision of TensorFloat-32."""
 
@@ -68,6 +88,7 @@ class Network:
 
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        places: Task -> where its gradients belong, as its last backward has shown.
         nodes_made: How many graph nodes there had been at the last look.
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
@@ -100,13 +121,14 @@ class Network:
         self._by_name: dict[str, Tensor] = {}
         self._known: list[Tensor] = []
         self._trained: list[bool] | None = None
-        self._complex = False
+        self.has_complex = False
         self.few = False
         self._hooked: tuple[int, list[Tensor]] = (-1, [])
         self._precisions: dict[str, float] = {}
         self.untold = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.places: dict[int, Place] = {}
         self.nodes_made = 0
         self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
@@ -206,12 +228,12 @@ class Network:
             # The rows have columns for parameters that were replaced.
             rows = self.rows if all(by_name[name] is p for name, p in self._by_name.items()) else []
             # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
-            self._complex, self.rows = any_complex, rows
+            self.has_complex, self.rows = any_complex, rows
             self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:
             self.parameters = list(itertools.compress(everything, trained))
-            self.sizes = {}
+            self.sizes, self.places = {}, {}
             self._beyond = (-1, {})
             self.few = all(p.is_cpu and p.numel() <= FEW for p in self.parameters)
             self._hooked = (-1, [])
@@ -290,7 +312,7 @@ class Network:
         self._by_name = known
         self.roles = roles
         self.rows = []
-        self.sizes = {}
+        self.sizes, self.places = {}, {}
         self.untold = True
         self.agreement = Agreement(self.ranks, roles)
 
@@ -378,7 +400,7 @@ class Network:
             parameters: Whose; default all that are trained.
         """
         given = self.parameters if parameters is None else parameters
-        if self._complex:
+        if self.has_complex:
             for parameter in given:
                 if parameter.grad is not None and parameter.grad.is_conj():
                     parameter.grad = parameter.grad.resolve_conj()
@@ -387,7 +409,7 @@ class Network:
             self.tidy_sparse()
             set_now = [gradient for p in given if (gradient := p.grad) is not None]
             gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
-        return [real(gradient) for gradient in gradients] if self._complex else gradients
+        return [real(gradient) for gradient in gradients] if self.has_complex else gradients
 
     def look(self, chunk: Chunk) -> None:
         """Look at the graph of a forward for what the tasks' roles can't be read from.
@@ -502,7 +524,7 @@ class Network:
     def set_gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
         for parameter, gradient in pairs:
-            if self._complex and parameter.is_complex():
+            if self.has_complex and parameter.is_complex():
                 # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
                 copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
                 parameter.grad = torch.view_as_complex(copy)

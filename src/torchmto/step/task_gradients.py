@@ -1,6 +1,7 @@
 """The gradients of the tasks of one batch, as rows or, by an engine, their Gramian alone; and their combination."""
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torchmto.step.finite import SkippedError, check_losses, check_task_gradient
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk, Losses, Sums, empty_batch
 from torchmto.step.messages import own_columns, settle, sum_gradients, sum_heads, take_shards
-from torchmto.step.network import Heads, Network
+from torchmto.step.network import Heads, Network, Place
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import average, over_ranks, tell
 
@@ -299,24 +300,30 @@ def _backward(parts: Parts, chunk: Chunk, index: int, *, last: bool) -> Sequence
 
 
 def _place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, gradients: Sequence[Tensor | None]) -> None:
-    """Write one task's gradients: shared ones into its row, others to its head; follow parameters that turn shared."""
+    """Write one task's gradients: shared ones into its row, others to its head."""
     network = parts.network
-    shared: list[tuple[Tensor, Tensor]] = []
-    others: list[tuple[Tensor, Tensor]] = []
-    for parameter, gradient in zip(network.parameters, gradients, strict=True):
-        if gradient is None or (network.compiled and not network.reaches(task, parameter)):
-            continue
-        own = plain(gradient) if gradient.is_sparse or gradient.is_complex() else gradient
-        (shared if id(parameter) in rows.position else others).append((parameter, own))
-    new = others if task in network.roles.seen else shared + others
-    grown = not network.compiled and network.roles.observe(task, [network.name(p) for p, _ in new])
-    if grown and not parts.several:
+    reached = [gradient is not None for gradient in gradients]
+    place = network.places.get(task)
+    if place is None or place.key != (reached, network.roles.changes, len(rows.parameters)):
+        place = network.places[task] = _find_place(parts, rows, heads, task, reached)
+    if network.has_complex or True in [gradient.is_sparse for gradient in gradients if gradient is not None]:
+        gradients = [None if gradient is None else plain(gradient) for gradient in gradients]
+    rows.add(task, place.positions, list(compress(gradients, place.shared)))  # type: ignore[arg-type]
+    for parameter, gradient in zip(place.heads, compress(gradients, place.others), strict=True):
+        hold(heads, task, parameter, gradient)  # type: ignore[arg-type]
+
+
+def _find_place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, reached: Sequence[bool]) -> Place:
+    """Where the gradients of a task belong that has ``reached`` these parameters; parameters may turn shared by that."""
+    network, roles = parts.network, parts.network.roles
+    if not network.compiled and roles.observe(task, compress(network.names(), reached)) and not parts.several:
         network.lay_out(rows, heads)
-        shared += [pair for pair in others if id(pair[0]) in rows.position]
-        others = [pair for pair in others if id(pair[0]) not in rows.position]
-    rows.add(task, shared)
-    for parameter, gradient in others:
-        hold(heads, task, parameter, gradient)
+    mine = [there and network.reaches(task, p) for there, p in zip(reached, network.parameters, strict=True)]
+    shared = [there and id(p) in rows.position for there, p in zip(mine, network.parameters, strict=True)]
+    others = [there and not known for there, known in zip(mine, shared, strict=True)]
+    positions = [rows.position[id(p)] for p in compress(network.parameters, shared)]
+    key = (list(reached), roles.changes, len(rows.parameters))
+    return Place(key, shared, positions, others, list(compress(network.parameters, others)))
 
 
 def _summed_gramian(network: Network, rows: Rows | ShardedRows) -> Tensor:
