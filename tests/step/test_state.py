@@ -158,6 +158,47 @@ def test_roles_given_on_loading_follow_the_saved_ones():
     assert other.network.rows[0].matrix.shape == (1, 25)
 
 
+DECLARED = {  # what was shared there, what is declared here, what is shared afterwards
+    "the same in another order": (["trunk.0.weight", "trunk.0.bias"], ["trunk.0.bias", "trunk.0.weight"], None),
+    "found there, declared here": (None, ["trunk.0.bias", "trunk.0.weight"], None),
+    "not declared here": (["trunk.0.bias"], None, ["trunk.0.bias"]),
+    "more than were found": (None, ["trunk.0.bias", "heads.a.bias", "trunk.0.weight"], ["heads.a.bias"]),
+    "less than were found": (None, ["trunk.0.bias"], ValueError),
+    "more than were declared": (["trunk.0.bias"], ["trunk.0.weight", "trunk.0.bias"], ValueError),
+    "less than were declared": (["trunk.0.weight", "trunk.0.bias"], ["trunk.0.bias"], ValueError),
+    "others": (["heads.b.bias"], ["trunk.0.bias"], ValueError),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_shared_parameters_of_a_state_and_of_the_user(case):
+    """What contradicts is refused; the saved columns come first, those of parameters that only the user names after them."""
+    there, here, expected = DECLARED[case]
+
+    def declared(names):
+        model = Toy(TASKS)
+        shared = None if names is None else [model.get_parameter(name) for name in names]
+        return model, make("adatask", model=model, shared=shared)[2]
+
+    model, old = declared(there)
+    old.step(closure(model, batch(TASKS)))
+    saved = old.state_dict()
+    other, mt = declared(here)
+    before = state(mt)
+    for _ in range(2):
+        if expected is ValueError:
+            with pytest.raises(ValueError, match=r"saved state's shared parameters aren't those of `shared`.*without `shared`"):
+                mt.load_state_dict(saved)
+            assert same(state(mt), before)
+        else:
+            mt.load_state_dict(saved)
+            roles = mt.network.roles
+            assert roles.layout == list(dict.fromkeys([*saved["roles"]["layout"], *(expected or ())]))
+            assert roles.given
+        mt.step(closure(other, batch(TASKS)))
+        before = state(mt)
+
+
 def test_weights_that_change_between_steps_count_and_a_method_stays():
     start = Toy(TASKS).state_dict()
     ends = []

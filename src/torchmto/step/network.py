@@ -273,7 +273,7 @@ class Network:
 
         Shared parameters that have left the optimizer keep their columns, to which methods' states belong.
         """
-        roles = Roles(self.num_tasks)
+        roles = Roles(self.num_tasks, self.roles.declared)
         roles.load_state_dict(state)
         known = {**self._in_model(), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
