@@ -14,7 +14,7 @@ from torchmto.checks import check_choice, check_number, check_tasks, found, near
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
 from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
-from torchmto.methods.method import derived_seed
+from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
@@ -197,11 +197,11 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        with Surroundings().kept_out():
+        with Surroundings().kept_out(), as_before(parts):
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
-        self._warn_of_another_model(parts)
+            self._warn_of_another_model(parts)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):

@@ -93,6 +93,35 @@ def test_a_method_is_bound_to_one_set_of_tasks():
         make(method, ("a", "b"))
 
 
+def nested():
+    method = torchmto.make_method("gradnorm", layer="trunk")
+    return torchmto.make_method("task_groups", inner=torchmto.make_method("cr_mogm", method=method))
+
+
+FOREIGN = torchmto.make_method("static", weights={"d": 1.0})
+REFUSED = {  # what makes a method; what the construction is refused for
+    "a layer": (nested, {"model": torch.nn.Linear(4, 1)}),
+    "the weights' tasks": (nested, {"weights": FOREIGN}),
+    "a warning": (lambda: torchmto.make_method("connection_strength", phase2="imtl_g"), {}),
+    "numbers per task": (lambda: torchmto.make_method("upgrad", preference={"a": 1.0, "b": 2.0}), {"weights": FOREIGN}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_construction_that_fails_leaves_the_method_as_it_was(case):
+    """Bound to nothing, with the states it had; and so a second time, with what it has learnt."""
+    made, options = REFUSED[case]
+    method = made()
+    for tasks in ((), ("a", "b")):
+        before = copy.deepcopy(method.state_dict())
+        with warnings.catch_warnings(action="error"), pytest.raises((ValueError, UserWarning)):
+            make(method, tasks or TASKS, **options)
+        assert [part.tasks for part in method.parts()] == [tasks] * len(list(method.parts()))
+        assert same(method.state_dict(), before)
+        model, _, mt = make(method, ("a", "b"))
+        mt.step(closure(model, batch(("a", "b"))))
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("uw", {}), ("adatask", {}), ("gradvac", {"groups": "layer"}), ("connection_strength", {})]
 )
@@ -187,7 +216,9 @@ def test_shared_parameters_of_a_state_and_of_the_user(case):
     before = state(mt)
     for _ in range(2):
         if expected is ValueError:
-            with pytest.raises(ValueError, match=r"saved state's shared parameters aren't those of `shared`.*without `shared`"):
+            with pytest.raises(
+                ValueError, match=r"saved state's shared parameters aren't those of `shared`.*without `shared`"
+            ):
                 mt.load_state_dict(saved)
             assert same(state(mt), before)
         else:

@@ -1,5 +1,6 @@
 """What every method has: declared state, a random generator, declared properties, and one step."""
 
+import contextlib
 import copy
 import functools
 import zlib
@@ -381,6 +382,20 @@ class Method(ABC):
         """Update state once the step has been taken."""
         for inner in self._inner():
             inner.after_step(losses, context)
+
+
+@contextlib.contextmanager
+def as_before(parts: Sequence[Method]) -> Iterator[None]:
+    """After an error inside, methods know what they knew before: of tasks that they were bound to nothing."""
+    # The list is the one attribute that is changed in place.
+    kept = [(part, {**vars(part), "_states": list(part._states)}) for part in parts]  # noqa: SLF001 - its own class's
+    try:
+        yield
+    except BaseException:
+        for part, before in kept:
+            vars(part).clear()
+            vars(part).update(before)
+        raise
 
 
 def derived_seed(seed: int, name: str) -> int:
