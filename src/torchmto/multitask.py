@@ -348,7 +348,7 @@ class MultiTask:
                 forward; or a list of either: micro-batches of one step. A loss may be ``(loss, count)``. Tasks without
                 labels in this batch are left out.
             tasks: The tasks this step is about; default all.
-            independent: Further mini-batches drawn independently (same forms), for the methods that use them.
+            independent: Further mini-batches drawn independently (same forms), for the methods that use them; others refuse them.
 
         Returns:
             What was done.
@@ -526,6 +526,11 @@ class MultiTask:
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        if independent:
+            most = max(part.independent_batches for part in self._method.parts())
+            if len(independent) > most:
+                uses = f"at most {most} batches, which is what method `{self._method.name}` uses"
+                raise ValueError(f"Parameter `independent` should hold {uses}. Found {len(independent)}.")
         if not stepping:
             self._check_backward(len(sources), accumulated=carried is not None)
         if carried and asked != self._carried_tasks:
@@ -533,6 +538,11 @@ class MultiTask:
                 "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
                 f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
                 "closure returns instead."
+            )
+        if carried and len(sources) <= max(carried):
+            raise ValueError(
+                f"Parameter `independent` should hold a part of each of the {max(carried)} independent batches that earlier "
+                f"calls for an accumulated batch have begun. Found {len(independent)}."
             )
         network = self.network
         network.refresh()

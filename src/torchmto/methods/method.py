@@ -110,6 +110,7 @@ class Method(ABC):
         tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
             ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
+        independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
@@ -127,6 +128,7 @@ class Method(ABC):
     whole_rows: ClassVar[str] = ""
     tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
+    independent_batches: ClassVar[int] = 0
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
     needs_closure: bool = False
