@@ -348,14 +348,15 @@ class MultiTask:
                 forward; or a list of either: micro-batches of one step. A loss may be ``(loss, count)``. Tasks without
                 labels in this batch are left out.
             tasks: The tasks this step is about; default all.
-            independent: Further mini-batches drawn independently (same forms), for the methods that use them; others refuse them.
+            independent: Further mini-batches drawn independently (same forms), for the methods that use them.
 
         Returns:
             What was done.
 
         Raises:
             ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
-                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
+                the tasks share no parameter, the model hides parameters from the graph, the method needs a closure, or there
+                are more ``independent`` batches than it uses.
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """
