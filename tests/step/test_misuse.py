@@ -528,10 +528,13 @@ def test_attributes_that_would_change_nothing_cant_be_set(name):
 
 
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
-@pytest.mark.parametrize("case", ["replaced", "added"])
+@pytest.mark.parametrize("case", ["replaced", "added", "one of several"])
 def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
     model, mt = started(method)
-    if case == "replaced":
+    if case == "one of several":
+        # The graph has as many nodes as before.
+        model.trunk[0] = nn.Linear(4, 5).double()
+    elif case == "replaced":
         model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     else:
         model.trunk = nn.Sequential(model.trunk, nn.Linear(5, 5).double())

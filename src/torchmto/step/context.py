@@ -348,9 +348,10 @@ class StepContext:
         finite, reduction = self._parts.finite, self._parts.reduction
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
+            if losses is not None and losses.indices and (losses.indices, len(gradients)) not in network.counts:
+                network.counts.add((losses.indices, len(gradients)))
+                network.warn_of_replaced(none=not gradients)
             if not gradients:
-                if losses is not None and losses.indices:
-                    network.warn_of_untrained()
                 if unchecked and losses is not None:
                     finite.losses(losses, losses.raw.tolist())
                 return False

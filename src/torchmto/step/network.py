@@ -67,6 +67,7 @@ class Network:
 
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
         nodes_made: How many graph nodes there had been at the last look.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         untold: Whether other parameters may be trained than those that the roles were told of.
@@ -103,6 +104,7 @@ class Network:
         self.untold = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.counts: set[tuple[tuple[int, ...], int]] = set()
         self.nodes_made = 0
         self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
@@ -470,6 +472,12 @@ class Network:
                 "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
                 "`requires_grad_(False)` on it if it isn't to be trained.",
             )
+
+    def warn_of_replaced(self, *, none: bool) -> None:
+        """Warn if parameters were replaced in the model, but not in the optimizer; or if ``none`` has a gradient."""
+        in_model = self._in_model()
+        replaced = [in_model.get(self.name(p), p) for p in self.parameters]
+        self.warn_of_untrained(None if none else {id(p) for p in replaced})
 
     def unshared(self) -> str:
         """Why no parameter is shared once all tasks have been seen; empty if one is."""
