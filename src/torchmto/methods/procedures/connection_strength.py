@@ -294,7 +294,7 @@ class ConnectionStrength(Procedure):
         phase2: "priority", or any other method (name or object) to use as the second phase.
         measure: "parameters" (the paper's), "gradients" (:math:`\sum g^2`) or "saliency" (:math:`\sum |w g|`).
         degenerate: Where one task leads every channel of a layer: "sum", as released; "project", the formula as printed.
-        pairs: Explicit (layer, norm) paths, if they aren't to be found.
+        pairs: Explicit (layer, norm) paths, if they aren't to be found: where channels change places in between, say.
         record_layers: Record the leading shares of every layer, not only overall. They are those among all tasks: of a batch
             without some, what the norms say, and with the other measures none.
 
