@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
-from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers, may_compile
 from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import as_before, derived_seed
@@ -19,8 +19,7 @@ from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
-from torchmto.step.parts import Carried
-from torchmto.step.plan import Plan
+from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import replicas
 
@@ -201,7 +200,8 @@ class MultiTask:
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
-            self._warn_of_another_model(parts)
+            self._every = tuple(part for whole in self._methods for part in whole.parts())
+            self._warn_of_another_model(self._every)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -321,8 +321,7 @@ class MultiTask:
     def _plan(self) -> Plan:
         """What all steps have in common."""
         weigh, weigh_fixed = self._weigh()
-        parts = [part for whole in self._methods for part in whole.parts()]
-        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in parts)
+        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
         return Plan(
             self.tasks,
             weigh=weigh,
@@ -454,15 +453,18 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
+            first = not self._driven
+            parts = self._begin(losses, tasks, independent, stepping=stepping, carried=carried)
+            context = StepContext(parts)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
                 if network.untold:
                     network.tell_trained()
-                modes = context.surroundings
+                modes = parts.surroundings
                 around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
-                with around, network.no_sync(), keeping_buffers():
+                compiles = first or network.compiled or may_compile()
+                with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
             except BaseException:
                 if context.num_optimizer_steps == 0:
@@ -506,7 +508,7 @@ class MultiTask:
         self._carried_tasks = context.asked
         return context.info()
 
-    def _context(
+    def _begin(
         self,
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
@@ -514,7 +516,7 @@ class MultiTask:
         *,
         stepping: bool,
         carried: dict[int, Carried] | None,
-    ) -> StepContext:
+    ) -> Parts:
         """Check the arguments of a step."""
         asked = self.tasks
         if tasks is not None:
@@ -528,7 +530,7 @@ class MultiTask:
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
         if independent:
-            most = max(part.independent_batches for part in self._method.parts())
+            most = max(part.independent_batches for part in self._every)
             if len(independent) > most:
                 uses = f"at most {most} batches, which is what method `{self._method.name}` uses"
                 raise ValueError(f"Parameter `independent` should hold {uses}. Found {len(independent)}.")
@@ -551,17 +553,16 @@ class MultiTask:
             self._warn_of_gradients()
             self._driven = True
             model = weakref.ref(compiled_inside(network.model))
-            _STEPPED_ON.update({part: model for whole in self._methods for part in whole.parts()})
+            _STEPPED_ON.update(dict.fromkeys(self._every, model))
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
-        summed = carried is not None and self._summed
         plan = self._steps
         # What may be changed between steps.
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
-        plan.repeats = any(part.repeats for part in self._methods)
-        return StepContext(
+        plan.repeats = any(part.needs_closure or part.needs_losses_after for part in self._every)
+        return Parts(
             plan,
             network,
             sources,
@@ -569,7 +570,9 @@ class MultiTask:
             about=about,
             stepping=stepping,
             carried=carried,
-            summed=summed,
+            summed=carried is not None and self._summed,
+            several=network.ranks.size > 1,
+            weigh=plan.weigh,
         )
 
     def _warn_of_another_model(self, parts: Sequence[Method]) -> None:

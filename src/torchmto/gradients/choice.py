@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.layerwise import Kept
-from torchmto.gradients.torch_private import Hooks, has_hooks, hooked, is_compiled, native, places
+from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
 
 FEW = 2**14
 """Elements of all parameters up to which rows are always cheaper: what could be saved is less than reading the graph takes."""
@@ -49,12 +49,12 @@ class Auto(Kept):
 
     def begin(self) -> None:
         """Count the hooks that there are."""
-        self._hooks = Hooks()
+        self._hooks = hooks_made()
 
     def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
         """Whether gradients that needn't be formed save more time than the walk takes in Python, and room besides."""
         graph = self.graph
-        if self._hooks.new or not graph.reached:
+        if hooks_made() != self._hooks or not graph.reached:
             return False
         nodes = graph.common
         wanted = {id(parameter): parameter for parameter in shared}

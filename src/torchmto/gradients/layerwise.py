@@ -29,7 +29,7 @@ from torchmto.gradients.hooks import quiet
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.rows import products
 from torchmto.gradients.stack import Stack, merge
-from torchmto.gradients.torch_private import Hooks, hooked
+from torchmto.gradients.torch_private import hooked, hooks_made
 from torchmto.gradients.walk import Walk
 
 
@@ -55,11 +55,11 @@ class Layerwise(Engine):
         self._ranks = ranks
         self._spare: list[Tensor] = []
         self._graphs: list[Graph] = []
-        self._hooks = Hooks()
+        self._hooks = hooks_made()
 
     def begin(self) -> None:
         """Count the hooks that there are."""
-        self._hooks = Hooks()
+        self._hooks = hooks_made()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graphs."""
@@ -129,7 +129,7 @@ class Layerwise(Engine):
         num_tasks: int,
     ) -> list[Segment]:
         """The segments of one forward, which has ``alone`` of the shared parameters for itself."""
-        whole = self._hooks.new
+        whole = hooks_made() != self._hooks
         direct = not whole and not any(map(hooked, graph.common))
         factors = find_factors(graph.common, graph.uses, alone, num_tasks) if direct else {}
         return cut(graph, _sizes(shared, others, factors), factors, direct=direct, whole=whole)

@@ -38,8 +38,8 @@ class Roles:
         self.layout: list[str] = list(self.declared or ())
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
-        self.seen: set[int] = set()
-        self.walked: set[int] = set()
+        self.seen: frozenset[int] = frozenset()
+        self.walked: frozenset[int] = frozenset()
         self.looked: frozenset[str] = frozenset()
         self.changes = 0
         self.mark()
@@ -47,7 +47,7 @@ class Roles:
     def mark(self) -> None:
         """Remember the present state for :meth:`undo`."""
         self._journal: list[tuple[str, int]] = []
-        self._mark = (len(self.layout), frozenset(self.seen), frozenset(self.walked), self.looked)
+        self._mark = (len(self.layout), self.seen, self.walked, self.looked)
 
     def undo(self) -> bool:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
@@ -57,20 +57,19 @@ class Roles:
             tasks.discard(task)
             if not tasks:
                 self._reached.pop(name, None)
-        size, seen, walked, self.looked = self._mark
+        size, self.seen, self.walked, self.looked = self._mark
         shrunk = len(self.layout) > size
         self._shared.difference_update(self.layout[size:])
         del self.layout[size:]
-        self.seen = set(seen)
-        self.walked = set(walked)
         self._journal = []
         return shrunk
 
     def look(self, names: Iterable[str]) -> None:
         """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
         if not self.looked.issuperset(names := list(names)):
+            self.changes += 1
             self.looked = self.looked.union(names)
-            self.seen, self.walked = set(), set()
+            self.seen = self.walked = frozenset()
 
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
@@ -86,9 +85,9 @@ class Roles:
         A loss that reaches none may be a placeholder: its task counts as unseen.
         """
         names = list(names)
-        if names:
-            self.changes += task not in self.seen
-            self.seen.add(task)
+        if names and task not in self.seen:
+            self.changes += 1
+            self.seen |= {task}
         needed = 1 if self.num_tasks == 1 else 2
         grown = False
         for name in names:
@@ -161,8 +160,8 @@ class Roles:
         self.layout = layout
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
-        self.seen = set(state["seen"])
-        self.walked = set(state.get("walked", ()))
+        self.seen = frozenset(state["seen"])
+        self.walked = frozenset(state.get("walked", ()))
         self.looked = frozenset(state.get("looked", ()))
         self.changes += 1
         self.mark()

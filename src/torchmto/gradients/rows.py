@@ -149,18 +149,16 @@ class Rows:
     def row_of(self, task: int) -> int:
         """The row of ``task``; a new zero row if it has none yet."""
         if task not in self.tasks:
-            self.add(task, [])
+            self.add(task, [], [])
         return self.tasks.index(task)
 
-    def add(self, task: int, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add (parameter, gradient) pairs to the row of ``task``. Parameters must have a column."""
-        positions = [self.position[id(parameter)] for parameter, _ in gradients]
-        values = [gradient for _, gradient in gradients]
+    def add(self, task: int, positions: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Add gradients of the parameters at ``positions`` to the row of ``task``."""
         if task in self.tasks:
             row = self.tasks.index(task)
             views = self._row_views[row] if self._row_views else []
-            if values:
-                torch._foreach_add_([views[i] for i in positions], values)
+            if positions:
+                torch._foreach_add_([views[i] for i in positions], gradients)
             self._filled[row].update(positions)
             return
         row = len(self.tasks)
@@ -168,15 +166,15 @@ class Rows:
         if len(positions) < len(views):
             missing = set(range(len(views))).difference(positions)
             torch._foreach_zero_([views[i] for i in sorted(missing)])
-        if values:
-            torch._foreach_copy_([views[i] for i in positions], values)
+        if positions:
+            torch._foreach_copy_([views[i] for i in positions], gradients)
         self.tasks.append(task)
         self._filled.append(set(positions))
 
     def put(self, task: int, parameter: Tensor, gradient: Tensor) -> None:
         """Add one parameter's gradient to the row of ``task``, a new zero row if it has none yet."""
         self.row_of(task)
-        self.add(task, [(parameter, gradient)])
+        self.add(task, [self.position[id(parameter)]], [gradient])
 
     @torch.no_grad()
     def send(self, task: int) -> None:
