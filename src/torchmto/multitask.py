@@ -14,7 +14,7 @@ from torchmto.checks import check_choice, check_number, check_tasks, found, near
 from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers, may_compile
 from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
-from torchmto.methods.method import derived_seed
+from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
@@ -196,12 +196,12 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        with Surroundings().kept_out():
+        with Surroundings().kept_out(), as_before(parts):
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
-        self._every = tuple(part for whole in self._methods for part in whole.parts())
-        self._warn_of_another_model(self._every)
+            self._every = tuple(part for whole in self._methods for part in whole.parts())
+            self._warn_of_another_model(self._every)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -354,7 +354,8 @@ class MultiTask:
 
         Raises:
             ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
-                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
+                the tasks share no parameter, the model hides parameters from the graph, the method needs a closure, or there
+                are more ``independent`` batches than it uses.
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """
@@ -528,6 +529,11 @@ class MultiTask:
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        if independent:
+            most = max(part.independent_batches for part in self._every)
+            if len(independent) > most:
+                uses = f"at most {most} batches, which is what method `{self._method.name}` uses"
+                raise ValueError(f"Parameter `independent` should hold {uses}. Found {len(independent)}.")
         if not stepping:
             self._check_backward(len(sources), accumulated=carried is not None)
         if carried and asked != self._carried_tasks:
@@ -535,6 +541,11 @@ class MultiTask:
                 "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
                 f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
                 "closure returns instead."
+            )
+        if carried and len(sources) <= max(carried):
+            raise ValueError(
+                f"Parameter `independent` should hold a part of each of the {max(carried)} independent batches that earlier "
+                f"calls for an accumulated batch have begun. Found {len(independent)}."
             )
         network = self.network
         network.refresh()

@@ -21,6 +21,8 @@ class Roles:
         shared: The names of the shared parameters, or None to find them.
 
     Attributes:
+        declared: The names that were given, None if none were.
+        given: Whether the shared parameters are given, here or where a loaded state comes from.
         layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
             ever appended.
         seen: The tasks that have reached a parameter, since others are trained.
@@ -31,8 +33,9 @@ class Roles:
 
     def __init__(self, num_tasks: int, shared: Iterable[str] | None = None) -> None:
         self.num_tasks = num_tasks
+        self.declared = None if shared is None else tuple(shared)
         self.given = shared is not None
-        self.layout: list[str] = list(shared or ())
+        self.layout: list[str] = list(self.declared or ())
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
         self.seen: frozenset[int] = frozenset()
@@ -138,9 +141,23 @@ class Roles:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state."""
-        self.given = bool(state["given"])
-        self.layout = list(state["layout"])
+        """Take over a saved state, whose columns come first.
+
+        Raises:
+            ValueError: If other parameters are shared there than were given here.
+        """
+        layout, given = list(state["layout"]), bool(state["given"])
+        if self.declared is not None:
+            new = [name for name in self.declared if name not in layout]
+            other = [name for name in layout if name not in self.declared] or (new if given else [])
+            if other:
+                raise ValueError(
+                    f"The saved state's shared parameters aren't those of `shared`: `{other[0]}` is in one of them only "
+                    f"({len(other)} such in all). Build the MultiTask without `shared` to go on with the saved ones."
+                )
+            layout, given = layout + new, True
+        self.given = given
+        self.layout = layout
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
         self.seen = frozenset(state["seen"])

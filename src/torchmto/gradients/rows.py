@@ -183,7 +183,7 @@ class Rows(Columns):
             self.matrix[:, : old.shape[1]] = old
             self.matrix[:, old.shape[1] :] = 0
 
-    def add(self, task: int, positions: Sequence[int], gradients: Sequence[Tensor]) -> None:
+    def add(self, task: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
         """Add gradients of the parameters at ``positions`` to the row of ``task``."""
         new = task not in self.tasks
         row = len(self.tasks) if new else self.tasks.index(task)

@@ -52,7 +52,7 @@ class ShardedRows(Columns):
             self._whole[:size] = values
             row.copy_(self._own)
 
-    def add(self, task: int, positions: Sequence[int], gradients: Sequence[Tensor]) -> None:
+    def add(self, task: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
         """Take this rank's gradients of one task; :meth:`send` sums them over the ranks and adds them to its row."""
         self.wait()
         self._whole.zero_()

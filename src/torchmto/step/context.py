@@ -205,7 +205,7 @@ class StepContext:
         if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
             raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
-            weights = self._parts.agree(weights)
+            weights = agree(self._parts, weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
             fail(self._parts, "A method's weights aren't finite.")
         if gradients.graph is None:
@@ -337,9 +337,10 @@ class StepContext:
         parts = self._parts
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
+            if losses is not None and losses.indices and (losses.indices, len(gradients)) not in network.counts:
+                network.counts.add((losses.indices, len(gradients)))
+                network.warn_of_replaced(none=not gradients)
             if not gradients:
-                if losses is not None and losses.indices:
-                    network.warn_of_untrained()
                 if unchecked and losses is not None:
                     check_losses(parts, losses, losses.raw.tolist())
                 return False

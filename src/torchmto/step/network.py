@@ -88,6 +88,7 @@ class Network:
 
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
         places: Task -> where its gradients belong, as its last backward has shown.
         nodes_made: How many graph nodes there had been at the last look.
         few: Whether the trained parameters are few numbers, on the CPU.
@@ -128,6 +129,7 @@ class Network:
         self.untold = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.counts: set[tuple[tuple[int, ...], int]] = set()
         self.places: dict[int, Place] = {}
         self.nodes_made = 0
         self._functions = False
@@ -301,7 +303,7 @@ class Network:
 
         Shared parameters that have left the optimizer keep their columns, to which methods' states belong.
         """
-        roles = Roles(self.num_tasks)
+        roles = Roles(self.num_tasks, self.roles.declared)
         roles.load_state_dict(state)
         known = {**self._in_model(), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
@@ -501,6 +503,12 @@ class Network:
                 "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
                 "`requires_grad_(False)` on it if it isn't to be trained.",
             )
+
+    def warn_of_replaced(self, *, none: bool) -> None:
+        """Warn if parameters were replaced in the model, but not in the optimizer; or if ``none`` has a gradient."""
+        in_model = self._in_model()
+        replaced = [in_model.get(self.name(p), p) for p in self.parameters]
+        self.warn_of_untrained(None if none else {id(p) for p in replaced})
 
     def unshared(self) -> str:
         """Why no parameter is shared once all tasks have been seen; empty if one is."""
