@@ -261,6 +261,7 @@ class World:
             features=self.model.trunk if self.engine == "representation" else None,
             **options,
         )
+        self.further = max(part.independent_batches for part in self.mt.method.parts())
         self.groups = 0
         self.log: list[str] = []
 
@@ -279,7 +280,7 @@ class World:
     def data(self, action: Action) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches of an action."""
         generator = torch.Generator().manual_seed(action.seed)
-        for size in action.sizes * (1 + action.independent):
+        for size in action.sizes * (1 + min(action.independent, self.further)):
             x = torch.randn(size, INPUTS, generator=generator, dtype=torch.float64)
             yield x.to(self.dtype), torch.randn(size, 1, generator=generator, dtype=torch.float64)
 

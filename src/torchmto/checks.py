@@ -107,9 +107,10 @@ def check_number(
     # numpy's scalars are numbers of numbers.Real.
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(found(name, should, value))
-    if not (math.isfinite(value) and minimum <= value <= maximum and above < value < below):
+    number = float(value)
+    if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         raise ValueError(found(name, should, value))
-    return float(value)
+    return number
 
 
 def check_integer(name: str, value: Any, *, minimum: int) -> int:

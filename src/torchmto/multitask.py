@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
-from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers
+from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers, may_compile
 from torchmto.gradients.torch_private import compiled_inside
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
-from torchmto.methods.method import derived_seed
+from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
-from torchmto.step.parts import Carried
-from torchmto.step.plan import Plan
+from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import replicas
 
@@ -197,11 +196,12 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        with Surroundings().kept_out():
+        with Surroundings().kept_out(), as_before(parts):
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
-        self._warn_of_another_model(parts)
+            self._every = tuple(part for whole in self._methods for part in whole.parts())
+            self._warn_of_another_model(self._every)
         if seed is not None:
             method.seed(seed)
         if isinstance(self.weights, LossWeighting):
@@ -321,8 +321,7 @@ class MultiTask:
     def _plan(self) -> Plan:
         """What all steps have in common."""
         weigh, weigh_fixed = self._weigh()
-        parts = [part for whole in self._methods for part in whole.parts()]
-        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in parts)
+        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
         return Plan(
             self.tasks,
             weigh=weigh,
@@ -355,7 +354,8 @@ class MultiTask:
 
         Raises:
             ValueError: If a loss is unknown, not scalar or without graph, the batch is empty, the method combines gradients and
-                the tasks share no parameter, the model hides parameters from the graph, or the method needs a closure.
+                the tasks share no parameter, the model hides parameters from the graph, the method needs a closure, or there
+                are more ``independent`` batches than it uses.
             NonFiniteError: If a loss or a gradient isn't finite, or a loss lies outside the method's domain (see its page),
                 under ``on_nonfinite="raise"``.
         """
@@ -453,15 +453,18 @@ class MultiTask:
             check_alike(ranks, self.tasks)
             self._met = True
         try:
-            context = self._context(losses, tasks, independent, stepping=stepping, carried=carried)
+            first = not self._driven
+            parts = self._begin(losses, tasks, independent, stepping=stepping, carried=carried)
+            context = StepContext(parts)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
             try:
                 if network.untold:
                     network.tell_trained()
-                modes = context.surroundings
+                modes = parts.surroundings
                 around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
-                with around, network.no_sync(), keeping_buffers():
+                compiles = first or network.compiled or may_compile()
+                with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
             except BaseException:
                 if context.num_optimizer_steps == 0:
@@ -505,7 +508,7 @@ class MultiTask:
         self._carried_tasks = context.asked
         return context.info()
 
-    def _context(
+    def _begin(
         self,
         losses: Source | Sequence[Source],
         tasks: Iterable[str] | None,
@@ -513,7 +516,7 @@ class MultiTask:
         *,
         stepping: bool,
         carried: dict[int, Carried] | None,
-    ) -> StepContext:
+    ) -> Parts:
         """Check the arguments of a step."""
         asked = self.tasks
         if tasks is not None:
@@ -526,6 +529,11 @@ class MultiTask:
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        if independent:
+            most = max(part.independent_batches for part in self._every)
+            if len(independent) > most:
+                uses = f"at most {most} batches, which is what method `{self._method.name}` uses"
+                raise ValueError(f"Parameter `independent` should hold {uses}. Found {len(independent)}.")
         if not stepping:
             self._check_backward(len(sources), accumulated=carried is not None)
         if carried and asked != self._carried_tasks:
@@ -534,23 +542,27 @@ class MultiTask:
                 f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
                 "closure returns instead."
             )
+        if carried and len(sources) <= max(carried):
+            raise ValueError(
+                f"Parameter `independent` should hold a part of each of the {max(carried)} independent batches that earlier "
+                f"calls for an accumulated batch have begun. Found {len(independent)}."
+            )
         network = self.network
         network.refresh()
         if not self._driven:
             self._warn_of_gradients()
             self._driven = True
             model = weakref.ref(compiled_inside(network.model))
-            _STEPPED_ON.update({part: model for whole in self._methods for part in whole.parts()})
+            _STEPPED_ON.update(dict.fromkeys(self._every, model))
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
-        summed = carried is not None and self._summed
         plan = self._steps
         # What may be changed between steps.
         plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
-        plan.repeats = any(part.repeats for part in self._methods)
-        return StepContext(
+        plan.repeats = any(part.needs_closure or part.needs_losses_after for part in self._every)
+        return Parts(
             plan,
             network,
             sources,
@@ -558,7 +570,9 @@ class MultiTask:
             about=about,
             stepping=stepping,
             carried=carried,
-            summed=summed,
+            summed=carried is not None and self._summed,
+            several=network.ranks.size > 1,
+            weigh=plan.weigh,
         )
 
     def _warn_of_another_model(self, parts: Sequence[Method]) -> None:

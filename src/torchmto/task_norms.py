@@ -343,7 +343,8 @@ def _check_key_parts(names: Iterable[str], norm: nn.Module) -> None:
 
 def _modules(model: nn.Module, roots: nn.Module | str | Iterable[nn.Module | str]) -> set[nn.Module]:
     """All modules inside some of a model, given as objects or paths."""
-    known, found_inside = set(model.modules()), set()
+    known = set(model.modules())
+    found_inside: set[nn.Module] = set()
     for root in [roots] if isinstance(roots, (str, nn.Module)) else roots:
         try:
             module = model.get_submodule(root) if isinstance(root, str) else root

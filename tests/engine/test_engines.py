@@ -1,5 +1,7 @@
 """The engines without a gradient matrix against the one with it, on models of many kinds."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -503,6 +505,29 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="without passing"):
         mt2.step(closure(model2, data))
     assert torch.equal(flat(model), before)
+
+
+def test_representation_listens_in_its_own_steps_alone() -> None:
+    """No hook is left by a construction, a step or an error, and nothing keeps what drove the model alive."""
+    data = batch(("a", "b", "c"))
+    model, _, mt = make("pcgrad", gradients="representation", features="trunk")
+    inside = []
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        inside.append(len(model.trunk._forward_hooks))
+        return closure(model, data)(tasks) if len(inside) == 1 else {}["a corrupt image"]
+
+    assert not model.trunk._forward_hooks
+    mt.step(losses)
+    assert not model.trunk._forward_hooks
+    with pytest.raises(KeyError):
+        mt.step(losses)
+    assert not model.trunk._forward_hooks
+    assert inside == [1, 1]
+    gone = weakref.ref(mt)
+    del mt
+    gc.collect()
+    assert gone() is None
 
 
 def test_representation_needs_features_that_tasks_share() -> None:

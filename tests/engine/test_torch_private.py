@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import eval_frame
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -128,6 +129,18 @@ def test_settings_of_the_compiler():
     assert (donating.donated_buffer, getattr(caches, name)) == before
 
 
+def test_what_may_compile(monkeypatch):
+    monkeypatch.setattr(torch_private, "_compiling", False)
+    monkeypatch.setattr(eval_frame, "cached_backends", {0: None})
+    torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    assert not torch_private.may_compile()
+    torch.compile(nn.Linear(2, 2), backend="eager")
+    assert torch_private.may_compile()
+    torch.compiler.reset()
+    assert not eval_frame.cached_backends
+    assert torch_private.may_compile()
+
+
 def test_reentrant_checkpoint_conversion_and_functions():
     class Twice(torch.autograd.Function):
         @staticmethod
@@ -169,12 +182,12 @@ def test_what_nodes_know():
 
 def test_hooks_of_tensors():
     leaf = torch.ones(2, requires_grad=True)
-    before = torch_private.hooks_made()
+    hooks = torch_private.hooks_made()
     assert not torch_private.has_hooks(leaf)
     assert not torch_private.gradient_hooks(leaf)
     leaf.register_hook(print)
     assert torch_private.has_hooks(leaf)
-    assert torch_private.hooks_made() > before
+    assert torch_private.hooks_made() == hooks + 1
     leaf.register_post_accumulate_grad_hook(print)
     assert list(torch_private.gradient_hooks(leaf).values()) == [print]
 

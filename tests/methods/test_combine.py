@@ -403,7 +403,7 @@ def test_adatask_goes_back_when_the_optimizer_fails(monkeypatch: pytest.MonkeyPa
 
 def test_adatask_wants_plain_sgd() -> None:
     for optimizer in (torch.optim.Adam, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)):
-        with pytest.warns(UserWarning, match="is Adam itself"):
+        with pytest.warns(UserWarning, match="Adam.s rule itself"):
             toy.make("adatask", optimizer=optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -406,7 +406,53 @@ def test_missing_tasks():
     info = mt.step(lambda asked: {t: v for t, v in closure(asked).items() if t != "depth"})
     assert set(info.losses) == {"seg", "normals"}
     assert model.heads["depth"].weight.grad is None
-    assert info.records["priority_shares"]["depth"] == 0
+
+
+@pytest.mark.parametrize("measure", ["parameters", "gradients"])
+@pytest.mark.parametrize("present", [("seg",), ("seg", "normals")])
+def test_who_leads_in_the_absence_of_others_has_no_priority(measure, present):
+    """What is recorded are the priorities among all tasks: what the norms say, where the batch needn't be asked."""
+    _, mt, closure = setup(schedule="phase2", measure=measure)
+    mt.step(closure)
+    partly = mt.step(lambda asked: {t: v for t, v in closure(asked).items() if t in present})
+    assert ("priority_shares" in partly.records) == (measure == "parameters")
+    for group in mt.network.optimizers.all[0].param_groups:
+        group["lr"] = 0.0
+    whole, later = mt.step(closure), mt.step(lambda asked: {t: v for t, v in closure(asked).items() if t in present})
+    if measure == "parameters":
+        assert later.records == whole.records
+        assert min(whole.records["priority_shares"].values()) > 0
+
+
+@pytest.mark.parametrize("what", ["a layer", "a norm", "the trunk", "another trunk"])
+@pytest.mark.parametrize("options", [{}, {"pairs": [("trunk.0", "trunk.1"), ("trunk.3", "trunk.4")]}])
+def test_layers_that_are_replaced_keep_their_places(what, options):
+    """In model and optimizer: the next step is that of a new method, whichever of the pairs are new."""
+    model, mt, closure = setup(schedule="phase2", **options)
+    mt.step(closure)
+    other, _, _ = setup(seed=1, schedule="phase2", **options)
+    if what == "the trunk":
+        model.trunk = other.trunk
+    elif what == "another trunk":
+        model.trunk = nn.Sequential(nn.Identity(), *other.trunk) if not options else other.trunk
+    else:
+        model.trunk[3 if what == "a layer" else 4] = other.trunk[3 if what == "a layer" else 4]
+    mt.network.optimizers.all[0].param_groups[0]["params"] = list(model.parameters())
+    twin = copy.deepcopy(model)
+    fresh = torchmto.MultiTask(
+        twin,
+        torch.optim.SGD(twin.parameters(), lr=0.05),
+        tasks=TASKS,
+        method=torchmto.make_method("connection_strength", schedule="phase2", **options),
+    )
+    for _ in range(2):
+        info, expected = mt.step(closure), fresh.step(closure_of(twin, closure, model))
+        assert info.records == expected.records
+        assert set(info.records["layer_priority_shares"]) == (
+            {"trunk.1", "trunk.4"} if what == "another trunk" and not options else {"trunk.0", "trunk.3"}
+        )
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

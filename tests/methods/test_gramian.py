@@ -482,6 +482,40 @@ def test_cr_mogm_smooths_any_weighting() -> None:
     assert torch.equal(plain.weights(first), made("pcgrad", shuffle=False).weights(first))
 
 
+@pytest.mark.parametrize("heads", ["unit", "weighted"])
+@pytest.mark.parametrize(
+    ("name", "options", "bound"),
+    [
+        ("nash_mtl", {"max_norm": 0.7}, 0.7),
+        ("fairgrad", {"scale": "released"}, 1.0),
+        ("pivrg", {"scale": "released"}, 1.0),
+    ],
+)
+def test_cr_mogm_smooths_what_its_method_would_clip_and_clips_that(
+    name: str, options: dict[str, Any], bound: float, heads: str
+) -> None:
+    """The bound holds for the update, also where gradients grow and weights are reused; the mean is of weights without it."""
+    G = [torch.diag(torch.tensor([c, 4 * c], dtype=torch.float64)) for c in (1.0, 1e4)]
+    free = {"nash_mtl": made("nash_mtl", max_norm=0.0)}.get(name, made("fairgrad", alpha=2.0))
+    times = 1 if name == "nash_mtl" else 2
+    first, second = (times * free.weights(gramian) for gramian in G)
+    method = made("cr_mogm", method=made(name, **options), alpha=0.5)
+    method.weights(G[0])
+    mean = 0.5 * (0.5 * (first + first.mean())) + 0.5 * second
+    weights = method.weights(G[1])
+    torch.testing.assert_close(weights / weights.sum(), mean / mean.sum())
+    torch.testing.assert_close((weights @ G[1] @ weights).sqrt().item(), bound)
+
+    method = made("cr_mogm", method=made(name, **options), refresh_every=2, heads=heads)
+    model, optimizer, mt = toy.make(method)
+    optimizer.param_groups[0]["lr"] = 0.0
+    for step in range(4):
+        losses = toy.closure(model, toy.batch(mt.tasks, seed=step))
+        info = mt.step(lambda tasks, by=10.0**step, given=losses: {t: by * x for t, x in given(tasks).items()})
+        assert toy.flat_grad(model.trunk.parameters()).norm().item() == pytest.approx(bound)
+        assert (info.gramian is None) == bool(step % 2)
+
+
 def test_cr_mogm_shows_its_method_the_network() -> None:
     def inside(layer: str) -> torchmto.Method:
         return made("cr_mogm", method=made("gradnorm", layer=layer), alpha=0.0)

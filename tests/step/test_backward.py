@@ -316,6 +316,7 @@ def test_a_wrapper_that_swallows_the_step_is_noticed():
     with pytest.raises(RuntimeError, match=r"mt\.backward"):
         mt.step(closure(model, batch(TASKS)))
     assert torch.equal(before, flat(model))
+    assert not wrapper.optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize(

@@ -438,6 +438,27 @@ def test_independent_batches_are_checked():
         assert same(state(mt), before)
 
 
+@pytest.mark.parametrize(
+    ("method", "most"), [("gd", 0), ("pcgrad", 0), ("task_groups", 0), ("modo", 2), ("cr_mogm", 2), ("sdmgrad", 2)]
+)
+def test_independent_batches_that_nothing_would_use_are_refused(method, most):
+    """Also where a method inside uses them, one more than it does; in an accumulated batch one that isn't gone on with."""
+    model, mt = started(torchmto.make_method(method, **({"method": "modo"} if method == "cr_mogm" else {})))
+    one = closure(model, batch(TASKS))
+    before = state(mt)
+    for call in (mt.step, mt.backward):
+        with pytest.raises(ValueError, match=rf"`independent` should hold at most {most} batches.*`{method}`"):
+            call(one, independent=[one] * (most + 1))
+    assert same(state(mt), before)
+    if most:
+        mt.backward(one, independent=[one], final=False)
+        with pytest.raises(ValueError, match=r"`independent` should hold a part of each of the 1 independent batches"):
+            mt.backward(one)
+        mt.backward(one, final=False)
+        mt.backward(one, independent=[one])
+        assert mt.step(one, independent=[one] * most).num_forward == 1 + most
+
+
 def test_an_unasked_loss_is_ignored_and_warned_of_once():
     model, _, mt = make("gd")
     other = copy.deepcopy(model)
@@ -507,10 +528,13 @@ def test_attributes_that_would_change_nothing_cant_be_set(name):
 
 
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
-@pytest.mark.parametrize("case", ["replaced", "added"])
+@pytest.mark.parametrize("case", ["replaced", "added", "one of several"])
 def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
     model, mt = started(method)
-    if case == "replaced":
+    if case == "one of several":
+        # The graph has as many nodes as before.
+        model.trunk[0] = nn.Linear(4, 5).double()
+    elif case == "replaced":
         model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     else:
         model.trunk = nn.Sequential(model.trunk, nn.Linear(5, 5).double())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import torchmto
 from gradient_matrices import CANCELLING, cancelling
+from torchmto import solvers
 from torchmto.methods import GramianWeighting
 from torchmto.step import network
 
@@ -79,6 +80,16 @@ def test_methods_inside_methods_are_told() -> None:
         )
         descend(torch.eye(2, 3), torchmto.make_method(outer, **options))
         assert watch.told == torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("rows", [torch.eye(3), torch.diag(torch.tensor([1.0, 0.0, 1.0]))])
+def test_mgda_is_told_beside_zero_gradients_too(monkeypatch: pytest.MonkeyPatch, rows: Tensor) -> None:
+    told, original = [], solvers.min_norm
+    monkeypatch.setattr(
+        solvers, "min_norm", lambda *given, **options: told.append(options) or original(*given, **options)
+    )
+    descend(rows, "mgda")
+    assert told == [{"precision": torch.finfo(torch.float32).eps}]
 
 
 class Trunk(nn.Module):

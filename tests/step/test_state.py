@@ -93,6 +93,35 @@ def test_a_method_is_bound_to_one_set_of_tasks():
         make(method, ("a", "b"))
 
 
+def nested():
+    method = torchmto.make_method("gradnorm", layer="trunk")
+    return torchmto.make_method("task_groups", inner=torchmto.make_method("cr_mogm", method=method))
+
+
+FOREIGN = torchmto.make_method("static", weights={"d": 1.0})
+REFUSED = {  # what makes a method; what the construction is refused for
+    "a layer": (nested, {"model": torch.nn.Linear(4, 1)}),
+    "the weights' tasks": (nested, {"weights": FOREIGN}),
+    "a warning": (lambda: torchmto.make_method("connection_strength", phase2="imtl_g"), {}),
+    "numbers per task": (lambda: torchmto.make_method("upgrad", preference={"a": 1.0, "b": 2.0}), {"weights": FOREIGN}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_construction_that_fails_leaves_the_method_as_it_was(case):
+    """Bound to nothing, with the states it had; and so a second time, with what it has learnt."""
+    made, options = REFUSED[case]
+    method = made()
+    for tasks in ((), ("a", "b")):
+        before = copy.deepcopy(method.state_dict())
+        with warnings.catch_warnings(action="error"), pytest.raises((ValueError, UserWarning)):
+            make(method, tasks or TASKS, **options)
+        assert [part.tasks for part in method.parts()] == [tasks] * len(list(method.parts()))
+        assert same(method.state_dict(), before)
+        model, _, mt = make(method, ("a", "b"))
+        mt.step(closure(model, batch(("a", "b"))))
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("uw", {}), ("adatask", {}), ("gradvac", {"groups": "layer"}), ("connection_strength", {})]
 )
@@ -156,6 +185,49 @@ def test_roles_given_on_loading_follow_the_saved_ones():
     info = other.step(closure(model, batch(TASKS), only=("b",)))
     assert list(info.losses) == ["b"]
     assert other.network.rows[0].matrix.shape == (1, 25)
+
+
+DECLARED = {  # what was shared there, what is declared here, what is shared afterwards
+    "the same in another order": (["trunk.0.weight", "trunk.0.bias"], ["trunk.0.bias", "trunk.0.weight"], None),
+    "found there, declared here": (None, ["trunk.0.bias", "trunk.0.weight"], None),
+    "not declared here": (["trunk.0.bias"], None, ["trunk.0.bias"]),
+    "more than were found": (None, ["trunk.0.bias", "heads.a.bias", "trunk.0.weight"], ["heads.a.bias"]),
+    "less than were found": (None, ["trunk.0.bias"], ValueError),
+    "more than were declared": (["trunk.0.bias"], ["trunk.0.weight", "trunk.0.bias"], ValueError),
+    "less than were declared": (["trunk.0.weight", "trunk.0.bias"], ["trunk.0.bias"], ValueError),
+    "others": (["heads.b.bias"], ["trunk.0.bias"], ValueError),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_shared_parameters_of_a_state_and_of_the_user(case):
+    """What contradicts is refused; the saved columns come first, those of parameters that only the user names after them."""
+    there, here, expected = DECLARED[case]
+
+    def declared(names):
+        model = Toy(TASKS)
+        shared = None if names is None else [model.get_parameter(name) for name in names]
+        return model, make("adatask", model=model, shared=shared)[2]
+
+    model, old = declared(there)
+    old.step(closure(model, batch(TASKS)))
+    saved = old.state_dict()
+    other, mt = declared(here)
+    before = state(mt)
+    for _ in range(2):
+        if expected is ValueError:
+            with pytest.raises(
+                ValueError, match=r"saved state's shared parameters aren't those of `shared`.*without `shared`"
+            ):
+                mt.load_state_dict(saved)
+            assert same(state(mt), before)
+        else:
+            mt.load_state_dict(saved)
+            roles = mt.network.roles
+            assert roles.layout == list(dict.fromkeys([*saved["roles"]["layout"], *(expected or ())]))
+            assert roles.given
+        mt.step(closure(other, batch(TASKS)))
+        before = state(mt)
 
 
 def test_weights_that_change_between_steps_count_and_a_method_stays():

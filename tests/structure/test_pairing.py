@@ -520,6 +520,22 @@ def test_pairs_with_a_place_are_remembered():
         PairSearch(model).recall({"0": ["2@0", None, "recorded"]})
 
 
+@pytest.mark.parametrize("shuffle", [nn.ChannelShuffle(2), lambda x: F.channel_shuffle(x, 2)])
+def test_a_channel_shuffle_ends_the_search(shuffle):
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.second = nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1)
+            self.shuffle = shuffle
+
+        def forward(self, x):
+            return self.second(self.shuffle(self.norm(self.first(x))))
+
+    model = Shuffled()
+    for options in ({}, {"forward": lambda: model(torch.randn(2, 2, 3, 3))}):
+        assert pairs_of(model, **options) == {"first": "out norm"}
+
+
 class Reusing(nn.Module):
     """One conv before two norms, and one norm after two convs."""
 

@@ -23,6 +23,7 @@ from torchmto.structure import (
     split_norms,
     top_priority,
 )
+from torchmto.structure.layers import norm_scale
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -352,3 +353,88 @@ def test_oracle_of_a_checkpointed_trunk(split):
         (layer, *_) = find_norm_pairs(net)
         results.append(oracle_priority(net, closure, [(layer, [0])], ["a", "b"]))
     torch.testing.assert_close(*(result.decrease for result in results), rtol=0, atol=0)
+
+
+class GemmaRMSNorm(nn.Module):
+    """Scales by 1 + weight, as Gemma's; by the weight, as Llama's, with ``plus=0``."""
+
+    def __init__(self, size, plus=1.0):
+        super().__init__()
+        self.weight, self.plus = nn.Parameter(torch.zeros(size)), plus
+
+    def _normalized(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, x):
+        return (self._normalized(x.float()) * (self.plus + self.weight.float())).type_as(x)
+
+
+class LayerNorm1P(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class ChannelsFirstNorm(nn.Module):
+    """Works on images alone; adds its bias before it scales."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.bias, self.gamma = nn.Parameter(torch.zeros(size)), nn.Parameter(torch.zeros(size))
+
+    def forward(self, x):
+        assert x.dim() == 4
+        x = x / x.square().mean(1, keepdim=True).sqrt()
+        return (x + self.bias[:, None, None]) * (1 + self.gamma[:, None, None])
+
+
+class ActivatedNorm(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class ConditionalNorm(GemmaRMSNorm):
+    def forward(self, x, shift):
+        return super().forward(x) + shift
+
+
+NORMS = {
+    "Gemma's": (lambda: GemmaRMSNorm(6), 1.0),
+    "Llama's": (lambda: GemmaRMSNorm(6, plus=0.0), 0.0),
+    "in half precision": (lambda: GemmaRMSNorm(6).bfloat16(), 1.0),
+    "a subclass": (lambda: LayerNorm1P(6), 1.0),
+    "of several dimensions": (lambda: LayerNorm1P((2, 3)), 1.0),
+    "of images": (lambda: ChannelsFirstNorm(6), 1.0),
+    "with an activation": (lambda: ActivatedNorm(6), 0.0),
+    "not to be called like this": (lambda: ConditionalNorm(6), 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_scale_of_a_norm_is_what_it_multiplies_by(kind):
+    """Not its weight, where it adds 1 to that; and finding out leaves no trace in it."""
+    make, plus = NORMS[kind]
+    norm = make()
+    nn.init.normal_(norm.gamma if kind == "of images" else norm.weight)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    weight = before["gamma" if kind == "of images" else "weight"].double()
+    true = weight + plus if weight.dim() == 1 else (weight + plus).square().mean(1).sqrt()
+    for _ in range(2):
+        scale = norm_scale(norm, torch.device("cpu"), with_variance=False)
+        torch.testing.assert_close(scale, true)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(4), lambda: nn.BatchNorm1d(4)])
+def test_the_scale_of_a_parametrized_norm(make):
+    """Split or not, it is what the parametrization makes of its parameter."""
+    norm = make()
+    nn.init.uniform_(norm.weight)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    model = split_norms(nn.Sequential(nn.Linear(3, 4), norm), ["a", "b"])
+    nn.init.normal_(model[1].b.parametrizations.weight.original)
+    (layer,) = find_norm_pairs(model)
+    scale = model[1].b.weight.detach().double()
+    expected = model[0].weight.detach().double().square().sum(1) * scale**2
+    if isinstance(norm, nn.BatchNorm1d):
+        expected = expected / (1 + norm.eps)
+    torch.testing.assert_close(layer.strengths(["a", "b"])[1], expected, rtol=1e-6, atol=1e-9)

@@ -12,7 +12,7 @@ from torchmto.gradients.representation import Representation
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
-from torchmto.gradients.torch_private import keeping_buffers, nodes_made
+from torchmto.gradients.torch_private import keeping_buffers, may_compile, nodes_made
 
 __all__ = [
     "Agreement",
@@ -31,6 +31,7 @@ __all__ = [
     "gradients_of",
     "gramian",
     "keeping_buffers",
+    "may_compile",
     "nodes_made",
     "plain",
     "quiet",

@@ -38,8 +38,7 @@ def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
     parts = [gradient for gradient in gradients if gradient.numel() > FEW]
     if len(parts) < len(gradients):
-        small = gradients if not parts else [gradient for gradient in gradients if gradient.numel() <= FEW]
-        parts.append(flattened(small))
+        parts.append(flattened([gradient for gradient in gradients if gradient.numel() <= FEW]))
     total = parts[0].sum()
     for part in parts[1:]:
         total = total + part.sum()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.finite import plain, real
@@ -31,30 +32,35 @@ class Representation(Engine):
     name = "representation"
 
     def __init__(self, features: nn.Module) -> None:
+        self._features = features
         self._outputs: list[Tensor] = []
         self._rows = torch.empty(0, 0)
-        self._listening = False
-        features.register_forward_hook(self._listen)
+        self._hook: RemovableHandle | None = None
 
     def begin(self) -> None:
-        """Listen to the forward."""
-        self._outputs = []
-        self._listening = True
+        """Listen to the forward: the module has a hook until it is over."""
+        self.forget()
+        self._hook = self._features.register_forward_hook(self._listen)
 
     def _listen(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listening:
-            found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            self._outputs += [leaf for leaf in found if leaf.grad_fn is not None]
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        self._outputs += [leaf for leaf in found if leaf.grad_fn is not None]
+
+    def _end(self) -> None:
+        """Listen no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def forget(self) -> None:
         """Give up the features, and listen no longer."""
+        self._end()
         self._outputs = []
         self._rows = torch.empty(0, 0)
-        self._listening = False
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the graph above the features."""
-        self._listening = False
+        self._end()
         if not self._outputs:
             raise ValueError(
                 "gradients=\"representation\": the module given as `features` wasn't run with gradients in this step's "

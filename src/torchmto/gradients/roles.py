@@ -21,6 +21,8 @@ class Roles:
         shared: The names of the shared parameters, or None to find them.
 
     Attributes:
+        declared: The names that were given, None if none were.
+        given: Whether the shared parameters are given, here or where a loaded state comes from.
         layout: Names of the shared parameters, in the order of their columns in the gradient matrix. Columns are only
             ever appended.
         seen: The tasks that have reached a parameter, since others are trained.
@@ -31,12 +33,13 @@ class Roles:
 
     def __init__(self, num_tasks: int, shared: Iterable[str] | None = None) -> None:
         self.num_tasks = num_tasks
+        self.declared = None if shared is None else tuple(shared)
         self.given = shared is not None
-        self.layout: list[str] = list(shared or ())
+        self.layout: list[str] = list(self.declared or ())
         self._shared = set(self.layout)
         self._reached: dict[str, set[int]] = {}
-        self.seen: set[int] = set()
-        self.walked: set[int] = set()
+        self.seen: frozenset[int] = frozenset()
+        self.walked: frozenset[int] = frozenset()
         self.looked: frozenset[str] = frozenset()
         self.changes = 0
         self.mark()
@@ -44,7 +47,7 @@ class Roles:
     def mark(self) -> None:
         """Remember the present state for :meth:`undo`."""
         self._journal: list[tuple[str, int]] = []
-        self._mark = (len(self.layout), frozenset(self.seen), frozenset(self.walked), self.looked)
+        self._mark = (len(self.layout), self.seen, self.walked, self.looked)
 
     def undo(self) -> bool:
         """Forget what was learnt since :meth:`mark`; return whether shared parameters were taken back."""
@@ -54,20 +57,19 @@ class Roles:
             tasks.discard(task)
             if not tasks:
                 self._reached.pop(name, None)
-        size, seen, walked, self.looked = self._mark
+        size, self.seen, self.walked, self.looked = self._mark
         shrunk = len(self.layout) > size
         self._shared.difference_update(self.layout[size:])
         del self.layout[size:]
-        self.seen = set(seen)
-        self.walked = set(walked)
         self._journal = []
         return shrunk
 
     def look(self, names: Iterable[str]) -> None:
         """Tell which parameters are trained now: if there are others than before, every task counts as unseen again."""
         if not self.looked.issuperset(names := list(names)):
+            self.changes += 1
             self.looked = self.looked.union(names)
-            self.seen, self.walked = set(), set()
+            self.seen = self.walked = frozenset()
 
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
@@ -83,9 +85,9 @@ class Roles:
         A loss that reaches none may be a placeholder: its task counts as unseen.
         """
         names = list(names)
-        if names:
-            self.changes += task not in self.seen
-            self.seen.add(task)
+        if names and task not in self.seen:
+            self.changes += 1
+            self.seen |= {task}
         needed = 1 if self.num_tasks == 1 else 2
         grown = False
         for name in names:
@@ -139,13 +141,27 @@ class Roles:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a saved state."""
-        self.given = bool(state["given"])
-        self.layout = list(state["layout"])
+        """Take over a saved state, whose columns come first.
+
+        Raises:
+            ValueError: If other parameters are shared there than were given here.
+        """
+        layout, given = list(state["layout"]), bool(state["given"])
+        if self.declared is not None:
+            new = [name for name in self.declared if name not in layout]
+            other = [name for name in layout if name not in self.declared] or (new if given else [])
+            if other:
+                raise ValueError(
+                    f"The saved state's shared parameters aren't those of `shared`: `{other[0]}` is in one of them only "
+                    f"({len(other)} such in all). Build the MultiTask without `shared` to go on with the saved ones."
+                )
+            layout, given = layout + new, True
+        self.given = given
+        self.layout = layout
         self._shared = set(self.layout)
         self._reached = {name: set(tasks) for name, tasks in state["reached"].items()}
-        self.seen = set(state["seen"])
-        self.walked = set(state.get("walked", ()))
+        self.seen = frozenset(state["seen"])
+        self.walked = frozenset(state.get("walked", ()))
         self.looked = frozenset(state.get("looked", ()))
         self.changes += 1
         self.mark()

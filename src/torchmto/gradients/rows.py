@@ -183,26 +183,24 @@ class Rows(Columns):
             self.matrix[:, : old.shape[1]] = old
             self.matrix[:, old.shape[1] :] = 0
 
-    def add(self, task: int, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Add (parameter, gradient) pairs to the row of ``task``. Parameters must have a column."""
-        positions = [self.position[id(parameter)] for parameter, _ in gradients]
-        values = [gradient for _, gradient in gradients]
+    def add(self, task: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
+        """Add gradients of the parameters at ``positions`` to the row of ``task``."""
         new = task not in self.tasks
         row = len(self.tasks) if new else self.tasks.index(task)
         views = self._row_views[row]
         if new and len(positions) < len(views):
             missing = set(range(len(views))).difference(positions)
             torch._foreach_zero_([views[i] for i in sorted(missing)])
-        if values:
+        if positions:
             write = torch._foreach_copy_ if new else torch._foreach_add_
-            write([views[i] for i in positions], values)
+            write([views[i] for i in positions], gradients)
         if new:
             self.tasks.append(task)
         self._filled.update(positions)
 
     def put(self, task: int, parameter: Tensor, gradient: Tensor) -> None:
         """Add one parameter's gradient to the row of ``task``, a new zero row if it has none yet."""
-        self.add(task, [(parameter, gradient)])
+        self.add(task, [self.position[id(parameter)]], [gradient])
 
     @torch.no_grad()
     def send(self, task: int) -> None:

@@ -52,13 +52,12 @@ class ShardedRows(Columns):
             self._whole[:size] = values
             row.copy_(self._own)
 
-    def add(self, task: int, gradients: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def add(self, task: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
         """Take this rank's gradients of one task; :meth:`send` sums them over the ranks and adds them to its row."""
         self.wait()
         self._whole.zero_()
-        positions = [self.position[id(parameter)] for parameter, _ in gradients]
         if positions:
-            torch._foreach_copy_([self._views[i] for i in positions], [gradient for _, gradient in gradients])
+            torch._foreach_copy_([self._views[i] for i in positions], gradients)
         self._filled.update(positions)
         self._loaded = task
 
@@ -66,7 +65,7 @@ class ShardedRows(Columns):
     def send(self, task: int) -> None:
         """Begin to add the sum of what the ranks brought for ``task`` to its row."""
         if self._loaded != task:
-            self.add(task, [])
+            self.add(task, [], [])
         self._loaded = None
         new = task not in self.tasks
         row = self.row_of(task)

@@ -111,12 +111,8 @@ def has_hooks(leaf: Tensor) -> bool:
     return bool(_leaf_hooks(leaf))
 
 
-def hooks_made() -> int:
-    """How many hooks there have been: those on activations are always new, but no node tells that it has one."""
-    return int(_next_handle(RemovableHandle))
-
-
-_next_handle = _of("RemovableHandle", "next_id")
+hooks_made: Callable[[], int] = functools.partial(_of("RemovableHandle", "next_id", RemovableHandle), RemovableHandle)
+"""How many hooks were ever set: those on activations are always new, but a node doesn't tell that it has one."""
 
 
 # ------------------------------------------------------------------ wrappers of models and optimizers
@@ -170,9 +166,6 @@ places: Callable[[Any], Sequence[Any]] = _of("Node", "_input_metadata")
 
 _sequence_number = _of("Node", "_sequence_nr")
 _forward_class = _of("BackwardCFunction", "_forward_cls")
-_nodes_made = _of("torch.autograd", "_get_sequence_nr")
-
-
 run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 """What ``torch.autograd.backward`` and ``grad`` call with the arguments they have checked; where it is None they do."""
 
@@ -182,9 +175,8 @@ def number_of(node: Node) -> int:
     return int(_sequence_number(node)())
 
 
-def nodes_made() -> int:
-    """How many graph nodes this thread has made: its growth over a forward is the size of that forward's graph."""
-    return int(_nodes_made(torch.autograd)())
+nodes_made: Callable[[], int] = _name("torch.autograd", "_get_sequence_nr")
+"""How many graph nodes this thread has made: its growth over a forward is the size of that forward's graph."""
 
 
 def saved(node: Any, name: str, default: Any = None) -> Any:
@@ -314,6 +306,20 @@ def _settings() -> tuple[Any, Any, bool]:
     except ImportError as error:
         raise _gone(error.name or "torch._functorch.config") from error
     return donating, caches, tagged
+
+
+_compiling = False
+
+
+def may_compile() -> bool:
+    """Whether anything was given to ``torch.compile`` in this process, so that calls may compile."""
+    global _compiling  # noqa: PLW0603 - `torch.compiler.reset()` forgets it, and what was given compiles again
+    if not _compiling and (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
+        _compiling = any(backend is not None for backend in _backends(frames).values())
+    return _compiling
+
+
+_backends = _of("torch._dynamo.eval_frame", "cached_backends")
 
 
 @contextlib.contextmanager

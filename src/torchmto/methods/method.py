@@ -1,5 +1,6 @@
 """What every method has: declared state, a random generator, declared properties, and one step."""
 
+import contextlib
 import copy
 import functools
 import zlib
@@ -109,6 +110,7 @@ class Method(ABC):
         tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
             ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
+        independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
@@ -126,6 +128,7 @@ class Method(ABC):
     whole_rows: ClassVar[str] = ""
     tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
+    independent_batches: ClassVar[int] = 0
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
     needs_closure: bool = False
@@ -383,6 +386,20 @@ class Method(ABC):
             inner.after_step(losses, context)
 
 
+@contextlib.contextmanager
+def as_before(parts: Sequence[Method]) -> Iterator[None]:
+    """After an error inside, methods know what they knew before: of tasks that they were bound to nothing."""
+    # The list is the one attribute that is changed in place.
+    kept = [(part, {**vars(part), "_states": list(part._states)}) for part in parts]  # noqa: SLF001 - its own class's
+    try:
+        yield
+    except BaseException:
+        for part, before in kept:
+            vars(part).clear()
+            vars(part).update(before)
+        raise
+
+
 def derived_seed(seed: int, name: str) -> int:
     """The seed of the method called ``name`` inside, or beside, one with the seed ``seed``.
 
@@ -400,6 +417,24 @@ def copied(value: Any) -> Any:
     if isinstance(value, list):
         return [copied(entry) for entry in value]
     return value if isinstance(value, str | int | float | None) else copy.deepcopy(value)
+
+
+def clipped(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
+    """The weights [k], made smaller where ``weights @ J`` is longer than ``max_norm``; G = J Jᵀ is [k, k].
+
+    Example:
+        >>> import torch
+        >>> clipped(torch.tensor([1.0, 1.0]), torch.tensor([[9.0, 0.0], [0.0, 16.0]]), 1.0)
+        tensor([0.2000, 0.2000])
+    """
+    lengths = gramian.diagonal().clamp_min(0).sqrt() * weights.abs()
+    largest = lengths.max()
+    if not bool(largest > 0):
+        return weights
+    # Squares of the weights or of G alone could overflow; the products of both can't.
+    scaled = weights / largest
+    norm = largest * (scaled @ (gramian @ scaled)).clamp_min(0).sqrt()
+    return weights * (max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
 
 
 class GradientOptions(TypedDict, total=False):
@@ -498,10 +533,13 @@ class GramianWeighting(Method):
     Attributes:
         HEADS: The values that ``heads`` may have.
         head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.
+        max_norm: The longest update of the shared parameters, :meth:`shortened` to that; 0 for no bound.
     """
 
     family = "gramian"
     HEADS: ClassVar[tuple[str, ...]] = ("unit", "weighted")
+    max_norm: float = 0.0
+    _unclipped: Tensor
 
     def __init__(self, *, heads: str = "unit", refresh_every: int = 1) -> None:
         super().__init__()
@@ -613,13 +651,18 @@ class GramianWeighting(Method):
             weights=weigh(losses.values, losses.indices) * factor, indices=losses.indices, records=self.records()
         )
 
+    def shortened(self, weights: Tensor, gramian: Tensor) -> Tensor:
+        """The weights of this step's gradients for weights [k] that may be too large."""
+        self._unclipped = weights
+        return clipped(weights, gramian, self.max_norm) if self.max_norm else weights
+
     def kept(self, weights: Tensor) -> Tensor:
-        """What the next steps reuse of a step's weights; overridden where a part of them is about that step alone."""
-        return weights
+        """What other steps take over of a step's weights: those from before they were :meth:`shortened` to its gradients."""
+        return self._unclipped if self.max_norm else weights
 
     def bound(self, context: StepContext) -> float:
         """Shorten the gradient of a step that reuses weights; by which factor."""
-        return 1.0
+        return context.bound(self.max_norm, heads=self.heads) if self.max_norm else 1.0
 
 
 class GradientCombiner(Method):

@@ -9,19 +9,32 @@ from torch import Tensor
 
 from torchmto.checks import shown
 from torchmto.gradients import finite_mark, real
-from torchmto.step.finite import FiniteChecks, SkippedError, in_one_transfer
+from torchmto.gradients.torch_private import flattened
+from torchmto.step.finite import (
+    SkippedError,
+    check_losses,
+    check_weights,
+    fail,
+    fail_with_gradient,
+    in_one_transfer,
+    is_finite,
+)
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
-from torchmto.step.losses import Losses, Source, Weigh, empty_batch
-from torchmto.step.network import Network
-from torchmto.step.parts import Carried, Parts
-from torchmto.step.plan import Plan
-from torchmto.step.reduction import Reduction
-from torchmto.step.surroundings import Surroundings
-from torchmto.step.task_gradients import TaskGradients, set_heads
+from torchmto.step.losses import Losses, Weigh, empty_batch
+from torchmto.step.parts import Parts
+from torchmto.step.reduction import agree, over_ranks
+from torchmto.step.task_gradients import (
+    TaskGradients,
+    combine_graphs,
+    combine_rows,
+    gradients_with_rows,
+    gradients_without_rows,
+    inner_products,
+    keep_rows,
+    set_heads,
+)
 from torchmto.step.weighted import accumulate, finish, weighted_backward
-from torchmto.step.with_rows import combine_rows, gradients_with_rows, inner_products, keep_rows
-from torchmto.step.without_rows import combine_graphs, gradients_without_rows
 
 
 class StepContext:
@@ -31,42 +44,18 @@ class StepContext:
     closures called, gradients computed and optimizers stepped, so only here is anything counted.
 
     Args:
-        plan: What all steps have in common.
-        network: The model, its optimizer and everything that lives longer than a step.
-        sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
-        asked: The tasks this step is about.
-        about: What must be the same on all ranks, besides the tasks.
-        stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
-        carried: What earlier calls have left of a batch that is accumulated; None for a batch of one call.
-        summed: Whether that is a weighted sum, and not rows.
+        parts: What the step works with.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        network: Network,
-        sources: Sequence[Sequence[Source]],
-        *,
-        asked: tuple[str, ...],
-        about: str = "",
-        stepping: bool = True,
-        carried: dict[int, Carried] | None = None,
-        summed: bool = False,
-    ) -> None:
-        self.network = network
-        self.tasks = plan.tasks
-        self.asked = asked
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self.network = parts.network
+        self.tasks = parts.plan.tasks
+        self.asked = parts.asked
+        self.stepping = parts.stepping
         self.num_optimizer_steps = 0
         self.skipped = False
         self.reason = ""
-        reduction = Reduction(network, plan, about, plan.weigh)
-        finite = FiniteChecks(network, plan, reduction, stepping)
-        several = network.ranks.size > 1
-        self.surroundings = Surroundings()
-        self._parts = Parts(
-            plan, network, asked, sources, reduction, finite, self.surroundings, several, carried, summed
-        )
-        self.stepping = stepping
         # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
         # scaler's scale is in it.
         self._losses: Losses | None = None
@@ -91,14 +80,14 @@ class StepContext:
     @property
     def overflowed(self) -> bool:
         """Whether the scaler has found an overflow and lowered its scale."""
-        return self._parts.finite.overflowed
+        return self._parts.overflowed
 
     # ------------------------------------------------------------------ losses
 
     @property
     def any_losses(self) -> bool:
         """Whether any loss has been seen in this step."""
-        return self._parts.reduction.first is not None and bool(self._parts.reduction.first.indices)
+        return self._parts.first is not None and bool(self._parts.first.indices)
 
     def raise_empty(self) -> NoReturn:
         """Raise the error of a batch without any loss."""
@@ -118,15 +107,15 @@ class StepContext:
                 dropout masks are the same, and put the random state back; else draw new noise (unless ``same_noise`` is on).
         """
         parts = self._parts
-        parts.reduction.doing = "losses"
+        parts.doing = "losses"
         with parts.noise.extra(replay=replay):
             chunks = list(forwards(parts, parts.request(tasks, None, source), grad=False))
-        return parts.reduction.over_ranks(chunks)
+        return over_ranks(parts, chunks)
 
     def unweighted(self) -> Losses:
         """End the user's loss weighting for this step, and return the losses it weighted: the first of every task."""
-        self._parts.reduction.weigh = None
-        recorded, first = self._parts.finite.recorded, self._parts.reduction.first
+        self._parts.weigh = None
+        recorded, first = self._parts.recorded, self._parts.first
         indices = tuple(sorted(recorded))
         like = torch.zeros(0, device=self.network.device) if first is None else first.raw
         values = like.new_tensor([recorded[index] for index in indices])
@@ -216,9 +205,9 @@ class StepContext:
         if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
             raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
-            weights = self._parts.reduction.agree(weights)
+            weights = agree(self._parts, weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
-            self._parts.finite.fail("A method's weights aren't finite.")
+            fail(self._parts, "A method's weights aren't finite.")
         if gradients.graph is None:
             combine_rows(self._parts, gradients, weights, vector)
         else:
@@ -228,7 +217,7 @@ class StepContext:
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
-        self._parts.finite.fail_with_gradient(gradients.reduced, message)
+        fail_with_gradient(self._parts, gradients.reduced, message)
 
     # ------------------------------------------------------------------ one weighted backward
 
@@ -284,7 +273,7 @@ class StepContext:
         if not losses.indices:
             self.raise_empty()
         self._losses, self._unchecked = None, False
-        self._parts.finite.losses(losses, losses.raw.tolist())
+        check_losses(self._parts, losses, losses.raw.tolist())
 
     def keep(self, weigh: Weigh | None) -> None:
         """Take one micro-batch, which isn't the last, of a batch that is accumulated over several calls.
@@ -303,7 +292,7 @@ class StepContext:
                 else:
                     keep_rows(parts, request)
         sums = parts.left_by_earlier_calls(0).sums
-        parts.finite.recorded = {i: float(sums.weighted[i]) / sums.totals[i] for i in sorted(sums.totals)}
+        parts.recorded = {i: float(sums.weighted[i]) / sums.totals[i] for i in sorted(sums.totals)}
 
     @torch.no_grad()
     def bound(self, largest: float, *, heads: str) -> float:
@@ -319,7 +308,7 @@ class StepContext:
         network = self.network
         shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
         norm = network.norm(shared)
-        if not bool(norm.isfinite()) and self._parts.finite.applied(shared, float("inf")):
+        if not bool(norm.isfinite()) and is_finite(self._parts, shared, float("inf")):
             norm = network.exact_norm(shared)
         scale = network.scale(norm.device) if self._scaled else None
         if scale is not None:
@@ -345,29 +334,30 @@ class StepContext:
         self._losses, self._unchecked = None, False
         if unchecked and losses is not None and not losses.indices:
             self.raise_empty()
-        finite, reduction = self._parts.finite, self._parts.reduction
+        parts = self._parts
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
+            if losses is not None and losses.indices and (losses.indices, len(gradients)) not in network.counts:
+                network.counts.add((losses.indices, len(gradients)))
+                network.warn_of_replaced(none=not gradients)
             if not gradients:
-                if losses is not None and losses.indices:
-                    network.warn_of_untrained()
                 if unchecked and losses is not None:
-                    finite.losses(losses, losses.raw.tolist())
+                    check_losses(parts, losses, losses.raw.tolist())
                 return False
             norm = network.norm(gradients) if network.clip is not None or network.sharded else None
-            mark = finite_mark(gradients) if norm is None else norm
+            mark = norm if norm is not None else flattened(gradients).sum() if network.few else finite_mark(gradients)
             if unchecked and losses is not None:
-                values, weights, (total,) = in_one_transfer(losses.raw, reduction.weights, mark)
-                finite.losses(losses, values)
-                finite.weights(losses, weights)
+                values, weights, (total,) = in_one_transfer(losses.raw, parts.weights, mark)
+                check_losses(parts, losses, values)
+                check_weights(parts, losses, weights)
             else:
                 total = float(mark)
             if total - total != 0:
-                if not finite.applied(gradients, total):
-                    finite.fail_with_gradient(losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
+                if not is_finite(parts, gradients, total):
+                    fail_with_gradient(parts, losses, f"The {'' if unchecked else 'combined '}gradient isn't finite.")
                 norm = None if norm is None else network.exact_norm(gradients)
-            if self._parts.several:
-                reduction.agree()
+            if parts.several:
+                agree(parts)
             if not self.stepping:
                 return True
             if norm is not None:
@@ -446,13 +436,13 @@ class StepContext:
             records: What the method records besides.
             indices: The tasks the weights belong to; default the present tasks.
         """
-        names = {index: self.tasks[index] for index in sorted(self._parts.finite.recorded)}
+        names = {index: self.tasks[index] for index in sorted(self._parts.recorded)}
         by_name = None
         if weights is not None:
             owners = tuple(names) if indices is None else tuple(indices)
             by_name = {self.tasks[i]: w for i, w in zip(owners, weights.tolist(), strict=True)}
         return StepInfo(
-            losses={name: self._parts.finite.recorded[index] for index, name in names.items()},
+            losses={name: self._parts.recorded[index] for index, name in names.items()},
             weights=by_name,
             skipped=self.skipped,
             reason=self.reason,

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmto.checks import unknown_task, warn
 from torchmto.gradients import check_keeps, nodes_made, reach_of
 from torchmto.step.losses import Chunk, Source, needs_closure
-from torchmto.step.noise import random_state, set_random_state
 from torchmto.step.parts import Parts, Request
+from torchmto.step.reduction import check_same
+from torchmto.step.surroundings import random_state, set_random_state
 from torchmto.task_norms import active_task
 
 
@@ -56,7 +57,7 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
                 if apart and (network.compiled or network.sharded):
                     check_keeps(loss for index, loss in chunk.losses.items() if index in request.wanted)
             if network.sharded:
-                parts.reduction.check_same(chunk, len(micro_batches))
+                check_same(parts, chunk, len(micro_batches))
             yield chunk
 
 
@@ -222,7 +223,7 @@ def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], 
         reached = [name for key, name in by_id.items() if key in leaves]
         roles.observe(index, reached)
         if reached:
-            roles.walked.add(index)
+            roles.walked |= {index}
     if network.ranks.size == 1:
         # As several ranks do it, whose methods then draw the same random numbers for the same columns.
         roles.sort(columns, list(by_id.values()))

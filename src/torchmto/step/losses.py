@@ -1,9 +1,9 @@
-"""The losses of one forward, with graph, and those of a step, reduced."""
+"""The losses of one forward, with graph; their sums over forwards; and those of a step, reduced."""
 
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,6 +66,87 @@ class Chunk:
     def activated(self) -> contextlib.AbstractContextManager[Any]:
         """Keep the forward's task active: checkpointed regions run their forward again inside the backward."""
         return contextlib.nullcontext() if self.active is None else active_task(self.active)
+
+
+@dataclass
+class Sums:
+    """Losses summed over chunks, weighted by their counts.
+
+    Attributes:
+        totals: Task index -> sum of the counts.
+        weighted: Task index -> sum of count times loss.
+    """
+
+    totals: dict[int, float] = field(default_factory=dict)
+    weighted: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        """Add one chunk's losses."""
+        values = chunk.stacked.detach().unbind() if chunk.losses else ()
+        for (index, count), value in zip(chunk.counts.items(), values, strict=True):
+            if index in self.totals:
+                self.weighted[index] = _sum(self.weighted[index], value * count)
+                self.totals[index] += count
+            else:
+                self.weighted[index] = value * count if count != 1 else value
+                self.totals[index] = count
+
+    def merge(self, other: "Sums") -> None:
+        """Add other sums."""
+        for index, total in other.totals.items():
+            known = index in self.totals
+            added = other.weighted[index]
+            self.weighted[index] = _sum(self.weighted[index], added) if known else added
+            self.totals[index] = self.totals[index] + total if known else total
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    # A chunk's losses lie where its first one does, which needn't be where the former chunk's did.
+    return one + other.to(one.device)
+
+
+@dataclass
+class Proportions:
+    """Whether all micro-batches that bring any task bring the same ones in the same proportions.
+
+    Attributes:
+        alike: Whether those so far did.
+        first: Task index -> count in the first of them.
+    """
+
+    alike: bool = True
+    first: dict[int, float] = field(default_factory=dict)
+    _own: dict[int, float] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Before the first call of a micro-batch."""
+        self.close()
+        self._own = {} if self.first else self.first
+
+    def add(self, counts: Mapping[int, float]) -> float:
+        """Add the counts of one call; returns its micro-batch's size: the count of its first task."""
+        self._own.update(counts)
+        if not self._own:
+            return 1.0
+        lead = next(iter(self._own))
+        size = self._own[lead]
+        self.alike = self.alike and lead == next(iter(self.first), None)
+        self.alike = self.alike and all(self.first.get(i, 0) * size == n * self.first[lead] for i, n in counts.items())
+        return size
+
+    def close(self) -> None:
+        """After the last call of a micro-batch: has it brought all tasks, or none?"""
+        self.alike = self.alike and (not self._own or self._own.keys() == self.first.keys())
+
+    @property
+    def lead(self) -> int:
+        """The task that sizes are counts of."""
+        return next(iter(self.first))
+
+    @property
+    def relative(self) -> list[tuple[int, float]]:
+        """Every task with its count relative to that of the first."""
+        return sorted((i, count / self.first[self.lead]) for i, count in self.first.items())
 
 
 @dataclass

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from torchmto.gradients import (
     run_hooks,
     run_unreached,
 )
+from torchmto.gradients.finite import FEW
 from torchmto.gradients.ranks import is_sharded, local, sharded_like
-from torchmto.gradients.torch_private import uncompiled
+from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
 from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
@@ -36,6 +38,25 @@ from torchmto.undo import BufferSnapshot
 
 Heads = dict[int, tuple[Tensor, dict[int, Tensor]]]
 """The ``id`` of a parameter outside the shared ones -> it, and the gradient of each task that reached it."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the gradients belong that one backward of a task gives, in the order of the trained parameters.
+
+    Attributes:
+        key: As long as what holds: the parameters with a gradient, what is known of roles, the number of columns.
+        shared: Which go to the task's row.
+        positions: At which places there.
+        others: Which go to heads.
+        heads: The parameters of these.
+    """
+
+    key: tuple[list[bool], int, int]
+    shared: list[bool]
+    positions: list[int]
+    others: list[bool]
+    heads: list[Tensor]
 
 
 TF32 = 2.0**-10
@@ -67,7 +88,10 @@ class Network:
 
     Attributes:
         sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
+        places: Task -> where its gradients belong, as its last backward has shown.
         nodes_made: How many graph nodes there had been at the last look.
+        few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
@@ -98,11 +122,15 @@ class Network:
         self._by_name: dict[str, Tensor] = {}
         self._known: list[Tensor] = []
         self._trained: list[bool] | None = None
-        self._complex = False
+        self.has_complex = False
+        self.few = False
+        self._hooked: tuple[int, list[Tensor]] = (-1, [])
         self._precisions: dict[str, float] = {}
         self.untold = True
         self.parameters: list[Tensor] = []
         self.sizes: dict[tuple[int, ...], set[int]] = {}
+        self.counts: set[tuple[tuple[int, ...], int]] = set()
+        self.places: dict[int, Place] = {}
         self.nodes_made = 0
         self._functions = False
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
@@ -202,13 +230,15 @@ class Network:
             # The rows have columns for parameters that were replaced.
             rows = self.rows if all(by_name[name] is p for name, p in self._by_name.items()) else []
             # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
-            self._complex, self.rows = any_complex, rows
+            self.has_complex, self.rows = any_complex, rows
             self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:
             self.parameters = list(itertools.compress(everything, trained))
-            self.sizes = {}
+            self.sizes, self.places = {}, {}
             self._beyond = (-1, {})
+            self.few = all(p.is_cpu and p.numel() <= FEW for p in self.parameters)
+            self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
 
@@ -273,7 +303,7 @@ class Network:
 
         Shared parameters that have left the optimizer keep their columns, to which methods' states belong.
         """
-        roles = Roles(self.num_tasks)
+        roles = Roles(self.num_tasks, self.roles.declared)
         roles.load_state_dict(state)
         known = {**self._in_model(), **self._by_name}
         missing = [name for name in roles.layout if name not in known]
@@ -284,7 +314,7 @@ class Network:
         self._by_name = known
         self.roles = roles
         self.rows = []
-        self.sizes = {}
+        self.sizes, self.places = {}, {}
         self.untold = True
         self.agreement = Agreement(self.ranks, roles)
 
@@ -372,13 +402,16 @@ class Network:
             parameters: Whose; default all that are trained.
         """
         given = self.parameters if parameters is None else parameters
-        if self._complex:
+        if self.has_complex:
             for parameter in given:
                 if parameter.grad is not None and parameter.grad.is_conj():
                     parameter.grad = parameter.grad.resolve_conj()
-        set_now = [gradient for p in given if (gradient := p.grad) is not None]
-        gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
-        return [real(gradient) for gradient in gradients] if self._complex else gradients
+        gradients = [gradient for p in given if (gradient := p.grad) is not None]
+        if True in [gradient.is_sparse for gradient in gradients]:
+            self.tidy_sparse()
+            set_now = [gradient for p in given if (gradient := p.grad) is not None]
+            gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
+        return [real(gradient) for gradient in gradients] if self.has_complex else gradients
 
     def look(self, chunk: Chunk) -> None:
         """Look at the graph of a forward for what the tasks' roles can't be read from.
@@ -471,6 +504,12 @@ class Network:
                 "`requires_grad_(False)` on it if it isn't to be trained.",
             )
 
+    def warn_of_replaced(self, *, none: bool) -> None:
+        """Warn if parameters were replaced in the model, but not in the optimizer; or if ``none`` has a gradient."""
+        in_model = self._in_model()
+        replaced = [in_model.get(self.name(p), p) for p in self.parameters]
+        self.warn_of_untrained(None if none else {id(p) for p in replaced})
+
     def unshared(self) -> str:
         """Why no parameter is shared once all tasks have been seen; empty if one is."""
         if not self.roles.unshared:
@@ -493,7 +532,7 @@ class Network:
     def set_gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
         for parameter, gradient in pairs:
-            if self._complex and parameter.is_complex():
+            if self.has_complex and parameter.is_complex():
                 # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
                 copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
                 parameter.grad = torch.view_as_complex(copy)
@@ -555,9 +594,17 @@ class Network:
 
     # ------------------------------------------------------------------ hooks and the scaler
 
+    def hooked(self) -> list[Tensor]:
+        """The parameters with post-accumulate-grad hooks: a hook has a handle, and all handles of a process are counted."""
+        number, hooked = self._hooked
+        if number != hooks_made():
+            hooked = [p for p in self.parameters if gradient_hooks(p)]
+            self._hooked = (hooks_made(), hooked)
+        return hooked
+
     def run_hooks(self) -> bool:
         """Run the parameters' post-accumulate-grad hooks on what the step has set; return whether there are any."""
-        hooked = run_hooks(self.parameters)
+        hooked = run_hooks(self.hooked())
         taken = [parameter for parameter in hooked if parameter.grad is None]
         if taken and not self._warned_taken:
             self._warned_taken = True

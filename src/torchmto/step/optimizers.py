@@ -28,17 +28,12 @@ class Optimizers:
         self.all = tuple(optimizers)
         self.num_stepped = 0
         self._scaler = scaler
-        self._fired: set[int] = set()
-        # A wrapper's own step may do nothing: while gradients are accumulated, say.
-        self._wrapped = {id(outer): self._listen(outer) for outer in self.all if _wraps(outer)}
+        self._wrapped = any(map(_wraps, self.all))
         parameters = self.parameters()
         if len(set(map(id, parameters))) < len(parameters) and len(self.all) > 1:
             raise ValueError(
                 "Parameter `optimizer` should hold optimizers with different parameters. Found one in two of them."
             )
-
-    def _listen(self, outer: Any) -> Any:
-        return outer.optimizer.register_step_post_hook(lambda *_: self._fired.add(id(outer)))
 
     def parameters(self) -> list[Tensor]:
         """All parameters, in order."""
@@ -50,17 +45,15 @@ class Optimizers:
         Raises:
             RuntimeError: If a wrapper of an optimizer swallows the step.
         """
-        self._fired.clear()
         for optimizer in self.all:
             first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
             before = 0 if first is None else version_of(first)
             try:
-                if self._scaler is None or first is None:
-                    optimizer.step()
-                else:
-                    self._scaler.step(optimizer)
-                if self._wrapped:
-                    self._check_fired(optimizer)
+                with self._noticed(optimizer) if self._wrapped else contextlib.nullcontext():
+                    if self._scaler is None or first is None:
+                        optimizer.step()
+                    else:
+                        self._scaler.step(optimizer)
             except BaseException as error:
                 # A hook after the step may fail, too.
                 self.num_stepped += first is not None and version_of(first) != before
@@ -73,10 +66,17 @@ class Optimizers:
         if self._scaler is not None:
             self._update(self._scaler)
 
-    def _check_fired(self, optimizer: Any) -> None:
-        """Raise if an optimizer has not handed its step on."""
-        swallowed = id(optimizer) in self._wrapped and id(optimizer) not in self._fired
-        if swallowed and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
+    @contextlib.contextmanager
+    def _noticed(self, optimizer: Any) -> Iterator[None]:
+        """Raise if a wrapper has not handed its step on, as while gradients are accumulated."""
+        fired: list[Any] = []
+        inner = optimizer.optimizer if _wraps(optimizer) else optimizer
+        hook = inner.register_step_post_hook(lambda *_: fired.append(inner))
+        try:
+            yield
+        finally:
+            hook.remove()
+        if not fired and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
             raise RuntimeError(
                 f"`{type(optimizer).__name__}.step()` didn't step the optimizer it wraps, as wrappers do while they accumulate "
                 "gradients, so nothing was updated. Use `mt.backward(closure)` in place of `loss.backward()`, and leave the "

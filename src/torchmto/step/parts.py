@@ -6,13 +6,34 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from torchmto.step.finite import FiniteChecks
-from torchmto.step.losses import Chunk, Source
+from torchmto.step.losses import Chunk, Losses, Outside, Proportions, Source, Sums, Weigh
+from torchmto.step.messages import Exchange
 from torchmto.step.network import Heads, Network
-from torchmto.step.noise import Noise
-from torchmto.step.plan import Plan
-from torchmto.step.reduction import Proportions, Reduction, Sums
-from torchmto.step.surroundings import Surroundings
+from torchmto.step.surroundings import Noise, Surroundings
+
+
+@dataclass
+class Plan:
+    """What all steps of a training have in common.
+
+    Attributes:
+        tasks: The names of all tasks.
+        on_nonfinite: "raise" or "skip".
+        weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
+        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it. Empty
+            if they take any.
+        repeats: Whether a step may run the model more than once, so that random states are kept.
+        same_noise: Whether all forwards of a batch get the same random state.
+    """
+
+    tasks: tuple[str, ...]
+    on_nonfinite: str = "raise"
+    weigh: Weigh | None = None
+    weigh_fixed: bool = True
+    outside: Sequence[Outside] = ()
+    repeats: bool = False
+    same_noise: bool = False
 
 
 @dataclass
@@ -56,14 +77,20 @@ class Parts:
     Attributes:
         plan: What all steps have in common.
         network: The model, its optimizer and everything that lives longer than a step.
-        asked: The tasks this step is about.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
-        reduction: Averages losses over micro-batches and ranks.
-        finite: Checks losses and gradients.
-        surroundings: The caller's modes, for closures.
-        several: Whether several processes train together.
+        asked: The tasks this step is about.
+        about: What must be the same on all ranks, besides the tasks.
+        stepping: Whether the optimizer takes its step; else the gradient is left in ``.grad``, times a scaler's scale.
         carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
         summed: Then: whether weighted sums are kept, and not rows.
+        several: Whether several processes train together.
+        weigh: The user's loss weights, until they have been told of the step; see :class:`Plan`.
+        surroundings: The caller's modes, for closures.
+        doing: What the next exchange is for; the same on all ranks.
+        first: The first losses of the step that aren't empty; the first ones at all until there are any.
+        weights: The weights that losses were given last, [k], to explain gradients that aren't finite.
+        recorded: Task index -> the first loss of the step that passed its check.
+        overflowed: Whether the scaler lowered its scale.
         num_forward: Calls of closures so far.
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
@@ -73,14 +100,20 @@ class Parts:
 
     plan: Plan
     network: Network
-    asked: tuple[str, ...]
     sources: Sequence[Sequence[Source]]
-    reduction: Reduction
-    finite: FiniteChecks
-    surroundings: Surroundings
+    asked: tuple[str, ...]
+    about: str
+    stepping: bool
+    carried: dict[int, Carried] | None
+    summed: bool
     several: bool
-    carried: dict[int, Carried] | None = None
-    summed: bool = False
+    weigh: Weigh | None
+    surroundings: Surroundings = field(default_factory=Surroundings)
+    doing: str = ""
+    first: Losses | None = None
+    weights: Tensor | None = None
+    recorded: dict[int, float] = field(default_factory=dict)
+    overflowed: bool = False
     num_forward: int = 0
     num_backward: int = 0
     engine: str | None = None
@@ -91,6 +124,11 @@ class Parts:
     def noise(self) -> Noise:
         """Random states of the forwards, for those that are repeated."""
         return Noise(self.network.room, same=self.plan.same_noise, keep=self.plan.repeats)
+
+    @functools.cached_property
+    def exchange(self) -> Exchange:
+        """What the ranks tell each other."""
+        return Exchange(self.network.ranks, len(self.plan.tasks), self.about)
 
     def request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
         """Gradients of those of ``tasks`` (default all) that this step is about, from a forward of ``forward`` (the same)."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmto.gradients import backward, quiet
+from torchmto.gradients import backward, dense, quiet
 from torchmto.step.forwards import forwards, groups
-from torchmto.step.losses import Chunk, Losses, Weigh, stack
+from torchmto.step.losses import Chunk, Losses, Proportions, Sums, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients
+from torchmto.step.network import Network
 from torchmto.step.parts import Parts, Request
-from torchmto.step.reduction import Proportions, Sums
-from torchmto.step.unit_heads import UnitHeads
+from torchmto.step.reduction import average, over_ranks, tell
 
 
 @dataclass
@@ -44,6 +44,68 @@ class _Weights:
         return _Weights(tuple(self.indices[place] for place in places), self.values[places], factors)
 
 
+class UnitHeads:
+    """Takes the tasks' weights out of the heads' gradients after a weighted backward.
+
+    The weighted sum multiplies a head's gradient by its task's weight; dividing by it gives the task's own gradient back.
+    Where that would lose precision (a weight a thousand times smaller than the largest, or zero) or where a parameter
+    outside the shared ones belongs to several tasks, its gradient comes from a backward of its own, which only runs
+    through the head.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _owners(self) -> list[tuple[Tensor, frozenset[int]]]:
+        """The parameters outside the shared ones, with the tasks that reach them."""
+        roles, name = self._network.roles, self._network.name
+        return [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
+
+    @staticmethod
+    def _divisible(weights: Mapping[int, Tensor]) -> dict[int, float]:
+        values = {task: float(weight) for task, weight in weights.items()}
+        least = 1e-3 * max(abs(value) for value in values.values())
+        return {task: value for task, value in values.items() if abs(value) > least}
+
+    def before(self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]) -> None:
+        """Compute, before the weighted backward, the gradients that can't be had by division."""
+        divisible = self._divisible(weights)
+        apart: dict[int, list[Tensor]] = {}
+        for parameter, owners in self._owners():
+            for task in owners:
+                if len(owners) > 1 or task not in divisible:
+                    apart.setdefault(task, []).append(parameter)
+        for task, seed in seeds.items():
+            wanted = apart.get(task)
+            if wanted is None:
+                continue
+            gradients = torch.autograd.grad(
+                losses[task], wanted, torch.ones_like(losses[task]) * seed, retain_graph=True, allow_unused=True
+            )
+            for parameter, gradient in zip(wanted, gradients, strict=True):
+                if gradient is not None:
+                    _, before = self._own.get(id(parameter), (parameter, None))
+                    own = dense(gradient)
+                    self._own[id(parameter)] = parameter, own.clone() if before is None else before + own
+
+    @torch.no_grad()
+    def finish(self, weights: Mapping[int, Tensor]) -> None:
+        """Replace or divide the heads' gradients."""
+        divisible = self._divisible(weights) if weights else {}
+        gradients: list[Tensor] = []
+        values: list[float] = []
+        for parameter, owners in self._owners():
+            value = divisible.get(next(iter(owners))) if len(owners) == 1 else None
+            if value is not None and parameter.grad is not None and id(parameter) not in self._own:
+                gradients.append(parameter.grad)
+                values.append(value)
+        if gradients:
+            torch._foreach_div_(gradients, values)
+        for parameter, gradient in self._own.values():
+            parameter.grad = gradient
+
+
 def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bool, heads: str) -> Losses:
     """Forward and one backward of the weighted sum of the losses into ``.grad``.
 
@@ -62,12 +124,12 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     Returns:
         The losses of all tasks the closure was asked for.
     """
-    network, reduction = parts.network, parts.reduction
+    network = parts.network
     micro_batches = parts.sources[request.source]
     unit = UnitHeads(network) if heads == "unit" else None
     apart = unit is not None
     held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
-    reduction.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
+    parts.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
     losses: Losses | None = None
     if not held and fixed and parts.plan.weigh_fixed:
         losses, done = _in_one_pass(parts, request, weigh, unit)
@@ -75,10 +137,10 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
             return losses
     chunks = list(forwards(parts, request, apart=apart)) if held else []
     if held:
-        losses = reduction.over_ranks(chunks)
+        losses = over_ranks(parts, chunks)
     elif losses is None:
         with parts.noise.rehearsal():
-            losses = reduction.over_ranks(forwards(parts, request, grad=False))
+            losses = over_ranks(parts, forwards(parts, request, grad=False))
     failure: BaseException | None = None
     try:
         weights = _weights(parts, weigh, losses.only(request.wanted))
@@ -102,7 +164,7 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
         The losses, as far as they are known, and whether the gradients are computed. If the micro-batches aren't like that
         nothing has happened; among several ranks, who exchange losses only once, the losses are known all the same.
     """
-    network, reduction = parts.network, parts.reduction
+    network = parts.network
     micro_batches = parts.sources[request.source]
     nominal = len(micro_batches) * network.ranks.size
     weights = _known_weights(parts, request, weigh)
@@ -124,8 +186,8 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
         proportions.close()
         alike, first = proportions.alike, proportions.first
         if parts.several:
-            sums, alike = reduction.tell(sums, counts=[len(micro_batches), proportions.relative] if alike else None)
-        losses = reduction.average(sums) if alike or parts.several else None
+            sums, alike = tell(parts, sums, counts=[len(micro_batches), proportions.relative] if alike else None)
+        losses = average(parts, sums) if alike or parts.several else None
         if losses is None or not alike:
             network.zero_grad()
             undo()
@@ -172,16 +234,16 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
 
 def finish(parts: Parts, request: Request) -> Losses:
     """The mean of what :func:`accumulate` has kept, into ``.grad``; returns the losses."""
-    network, reduction, carried = parts.network, parts.reduction, parts.left_by_earlier_calls(request.source)
+    network, carried = parts.network, parts.left_by_earlier_calls(request.source)
     sums, proportions = carried.sums, carried.proportions
     if parts.several:
-        reduction.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}, accumulated"
-        sums, alike = reduction.tell(sums, counts=proportions.relative)
+        parts.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}, accumulated"
+        sums, alike = tell(parts, sums, counts=proportions.relative)
         if not alike:
             raise ValueError("With fixed weights every rank should bring the same tasks in the same proportions.")
     for parameter in network.parameters:
         parameter.grad = carried.gradients.get(id(parameter))
-    losses = reduction.average(sums)
+    losses = average(parts, sums)
     network.tidy_sparse()
     _settle(parts)
     if proportions.first:
@@ -193,13 +255,14 @@ def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
     """Fixed weights don't depend on the losses: those of all tasks are known before the first forward."""
     indices = tuple(sorted(request.wanted))
     ones = torch.ones(len(indices), dtype=torch.float64, device=parts.network.device)
-    factors = None if parts.reduction.weigh is None else parts.reduction.weigh(ones, indices)
+    factors = None if parts.weigh is None else parts.weigh(ones, indices)
     return _weights(parts, weigh, Losses(indices, ones, ones, {}, factors))
 
 
 def _tidy(parts: Parts, unit: UnitHeads | None, weights: _Weights) -> None:
     """After the last backward of this rank: own gradients on the heads."""
-    parts.network.tidy_sparse()
+    if parts.several or unit is not None:
+        parts.network.tidy_sparse()
     if unit is not None:
         unit.finish(weights.by_task)
 
@@ -217,7 +280,7 @@ def _weights(parts: Parts, weigh: Weigh, losses: Losses) -> _Weights:
         return _Weights((), losses.values, None)
     values = weigh(losses.values, losses.indices).detach().to(losses.values)
     factors = None if losses.factors is None else losses.factors.to(values)
-    parts.reduction.weights = values if factors is None else values * factors
+    parts.weights = values if factors is None else values * factors
     return _Weights(losses.indices, values, factors)
 
 
@@ -247,7 +310,7 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
         inputs = [p for p in network.parameters if any(network.reaches(index, p) for index in weights.indices)]
     seeds = weights.values if factors is None else weights.values * factors
     before = network.without_gradient(weights.indices)
-    with chunk.activated(), quiet(network.parameters):
+    with chunk.activated(), quiet(network.hooked()):
         if unit is not None:
             ones = weights.values.new_ones(len(shares))
             seeds_of = dict(zip(weights.indices, (ones if factors is None else factors).unbind(), strict=True))

@@ -27,7 +27,7 @@ _MIXING = frozenset(
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         *("scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru", "embedding"),
         *("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "local_response_norm"),
-        *("normalize", "softmax", "log_softmax", "cross_entropy", "nll_loss"),
+        *("normalize", "softmax", "log_softmax", "cross_entropy", "nll_loss", "channel_shuffle"),
     ]
 )
 _JOINING = frozenset(("cat", "concat", "concatenate", "hstack"))
@@ -85,8 +85,8 @@ def _is_opaque(module: nn.Module) -> bool:
 
 
 def _mixes_channels(module: nn.Module) -> bool:
-    softmax = isinstance(module, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax))
-    return softmax or is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
+    by_name = isinstance(module, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.ChannelShuffle))
+    return by_name or is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
 
 
 class _Tracer(fx.Tracer):

@@ -1,10 +1,13 @@
 """A shared conv or linear layer together with the norms that give its channels their priorities."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from torchmto.checks import check_choice
 from torchmto.gradients.ranks import whole
@@ -19,6 +22,9 @@ from torchmto.structure.strength import (
     wide_dtype,
 )
 from torchmto.task_norms import SplitNorm
+
+_OFFSETS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+"""What norms add to their weights, as far as it was looked at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +156,7 @@ def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, w
     BatchNorm: ``gamma / sqrt(running_var + eps)``; GroupNorm and InstanceNorm the same with the tracked
         variance of
     the channel's group; LayerNorm, RMSNorm and others: ``gamma``, the scale per token or example being common
-    to all channels.
+    to all channels. Where a norm scales by ``1 + weight`` (Gemma's RMSNorm), ``gamma`` is that.
 
     Args:
         norm: One norm, not a split one.
@@ -166,7 +172,7 @@ def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, w
     gamma = _gamma(norm)
     scale = torch.ones(norm_channels(norm, spatial=spatial), device=device, dtype=dtype)
     if gamma is not None:
-        wide = whole(gamma.detach()).to(device, dtype)
+        wide = whole(gamma.detach()).to(device, dtype) + _offset(norm)
         if wide.dim() > 1:
             others = tuple(range(1, wide.dim())) if spatial else tuple(range(wide.dim() - 1))
             wide = wide.square().mean(dim=others).sqrt()
@@ -199,6 +205,36 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
 def _gamma(norm: nn.Module) -> Tensor | None:
     own = dict(norm.named_parameters(recurse=False))
     named = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
-    if named is not None or isinstance(norm, (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        return named
-    return next(iter(own.values()), None)
+    if named is None and isinstance(norm, (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        # Computed, where it is parametrized.
+        return getattr(norm, "weight", None)
+    return next(iter(own.values()), None) if named is None else named
+
+
+def _offset(norm: nn.Module) -> float:
+    """What a norm adds to its weight: its outputs for weights of 0 and of 1, all other parameters being 0, tell."""
+    gamma = _gamma(norm)
+    if gamma is None or type(norm).forward.__module__.startswith("torch."):
+        return 0.0
+    if norm not in _OFFSETS:
+        _OFFSETS[norm] = 0.0
+        # Channels may be the last dimension, or the one after the first.
+        inputs = torch.linspace(-1, 2, 2 * gamma.numel()).to(gamma.device, gamma.dtype).view(2, *gamma.shape)
+        for shape in (inputs.shape, (*inputs.shape, 1), (*inputs.shape, 1, 1), (*inputs.shape, 1, 1, 1)):
+            with contextlib.suppress(Exception), torch.no_grad():
+                zero, one = (_with_weight(norm, gamma, weight, inputs.view(shape)) for weight in (0.0, 1.0))
+                scaled = zero != one
+                if zero.shape == shape and bool(scaled.any()):
+                    _OFFSETS[norm] = float((zero[scaled] / (one - zero)[scaled]).median())
+                    break
+    return _OFFSETS[norm]
+
+
+def _with_weight(norm: nn.Module, gamma: Tensor, weight: float, x: Tensor) -> Tensor:
+    """What a norm makes of ``x`` with another number for all of ``gamma``, and 0 for its other parameters."""
+    state = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    for name, parameter in norm.named_parameters():
+        number = weight if parameter is gamma else 0.0
+        state[name] = torch.full(parameter.shape, number, dtype=parameter.dtype, device=parameter.device)
+    output: Tensor = functional_call(norm, state, x)
+    return output

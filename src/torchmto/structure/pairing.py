@@ -49,6 +49,9 @@ def find_norm_pairs(
     (rows of the packed weight; only where query, key and value come from one norm) and ``out_proj``. Where a
     sum of branches feeds a layer, no single norm precedes it.
 
+    Channels that change places on the way aren't told from those that stay, unless by ``channel_shuffle``, which ends the
+    search: where a flip, an index or reshapes reorder them, give ``pairs``.
+
     Of a layer that is used several times the first use with a norm counts: one weight has one set of strengths.
     A norm that is used several times goes with every layer that runs into it.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from torchmto.checks import check_number
 from torchmto.gradients.torch_private import modules_of
+from torchmto.structure.oracle import Closure
 from torchmto.task_norms import PerTask, active_task, current_tasks, has_split_norms
-
-Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 
 
 class TaskSpecific(PerTask):

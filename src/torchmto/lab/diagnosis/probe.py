@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from torchmto.methods.method import GradientCombiner
 from torchmto.multitask import MultiTask
 from torchmto.solvers.unit import EPS
 from torchmto.step import Network, TaskGradients
+from torchmto.step.losses import Closure
 from torchmto.structure import (
     SplitNorm,
     StructuredLayer,
@@ -37,7 +38,6 @@ from torchmto.structure import (
     record_dataflow,
 )
 
-Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 _TIMED = 4
 """Steps per kind of method that are timed; the first of them doesn't count."""
 

@@ -10,10 +10,11 @@ from torchmto.lab.diagnosis.measurements import Measurements
 from torchmto.lab.diagnosis.probe import probe, probe_priorities
 from torchmto.lab.diagnosis.text import as_json, as_text
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.build import Closure, Parts, build, problem_of
+from torchmto.lab.run.build import Parts, build, problem_of
 from torchmto.lab.run.config import MethodConfig, RunConfig, config_of
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.random_state import seed_everything
+from torchmto.step.losses import Closure
 from torchmto.structure import has_split_norms
 
 

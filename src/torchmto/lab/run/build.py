@@ -1,7 +1,7 @@
 """From settings to the parts of a Run: problem, network, method, optimizer, schedule."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,9 +20,8 @@ from torchmto.lab.references import build_network, load_problem
 from torchmto.lab.run.config import ConfigError, OptimizerConfig, RunConfig, settled
 from torchmto.lab.run.evaluation import Network, placed
 from torchmto.lab.specs import MethodSpec
+from torchmto.step.losses import Closure
 from torchmto.structure import split_norms
-
-Closure = Callable[[tuple[str, ...]], Mapping[str, Any]]
 
 
 @contextlib.contextmanager

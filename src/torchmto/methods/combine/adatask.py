@@ -5,15 +5,16 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag, check_number, found, warn
+from torchmto.checks import check_flag, check_number
+from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.methods.method import GradientOptions
 from torchmto.methods.registry import register_method
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
 @register_method("adatask")
-class AdaTask(GradientCombiner):
+class AdaTask(AdamRule):
     r"""Task-wise adaptive learning rates: the shared parameters move by the sum of the tasks' own Adam steps.
 
     With moments :math:`m_i, v_i` of every task's gradient, bias-corrected by the steps in which the task was present:
@@ -41,8 +42,6 @@ class AdaTask(GradientCombiner):
 
     source = "Yang et al., AAAI 2023, Algorithm 1"
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
-    adapts = True
-    properties = Properties(homogeneity=None, identity=False, pareto=False)
     first: Tensor
     second: Tensor
     times: Tensor
@@ -57,38 +56,18 @@ class AdaTask(GradientCombiner):
         adam_heads: bool = True,
         **options: Unpack[GradientOptions],
     ) -> None:
-        super().__init__(**options)
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise TypeError(found("betas", "a pair of floats", betas))
-        first, second = betas
-        self.betas = (
-            check_number("betas[0]", first, minimum=0, below=1),
-            check_number("betas[1]", second, minimum=0, below=1),
-        )
+        super().__init__(betas, **options)
         self.eps = check_number("eps", eps, minimum=0)
         self.adam_heads = check_flag("adam_heads", adam_heads)
         self._network: Network | None = None
         self.add_state("head_moments", {})
         self.add_state("head_times", {})
 
-    def no_backward(self, num_sources: int) -> str:
-        """It is an optimizer's rule itself."""
-        return "takes the optimizer's step itself"
-
     def setup(self, num_tasks: int) -> None:
         """Moments of every task's gradient, and counts of steps."""
         self.add_state("first", torch.zeros(num_tasks, 0))
         self.add_state("second", torch.zeros(num_tasks, 0))
         self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-
-    def attach(self, network: Network) -> None:
-        """Check that the optimizer doesn't adapt the learning rates a second time."""
-        for optimizer in network.optimizers.all:
-            if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
-                warn(
-                    "Method `adatask` is Adam itself: give MultiTask a torch.optim.SGD without momentum. "
-                    f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
-                )
 
     def step(self, context: StepContext) -> StepInfo:
         """As every combiner; moments of heads are kept by the network's names."""

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer, check_number, found, warn
+from torchmto.checks import check_integer
 from torchmto.gradients import gramian
+from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import Cost, Domain, GradientCombiner, GradientOptions, Properties
+from torchmto.methods.method import Cost, Domain, GradientOptions
 from torchmto.methods.registry import register_method
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import StepContext, StepInfo, TaskGradients
 from torchmto.step.finite import SkippedError
 
 EPS = 1e-8
@@ -19,7 +20,7 @@ EPS = 1e-8
 
 
 @register_method("m_config")
-class MConFIG(GradientCombiner):
+class MConFIG(AdamRule):
     r"""Conflict-free inverse gradients of momenta: about the cost of one task per step.
 
     Every task has a first momentum :math:`m_i \leftarrow \beta_1 m_i + (1 - \beta_1) g_i`, renewed only when it is the task's
@@ -48,8 +49,6 @@ class MConFIG(GradientCombiner):
 
     source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
-    adapts = True
-    properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
     momenta: Tensor
     moment: Tensor
@@ -65,12 +64,8 @@ class MConFIG(GradientCombiner):
         betas: tuple[float, float] = (0.9, 0.999),
         **options: Unpack[GradientOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(betas, **options)
         self.num_updates = None if num_updates is None else check_integer("num_updates", num_updates, minimum=1)
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise TypeError(found("betas", "a pair of floats", betas))
-        first, second = (check_number(f"betas[{i}]", beta, minimum=0, below=1) for i, beta in enumerate(betas))
-        self.betas = first, second
         self.num_fallbacks = 0
         self._direction: Tensor | None = None
 
@@ -83,23 +78,10 @@ class MConFIG(GradientCombiner):
         self.add_state("num_steps", 0)
         self.add_state("turn", 0)
 
-    def attach(self, network: Network) -> None:
-        """Check that the optimizer doesn't adapt the learning rates a second time."""
-        for optimizer in network.optimizers.all:
-            if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
-                warn(
-                    "Method `m_config` is Adam's rule itself: give MultiTask a torch.optim.SGD without momentum. "
-                    f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
-                )
-
     @property
     def one_by_one(self) -> bool:
         """Where not all tasks' gradients are renewed in a step."""
         return self.num_updates is not None
-
-    def no_backward(self, num_sources: int) -> str:
-        """It is an optimizer's rule itself, and mayn't need all of the tasks' gradients."""
-        return "takes the optimizer's step itself"
 
     def cost(self, num_tasks: int) -> Cost:
         """One forward, and a backward for each task whose turn it is (of all tasks in the first step)."""

@@ -22,8 +22,9 @@ class CRMOGM(GramianWeighting):
     Scale, losses, randomness and pairs of batches: those of the other method, whose ``heads`` and ``refresh_every``
     are replaced by this method's. The mean starts at the average of the first weights for every task: 1/K for methods
     on the simplex, as in the paper. A task's mean runs over the steps in which it was present, whichever others were:
-    in a batch without some tasks the smoothed weights of the others needn't sum to 1. Heads: their own task's
-    gradient. The declared properties are those with ``mgda``.
+    in a batch without some tasks the smoothed weights of the others needn't sum to 1. A bound of the other method on
+    its update (``max_norm`` of ``nash_mtl``, ``scale="released"``) clips the smoothed update instead, as it clips none
+    of the weights that are smoothed. Heads: their own task's gradient. The declared properties are those with ``mgda``.
 
     Args:
         method: A Gramian method, by name or as an object.
@@ -60,6 +61,7 @@ class CRMOGM(GramianWeighting):
         super().__init__(**options)
         self.alpha = check_number("alpha", alpha, minimum=0, below=1)
         self.add_state("inner", gramian_method("method", method))
+        self.max_norm = self.inner.max_norm
 
     def setup(self, num_tasks: int) -> None:
         """The smoothed weights [K] and which tasks have some."""
@@ -69,22 +71,22 @@ class CRMOGM(GramianWeighting):
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""
         self.inner.num_fallbacks = 0
-        return self._smooth(self.inner.weights(gramian, losses, indices), indices)
+        return self._smooth(self.inner.weights(gramian, losses, indices), gramian, indices)
 
     def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The other method's weights of this step, smoothed."""
         self.inner.num_fallbacks = 0
-        return self._smooth(self.inner.step_weights(context, gradients), gradients.indices)
+        return self._smooth(self.inner.step_weights(context, gradients), gradients.gramian, gradients.indices)
 
-    def _smooth(self, weights: Tensor, indices: Sequence[int] | None) -> Tensor:
+    def _smooth(self, weights: Tensor, gramian: Tensor, indices: Sequence[int] | None) -> Tensor:
         self.num_fallbacks += self.inner.num_fallbacks
         self.ensure_setup(len(weights))
         present = torch.arange(len(weights)) if indices is None else torch.tensor(list(indices))
-        new = weights.to(device="cpu", dtype=torch.float64)
+        new = self.inner.kept(weights).to(device="cpu", dtype=torch.float64)
         old = torch.where(self.seen[present], self.smoothed[present], new.mean())
         self.smoothed[present] = new + self.alpha * (old - new)
         self.seen[present] = True
-        return self.smoothed[present].to(weights)
+        return self.shortened(self.smoothed[present].to(weights), gramian)
 
     def records(self) -> Mapping[str, Any]:
         """What the other method records."""

@@ -23,6 +23,7 @@ class DoubleSampling(GramianWeighting):
     A subclass implements :meth:`move` and :meth:`row_weights`.
     """
 
+    independent_batches = 2
     shares: Tensor
 
     def __init__(self, **options: Unpack[WeightingOptions]) -> None:

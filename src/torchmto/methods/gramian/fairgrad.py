@@ -7,10 +7,8 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice, check_number
-from torchmto.methods.gramian.clipped import clipped
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
-from torchmto.step import StepContext
 
 RELEASED_NORM = 1.0
 """Largest norm of the released code's update of the shared parameters."""
@@ -57,12 +55,11 @@ class FairGrad(GramianWeighting):
         "convex combination of the others vanishes a ridge is added, a fallback."
     )
 
-    _unclipped: Tensor
-
     def __init__(self, *, alpha: float = 2.0, scale: str = "paper", **options: Unpack[WeightingOptions]) -> None:
         super().__init__(**options)
         self.alpha = check_number("alpha", alpha, above=0)
         self.scale = check_choice("scale", scale, ("paper", "released"))
+        self.max_norm = RELEASED_NORM if scale == "released" else 0.0
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
@@ -75,15 +72,4 @@ class FairGrad(GramianWeighting):
 
     def scaled(self, weights: Tensor, gramian: Tensor) -> Tensor:
         """The weights at the scale that was asked for."""
-        if self.scale == "paper":
-            return weights
-        self._unclipped = len(weights) * weights
-        return clipped(self._unclipped, gramian, RELEASED_NORM)
-
-    def kept(self, weights: Tensor) -> Tensor:
-        """The weights before they were clipped to the length of this step's gradients."""
-        return weights if self.scale == "paper" else self._unclipped
-
-    def bound(self, context: StepContext) -> float:
-        """Clip anew."""
-        return 1.0 if self.scale == "paper" else context.bound(RELEASED_NORM, heads=self.heads)
+        return weights if self.scale == "paper" else self.shortened(len(weights) * weights, gramian)

@@ -68,7 +68,11 @@ class MGDA(GramianWeighting):
         if len(live) in (0, len(gramian)):
             return super().step_weights(context, gradients)
         weights = torch.zeros_like(gramian[0])
-        weights[live] = self.weights(gramian[live][:, live], losses[live], [indices[i] for i in live])
+        self._precision = gradients.precision
+        try:
+            weights[live] = self.weights(gramian[live][:, live], losses[live], [indices[i] for i in live])
+        finally:
+            self._precision = None
         return weights
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:

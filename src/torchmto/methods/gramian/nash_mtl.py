@@ -7,10 +7,8 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer, check_number
-from torchmto.methods.gramian.clipped import clipped
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method
-from torchmto.step import StepContext
 
 
 @register_method("nash_mtl")
@@ -55,7 +53,6 @@ class NashMTL(GramianWeighting):
         "fallback. The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
     )
     HEADS = ("unit", "weighted", "unclipped")
-    _bargain: Tensor
 
     def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:
         every = check_integer("update_every", update_every, minimum=1)
@@ -70,16 +67,6 @@ class NashMTL(GramianWeighting):
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         solution = solvers.nash(self.as_array(gramian), precision=self.precision_of(gramian))
-        self._bargain = weights = self.accept(solution, gramian)
+        weights = self.accept(solution, gramian)
         self.head_weights = weights if self.heads == "unclipped" else None
-        if self.max_norm == 0:
-            return weights
-        return clipped(weights, gramian, self.max_norm)
-
-    def kept(self, weights: Tensor) -> Tensor:
-        """The weights before they were clipped to the length of this step's gradients."""
-        return self._bargain
-
-    def bound(self, context: StepContext) -> float:
-        """Clip anew."""
-        return context.bound(self.max_norm, heads=self.heads) if self.max_norm else 1.0
+        return self.shortened(weights, gramian)

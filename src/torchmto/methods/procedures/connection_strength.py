@@ -51,6 +51,7 @@ class ChannelPriorities:
         self.tasks: tuple[str, ...] = ()
         self.layers: list[StructuredLayer] = []
         self._network: Network | None = None
+        self._parameters: Sequence[Tensor] = ()
         self._pairs: Pairs = {}
         self._seen: list[str] = []
         self._searching = False
@@ -60,7 +61,7 @@ class ChannelPriorities:
         """Take a model; what is known of a former one is forgotten."""
         if self._network is not None:
             self._pairs, self._seen = {}, []
-        self._network, self.tasks = network, tasks
+        self._network, self._parameters, self.tasks = network, network.parameters, tasks
         search = PairSearch(network.model)
         if self.explicit is not None:
             search.take(self.explicit)
@@ -68,6 +69,20 @@ class ChannelPriorities:
             search.recall(self._pairs)
         self._searching = self.explicit is None and has_split_norms(network.model)
         self._take(search)
+
+    def follow(self, network: Network) -> None:
+        """Where others are trained than before, layers and norms may have been replaced: take those of the same names."""
+        if network is self._network:
+            if network.parameters is self._parameters:
+                return
+            search = PairSearch(network.model)
+            with contextlib.suppress(ValueError):
+                search.recall(self._pairs)
+                self._parameters, self.layers = network.parameters, []
+                self._take(search)
+                return
+        # Others: they are found anew.
+        self.attach(network, self.tasks)
 
     @property
     def network(self) -> Network:
@@ -279,8 +294,9 @@ class ConnectionStrength(Procedure):
         phase2: "priority", or any other method (name or object) to use as the second phase.
         measure: "parameters" (the paper's), "gradients" (:math:`\sum g^2`) or "saliency" (:math:`\sum |w g|`).
         degenerate: Where one task leads every channel of a layer: "sum", as released; "project", the formula as printed.
-        pairs: Explicit (layer, norm) paths, if they aren't to be found.
-        record_layers: Record the leading shares of every layer, not only overall.
+        pairs: Explicit (layer, norm) paths, if they aren't to be found: where channels change places in between, say.
+        record_layers: Record the leading shares of every layer, not only overall. They are those among all tasks: of a batch
+            without some, what the norms say, and with the other measures none.
 
     Raises:
         ValueError: If an option is unknown, or "sequence" has no ``total_steps``.
@@ -412,12 +428,12 @@ class ConnectionStrength(Procedure):
     def step(self, context: StepContext) -> StepInfo:
         """One batch in phase 1 or 2."""
         phase = self._now = self._phase()
-        if self.priorities.network is not context.network:
-            self.priorities.attach(context.network, self.tasks)
+        self.priorities.follow(context.network)
         with self.priorities.watching():
             if phase == 1:
                 one_task_at_a_time(context, self.generator if self.shuffle else None)
-                info = context.info(records=self._records(context, phase))
+                self.priorities.learn(context.info().losses)
+                info = context.info(records=self._records(phase))
             else:
                 info = self._second_phase(context)
         self.num_steps += 1
@@ -427,41 +443,36 @@ class ConnectionStrength(Procedure):
         second = self.second
         if not isinstance(second, PriorityProjection):
             info: StepInfo = second.step(context)
-            return replace(info, records={**info.records, **self._records(context, 2)})
+            self.priorities.learn(info.losses)
+            return replace(info, records={**info.records, **self._records(2)})
         gradients = context.gradients()
         self.priorities.learn(context.info().losses)
         context.combine(gradients, vector=second.combine(gradients))
         context.apply()
-        tops = [(name, top, gradients.indices) for name, top in second.tops]
-        return context.info(gradients=gradients, records=self._records(context, 2, tops))
+        # In a batch without some tasks others lead what these do otherwise: that is no priority.
+        tops = second.tops if len(gradients.indices) == len(self.tasks) else None
+        return context.info(gradients=gradients, records=self._records(2, tops))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; older ones hold no pairs of layers and norms, which are then found anew."""
         super().load_state_dict({"priorities": {"pairs": {}, "seen": []}, **state})
 
-    def _records(
-        self, context: StepContext, phase: int, tops: list[tuple[str, Tensor, tuple[int, ...]]] | None = None
-    ) -> dict[str, Any]:
+    def _records(self, phase: int, tops: Sequence[tuple[str, Tensor]] | None = None) -> dict[str, Any]:
         """The phase, and the share of channels that each task leads, overall and per layer."""
         records: dict[str, Any] = {"phase": phase}
-        if tops is None:
-            self.priorities.learn(context.info().losses)
         if tops is None and self.measure == "parameters":
-            everyone = tuple(range(len(self.tasks)))
-            layers = self.priorities.shared_layers()
-            tops = [(layer.name, self.priorities.top(layer, tasks, everyone), everyone) for layer, tasks in layers]
+            layers, everyone = self.priorities.shared_layers(), range(len(self.tasks))
+            tops = [(layer.name, self.priorities.top(layer, candidates, everyone)) for layer, candidates in layers]
         if not tops:
             return records
-        counts = torch.stack([torch.bincount(top + 1, minlength=len(indices) + 1) for _, top, indices in tops]).tolist()
-        total: dict[str, int] = dict.fromkeys(self.tasks, 0)
-        by_layer: dict[str, dict[str, float]] = {}
-        for (name, top, indices), row in zip(tops, counts, strict=True):
-            led = {self.tasks[i]: count for i, count in zip(indices, row[1:], strict=True)}
-            by_layer[name] = {task: count / len(top) for task, count in led.items()}
-            for task, count in led.items():
-                total[task] += count
-        channels = sum(len(top) for _, top, _ in tops)
-        records["priority_shares"] = {task: count / channels for task, count in total.items()}
+        counts = torch.stack([torch.bincount(top + 1, minlength=len(self.tasks) + 1)[1:] for _, top in tops])
+
+        def shares(led: Tensor, channels: int) -> dict[str, float]:
+            return {task: count / channels for task, count in zip(self.tasks, led.tolist(), strict=True)}
+
+        records["priority_shares"] = shares(counts.sum(0), sum(len(top) for _, top in tops))
         if self.record_layers:
-            records["layer_priority_shares"] = by_layer
+            records["layer_priority_shares"] = {
+                name: shares(led, len(top)) for (name, top), led in zip(tops, counts.cpu(), strict=True)
+            }
         return records

@@ -1,0 +1,41 @@
+"""What the combiners that are Adam themselves have in common."""
+
+from typing import Unpack
+
+import torch
+
+from torchmto.checks import check_number, found, warn
+from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
+from torchmto.step import Network
+
+
+class AdamRule(GradientCombiner):
+    """Base of the combiners whose rows' combination is a direction of Adam's, so that the optimizer should be plain SGD.
+
+    Args:
+        betas: Decays of the two moments, in [0, 1).
+        **options: ``heads``.
+    """
+
+    adapts = True
+    properties = Properties(homogeneity=None, identity=False, pareto=False)
+
+    def __init__(self, betas: tuple[float, float], **options: Unpack[GradientOptions]) -> None:
+        super().__init__(**options)
+        if not isinstance(betas, tuple | list) or len(betas) != 2:
+            raise TypeError(found("betas", "a pair of floats", betas))
+        first, second = (check_number(f"betas[{i}]", beta, minimum=0, below=1) for i, beta in enumerate(betas))
+        self.betas = first, second
+
+    def no_backward(self, num_sources: int) -> str:
+        """It is an optimizer's rule itself."""
+        return "takes the optimizer's step itself"
+
+    def attach(self, network: Network) -> None:
+        """Check that the optimizer doesn't adapt the learning rates a second time."""
+        for optimizer in network.optimizers.all:
+            if not isinstance(optimizer, torch.optim.SGD) or any(group["momentum"] for group in optimizer.param_groups):
+                warn(
+                    f"Method `{self.name}` is Adam's rule itself: give MultiTask a torch.optim.SGD without momentum. "
+                    f"Found {type(optimizer).__name__}, which adapts or averages its directions once more.",
+                )
