@@ -71,7 +71,7 @@ class Layerwise(Engine):
         self._graphs = [read_graph(losses) for losses in forwards]
         reached: dict[int, int] = {}
         for graph in self._graphs:
-            for key, (_, mask) in graph.reached.items():
+            for key, mask in graph.reached.items():
                 reached[key] = reached.get(key, 0) | mask
         return reached
 

@@ -75,18 +75,15 @@ BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
 
-def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
-    """``matrix @ other.T`` (default: of itself), block by block of columns, without a copy of either."""
-    other = matrix if other is None else other
+def products(matrix: Tensor) -> Tensor:
+    """``matrix @ matrix.T``, block by block of columns, without a copy."""
     wide = wide_dtype(matrix.device)
     whole = matrix.shape[1] // BLOCK
-    if not whole:
-        return (matrix @ other.T).to(wide)
-    product = (matrix[:, whole * BLOCK :] @ other[:, whole * BLOCK :].T).to(wide)
-    left, right = (
-        torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
-    )
-    product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
+    rest = matrix[:, whole * BLOCK :] if whole else matrix
+    product = (rest @ rest.T).to(wide)
+    if whole:
+        blocks = torch.unflatten(matrix[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1)
+        product += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 
