@@ -13,8 +13,8 @@ class ShardedRows(Columns):
     """J [K, P] of which rank r holds the columns ``r * n`` to ``(r + 1) * n``, n = P / N rounded up.
 
     A task's whole row exists only in one scratch vector [P], from which the sum over the ranks is scattered while the next
-    task's backward runs. Memory: ``K P / N + P`` instead of ``K P``. It offers what :class:`~torchmto.gradients.rows.Rows` offers,
-    except views per parameter. :meth:`send` and a :meth:`grow` with rows are called by all ranks together.
+    task's backward runs. Memory: ``K P / N + P`` instead of ``K P``. It offers what :class:`~torchmto.gradients.rows.Rows`
+    offers, except views per parameter. :meth:`send` and a :meth:`grow` with rows are called by all ranks together.
 
     Args:
         num_tasks: K.
