@@ -85,11 +85,6 @@ def unknown_task(name: object, tasks: Iterable[str], where: str = "") -> str:
     return f"Unknown task `{name}`{place}. The tasks are {', '.join(known) or 'not known yet'}.{nearest(name, known)}"
 
 
-def _is_number(value: object) -> bool:
-    # numpy's scalars are numbers of numbers.Real.
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def check_number(
     name: str,
     value: Any,
@@ -105,24 +100,17 @@ def check_number(
         TypeError: If ``value`` isn't a number.
         ValueError: If it is out of range or not finite.
     """
-    bounds = []
-    if minimum > -math.inf:
-        bounds.append(f">= {minimum:g}")
-    if above > -math.inf:
-        bounds.append(f"> {above:g}")
-    if maximum < math.inf:
-        bounds.append(f"<= {maximum:g}")
-    if below < math.inf:
-        bounds.append(f"< {below:g}")
-    should = "a non-negative float" if bounds == [">= 0"] else "a finite float"
-    should = "a positive float" if bounds == ["> 0"] else should
-    if should == "a finite float" and bounds:
-        should = f"a float {' and '.join(bounds)}"
-    if not _is_number(value):
+    given = {">=": minimum, ">": above, "<=": maximum, "<": below}
+    bounds = " and ".join(f"{sign} {bound:g}" for sign, bound in given.items() if math.isfinite(bound))
+    names = {"": "a finite float", ">= 0": "a non-negative float", "> 0": "a positive float"}
+    should = names.get(bounds, f"a float {bounds}")
+    # numpy's scalars are numbers of numbers.Real.
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(found(name, should, value))
-    if not (math.isfinite(value) and minimum <= value <= maximum and above < value < below):
+    number = float(value)
+    if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         raise ValueError(found(name, should, value))
-    return float(value)
+    return number
 
 
 def check_integer(name: str, value: Any, *, minimum: int) -> int:
@@ -163,26 +151,26 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
     return str(value)
 
 
-def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
-    """Return the names of the tasks as a tuple: at least one, no name twice.
+def check_tasks(tasks: Iterable[str], parameter: str = "tasks") -> tuple[str, ...]:
+    """Return the names of the tasks, the argument ``parameter``, as a tuple: at least one, no name twice.
 
     Raises:
         TypeError: If a name isn't a string, or ``tasks`` is a single string.
         ValueError: If there is no task, an empty name or a name twice.
     """
     if isinstance(tasks, str) or not isinstance(tasks, Iterable):
-        raise TypeError(found("tasks", "a sequence of task names", tasks))
+        raise TypeError(found(parameter, "a sequence of task names", tasks))
     names = tuple(tasks)
     if not names:
-        raise ValueError(found("tasks", "a sequence of at least one task name", list(names)))
+        raise ValueError(found(parameter, "a sequence of at least one task name", list(names)))
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(found("tasks", "a sequence of strings", list(names)))
+            raise TypeError(found(parameter, "a sequence of strings", list(names)))
         if not name:
-            raise ValueError(found("tasks", "a sequence of non-empty names", list(names)))
+            raise ValueError(found(parameter, "a sequence of non-empty names", list(names)))
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(
-            f"{found('tasks', 'a sequence of different names', list(names))} Task `{twice}` is there twice."
+            f"{found(parameter, 'a sequence of different names', list(names))} Task `{twice}` is there twice."
         )
     return names

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 __all__ = ["delta_m"]
-
-Value = TypeVar("Value")
 
 
 def delta_m(
@@ -43,46 +41,37 @@ def delta_m(
     >>> delta_m({"seg": 55.0}, {"seg": 50.0}, {"seg": True})
     10.0
     """
-    names = list(values) if isinstance(values, Mapping) else None
-    numbers = _in_order("values", values, names)
-    references = _in_order("baseline", baseline, names, len(numbers))
-    directions = _in_order("higher_is_better", higher_is_better, names, len(numbers))
+    numbers = _by_task("values", values, values)
+    references = _by_task("baseline", baseline, values)
+    directions = _by_task("higher_is_better", higher_is_better, values)
     if not numbers:
         raise ValueError("Parameter `values` should hold one metric for each task. Found none.")
     total = 0.0
-    for task, value, reference, higher in zip(
-        names or range(len(numbers)), numbers, references, directions, strict=True
-    ):
-        for name, number in (("values", float(value)), ("baseline", float(reference))):
+    for task, given in numbers.items():
+        value, reference = float(given), float(references[task])
+        for name, number in (("values", value), ("baseline", reference)):
             if not math.isfinite(number):
                 raise ValueError(f"Parameter `{name}` should be finite. Found `{name}[{task!r}] = {number}`.")
-        if float(reference) == 0:
+        if reference == 0:
             raise ValueError(
                 f"Parameter `baseline` should be non-zero: a change relative to 0 has no meaning. "
                 f"Found `baseline[{task!r}] = {reference}`."
             )
-        change = (float(value) - float(reference)) / abs(float(reference))
-        total += change if higher else -change
+        change = (value - reference) / abs(reference)
+        total += change if directions[task] else -change
     return 100 * total / len(numbers)
 
 
-def _in_order(
-    parameter: str,
-    given: Sequence[Value] | Mapping[str, Value],
-    names: list[str] | None,
-    length: int | None = None,
-) -> list[Value]:
-    """The entries of ``given`` in the order of ``names``, or as they are where there are no names."""
-    if isinstance(given, str | bytes) or isinstance(given, Mapping) != (names is not None):
-        kind = "sequence" if names is None else "mapping from task to number"
+def _by_task(parameter: str, given: Any, like: Any) -> dict[Any, Any]:
+    """The entries of ``given`` by task, or by number where ``like`` has no names."""
+    named = isinstance(like, Mapping)
+    if isinstance(given, str | bytes) or isinstance(given, Mapping) != named:
+        kind = "mapping from task to number" if named else "sequence"
         raise TypeError(f"Parameter `{parameter}` should be a {kind}, as `values` is. Found `{parameter} = {given!r}`.")
-    if isinstance(given, Mapping):
-        assert names is not None
-        if set(given) != set(names):
-            raise ValueError(
-                f"Parameter `{parameter}` should have the tasks {sorted(names)}. Found the tasks {sorted(given)}."
-            )
-        return [given[name] for name in names]
-    if length is not None and len(given) != length:
-        raise ValueError(f"Parameter `{parameter}` should have {length} entries, as `values` has. Found {len(given)}.")
-    return list(given)
+    if named and set(given) != set(like):
+        raise ValueError(f"Parameter `{parameter}` should have the tasks {sorted(like)}. Found {sorted(given)}.")
+    if len(given) != len(like):
+        raise ValueError(
+            f"Parameter `{parameter}` should have {len(like)} entries, as `values` has. Found {len(given)}."
+        )
+    return dict(given if named else enumerate(given))

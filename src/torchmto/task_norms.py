@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import found
-from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single, modules_of, uncompiled
+from torchmto.checks import check_tasks, found
+from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single
 
 _NORM_TYPES = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_NAME = re.compile(r"norm(alization)?(1d|2d|3d)?$", re.IGNORECASE)
@@ -103,7 +103,7 @@ def active_tasks(names: Sequence[str]) -> Iterator[None]:
         TypeError: ``names`` is a string or holds something else than strings.
         ValueError: no task, or a task twice.
     """
-    tasks = _checked_names(names, "names")
+    tasks = check_tasks(names, "names")
     fused = torch.backends.mha.get_fastpath_enabled()
     if len(tasks) > 1:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -248,21 +248,21 @@ def split_norms(
         ...     model(torch.zeros(2, 3, 5, 5)).shape
         torch.Size([2, 8, 3, 3])
     """
-    names = _checked_names(tasks, "tasks")
-    wanted = _wanted_paths(model, modules)
-    unwanted = tuple(_checked_path(model, path) for path in ([exclude] if isinstance(exclude, str) else exclude))
+    names = check_tasks(tasks)
+    inside = _modules(model, [model] if modules is None else modules) - _modules(model, exclude)
     if is_norm(model):
         raise ValueError("Parameter `model` is itself a norm, which can't be replaced in place. Wrap it in a module.")
 
     places: list[tuple[nn.Module, str, nn.Module]] = []
-    for path, module in model.named_modules(remove_duplicate=False):
-        for child_name, child in module.named_children():
-            full = uncompiled(f"{path}.{child_name}" if path else child_name)
-            if not _inside(full, wanted) or _inside(full, unwanted):
+    for module in model.modules():
+        for child_name, child in children_of(module).items():
+            if child is None or child not in inside:
                 continue
             if isinstance(child, SplitNorm):
                 if child.task_names != names:
-                    raise ValueError(f"The norm {full!r} is already split for the tasks {list(child.task_names)}.")
+                    raise ValueError(
+                        f"The norm {child_name!r} is already split for the tasks {list(child.task_names)}."
+                    )
             elif not isinstance(module, SplitNorm) and is_norm(child) and _has_state(child):
                 _check_key_parts(names, child)
                 places.append((module, child_name, child))
@@ -327,20 +327,6 @@ def _has_state(norm: nn.Module) -> bool:
     return next(norm.parameters(), None) is not None or next(norm.buffers(), None) is not None
 
 
-def _checked_names(tasks: Iterable[str], argument: str) -> tuple[str, ...]:
-    if isinstance(tasks, str):
-        raise TypeError(f"Parameter `{argument}` should be a sequence of names. Found the string {tasks!r}.")
-    names = tuple(tasks)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"Parameter `{argument}` should hold names. Found {name!r}.")
-    if not names:
-        raise ValueError(f"Parameter `{argument}` should name at least one task. Found none.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"Parameter `{argument}` should name every task once. Found {list(names)}.")
-    return names
-
-
 def _check_key_parts(names: Iterable[str], norm: nn.Module) -> None:
     for name in names:
         if not name or "." in name:
@@ -355,29 +341,16 @@ def _check_key_parts(names: Iterable[str], norm: nn.Module) -> None:
             )
 
 
-def _checked_path(model: nn.Module, path: str) -> str:
-    try:
-        model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(f"The model has no module {path!r}.") from error
-    return uncompiled(path)
-
-
-def _wanted_paths(model: nn.Module, modules: Iterable[nn.Module | str] | None) -> tuple[str, ...]:
-    if modules is None:
-        return ("",)
-    chosen = [modules] if isinstance(modules, (str, nn.Module)) else modules
-    paths = {id(module): path for path, module in modules_of(model).items()}
-    wanted = []
-    for module in chosen:
-        if isinstance(module, str):
-            wanted.append(_checked_path(model, module))
-        elif id(module) in paths:
-            wanted.append(paths[id(module)])
-        else:
+def _modules(model: nn.Module, roots: nn.Module | str | Iterable[nn.Module | str]) -> set[nn.Module]:
+    """All modules inside some of a model, given as objects or paths."""
+    known = set(model.modules())
+    found_inside: set[nn.Module] = set()
+    for root in [roots] if isinstance(roots, (str, nn.Module)) else roots:
+        try:
+            module = model.get_submodule(root) if isinstance(root, str) else root
+        except AttributeError as error:
+            raise ValueError(f"The model has no module {root!r}.") from error
+        if module not in known:
             raise ValueError(f"Parameter `modules` should hold modules of the model. Found a {type(module).__name__}.")
-    return tuple(wanted)
-
-
-def _inside(path: str, roots: Iterable[str]) -> bool:
-    return any(not root or path == root or path.startswith(f"{root}.") for root in roots)
+        found_inside.update(module.modules())
+    return found_inside

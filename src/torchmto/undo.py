@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchmto.gradients.torch_private import buffers_of, children_of, version_of
 
@@ -16,13 +17,13 @@ class BufferSnapshot:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._kept: dict[tuple[int, str], _KeptBuffer] = {}
-        self._empty: list[tuple[nn.Module, str]] = []
+        self._empty: list[tuple[nn.Module, str, Tensor | None]] = []
 
     def take(self) -> None:
         """Copy the buffers."""
         current: dict[tuple[int, str], _KeptBuffer] = {}
         again: list[_KeptBuffer] = []
-        empty: list[tuple[nn.Module, str]] = []
+        empty: list[tuple[nn.Module, str, Tensor | None]] = []
         # Like `model.modules()`, but several times as fast; a reused module comes more than once.
         stack: list[nn.Module | None] = [self._model]
         while stack:
@@ -31,8 +32,8 @@ class BufferSnapshot:
                 continue
             stack.extend(children_of(module).values())
             for name, buffer in buffers_of(module).items():
-                if buffer is None:
-                    empty.append((module, name))
+                if buffer is None or is_lazy(buffer):
+                    empty.append((module, name, buffer))
                     continue
                 kept = self._kept.get((id(module), name))
                 if kept is None or not kept.fits(module, buffer):
@@ -58,8 +59,8 @@ class BufferSnapshot:
             buffers = buffers_of(kept.module)
             if buffers.get(kept.name) is not kept.buffer:
                 buffers[kept.name] = kept.buffer
-        for module, name in self._empty:
-            buffers_of(module)[name] = None
+        for module, name, buffer in self._empty:
+            buffers_of(module)[name] = buffer
 
 
 class _KeptBuffer:

@@ -21,7 +21,7 @@ assert dist.get_world_size() == 2 and all(torch.equal(one, mine) for one in all_
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
 def test_scripts_run_under_torchrun(sharded, tmp_path):
-    script, fsdp = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    script, fsdp = re.findall(r"^```python\n(?!>>>)(.*?)^```$", PAGE.read_text("utf-8"), re.DOTALL | re.MULTILINE)
     if sharded:
         script = script.replace("optimizer =", f"{fsdp}optimizer =")
     end = "dist.destroy_process_group()\n"

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
+from torchmto.gradients.choice import Auto
 from torchmto.gradients.engine import Piece, Wanted
 from torchmto.gradients.factors import find_factors
 from torchmto.gradients.graph import read_graph
-from torchmto.gradients.layerwise import Kept, Layerwise
+from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.torch_private import hooked
 from torchmto.structure import split_norms
@@ -318,7 +319,7 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
     if any(map(hooked, read_graph(losses).common)):
         return
-    kept = Kept()
+    kept = Auto()
     kept.read([losses])
     wanted = {id(p): p for p in parameters}
     kept.factors = find_factors(kept.graph.common, kept.graph.uses, wanted, K)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_a_missing_name_is_an_error_where_it_is_used():
         with pytest.raises(RuntimeError, match=clear):
             missing()
     with pytest.raises(RuntimeError, match=clear):
-        torch_private._defines(torch, "_not_there")
+        torch_private._defined(torch, "_not_there")
     with pytest.raises(RuntimeError, match=clear):
         torch_private.saved((torch.ones(1, requires_grad=True) * 2).grad_fn, "there")
 
@@ -237,7 +238,7 @@ def test_a_missing_name_is_an_error_where_it_is_used():
 RENAMED = [
     (torch_private._sink, torch.nn.parallel.distributed, "_DDPSink"),
     (torch_private.reentrant, torch.utils.checkpoint, "CheckpointFunction"),
-    (torch_private._compiled, torch_private, "_functions"),
+    (torch_private._compiled, inspect, "getsource"),
 ]
 
 
@@ -247,8 +248,8 @@ def test_names_that_nodes_are_recognised_by_are_looked_for(name, owner, attribut
     name.cache_clear()
     assert name()
     name.cache_clear()
-    if owner is torch_private:
-        monkeypatch.setattr(owner, attribute, lambda module: [])
+    if owner is inspect:
+        monkeypatch.setattr(owner, attribute, lambda module: "")
     else:
         monkeypatch.delattr(owner, attribute)
     with pytest.raises(RuntimeError, match="which torchmto relies on"):

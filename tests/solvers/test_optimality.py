@@ -315,10 +315,13 @@ def test_modo_steps_converge_to_the_regularised_minimum():
         (lambda G: solvers.wpcgrad(G, [0, 0]), r"Parameter `order` should be a permutation of 2 tasks."),
         (lambda G: solvers.wpcgrad_pairwise(G, np.ones((2, 2))), r"should name one of each pair."),
         (lambda G: solvers.wpcgrad_pairwise(G, np.ones(2)), r"Parameter `keep` should have the shape \(2, 2\)."),
-        (lambda G: solvers.krum(G, num_outliers=-1), r"Parameter `num_outliers` should be a non-negative int."),
-        (lambda G: solvers.krum(G, num_selected=0), r"Parameter `num_selected` should be a positive int."),
-        (lambda G: solvers.sdmgrad(G, regularization=-1.0), r"Parameter `regularization` should be non-negative."),
-        (lambda G: solvers.modo(G, learning_rate=-1.0), r"Parameter `learning_rate` should be non-negative."),
+        (lambda G: solvers.krum(G, num_outliers=-1), r"Parameter `num_outliers` should be an int >= 0."),
+        (lambda G: solvers.krum(G, num_selected=0), r"Parameter `num_selected` should be an int >= 1."),
+        (
+            lambda G: solvers.sdmgrad(G, regularization=-1.0),
+            r"Parameter `regularization` should be a non-negative float.",
+        ),
+        (lambda G: solvers.modo(G, learning_rate=-1.0), r"Parameter `learning_rate` should be a non-negative float."),
         (solvers.simplex_projection, r"Parameter `values` should be a vector of finite numbers."),
     ],
 )

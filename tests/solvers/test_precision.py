@@ -142,7 +142,7 @@ def test_the_type_of_the_gramian_tells_its_precision():
 
 @pytest.mark.parametrize("precision", [0.0, -1e-7, 1.0, np.nan])
 def test_wrong_precision(precision):
-    with pytest.raises(ValueError, match=r"Parameter `precision` should be a float between 0 and 1. Found"):
+    with pytest.raises(ValueError, match=r"Parameter `precision` should be a float > 0 and < 1. Found"):
         solvers.upgrad(np.eye(2), precision=precision)
 
 

@@ -105,8 +105,10 @@ def test_tied_norms_and_tied_parameters_stay_tied():
     shared = nn.LayerNorm(3)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared), "c": nn.LayerNorm(3)})
     model["c"].weight = shared.weight
+    model["a"].again = shared
     split_norms(model, TASKS)
-    assert model["a"][0] is model["b"][0]
+    assert model["a"][0] is model["a"].again is model["b"][0]
+    assert has_split_norms(model["b"])
     assert model["c"].seg.weight is model["a"][0].seg.weight
     assert model["c"].seg.weight is not model["c"].depth.weight
 
@@ -140,11 +142,11 @@ def test_splitting_again():
 @pytest.mark.parametrize(
     ("tasks", "error", "message"),
     [
-        ("seg", TypeError, "Found the string 'seg'"),
-        ([1, 2], TypeError, "Found 1"),
+        ("seg", TypeError, "Found `tasks = 'seg'`"),
+        ([1, 2], TypeError, "a sequence of strings"),
         ([], ValueError, "at least one task"),
-        (["a", "a"], ValueError, "every task once"),
-        (["a", ""], ValueError, "part of a state key"),
+        (["a", "a"], ValueError, "there twice"),
+        (["a", ""], ValueError, "non-empty names"),
         (["a.b"], ValueError, "part of a state key"),
         (["weight"], ValueError, "attribute of BatchNorm2d"),
         (["train"], ValueError, "attribute of"),

@@ -4,11 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from torchmto.gradients.factors import find_factors
-from torchmto.gradients.layerwise import Kept
+from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
+from torchmto.gradients.factors import Factor, find_factors
+from torchmto.gradients.graph import Graph, cut, read_graph
+from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
+from torchmto.gradients.stack import Stack
 from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
+from torchmto.gradients.walk import Walk
 
 FEW = 2**14
 """Elements of all parameters up to which rows are always cheaper: what could be saved is less than reading the graph takes."""
@@ -26,8 +32,11 @@ LIVE = 3
 """How many cotangents as large as the largest there may be at a time."""
 
 
-class Auto(Kept):
-    """Decides at every step between the rows and :class:`~torchmto.gradients.layerwise.Kept`.
+class Auto(Engine):
+    """Decides at every step between the rows and a walk down the graph.
+
+    What the walk keeps combines the gradients without another backward: gradients where they are small, cotangents of layers
+    with few samples.
 
     The decision depends on the graph, its shapes and K alone, never on timing: so a step that is repeated, in another process
     or after loading a state, is repeated to the bit. It compares, in multiplications, what the rows needn't do (reading the
@@ -39,7 +48,11 @@ class Auto(Kept):
     largest activation take more room than the rows that they save.
     """
 
+    name: ClassVar[str] = "mixed"
     optional: ClassVar[bool] = True
+
+    def __init__(self) -> None:
+        self.forget()
 
     def suits(self, sources: Sequence[Sequence[Any]], parameters: Sequence[Tensor]) -> bool:
         """One forward by one closure, with enough parameters, none of which has hooks."""
@@ -50,6 +63,19 @@ class Auto(Kept):
     def begin(self) -> None:
         """Count the hooks that there are."""
         self._hooks = hooks_made()
+
+    def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
+        """Read the whole graph."""
+        self.graph = read_graph(forwards[0])
+        return {key: mask for key, (_, mask) in self.graph.reached.items()}
+
+    def forget(self) -> None:
+        """Give up the graph and what was kept."""
+        self.graph = Graph()
+        self.factors: dict[Node, Factor] = {}
+        self._cotangents: list[tuple[Factor, Stack]] = []
+        self._formed: Formed = {}
+        self._seeds: dict[int, Tensor | None] = {}
 
     def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
         """Whether gradients that needn't be formed save more time than the walk takes in Python, and room besides."""
@@ -71,3 +97,31 @@ class Auto(Kept):
             return False
         self.factors = factors
         return True
+
+    def gramian(self, wanted: Wanted) -> Tensor:
+        """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
+        product = no_products(wanted)
+        walk = Walk(wanted.pieces[0], wanted.tasks)
+        for segment in cut(self.graph, sizes(wanted, self.factors), self.factors):
+            self._cotangents += advance(walk, segment, wanted, product, self._formed)
+        add_products(product, self._formed.values())
+        self._seeds, self.graph = dict(wanted.pieces[0].seeds), Graph()
+        return product
+
+    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
+        """Weighted sums of what was kept, and products with them."""
+        weights = [float(ratio(weighted, self._seeds[task])) for task, weighted in pieces[0].seeds.items()]
+        with torch.no_grad():
+            for leaf, stack in self._formed.items():
+                leaf.grad = _weighted(stack, weights).to(leaf)
+            for factor, stack in self._cotangents:
+                factor.leaf.grad = factor.combined(_weighted(stack.wide, weights))
+        self.forget()
+        return 0
+
+
+def _weighted(stack: Stack, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of a stack."""
+    values = stack.values
+    total: Tensor = torch.tensordot(values.new_tensor([weights[row] for row in stack.rows]), values, 1)
+    return total

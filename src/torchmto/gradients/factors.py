@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.rows import products
+from torchmto.gradients.rows import products, wide_dtype
 from torchmto.gradients.torch_private import has_hooks, hooked, saved
 
 AT_ONCE = 2**20
@@ -81,10 +81,10 @@ class Linear(Factor):
         step = max(1, AT_ONCE // (len(cotangents) * len(given)))
         total: Tensor | None = None
         for start in range(0, cotangents.shape[2], step):
-            # One long product instead of k short ones.
+            # One long product instead of k short ones, then inner products sample by sample.
             part = _wide(cotangents[:, :, start : start + step]).transpose(0, 1).contiguous()
             other = (inner @ part.flatten(1)).view(part.shape)
-            found = _over_samples(part, other)
+            found = torch.bmm(part, other.mT).sum(0, dtype=wide_dtype(part.device))
             total = found if total is None else total + found
         assert total is not None
         return (total + total.T) / 2
@@ -145,12 +145,6 @@ class Lookup(Factor):
 def _wide(tensor: Tensor) -> Tensor:
     """A tensor in float32 at least."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _over_samples(left: Tensor, right: Tensor) -> Tensor:
-    """Inner products [k, k] of tasks' cotangents [samples, k, columns], sample by sample."""
-    wide = torch.float32 if left.device.type == "mps" else torch.float64
-    return torch.bmm(left, right.mT).sum(0, dtype=wide)
 
 
 def find_factors(

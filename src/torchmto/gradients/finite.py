@@ -23,8 +23,7 @@ def real(tensor: Tensor) -> Tensor:
 
 def plain(gradient: Tensor) -> Tensor:
     """A gradient as autograd gives it as an ordinary tensor of real numbers."""
-    gradient = gradient.to_dense() if gradient.is_sparse else gradient
-    return real(gradient) if gradient.dtype.is_complex else gradient
+    return real(dense(gradient))
 
 
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:

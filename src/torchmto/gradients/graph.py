@@ -39,18 +39,7 @@ class Graph:
     @functools.cached_property
     def common(self) -> list[Node]:
         """The nodes that more than one task reaches, in order."""
-        return [node for node in self.order if _several(self.masks[node])]
-
-
-def _several(mask: int) -> bool:
-    """Whether a bit mask has more than one task."""
-    return mask & (mask - 1) != 0
-
-
-def leaf_of(node: Node) -> Tensor | None:
-    """The leaf whose gradient ``node`` accumulates; None for nodes of operations."""
-    variable: Tensor | None = getattr(node, "variable", None)
-    return variable
+        return [node for node in self.order if self.masks[node].bit_count() > 1]
 
 
 def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Graph:
@@ -79,7 +68,7 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
     while ready:
         node = heapq.heappop(ready)[2]
         mask = masks[node]
-        leaf = None if following[node] else leaf_of(node)
+        leaf = None if following[node] else getattr(node, "variable", None)
         if leaf is not None:
             graph.leaves[node] = leaf
             graph.reached[id(leaf)] = (leaf, mask)
@@ -117,19 +106,6 @@ class Run:
     stop: bool = True
 
 
-@dataclass
-class Segment:
-    """Consecutive runs, whose parameters' gradients are reduced together.
-
-    Attributes:
-        runs: The runs.
-        leaves: Parameters that they use.
-    """
-
-    runs: list[Run] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
-
-
 def cut(
     graph: Graph,
     sizes: Mapping[int, int],
@@ -137,8 +113,8 @@ def cut(
     *,
     direct: bool = True,
     whole: bool = False,
-) -> list[Segment]:
-    """Cut a graph into runs, and these into segments.
+) -> list[list[Run]]:
+    """Cut a graph into runs, and these into segments: consecutive runs, whose parameters' gradients are reduced together.
 
     Args:
         graph: The graph.
@@ -171,31 +147,28 @@ class _Cut:
     def _needs(self, node: Node) -> tuple[bool, ...]:
         return tuple(other in self._needed for other, _ in node.next_functions)
 
-    def whole(self) -> Segment:
+    def whole(self) -> list[Run]:
         """All that is needed as one run."""
         run = self._run([node for node in self._graph.order if node in self._needed])
         run.stop = False
-        return Segment([run], run.leaves)
+        return [run]
 
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[list[Run]]:
         """The segments: those nodes first that one task alone reaches, task by task."""
         graph = self._graph
         runs = list(self._heads())
         done = {node for run in runs for node in run.nodes}
         rest = [node for node in graph.order if node in self._needed and node not in done]
         runs += self._trunk(rest)
-        segments, current, size = [], Segment(), 0
-        known: set[Tensor] = set()
+        segments: list[list[Run]] = [[]]
+        size = 0
         for run in runs:
             if size >= self._enough:
-                segments.append(current)
-                current, size, known = Segment(), 0, set()
-            current.runs.append(run)
-            new = [leaf for leaf in run.leaves if leaf not in known]
-            known.update(new)
-            current.leaves += new
+                segments.append([])
+                size = 0
+            segments[-1].append(run)
             size += self._size(run)
-        return [*segments, current]
+        return segments
 
     def _size(self, run: Run) -> int:
         leaves = {other for node in run.nodes for other, _ in node.next_functions if other in self._sizes}
@@ -206,7 +179,7 @@ class _Cut:
         own: dict[int, list[Node]] = {}
         for node in self._graph.order:
             mask = self._graph.masks[node]
-            if node in self._needed and not _several(mask):
+            if node in self._needed and mask.bit_count() == 1:
                 own.setdefault(mask, []).append(node)
         runs = []
         for nodes in own.values():
@@ -214,7 +187,7 @@ class _Cut:
                 other
                 for node in nodes
                 for other, _ in node.next_functions
-                if other in self._sizes and _several(self._graph.masks[other])
+                if other in self._sizes and self._graph.masks[other].bit_count() > 1
             }
             if sum(self._sizes[leaf] for leaf in shared) <= self._enough:
                 run = self._run(nodes)

@@ -6,8 +6,8 @@ checkpointing) is gone through in runs of nodes, by one backward per task from w
 lies below it.
 
 :class:`Layerwise` reduces the gradients of about a sixteenth of the shared parameters at a time to their K x K products, and
-keeps nothing; one more backward, of the weighted losses, combines them. :class:`Kept` keeps what the gradients can be
-combined from, and needs no other backward: gradients where they are small, cotangents of layers with few samples.
+keeps nothing; one more backward, of the weighted losses, combines them. :class:`~torchmto.gradients.choice.Auto` goes the same
+way and keeps everything.
 
 The weights of linear layers and convolutions with few samples, and embeddings, don't even need their gradients
 (:mod:`.factors`).
@@ -21,20 +21,26 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.buckets import Buckets
-from torchmto.gradients.engine import Engine, Piece, Take, Wanted, ratio
+from torchmto.gradients.engine import Engine, Piece, Wanted
 from torchmto.gradients.factors import Factor, find_factors
-from torchmto.gradients.graph import Graph, Segment, cut, read_graph
+from torchmto.gradients.finite import real
+from torchmto.gradients.graph import Graph, Run, cut, read_graph
 from torchmto.gradients.hooks import quiet
-from torchmto.gradients.ranks import Ranks
-from torchmto.gradients.rows import products
+from torchmto.gradients.ranks import Pending, Ranks
+from torchmto.gradients.rows import products, slices_of, wide_dtype, widest
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import hooked, hooks_made
 from torchmto.gradients.walk import Walk
 
+SMALL = 2**14
+"""Elements up to which a parameter's gradients are copied next to others': many small products take longer."""
+
+Formed = dict[Tensor, Stack]
+"""Shared parameters -> the tasks' gradients that have arrived, summed, in float32 at least."""
+
 
 class Layerwise(Engine):
-    """Computes Gramians segment by segment; keeps one scratch buffer between steps.
+    """Computes Gramians segment by segment.
 
     Several forwards (micro-batches, or one per task) are walked side by side, so that a segment's gradients are summed before
     their products are taken; their graphs are all kept. Among several ranks each segment's K gradients are summed while
@@ -53,9 +59,8 @@ class Layerwise(Engine):
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
-        self._spare: list[Tensor] = []
         self._graphs: list[Graph] = []
-        self._hooks = hooks_made()
+        self._hooks = 0
 
     def begin(self) -> None:
         """Count the hooks that there are."""
@@ -87,60 +92,65 @@ class Layerwise(Engine):
 
     def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
-        pieces, tasks, shared, take = wanted.pieces, wanted.tasks, wanted.shared, wanted.take
-        row = {task: number for number, task in enumerate(tasks)}
-        walks = [Walk(piece, row) for piece in pieces]
-        plans = self._plans(len(tasks), shared, wanted.others)
-        groups = self._groups(plans, shared)
-        device = shared[0].device if shared else torch.device("cpu")
-        buckets = Buckets(groups, len(tasks), ranks=self._ranks, spare=self._spare, device=device)
+        walks = [Walk(piece, wanted.tasks) for piece in wanted.pieces]
+        plans = self._plans(wanted)
+        groups = self._groups(plans, wanted.shared)
+        product = no_products(wanted)
+        formed: Formed = {}
+        sent: tuple[Tensor, Pending] | None = None
         failure: BaseException | None = None
         for number in range(max([len(groups), *map(len, plans)])):
             try:
                 for walk, plan in zip(walks, plans, strict=True):
                     if number < len(plan):
-                        _advance(walk, plan[number], tasks, buckets, take)
+                        advance(walk, plan[number], wanted, product, formed)
             except BaseException as error:
                 if not self._ranks.owing:
                     raise
-                # The other ranks wait for this one's part of every bucket.
+                # The other ranks wait for this one's part of every segment.
                 failure, walks, plans = error, [], []
-            with self._ranks.message():
-                buckets.close(number)
-        buckets.finish()
-        product = self._ranks.sum_(buckets.product)
+            leaves = groups[number] if number < len(groups) else []
+            if self._ranks.size == 1:
+                add_products(product, [formed.pop(leaf) for leaf in leaves if leaf in formed])
+            elif leaves:
+                with self._ranks.message():
+                    self._receive(sent, product)
+                    rows = _whole(leaves, formed, product)
+                    sent = rows, self._ranks.start_sum(rows)
+        self._receive(sent, product)
+        product = self._ranks.sum_(product)
         if failure is not None:
             raise failure
         return product
 
-    def _plans(self, num_tasks: int, shared: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[Segment]]:
+    def _receive(self, sent: tuple[Tensor, Pending] | None, product: Tensor) -> None:
+        """Wait for rows that are on their way; each rank adds the inner products of its part of the columns."""
+        if sent is not None:
+            rows, work = sent
+            work.wait()
+            rank, size, width = self._ranks.rank, self._ranks.size, rows.shape[1]
+            product += products(rows[:, width * rank // size : width * (rank + 1) // size])
+
+    def _plans(self, wanted: Wanted) -> list[list[list[Run]]]:
         """The segments of each forward."""
         times = Counter(key for graph in self._graphs for key in graph.reached)
         # Sums over forwards and ranks are sums of gradients, which factors don't have.
-        alone = {id(p): p for p in shared if times[id(p)] == 1 and self._ranks.size == 1 and not p.is_complex()}
-        return [self._plan(graph, alone, shared, others, num_tasks) for graph in self._graphs]
-
-    def _plan(
-        self,
-        graph: Graph,
-        alone: Mapping[int, Tensor],
-        shared: Sequence[Tensor],
-        others: Sequence[Tensor],
-        num_tasks: int,
-    ) -> list[Segment]:
-        """The segments of one forward, which has ``alone`` of the shared parameters for itself."""
+        alone = {id(p): p for p in wanted.shared if times[id(p)] == 1 and self._ranks.size == 1 and not p.is_complex()}
         whole = hooks_made() != self._hooks
-        direct = not whole and not any(map(hooked, graph.common))
-        factors = find_factors(graph.common, graph.uses, alone, num_tasks) if direct else {}
-        return cut(graph, _sizes(shared, others, factors), factors, direct=direct, whole=whole)
+        plans = []
+        for graph in self._graphs:
+            direct = not whole and not any(map(hooked, graph.common))
+            factors = find_factors(graph.common, graph.uses, alone, len(wanted.tasks)) if direct else {}
+            plans.append(cut(graph, sizes(wanted, factors), factors, direct=direct, whole=whole))
+        return plans
 
-    def _groups(self, plans: Sequence[Sequence[Segment]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
+    def _groups(self, plans: Sequence[Sequence[Sequence[Run]]], shared: Sequence[Tensor]) -> list[list[Tensor]]:
         """The shared parameters whose gradients are complete after each segment, on all ranks."""
         last: dict[int, int] = {}
         for segments in plans:
-            for number, segment in enumerate(segments):
-                for leaf in segment.leaves:
-                    last[id(leaf)] = max(number + 1, last.get(id(leaf), 0))
+            for number, segment in enumerate(segments, 1):
+                for leaf in (leaf for run in segment for leaf in run.leaves):
+                    last[id(leaf)] = max(number, last.get(id(leaf), 0))
         places = [last.get(id(parameter), 0) for parameter in shared]
         if self._ranks.size > 1 and shared:
             places = self._ranks.max_(torch.tensor(places, device=shared[0].device)).tolist()
@@ -151,117 +161,70 @@ class Layerwise(Engine):
         return groups
 
 
-class Kept(Engine):
-    """Computes Gramians of one forward on one process, and keeps what combines the gradients without another backward."""
-
-    name: ClassVar[str] = "mixed"
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def begin(self) -> None:
-        """Nothing: the graph tells all."""
-
-    def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
-        """Read the whole graph."""
-        self.graph = read_graph(forwards[0])
-        return {key: mask for key, (_, mask) in self.graph.reached.items()}
-
-    def forget(self) -> None:
-        """Give up the graph and what was kept."""
-        self.graph = Graph()
-        self.factors: dict[Node, Factor] = {}
-        self._cotangents: list[tuple[Factor, Stack]] = []
-        self._formed: list[tuple[Tensor, Stack]] = []
-        self._seeds: dict[int, Tensor | None] = {}
-
-    def gramian(self, wanted: Wanted) -> Tensor:
-        """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
-        pieces, tasks, shared = wanted.pieces, wanted.tasks, wanted.shared
-        row = {task: number for number, task in enumerate(tasks)}
-        known = set(map(id, shared))
-        wide = torch.float32 if shared and shared[0].device.type == "mps" else torch.float64
-        product = torch.zeros(len(tasks), len(tasks), dtype=wide, device=shared[0].device if shared else None)
-        formed: dict[int, tuple[Tensor, list[Stack]]] = {}
-        walk = Walk(pieces[0], row)
-        for segment in cut(self.graph, _sizes(shared, wanted.others, self.factors), self.factors):
-            for place, stack in walk.through(segment.runs):
-                if isinstance(place, Factor):
-                    _add(product, stack.rows, place.products(stack.values))
-                    self._cotangents.append((place, stack))
-                elif id(place) in known:
-                    formed.setdefault(id(place), (place, []))[1].append(stack)
-                else:
-                    for number, gradient in zip(stack.rows, stack.parts, strict=True):
-                        wanted.take(tasks[number], place, gradient)
-        self._formed = [(leaf, merge(stacks)) for leaf, stacks in formed.values()]
-        for rows, matrix in _matrices([stack for _, stack in self._formed]):
-            _add(product, rows, products(matrix))
-        self._seeds, self.graph = dict(pieces[0].seeds), Graph()
-        return product
-
-    def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
-        """Weighted sums of what was kept, and products with them."""
-        weights = [float(ratio(weighted, self._seeds[task])) for task, weighted in pieces[0].seeds.items()]
-        with torch.no_grad():
-            for leaf, stack in self._formed:
-                leaf.grad = _weighted(stack, weights).to(leaf)
-            for factor, stack in self._cotangents:
-                factor.leaf.grad = factor.combined(_weighted(stack, weights))
-        self.forget()
-        return 0
-
-
-def _sizes(shared: Sequence[Tensor], others: Sequence[Tensor], factors: Mapping[Node, Factor]) -> dict[int, int]:
+def sizes(wanted: Wanted, factors: Mapping[Node, Factor]) -> dict[int, int]:
     """``id`` of a parameter whose gradients are formed -> its number of elements if it is shared, else 0."""
     left = {id(factor.leaf) for factor in factors.values()}
-    sizes = {**dict.fromkeys(map(id, others), 0), **{id(p): p.numel() for p in shared}}
-    return {key: size for key, size in sizes.items() if key not in left}
+    found = {**dict.fromkeys(map(id, wanted.others), 0), **{id(p): p.numel() for p in wanted.shared}}
+    return {key: size for key, size in found.items() if key not in left}
 
 
-def _advance(walk: Walk, segment: Segment, tasks: Sequence[int], buckets: Buckets, take: Take) -> None:
-    """Go through one segment, and sort what is found."""
-    for place, stack in walk.through(segment.runs):
+def no_products(wanted: Wanted) -> Tensor:
+    """Zeros [K, K], to which inner products are added."""
+    device = wanted.shared[0].device if wanted.shared else torch.device("cpu")
+    return torch.zeros(len(wanted.tasks), len(wanted.tasks), dtype=wide_dtype(device), device=device)
+
+
+def advance(
+    walk: Walk, segment: Sequence[Run], wanted: Wanted, product: Tensor, formed: Formed
+) -> list[tuple[Factor, Stack]]:
+    """Go through one segment: add the products of factors, sum gradients of shared parameters, hand out those of the heads.
+
+    Returns:
+        The factors and their cotangents.
+    """
+    shared = set(map(id, wanted.shared))
+    factored = []
+    for place, stack in walk.through(segment):
         if isinstance(place, Factor):
-            _add(buckets.product, stack.rows, place.products(stack.values))
-            continue
-        for row, gradient in zip(stack.rows, stack.parts, strict=True):
-            if place in buckets:
-                buckets.add(row, [(place, gradient)])
-            else:
-                take(tasks[row], place, gradient)
+            _add(product, stack.rows, place.products(stack.values))
+            factored.append((place, stack))
+        elif id(place) in shared:
+            formed[place] = merge([formed[place], stack.wide]) if place in formed else stack.wide
+        else:
+            for row, gradient in zip(stack.rows, stack.parts, strict=True):
+                wanted.take(wanted.tasks[row], place, gradient)
+    return factored
+
+
+def add_products(product: Tensor, stacks: Collection[Stack]) -> None:
+    """Add the inner products of gradients, of small ones next to each other."""
+    small: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
+    for stack in stacks:
+        values = stack.values.reshape(len(stack.rows), -1)
+        if values.shape[1] < SMALL:
+            small.setdefault((stack.rows, values.dtype, values.device), []).append(values)
+        else:
+            _add(product, stack.rows, products(values))
+    for (rows, _, _), parts in small.items():
+        _add(product, rows, products(torch.cat(parts, 1)))
+
+
+def _whole(leaves: Sequence[Tensor], formed: Formed, product: Tensor) -> Tensor:
+    """The gradients of some parameters next to each other, [K, elements], zeros where there are none."""
+    parts = [real(leaf) for leaf in leaves]
+    places = slices_of(parts)
+    rows = torch.zeros(len(product), places[-1].stop, dtype=widest(parts), device=product.device)
+    for leaf, place in zip(leaves, places, strict=True):
+        if leaf in formed:
+            stack = formed.pop(leaf)
+            rows[list(stack.rows), place] = stack.values.reshape(len(stack.rows), -1).to(rows)
+    return rows
 
 
 def _add(product: Tensor, rows: Sequence[int], part: Tensor) -> None:
     """Add inner products of some rows."""
     if list(rows) == list(range(len(product))):
-        product += part
+        product += part.to(product)
     else:
         index = torch.tensor(rows, device=product.device)
         product[index[:, None], index] += part.to(product)
-
-
-def _matrices(stacks: Collection[Stack]) -> list[tuple[tuple[int, ...], Tensor]]:
-    """Gradients as matrices [k, elements], small ones next to each other."""
-    small: dict[tuple[object, ...], list[Tensor]] = {}
-    found = []
-    for stack in stacks:
-        values = stack.values.reshape(len(stack.rows), -1)
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        if values.shape[1] < SMALL:
-            small.setdefault((stack.rows, values.dtype, values.device), []).append(values)
-        else:
-            found.append((stack.rows, values))
-    return found + [(key[0], torch.cat(parts, 1)) for key, parts in small.items()]  # type: ignore[misc]
-
-
-SMALL = 2**14
-"""Elements up to which a parameter's gradients are copied next to others': many small products take longer."""
-
-
-def _weighted(stack: Stack, weights: Sequence[float]) -> Tensor:
-    """The weighted sum of a stack, in float32 at least."""
-    values = stack.values
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    total: Tensor = torch.tensordot(values.new_tensor([weights[row] for row in stack.rows]), values, 1)
-    return total

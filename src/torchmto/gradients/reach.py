@@ -5,9 +5,8 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,16 +22,21 @@ class Reach:
     Attributes:
         leaves: The ``id`` of every leaf that the graph reaches -> the machine precision of its gradient. Under autocast it is
             read through a copy of lower precision, whose gradient it gets.
-        compiled: Whether there is a compiled region. It hides which of its outputs depends on which parameter, so the leaves
-            are then only an upper bound.
+        regions: The nodes of compiled regions. Each hides which of its outputs depends on which parameter, so the leaves are
+            then only an upper bound.
         reentrant: Whether there is a reentrant checkpoint.
         functions: The nodes of functions written in Python outside PyTorch.
     """
 
     leaves: dict[int, float] = field(default_factory=dict)
-    compiled: bool = False
+    regions: list[Node] = field(default_factory=list)
     reentrant: bool = False
     functions: list[Node] = field(default_factory=list)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether there is a compiled region."""
+        return bool(self.regions)
 
     def note(self, leaf: Tensor | None, dtype: torch.dtype | None = None) -> None:
         """Note a leaf, read in its own ``dtype`` or in another."""
@@ -63,7 +67,7 @@ def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
         if is_sink(node) and output < len(node.next_functions):
             following = node.next_functions[output : output + 1]
         elif is_compiled(node):
-            found.compiled = True
+            found.regions.append(node)
         elif name == reentrant():
             found.reentrant = True
         elif name == converting():
@@ -88,19 +92,11 @@ def check_keeps(losses: Iterable[Tensor]) -> None:
     Raises:
         ValueError: If there is one.
     """
-    stack: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
-    visited = set(stack)
-    while stack:
-        node = stack.pop()
-        if gives_up(node):
-            raise ValueError(
-                "The model was compiled outside mt.step, for one backward only: that backward writes over what the next "
-                "task's needs. Call `torch.compiler.reset()` and pass a closure, so that the model is compiled within mt.step."
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in visited:
-                visited.add(following)
-                stack.append(following)
+    if any(map(gives_up, reach_of(losses).regions)):
+        raise ValueError(
+            "The model was compiled outside mt.step, for one backward only: that backward writes over what the next "
+            "task's needs. Call `torch.compiler.reset()` and pass a closure, so that the model is compiled within mt.step."
+        )
 
 
 def refuse_reentrant(found: Reach) -> None:
@@ -145,7 +141,11 @@ def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[T
     Returns:
         The parameters whose ``.grad`` that has set: hidden ones.
     """
-    edges = unreached(found.functions, set(map(id, parameters)))
+    trained = set(map(id, parameters))
+    apart = [node for node in found.functions if not reach(node.next_functions).leaves.keys() & trained]
+    edges = [
+        GradientEdge(below, number) for node in apart for below, number in node.next_functions if below is not None
+    ]
     if not edges:
         return []
     before = [parameter.grad for parameter in parameters]
@@ -157,9 +157,3 @@ def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[T
     finally:
         for parameter, gradient in zip(parameters, before, strict=True):
             parameter.grad = gradient
-
-
-def unreached(functions: Sequence[Node], trained: Collection[int]) -> list[GradientEdge]:
-    """The edges down from functions that lie on no way to a trained parameter."""
-    apart = [node for node in functions if not reach(node.next_functions).leaves.keys() & set(trained)]
-    return [GradientEdge(below, number) for node in apart for below, number in node.next_functions if below is not None]

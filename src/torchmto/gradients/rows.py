@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -65,6 +66,11 @@ def gramian(matrix: Tensor) -> Tensor:
     return product
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
@@ -72,7 +78,7 @@ BLOCK = 16384
 def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
     """``matrix @ other.T`` (default: of itself), block by block of columns, without a copy of either."""
     other = matrix if other is None else other
-    wide = torch.float32 if matrix.device.type == "mps" else torch.float64
+    wide = wide_dtype(matrix.device)
     whole = matrix.shape[1] // BLOCK
     if not whole:
         return (matrix @ other.T).to(wide)
@@ -84,96 +90,116 @@ def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
     return product
 
 
-class Rows:
-    """One reused buffer J [K, P] with a view per task and parameter. A complex entry has two columns, its pair of reals.
+class Columns(ABC):
+    """The rows of the tasks' gradients, with a column for each entry of the shared parameters.
 
     Rows are handed out in the order in which tasks first bring a gradient, so the rows of the present tasks are always
-    ``matrix[:k]``. Parameters a task doesn't reach are zero in its row. The buffer's dtype is the widest of the
-    parameters', float32 at least; gradients of other dtypes are converted as they are written.
+    ``matrix[:k]``. The buffer's dtype is the widest of the parameters', float32 at least; gradients of other dtypes are
+    converted as they are written. A complex entry has two columns, its pair of reals.
 
     Args:
         num_tasks: K.
         ranks: The processes that sum their rows.
+        share: How many of these hold a part of the columns each.
     """
 
-    def __init__(self, num_tasks: int, ranks: Ranks) -> None:
-        self.num_tasks = num_tasks
+    def __init__(self, num_tasks: int, ranks: Ranks, share: int = 1) -> None:
+        self._num_tasks = num_tasks
         self._ranks = ranks
-        self._sent: list[Pending] = []
-        self.parameters: list[Tensor] = []
-        self.position: dict[int, int] = {}
-        self.slices: list[slice] = []
-        self._buffer = torch.empty(num_tasks, 0)
-        self._combined: Tensor | None = None
-        self._row_views: list[list[Tensor]] = []
-        self._kinds: list[tuple[object, ...]] = []
+        self._share = share
         self.tasks: list[int] = []
-        self._filled: list[set[int]] = []
+        self._filled: set[int] = set()
+        self._lay_out([])
+
+    def _lay_out(self, parameters: list[Tensor]) -> None:
+        """A new buffer with columns for these parameters."""
+        parts = [real(local(parameter)) for parameter in parameters]
+        self.parameters = parameters
+        self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self.slices = slices_of(parts)
+        self._kinds = _kinds(parameters)
+        width = -(-sum(part.numel() for part in parts) // self._share)
+        device = parameters[0].device if parameters else torch.device("cpu")
+        self._buffer = torch.empty(self._num_tasks, width, dtype=widest(parts), device=device)
 
     @property
     def matrix(self) -> Tensor:
-        """The rows of the present tasks, [k, P]."""
+        """The rows of the present tasks, [k, P]; of this rank's columns."""
         return self._buffer[: len(self.tasks)]
 
     def begin(self) -> None:
         """Forget the last step's rows; the memory is kept, unless the parameters have changed type, place or layout."""
-        if self._sent:
-            self.wait()
+        self.wait()
         self.tasks = []
-        self._filled = []
+        self._filled = set()
         if _kinds(self.parameters) != self._kinds:
-            parameters, self.parameters = self.parameters, []
-            self._buffer = self._buffer[:, :0]
-            self.grow(parameters)
+            self._lay_out(self.parameters)
 
-    def grow(self, parameters: Sequence[Tensor]) -> None:
-        """Append columns for ``parameters``; what the rows hold is kept, new columns are zero in existing rows."""
-        if not parameters:
-            return
-        old = self._buffer
-        self.parameters = [*self.parameters, *parameters]
-        self.position = {id(parameter): i for i, parameter in enumerate(self.parameters)}
-        parts = [real(local(parameter)) for parameter in self.parameters]
-        self.slices = slices_of(parts)
-        width = self.slices[-1].stop
-        buffer = torch.empty(self.num_tasks, width, dtype=widest(parts), device=self.parameters[0].device)
-        kept = len(self.tasks)
-        if kept:
-            buffer[:kept, : old.shape[1]] = old[:kept]
-            buffer[:kept, old.shape[1] :] = 0
-        self._buffer = buffer
-        self._combined = None
-        self._row_views = [views_of(row, parts) for row in buffer]
-        self._kinds = _kinds(self.parameters)
+    @abstractmethod
+    def wait(self) -> None:
+        """Wait for the sums over the ranks that were started."""
 
     def row_of(self, task: int) -> int:
         """The row of ``task``; a new zero row if it has none yet."""
         if task not in self.tasks:
-            self.add(task, [], [])
+            self._buffer[len(self.tasks)].zero_()
+            self.tasks.append(task)
         return self.tasks.index(task)
 
-    def add(self, task: int, positions: Sequence[int], gradients: Sequence[Tensor]) -> None:
+    def fill(self, positions: Iterable[int]) -> None:
+        """Note that parameters were reached by a present task, on this rank or another."""
+        self._filled.update(positions)
+
+    def reached(self) -> list[int]:
+        """Positions of the parameters that at least one present task reached, in order."""
+        return sorted(self._filled)
+
+    def sort(self) -> None:
+        """Bring the rows into the order of the tasks. A copy, needed only if micro-batches brought tasks unordered."""
+        order = sorted(range(len(self.tasks)), key=self.tasks.__getitem__)
+        if order != list(range(len(order))):
+            self._buffer[: len(order)] = self._buffer[order]
+            self.tasks = [self.tasks[i] for i in order]
+
+
+class Rows(Columns):
+    """One reused buffer J [K, P] with a view per task and parameter. Parameters a task doesn't reach are zero in its row."""
+
+    def __init__(self, num_tasks: int, ranks: Ranks) -> None:
+        self._sent: list[Pending] = []
+        super().__init__(num_tasks, ranks)
+
+    def _lay_out(self, parameters: list[Tensor]) -> None:
+        super()._lay_out(parameters)
+        self._combined: Tensor | None = None
+        parts = [local(parameter) for parameter in parameters]
+        self._row_views = [views_of(row, parts) for row in self._buffer]
+
+    def grow(self, parameters: Sequence[Tensor]) -> None:
+        """Append columns for ``parameters``; what the rows hold is kept, new columns are zero in existing rows."""
+        if parameters:
+            old = self.matrix
+            self._lay_out([*self.parameters, *parameters])
+            self.matrix[:, : old.shape[1]] = old
+            self.matrix[:, old.shape[1] :] = 0
+
+    def add(self, task: int, positions: Sequence[int], gradients: list[Tensor]) -> None:
         """Add gradients of the parameters at ``positions`` to the row of ``task``."""
-        if task in self.tasks:
-            row = self.tasks.index(task)
-            views = self._row_views[row] if self._row_views else []
-            if positions:
-                torch._foreach_add_([views[i] for i in positions], gradients)
-            self._filled[row].update(positions)
-            return
-        row = len(self.tasks)
-        views = self._row_views[row] if self._row_views else []
-        if len(positions) < len(views):
+        new = task not in self.tasks
+        row = len(self.tasks) if new else self.tasks.index(task)
+        views = self._row_views[row]
+        if new and len(positions) < len(views):
             missing = set(range(len(views))).difference(positions)
             torch._foreach_zero_([views[i] for i in sorted(missing)])
         if positions:
-            torch._foreach_copy_([views[i] for i in positions], gradients)
-        self.tasks.append(task)
-        self._filled.append(set(positions))
+            write = torch._foreach_copy_ if new else torch._foreach_add_
+            write([views[i] for i in positions], gradients)
+        if new:
+            self.tasks.append(task)
+        self._filled.update(positions)
 
     def put(self, task: int, parameter: Tensor, gradient: Tensor) -> None:
         """Add one parameter's gradient to the row of ``task``, a new zero row if it has none yet."""
-        self.row_of(task)
         self.add(task, [self.position[id(parameter)]], [gradient])
 
     @torch.no_grad()
@@ -187,23 +213,6 @@ class Rows:
         sent, self._sent = self._sent, []
         for work in sent:
             work.wait()
-
-    def fill(self, positions: Iterable[int]) -> None:
-        """Note that parameters were reached by a present task, on this rank or another."""
-        if self._filled:
-            self._filled[0].update(positions)
-
-    def sort(self) -> None:
-        """Bring the rows into the order of the tasks. A copy, needed only if micro-batches brought tasks unordered."""
-        order = sorted(range(len(self.tasks)), key=self.tasks.__getitem__)
-        if order != list(range(len(order))):
-            self._buffer[: len(order)] = self._buffer[order]
-            self._filled = [self._filled[i] for i in order]
-            self.tasks = [self.tasks[i] for i in order]
-
-    def reached(self) -> list[int]:
-        """Positions of the parameters that at least one present task reached, in order."""
-        return sorted(set().union(*self._filled)) if self._filled else []
 
     def view(self, parameter: Tensor) -> Tensor:
         """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix ([..., 2] if complex)."""
@@ -225,7 +234,7 @@ class Rows:
             first.mul_(factors[0])
         if len(weights) > 1:
             first.addmv_(self.matrix[1:].T, factors[1:])
-        return self._row_views[0] if self._row_views else []
+        return self._row_views[0]
 
     def combined(self) -> tuple[Tensor, list[Tensor]]:
         """A reused vector [P] for the combined gradient and its views, one per parameter."""

@@ -41,6 +41,12 @@ class Stack:
         return self._content if isinstance(self._content, list) else self._content.unbind()
 
     @property
+    def wide(self) -> "Stack":
+        """In float32 at least."""
+        values = self.values
+        return Stack(self.rows, values.to(torch.promote_types(values.dtype, torch.float32)))
+
+    @property
     def real(self) -> "Stack":
         """Complex numbers as pairs of reals."""
         return Stack(self.rows, [real(part) for part in self.parts]) if self._content[0].is_complex() else self
@@ -76,11 +82,8 @@ def merge(stacks: Sequence[Stack]) -> "Stack":
         for stack in stacks[1:]:
             total = total + stack.values
         return Stack(first.rows, total)
-    rows = tuple(dict.fromkeys(row for stack in stacks for row in stack.rows))
-    if len(rows) == sum(len(stack.rows) for stack in stacks):
-        return Stack(rows, [part for stack in stacks for part in stack.parts])
     by_row: dict[int, Tensor] = {}
     for stack in stacks:
         for row, part in zip(stack.rows, stack.parts, strict=True):
             by_row[row] = by_row[row] + part if row in by_row else part
-    return Stack(rows, list(by_row.values()))
+    return Stack(tuple(by_row), list(by_row.values()))

@@ -8,6 +8,7 @@ recognised by its name, which otherwise would just never be met. ``torch._foreac
 import contextlib
 import functools
 import importlib
+import inspect
 import operator
 import re
 import sys
@@ -214,9 +215,10 @@ def hooked(node: Node) -> bool:
 # What follows is recognised by its name, and the name is looked for where PyTorch defines it.
 
 
-def _defines(module: Any, name: str) -> None:
+def _defined(module: Any, name: str) -> str:
     if not hasattr(module, name):
         raise _gone(f"{module.__name__}.{name}")
+    return name
 
 
 _functions_of = _of("torch", "_C._functions")
@@ -225,22 +227,18 @@ _functions_of = _of("torch", "_C._functions")
 @functools.cache
 def converting() -> str:
     """The name of the nodes of conversions between dtypes and devices."""
-    _defines(_functions_of(torch), "ToCopyBackward0")
-    return "ToCopyBackward0"
+    return _defined(_functions_of(torch), "ToCopyBackward0")
 
 
 @functools.cache
 def reentrant() -> str:
     """The name of the node of a reentrant checkpoint, in PyTorch and in libraries that follow it."""
-    _defines(torch.utils.checkpoint, "CheckpointFunction")
-    return "CheckpointFunctionBackward"
+    return _defined(torch.utils.checkpoint, "CheckpointFunction") + "Backward"
 
 
 @functools.cache
 def _sink() -> str:
-    if torch.distributed.is_available():
-        _defines(torch.nn.parallel.distributed, "_DDPSink")
-    return "_DDPSink"
+    return _defined(torch.nn.parallel.distributed, "_DDPSink")
 
 
 def is_sink(node: Node) -> bool:
@@ -259,23 +257,11 @@ def is_compiled(node: Node) -> bool:
 
 @functools.cache
 def _compiled() -> str:
-    name = "CompiledFunction"
-    stack = [value.__code__ for value in _functions(sys.modules[_COMPILER])]
-    while stack:
-        code = stack.pop()
-        if code.co_name == name:
-            return name
-        stack += [const for const in code.co_consts if hasattr(const, "co_consts")]
-    raise _gone(f"{_COMPILER}.{name}")
-
-
-def _functions(module: Any) -> Iterator[Any]:
-    """The functions of a module and the methods of its classes."""
-    for value in vars(module).values():
-        if getattr(value, "__module__", None) == module.__name__:
-            entries = vars(value).values() if isinstance(value, type) else [value]
-            inner = (getattr(entry, "__func__", entry) for entry in entries)
-            yield from (entry for entry in inner if hasattr(entry, "__code__"))
+    # It is defined inside a function, where only the source shows it.
+    with contextlib.suppress(OSError):
+        if "class CompiledFunction(" not in inspect.getsource(sys.modules[_COMPILER]):
+            raise _gone(f"{_COMPILER}.CompiledFunction")
+    return "CompiledFunction"
 
 
 _donated = _of("CompiledFunction", "metadata.bw_donated_idxs")
@@ -305,18 +291,12 @@ TAG = "torchmto"
 """Part of the names under which the caches on disk keep what is compiled in a step."""
 
 
-def _compiler_settings() -> Any:
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("torch.compiler.config")
-    return None
-
-
 @functools.cache
 def _settings() -> tuple[Any, Any, bool]:
     """Where it is set whether backwards may write over what was saved; where the cache on disk is; whether that takes a tag."""
     try:
         donating = importlib.import_module("torch._functorch.config")
-        caches: Any = _compiler_settings()
+        caches: Any = getattr(torch.compiler, "config", None)
         tagged = hasattr(caches, "cache_key_tag")
         if not tagged:
             # An older PyTorch: nothing is read from the cache then.

@@ -1,6 +1,6 @@
 """The K backwards through one forward's graph, side by side."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,16 @@ class Walk:
 
     Args:
         piece: The losses and the tasks' cotangents.
-        row: Task -> its row in the Gramian.
+        tasks: The tasks in the order of the Gramian's rows.
     """
 
-    def __init__(self, piece: Piece, row: Mapping[int, int]) -> None:
+    def __init__(self, piece: Piece, tasks: Sequence[int]) -> None:
         self._context = piece.context
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
             if loss.grad_fn is not None:  # a leaf reaches no parameter but itself
-                stack = Stack((row[task],), [torch.ones_like(loss) if seed is None else seed])
+                stack = Stack((tasks.index(task),), [torch.ones_like(loss) if seed is None else seed])
                 self._wait((loss.grad_fn, loss.output_nr), stack)
 
     def _wait(self, edge: Edge, stack: Stack) -> None:

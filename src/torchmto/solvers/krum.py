@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_integer
 from torchmto.solvers.solution import Solution
 from torchmto.solvers.unit import check_gramian, check_precision, rounding_error
 
@@ -33,12 +34,8 @@ def krum(
     >>> krum(J @ J.T, num_selected=3).weights.round(3)
     array([0.333, 0.333, 0.333, 0.   ])
     """
-    if num_outliers < 0:
-        raise ValueError(
-            f"Parameter `num_outliers` should be a non-negative int. Found `num_outliers = {num_outliers}`."
-        )
-    if num_selected < 1:
-        raise ValueError(f"Parameter `num_selected` should be a positive int. Found `num_selected = {num_selected}`.")
+    check_integer("num_outliers", num_outliers, minimum=0)
+    check_integer("num_selected", num_selected, minimum=1)
     rounding = rounding_error(check_precision(precision, gramian))
     gramian = check_gramian(gramian)
     size = len(gramian)

@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_integer, check_number
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import check_square, check_weights, uniform
 
@@ -77,14 +78,10 @@ def sdmgrad(
     >>> sdmgrad([[1.0, 0.0], [0.0, 1.0]]).weights
     array([0.5, 0.5])
     """
-    for name, value in {
-        "regularization": regularization,
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "momentum": momentum,
-    }.items():
-        if not 0.0 <= value < np.inf:
-            raise ValueError(f"Parameter `{name}` should be non-negative. Found `{name} = {value}`.")
+    check_number("regularization", regularization, minimum=0)
+    check_integer("steps", steps, minimum=0)
+    check_number("learning_rate", learning_rate, minimum=0)
+    check_number("momentum", momentum, minimum=0)
     matrix = check_square(cross_gramian, "cross_gramian")
     mean = uniform(len(matrix))
     current = check_weights(weights, len(matrix), 1.0 / len(matrix), "weights")
@@ -145,9 +142,8 @@ def modo(
     >>> modo([[1.0, 0.0], [0.0, 3.0]], learning_rate=0.1, regularization=0.0).weights.round(12)
     array([0.55, 0.45])
     """
-    for name, value in {"regularization": regularization, "learning_rate": learning_rate}.items():
-        if not 0.0 <= value < np.inf:
-            raise ValueError(f"Parameter `{name}` should be non-negative. Found `{name} = {value}`.")
+    check_number("regularization", regularization, minimum=0)
+    check_number("learning_rate", learning_rate, minimum=0)
     matrix = check_square(cross_gramian, "cross_gramian")
     start = check_weights(weights, len(matrix), 1.0 / len(matrix), "weights")
     moved = simplex_projection(start - learning_rate * (matrix @ start + regularization * start))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from torchmto.checks import check_number
 from torchmto.solvers.solution import Array
 
 EPS = float(np.finfo(np.float64).eps)
@@ -145,9 +146,7 @@ def check_precision(precision: float | None, gramian: npt.ArrayLike) -> float:
         dtype = getattr(gramian, "dtype", None)
         coarse = isinstance(dtype, np.dtype) and dtype.kind == "f" and dtype != np.float64
         return max(EPS, float(np.finfo(dtype).eps)) if coarse else EPS
-    if not 0.0 < precision < 1.0:
-        raise ValueError(f"Parameter `precision` should be a float between 0 and 1. Found `precision = {precision}`.")
-    return max(EPS, float(precision))
+    return max(EPS, check_number("precision", precision, above=0, below=1))
 
 
 def rounding_error(precision: float) -> float:

@@ -205,7 +205,7 @@ class StepContext:
         if vector is not None and not (isinstance(vector, Tensor) and vector.shape == gradients.matrix.shape[1:]):
             raise _wrong_shape("combined gradient", "one per column of the rows", vector, gradients.matrix.shape[1])
         if self._parts.several:
-            weights = self._parts.agree(weights)
+            weights = agree(self._parts, weights)
         if weights is not None and any(value - value != 0 for value in weights.tolist()):
             fail(self._parts, "A method's weights aren't finite.")
         if gradients.graph is None:
