@@ -682,7 +682,8 @@ class MultiTask:
         """Go on from a saved state. Everything is checked before anything changes.
 
         Raises:
-            ValueError: If the state belongs to other tasks, another method or another version.
+            ValueError: If the state belongs to other tasks, another method or another version, or its shared parameters
+                contradict ``shared``.
         """
         if not isinstance(state, Mapping):
             raise TypeError(found("state", "what `mt.state_dict()` returned", type(state)))
