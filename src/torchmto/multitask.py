@@ -529,6 +529,12 @@ class MultiTask:
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        ready = [id(entry) for source in sources for entry in source if isinstance(entry, Mapping)]
+        if len(set(ready)) < len(ready):
+            raise ValueError(
+                "Every micro-batch should have losses of its own, whose graph one backward uses up. Found the same ready losses "
+                "twice."
+            )
         if independent:
             most = max(part.independent_batches for part in self._every)
             if len(independent) > most:

@@ -30,15 +30,16 @@ def in_one_transfer(losses: Tensor, weights: Tensor | None, mark: Tensor) -> Ite
     return (tensor.tolist() for tensor in torch.split(flat, [len(tensor) for tensor in tensors]))
 
 
-def check_losses(parts: Parts, losses: Losses, values: Sequence[float]) -> None:
-    """Check the losses, ``values`` as plain numbers, and record them."""
+def check_losses(parts: Parts, losses: Losses, values: Sequence[float], *, source: int = 0) -> None:
+    """Check the losses of an independent batch, ``values`` as plain numbers; record those of the step's own."""
     for index, value in zip(losses.indices, values, strict=True):
         if value - value != 0:
             fail(parts, f"The loss of task `{parts.plan.tasks[index]}` is {value}.")
     if parts.plan.outside:
         _domains(parts, losses, values)
-    for index, value in zip(losses.indices, values, strict=True):
-        parts.recorded.setdefault(index, value)
+    if source == 0:
+        for index, value in zip(losses.indices, values, strict=True):
+            parts.recorded.setdefault(index, value)
 
 
 def _domains(parts: Parts, losses: Losses, values: Sequence[float]) -> None:
