@@ -532,8 +532,8 @@ class MultiTask:
         ready = [id(entry) for source in sources for entry in source if isinstance(entry, Mapping)]
         if len(set(ready)) < len(ready):
             raise ValueError(
-                "Every micro-batch should have losses of its own, whose graph one backward uses up. Found the same ready losses "
-                "twice."
+                "Every micro-batch should have losses of its own, since a backward uses up their graph. Found the same ready "
+                "losses twice."
             )
         if independent:
             most = max(part.independent_batches for part in self._every)
