@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import shown
-from torchmto.gradients import finite_mark, real
+from torchmto.gradients.finite import finite_mark, real
 from torchmto.gradients.torch_private import flattened
 from torchmto.step.finite import (
     SkippedError,

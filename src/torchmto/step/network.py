@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchmto.checks import found, warn
-from torchmto.gradients import (
-    Agreement,
-    Engine,
-    Ranks,
-    Roles,
-    Rows,
-    ShardedRows,
-    dense,
-    reach_of,
-    real,
-    refuse_hidden,
-    refuse_reentrant,
-    run_hooks,
-    run_unreached,
-)
-from torchmto.gradients.finite import FEW
-from torchmto.gradients.ranks import is_sharded, local, sharded_like
+from torchmto.gradients.engine import Engine
+from torchmto.gradients.finite import FEW, dense, real
+from torchmto.gradients.hooks import run_hooks
+from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
+from torchmto.gradients.reach import reach_of, refuse_hidden, refuse_reentrant, run_unreached
+from torchmto.gradients.roles import Agreement, Roles
+from torchmto.gradients.rows import Rows
+from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers

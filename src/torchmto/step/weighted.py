@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmto.gradients import backward, dense, quiet
+from torchmto.gradients.backwards import backward
+from torchmto.gradients.finite import dense
+from torchmto.gradients.hooks import quiet
 from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Proportions, Sums, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients
