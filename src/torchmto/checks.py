@@ -107,7 +107,10 @@ def check_number(
     # numpy's scalars are numbers of numbers.Real.
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(found(name, should, value))
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not (math.isfinite(number) and minimum <= number <= maximum and above < number < below):
         raise ValueError(found(name, should, value))
     return number

@@ -533,6 +533,12 @@ class MultiTask:
         if not isinstance(independent, list | tuple):
             raise TypeError(found("independent", "a sequence of closures", independent))
         sources += [self._micro_batches("independent", entry) for entry in independent]
+        ready = [id(entry) for source in sources for entry in source if isinstance(entry, Mapping)]
+        if len(set(ready)) < len(ready):
+            raise ValueError(
+                "Every micro-batch should have losses of its own, since a backward uses up their graph. Found the same ready "
+                "losses twice."
+            )
         if independent:
             most = max(part.independent_batches for part in self._every)
             if len(independent) > most:
@@ -686,7 +692,8 @@ class MultiTask:
         """Go on from a saved state. Everything is checked before anything changes.
 
         Raises:
-            ValueError: If the state belongs to other tasks, another method or another version.
+            ValueError: If the state belongs to other tasks, another method or another version, or its shared parameters
+                contradict ``shared``.
         """
         if not isinstance(state, Mapping):
             raise TypeError(found("state", "what `mt.state_dict()` returned", type(state)))

@@ -342,6 +342,7 @@ def test_constant() -> None:
     [
         ("mgda", {"normalize": "max"}, "one of 'none', 'l2', 'loss', 'loss\\+'"),
         ("gradvac", {"beta": 2.0}, "Parameter `beta` should be a float >= 0 and <= 1"),
+        ("cagrad", {"c": 10**400}, "Parameter `c` should be a non-negative float. Found `c = 1000"),
         ("cagrad", {"c": -5.0}, "Parameter `c` should be a non-negative float. Found `c = -5.0`"),
         ("cagrad", {"scale": "median"}, "one of 'mean', 'sum'"),
         ("nash_mtl", {"max_norm": -1.0}, "max_norm"),

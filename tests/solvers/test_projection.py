@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gradient_matrices import full_rank, gradient_matrix, matrices
 from torchmto import solvers
+from torchmto.solvers.projection import FEW
 
 few = settings(max_examples=40)
 
@@ -171,3 +172,22 @@ def test_gradvac_a_gradient_that_vanished_on_the_way_has_no_cosine():
     targets = solvers.gradvac(J @ J.T, given, beta=0.5).targets
     assert targets[0, 1] == -0.5  # opposite; projected off, nothing is left of task 0
     assert targets[0, 2] == 0.5
+
+
+def test_few_tasks_are_projected_as_many_are(monkeypatch):
+    """Plain numbers, which few tasks are faster with, give the same bits as arrays."""
+    rng = np.random.default_rng(0)
+    for trial in range(300):
+        size = int(rng.integers(1, FEW + 1))
+        rows = rng.standard_normal((size, int(rng.integers(1, 6)))) * 10.0 ** rng.integers(-8, 8, size=(size, 1))
+        if trial % 5 == 0:
+            rows[rng.integers(size)] = 0
+        if trial % 7 == 0:
+            rows[:] = rows[0] * rng.choice([-1, 1], size=(size, 1))
+        orders = random_orders(size, rng)
+        few = solvers.pcgrad(rows @ rows.T, orders)
+        with monkeypatch.context() as patch:
+            patch.setattr("torchmto.solvers.projection.FEW", 0)
+            many = solvers.pcgrad(rows @ rows.T, orders)
+        np.testing.assert_array_equal(few.weights, many.weights)
+        np.testing.assert_array_equal(few.coefficients, many.coefficients)

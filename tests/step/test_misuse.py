@@ -540,3 +540,20 @@ def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
         model.trunk = nn.Sequential(model.trunk, nn.Linear(5, 5).double())
     with pytest.warns(UserWarning, match="isn't in the optimizer"):
         mt.step(closure(model, batch(TASKS)))
+
+
+def test_ready_losses_serve_one_micro_batch():
+    model, _, mt = make("gd", TASKS)
+    losses = closure(model, batch(TASKS))(TASKS)
+    with pytest.raises(ValueError, match="the same ready losses twice"):
+        mt.step([losses, losses])
+    mt.step(losses)
+
+
+def test_losses_reported_are_those_of_the_steps_own_batch():
+    model, _, mt = make("modo", TASKS)
+    whole = closure(model, batch(TASKS))
+    mt.step(whole, independent=[whole, whole])
+    info = mt.step(lambda tasks: whole(tasks[:2]), independent=[whole, whole])
+    assert list(info.losses) == list(TASKS[:2])
+    assert info.gramian.shape == (2, 2)

@@ -2,10 +2,10 @@
 
 import functools
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,9 +55,9 @@ def gramian(matrix: Tensor) -> Tensor:
     underflow (norms beyond about 1e±19 in float32), the rows are scaled by their largest entry first.
     """
     product = products(matrix).to(device="cpu", dtype=torch.float64)
-    values = product.numpy()
     tiny = torch.finfo(matrix.dtype).tiny * 1e8
-    if not np.isfinite(values).all() or (values.diagonal() < tiny).any():
+    values = product.numpy()
+    if not math.isfinite(values.sum()) or values.diagonal().min(initial=tiny) < tiny:
         largest = matrix.abs().amax(dim=1, keepdim=True) if matrix.shape[1] else matrix.new_zeros(len(matrix), 1)
         scale = torch.where((largest > 0) & largest.isfinite(), largest, torch.ones_like(largest))
         scaled = matrix / scale

@@ -6,6 +6,7 @@ the other K.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,9 +14,12 @@ import numpy.typing as npt
 
 from torchmto.checks import check_number
 from torchmto.solvers.solution import Array, Projection
-from torchmto.solvers.unit import UnitGramian, unit_gramian
+from torchmto.solvers.unit import ZERO_NORM, UnitGramian, check_square, unit_gramian
 
 Order = npt.NDArray[np.intp]
+
+FEW = 8
+"""Tasks up to which PCGrad is computed in plain numbers."""
 
 ANNIHILATED = 1e-10
 """wPCGrad, GradVac: a gradient whose squared length has fallen to this share of its original, or to that of rounding
@@ -67,8 +71,37 @@ def pcgrad(gramian: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Proje
     >>> pcgrad([[1.0, -1.0], [-1.0, 4.0]]).weights
     array([2.  , 1.25])
     """
-    unit = unit_gramian(gramian)
-    return _project_off_originals(unit, _check_orders(orders, len(unit.norms)), allowed=None)
+    array = check_square(gramian)
+    orders = _check_orders(orders, len(array))
+    if len(array) <= FEW:
+        return _project_few(array.tolist(), orders.tolist())
+    return _project_off_originals(unit_gramian(array), orders, allowed=None)
+
+
+def _project_few(gramian: list[list[float]], orders: list[list[int]]) -> Projection:
+    """What :func:`_project_off_originals` does, to the bit, in plain numbers: calls of NumPy take several times as long."""
+    tasks = range(len(gramian))
+    norms = [math.sqrt(max(gramian[i][i], 0.0)) for i in tasks]
+    least = ZERO_NORM * math.sqrt(sum(norm * norm for norm in norms))
+    norms = [norm if norm > least else 0.0 for norm in norms]
+    inverse = [1.0 / norm if norm else 0.0 for norm in norms]
+    coefficients = [[float(i == j) for j in tasks] for i in tasks]
+    # Of zero gradients the cosine with themselves is never looked at.
+    cosines = [
+        [min(max((a + b) / 2 * right * left, -1.0), 1.0) for a, b, right in zip(row, column, inverse, strict=True)]
+        for row, column, left in zip(gramian, zip(*gramian, strict=True), inverse, strict=True)
+    ]
+    for i in tasks:
+        cosines[i][i] = 1.0
+    for i in tasks:
+        products = cosines[i]
+        for j in orders[i]:
+            conflict = products[j]
+            if conflict < 0:
+                coefficients[i][j] = -conflict * norms[i] * inverse[j]
+                products = [own - conflict * other for own, other in zip(products, cosines[j], strict=True)]
+    result = np.array(coefficients)
+    return Projection(result.sum(axis=0), converged=True, residual=0.0, iterations=0, coefficients=result)
 
 
 def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.ArrayLike | None = None) -> Projection:
@@ -111,6 +144,8 @@ def wpcgrad_pairwise(gramian: npt.ArrayLike, keep: npt.ArrayLike, orders: npt.Ar
 
 def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArray[np.bool_] | None) -> Projection:
     """The PCGrad loop on unit gradients; ``allowed[i, j]`` says whether i may be projected off j at all."""
+    if not (unit.cosines < 0).any():
+        return _projection(unit, np.eye(unit.num_tasks))
     others, places = _turns(orders)
     products, shifts = unit.cosines.copy(), np.zeros(others.shape)
     for turn, (met, place) in enumerate(zip(others, places, strict=True)):

@@ -134,9 +134,13 @@ def unit_gramian(gramian: npt.ArrayLike, precision: float | None = None) -> Unit
     norms = np.sqrt(array.diagonal())
     norms[norms <= ZERO_NORM * np.sqrt(norms @ norms)] = 0.0
     inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    cosines = (array * inverse * inverse[:, None]).clip(-1.0, 1.0)
+    # What `clip` does, in half the time for a few numbers.
+    cosines = np.minimum(np.maximum(array * inverse * inverse[:, None], -1.0), 1.0)
     live = norms.nonzero()[0]
-    cosines[live, live] = 1.0
+    if len(live) == len(norms):
+        cosines.flat[:: len(norms) + 1] = 1.0
+    else:
+        cosines[live, live] = 1.0
     return UnitGramian(norms, inverse, cosines, live, precision)
 
 

@@ -23,22 +23,23 @@ class SkippedError(Exception):
 
 def in_one_transfer(losses: Tensor, weights: Tensor | None, mark: Tensor) -> Iterator[list[float]]:
     """Losses [k], their weights (none for None) and a scalar as lists of plain numbers, with one wait for the device."""
+    if losses.is_cpu:
+        return iter((losses.tolist(), [] if weights is None else weights.tolist(), [mark.item()]))
     tensors = [losses, losses[:0] if weights is None else weights, mark.reshape(1)]
-    if not losses.is_cpu:
-        flat = torch.cat([tensor.to(losses) for tensor in tensors]).cpu()
-        tensors = list(torch.split(flat, [len(tensor) for tensor in tensors]))
-    return (tensor.tolist() for tensor in tensors)
+    flat = torch.cat([tensor.to(losses) for tensor in tensors]).cpu()
+    return (tensor.tolist() for tensor in torch.split(flat, [len(tensor) for tensor in tensors]))
 
 
-def check_losses(parts: Parts, losses: Losses, values: Sequence[float]) -> None:
-    """Check the losses, ``values`` as plain numbers, and record them."""
+def check_losses(parts: Parts, losses: Losses, values: Sequence[float], *, source: int = 0) -> None:
+    """Check the losses of an independent batch, ``values`` as plain numbers; record those of the step's own."""
     for index, value in zip(losses.indices, values, strict=True):
         if value - value != 0:
             fail(parts, f"The loss of task `{parts.plan.tasks[index]}` is {value}.")
     if parts.plan.outside:
         _domains(parts, losses, values)
-    for index, value in zip(losses.indices, values, strict=True):
-        parts.recorded.setdefault(index, value)
+    if source == 0:
+        for index, value in zip(losses.indices, values, strict=True):
+            parts.recorded.setdefault(index, value)
 
 
 def _domains(parts: Parts, losses: Losses, values: Sequence[float]) -> None:

@@ -159,7 +159,7 @@ def gradients_with_rows(parts: Parts, request: Request) -> TaskGradients:
         rows.matrix.mul_(factors.to(rows.matrix).unsqueeze(1))
         rescale_heads(heads, losses, factors)
     product = gramian(rows.matrix) if not parts.several else _summed_gramian(network, rows)
-    check_losses(parts, everything, everything.raw.tolist())
+    check_losses(parts, everything, everything.raw.tolist(), source=request.source)
     check_task_gradients(parts, losses, product)
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(rows.parameters))
 
@@ -435,7 +435,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     if factors is not None:
         product = product * torch.outer(factors, factors)
         rescale_heads(heads, losses, factors)
-    check_losses(parts, everything, everything.raw.tolist())
+    check_losses(parts, everything, everything.raw.tolist(), source=request.source)
     check_task_gradients(parts, losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)

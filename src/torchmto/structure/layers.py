@@ -204,11 +204,13 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
 
 def _gamma(norm: nn.Module) -> Tensor | None:
     own = dict(norm.named_parameters(recurse=False))
-    named = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
+    named: Tensor | None = next((own[name] for name in ("weight", "gamma", "scale") if name in own), None)
     if named is None and isinstance(norm, (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
-        # Computed, where it is parametrized.
-        return getattr(norm, "weight", None)
-    return next(iter(own.values()), None) if named is None else named
+        # Computed, where it is parametrized; else there is none.
+        named = getattr(norm, "weight", None)
+    elif named is None:
+        named = next(iter(own.values()), None)
+    return named
 
 
 def _offset(norm: nn.Module) -> float:
