@@ -491,8 +491,7 @@ class MultiTask:
         """The method's step on a whole batch, or on the last part of one that is accumulated."""
         try:
             info = self._method.step(context)
-            if not context.any_losses:
-                context.raise_empty()
+            context.check_present()
             if context.skipped and context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=context.overflowed)
             elif isinstance(self._weights, LossWeighting):
