@@ -314,12 +314,11 @@ _compiling = False
 def may_compile() -> bool:
     """Whether anything was given to ``torch.compile`` in this process, so that calls may compile."""
     global _compiling  # noqa: PLW0603 - `torch.compiler.reset()` forgets it, and what was given compiles again
-    if not _compiling and (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
-        _compiling = any(backend is not None for backend in _backends(frames).values())
+    if not _compiling:
+        frames = sys.modules.get("torch._dynamo.eval_frame")
+        # Where the name is gone, something may.
+        _compiling = frames is not None and any(getattr(frames, "cached_backends", {0: True}).values())
     return _compiling
-
-
-_backends = _of("torch._dynamo.eval_frame", "cached_backends")
 
 
 @contextlib.contextmanager
