@@ -270,16 +270,7 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
-        state: dict[str, Any] = {"generator": self.generator.get_state()}
-        for name in self._states:
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                value = value.detach().clone()
-            else:
-                # An optimizer's state_dict holds its live tensors.
-                value = copied(value.state_dict() if hasattr(value, "state_dict") else value)
-            state[name] = value
-        return state
+        return self._copies(small=False)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -317,17 +308,18 @@ class Method(ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """The small states, to undo a step that fails."""
+        return self._copies(small=True)
+
+    def _copies(self, *, small: bool) -> dict[str, Any]:
+        """Copies of the states, or of the ``small`` ones only."""
         kept: dict[str, Any] = {"generator": self.generator.get_state()}
         for name in self._states:
             value = getattr(self, name)
             if isinstance(value, Method):
-                kept[name] = value.snapshot()
-            elif hasattr(value, "state_dict"):
-                kept[name] = copied(value.state_dict())
-            elif not isinstance(value, Tensor):
-                kept[name] = copied(value) if isinstance(value, list | dict | set) else value
-            elif value.numel() <= SMALL:
-                kept[name] = value.detach().clone()
+                kept[name] = value.snapshot() if small else value.state_dict()
+            elif not (small and isinstance(value, Tensor) and value.numel() > SMALL):
+                # An optimizer's state_dict holds its live tensors.
+                kept[name] = copied(value.state_dict() if hasattr(value, "state_dict") else value)
         return kept
 
     def restore(self, kept: Mapping[str, Any]) -> None:
