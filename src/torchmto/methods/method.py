@@ -201,6 +201,13 @@ class Method(ABC):
             if isinstance(value, Method):
                 value.seed(derived_seed(seed, state))
 
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """:attr:`generator`; for another device than the CPU a new one there that it seeds."""
+        if device.type == "cpu":
+            return self.generator
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        return torch.Generator(device=device).manual_seed(seed)
+
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
         states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
