@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, shown, warn
-from torchmto.methods.per_task import ByTask
+from torchmto.methods.per_task import ByTask, named
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -111,6 +111,7 @@ class Method(ABC):
             ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
+        recorded: Numbers per task to record, [K] or learnable: the record's name -> the state's.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
@@ -129,6 +130,7 @@ class Method(ABC):
     tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
     independent_batches: ClassVar[int] = 0
+    recorded: ClassVar[Mapping[str, str]] = {}
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
     needs_closure: bool = False
@@ -376,8 +378,9 @@ class Method(ABC):
         """Take one step on ``context`` and report what was done."""
 
     def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
+        """What to put into ``StepInfo.records``: what :attr:`recorded` names, as it is after the step."""
+        held = {key: getattr(self, name) for key, name in self.recorded.items() if self.num_tasks}
+        return {key: named(self.tasks, x if isinstance(x, Tensor) else x.values) for key, x in held.items()}
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""
