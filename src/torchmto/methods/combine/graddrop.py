@@ -43,14 +43,11 @@ class GradDrop(GradientCombiner):
         super().__init__(**options)
         self.leak = PerTask("leak", leak, minimum=0, maximum=1)
 
-    def _leak_of(self, task_grads: TaskGradients) -> Tensor:
-        return self.leak.of(task_grads.indices).to(task_grads.matrix).unsqueeze(1)
-
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of what is kept or leaks through, [P]."""
         matrix = task_grads.matrix
-        leak = self._leak_of(task_grads)
+        leak = self.leak.of(task_grads.indices).to(matrix).unsqueeze(1)
         generator = self.generator_on(matrix.device)
         combined = torch.empty_like(matrix[0])
         for piece in pieces(matrix.shape[1]):
