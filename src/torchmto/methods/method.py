@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import operator
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,7 +112,7 @@ class Method(ABC):
             ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
-        recorded: Numbers per task to record, [K] or learnable: the record's name -> the state's.
+        recorded: Numbers per task to record, [K]: the record's name -> the attribute's, dotted if need be.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
@@ -379,8 +380,8 @@ class Method(ABC):
 
     def records(self) -> Mapping[str, Any]:
         """What to put into ``StepInfo.records``: what :attr:`recorded` names, as it is after the step."""
-        held = {key: getattr(self, name) for key, name in self.recorded.items() if self.num_tasks}
-        return {key: named(self.tasks, x if isinstance(x, Tensor) else x.values) for key, x in held.items()}
+        held = self.recorded if self.num_tasks else {}
+        return {key: named(self.tasks, operator.attrgetter(name)(self)) for key, name in held.items()}
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""

@@ -53,7 +53,7 @@ class GradNorm(GramianWeighting):
     source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
     tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
-    recorded = {"scales": "scales"}
+    recorded = {"scales": "scales.values"}
     properties = Properties(uses_losses=True)
     domain = Domain(
         corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."

@@ -48,7 +48,7 @@ class FAMO(LossWeighting):
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
     tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
-    recorded = {"logits": "logits"}
+    recorded = {"logits": "logits.values"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         "`min_losses` + `eps`",

@@ -48,7 +48,7 @@ class LDCMTL(LossWeighting):
     source = "Xiao et al., 2025, arXiv 2502.08585"
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
     tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
-    recorded = {"logits": "logits"}
+    recorded = {"logits": "logits.values"}
     properties = Properties(equivariant=False)
     domain = Domain(corners="With a large `penalty` the smallest losses have negative weights, and climb.")
     logits: LearnableScales

@@ -25,7 +25,7 @@ class LearntScaling(LossWeighting):
     """
 
     fixed = True
-    recorded = {"scales": "scales"}
+    recorded = {"scales": "scales.values"}
     domain = Domain(
         corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
     )
