@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_choice, check_number, check_tasks, found, nearest, shown, unknown_task, warn
-from torchmto.gradients import Auto, Engine, Layerwise, Ranks, Representation, keeping_buffers, may_compile
-from torchmto.gradients.torch_private import compiled_inside
+from torchmto.gradients.choice import Auto
+from torchmto.gradients.engine import Engine
+from torchmto.gradients.layerwise import Layerwise
+from torchmto.gradients.ranks import Ranks
+from torchmto.gradients.representation import Representation
+from torchmto.gradients.torch_private import compiled_inside, keeping_buffers, may_compile
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
@@ -487,8 +491,7 @@ class MultiTask:
         """The method's step on a whole batch, or on the last part of one that is accumulated."""
         try:
             info = self._method.step(context)
-            if not context.any_losses:
-                context.raise_empty()
+            context.check_present()
             if context.skipped and context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=context.overflowed)
             elif isinstance(self._weights, LossWeighting):

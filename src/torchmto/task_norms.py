@@ -115,14 +115,23 @@ def active_tasks(names: Sequence[str]) -> Iterator[None]:
 
 
 class PerTask(nn.Module):
-    """A module with one copy per task, so that a model with one needs a forward pass per task."""
+    """A module with one copy per task, so that a model with one needs a forward pass per task.
+
+    The copies are direct children named after the tasks, so a state key is ``<path>.<task>.<weight|bias|...>``.
+    """
+
+    def __init__(self, module: nn.Module, copies: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.task_names = tuple(copies)
+        self.training = module.training
+        for task, task_copy in copies.items():
+            self.add_module(task, task_copy)
 
 
 class SplitNorm(PerTask):
     """A norm layer with one copy per task; a call goes to the active task's copy.
 
-    The copies are direct children named after the tasks, so a state key is
-    ``<path>.<task>.<weight|bias|...>``. Settings such as ``eps`` or ``normalized_shape`` are read from the
+    Settings such as ``eps`` or ``normalized_shape`` are read from the
     copies; tensors such as ``weight`` from the active task's copy.
 
     A GroupNorm and an InstanceNorm without running statistics keep no scale of what they normalise. Their
@@ -131,15 +140,12 @@ class SplitNorm(PerTask):
     """
 
     def __init__(self, norm: nn.Module, copies: dict[str, nn.Module]) -> None:
-        super().__init__()
-        self.task_names = tuple(copies)
-        self.training = norm.training
-        for task, task_copy in copies.items():
+        super().__init__(norm, copies)
+        for task_copy in copies.values():
             groups = _groups_without_scale(task_copy)
             if groups:
                 reference = next(task_copy.parameters())
                 task_copy.register_buffer("running_group_var", torch.ones_like(reference[:1]).detach().repeat(groups))
-            self.add_module(task, task_copy)
 
     def copy_for(self, task: str) -> nn.Module:
         """The copy of one task.
@@ -264,9 +270,9 @@ def split_norms(
                         f"The norm {child_name!r} is already split for the tasks {list(child.task_names)}."
                     )
             elif not isinstance(module, SplitNorm) and is_norm(child) and _has_state(child):
-                _check_key_parts(names, child)
+                check_key_parts(names, child)
                 places.append((module, child_name, child))
-    _check_key_parts(names, nn.Module())
+    check_key_parts(names, nn.Module())
 
     memos: dict[str, dict[int, Any]] = {task: {} for task in names}
     split: dict[nn.Module, SplitNorm] = {}
@@ -327,17 +333,22 @@ def _has_state(norm: nn.Module) -> bool:
     return next(norm.parameters(), None) is not None or next(norm.buffers(), None) is not None
 
 
-def _check_key_parts(names: Iterable[str], norm: nn.Module) -> None:
+def check_key_parts(names: Iterable[str], module: nn.Module) -> None:
+    """Raise if a module can't have copies with these names.
+
+    Raises:
+        ValueError: If so.
+    """
     for name in names:
         if not name or "." in name:
             raise ValueError(
                 "Parameter `tasks` should hold names that can be part of a state key: not empty, no dot. "
                 f"Found {name!r}."
             )
-        if hasattr(norm, name) or hasattr(SplitNorm, name) or name == "task_names":
+        if hasattr(module, name) or hasattr(SplitNorm, name) or name == "task_names":
             raise ValueError(
                 "Parameter `tasks` should hold names that can be part of a state key. "
-                f"Found {name!r}, which is an attribute of {type(norm).__name__}."
+                f"Found {name!r}, which is an attribute of {type(module).__name__}."
             )
 
 

@@ -668,14 +668,6 @@ def trace_events(rank: int, size: int, group: Any, divided: bool) -> list[str]:
     mt.step(losses)
     events: list[str] = []
 
-    class Spy:
-        def __init__(self, work: Any) -> None:
-            self.work = work
-
-        def wait(self) -> None:
-            events.append("wait")
-            self.work.wait()
-
     ranks = mt.network.ranks
     name = "start_scatter" if divided else "start_sum"
     inner = getattr(ranks, name)
@@ -684,8 +676,13 @@ def trace_events(rank: int, size: int, group: Any, divided: bool) -> list[str]:
         large = tensors[-1].numel() > 100_000
         if large:
             events.append("start row")
-        work = inner(*tensors)
-        return Spy(work) if large else work
+        wait = inner(*tensors)
+
+        def waited() -> None:
+            events.append("wait")
+            wait()
+
+        return waited if large else wait
 
     setattr(ranks, name, start)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torchmto.gradients import finite_mark
+from torchmto.gradients.finite import finite_mark
 
 SHAPES = [(3,), (50, 50), (2,), (), (64, 64)]
 

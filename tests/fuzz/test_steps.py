@@ -78,6 +78,27 @@ def test_an_interrupt_just_before_the_optimizer_counts_no_step_of_before():
     assert same(state(mt), before)
 
 
+def test_an_interrupt_after_an_overflow_puts_the_scale_back(monkeypatch):
+    model = nn.Linear(2, 2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    mt = torchmto.MultiTask(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=["a", "b"], method="gd", scaler=scaler
+    )
+
+    def overflowing(tasks):
+        loss = (model.weight.sum() * 0).abs().sqrt()  # its gradient isn't finite
+        return dict.fromkeys(tasks, loss)
+
+    show = mt.network.show_overflow
+    monkeypatch.setattr(mt.network, "show_overflow", lambda: (show(), interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        mt.step(overflowing)
+    assert scaler.get_scale() == 8.0
+    monkeypatch.undo()
+    assert mt.step(overflowing).skipped
+    assert scaler.get_scale() == 4.0
+
+
 def interrupted():
     raise KeyboardInterrupt
 

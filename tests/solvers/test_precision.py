@@ -7,7 +7,7 @@ import torch
 import torchmto
 from gradient_matrices import CANCELLING, cancelling
 from torchmto import solvers
-from torchmto.gradients import gramian
+from torchmto.gradients.rows import gramian
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (1e-9, 1.0, 1e9)

@@ -71,8 +71,13 @@ def test_mistakes():
     model, closure = problem()
     with pytest.raises(ValueError, match="paths of modules"):
         make_task_specific(model, TASKS, ["second", "fourth"])
-    with pytest.raises(ValueError, match="state key"):
-        make_task_specific(model, ["weight"], ["second"])
+    for tasks in (["weight"], ["task_names"], ["a.b"]):
+        with pytest.raises(ValueError, match="state key"):
+            make_task_specific(model, tasks, ["second"])
+    with pytest.raises(ValueError, match="twice"):
+        make_task_specific(model, ["a", "a"], ["second"])
+    with pytest.raises(TypeError, match="sequence of task names"):
+        make_task_specific(model, "ab", ["second"])
     assert isinstance(model["second"], nn.Linear)
     with pytest.raises(ValueError, match="threshold"):
         conflict_scores(model, [closure], TASKS, threshold=0.5)

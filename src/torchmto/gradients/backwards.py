@@ -15,12 +15,12 @@ def _overridden(root: Tensor, inputs: Sequence[Tensor]) -> bool:
     return run_backward is None or type(root) is not Tensor or not _PLAIN.issuperset(map(type, inputs))
 
 
-def backward(root: Tensor, seed: Tensor, inputs: Sequence[Tensor]) -> None:
+def backward(root: Tensor, seed: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> None:
     """Add the gradients of ``inputs`` to their ``.grad``; ``seed`` is the cotangent of ``root``, and of its shape and type."""
     if not inputs or _overridden(root, inputs):
-        torch.autograd.backward(root, seed, inputs=inputs)
+        torch.autograd.backward(root, seed, inputs=inputs, retain_graph=retain)
     else:
-        run_backward((root,), (seed,), False, False, tuple(inputs), True, accumulate_grad=True)
+        run_backward((root,), (seed,), retain, False, tuple(inputs), True, accumulate_grad=True)
 
 
 def gradients_of(

@@ -67,7 +67,7 @@ class Auto(Engine):
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graph."""
         self.graph = read_graph(forwards[0])
-        return {key: mask for key, (_, mask) in self.graph.reached.items()}
+        return self.graph.reached
 
     def forget(self) -> None:
         """Give up the graph and what was kept."""

@@ -7,6 +7,7 @@ patches for inputs. An embedding's input is one-hot: only looked-up rows of its 
 the gradients takes no more than one product, with the weighted sum of the cotangents.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.rows import products, wide_dtype
-from torchmto.gradients.torch_private import has_hooks, hooked, saved
+from torchmto.gradients.torch_private import has_hooks, hooked, places, saved
 
 AT_ONCE = 2**20
 """Elements of the cotangents that are multiplied at a time: as much as stays in a processor's cache."""
@@ -185,18 +186,8 @@ def _convolution(node: Any, uses: Mapping[Node, int], wanted: Mapping[int, Tenso
     given = saved(node, "input")
     if given.dim() != 4 or not given.numel():
         return None
-    positions = 1
-    for side, kernel, stride, padding, dilation in zip(
-        given.shape[2:],
-        leaf.shape[2:],
-        saved(node, "stride"),
-        saved(node, "padding"),
-        saved(node, "dilation"),
-        strict=True,
-    ):
-        positions *= (side + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     inputs = leaf[0].numel()
-    samples = len(given) * positions
+    samples = len(given) * math.prod(places(node)[0].shape[2:])
     # The patches aren't there yet.
     return _if_cheaper(Patches, (leaf, node, between), (samples, inputs), num_tasks, room=samples * inputs)
 

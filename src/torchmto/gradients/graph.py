@@ -26,14 +26,14 @@ class Graph:
         order: Its nodes, every node after all nodes whose results it takes; leaves are left out.
         masks: The tasks whose losses reach each of these nodes, as a bit mask.
         leaves: The nodes of the leaves, and the leaves.
-        reached: ``id`` of a leaf -> the leaf and the tasks whose losses reach it, as a bit mask.
+        reached: ``id`` of a leaf -> the tasks whose losses reach it, as a bit mask.
         uses: How many edges lead to each node, leaves included.
     """
 
     order: list[Node] = field(default_factory=list)
     masks: dict[Node, int] = field(default_factory=dict)
     leaves: dict[Node, Tensor] = field(default_factory=dict)
-    reached: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    reached: dict[int, int] = field(default_factory=dict)
     uses: dict[Node, int] = field(default_factory=dict)
 
     @functools.cached_property
@@ -71,7 +71,7 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
         leaf = None if following[node] else getattr(node, "variable", None)
         if leaf is not None:
             graph.leaves[node] = leaf
-            graph.reached[id(leaf)] = (leaf, mask)
+            graph.reached[id(leaf)] = mask
             continue
         graph.order.append(node)
         for other in following[node]:

@@ -26,7 +26,7 @@ from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.finite import real
 from torchmto.gradients.graph import Graph, Run, cut, read_graph
 from torchmto.gradients.hooks import quiet
-from torchmto.gradients.ranks import Pending, Ranks
+from torchmto.gradients.ranks import Ranks, Wait
 from torchmto.gradients.rows import products, slices_of, wide_dtype, widest
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import hooked, hooks_made
@@ -71,7 +71,7 @@ class Layerwise(Engine):
         self._graphs = [read_graph(losses) for losses in forwards]
         reached: dict[int, int] = {}
         for graph in self._graphs:
-            for key, (_, mask) in graph.reached.items():
+            for key, mask in graph.reached.items():
                 reached[key] = reached.get(key, 0) | mask
         return reached
 
@@ -97,7 +97,7 @@ class Layerwise(Engine):
         groups = self._groups(plans, wanted.shared)
         product = no_products(wanted)
         formed: Formed = {}
-        sent: tuple[Tensor, Pending] | None = None
+        sent: tuple[Tensor, Wait] | None = None
         failure: BaseException | None = None
         for number in range(max([len(groups), *map(len, plans)])):
             try:
@@ -123,11 +123,11 @@ class Layerwise(Engine):
             raise failure
         return product
 
-    def _receive(self, sent: tuple[Tensor, Pending] | None, product: Tensor) -> None:
+    def _receive(self, sent: tuple[Tensor, Wait] | None, product: Tensor) -> None:
         """Wait for rows that are on their way; each rank adds the inner products of its part of the columns."""
         if sent is not None:
-            rows, work = sent
-            work.wait()
+            rows, wait = sent
+            wait()
             rank, size, width = self._ranks.rank, self._ranks.size, rows.shape[1]
             product += products(rows[:, width * rank // size : width * (rank + 1) // size])
 

@@ -3,38 +3,15 @@
 import contextlib
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET_BYTES = 25 * 2**20
-"""Gradients are sent in buffers of about this size, so that the first are under way while the next are filled."""
-
-
-class Pending(Protocol):
-    """A collective that was started."""
-
-    def wait(self) -> Any:
-        """Return once its result is there."""
-
-
-class _Done:
-    def wait(self) -> None:
-        """Nothing was started."""
-
-
-class _Sent:
-    """A collective that is under way."""
-
-    def __init__(self, ranks: "Ranks", work: Any) -> None:
-        self._ranks, self._work = ranks, work
-
-    def wait(self) -> None:
-        with self._ranks.message():
-            self._work.wait()
+Wait = Callable[[], None]
+"""Returns once the result of a collective that was started is there."""
 
 
 class Ranks:
@@ -77,21 +54,28 @@ class Ranks:
             self.lost = self.size > 1
             raise
 
+    def _started(self, work: Any) -> Wait:
+        def wait() -> None:
+            with self.message():
+                work.wait()
+
+        return wait
+
     def _count(self, tensor: Tensor, passes: int) -> None:
         self.bytes_sent += passes * tensor.numel() * tensor.element_size() * (self.size - 1) / self.size
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its sum over the ranks, which is the same on all of them bit for bit."""
-        self.start_sum(tensor).wait()
+        self.start_sum(tensor)()
         return tensor
 
-    def start_sum(self, tensor: Tensor) -> Pending:
+    def start_sum(self, tensor: Tensor) -> Wait:
         """Begin :meth:`sum_` of a contiguous tensor, which mustn't be touched until it is done."""
         if self.size == 1 or tensor.numel() == 0:
-            return _Done()
+            return lambda: None
         self._count(tensor, 2)
         with self.message():
-            return _Sent(self, dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True))
+            return self._started(dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self.group, async_op=True))
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace ``tensor`` by its elementwise maximum over the ranks."""
@@ -101,20 +85,15 @@ class Ranks:
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def start_scatter(self, piece: Tensor, whole: Tensor) -> Pending:
+    def start_scatter(self, piece: Tensor, whole: Tensor) -> Wait:
         """Begin to sum ``whole`` [N * n] over the ranks into ``piece`` [n], of which rank r gets the r-th part."""
-        if self.size == 1:
-            piece.copy_(whole)
-            return _Done()
         self._count(whole, 1)
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         with self.message():
-            return _Sent(self, scatter(piece, whole, group=self.group, async_op=True))
+            return self._started(scatter(piece, whole, group=self.group, async_op=True))
 
     def gather_(self, whole: Tensor, piece: Tensor) -> Tensor:
         """Fill ``whole`` [N * n] with the ranks' ``piece`` [n] in order."""
-        if self.size == 1:
-            return whole.copy_(piece)
         self._count(whole, 1)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self.message():
@@ -129,7 +108,7 @@ class Ranks:
         return values
 
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum tensors over the ranks in place, in few large buffers instead of one by one.
+        """Sum tensors over the ranks in place, in one buffer for each type and device instead of one by one.
 
         All ranks bring tensors of the same sizes and types in the same order.
         """
@@ -137,17 +116,11 @@ class Ranks:
             return
         # No memory for a buffer is a message that fails, too.
         with self.message():
-            started = [
-                (bucket, flat, self.start_sum(flat))
-                for bucket in _buckets(tensors)
-                for flat in [torch.cat([tensor.reshape(-1) for tensor in bucket])]
-            ]
-            for bucket, flat, work in started:
-                work.wait()
-                parts = torch.split(flat, [tensor.numel() for tensor in bucket])
-                torch._foreach_copy_(
-                    list(bucket), [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
-                )
+            for kind in dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors):
+                alike = [tensor for tensor in tensors if (tensor.dtype, tensor.device) == kind]
+                flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike]))
+                parts = torch.split(flat, [tensor.numel() for tensor in alike])
+                torch._foreach_copy_(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike, strict=True)])
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -186,23 +159,6 @@ def sharded_like(part: Tensor, tensor: Tensor) -> Tensor:
         shape=tensor.shape,
         stride=tensor.stride(),
     )
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one type and device each, of about BUCKET_BYTES together, in order."""
-    full: list[list[Tensor]] = []
-    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], int]] = {}
-    for tensor in tensors:
-        kind = tensor.dtype, tensor.device
-        bucket, size = open_buckets.get(kind, ([], 0))
-        bucket.append(tensor)
-        size += tensor.numel() * tensor.element_size()
-        if size >= BUCKET_BYTES:
-            full.append(bucket)
-            open_buckets.pop(kind, None)
-        else:
-            open_buckets[kind] = bucket, size
-    return full + [bucket for bucket, _ in open_buckets.values()]
 
 
 def fingerprint(value: object) -> int:

@@ -67,7 +67,7 @@ class Representation(Engine):
                 "forward, so there are no features to differentiate with respect to."
             )
         graph = read_graph(forwards[0], stop={output.grad_fn for output in self._outputs if output.grad_fn is not None})
-        self._above = {key: mask for key, (_, mask) in graph.reached.items()}
+        self._above = graph.reached
         return self._above
 
     def gramian(self, wanted: Wanted) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchmto.gradients.finite import real
-from torchmto.gradients.ranks import Pending, Ranks, local
+from torchmto.gradients.ranks import Ranks, Wait, local
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -75,18 +75,15 @@ BLOCK = 16384
 """Columns per block of the Gramian: K rows of it stay in the processor's cache."""
 
 
-def products(matrix: Tensor, other: Tensor | None = None) -> Tensor:
-    """``matrix @ other.T`` (default: of itself), block by block of columns, without a copy of either."""
-    other = matrix if other is None else other
+def products(matrix: Tensor) -> Tensor:
+    """``matrix @ matrix.T``, block by block of columns, without a copy."""
     wide = wide_dtype(matrix.device)
     whole = matrix.shape[1] // BLOCK
-    if not whole:
-        return (matrix @ other.T).to(wide)
-    product = (matrix[:, whole * BLOCK :] @ other[:, whole * BLOCK :].T).to(wide)
-    left, right = (
-        torch.unflatten(part[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1) for part in (matrix, other)
-    )
-    product += torch.bmm(left, right.transpose(1, 2)).sum(0, dtype=wide)
+    rest = matrix[:, whole * BLOCK :] if whole else matrix
+    product = (rest @ rest.T).to(wide)
+    if whole:
+        blocks = torch.unflatten(matrix[:, : whole * BLOCK], 1, (whole, BLOCK)).transpose(0, 1)
+        product += torch.bmm(blocks, blocks.transpose(1, 2)).sum(0, dtype=wide)
     return product
 
 
@@ -166,7 +163,7 @@ class Rows(Columns):
     """One reused buffer J [K, P] with a view per task and parameter. Parameters a task doesn't reach are zero in its row."""
 
     def __init__(self, num_tasks: int, ranks: Ranks) -> None:
-        self._sent: list[Pending] = []
+        self._sent: list[Wait] = []
         super().__init__(num_tasks, ranks)
 
     def _lay_out(self, parameters: list[Tensor]) -> None:
@@ -211,8 +208,8 @@ class Rows(Columns):
     def wait(self) -> None:
         """Wait for the sums that were started."""
         sent, self._sent = self._sent, []
-        for work in sent:
-            work.wait()
+        for wait in sent:
+            wait()
 
     def view(self, parameter: Tensor) -> Tensor:
         """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix ([..., 2] if complex)."""

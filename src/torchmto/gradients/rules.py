@@ -130,6 +130,11 @@ def _place(dim: int) -> int:
     return dim if dim < 0 else dim + 1
 
 
+_ELEMENTWISE = (
+    *("Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Softplus", "Tanh", "Sigmoid", "Sin", "Cos", "Exp", "Pow"),
+    *("Mul", "Div", "Neg", "NativeDropout"),
+)
+
 RULES: dict[str, Rule] = {
     "AddmmBackward0": _addmm,
     "MmBackward0": _mm,
@@ -147,20 +152,6 @@ RULES: dict[str, Rule] = {
         _reshaped,
     ),
     **dict.fromkeys(("CloneBackward0", "ToCopyBackward0", "AliasBackward0", "ExpandBackward0"), _same),
-    **dict.fromkeys(
-        (
-            *(
-                "ReluBackward0",
-                "LeakyReluBackward0",
-                "EluBackward0",
-                "GeluBackward0",
-                "SiluBackward0",
-                "SoftplusBackward0",
-            ),
-            *("TanhBackward0", "SigmoidBackward0", "SinBackward0", "CosBackward0", "ExpBackward0", "PowBackward0"),
-            *("MulBackward0", "DivBackward0", "NegBackward0", "NativeDropoutBackward0"),
-        ),
-        _elementwise,
-    ),
+    **{f"{kind}Backward0": _elementwise for kind in _ELEMENTWISE},
 }
 """The name of a kind of node -> its formula for K cotangents."""

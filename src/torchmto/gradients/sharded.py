@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients.ranks import Pending, Ranks
+from torchmto.gradients.ranks import Ranks, Wait
 from torchmto.gradients.rows import Columns, views_of
 
 
@@ -13,8 +13,8 @@ class ShardedRows(Columns):
     """J [K, P] of which rank r holds the columns ``r * n`` to ``(r + 1) * n``, n = P / N rounded up.
 
     A task's whole row exists only in one scratch vector [P], from which the sum over the ranks is scattered while the next
-    task's backward runs. Memory: ``K P / N + P`` instead of ``K P``. It offers what :class:`~torchmto.gradients.Rows` offers,
-    except views per parameter. :meth:`send` and a :meth:`grow` with rows are called by all ranks together.
+    task's backward runs. Memory: ``K P / N + P`` instead of ``K P``. It offers what :class:`~torchmto.gradients.rows.Rows`
+    offers, except views per parameter. :meth:`send` and a :meth:`grow` with rows are called by all ranks together.
 
     Args:
         num_tasks: K.
@@ -23,7 +23,7 @@ class ShardedRows(Columns):
 
     def __init__(self, num_tasks: int, ranks: Ranks) -> None:
         self._loaded: int | None = None
-        self._work: Pending | None = None
+        self._work: Wait | None = None
         self._addend: tuple[int, Tensor] | None = None
         super().__init__(num_tasks, ranks, share=ranks.size)
 
@@ -76,7 +76,7 @@ class ShardedRows(Columns):
     def wait(self) -> None:
         """Wait for the sum that was started last."""
         if self._work is not None:
-            self._work.wait()
+            self._work()
             self._work = None
             if self._addend is not None:
                 row, piece = self._addend

@@ -62,11 +62,9 @@ class Stack:
         if first.shape == shape and first.dtype == dtype and first.device == device:
             return self
         if first.shape != shape:
-            size = (len(self.rows), *(1 for _ in range(first.dim() - len(shape))), *shape)
-            extra = tuple(range(1, 1 + first.dim() - len(shape)))
-            values = self.values
-            ones = tuple(i for i in range(1, values.dim()) if i in extra or (size[i] == 1 and values.shape[i] != 1))
-            return Stack(self.rows, values.sum(ones, keepdim=True).reshape(len(self.rows), *shape).to(device, dtype))
+            broadcast = [1] * (first.dim() - len(shape))
+            values = self.values.sum_to_size(len(self.rows), *broadcast, *shape).reshape(len(self.rows), *shape)
+            return Stack(self.rows, values.to(device, dtype))
         if isinstance(self._content, list):
             return Stack(self.rows, [part.to(device, dtype) for part in self._content])
         return Stack(self.rows, self._content.to(device, dtype))

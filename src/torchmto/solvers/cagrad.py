@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from torchmto.checks import check_number
 from torchmto.solvers.dual_cone import project_on_dual_cone
-from torchmto.solvers.nonnegative import nonnegative_least_squares
+from torchmto.solvers.nonnegative import least_distance
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
 
@@ -122,9 +122,7 @@ class _Ball:
         """The nearest direction with projections of at least ``level * margins``; None if there is none."""
         demand = level * self.margins - self.projections
         size = np.abs(demand).max()
-        target = np.zeros(len(self.columns) + 1)
-        target[-1] = 1.0
-        solution = nonnegative_least_squares(np.vstack([self.columns, demand / size]), target)
+        solution = least_distance(self.columns, demand / size)
         if solution is None:
             return None
         excess = 1.0 - demand @ solution / size

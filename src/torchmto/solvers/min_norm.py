@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from torchmto.solvers.nonnegative import nonnegative_least_squares
+from torchmto.solvers.nonnegative import least_distance
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import check_gramian, factor, uniform, unit_gramian
 
@@ -11,8 +11,7 @@ from torchmto.solvers.unit import check_gramian, factor, uniform, unit_gramian
 def min_norm(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: float = 1e-9) -> Solution:
     r"""Weights on the simplex that minimise :math:`w^\top G w`.
 
-    Exact: a closed form for two tasks, an active-set method otherwise. The shortest point ``x`` of the hull
-        of
+    Exact: a closed form for two tasks, an active-set method otherwise. The shortest point ``x`` of the hull of
     the gradients is, up to its length, the shortest vector with :math:`g_i \cdot x \ge 1` for all tasks, and
     that is a non-negative least-squares problem (Lawson and Hanson, Solving Least Squares Problems, chapter
     23).
@@ -62,12 +61,9 @@ def _two_tasks(gramian: Array) -> Array:
 
 
 def _active_set(columns: Array, norms: Array) -> tuple[Array, int]:
-    """Non-negative least squares on unit columns; an iteration limit returns the shortest gradient."""
+    """The least distance on unit columns; an iteration limit returns the shortest gradient."""
     shares = norms.min() / norms
-    system = np.vstack([columns, shares])
-    target = np.zeros(len(system))
-    target[-1] = 1.0
-    multipliers = nonnegative_least_squares(system, target)
+    multipliers = least_distance(columns, shares)
     if multipliers is None:
         multipliers = (shares == 1.0).astype(np.float64)
     weights = multipliers * shares

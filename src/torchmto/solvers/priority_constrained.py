@@ -3,7 +3,7 @@ r"""The direction nearest to a primary gradient that gives every other task a sh
 import numpy as np
 import numpy.typing as npt
 
-from torchmto.solvers.nonnegative import nonnegative_least_squares
+from torchmto.solvers.nonnegative import least_distance
 from torchmto.solvers.solution import Array, Solution
 from torchmto.solvers.unit import UnitGramian, factor, unit_gramian
 
@@ -75,8 +75,7 @@ def pcd(
 def _multipliers(unit: UnitGramian, lengths: Array, tau: Array) -> Array | None:
     """What is added of every unit gradient to the primary one, shape [K]; None where the constraints can't be satisfied.
 
-    The shortest x with ``columns.T @ x >= missing`` comes from the non-negative least-squares problem with one row more
-    (Lawson and Hanson, Solving least squares problems, chapter 23).
+    The shortest x with ``columns.T @ x >= missing``.
     """
     missing = tau * lengths - lengths[0] * unit.cosines[0]
     others = unit.live[1:]
@@ -85,14 +84,12 @@ def _multipliers(unit: UnitGramian, lengths: Array, tau: Array) -> Array | None:
     if size <= 0.0:
         return multipliers
     columns = factor(unit.live_cosines())[:, 1:]
-    system = np.vstack([columns, missing[others] / size])
-    target = np.zeros(len(system))
-    target[-1] = 1.0
-    solution = nonnegative_least_squares(system, target)
+    demand = missing[others] / size
+    solution = least_distance(columns, demand)
     if solution is None:
         return None
     # 1 / (1 + squared length of x).
-    left = 1.0 - float(system[-1] @ solution)
+    left = 1.0 - float(demand @ solution)
     if left <= 16 * unit.noise:
         return None
     multipliers[others] = solution * (size / left)

@@ -7,7 +7,7 @@ the other K.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -146,50 +146,23 @@ def _project_off_originals(unit: UnitGramian, orders: Order, allowed: npt.NDArra
     """The PCGrad loop on unit gradients; ``allowed[i, j]`` says whether i may be projected off j at all."""
     if not (unit.cosines < 0).any():
         return _projection(unit, np.eye(unit.num_tasks))
-    turns = _Turns(unit, orders)
-    shifts = np.zeros(turns.shape)
-    active = None if allowed is None else turns.pick(allowed)
-    for turn in range(len(shifts)):
-        conflict = np.minimum(turns.products(turn), 0.0)
-        if active is not None:
-            conflict *= active[turn]
-        shifts[turn] = shift = -conflict
-        turns.add(turn, shift)
-    return _projection(unit, turns.place(shifts, np.eye(len(unit.norms))))
+    others, places = _turns(orders)
+    products, shifts = unit.cosines.copy(), np.zeros(others.shape)
+    for turn, (met, place) in enumerate(zip(others, places, strict=True)):
+        conflict = np.minimum(products.take(place), 0.0)
+        if allowed is not None:
+            conflict *= allowed.take(place)
+        products -= conflict[:, None] * unit.cosines.take(met, axis=0)
+        shifts[turn] = -conflict
+    coefficients = np.eye(unit.num_tasks)
+    coefficients.put(places, shifts)
+    return _projection(unit, coefficients)
 
 
-class _Turns:
-    """Inner products of the modified unit gradients with the original ones, kept up over the turns.
-
-    In turn t task i meets the original unit gradient of ``orders[i, t]``. Arrays over the turns have the shape
-    [K - 1, K]: one row per turn, one column per task.
-    """
-
-    def __init__(self, unit: UnitGramian, orders: Order):
-        self.others = np.ascontiguousarray(orders.T)
-        self.shape = self.others.shape
-        num_tasks = len(unit.norms)
-        self._places = self.others + num_tasks * np.arange(num_tasks)
-        self._originals = unit.cosines
-        self._products = unit.cosines.copy()
-
-    def products(self, turn: int) -> Array:
-        """The inner products of every gradient with the one that it meets in this turn, shape [K]."""
-        products: Array = self._products.take(self._places[turn])
-        return products
-
-    def add(self, turn: int, shift: Array) -> None:
-        """Add to every gradient its multiple of the one it meets in this turn."""
-        self._products += shift[:, None] * self._originals.take(self.others[turn], axis=0)
-
-    def pick(self, matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """The entries (i, j) of a K x K matrix where task i meets task j."""
-        return matrix.take(self._places)
-
-    def place(self, values: Array, matrix: Array) -> Array:
-        """The K x K matrix with the values put where task i meets task j."""
-        matrix.put(self._places, values)
-        return matrix
+def _turns(orders: Order) -> tuple[Order, Order]:
+    """Whom every task meets in each turn, [K - 1, K], and where in a K x K matrix the entries of these pairs are."""
+    others = np.ascontiguousarray(orders.T)
+    return others, others + len(orders) * np.arange(len(orders))
 
 
 class GradVacResult(NamedTuple):
@@ -249,31 +222,32 @@ def gradvac(
     targets = np.zeros(shape) if targets is None else np.array(targets, dtype=np.float64)
     if targets.shape != shape or not np.isfinite(targets).all():
         raise ValueError(f"Parameter `targets` should be finite, of shape {shape}. Found `{targets}`.")
-    turns = _Turns(unit, orders)
+    others, places = _turns(orders)
     largest = 1.0 - max(POLE, unit.noise)
     bounded = targets.clip(-largest, largest)
     bounded[unit.norms == 0] = bounded[:, unit.norms == 0] = 0.0
-    cotangents = turns.pick(bounded / np.sqrt(1.0 - bounded**2))
-    shifts, products, squares = (np.zeros(turns.shape) for _ in range(3))
+    cotangents = (bounded / np.sqrt(1.0 - bounded**2)).take(places)
+    shifts, met_products, squares = (np.zeros(others.shape) for _ in range(3))
+    products, coefficients = unit.cosines.copy(), np.eye(unit.num_tasks)
     square = np.ones(unit.num_tasks)
-    for turn in range(len(shifts)):
+    for turn, (met, place) in enumerate(zip(others, places, strict=True)):
         # The formula above with the lengths multiplied out: it is positive exactly where c is below the target.
-        product = turns.products(turn)
-        products[turn], squares[turn] = product, square
+        product = products.take(place)
+        met_products[turn], squares[turn] = product, square
         perpendicular = np.maximum(square - product * product, 0.0)
         shift = np.maximum(cotangents[turn] * np.sqrt(perpendicular) - product, 0.0)
-        turns.add(turn, shift)
+        products += shift[:, None] * unit.cosines.take(met, axis=0)
         shifts[turn] = shift
         product = product + shift
         square = perpendicular + product * product
-    cosines = np.divide(
-        products, np.sqrt(squares), out=turns.pick(targets), where=squares > max(ANNIHILATED, unit.noise)
-    )
-    observed = turns.place(cosines.clip(-1.0, 1.0), targets.copy())
+    coefficients.put(places, shifts)
+    known = squares > max(ANNIHILATED, unit.noise)
+    cosines = np.divide(met_products, np.sqrt(squares), out=targets.take(places), where=known)
+    observed = targets.copy()
+    observed.put(places, cosines.clip(-1.0, 1.0))
     observed[unit.norms == 0] = targets[unit.norms == 0]
     observed[:, unit.norms == 0] = targets[:, unit.norms == 0]
-    projection = _projection(unit, turns.place(shifts, np.eye(unit.num_tasks)))
-    return GradVacResult(projection, (1.0 - beta) * targets + beta * observed)
+    return GradVacResult(_projection(unit, coefficients), (1.0 - beta) * targets + beta * observed)
 
 
 def wpcgrad(gramian: npt.ArrayLike, order: npt.ArrayLike, *, precision: float | None = None) -> Projection:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import shown
-from torchmto.gradients import finite_mark, real
+from torchmto.gradients.finite import finite_mark, real
 from torchmto.gradients.torch_private import flattened
 from torchmto.step.finite import (
     SkippedError,
@@ -68,30 +68,20 @@ class StepContext:
         return len(self._parts.sources)
 
     @property
-    def num_forward(self) -> int:
-        """Calls of closures so far."""
-        return self._parts.num_forward
-
-    @property
-    def num_backward(self) -> int:
-        """Backward passes so far."""
-        return self._parts.num_backward
-
-    @property
     def overflowed(self) -> bool:
         """Whether the scaler has found an overflow and lowered its scale."""
         return self._parts.overflowed
 
     # ------------------------------------------------------------------ losses
 
-    @property
-    def any_losses(self) -> bool:
-        """Whether any loss has been seen in this step."""
-        return self._parts.first is not None and bool(self._parts.first.indices)
+    def check_present(self) -> None:
+        """Raise if no loss has been seen in this step.
 
-    def raise_empty(self) -> NoReturn:
-        """Raise the error of a batch without any loss."""
-        raise empty_batch(self.asked)
+        Raises:
+            ValueError: If none has.
+        """
+        if self._parts.first is None or not self._parts.first.indices:
+            raise empty_batch(self.asked)
 
     def losses(
         self, tasks: Sequence[str] | None = None, *, source: int = 0, replay: bool | Literal["newest"] = True
@@ -271,7 +261,7 @@ class StepContext:
             NonFiniteError: If a loss isn't finite (see ``on_nonfinite``).
         """
         if not losses.indices:
-            self.raise_empty()
+            raise empty_batch(self.asked)
         self._losses, self._unchecked = None, False
         check_losses(self._parts, losses, losses.raw.tolist())
 
@@ -333,7 +323,7 @@ class StepContext:
         unchecked = losses is not None and self._unchecked
         self._losses, self._unchecked = None, False
         if unchecked and losses is not None and not losses.indices:
-            self.raise_empty()
+            raise empty_batch(self.asked)
         parts = self._parts
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()

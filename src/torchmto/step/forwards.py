@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import unknown_task, warn
-from torchmto.gradients import check_keeps, nodes_made, reach_of
+from torchmto.gradients.reach import check_keeps, reach_of
+from torchmto.gradients.torch_private import nodes_made
 from torchmto.step.losses import Chunk, Source, needs_closure
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import check_same

@@ -14,7 +14,7 @@ An engine's segments, K gradients of a few parameters
     while it goes down the graph.
 Running statistics of norms (:func:`average_statistics`)
     after the backwards.
-Which task reaches which parameter (:class:`~torchmto.gradients.Agreement`)
+Which task reaches which parameter (:class:`~torchmto.gradients.roles.Agreement`)
     when an exchange or one of the two sums said that a rank has learnt of it.
 The first error's words (:func:`raise_together`)
     when one of these said that a rank failed.
@@ -36,8 +36,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from torchmto.gradients import Ranks, Rows, ShardedRows, real
-from torchmto.gradients.ranks import all_equal, fingerprint, is_sharded, local
+from torchmto.gradients.finite import real
+from torchmto.gradients.ranks import Ranks, all_equal, fingerprint, is_sharded, local
+from torchmto.gradients.rows import Rows
+from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import NormBase
 from torchmto.step.network import Heads, Network
 

@@ -12,23 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchmto.checks import found, warn
-from torchmto.gradients import (
-    Agreement,
-    Engine,
-    Ranks,
-    Roles,
-    Rows,
-    ShardedRows,
-    dense,
-    reach_of,
-    real,
-    refuse_hidden,
-    refuse_reentrant,
-    run_hooks,
-    run_unreached,
-)
-from torchmto.gradients.finite import FEW
-from torchmto.gradients.ranks import is_sharded, local, sharded_like
+from torchmto.gradients.engine import Engine
+from torchmto.gradients.finite import FEW, dense, real
+from torchmto.gradients.hooks import run_hooks
+from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
+from torchmto.gradients.reach import reach_of, refuse_hidden, refuse_reentrant, run_unreached
+from torchmto.gradients.roles import Agreement, Roles
+from torchmto.gradients.rows import Rows
+from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
@@ -138,6 +129,7 @@ class Network:
         check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
         self.num_tasks = num_tasks
+        self._scaler_before: dict[str, Any] | None = None
         self.moved: list[tuple[Tensor, Tensor]] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
@@ -320,6 +312,7 @@ class Network:
 
     def mark(self) -> None:
         """Remember buffers and roles for :meth:`undo`."""
+        self._scaler_before = None
         self.buffers.take()
         self.roles.mark()
 
@@ -336,6 +329,8 @@ class Network:
             self.engine.forget()
         if not keep_buffers:
             self.buffers.restore()
+            if self.scaler is not None and self._scaler_before is not None:
+                self.scaler.load_state_dict(self._scaler_before)
         self.untold = True
         if self.roles.undo():
             self.rows = []
@@ -617,6 +612,9 @@ class Network:
 
     def show_overflow(self) -> None:
         """Show the scaler an infinite gradient, so that it lowers its scale by itself."""
+        assert self.scaler is not None
+        # Here, where it waits for the device anyway.
+        self._scaler_before = self._scaler_before or self.scaler.state_dict()
         self.optimizers.forget_scaling()
         self.set_infinite()
         with self.optimizers.scaling():

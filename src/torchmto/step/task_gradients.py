@@ -6,8 +6,12 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from torchmto.gradients import Rows, ShardedRows, gradients_of, gramian, plain, quiet
+from torchmto.gradients.backwards import gradients_of
 from torchmto.gradients.engine import Piece, Wanted
+from torchmto.gradients.finite import plain
+from torchmto.gradients.hooks import quiet
+from torchmto.gradients.rows import Rows, gramian
+from torchmto.gradients.sharded import ShardedRows
 from torchmto.step.finite import SkippedError, check_losses, check_task_gradients
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk, Losses, Sums, empty_batch

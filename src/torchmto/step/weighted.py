@@ -1,17 +1,16 @@
 """One backward of the weighted sum of the losses."""
 
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchmto.gradients import backward, dense, quiet
+from torchmto.gradients.backwards import backward
+from torchmto.gradients.hooks import quiet
 from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Proportions, Sums, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients
-from torchmto.step.network import Network
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import average, over_ranks, tell
 
@@ -30,11 +29,6 @@ class _Weights:
     values: Tensor
     factors: Tensor | None
 
-    @functools.cached_property
-    def by_task(self) -> dict[int, Tensor]:
-        """Task index -> the method's weight."""
-        return dict(zip(self.indices, self.values.unbind(), strict=True))
-
     def only(self, tasks: Collection[int]) -> "_Weights":
         """The weights of some tasks."""
         places = [place for place, index in enumerate(self.indices) if index in tasks]
@@ -42,68 +36,6 @@ class _Weights:
             return self
         factors = None if self.factors is None else self.factors[places]
         return _Weights(tuple(self.indices[place] for place in places), self.values[places], factors)
-
-
-class UnitHeads:
-    """Takes the tasks' weights out of the heads' gradients after a weighted backward.
-
-    The weighted sum multiplies a head's gradient by its task's weight; dividing by it gives the task's own gradient back.
-    Where that would lose precision (a weight a thousand times smaller than the largest, or zero) or where a parameter
-    outside the shared ones belongs to several tasks, its gradient comes from a backward of its own, which only runs
-    through the head.
-    """
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-        self._own: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def _owners(self) -> list[tuple[Tensor, frozenset[int]]]:
-        """The parameters outside the shared ones, with the tasks that reach them."""
-        roles, name = self._network.roles, self._network.name
-        return [(p, roles.tasks_of(name(p))) for p in self._network.parameters if not roles.is_shared(name(p))]
-
-    @staticmethod
-    def _divisible(weights: Mapping[int, Tensor]) -> dict[int, float]:
-        values = {task: float(weight) for task, weight in weights.items()}
-        least = 1e-3 * max(abs(value) for value in values.values())
-        return {task: value for task, value in values.items() if abs(value) > least}
-
-    def before(self, losses: Mapping[int, Tensor], weights: Mapping[int, Tensor], seeds: Mapping[int, Tensor]) -> None:
-        """Compute, before the weighted backward, the gradients that can't be had by division."""
-        divisible = self._divisible(weights)
-        apart: dict[int, list[Tensor]] = {}
-        for parameter, owners in self._owners():
-            for task in owners:
-                if len(owners) > 1 or task not in divisible:
-                    apart.setdefault(task, []).append(parameter)
-        for task, seed in seeds.items():
-            wanted = apart.get(task)
-            if wanted is None:
-                continue
-            gradients = torch.autograd.grad(
-                losses[task], wanted, torch.ones_like(losses[task]) * seed, retain_graph=True, allow_unused=True
-            )
-            for parameter, gradient in zip(wanted, gradients, strict=True):
-                if gradient is not None:
-                    _, before = self._own.get(id(parameter), (parameter, None))
-                    own = dense(gradient)
-                    self._own[id(parameter)] = parameter, own.clone() if before is None else before + own
-
-    @torch.no_grad()
-    def finish(self, weights: Mapping[int, Tensor]) -> None:
-        """Replace or divide the heads' gradients."""
-        divisible = self._divisible(weights) if weights else {}
-        gradients: list[Tensor] = []
-        values: list[float] = []
-        for parameter, owners in self._owners():
-            value = divisible.get(next(iter(owners))) if len(owners) == 1 else None
-            if value is not None and parameter.grad is not None and id(parameter) not in self._own:
-                gradients.append(parameter.grad)
-                values.append(value)
-        if gradients:
-            torch._foreach_div_(gradients, values)
-        for parameter, gradient in self._own.values():
-            parameter.grad = gradient
 
 
 def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bool, heads: str) -> Losses:
@@ -126,13 +58,12 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     """
     network = parts.network
     micro_batches = parts.sources[request.source]
-    unit = UnitHeads(network) if heads == "unit" else None
-    apart = unit is not None
+    apart = heads == "unit"
     held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
     parts.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
     losses: Losses | None = None
     if not held and fixed and parts.plan.weigh_fixed:
-        losses, done = _in_one_pass(parts, request, weigh, unit)
+        losses, done = _in_one_pass(parts, request, weigh, apart)
         if losses is not None and done:
             return losses
     chunks = list(forwards(parts, request, apart=apart)) if held else []
@@ -146,8 +77,7 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
         weights = _weights(parts, weigh, losses.only(request.wanted))
         for chunk in chunks if held else forwards(parts, request, apart=apart):
             # A task that only the second pass brings has no weight.
-            _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals.get(i, 1) for i in chunk.losses], unit)
-        _tidy(parts, unit, weights)
+            _backward(parts, chunk, weights, [chunk.counts[i] / losses.totals.get(i, 1) for i in chunk.losses], apart)
     except BaseException as error:
         if not network.ranks.owing or network.sharded:
             raise
@@ -157,7 +87,7 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     return losses
 
 
-def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads | None) -> tuple[Losses | None, bool]:
+def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, apart: bool) -> tuple[Losses | None, bool]:
     """One pass over micro-batches that bring the same tasks in the same proportions, on all ranks.
 
     Returns:
@@ -172,7 +102,7 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
     proportions, calls = Proportions(), len(groups(parts, micro_batches[0], request.asked))
     unit_size = 0.0
     with parts.noise.attempt() as undo:
-        for position, chunk in enumerate(forwards(parts, request, apart=unit is not None)):
+        for position, chunk in enumerate(forwards(parts, request, apart=apart)):
             if position % calls == 0:
                 proportions.begin()
             size = proportions.add(chunk.counts)
@@ -182,7 +112,7 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
                 break
             sums.add(chunk)
             if proportions.alike:
-                _backward(parts, chunk, weights, [size / unit_size / nominal] * len(chunk.losses), unit)
+                _backward(parts, chunk, weights, [size / unit_size / nominal] * len(chunk.losses), apart)
         proportions.close()
         alike, first = proportions.alike, proportions.first
         if parts.several:
@@ -192,7 +122,6 @@ def _in_one_pass(parts: Parts, request: Request, weigh: Weigh, unit: UnitHeads |
             network.zero_grad()
             undo()
             return losses, False
-    _tidy(parts, unit, weights)
     _settle(parts)
     left = nominal * unit_size / losses.totals[proportions.lead] if first else 1.0
     if left != 1:
@@ -209,13 +138,13 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
         ValueError: If the micro-batch doesn't bring the same tasks in the same proportions as those before.
     """
     network, carried = parts.network, parts.left_by_earlier_calls(request.source)
-    unit = UnitHeads(network) if heads == "unit" else None
+    apart = heads == "unit"
     weights = _known_weights(parts, request, weigh)
     carried.proportions.begin()
-    for chunk in forwards(parts, request, apart=unit is not None):
+    for chunk in forwards(parts, request, apart=apart):
         size = carried.proportions.add(chunk.counts)
         carried.sums.add(chunk)
-        _backward(parts, chunk, weights, [size] * len(chunk.losses), unit)
+        _backward(parts, chunk, weights, [size] * len(chunk.losses), apart)
     carried.proportions.close()
     if not carried.proportions.alike:
         raise ValueError(
@@ -223,8 +152,6 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
             "same proportions: one backward serves all of its tasks, so their shares can't be told apart later. Pass the list "
             "of all micro-batches to one call instead."
         )
-    if unit is not None:
-        unit.finish(weights.by_task)
     for parameter in network.parameters:
         if parameter.grad is not None:
             gradient, parameter.grad = parameter.grad, None
@@ -244,7 +171,6 @@ def finish(parts: Parts, request: Request) -> Losses:
     for parameter in network.parameters:
         parameter.grad = carried.gradients.get(id(parameter))
     losses = average(parts, sums)
-    network.tidy_sparse()
     _settle(parts)
     if proportions.first:
         network.multiply(network.gradients(), 1 / losses.totals[proportions.lead])
@@ -259,17 +185,10 @@ def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
     return _weights(parts, weigh, Losses(indices, ones, ones, {}, factors))
 
 
-def _tidy(parts: Parts, unit: UnitHeads | None, weights: _Weights) -> None:
-    """After the last backward of this rank: own gradients on the heads."""
-    if parts.several or unit is not None:
-        parts.network.tidy_sparse()
-    if unit is not None:
-        unit.finish(weights.by_task)
-
-
 def _settle(parts: Parts, failure: BaseException | None = None) -> None:
     """After the last backward: what the ranks have in common."""
     if parts.several:
+        parts.network.tidy_sparse()
         sum_gradients(parts.network, failure)
         average_statistics(parts.network)
 
@@ -284,9 +203,12 @@ def _weights(parts: Parts, weigh: Weigh, losses: Losses) -> _Weights:
     return _Weights(losses.indices, values, factors)
 
 
-def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[float], unit: UnitHeads | None) -> None:
-    """Backward of the sum of weight times the user's factor times scale times share times loss, one share per loss."""
-    network, whole = parts.network, weights
+def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[float], apart: bool) -> None:
+    """Backward of the sum of weight times the user's factor times scale times share times loss, one share per loss.
+
+    The weight is left out for the heads, if they get their gradients ``apart``, by a pass that goes no further than they are.
+    """
+    network = parts.network
     weights = weights.only(chunk.losses)
     if not weights.indices:
         return
@@ -295,8 +217,8 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
         roots = stack([chunk.losses[index] for index in weights.indices])
         shares = [share for index, share in zip(chunk.losses, shares, strict=True) if index in weights.indices]
     if any(share != 1 for share in shares):
-        own = weights.values.new_tensor(shares)
-        factors = own if factors is None else factors * own
+        shared_out = weights.values.new_tensor(shares)
+        factors = shared_out if factors is None else factors * shared_out
     scale = network.scale(roots.device)
     if scale is not None:
         scale = scale.to(weights.values)
@@ -311,12 +233,16 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
     seeds = weights.values if factors is None else weights.values * factors
     before = network.without_gradient(weights.indices)
     with chunk.activated(), quiet(network.hooked()):
-        if unit is not None:
-            ones = weights.values.new_ones(len(shares))
-            seeds_of = dict(zip(weights.indices, (ones if factors is None else factors).unbind(), strict=True))
-            unit.before(chunk.losses, whole.by_task, seeds_of)
         if inputs is None:
             torch.autograd.backward(roots, seeds.to(roots))
+        elif apart:
+            own = torch.ones_like(seeds) if factors is None else factors
+            shared = [p for p in inputs if network.roles.is_shared(network.name(p))]
+            others = [p for p in inputs if not network.roles.is_shared(network.name(p))]
+            if others:
+                backward(roots, own.to(roots), others, retain=bool(shared))
+            if shared:
+                backward(roots, seeds.to(roots), shared)
         else:
             backward(roots, seeds.to(roots), inputs)
     parts.num_backward += 1

@@ -8,24 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_number
+from torchmto.checks import check_number, check_tasks
 from torchmto.gradients.torch_private import modules_of
 from torchmto.structure.oracle import Closure
-from torchmto.task_norms import PerTask, active_task, current_tasks, has_split_norms
+from torchmto.task_norms import PerTask, active_task, check_key_parts, current_tasks, has_split_norms
 
 
 class TaskSpecific(PerTask):
-    """A layer with one copy per task; a call goes to the active task's copy.
-
-    The copies are direct children named after the tasks, so a state key is ``<path>.<task>.<weight|bias|...>``.
-    """
+    """A layer with one copy per task; a call goes to the active task's copy."""
 
     def __init__(self, layer: nn.Module, tasks: Sequence[str]) -> None:
-        super().__init__()
-        self.task_names = tuple(tasks)
-        self.training = layer.training
-        for task in tasks:
-            self.add_module(task, copy.deepcopy(layer))
+        super().__init__(layer, {task: copy.deepcopy(layer) for task in tasks})
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the active task's copy.
@@ -120,7 +113,9 @@ def make_task_specific(model: nn.Module, tasks: Sequence[str], layers: Iterable[
         ``model``.
 
     Raises:
-        ValueError: A path that doesn't exist or is the model itself, or a name that can't be part of a state key.
+        TypeError: A task that isn't a string, or a string instead of a sequence of them.
+        ValueError: A path that doesn't exist or is the model itself, no task or one twice, or a name that can't be part of a
+            state key.
 
     Source: Shi et al., Recon, ICLR 2023.
 
@@ -129,17 +124,13 @@ def make_task_specific(model: nn.Module, tasks: Sequence[str], layers: Iterable[
         >>> sorted(make_task_specific(model, ["a", "b"], ["2"]).state_dict())
         ['0.bias', '0.weight', '2.a.bias', '2.a.weight', '2.b.bias', '2.b.weight']
     """
-    paths = list(layers)
+    names, paths = check_tasks(tasks), list(layers)
     known = modules_of(model)
     for path in paths:
         if not path or path not in known:
             raise ValueError(f"Parameter `layers` should hold paths of modules inside the model. Found {path!r}.")
-        for task in tasks:
-            if not task or "." in task or hasattr(known[path], task):
-                raise ValueError(
-                    f"Parameter `tasks` should hold names that can be part of a state key. Found {task!r}."
-                )
+        check_key_parts(names, known[path])
     for path in paths:
         parent, _, name = path.rpartition(".")
-        setattr(known[parent], name, TaskSpecific(known[path], tasks))
+        setattr(known[parent], name, TaskSpecific(known[path], names))
     return model

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_integer
-from torchmto.gradients import gramian
+from torchmto.gradients.rows import gramian
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Domain, GradientOptions

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice, check_number
-from torchmto.gradients import gramian
+from torchmto.gradients.rows import gramian
 from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties

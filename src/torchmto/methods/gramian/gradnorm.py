@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number, found
-from torchmto.gradients import gramian as gramian_of_rows
+from torchmto.gradients.rows import gramian as gramian_of_rows
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import check_choice, check_flag, check_number, found
-from torchmto.gradients import gramian as gramian_of_rows
+from torchmto.gradients.rows import gramian as gramian_of_rows
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.registry import register_method

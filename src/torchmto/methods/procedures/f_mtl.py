@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_flag
-from torchmto.gradients import gramian
-from torchmto.gradients.rows import views_of
+from torchmto.gradients.rows import gramian, views_of
 from torchmto.methods.combine.columns import pieces
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Properties
 from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware

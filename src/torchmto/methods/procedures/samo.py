@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
-from torchmto.gradients import dense, real
+from torchmto.gradients.finite import dense, real
 from torchmto.methods.method import Cost, Domain, GramianWeighting, Properties
 from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware
 from torchmto.methods.registry import register_method

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_flag, check_number, found
-from torchmto.gradients import gramian, real
+from torchmto.gradients.finite import real
+from torchmto.gradients.rows import gramian
 from torchmto.methods.method import GramianWeighting, Procedure
 from torchmto.methods.registry import gramian_method
 from torchmto.step import Losses, StepContext, TaskGradients

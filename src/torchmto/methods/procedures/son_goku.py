@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
-from torchmto.gradients import gramian
+from torchmto.gradients.rows import gramian
 from torchmto.methods.combine.columns import fitted, pieces
 from torchmto.methods.method import Cost, Procedure, Properties
 from torchmto.methods.registry import register_method
