@@ -296,7 +296,7 @@ def _settings() -> tuple[Any, Any, bool]:
     """Where it is set whether backwards may write over what was saved; where the cache on disk is; whether that takes a tag."""
     try:
         donating = importlib.import_module("torch._functorch.config")
-        caches: Any = getattr(torch.compiler, "config", None)
+        caches: Any = sys.modules.get("torch.compiler.config")
         tagged = hasattr(caches, "cache_key_tag")
         if not tagged:
             # An older PyTorch: nothing is read from the cache then.
