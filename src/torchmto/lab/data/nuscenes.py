@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -86,14 +87,8 @@ class Frame:
 
 def rotation_matrix(quaternion: Sequence[float]) -> Array:
     """The rotation ``[3, 3]`` of a quaternion (w, x, y, z)."""
-    w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    matrix: Array = Rotation.from_quat(np.roll(quaternion, -1)).as_matrix()  # SciPy's w is last
+    return matrix
 
 
 def _pose(record: Record) -> Array:
@@ -397,15 +392,13 @@ def submission(data: Frames, outputs: Iterable[Tensor], path: Path | str | None 
 
 def _result(frame: Frame, turn: Array, row: Array) -> dict[str, Any]:
     score, kind, centre, size, yaw, velocity = row[0], int(row[1]), row[2:5], row[5:8], row[8], row[9:]
-    w, x, y, z = frame.rotation
-    cosine, sine = np.cos(yaw / 2), np.sin(yaw / 2)
-    rotation = [w * cosine - z * sine, x * cosine + y * sine, y * cosine - x * sine, z * cosine + w * sine]
+    rotation = Rotation.from_matrix(turn) * Rotation.from_euler("z", yaw)
     moving = bool(np.hypot(*velocity) > 0.2)
     return {
         "sample_token": frame.token,
         "translation": (turn @ centre + frame.translation).tolist(),
         "size": size.tolist(),
-        "rotation": [float(part) for part in rotation],
+        "rotation": np.roll(rotation.as_quat(), 1).tolist(),
         "velocity": (turn[:2, :2] @ velocity).tolist(),
         "detection_name": CLASSES[kind],
         "detection_score": float(score),

@@ -142,17 +142,15 @@ def _load_mat(path: Path, key: str) -> Any:
 
 
 def _person_parts(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Part labels ``[H, W]``; 255 everywhere if no person's parts are annotated."""
+    """Part labels ``[H, W]``; 255 everywhere if no person's parts are annotated.
+
+    SciPy makes a dict of a MATLAB struct array of one element.
+    """
     labels = np.zeros(shape, dtype=np.uint8)
     annotated = False
-    for item in _as_list(_load_mat(path, "anno")["objects"]):
+    for item in np.atleast_1d(_load_mat(path, "anno")["objects"]):
         if int(item["class_ind"]) == PERSON:
-            for part in _as_list(item["parts"]):
+            for part in np.atleast_1d(item["parts"]):
                 labels[np.asarray(part["mask"], dtype=bool)] = PARTS[str(part["part_name"])]
                 annotated = True
     return labels if annotated else np.full(shape, 255, dtype=np.uint8)
-
-
-def _as_list(value: Any) -> list[Any]:
-    """What SciPy makes of a MATLAB struct array: a dict for one element, an empty array for none."""
-    return [value] if isinstance(value, dict) else list(value)
