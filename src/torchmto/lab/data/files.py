@@ -15,44 +15,9 @@ from torch import Tensor
 
 from torchmto.checks import needed
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Subset, Task, as_input, as_target
-from torchmto.lab.data.registry import dataset_info
+from torchmto.lab.data.registry import require
 
 Sample = tuple[Tensor, dict[str, Tensor]]
-
-
-def require(path: Path | None, dataset: str) -> Path:
-    """``path`` itself if it exists.
-
-    Args:
-        path: A file or folder of the data set.
-        dataset: Registry name, for the message.
-
-    Raises:
-        ValueError: If no path was given.
-        FileNotFoundError: If there is nothing at the path; the message says where to get the data.
-    """
-    info = dataset_info(dataset)
-    if path is None:
-        raise ValueError(
-            f"The data set `{dataset}` needs a path: `{dataset}:PATH`,"
-            f" where PATH is {' or '.join(info.layouts)}."
-            f" Get it from {info.source}."
-        )
-    if not path.exists():
-        raise FileNotFoundError(
-            f"The data set `{dataset}` needs `{path}`, which doesn't exist. Get it from {info.source}."
-        )
-    return path
-
-
-def unknown_layout(path: Path, dataset: str) -> ValueError:
-    """The error for a path that is there but isn't laid out in a known way."""
-    info = dataset_info(dataset)
-    return ValueError(
-        f"The data set `{dataset}` should be {' or '.join(info.layouts)}."
-        f" Found `{path}`, which is none of these."
-        f" Get it from {info.source}."
-    )
 
 
 def load_array(path: Path, dataset: str) -> NDArray[Any]:

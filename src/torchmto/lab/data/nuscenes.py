@@ -23,8 +23,8 @@ from torchmto.checks import check_integer, found
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.bev import MOST, NUMBERS, CentreLoss, Grid, decode
 from torchmto.lab.data.dense import resize_image
-from torchmto.lab.data.files import check_names, load_rgb, require, unknown_layout, validation_split
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.files import check_names, load_rgb, validation_split
+from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
@@ -289,7 +289,7 @@ class Frames(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     layouts=("a folder with v1.0-trainval/ or v1.0-mini/, samples/ and maps/",),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     size: tuple[int, int] = (256, 448),
@@ -319,18 +319,17 @@ def load(
     """
     from torchmto.lab.data.centre_ap import CentreAP  # noqa: PLC0415  torchmetrics takes seconds to import
 
-    root = require(path, "nuscenes")
-    version = next((name for name in _VERSIONS if (root / name).is_dir()), None)
+    version = next((name for name in _VERSIONS if (path / name).is_dir()), None)
     if version is None:
-        raise unknown_layout(root, "nuscenes")
+        raise unknown_layout(path, "nuscenes")
     if min(size) < 32 or any(side % 32 for side in size):
         raise ValueError(found("size", "multiples of 32", tuple(size)))
     if limit is not None:
         check_integer("limit", limit, minimum=1)
-    frames = read_frames(root, version)
+    frames = read_frames(path, version)
     locations = {frame.location: frame.mask for frame in frames}
-    layers = LAYERS if all((root / "maps" / "expansion" / f"{name}.json").is_file() for name in locations) else ()
-    maps = {location: read_map(root, location, mask, layers) for location, mask in locations.items()}
+    layers = LAYERS if all((path / "maps" / "expansion" / f"{name}.json").is_file() for name in locations) else ()
+    maps = {location: read_map(path, location, mask, layers) for location, mask in locations.items()}
     grid = Grid(float(reach), check_integer("cells", cells, minimum=8))
     held_back = {f"scene-{number:04d}" for number in _numbers(_VERSIONS[version])}
     names = sorted({frame.scene for frame in frames} - held_back)
@@ -339,22 +338,20 @@ def load(
     def split(scenes: set[str]) -> Frames:
         chosen = [frame for frame in frames if frame.scene in scenes]
         step = 1 if limit is None else max(1, -(-len(chosen) // limit))
-        return Frames(root, chosen[::step], maps, size, grid)
+        return Frames(path, chosen[::step], maps, size, grid)
 
     seen = ("nothing", *(layers or ("street",)))
     tasks = (
         Task("detection", "own", len(CLASSES), {"classes": CLASSES, "grid": grid}),
         Task("map", "segmentation", len(seen), {"classes": seen, "grid": grid}),
     )
+    parts = split(kept), split(held_out), split(held_back)
     return Problem(
         tasks,
-        split(kept),
-        split(held_out),
-        split(held_back),
+        *parts,
         "bev",
         losses={"detection": CentreLoss(grid, len(CLASSES))},
         metrics={"detection": {"mAP": CentreAP(grid, tuple(RANGES.values()))}},
-        name="nuscenes",
         input_shape=(len(CAMERAS), 3, size[0] + 1, size[1]),
         citation=CITATION,
     )

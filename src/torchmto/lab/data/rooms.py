@@ -319,13 +319,11 @@ def load(
     """
     if min(size) < 8:
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
+    parts = Rooms(train, seed, 0, size), Rooms(validation, seed, 1, size), Rooms(test, seed, 2, size)
     return Problem(
         TASKS,
-        Rooms(train, seed, 0, size),
-        Rooms(validation, seed, 1, size),
-        Rooms(test, seed, 2, size),
+        *parts,
         "segnet",
-        name="rooms",
         input_shape=(3, *size),
         citation="torchmto's own renderer",
         mean=(0.5, 0.5, 0.5),
