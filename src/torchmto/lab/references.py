@@ -20,7 +20,8 @@ from torch import nn
 from torchmto.checks import nearest
 from torchmto.lab.arguments import fitted
 from torchmto.lab.data.registry import dataset_info, datasets, load_data
-from torchmto.lab.models import build_model, model_options, models
+from torchmto.lab.models import build_model, models
+from torchmto.lab.models.registry import check_options
 from torchmto.lab.problem import Origin, Problem, part_error, source_hash
 
 GROUP = "torchmto.problems"
@@ -240,10 +241,7 @@ def model_named(name: str, options: Mapping[str, Any]) -> None:
         TypeError: If it has no such option.
     """
     if name in models():
-        known = model_options(name)
-        if unknown := [option for option in options if option not in known]:
-            hint = nearest(unknown[0], known)
-            raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
+        check_options(name, options)
     else:
         resolve(name, "model", anew=True)
 

@@ -70,13 +70,11 @@ def load(
         images = torch.from_numpy(_render(causes, colours))
         return TensorData(tasks, images, {task.name: column for task, column in zip(tasks, targets, strict=True)})
 
+    parts = part(train), part(validation), part(test)
     return Problem(
         tasks,
-        part(train),
-        part(validation),
-        part(test),
+        *parts,
         "convnet",
-        name="attributes",
         input_shape=(3, SIZE, SIZE),
         citation="made by torchmto; nothing in it is measured",
         mean=(0.06, 0.06, 0.06),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.checks import needed
+from torchmto.checks import check_integer, check_number, needed
 from torchmto.lab.data.base import Batch, Task
 from torchmto.lab.data.loading import uniform
 
@@ -180,16 +180,11 @@ class JointAugment:
     distort: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"Parameter `flip` should be in [0, 1]. Found `flip = {self.flip}`.")
-        if self.zoom < 1:
-            raise ValueError(f"Parameter `zoom` should be at least 1. Found `zoom = {self.zoom}`.")
-        if not 0 < self.shrink <= 1:
-            raise ValueError(f"Parameter `shrink` should be in (0, 1]. Found `shrink = {self.shrink}`.")
-        if self.shift < 0:
-            raise ValueError(f"Parameter `shift` should be non-negative. Found `shift = {self.shift}`.")
-        if not 0 <= self.color < 1:
-            raise ValueError(f"Parameter `color` should be in [0, 1). Found `color = {self.color}`.")
+        check_number("flip", self.flip, minimum=0, maximum=1)
+        check_number("zoom", self.zoom, minimum=1)
+        check_number("shrink", self.shrink, above=0, maximum=1)
+        check_integer("shift", self.shift, minimum=0)
+        check_number("color", self.color, minimum=0, below=1)
         if self.zoom > 1 or self.shrink < 1 or self.color or self.distort:
             needed("This data set", "kornia")
 

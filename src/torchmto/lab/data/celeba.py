@@ -9,8 +9,8 @@ from torch import Tensor
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Task
 from torchmto.lab.data.dense import image_bundle, resize_image
-from torchmto.lab.data.files import FileData, Sample, check_names, load_rgb, read_lines, require
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.files import FileData, Sample, check_names, load_rgb, read_lines
+from torchmto.lab.data.registry import register, require
 from torchmto.lab.problem import Problem
 
 CITATION = "Liu, Luo, Wang and Tang, Deep learning face attributes in the wild, ICCV 2015"
@@ -49,7 +49,7 @@ class Faces(MultiTaskDataset):
         "the same with .csv tables (Kaggle)",
     ),
 )
-def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64)) -> Problem:
+def load(path: Path, _seed: int = 0, *, size: tuple[int, int] = (64, 64)) -> Problem:
     """CelebA with its official training, validation and test partition.
 
     Layouts: ``img_align_celeba/*.jpg`` (also under ``Img/``), ``list_attr_celeba.txt`` (also under ``Anno/``) and
@@ -66,10 +66,9 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
 
     Source: 64 x 64 as in Sener and Koltun, "Multi-task learning as multi-objective optimization", NeurIPS 2018.
     """
-    root = require(path, "celeba")
-    folder = _find(root, "Img/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba")
+    folder = _find(path, "Img/img_align_celeba", "img_align_celeba/img_align_celeba", "img_align_celeba")
     table, partition = (
-        _find(root, f"{place}/{name}.txt", f"{name}.csv", f"{name}.txt")
+        _find(path, f"{place}/{name}.txt", f"{name}.csv", f"{name}.txt")
         for place, name in (("Anno", "list_attr_celeba"), ("Eval", "list_eval_partition"))
     )
     try:
@@ -96,7 +95,7 @@ def load(path: Path | None, _seed: int = 0, *, size: tuple[int, int] = (64, 64))
         return Faces(tasks, images, attributes[torch.from_numpy(members)])
 
     data = split(0), split(1), split(2)
-    return image_bundle("celeba", *data, augment=JointAugment(), citation=CITATION, model="convnet")
+    return image_bundle(data, augment=JointAugment(), citation=CITATION, model="convnet")
 
 
 def _find(root: Path, *names: str) -> Path:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torchmto.checks import needed
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.data.files import read_npz, require, unknown_layout, validation_split
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.files import read_npz, validation_split
+from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
 SUPERCLASSES = (
@@ -55,7 +55,7 @@ Images = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
         "a `.npz` with x, fine, coarse, is_test",
     ),
 )
-def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> Problem:
+def load(path: Path, seed: int = 0, *, validation: float = 0.1) -> Problem:
     """CIFAR-100 as 20 tasks from any of three layouts.
 
     - The official Python version, archive or folder: its pickles are read by an unpickler that knows NumPy arrays and
@@ -76,7 +76,6 @@ def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> Proble
 
     Source: the split into tasks is Rosenbaum, Klinger and Riemer, "Routing networks", ICLR 2018.
     """
-    path = require(path, "cifar100")
     if path.is_dir():
         train, test = _read_folder(path)
     elif path.suffix == ".npz":
@@ -103,13 +102,11 @@ def load(path: Path | None, seed: int = 0, *, validation: float = 0.1) -> Proble
         stored = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
         return TensorData(tasks, stored, dict(zip(SUPERCLASSES, torch.from_numpy(targets), strict=True)))
 
+    parts = part(train, kept), part(train, held_out), part(test, np.arange(len(test[0])))
     return Problem(
         tasks,
-        part(train, kept),
-        part(train, held_out),
-        part(test, np.arange(len(test[0]))),
+        *parts,
         "convnet",
-        name="cifar100",
         input_shape=(3, 32, 32),
         citation=CITATION,
         mean=(0.507, 0.487, 0.441),

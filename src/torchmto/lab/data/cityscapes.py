@@ -5,9 +5,9 @@ from pathlib import Path
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import image_bundle
-from torchmto.lab.data.files import carved, require, unknown_layout
+from torchmto.lab.data.files import carved
 from torchmto.lab.data.mtan import mtan_split
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.registry import register, unknown_layout
 from torchmto.lab.problem import Problem
 
 CITATION = "Cordts et al., The Cityscapes dataset for semantic urban scene understanding, CVPR 2016"
@@ -21,7 +21,7 @@ _BLOCK = 20  # neighbouring images were taken in one city
     layouts=("a folder with train/ and val/ (MTAN)",),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     classes: int = 7,
@@ -45,7 +45,6 @@ def load(
     """
     if classes not in {7, 19}:
         raise ValueError(f"Parameter `classes` should be 7 or 19. Found `classes = {classes}`.")
-    path = require(path, "cityscapes")
     if not (path / "train").is_dir():
         raise unknown_layout(path, "cityscapes")
     tasks = (
@@ -55,4 +54,4 @@ def load(
     stored = {"segmentation": f"label_{classes}", "depth": "depth"}
     train, test = (mtan_split(path / split, "cityscapes", tasks, stored, size) for split in ("train", "val"))
     parts = *carved(train, validation, seed, _BLOCK), test
-    return image_bundle("cityscapes", *parts, augment=JointAugment(zoom=1.5), citation=CITATION)
+    return image_bundle(parts, augment=JointAugment(zoom=1.5), citation=CITATION)

@@ -17,6 +17,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
     "plain": {"zoom": 1.5, "color": 0.2},
     "atrc": {"zoom": 2.0, "shrink": 0.5, "fill": IMAGENET_MEAN, "distort": True},
 }
+Parts = tuple[MultiTaskDataset, MultiTaskDataset, MultiTaskDataset]
 _CHUNK = 64  # images resized at once: bounds the memory of the float copies
 
 
@@ -129,26 +130,13 @@ def scene_augment(name: str) -> JointAugment:
     return JointAugment(**AUGMENTATIONS[name])
 
 
-def image_bundle(
-    name: str,
-    train: MultiTaskDataset,
-    validation: MultiTaskDataset,
-    test: MultiTaskDataset,
-    *,
-    augment: Augment | None,
-    citation: str,
-    model: str = "segnet",
-) -> Problem:
-    """A `Problem` of colour images, normalised as ImageNet's; the other arguments as there."""
-    shape = tuple(train[0]["input"].shape)
+def image_bundle(parts: Parts, *, augment: Augment, citation: str, model: str = "segnet") -> Problem:
+    """A `Problem` of colour images for training, validation and test, normalised as ImageNet's; other arguments as there."""
     return Problem(
-        train.tasks,
-        train,
-        validation,
-        test,
+        parts[0].tasks,
+        *parts,
         model,
-        name=name,
-        input_shape=shape,
+        input_shape=tuple(parts[0][0]["input"].shape),
         citation=citation,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,

@@ -99,18 +99,16 @@ def load(
     images = np.round(images.reshape(-1, DIGIT, DIGIT) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int64)
     generator = np.random.default_rng((seed, 1))
-    parts = split_sources(labels, (0.6, 0.2, 0.2), seed)
+    first, second, third = split_sources(labels, (0.6, 0.2, 0.2), seed)
 
     def compose(part: NDArray[np.int64], size: int) -> TensorData:
         return _compose(images[part], labels[part], size, generator)
 
+    parts = compose(first, train), compose(second, validation), compose(third, test)
     return Problem(
         TASKS,
-        compose(parts[0], train),
-        compose(parts[1], validation),
-        compose(parts[2], test),
+        *parts,
         "convnet",
-        name="digits",
         input_shape=(1, HEIGHT, WIDTH),
         citation=CITATION,
         mean=(0.2,),

@@ -1,11 +1,10 @@
 """Data sets in files: clear errors, archives that can't write elsewhere, samples read when needed."""
 
-import contextlib
 import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -16,44 +15,9 @@ from torch import Tensor
 
 from torchmto.checks import needed
 from torchmto.lab.data.base import Batch, MultiTaskDataset, Subset, Task, as_input, as_target
-from torchmto.lab.data.registry import dataset_info
+from torchmto.lab.data.registry import require
 
 Sample = tuple[Tensor, dict[str, Tensor]]
-
-
-def require(path: Path | None, dataset: str) -> Path:
-    """``path`` itself if it exists.
-
-    Args:
-        path: A file or folder of the data set.
-        dataset: Registry name, for the message.
-
-    Raises:
-        ValueError: If no path was given.
-        FileNotFoundError: If there is nothing at the path; the message says where to get the data.
-    """
-    info = dataset_info(dataset)
-    if path is None:
-        raise ValueError(
-            f"The data set `{dataset}` needs a path: `{dataset}:PATH`,"
-            f" where PATH is {' or '.join(info.layouts)}."
-            f" Get it from {info.source}."
-        )
-    if not path.exists():
-        raise FileNotFoundError(
-            f"The data set `{dataset}` needs `{path}`, which doesn't exist. Get it from {info.source}."
-        )
-    return path
-
-
-def unknown_layout(path: Path, dataset: str) -> ValueError:
-    """The error for a path that is there but isn't laid out in a known way."""
-    info = dataset_info(dataset)
-    return ValueError(
-        f"The data set `{dataset}` should be {' or '.join(info.layouts)}."
-        f" Found `{path}`, which is none of these."
-        f" Get it from {info.source}."
-    )
 
 
 def load_array(path: Path, dataset: str) -> NDArray[Any]:
@@ -80,9 +44,13 @@ def read_npz(path: Path, keys: Sequence[str]) -> list[NDArray[Any]]:
     return arrays
 
 
-@contextlib.contextmanager
-def _opened(path: Path, dataset: str) -> Iterator[Any]:
-    """A PNG or JPEG, whose pixels may be read inside the block.
+def load_picture(path: Path, dataset: str, mode: str | None = None) -> NDArray[Any]:
+    """A PNG or JPEG as its pixel values ``[H, W]`` or ``[H, W, C]``; palettes give their indices.
+
+    Args:
+        path: The file.
+        dataset: Registry name, for messages.
+        mode: Pillow's mode that the pixels are converted to; by default they stay as they are.
 
     Raises:
         ValueError: If it is damaged, too large, or something else; the message names it.
@@ -91,23 +59,15 @@ def _opened(path: Path, dataset: str) -> Iterator[Any]:
     require(path, dataset)
     try:
         with image.open(path, formats=("PNG", "JPEG")) as picture:
-            yield picture
+            return np.array(picture.convert(mode) if mode else picture)
     except (OSError, SyntaxError, ValueError, image.DecompressionBombError) as error:
         # Pillow says "broken PNG file" by a SyntaxError.
         raise ValueError(f"`{path}` isn't a readable picture: {str(error).splitlines()[0]}.") from error
 
 
-def load_picture(path: Path, dataset: str) -> NDArray[Any]:
-    """A PNG or JPEG as its pixel values ``[H, W]`` or ``[H, W, C]``; palettes give their indices."""
-    with _opened(path, dataset) as picture:
-        array: NDArray[Any] = np.asarray(picture)
-    return array
-
-
 def load_rgb(path: Path, dataset: str) -> Tensor:
     """A picture as uint8 ``[1, 3, H, W]``."""
-    with _opened(path, dataset) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None]
+    return torch.from_numpy(load_picture(path, dataset, "RGB")).permute(2, 0, 1)[None]
 
 
 def read_lines(path: Path, dataset: str) -> list[str]:
@@ -157,35 +117,28 @@ def extract(archive: Path) -> Path:
         return target
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{archive.name}.") as scratch:
         room = shutil.disk_usage(scratch).free
+        contents = Path(scratch) / "contents"
+        contents.mkdir()
         try:
             with tarfile.open(archive) as tar:
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 has none yet
                 for member in tar:
                     room -= member.size
                     if room < 0:
                         raise ValueError(f"`{archive}` needs more room than there is on its disk.")
-                    _extract_member(tar, member, Path(scratch), archive)
+                    _check_member(member, archive)
+                    tar.extract(member, contents)
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"`{archive}` isn't a readable tar archive: {error}") from error
-        contents = Path(scratch) / "contents"
-        contents.mkdir(exist_ok=True)
         contents.rename(target)
     return target
 
 
-def _extract_member(tar: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, archive: Path) -> None:
+def _check_member(member: tarfile.TarInfo, archive: Path) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
         raise ValueError(f"`{archive}` wants to write outside its folder: `{member.name}`.")
-    path = scratch / "contents" / name
-    if member.isdir():
-        path.mkdir(parents=True, exist_ok=True)
-    elif member.isreg():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        source = tar.extractfile(member)
-        assert source is not None
-        with source, path.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-    else:
+    if not (member.isdir() or member.isreg()):
         raise ValueError(f"`{archive}` holds `{member.name}`, which is neither a file nor a folder.")
 
 
@@ -238,7 +191,7 @@ class FileData(MultiTaskDataset):
 
     Args:
         tasks: The tasks of every sample.
-        names: What identifies each sample, such as its file's stem.
+        names: What identifies each sample, such as its file's stem; of names from a file see `check_names`.
         read: ``name -> (image, {task: target})``, each with a leading dimension of 1, in compact types and
             all of one size; called from several threads.
         memory_bytes: How much to keep; 0 reads files every time.
@@ -253,10 +206,6 @@ class FileData(MultiTaskDataset):
     ) -> None:
         super().__init__(tasks)
         self.names = list(names)
-        for name in self.names:
-            parts = PurePosixPath(name.replace("\\", "/")).parts
-            if ".." in parts or parts[:1] == ("/",) or ":" in name:
-                raise ValueError(f"A list of images should name files of its own folder. Found `{name}`.")
         self.read = read
         self.memory_bytes = memory_bytes
         self._kept: dict[int, Sample] = {}

@@ -5,13 +5,14 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from torchmto.checks import check_integer, found
 
@@ -156,7 +157,7 @@ class Loader:
         self._asked: list[tuple[int, int]] = []
         self._loader: DataLoader[Any] = DataLoader(
             _Batches(fetch, plan),
-            sampler=_Asked(self._asked),
+            sampler=self._asked,
             batch_size=None,
             num_workers=workers,
             collate_fn=_same,
@@ -202,19 +203,6 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, place: tuple[int, int]) -> Any:
         return self.fetch(self.plan.indices(*place), self.plan.keys(*place))
-
-
-class _Asked(Sampler[tuple[int, int]]):
-    """The batches that are asked for now; always this list."""
-
-    def __init__(self, places: list[tuple[int, int]]) -> None:
-        self.places = places
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return iter(list(self.places))
-
-    def __len__(self) -> int:
-        return len(self.places)
 
 
 def _same(batch: Any) -> Any:
@@ -263,30 +251,28 @@ class StreamLoader:
         """What the random state is seeded from at a place; -1 is where an epoch begins."""
         return int(sample_keys(self.seed, epoch, torch.tensor([place])))
 
+    def _drawn(self, epoch: int) -> Iterator[Any]:
+        """The stream's elements, each drawn with a random state of its own."""
+        with own_random_state(self._key(epoch, -1)):
+            source = iter(self.stream)
+        for place in count():
+            with own_random_state(self._key(epoch, place)):
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+            yield item
+
     def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
         """Every ``stride``-th batch of an epoch from position ``start`` on.
 
         Raises:
             ValueError: If the stream gives fewer samples than when it was counted.
         """
-        with own_random_state(self._key(epoch, -1)):
-            source = iter(self.stream)
-        place = 0
-
-        def take() -> tuple[bool, Any]:
-            nonlocal place
-            key = self._key(epoch, place)
-            place += 1
-            with own_random_state(key):
-                try:
-                    return True, next(source)
-                except StopIteration:
-                    return False, None
-
+        source = self._drawn(epoch)
         for position in range(len(self)):
             began = time.perf_counter()
-            taken = [take() for _ in range(self.batch_size or 1)]
-            items = [item for there, item in taken if there]
+            items = list(islice(source, self.batch_size or 1))
             wanted = position >= start and (position - start) % stride == 0
             if not items:
                 raise ValueError(

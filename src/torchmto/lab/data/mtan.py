@@ -9,7 +9,8 @@ from torch import Tensor
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import label_edges, resize_image, resize_target
-from torchmto.lab.data.files import FileData, Sample, load_array, require
+from torchmto.lab.data.files import FileData, Sample, load_array
+from torchmto.lab.data.registry import require
 
 
 def mtan_split(

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from torchmto.checks import found
 from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.data.digits import split_sources
-from torchmto.lab.data.files import require
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.registry import register, require
 from torchmto.lab.problem import Problem
 
 CANVAS, PICTURE = 36, 28
@@ -92,7 +91,7 @@ def _composed(
 
     @register(name, summary, source=source, layouts=(layout,))
     def load(
-        path: Path | None,
+        path: Path | None = None,
         seed: int = 0,
         *,
         train: int = 54000,
@@ -137,7 +136,6 @@ def _composed(
             second,
             third,
             "convnet",
-            name=name,
             input_shape=(1, CANVAS, CANVAS),
             citation=CITATION,
             mean=(0.2,),

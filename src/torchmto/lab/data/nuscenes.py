@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -22,8 +23,8 @@ from torchmto.checks import check_integer, found
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.bev import MOST, NUMBERS, CentreLoss, Grid, decode
 from torchmto.lab.data.dense import resize_image
-from torchmto.lab.data.files import check_names, load_rgb, require, unknown_layout, validation_split
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.files import check_names, load_rgb, validation_split
+from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
 CAMERAS = ("CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_LEFT", "CAM_BACK", "CAM_BACK_RIGHT")
@@ -86,14 +87,8 @@ class Frame:
 
 def rotation_matrix(quaternion: Sequence[float]) -> Array:
     """The rotation ``[3, 3]`` of a quaternion (w, x, y, z)."""
-    w, x, y, z = np.asarray(quaternion, dtype=np.float64) / np.linalg.norm(quaternion)
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    matrix: Array = Rotation.from_quat(np.roll(quaternion, -1)).as_matrix()  # SciPy's w is last
+    return matrix
 
 
 def _pose(record: Record) -> Array:
@@ -294,7 +289,7 @@ class Frames(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     layouts=("a folder with v1.0-trainval/ or v1.0-mini/, samples/ and maps/",),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     size: tuple[int, int] = (256, 448),
@@ -324,18 +319,17 @@ def load(
     """
     from torchmto.lab.data.centre_ap import CentreAP  # noqa: PLC0415  torchmetrics takes seconds to import
 
-    root = require(path, "nuscenes")
-    version = next((name for name in _VERSIONS if (root / name).is_dir()), None)
+    version = next((name for name in _VERSIONS if (path / name).is_dir()), None)
     if version is None:
-        raise unknown_layout(root, "nuscenes")
+        raise unknown_layout(path, "nuscenes")
     if min(size) < 32 or any(side % 32 for side in size):
         raise ValueError(found("size", "multiples of 32", tuple(size)))
     if limit is not None:
         check_integer("limit", limit, minimum=1)
-    frames = read_frames(root, version)
+    frames = read_frames(path, version)
     locations = {frame.location: frame.mask for frame in frames}
-    layers = LAYERS if all((root / "maps" / "expansion" / f"{name}.json").is_file() for name in locations) else ()
-    maps = {location: read_map(root, location, mask, layers) for location, mask in locations.items()}
+    layers = LAYERS if all((path / "maps" / "expansion" / f"{name}.json").is_file() for name in locations) else ()
+    maps = {location: read_map(path, location, mask, layers) for location, mask in locations.items()}
     grid = Grid(float(reach), check_integer("cells", cells, minimum=8))
     held_back = {f"scene-{number:04d}" for number in _numbers(_VERSIONS[version])}
     names = sorted({frame.scene for frame in frames} - held_back)
@@ -344,22 +338,20 @@ def load(
     def split(scenes: set[str]) -> Frames:
         chosen = [frame for frame in frames if frame.scene in scenes]
         step = 1 if limit is None else max(1, -(-len(chosen) // limit))
-        return Frames(root, chosen[::step], maps, size, grid)
+        return Frames(path, chosen[::step], maps, size, grid)
 
     seen = ("nothing", *(layers or ("street",)))
     tasks = (
         Task("detection", "own", len(CLASSES), {"classes": CLASSES, "grid": grid}),
         Task("map", "segmentation", len(seen), {"classes": seen, "grid": grid}),
     )
+    parts = split(kept), split(held_out), split(held_back)
     return Problem(
         tasks,
-        split(kept),
-        split(held_out),
-        split(held_back),
+        *parts,
         "bev",
         losses={"detection": CentreLoss(grid, len(CLASSES))},
         metrics={"detection": {"mAP": CentreAP(grid, tuple(RANGES.values()))}},
-        name="nuscenes",
         input_shape=(len(CAMERAS), 3, size[0] + 1, size[1]),
         citation=CITATION,
     )
@@ -397,15 +389,13 @@ def submission(data: Frames, outputs: Iterable[Tensor], path: Path | str | None 
 
 def _result(frame: Frame, turn: Array, row: Array) -> dict[str, Any]:
     score, kind, centre, size, yaw, velocity = row[0], int(row[1]), row[2:5], row[5:8], row[8], row[9:]
-    w, x, y, z = frame.rotation
-    cosine, sine = np.cos(yaw / 2), np.sin(yaw / 2)
-    rotation = [w * cosine - z * sine, x * cosine + y * sine, y * cosine - x * sine, z * cosine + w * sine]
+    rotation = Rotation.from_matrix(turn) * Rotation.from_euler("z", yaw)
     moving = bool(np.hypot(*velocity) > 0.2)
     return {
         "sample_token": frame.token,
         "translation": (turn @ centre + frame.translation).tolist(),
         "size": size.tolist(),
-        "rotation": [float(part) for part in rotation],
+        "rotation": np.roll(rotation.as_quat(), 1).tolist(),
         "velocity": (turn[:2, :2] @ velocity).tolist(),
         "detection_name": CLASSES[kind],
         "detection_score": float(score),

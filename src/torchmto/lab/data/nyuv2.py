@@ -19,11 +19,9 @@ from torchmto.lab.data.files import (
     load_rgb,
     read_names,
     read_npz,
-    require,
-    unknown_layout,
 )
 from torchmto.lab.data.mtan import mtan_split
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.registry import register, unknown_layout
 from torchmto.lab.problem import Problem
 
 CITATION = "Silberman, Hoiem, Kohli and Fergus, Indoor segmentation and support inference, ECCV 2012"
@@ -44,7 +42,7 @@ _BLOCK = 20  # neighbouring images of the official order often show one room
     ),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     classes: int | None = None,
@@ -81,7 +79,6 @@ def load(
     Returns:
         The data set, with tasks ``segmentation``, ``depth``, ``normals`` and ``edges``.
     """
-    path = require(path, "nyuv2")
     train: MultiTaskDataset
     test: MultiTaskDataset
     if path.is_file() and path.suffix == ".npz":
@@ -100,7 +97,7 @@ def load(
     if classes not in {None, found}:
         raise ValueError(f"Parameter `classes` should be {found} for this layout. Found `classes = {classes}`.")
     parts = *carved(train, validation, seed, _BLOCK), test
-    return image_bundle("nyuv2", *parts, augment=scene_augment(augmentation), citation=CITATION)
+    return image_bundle(parts, augment=scene_augment(augmentation), citation=CITATION)
 
 
 def _tasks(classes: int) -> tuple[Task, ...]:

@@ -20,10 +20,8 @@ from torchmto.lab.data.files import (
     load_picture,
     load_rgb,
     read_names,
-    require,
-    unknown_layout,
 )
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
 TASKS = (
@@ -65,7 +63,7 @@ NORMAL_CLASSES = np.array(_NORMAL_CLASSES.split(), dtype=np.int64)
     layouts=("PASCALContext.tar.gz (InvPT, TaskPrompter), PASCAL_MT.tgz (MTI-Net) or the folder of one",),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     size: tuple[int, int] = (512, 512),
@@ -96,7 +94,6 @@ def load(
     Source: Maninis, Radosavovic and Kokkinos, "Attentive single-tasking of multiple tasks", CVPR 2019. Deviation: edges
     are one pixel wide to the left and above a boundary, instead of a thinned Laplacian.
     """
-    path = require(path, "pascal_context")
     folder = extract(path) if path.is_file() else path
     root = find_root(folder, "ImageSets/Context")
     if root is None:
@@ -111,7 +108,7 @@ def load(
         for split in ("train", "val")
     )
     parts = *carved(train, validation, seed), test
-    return image_bundle("pascal_context", *parts, augment=scene_augment(augmentation), citation=CITATION)
+    return image_bundle(parts, augment=scene_augment(augmentation), citation=CITATION)
 
 
 def _read(root: Path, name: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,17 +139,15 @@ def _load_mat(path: Path, key: str) -> Any:
 
 
 def _person_parts(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Part labels ``[H, W]``; 255 everywhere if no person's parts are annotated."""
+    """Part labels ``[H, W]``; 255 everywhere if no person's parts are annotated.
+
+    SciPy makes a dict of a MATLAB struct array of one element.
+    """
     labels = np.zeros(shape, dtype=np.uint8)
     annotated = False
-    for item in _as_list(_load_mat(path, "anno")["objects"]):
+    for item in np.atleast_1d(_load_mat(path, "anno")["objects"]):
         if int(item["class_ind"]) == PERSON:
-            for part in _as_list(item["parts"]):
+            for part in np.atleast_1d(item["parts"]):
                 labels[np.asarray(part["mask"], dtype=bool)] = PARTS[str(part["part_name"])]
                 annotated = True
     return labels if annotated else np.full(shape, 255, dtype=np.uint8)
-
-
-def _as_list(value: Any) -> list[Any]:
-    """What SciPy makes of a MATLAB struct array: a dict for one element, an empty array for none."""
-    return [value] if isinstance(value, dict) else list(value)

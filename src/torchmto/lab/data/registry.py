@@ -38,7 +38,7 @@ class DatasetInfo:
         name: What goes before the colon of ``NAME:PATH``.
         summary: One line on the data and its tasks.
         source: Where to get the files; empty for data sets that need none.
-        load: ``(path, seed, **options) -> Problem``.
+        load: ``(path, seed, **options) -> Problem``; a path without default is one that is there.
         layouts: What ``PATH`` may be.
     """
 
@@ -121,8 +121,48 @@ def load_data(spec: str, seed: int = 0, **options: Any) -> "Problem":
     info = dataset_info(name)
     if path and not info.layouts:
         raise ValueError(f"The data set `{name}` is built in and takes no path. Found `{spec}`.")
-    if path and not Path(path).expanduser().exists():
-        raise FileNotFoundError(f"There is no `{path}` (`{spec}`). Where to get it: {info.source}.")
     parameters = inspect.signature(info.load).parameters
+    place = Path(path).expanduser() if path else None
+    if place is not None and not place.exists():
+        raise FileNotFoundError(f"There is no `{path}` (`{spec}`). Where to get it: {info.source}.")
+    if place is None and info.layouts and next(iter(parameters.values())).default is inspect.Parameter.empty:
+        require(None, name)
     arguments = fitted(options, {option: parameters[option] for option in info.options}, f"The data set `{name}`")
-    return info.load(Path(path).expanduser() if path else None, seed, **arguments)
+    problem = info.load(place, seed, **arguments)
+    problem.name = name
+    return problem
+
+
+def require(path: Path | None, dataset: str) -> Path:
+    """``path`` itself if it exists.
+
+    Args:
+        path: A file or folder of the data set.
+        dataset: Registry name, for the message.
+
+    Raises:
+        ValueError: If no path was given.
+        FileNotFoundError: If there is nothing at the path; the message says where to get the data.
+    """
+    info = dataset_info(dataset)
+    if path is None:
+        raise ValueError(
+            f"The data set `{dataset}` needs a path: `{dataset}:PATH`,"
+            f" where PATH is {' or '.join(info.layouts)}."
+            f" Get it from {info.source}."
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"The data set `{dataset}` needs `{path}`, which doesn't exist. Get it from {info.source}."
+        )
+    return path
+
+
+def unknown_layout(path: Path, dataset: str) -> ValueError:
+    """The error for a path that is there but isn't laid out in a known way."""
+    info = dataset_info(dataset)
+    return ValueError(
+        f"The data set `{dataset}` should be {' or '.join(info.layouts)}."
+        f" Found `{path}`, which is none of these."
+        f" Get it from {info.source}."
+    )

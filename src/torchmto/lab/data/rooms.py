@@ -5,7 +5,6 @@ y = 0 and the camera looks roughly along +z. Rays are ``(u, v, 1)`` in the camer
 *is* the depth.
 """
 
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchmto.lab.data.augment import JointAugment
-from torchmto.lab.data.base import Batch, MultiTaskDataset, Task, as_input, as_target
+from torchmto.lab.data.base import Batch, Task, TensorData
 from torchmto.lab.data.dense import label_edges
 from torchmto.lab.data.loading import sample_keys, uniform
 from torchmto.lab.data.registry import register
@@ -267,7 +266,7 @@ def _pixel_keys(keys: Tensor, pixels: int) -> Tensor:
     return (keys[:, None] + torch.arange(1, pixels + 1) * 0x5851F42D4C957F2D).flatten()
 
 
-class Rooms(MultiTaskDataset):
+class Rooms(TensorData):
     """Rooms rendered when they are first asked for, then kept in memory.
 
     Args:
@@ -278,31 +277,21 @@ class Rooms(MultiTaskDataset):
     """
 
     def __init__(self, count: int, seed: int, stream: int, size: tuple[int, int]) -> None:
-        super().__init__(TASKS)
-        self.count, self.seed, self.stream, self.size = count, seed, stream, size
+        self.seed, self.stream, self.size = seed, stream, size
         self._rendered = torch.zeros(count, dtype=torch.bool)
-        self._kept: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self.count
+        like = vars(render(torch.zeros(1, dtype=torch.int64), size))
+        kept = {name: values.new_zeros(count, *values.shape[1:]) for name, values in like.items()}
+        super().__init__(TASKS, kept.pop("rgb"), kept)
 
     def batch(self, indices: Tensor) -> Batch:
         """The rooms ``indices``."""
-        with self._lock:
-            self._ensure(indices)
-        targets = {task.name: as_target(task, self._kept[task.name].index_select(0, indices)) for task in TASKS}
-        return Batch(input=as_input(self._kept["rgb"].index_select(0, indices)), targets=targets)
-
-    def _ensure(self, indices: Tensor) -> None:
         missing = torch.unique(indices[~self._rendered[indices]])
         for part in torch.split(missing, 32) if len(missing) else ():
-            new = render(sample_keys(self.seed, self.stream, part), self.size)
-            for name, values in vars(new).items():
-                if name not in self._kept:
-                    self._kept[name] = values.new_zeros(self.count, *values.shape[1:])
-                self._kept[name][part] = values
+            new = vars(render(sample_keys(self.seed, self.stream, part), self.size))
+            for name, kept in {"rgb": self.inputs, **self.targets}.items():
+                kept[part] = new[name]
             self._rendered[part] = True
+        return super().batch(indices)
 
 
 @register("rooms", "rendered rooms: segmentation, depth in metres, normals, edges, all exact; built in")
@@ -330,13 +319,11 @@ def load(
     """
     if min(size) < 8:
         raise ValueError(f"Parameter `size` should be at least 8 x 8. Found `size = {tuple(size)}`.")
+    parts = Rooms(train, seed, 0, size), Rooms(validation, seed, 1, size), Rooms(test, seed, 2, size)
     return Problem(
         TASKS,
-        Rooms(train, seed, 0, size),
-        Rooms(validation, seed, 1, size),
-        Rooms(test, seed, 2, size),
+        *parts,
         "segnet",
-        name="rooms",
         input_shape=(3, *size),
         citation="torchmto's own renderer",
         mean=(0.5, 0.5, 0.5),

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from torchmto.checks import found
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.data.files import require
 from torchmto.lab.data.registry import register
 from torchmto.lab.problem import Problem
 
@@ -58,7 +57,6 @@ def standardize(values: Floats, train: NDArray[np.int64]) -> tuple[Floats, Float
 
 
 def _bundle(
-    name: str,
     tasks: Sequence[Task],
     inputs: Floats,
     targets: Floats,
@@ -74,7 +72,7 @@ def _bundle(
         return TensorData(tasks, stored[chosen], {task.name: columns[k, chosen] for k, task in enumerate(tasks)})
 
     data, shape = (part(parts[0]), part(parts[1]), part(parts[2])), (inputs.shape[1],)
-    return Problem(tuple(tasks), *data, "mlp", name=name, input_shape=shape, citation=citation)
+    return Problem(tuple(tasks), *data, "mlp", input_shape=shape, citation=citation)
 
 
 def _open_text(path: Path) -> io.TextIOBase:
@@ -137,7 +135,7 @@ def _parse_numbers(rows: list[str], columns: int, path: Path) -> Floats:
     source=_MULAN,
     layouts=("rf1.arff", "any ARFF or CSV table of numbers with the targets in its last columns"),
 )
-def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> Problem:
+def load_rf1(path: Path, seed: int = 0, *, targets: int = 8) -> Problem:
     """River Flow 1, or another table of numbers whose last columns are to be predicted.
 
     Inputs and targets are standardised with the training rows' statistics (a task's ``extra`` has its ``mean`` and
@@ -155,7 +153,6 @@ def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> Problem:
 
     Source: Spyromitros-Xioufis, Tsoumakas, Groves and Vlahavas, Machine Learning 104, 2016.
     """
-    path = require(path, "rf1")
     names, values = read_csv(path) if ".csv" in path.suffixes else read_arff(path)
     if not 1 <= targets < len(names):
         raise ValueError(f"Parameter `targets` should be in [1, {len(names)}). Found `targets = {targets}`.")
@@ -167,7 +164,7 @@ def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> Problem:
         for k, name in enumerate(names[-targets:])
     ]
     citation = "Spyromitros-Xioufis et al., Multi-target regression via input space expansion, Machine Learning, 2016"
-    return _bundle("rf1", tasks, np.nan_to_num(inputs, nan=0.0), outputs, parts=parts, citation=citation)
+    return _bundle(tasks, np.nan_to_num(inputs, nan=0.0), outputs, parts=parts, citation=citation)
 
 
 @register(
@@ -176,7 +173,7 @@ def load_rf1(path: Path | None, seed: int = 0, *, targets: int = 8) -> Problem:
     source="https://github.com/jiayuzhou/MALSAR (data/school.mat)",
     layouts=("school.mat",),
 )
-def load_school(path: Path | None, seed: int = 0) -> Problem:
+def load_school(path: Path, seed: int = 0) -> Problem:
     """The Inner London Education Authority's exam scores: a task per school.
 
     The rows of every school are split at random 60 / 15 / 25 %; features and scores are standardised over the
@@ -191,7 +188,6 @@ def load_school(path: Path | None, seed: int = 0) -> Problem:
 
     Source: Argyriou, Evgeniou and Pontil, "Convex multi-task feature learning", Machine Learning 73, 2008.
     """
-    path = require(path, "school")
     try:
         cells = scipy.io.loadmat(path, variable_names=("X", "Y"))
         features = [np.asarray(cell, dtype=np.float32) for cell in cells["X"].ravel()]
@@ -215,7 +211,7 @@ def load_school(path: Path | None, seed: int = 0) -> Problem:
     extra = {"mean": float(mean[0]), "std": float(std[0])}
     tasks = [Task(f"school_{school + 1}", "regression", 1, extra) for school in range(len(features))]
     citation = "Argyriou, Evgeniou and Pontil, Convex multi-task feature learning, Machine Learning, 2008"
-    return _bundle("school", tasks, inputs, targets, parts=parts, citation=citation)
+    return _bundle(tasks, inputs, targets, parts=parts, citation=citation)
 
 
 def hashed_ngrams(smiles: Sequence[str], features: int, longest: int) -> Floats:
@@ -254,7 +250,7 @@ def _molecules(name: str, summary: str, citation: str) -> None:
     """Enter a table of MoleculeNet."""
 
     @register(name, summary, source=_DEEPCHEM, layouts=(f"{name}.csv.gz",))
-    def load(path: Path | None, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
+    def load(path: Path, seed: int = 0, *, features: int = 1024, ngram: int = 4) -> Problem:
         """A table of MoleculeNet, split at random 80 / 10 / 10 %, with equal SMILES strings in one part.
 
         Args:
@@ -272,7 +268,6 @@ def _molecules(name: str, summary: str, citation: str) -> None:
         for option, value in (("features", features), ("ngram", ngram)):
             if value < 1:
                 raise ValueError(found(option, "positive", value))
-        path = require(path, name)
         with _open_text(path) as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
         titles = [title for title in rows[0] if title not in {"smiles", "mol_id"}] if rows else []
@@ -290,7 +285,7 @@ def _molecules(name: str, summary: str, citation: str) -> None:
         inputs = hashed_ngrams([row["smiles"] for row in rows], features, ngram)
         inputs, _, _ = standardize(inputs, parts[0])
         tasks = [Task(_key(title), "binary", 1, {"title": title}) for title in titles]
-        return _bundle(name, tasks, inputs, targets, parts=parts, citation=citation)
+        return _bundle(tasks, inputs, targets, parts=parts, citation=citation)
 
 
 _molecules(

@@ -16,8 +16,8 @@ from torchmto.checks import check_choice, check_integer
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import SPLITS, Split, Task
 from torchmto.lab.data.dense import image_bundle, resize_image, resize_target
-from torchmto.lab.data.files import FileData, Sample, load_picture, load_rgb, require, unknown_layout
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.files import FileData, Sample, load_picture, load_rgb
+from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
 TASKS = (
@@ -57,7 +57,7 @@ _CURVATURE_MEAN, _CURVATURE_STD = (123.572, 120.1), (31.922, 21.658)
     layouts=("a folder DOMAIN/taskonomy/BUILDING/*.png", "a folder DOMAIN/BUILDING/*.png or BUILDING/DOMAIN/*.png"),
 )
 def load(
-    path: Path | None,
+    path: Path,
     seed: int = 0,
     *,
     size: tuple[int, int] = (256, 256),
@@ -87,27 +87,26 @@ def load(
     logarithm of its 16-bit values, ``edge_occlusion`` is blurred, validation buildings are trained on, and wiconisco is
     left out as a whole.
     """
-    root = require(path, "taskonomy")
     limits = limit if isinstance(limit, Mapping) else dict.fromkeys(SPLITS, limit)
     for name, most in limits.items():
         check_choice("limit", name, SPLITS)
         if most is not None:
             check_integer("limit", most, minimum=1)
-    if not any(_folder(root, "rgb", name) for names in BUILDINGS.values() for name in names.split()):
-        raise unknown_layout(root, "taskonomy")
+    if not any(_folder(path, "rgb", name) for names in BUILDINGS.values() for name in names.split()):
+        raise unknown_layout(path, "taskonomy")
     missing: list[str] = []
     incomplete: Counter[str] = Counter()
 
     def read(name: str) -> Sample:
         building, _, view = name.partition("/")
-        targets = {task.name: _read(_file(root, task.name, building, view), task) for task in TASKS}
+        targets = {task.name: _read(_file(path, task.name, building, view), task) for task in TASKS}
         resized = {task.name: resize_target(task, targets[task.name], size) for task in TASKS}
-        return resize_image(load_rgb(_file(root, "rgb", building, view), "taskonomy"), size), resized
+        return resize_image(load_rgb(_file(path, "rgb", building, view), "taskonomy"), size), resized
 
     def split(name: Split, official: str) -> FileData:
         views = []
         for building in BUILDINGS[official].split():
-            by_domain = {domain: _views(root, domain, building) for domain in ("rgb", *(task.name for task in TASKS))}
+            by_domain = {domain: _views(path, domain, building) for domain in ("rgb", *(task.name for task in TASKS))}
             complete = set.intersection(*by_domain.values())
             views += [f"{building}/{view}" for view in sorted(complete)]
             if not any(by_domain.values()):
@@ -115,16 +114,16 @@ def load(
             elif holes := len(set.union(*by_domain.values()) - complete):
                 incomplete[building] = holes
         if not views:
-            _no_images(root, BUILDINGS[official].split())
+            _no_images(path, BUILDINGS[official].split())
         most = limits.get(name)
         if most is not None and most < len(views):
             views = [views[i] for i in np.sort(np.random.default_rng(seed).permutation(len(views))[:most])]
         return FileData(TASKS, views, read)
 
-    train, validation, test = split("train", "train"), split("validation", "val"), split("test", "test")
+    parts = split("train", "train"), split("validation", "val"), split("test", "test")
     if missing or incomplete:
         warnings.warn(_left_out(missing, incomplete), stacklevel=3)  # where `load_data` was called
-    return image_bundle("taskonomy", train, validation, test, augment=JointAugment(), citation=CITATION)
+    return image_bundle(parts, augment=JointAugment(), citation=CITATION)
 
 
 def _left_out(missing: Sequence[str], incomplete: Mapping[str, int]) -> str:

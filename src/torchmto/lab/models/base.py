@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from torchmto.lab.data.base import Task
+from torchmto.lab.models.blocks import resize
 from torchmto.structure import active_task, has_split_norms, stacked
 
 Features = Any  # one tensor, or a tuple of feature maps from fine to coarse
@@ -116,6 +116,4 @@ class MultiTaskModel(nn.Module):
 
     def resized(self, task: str, output: Tensor, x: Tensor) -> Tensor:
         """A dense task's output at the height and width of ``x``."""
-        if task in self._dense and output.shape[-2:] != x.shape[-2:]:
-            return functional.interpolate(output, x.shape[-2:], mode="bilinear", align_corners=False)
-        return output
+        return resize(output, x) if task in self._dense else output

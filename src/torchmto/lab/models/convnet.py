@@ -22,7 +22,7 @@ class ConvNetTrunk(Trunk):
         super().__init__()
         if not widths:
             raise ValueError("Parameter `widths` should hold at least one width. Found none.")
-        self.layers = nn.ModuleList()
+        self.layers = nn.Sequential()
         side = min(size)
         for before, width in zip((inputs, *widths), widths, strict=False):
             layer = ConvNorm(before, width)
@@ -34,9 +34,7 @@ class ConvNetTrunk(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, inputs, H, W]`` to ``[B, widths[-1], h, w]``."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(x)  # type: ignore[no-any-return]
 
     def blocks(self) -> Iterator[nn.Module]:
         """Each convolution with norm and pooling."""
@@ -75,11 +73,9 @@ def small_heads(tasks: Sequence[Task], channels: Sequence[int], grid: int) -> di
     return {task.name: head(task) for task in tasks}
 
 
-class _Stage(nn.Sequential):
+def _stage(inputs: int, outputs: int, depth: int) -> nn.Sequential:
     """The convolutions between two poolings of a SegNet."""
-
-    def __init__(self, inputs: int, outputs: int, depth: int) -> None:
-        super().__init__(*(ConvNorm(inputs if i == 0 else outputs, outputs) for i in range(depth)))
+    return nn.Sequential(*(ConvNorm(inputs if i == 0 else outputs, outputs) for i in range(depth)))
 
 
 class SegNetTrunk(Trunk):
@@ -97,16 +93,9 @@ class SegNetTrunk(Trunk):
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width, 8 * width]
         depths = [2, 2, 3, 3, 3]
-        self.encoder = nn.ModuleList(
-            [
-                _Stage(before, after, depth)
-                for before, after, depth in zip([inputs, *widths], widths, depths, strict=False)
-            ]
-        )
+        self.encoder = nn.ModuleList(map(_stage, [inputs, *widths], widths, depths))
         narrower = [widths[0], *widths[:-1]]
-        self.decoder = nn.ModuleList(
-            [_Stage(before, after, depth) for before, after, depth in zip(widths, narrower, depths, strict=True)][::-1]
-        )
+        self.decoder = nn.ModuleList([*map(_stage, widths, narrower, depths)][::-1])
         self.pool = nn.MaxPool2d(2, return_indices=True)
         self.unpool = nn.MaxUnpool2d(2)
         self.channels = (width,)

@@ -29,7 +29,7 @@ class MLPTrunk(Trunk):
             raise ValueError(f"Parameter `norm` should be 'layer', 'batch' or None. Found `norm = {norm!r}`.")
         if not widths:
             raise ValueError("Parameter `widths` should hold at least one width. Found none.")
-        self.layers = nn.ModuleList()
+        self.layers = nn.Sequential()
         for before, width in zip((inputs, *widths), widths, strict=False):
             layers = [
                 nn.Linear(before, width),
@@ -42,10 +42,7 @@ class MLPTrunk(Trunk):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, ...]`` to ``[B, widths[-1]]``."""
-        x = x.flatten(1)
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        return self.layers(x.flatten(1))  # type: ignore[no-any-return]
 
     def blocks(self) -> Iterator[nn.Module]:
         """Each layer with its norm."""

@@ -1,7 +1,7 @@
 """Ready-made models by name."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,6 +117,14 @@ def model_options(name: str) -> dict[str, Any]:
     return of_decoder | {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
+def check_options(name: str, options: Iterable[str]) -> None:
+    """Raise TypeError if a model has no such option, ValueError if there is no such model."""
+    known = list(model_options(name))
+    if unknown := [option for option in options if option not in known]:
+        hint = nearest(unknown[0], known)
+        raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
+
+
 def build_model(
     name: str,
     tasks: Sequence[Task],
@@ -169,13 +177,8 @@ def build_model(
         >>> sum(p.numel() for p in model.parameters())
         2408
     """
-    known = list(model_options(name))
+    check_options(name, options)
     names = check_tasks(task.name for task in tasks)
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(
-            f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}."
-            + nearest(unknown[0], known)
-        )
     model = _BUILDERS[name](tuple(tasks), tuple(input_shape), **options)
     if task_norms:
         split_norms(model.trunk, names)
