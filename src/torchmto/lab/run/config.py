@@ -333,6 +333,16 @@ def check_used(
             )
 
 
+def others_than(used: Collection[str], why: str) -> dict[str, str]:
+    """All settings but these, without effect for one reason, as `check_used` takes them.
+
+    Example:
+        >>> "epochs" in others_than({"device"}, "nothing is trained")
+        True
+    """
+    return {name: why for name in _flat(RunConfig().as_dict()) if name not in used}
+
+
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -508,6 +518,7 @@ __all__ = [
     "check_source",
     "check_used",
     "config_of",
+    "others_than",
     "settled",
     "source_now",
 ]
