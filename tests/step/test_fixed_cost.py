@@ -33,10 +33,10 @@ def passed(work):
 @pytest.mark.parametrize(
     ("method", "options", "limit", "distinct"),
     [
-        ("gd", {}, 75, 70),
-        ("uw", {}, 95, 90),
-        ("pcgrad", {"gradients": "parameters"}, 150, 98),
-        ("sequential", {}, 350, 85),
+        ("gd", {}, 62, 60),
+        ("uw", {}, 85, 83),
+        ("pcgrad", {"gradients": "parameters"}, 135, 85),
+        ("sequential", {}, 320, 80),
     ],
 )
 def test_a_step_takes_few_calls(method, options, limit, distinct):

@@ -248,10 +248,10 @@ def test_bad_states():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"tasks": "ab"}, TypeError, "Found the string"),
-        ({"tasks": [1]}, TypeError, "should hold names"),
-        ({"tasks": []}, ValueError, "at least one task"),
-        ({"tasks": ["a", "a"]}, ValueError, "each once"),
+        ({"tasks": "ab"}, TypeError, "Found `tasks = 'ab'`"),
+        ({"tasks": [1]}, TypeError, "`tasks` should be a sequence of strings"),
+        ({"tasks": []}, ValueError, "`tasks` should be a sequence of at least one task"),
+        ({"tasks": ["a", "a"]}, ValueError, "Task `a` is there twice"),
         ({"tasks": ["a"], "decay": 0}, ValueError, "Found `decay = 0`"),
         ({"tasks": ["a"], "decay": "0.1"}, TypeError, "Found `decay = '0.1'`"),
         ({"tasks": ["a"], "attribution": "next"}, ValueError, "`attribution` should be"),
@@ -266,10 +266,10 @@ def test_bad_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("group", "losses", "error", "message"),
     [
-        (["x"], {"a": 1.0}, ValueError, "`group` should name at least one"),
-        ([], {"a": 1.0}, ValueError, "`group` should name at least one"),
-        (["a", "a"], {"a": 1.0}, ValueError, "each once"),
-        ("a", {"a": 1.0}, TypeError, "Found the string 'a'"),
+        (["x"], {"a": 1.0}, ValueError, "Unknown task `x` in `group`"),
+        ([], {"a": 1.0}, ValueError, "`group` should be a sequence of at least one"),
+        (["a", "a"], {"a": 1.0}, ValueError, "Task `a` is there twice"),
+        ("a", {"a": 1.0}, TypeError, "Found `group = 'a'`"),
         (["a"], {"x": 1.0}, ValueError, "Found .'x'"),
         (["a"], {"a": float("nan")}, ValueError, "finite numbers"),
         (["a"], {"a": torch.ones(2)}, ValueError, "should be one number"),

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torchmto.gradients.backwards import quiet
 from torchmto.gradients.engine import Engine, Piece, Wanted
 from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.finite import real
 from torchmto.gradients.graph import Graph, Run, cut, read_graph
-from torchmto.gradients.hooks import quiet
 from torchmto.gradients.ranks import Ranks, Wait
 from torchmto.gradients.rows import products, slices_of, wide_dtype, widest
 from torchmto.gradients.stack import Stack, merge

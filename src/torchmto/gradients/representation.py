@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from torchmto.gradients.backwards import quiet
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.finite import plain, real
 from torchmto.gradients.graph import read_graph
-from torchmto.gradients.hooks import quiet
 from torchmto.gradients.rows import gramian
 from torchmto.gradients.torch_private import tree_leaves
 

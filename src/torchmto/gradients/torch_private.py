@@ -296,7 +296,7 @@ def _settings() -> tuple[Any, Any, bool]:
     """Where it is set whether backwards may write over what was saved; where the cache on disk is; whether that takes a tag."""
     try:
         donating = importlib.import_module("torch._functorch.config")
-        caches: Any = getattr(torch.compiler, "config", None)
+        caches: Any = sys.modules.get("torch.compiler.config")
         tagged = hasattr(caches, "cache_key_tag")
         if not tagged:
             # An older PyTorch: nothing is read from the cache then.
@@ -314,12 +314,11 @@ _compiling = False
 def may_compile() -> bool:
     """Whether anything was given to ``torch.compile`` in this process, so that calls may compile."""
     global _compiling  # noqa: PLW0603 - `torch.compiler.reset()` forgets it, and what was given compiles again
-    if not _compiling and (frames := sys.modules.get("torch._dynamo.eval_frame")) is not None:
-        _compiling = any(backend is not None for backend in _backends(frames).values())
+    if not _compiling:
+        frames = sys.modules.get("torch._dynamo.eval_frame")
+        # Where the name is gone, something may.
+        _compiling = frames is not None and any(getattr(frames, "cached_backends", {0: True}).values())
     return _compiling
-
-
-_backends = _of("torch._dynamo.eval_frame", "cached_backends")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import operator
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, check_integer, shown, warn
-from torchmto.methods.per_task import ByTask
+from torchmto.methods.per_task import ByTask, named
 from torchmto.solvers.solution import Array, Projection, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -111,6 +112,7 @@ class Method(ABC):
             ("choice", ...). Empty if there are none to choose, or none that depend on the data.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
+        recorded: Numbers per task to record, [K]: the record's name -> the attribute's, dotted if need be.
         properties: What it promises.
         domain: Which losses it takes. Where a hyper-parameter decides, the object's own.
         needs_closure: Whether it runs the model more than once per step.
@@ -129,6 +131,7 @@ class Method(ABC):
     tuning_space: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     takes_shares: ClassVar[bool] = False
     independent_batches: ClassVar[int] = 0
+    recorded: ClassVar[Mapping[str, str]] = {}
     properties: ClassVar[Properties] = Properties()
     domain: Domain = Domain()
     needs_closure: bool = False
@@ -201,6 +204,13 @@ class Method(ABC):
             if isinstance(value, Method):
                 value.seed(derived_seed(seed, state))
 
+    def generator_on(self, device: torch.device) -> torch.Generator:
+        """:attr:`generator`; for another device than the CPU a new one there that it seeds."""
+        if device.type == "cpu":
+            return self.generator
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        return torch.Generator(device=device).manual_seed(seed)
+
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
         states = (part.generator.get_state().numpy().tobytes() for part in self.parts())
@@ -270,16 +280,7 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
-        state: dict[str, Any] = {"generator": self.generator.get_state()}
-        for name in self._states:
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                value = value.detach().clone()
-            else:
-                # An optimizer's state_dict holds its live tensors.
-                value = copied(value.state_dict() if hasattr(value, "state_dict") else value)
-            state[name] = value
-        return state
+        return self._copies(small=False)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -317,17 +318,18 @@ class Method(ABC):
 
     def snapshot(self) -> dict[str, Any]:
         """The small states, to undo a step that fails."""
+        return self._copies(small=True)
+
+    def _copies(self, *, small: bool) -> dict[str, Any]:
+        """Copies of the states, or of the ``small`` ones only."""
         kept: dict[str, Any] = {"generator": self.generator.get_state()}
         for name in self._states:
             value = getattr(self, name)
             if isinstance(value, Method):
-                kept[name] = value.snapshot()
-            elif hasattr(value, "state_dict"):
-                kept[name] = copied(value.state_dict())
-            elif not isinstance(value, Tensor):
-                kept[name] = copied(value) if isinstance(value, list | dict | set) else value
-            elif value.numel() <= SMALL:
-                kept[name] = value.detach().clone()
+                kept[name] = value.snapshot() if small else value.state_dict()
+            elif not (small and isinstance(value, Tensor) and value.numel() > SMALL):
+                # An optimizer's state_dict holds its live tensors.
+                kept[name] = copied(value.state_dict() if hasattr(value, "state_dict") else value)
         return kept
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -377,8 +379,9 @@ class Method(ABC):
         """Take one step on ``context`` and report what was done."""
 
     def records(self) -> Mapping[str, Any]:
-        """What to put into ``StepInfo.records``."""
-        return {}
+        """What to put into ``StepInfo.records``: what :attr:`recorded` names, as it is after the step."""
+        held = self.recorded if self.num_tasks else {}
+        return {key: named(self.tasks, operator.attrgetter(name)(self)) for key, name in held.items()}
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Update state once the step has been taken."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number, found, nearest, unknown_task
-from torchmto.methods.losses.window import LossWindow, check_window
+from torchmto.methods.losses.window import Windowed
 from torchmto.methods.method import LossWeighting, Method
 from torchmto.methods.per_task import Baseline
 from torchmto.methods.registry import make_method, methods
-from torchmto.step import Losses, StepContext, StepInfo
+from torchmto.step import StepContext, StepInfo
 
 SUM_TOLERANCE = 1e-6
 SOURCES = ("loss", "relative_loss", "performance", "uniform")
@@ -87,7 +87,7 @@ class FixedPriority(Priority):
         return torch.tensor([self._values[i] for i in indices], dtype=torch.float64)
 
 
-class LossPriority(Priority):
+class LossPriority(Windowed, Priority):
     """p_i ∝ (mean loss of the previous window)^gamma; uniform in the first window.
 
     Args:
@@ -96,19 +96,17 @@ class LossPriority(Priority):
         window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
     """
 
-    means: LossWindow
     first: Tensor
     last: Tensor
 
     def __init__(self, *, gamma: float, relative: bool, window: int | None) -> None:
-        super().__init__()
+        super().__init__(window=window)
         self.gamma = check_number("gamma", gamma)
         self.relative = relative
-        self.window = check_window(window)
 
     def setup(self, num_tasks: int) -> None:
         """Running sums, and the means of the first and the last window (NaN: not seen yet)."""
-        self.add_state("means", LossWindow(num_tasks, self.window))
+        super().setup(num_tasks)
         self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
         self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
 
@@ -125,20 +123,9 @@ class LossPriority(Priority):
         scores = means**self.gamma
         return torch.where(known, scores, scores[known].mean())
 
-    def after_step(self, losses: Losses, context: StepContext) -> None:
-        """Add this step's losses to the window."""
-        if self.means.add(losses):
-            self._close()
-
-    def end_window(self) -> None:
-        """Close the window, unless windows are counted in steps."""
-        if self.window is None and self.num_tasks:
-            self._close()
-
-    def _close(self) -> None:
+    def close(self, means: Tensor) -> None:
         """Take over the window's means; tasks absent from it keep their last mean."""
-        mean = self.means.close()
-        mean = torch.where(mean.isnan(), self.last, mean)
+        mean = torch.where(means.isnan(), self.last, means)
         self.first = torch.where(self.first.isnan() & (mean > 0), mean, self.first)
         self.last = mean
 

@@ -22,7 +22,7 @@ from torchmto.step.finite import (
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
 from torchmto.step.losses import Losses, Weigh, empty_batch
-from torchmto.step.parts import Parts
+from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import agree, over_ranks
 from torchmto.step.task_gradients import (
     TaskGradients,
@@ -72,6 +72,14 @@ class StepContext:
         """Whether the scaler has found an overflow and lowered its scale."""
         return self._parts.overflowed
 
+    def _request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
+        """Gradients of those of ``tasks`` (default all) that this step is about, from a forward of ``forward`` (the same)."""
+        asked = names = self.asked
+        if tasks is not None:
+            names = tuple(name for name in tasks if name in asked)
+        called = names if forward is None else tuple(name for name in forward if name in asked)
+        return Request(called, frozenset(map(self.tasks.index, names)), source)
+
     # ------------------------------------------------------------------ losses
 
     def check_present(self) -> None:
@@ -99,7 +107,7 @@ class StepContext:
         parts = self._parts
         parts.doing = "losses"
         with parts.noise.extra(replay=replay):
-            chunks = list(forwards(parts, parts.request(tasks, None, source), grad=False))
+            chunks = list(forwards(parts, self._request(tasks, None, source), grad=False))
         return over_ranks(parts, chunks)
 
     def unweighted(self) -> Losses:
@@ -134,7 +142,7 @@ class StepContext:
         parts, engine = self._parts, self.network.engine
         rows = engine is None or parts.carried is not None or not engine.suits(parts.sources, self.network.parameters)
         compute = gradients_with_rows if rows else gradients_without_rows
-        return compute(parts, parts.request(tasks, forward, source))
+        return compute(parts, self._request(tasks, forward, source))
 
     @contextlib.contextmanager
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -237,7 +245,7 @@ class StepContext:
             The reduced losses of all tasks the closure was asked for.
         """
         self.network.zero_grad()
-        parts, request = self._parts, self._parts.request(tasks, forward, source)
+        parts, request = self._parts, self._request(tasks, forward, source)
         if parts.carried is not None and not parts.summed:
             request.combined = False
             gradients = gradients_with_rows(parts, request)
@@ -276,7 +284,7 @@ class StepContext:
         parts = self._parts
         with self.network.gradients_aside():
             for source in range(self.num_sources):
-                request = parts.request(None, None, source)
+                request = self._request(None, None, source)
                 if parts.summed and weigh is not None:
                     accumulate(parts, request, weigh, heads="weighted")
                 else:

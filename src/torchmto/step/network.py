@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from torchmto.checks import found, warn
+from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import FEW, dense, real
-from torchmto.gradients.hooks import run_hooks
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
 from torchmto.gradients.reach import reach_of, refuse_hidden, refuse_reentrant, run_unreached
 from torchmto.gradients.roles import Agreement, Roles
@@ -599,7 +599,10 @@ class Network:
 
     def run_hooks(self) -> bool:
         """Run the parameters' post-accumulate-grad hooks on what the step has set; return whether there are any."""
-        hooked = run_hooks(self.hooked())
+        hooked = self.hooked()
+        if not hooked:
+            return False
+        hooked = run_hooks(hooked)
         taken = [parameter for parameter in hooked if parameter.grad is None]
         if taken and not self._warned_taken:
             self._warned_taken = True

@@ -130,14 +130,6 @@ class Parts:
         """What the ranks tell each other."""
         return Exchange(self.network.ranks, len(self.plan.tasks), self.about)
 
-    def request(self, tasks: Sequence[str] | None, forward: Sequence[str] | None, source: int) -> Request:
-        """Gradients of those of ``tasks`` (default all) that this step is about, from a forward of ``forward`` (the same)."""
-        asked = names = self.asked
-        if tasks is not None:
-            names = tuple(name for name in tasks if name in asked)
-        called = names if forward is None else tuple(name for name in forward if name in asked)
-        return Request(called, frozenset(map(self.plan.tasks.index, names)), source)
-
     def left_by_earlier_calls(self, source: int) -> Carried:
         """What earlier calls have left for an accumulated batch."""
         return Carried() if self.carried is None else self.carried.setdefault(source, Carried())

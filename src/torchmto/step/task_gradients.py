@@ -6,10 +6,9 @@ from itertools import compress
 import torch
 from torch import Tensor
 
-from torchmto.gradients.backwards import gradients_of
+from torchmto.gradients.backwards import gradients_of, quiet
 from torchmto.gradients.engine import Piece, Wanted
 from torchmto.gradients.finite import plain
-from torchmto.gradients.hooks import quiet
 from torchmto.gradients.rows import Rows, gramian
 from torchmto.gradients.sharded import ShardedRows
 from torchmto.step.finite import SkippedError, check_losses, check_task_gradients

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchmto.gradients.backwards import backward
-from torchmto.gradients.hooks import quiet
+from torchmto.gradients.backwards import backward, quiet
 from torchmto.step.forwards import forwards, groups
 from torchmto.step.losses import Chunk, Losses, Proportions, Sums, Weigh, stack
 from torchmto.step.messages import average_statistics, sum_gradients

@@ -1,15 +1,16 @@
 """Proximal inter-task affinity: how one group's step changes every task's loss; groups of tasks from it."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.checks import check_choice, check_number, check_tasks, unknown_task
+from torchmto.solvers import clustering
 
 Attribution = Literal["actor", "official"]
 Normalization = Literal["paper", "official"]
@@ -68,26 +69,12 @@ class ProximalAffinity:
         attribution: Attribution = "actor",
         normalization: Normalization = "paper",
     ) -> None:
-        if isinstance(tasks, str):
-            raise TypeError(f"Parameter `tasks` should be a sequence of names. Found the string {tasks!r}.")
-        names = tuple(tasks)
-        for name in names:
-            if not isinstance(name, str):
-                raise TypeError(f"Parameter `tasks` should hold names. Found {name!r}.")
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"Parameter `tasks` should name at least one task, each once. Found {list(names)}.")
-        check_number("decay", decay, above=0, maximum=1)
-        if attribution not in ("actor", "official"):
-            raise ValueError(
-                f"Parameter `attribution` should be 'actor' or 'official'. Found `attribution = {attribution!r}`."
-            )
-        _check_normalization(normalization)
-        self.tasks = names
-        self.decay = float(decay)
-        self.attribution = attribution
-        self.normalization: Normalization = normalization
-        self._matrix: _Matrix = np.zeros((len(names), len(names)))
-        self._groups = [[name] for name in names]
+        self.tasks = check_tasks(tasks)
+        self.decay = check_number("decay", decay, above=0, maximum=1)
+        self.attribution = check_choice("attribution", attribution, get_args(Attribution))
+        self.normalization = check_choice("normalization", normalization, get_args(Normalization))
+        self._matrix: _Matrix = np.zeros((len(self.tasks), len(self.tasks)))
+        self._groups = [[name] for name in self.tasks]
         self._before: tuple[list[str], dict[str, float]] | None = None
 
     @property
@@ -150,31 +137,15 @@ class ProximalAffinity:
         Raises:
             ValueError: an unknown ``cluster``.
         """
-        if cluster not in ("affinity_propagation", "correlation"):
-            raise ValueError(
-                f"Parameter `cluster` should be 'affinity_propagation' or 'correlation'. Found `cluster = {cluster!r}`."
+        correlation = check_choice("cluster", cluster, get_args(Cluster)) == "correlation"
+        converged = self.attribution == "actor"
+        self._groups = self._partition(
+            lambda X: (
+                clustering.correlation_groups(X)
+                if correlation
+                else clustering.affinity_propagation_groups(X, random_state, converged=converged)
             )
-        # Not at the top of the module: affinity propagation brings scikit-learn, which is slow to import.
-        from torchmto.solvers.clustering import (  # noqa: PLC0415
-            affinity_propagation_groups,
-            correlation_groups,
         )
-
-        own = np.flatnonzero(np.diagonal(self._matrix) > 0)
-        parts: list[list[int]] | None = [[int(index)] for index in own]
-        if own.size > 1:
-            X = _normalized(self._matrix[np.ix_(own, own)], self.normalization)
-            found: list[list[int]] | None
-            found = (
-                correlation_groups(X)
-                if cluster == "correlation"
-                else affinity_propagation_groups(X, random_state, converged=self.attribution == "actor")
-            )
-            parts = None if found is None else [[int(own[index]) for index in part] for part in found]
-        if parts is not None:
-            alone = [[index] for index in range(len(self.tasks)) if index not in own]
-            ordered = sorted(sorted(part) for part in (*parts, *alone))
-            self._groups = [[self.tasks[index] for index in part] for part in ordered]
         return [list(group) for group in self._groups]
 
     def heterogeneous_groups(self) -> list[list[str]]:
@@ -186,13 +157,17 @@ class ProximalAffinity:
         Returns:
             A partition of the tasks; names and groups in the tasks' order.
         """
-        from torchmto.solvers.clustering import correlation_groups  # noqa: PLC0415
+        return self._partition(lambda X: clustering.correlation_groups(-X))
 
+    def _partition(self, split: Callable[[_Matrix], list[list[int]] | None]) -> list[list[str]]:
+        """The tasks ``split`` by normalised affinities, those without one of their own each alone; as before if it fails."""
         own = np.flatnonzero(np.diagonal(self._matrix) > 0)
-        parts = [[int(index)] for index in range(len(self.tasks)) if index not in own]
-        if own.size:
-            negated = -_normalized(self._matrix[np.ix_(own, own)], self.normalization)
-            parts += [[int(own[index]) for index in part] for part in correlation_groups(negated)]
+        matrix = self._matrix[np.ix_(own, own)]
+        found = split(_normalized(matrix, self.normalization)) if own.size > 1 else [[0]] * own.size
+        if found is None:
+            return self._groups
+        parts = [[index] for index in range(len(self.tasks)) if index not in own]
+        parts += [[int(own[index]) for index in part] for part in found]
         return [[self.tasks[index] for index in part] for part in sorted(sorted(part) for part in parts)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -248,21 +223,21 @@ class ProximalAffinity:
         self._matrix[sources] = np.where(keeps, rows, moved)
 
     def _checked_group(self, group: Iterable[str]) -> list[str]:
-        if isinstance(group, str):
-            raise TypeError(f"Parameter `group` should be a sequence of names. Found the string {group!r}.")
-        names = list(group)
-        if not names or len(set(names)) < len(names) or not set(names) <= set(self.tasks):
-            raise ValueError(
-                f"Parameter `group` should name at least one of {list(self.tasks)}, each once. Found {names}."
-            )
-        return names
+        names = check_tasks(group, "group")
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(unknown_task(unknown[0], self.tasks, "in `group`"))
+        return list(names)
 
     def _checked_losses(self, losses: Mapping[str, float | Tensor]) -> dict[str, float]:
         unknown = [task for task in losses if task not in self.tasks]
         if unknown:
             raise ValueError(f"Parameter `losses` should hold losses of {list(self.tasks)}. Found {unknown}.")
-        values = _to_floats(losses)
-        for task, value in values.items():
+        values: dict[str, float] = {}
+        for task, loss in losses.items():
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                raise ValueError(f"The loss of task {task!r} should be one number. Found shape {tuple(loss.shape)}.")
+            value = values[task] = float(loss.item() if isinstance(loss, Tensor) else loss)
             if not math.isfinite(value):
                 raise ValueError(f"Parameter `losses` should hold finite numbers. Found {value} for task {task!r}.")
         return values
@@ -291,7 +266,7 @@ def normalized_affinity(matrix: Tensor, normalization: Normalization = "paper") 
         tensor([[1.0000, 1.1250],
                 [1.1250, 1.0000]], dtype=torch.float64)
     """
-    _check_normalization(normalization)
+    check_choice("normalization", normalization, get_args(Normalization))
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"Parameter `matrix` should have shape [K, K]. Found {tuple(matrix.shape)}.")
     values = matrix.detach().cpu().double().numpy()
@@ -300,32 +275,9 @@ def normalized_affinity(matrix: Tensor, normalization: Normalization = "paper") 
     return torch.from_numpy(_normalized(values, normalization))
 
 
-def _normalized(matrix: _Matrix, normalization: Normalization) -> _Matrix:
+def _normalized(matrix: _Matrix, normalization: str) -> _Matrix:
     divided = matrix / np.diagonal(matrix)
     if normalization == "official":
         divided = np.where(np.tri(len(matrix), k=-1, dtype=bool), matrix, divided)
     result: _Matrix = (divided + divided.T) / 2
     return result
-
-
-def _check_normalization(normalization: str) -> None:
-    if normalization not in ("paper", "official"):
-        raise ValueError(
-            f"Parameter `normalization` should be 'paper' or 'official'. Found `normalization = {normalization!r}`."
-        )
-
-
-def _to_floats(losses: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Python floats, with one transfer for all tensors of a device instead of one per loss."""
-    by_device: dict[torch.device, dict[str, Tensor]] = {}
-    values: dict[str, float] = {}
-    for task, loss in losses.items():
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(f"The loss of task {task!r} should be one number. Found shape {tuple(loss.shape)}.")
-            by_device.setdefault(loss.device, {})[task] = loss.detach().reshape(())
-        else:
-            values[task] = float(loss)
-    for tensors in by_device.values():
-        values.update(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True))
-    return {task: values[task] for task in losses}

@@ -11,16 +11,10 @@ from torch.func import functional_call
 
 from torchmto.checks import check_choice
 from torchmto.gradients.ranks import whole
+from torchmto.gradients.rows import wide_dtype
 from torchmto.gradients.torch_private import NormBase
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
-from torchmto.structure.strength import (
-    MEASURES,
-    Measure,
-    channels_first,
-    gradient_strength,
-    scaled_strength,
-    wide_dtype,
-)
+from torchmto.structure.strength import MEASURES, Measure, channels_first, gradient_strength, scaled_strength
 from torchmto.task_norms import SplitNorm
 
 _OFFSETS: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from torchmto.checks import check_number
+from torchmto.gradients.rows import wide_dtype
 from torchmto.structure.layers import StructuredLayer
 from torchmto.structure.preserve import undisturbed
-from torchmto.structure.strength import channels_first, wide_dtype
+from torchmto.structure.strength import channels_first
 from torchmto.task_norms import active_task, has_split_norms
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]

@@ -25,6 +25,9 @@ from torchmto.task_norms import SplitNorm
 
 logger = logging.getLogger(__name__)
 
+_Key = tuple[nn.Module, str]
+"""A layer: its module and, for attentions, one of its projections."""
+
 Pairs = dict[str, list[str | None]]
 """A layer's name -> the names of the norms after and before it, and how they were found; None for what there isn't.
 
@@ -95,7 +98,7 @@ def find_norm_pairs(
             forward()
         recording = recorded
     if recording is not None:
-        search.watch(recording)
+        search.read(recording.nodes, "recorded")
     search.guess_by_order()
     return search.result()
 
@@ -119,40 +122,45 @@ class PairSearch:
             for path, module in modules_of(model).items()
             if module not in copies and module not in inner and (is_layer(module) or isinstance_of_norm(module))
         }
-        self.layers = [module for module in self.modules if is_layer(module)]
-        self.found: dict[tuple[nn.Module, str], StructuredLayer] = {}
+        self.names = {
+            ".".join(filter(None, (path, part))): (module, part)
+            for module, path in self.modules.items()
+            for part in _parts(module)
+        }
+        # What they are by themselves; those whose weight is computed are left out.
+        alone = {key: _unpaired(name, *key) for name, key in self.names.items()}
+        self.layers = {key: layer for key, layer in alone.items() if layer is not None}
+        self.found: dict[_Key, StructuredLayer] = {}
         self.settled: set[nn.Module] = set()
 
     def result(self) -> list[StructuredLayer]:
         """The paired layers, in the order of the model's modules."""
         chosen: dict[int, StructuredLayer] = {}
-        for layer in self.layers:
-            for part in _parts(layer):
-                structured = self.found.get((layer, part))
-                if structured is None:
-                    logger.info("%s: no norm found, its gradients are summed plainly", self._name(layer, part))
-                elif id(structured.weight) in chosen:
-                    logger.info("%s: shares its weight with %s", structured.name, chosen[id(structured.weight)].name)
-                else:
-                    chosen[id(structured.weight)] = structured
-                    norms = [("out", structured.norm_out), ("in", structured.norm_in)]
-                    described = ", ".join(f"{side} {self.modules[norm]}" for side, norm in norms if norm is not None)
-                    logger.info("%s: %s (%s)", structured.name, described, structured.source)
+        for name, key in self.names.items():
+            structured = self.found.get(key)
+            if structured is None:
+                logger.info("%s: no norm found, its gradients are summed plainly", name)
+            elif id(structured.weight) in chosen:
+                logger.info("%s: shares its weight with %s", structured.name, chosen[id(structured.weight)].name)
+            else:
+                chosen[id(structured.weight)] = structured
+                norms = [("out", structured.norm_out), ("in", structured.norm_in)]
+                described = ", ".join(f"{side} {self.modules[norm]}" for side, norm in norms if norm is not None)
+                logger.info("%s: %s (%s)", structured.name, described, structured.source)
         return list(chosen.values())
 
     def pairs(self) -> Pairs:
         """What is known, by name: also of layers that were seen and have no norm."""
         known: Pairs = {}
-        for layer in self.layers:
-            for part in _parts(layer):
-                structured = self.found.get((layer, part))
-                if structured is not None:
-                    norms = [structured.norm_out, structured.norm_in]
-                    after, before = (None if norm is None else self.modules[norm] for norm in norms)
-                    start = structured.out_start
-                    known[structured.name] = [after if start is None else f"{after}@{start}", before, structured.source]
-                elif layer in self.settled:
-                    known[self._name(layer, part)] = [None, None, None]
+        for name, key in self.names.items():
+            structured = self.found.get(key)
+            if structured is not None:
+                norms = [structured.norm_out, structured.norm_in]
+                after, before = (None if norm is None else self.modules[norm] for norm in norms)
+                start = structured.out_start
+                known[name] = [after if start is None else f"{after}@{start}", before, structured.source]
+            elif key[0] in self.settled:
+                known[name] = [None, None, None]
         return known
 
     def recall(self, pairs: Pairs) -> None:
@@ -161,82 +169,73 @@ class PairSearch:
         Raises:
             ValueError: A name that the model doesn't have, or channels that don't fit.
         """
-        layers = {self._name(layer, part): (layer, part) for layer in self.layers for part in _parts(layer)}
         norms: dict[str | None, nn.Module | None] = {None: None}
         norms |= {path: module for module, path in self.modules.items() if isinstance_of_norm(module)}
         for name, (after, before, source) in pairs.items():
             first, _, place = (after or "").partition("@")
             path, start = first or None, int(place) if place.isdecimal() else None
-            if name not in layers or path not in norms or before not in norms:
+            if name not in self.names or path not in norms or before not in norms:
                 raise ValueError(f"The model has no layer {name!r} with the norms {after!r} and {before!r}.")
-            (layer, part), norm_out, norm_in = layers[name], norms[path], norms[before]
-            if not (
-                self._fits(layer, part, norm_out, incoming=False, start=start)
-                and self._fits(layer, part, norm_in, incoming=True)
-            ):
+            key, norm_out, norm_in = self.names[name], norms[path], norms[before]
+            if not (self._fits(key, norm_out, incoming=False, start=start) and self._fits(key, norm_in, incoming=True)):
                 raise ValueError(f"The channels of layer {name!r} and the norms {after!r} and {before!r} don't fit.")
             if norm_out is None and norm_in is None:
-                self.settled.add(layer)
-            elif (layer, part) not in self.found and self._serve(layer, part, norm_out, norm_in):
-                self._add(layer, part, norm_out, norm_in, source or "", start=start)
+                self.settled.add(key[0])
+            elif key not in self.found and self._serve(key, norm_out) and self._serve(key, norm_in):
+                self.found[key] = replace(
+                    self.layers[key], norm_out=norm_out, norm_in=norm_in, source=source or "", out_start=start
+                )
 
     def trace(self) -> None:
         """Pair the layers of the subtrees that ``torch.fx`` can trace."""
         for root, nodes in trace_subtrees(self.model):
             self.read(nodes, "fx", whole=root is self.model)
 
-    def watch(self, recording: Recording) -> None:
-        """Pair the layers of recorded forward passes."""
-        self.read(recording.nodes, "recorded", whole=True)
-
-    def read(self, nodes: Sequence[Node], source: str, *, whole: bool) -> None:
+    def read(self, nodes: Sequence[Node], source: str, *, whole: bool = True) -> None:
         """Pair the layers of a graph. ``whole``: it is the whole model's, so what it lacks doesn't exist."""
-        layer_nodes = [
-            (node, node.module)
-            for node in nodes
-            if node.module is not None and node.module in self.modules and is_layer(node.module)
-        ]
-        seen: set[tuple[nn.Module, str]] = set()
-        for node, layer in layer_nodes:
-            for part in _parts(layer):
-                if (layer, part) not in seen and self._complete(node, layer, part, source):
-                    seen.add((layer, part))
+        used = [(node, node.module) for node in nodes if node.module is not None]
+        seen: set[_Key] = set()
+        for node, module in used:
+            for part in _parts(module):
+                key = module, part
+                if key in self.layers and key not in seen and self._complete(node, key, source):
+                    seen.add(key)
         if whole:
-            self.settled.update(layer for _, layer in layer_nodes)
+            self.settled.update(module for _, module in used)
 
-    def _complete(self, node: Node, layer: nn.Module, part: str, source: str) -> bool:
+    def _complete(self, node: Node, key: _Key, source: str) -> bool:
         """Pair a layer by one of its uses, with what isn't known of it yet; whether that is anything."""
-        known = self.found.get((layer, part))
-        norm_out, norm_in, start = (
-            (None, None, None) if known is None else (known.norm_out, known.norm_in, known.out_start)
-        )
-        if known is not None and known.source == "explicit":
+        known = self.found.get(key, self.layers[key])
+        if known.source == "explicit":
             return False
-        if norm_out is None and part != "in_proj":
-            norm_out, start = self._following(node, layer, part)
+        norm_out, norm_in, start = known.norm_out, known.norm_in, known.out_start
+        if norm_out is None and key[1] != "in_proj":
+            norm_out, start = self._following(node, key)
         if _tracks_variance(norm_out):
             # The paper's formula: the variance shows what comes in.
             norm_in = None
-        elif norm_in is None and part != "out_proj":
-            norm_in = self._preceding(node, layer, part)
-        if known is not None and (norm_out, norm_in) == (known.norm_out, known.norm_in):
+        elif norm_in is None and key[1] != "out_proj":
+            norm_in = self._preceding(node, key)
+        if (norm_out, norm_in) == (known.norm_out, known.norm_in):
             return False
-        self._add(layer, part, norm_out, norm_in, source if known is None else known.source, start=start)
-        return norm_out is not None or norm_in is not None
+        self.found[key] = replace(
+            known, norm_out=norm_out, norm_in=norm_in, source=known.source or source, out_start=start
+        )
+        return True
 
     def guess_by_order(self) -> None:
         """Pair layers that no graph holds with the norm right after them, or right before a linear one."""
         order = list(self.modules)
         for before, after in pairwise(order):
-            if is_layer(before) and isinstance_of_norm(after) and self._open(before):
-                part = _parts(before)[-1]
-                if self._suits(before, part, after, incoming=False):
-                    self._add(before, part, after, None, "module order")
+            if is_layer(before) and isinstance_of_norm(after):
+                key = before, _parts(before)[-1]
+                if self._open(key) and self._suits(key, after, incoming=False):
+                    self.found[key] = replace(self.layers[key], norm_out=after, source="module order")
         for before, after in pairwise(order):
             if isinstance_of_norm(before) and isinstance(after, (nn.Linear, nn.MultiheadAttention)):
-                part = _parts(after)[0]
-                if self._open(after, part) and self._suits(after, part, before, incoming=True):
-                    self._add(after, part, None, before, "module order")
+                key = after, _parts(after)[0]
+                if self._open(key) and self._suits(key, before, incoming=True):
+                    self.found[key] = replace(self.layers[key], norm_in=before, source="module order")
 
     def take(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Pair explicitly; see :func:`find_norm_pairs`."""
@@ -249,16 +248,11 @@ class PairSearch:
                     "Parameter `pairs` should hold one conv or linear layer and one norm per pair. "
                     f"Found {(first, second)}."
                 )
-            part = _parts(layer)[0 if incoming else -1]
-            if not self._fits(layer, part, norm, incoming=incoming):
+            key = layer, _parts(layer)[0 if incoming else -1]
+            if not self._fits(key, norm, incoming=incoming):
                 raise ValueError(f"Parameter `pairs`: the channels of {first!r} and {second!r} don't fit.")
-            known = self.found.get((layer, part))
-            norm_in, norm_out = (None, None) if known is None else (known.norm_in, known.norm_out)
-            if incoming:
-                norm_in = norm
-            else:
-                norm_out = norm
-            self._add(layer, part, norm_out, norm_in, "explicit")
+            known = replace(self.found.get(key, self.layers[key]), source="explicit")
+            self.found[key] = replace(known, norm_in=norm) if incoming else replace(known, norm_out=norm)
 
     def _module(self, path: str) -> nn.Module:
         try:
@@ -266,14 +260,10 @@ class PairSearch:
         except AttributeError as error:
             raise ValueError(f"Parameter `pairs`: the model has no module {path!r}.") from error
 
-    def _open(self, layer: nn.Module, part: str | None = None) -> bool:
-        part = _parts(layer)[-1] if part is None else part
-        return layer not in self.settled and (layer, part) not in self.found
+    def _open(self, key: _Key) -> bool:
+        return key in self.layers and key not in self.found and key[0] not in self.settled
 
-    def _name(self, layer: nn.Module, part: str) -> str:
-        return ".".join(filter(None, (self.modules[layer], part)))
-
-    def _following(self, node: Node, layer: nn.Module, part: str) -> tuple[nn.Module | None, int | None]:
+    def _following(self, node: Node, key: _Key) -> tuple[nn.Module | None, int | None]:
         """The first norm that the output reaches, breadth first, whose channels fit; and where the layer's begin.
 
         The latter is None unless the norm takes a concatenation.
@@ -286,11 +276,10 @@ class PairSearch:
                 continue
             seen.add(user)
             if user.module is not None and user.is_norm:
-                if self._suits(layer, part, user.module, incoming=False):
+                if self._suits(key, user.module, incoming=False):
                     return user.module, None
-                width = _width(source)
-                whole = norm_channels(user.module, spatial=isinstance(layer, CONVOLUTIONS))
-                if width == whole and self._suits(layer, part, user.module, incoming=False, start=start):
+                whole = norm_channels(user.module, spatial=self.layers[key].spatial)
+                if _width(source) == whole and self._suits(key, user.module, incoming=False, start=start):
                     return user.module, start
             else:
                 if user.concatenates:
@@ -299,73 +288,58 @@ class PairSearch:
                 queue.extend((user, following, start) for following in user.users)
         return None, None
 
-    def _preceding(self, node: Node, layer: nn.Module, part: str) -> nn.Module | None:
+    def _preceding(self, node: Node, key: _Key) -> nn.Module | None:
         """The one norm that all of the input comes from."""
-        norms = {_source_norm(source) for source in node.inputs}
+        norms = {origin.module if origin.is_norm else None for origin in _origins(node.inputs, joins=True)}
         norm = norms.pop() if len(norms) == 1 else None
-        return norm if norm is not None and self._suits(layer, part, norm, incoming=True) else None
+        return norm if norm is not None and self._suits(key, norm, incoming=True) else None
 
-    def _suits(self, layer: nn.Module, part: str, norm: nn.Module, *, incoming: bool, start: int | None = None) -> bool:
-        return self._fits(layer, part, norm, incoming=incoming, start=start) and self._serve(layer, part, norm)
+    def _suits(self, key: _Key, norm: nn.Module, *, incoming: bool, start: int | None = None) -> bool:
+        return self._fits(key, norm, incoming=incoming, start=start) and self._serve(key, norm)
 
-    def _serve(self, layer: nn.Module, part: str, *norms: nn.Module | None) -> bool:
-        candidate = self._unpaired(layer, part)
-        if self.serves is None or candidate is None:
-            return candidate is not None
-        return all(norm is None or self.serves(candidate.weight, norm) for norm in norms)
+    def _serve(self, key: _Key, norm: nn.Module | None) -> bool:
+        return norm is None or self.serves is None or self.serves(self.layers[key].weight, norm)
 
-    def _fits(
-        self, layer: nn.Module, part: str, norm: nn.Module | None, *, incoming: bool, start: int | None = None
-    ) -> bool:
-        candidate = self._unpaired(layer, part)
-        if norm is None or candidate is None:
+    def _fits(self, key: _Key, norm: nn.Module | None, *, incoming: bool, start: int | None = None) -> bool:
+        layer = self.layers.get(key)
+        if norm is None or layer is None:
             return norm is None
-        have = norm_channels(norm, spatial=candidate.spatial)
+        have = norm_channels(norm, spatial=layer.spatial)
         if incoming:
-            return have == candidate.num_inputs
+            return have == layer.num_inputs
         if start is not None:
-            return 0 <= start <= have - candidate.num_channels
-        heads = isinstance(layer, nn.Linear) and have > 0 and candidate.num_channels % have == 0
-        return have == candidate.num_channels or heads
-
-    def _add(
-        self,
-        layer: nn.Module,
-        part: str,
-        norm_out: nn.Module | None,
-        norm_in: nn.Module | None,
-        source: str,
-        *,
-        start: int | None = None,
-    ) -> None:
-        unpaired = self._unpaired(layer, part)
-        if unpaired is not None and (norm_out is not None or norm_in is not None):
-            self.found[layer, part] = replace(
-                unpaired, norm_out=norm_out, norm_in=norm_in, source=source, out_start=start
-            )
-
-    def _unpaired(self, layer: nn.Module, part: str) -> StructuredLayer | None:
-        """What a layer is by itself."""
-        own: nn.Module = layer.get_submodule("out_proj") if part == "out_proj" else layer
-        prefix = "in_proj_" if part == "in_proj" else ""
-        parameters = dict(own.named_parameters(recurse=False))
-        weight = parameters.get(f"{prefix}weight")
-        if weight is None:
-            return None
-        return StructuredLayer(
-            name=self._name(layer, part),
-            weight=weight,
-            bias=parameters.get(f"{prefix}bias"),
-            norm_out=None,
-            norm_in=None,
-            groups=int(getattr(layer, "groups", 1)) if isinstance(layer, CONVOLUTIONS) else 1,
-            transposed=bool(getattr(layer, "transposed", False)) if isinstance(layer, CONVOLUTIONS) else False,
-            spatial=isinstance(layer, CONVOLUTIONS),
-        )
+            return 0 <= start <= have - layer.num_channels
+        heads = isinstance(key[0], nn.Linear) and have > 0 and layer.num_channels % have == 0
+        return have == layer.num_channels or heads
 
 
-def _parts(layer: nn.Module) -> tuple[str, ...]:
-    return ("in_proj", "out_proj") if isinstance(layer, nn.MultiheadAttention) else ("",)
+def _unpaired(name: str, layer: nn.Module, part: str) -> StructuredLayer | None:
+    """What a layer is by itself; None if its weight is computed."""
+    own: nn.Module = layer.get_submodule("out_proj") if part == "out_proj" else layer
+    prefix = "in_proj_" if part == "in_proj" else ""
+    parameters = dict(own.named_parameters(recurse=False))
+    weight = parameters.get(f"{prefix}weight")
+    if weight is None:
+        return None
+    spatial = isinstance(layer, CONVOLUTIONS)
+    return StructuredLayer(
+        name=name,
+        weight=weight,
+        bias=parameters.get(f"{prefix}bias"),
+        norm_out=None,
+        norm_in=None,
+        groups=int(getattr(layer, "groups", 1)) if spatial else 1,
+        transposed=bool(getattr(layer, "transposed", False)) if spatial else False,
+        spatial=spatial,
+        source="",
+    )
+
+
+def _parts(module: nn.Module) -> tuple[str, ...]:
+    """The layers that a module counts as."""
+    if isinstance(module, nn.MultiheadAttention):
+        return "in_proj", "out_proj"
+    return ("",) if is_layer(module) else ()
 
 
 def _tracks_variance(norm: nn.Module | None) -> bool:
@@ -375,49 +349,34 @@ def _tracks_variance(norm: nn.Module | None) -> bool:
     return getattr(norm, "running_var", None) is not None or getattr(norm, "running_group_var", None) is not None
 
 
-def _width(node: Node) -> int:
-    """The channels of a value, as far as layers and norms tell; 0 if they don't."""
-    waiting, seen, widths = [node], set(), set()
+def _origins(nodes: Iterable[Node], *, joins: bool) -> set[Node]:
+    """Where values come from through operations that keep channels apart, ``joins``: and through concatenations."""
+    origins: set[Node] = set()
+    waiting, seen = list(nodes), set()
     while waiting:
         current = waiting.pop()
         if current in seen:
             continue
         seen.add(current)
-        if current.module is not None and current.is_norm:
-            widths.add(norm_channels(current.module))
-        elif current.module is not None and is_layer(current.module):
-            widths.add(_channels(current.module))
-        elif current.mixes or not current.inputs:
-            widths.add(0)
-        elif current.concatenates:
-            parts = [_width(entry) for entry in current.inputs]
-            widths.add(sum(parts) if all(parts) else 0)
+        if current.is_norm or current.mixes or not current.inputs or (current.concatenates and not joins):
+            origins.add(current)
         else:
             waiting.extend(current.inputs)
+    return origins
+
+
+def _width(node: Node) -> int:
+    """The channels of a value, as far as layers and norms tell; 0 if they don't."""
+    widths = {_own_width(origin) for origin in _origins([node], joins=False)}
     return widths.pop() if len(widths) == 1 else 0
 
 
-def _channels(layer: nn.Module) -> int:
-    """The output channels of a layer."""
-    for name in ("out_channels", "out_features", "embed_dim"):
-        if hasattr(layer, name):
-            return int(getattr(layer, name))
-    return 0
-
-
-def _source_norm(node: Node) -> nn.Module | None:
-    """The one norm that all of a value comes from through operations that keep channels apart, if any."""
-    origins: set[nn.Module | None] = set()
-    waiting, seen = [node], set()
-    while waiting:
-        current = waiting.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.is_norm:
-            origins.add(current.module)
-        elif current.mixes or not current.inputs:
-            origins.add(None)
-        else:
-            waiting.extend(current.inputs)
-    return origins.pop() if len(origins) == 1 else None
+def _own_width(node: Node) -> int:
+    """The channels of what a norm, a layer or a concatenation puts out; 0 for anything else."""
+    if node.module is not None:
+        if node.is_norm:
+            return norm_channels(node.module)
+        names = ("out_channels", "out_features", "embed_dim") if is_layer(node.module) else ()
+        return next((int(getattr(node.module, name)) for name in names if hasattr(node.module, name)), 0)
+    parts = [_width(entry) for entry in node.inputs] if node.concatenates else [0]
+    return sum(parts) if all(parts) else 0

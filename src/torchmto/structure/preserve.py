@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
+
+from torchmto.undo import BufferSnapshot
 
 
 @contextmanager
@@ -17,12 +18,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Args:
         model: The module whose buffers are kept.
     """
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if not is_lazy(buffer)
-    ]
+    kept = BufferSnapshot(model)
+    kept.take()
     tensors = (*model.parameters(), *model.buffers())
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models draw from it
@@ -32,7 +29,4 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
-            with torch.no_grad():
-                for module, name, buffer, value in kept:
-                    buffer.copy_(value)
-                    setattr(module, name, buffer)
+            kept.restore()

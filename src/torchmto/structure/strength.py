@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number
+from torchmto.gradients.rows import wide_dtype
 
 Measure = Literal["parameters", "gradients", "saliency"]
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
@@ -198,8 +199,3 @@ def _squared_norm(tensor: Tensor) -> Tensor:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half-precision numbers as float32: sums of squares leave their range."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

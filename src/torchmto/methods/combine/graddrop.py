@@ -43,21 +43,12 @@ class GradDrop(GradientCombiner):
         super().__init__(**options)
         self.leak = PerTask("leak", leak, minimum=0, maximum=1)
 
-    def _leak_of(self, task_grads: TaskGradients) -> Tensor:
-        return self.leak.of(task_grads.indices).to(task_grads.matrix).unsqueeze(1)
-
-    def _generator_on(self, device: torch.device) -> torch.Generator:
-        if device.type == "cpu":
-            return self.generator
-        seed = int(torch.randint(2**62, (), generator=self.generator))
-        return torch.Generator(device=device).manual_seed(seed)
-
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of what is kept or leaks through, [P]."""
         matrix = task_grads.matrix
-        leak = self._leak_of(task_grads)
-        generator = self._generator_on(matrix.device)
+        leak = self.leak.of(task_grads.indices).to(matrix).unsqueeze(1)
+        generator = self.generator_on(matrix.device)
         combined = torch.empty_like(matrix[0])
         for piece in pieces(matrix.shape[1]):
             rows = matrix[:, piece]

@@ -1,7 +1,6 @@
 """MoCo: weights on the simplex from gradients that are tracked over the steps."""
 
-from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torchmto.gradients.rows import gramian
 from torchmto.methods.combine.columns import fitted, remember_, track_
 from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
-from torchmto.methods.per_task import named
 from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
@@ -49,6 +47,7 @@ class MoCo(GradientCombiner):
     source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
     tuning_space = {"beta": ("linear", 0.1, 0.99), "gamma": ("log", 1e-3, 1.0)}
+    recorded = {"weights": "shares"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
@@ -126,7 +125,3 @@ class MoCo(GradientCombiner):
         losses = task_grads.losses.to(norms)
         self.check_losses(losses, task_grads.indices)
         return [loss / norm if norm > 0 else 0.0 for loss, norm in zip(losses.tolist(), norms.tolist(), strict=True)]
-
-    def records(self) -> Mapping[str, Any]:
-        """The weights lambda of all tasks."""
-        return {"weights": named(self.tasks, self.shares)} if self.num_tasks else {}

@@ -10,7 +10,6 @@ from torchmto.checks import check_number, found
 from torchmto.gradients.rows import gramian as gramian_of_rows
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.per_task import named
 from torchmto.methods.registry import register_method
 from torchmto.step import Losses, Network, StepContext, TaskGradients
 
@@ -54,6 +53,7 @@ class GradNorm(GramianWeighting):
     source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
     tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
+    recorded = {"scales": "scales.values"}
     properties = Properties(uses_losses=True)
     domain = Domain(
         corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
@@ -148,7 +148,3 @@ class GradNorm(GramianWeighting):
         """The norms of a step that wasn't taken go, too."""
         super().restore(kept)
         self._norms = None
-
-    def records(self) -> Mapping[str, Any]:
-        """The weights after the step."""
-        return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.checks import check_number, found, warn
 from torchmto.methods.gramian.fairgrad import FairGrad
 from torchmto.methods.method import Properties, WeightingOptions
-from torchmto.methods.per_task import Baseline, named
+from torchmto.methods.per_task import Baseline
 from torchmto.methods.registry import register_method
 
 
@@ -55,6 +55,7 @@ class PIVRG(FairGrad):
     source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
     tuning_space = {}
+    recorded = {"drops": "drops"}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     drops: Tensor
 
@@ -103,7 +104,3 @@ class PIVRG(FairGrad):
         """Positive weights (0 for a zero gradient), [k]."""
         importance = self.importance(range(len(gramian)) if indices is None else indices).to(gramian)
         return self.scaled(self.shares(gramian / torch.outer(importance, importance)) / importance, gramian)
-
-    def records(self) -> Mapping[str, Any]:
-        """The drops that were last reported, in percent."""
-        return {"drops": named(self.tasks, self.drops)} if self.num_tasks else {}

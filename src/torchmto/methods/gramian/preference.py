@@ -8,11 +8,11 @@ from torch import Tensor
 
 from torchmto.checks import check_choice
 from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.methods.per_task import ByTask, PerTask, TaskFloats
+from torchmto.methods.per_task import PerTask, TaskFloats
 from torchmto.solvers.solution import Array, Solution
 
 
-class Preference(ByTask):
+class Preference(PerTask):
     """How much each task counts in a sum or mean of modified gradients.
 
     Args:
@@ -25,20 +25,15 @@ class Preference(ByTask):
     """
 
     def __init__(self, given: TaskFloats | None, scale: str) -> None:
-        self.values = None if given is None else PerTask("preference", given, minimum=0, common=False)
+        super().__init__("preference", 1.0 if given is None else given, minimum=0, common=given is None)
         self.scale = scale
 
-    def bind(self, tasks: tuple[str, ...]) -> None:
-        """Match the numbers with the tasks."""
-        if self.values is not None:
-            self.values.bind(tasks)
-
-    def of(self, indices: Sequence[int]) -> list[float]:
+    def among(self, indices: Sequence[int]) -> list[float]:
         """The present tasks' preferences; those of absent tasks are shared out in proportion."""
-        if self.values is None:
+        if self._values is None:
             return [1.0 if self.scale == "sum" else 1.0 / len(indices)] * len(indices)
-        present: list[float] = self.values.of(indices).tolist()
-        total, left = self.values.total, sum(present)
+        present: list[float] = self.of(indices).tolist()
+        total, left = self.total, sum(present)
         return present if left in (total, 0.0) else [value * (total / left) for value in present]
 
 
@@ -59,7 +54,7 @@ class PreferenceWeighting(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The solution, [k]."""
-        preference = self.preference.of(range(len(gramian)) if indices is None else indices)
+        preference = self.preference.among(range(len(gramian)) if indices is None else indices)
         return self.accept(self.solve(self.as_array(gramian), preference, self.precision_of(gramian)), gramian)
 
     @abstractmethod

@@ -109,18 +109,18 @@ class WPCGrad(GramianWeighting):
             "priority",
             make_priority(priority, gamma=gamma, window=window, baseline=baseline, higher_is_better=higher_is_better),
         )
-        self._drawn: dict[str, Any] = {}
+        self._drawn: dict[str, Any] = {"probabilities": {}}
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         num_tasks = len(gramian)
         present = tuple(range(num_tasks)) if indices is None else tuple(indices)
         p = self.priority.probabilities(losses, present)
-        self._drawn = {"probabilities": dict(zip(present, p.tolist(), strict=True))}
+        self._drawn = {"probabilities": dict(zip(map(self.label, present), p.tolist(), strict=True))}
         array = self.as_array(gramian)
         if self.mode == "order":
             (order,) = plackett_luce(p, self.generator).tolist()
-            self._drawn["order"] = [present[i] for i in order]
+            self._drawn["order"] = [self.label(present[i]) for i in order]
             return self.accept(solvers.wpcgrad(array, order, precision=self.precision_of(gramian)), gramian)
         if self.mode == "pairwise":
             both = p.unsqueeze(1) + p.unsqueeze(0)
@@ -136,8 +136,4 @@ class WPCGrad(GramianWeighting):
 
     def records(self) -> Mapping[str, Any]:
         """The probabilities and, in mode "order", the order drawn."""
-        named = {key: value for key, value in self._drawn.items() if key != "probabilities"}
-        if "order" in named:
-            named["order"] = [self.label(i) for i in named["order"]]
-        probabilities = self._drawn.get("probabilities", {})
-        return {**named, "probabilities": {self.label(i): p for i, p in probabilities.items()}}
+        return {**self._drawn}

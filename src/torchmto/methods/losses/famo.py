@@ -1,7 +1,6 @@
 """FAMO: fast adaptive multi-task optimisation."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torchmto.checks import check_number
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, named
+from torchmto.methods.per_task import Numbers, PerTask
 from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
@@ -49,6 +48,7 @@ class FAMO(LossWeighting):
     source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
     tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
+    recorded = {"logits": "logits.values"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         "`min_losses` + `eps`",
@@ -105,7 +105,3 @@ class FAMO(LossWeighting):
             return
         z = self.logits.of(both).softmax(0)
         self.logits.step(z * (gain - (z * gain).sum()), both)
-
-    def records(self) -> Mapping[str, Any]:
-        """The logits after the step."""
-        return {"logits": named(self.tasks, self.logits.values)} if self.num_tasks else {}

@@ -1,6 +1,6 @@
 """GO4Align: group optimisation for multi-task alignment."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from torchmto.checks import check_integer, check_number
 from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import named
 from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
@@ -84,6 +83,7 @@ class GO4Align(LossWeighting):
     source = "Shen et al., NeurIPS 2024"
     use = "Tasks that learn in step with each other and should share a weight."
     tuning_space = {"step_size": ("log", 1e-3, 1.0)}
+    recorded = {"shares": "shares"}
     properties = Properties(homogeneity=None, pareto=False)
     domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
     shares: Tensor
@@ -117,7 +117,3 @@ class GO4Align(LossWeighting):
         """Keep the shares."""
         chosen = list(losses.indices)
         self.shares[chosen] = self._updated(losses.values, chosen) * self.shares[chosen].sum()
-
-    def records(self) -> Mapping[str, Any]:
-        """The shares after the step."""
-        return {"shares": named(self.tasks, self.shares)} if self.num_tasks else {}

@@ -1,7 +1,6 @@
 """LDC-MTL: loss discrepancy control by learnt weights."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torchmto.checks import check_choice, check_number
 from torchmto.methods.losses.inside import inside, safe_log
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import named
 from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
@@ -50,6 +48,7 @@ class LDCMTL(LossWeighting):
     source = "Xiao et al., 2025, arXiv 2502.08585"
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
     tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
+    recorded = {"logits": "logits.values"}
     properties = Properties(equivariant=False)
     domain = Domain(corners="With a large `penalty` the smallest losses have negative weights, and climb.")
     logits: LearnableScales
@@ -103,7 +102,3 @@ class LDCMTL(LossWeighting):
         self.logits.step(normalised * slope * weights * (1 - weights), losses.indices)
         unseen = [task for task in losses.indices if self.normalize != "none" and bool(self.first[task].isnan())]
         self.first[unseen] = values[[losses.indices.index(task) for task in unseen]]
-
-    def records(self) -> Mapping[str, Any]:
-        """The weights' logits W after the step."""
-        return {"logits": named(self.tasks, self.logits.values)} if self.num_tasks else {}

@@ -36,10 +36,9 @@ class LearnableScales:
     def __init__(self, num_tasks: int, *, lr: float, initial: float = 0.0, weight_decay: float = 0.0) -> None:
         self.lr = lr
         self.weight_decay = weight_decay
-        self.values = torch.full((num_tasks,), initial, dtype=torch.float64)
-        self._means = torch.zeros_like(self.values)
-        self._squares = torch.zeros_like(self.values)
-        self._steps = torch.zeros_like(self.values)
+        names = "values", "means", "squares", "steps"
+        self._kept = {name: torch.zeros(num_tasks, dtype=torch.float64) for name in names}
+        self.values = self._kept["values"].fill_(initial)
 
     def of(self, indices: Sequence[int]) -> Tensor:
         """The numbers of the tasks ``indices``, [k]."""
@@ -54,8 +53,7 @@ class LearnableScales:
         """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
         # In NumPy, on the tensors' own memory: a few numbers are no work, and its calls are shorter than PyTorch's.
         where = self._places(indices)
-        values, steps = self.values.numpy(), self._steps.numpy()
-        means, squares = self._means.numpy(), self._squares.numpy()
+        values, means, squares, steps = (tensor.numpy() for tensor in self._kept.values())
         own, count = values[where], steps[where] + 1
         slope = gradient.detach().to("cpu", torch.float64).numpy() + self.weight_decay * own
         mean, square = means[where], squares[where]
@@ -71,7 +69,7 @@ class LearnableScales:
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers and Adam's state: the tensors themselves, as in an optimizer's, which whoever keeps them copies."""
-        return {"values": self.values, "means": self._means, "squares": self._squares, "steps": self._steps}
+        return {**self._kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -83,7 +81,5 @@ class LearnableScales:
             raise ValueError(
                 f"The saved state has {len(state['values'])} scales, but there are {len(self.values)} tasks."
             )
-        self.values.copy_(state["values"])
-        self._means.copy_(state["means"])
-        self._squares.copy_(state["squares"])
-        self._steps.copy_(state["steps"])
+        for name, tensor in self._kept.items():
+            tensor.copy_(state[name])

@@ -1,8 +1,7 @@
 """Loss weightings that learn one scale per task."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from torchmto.checks import check_number
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.method import Domain, LossWeighting
-from torchmto.methods.per_task import named
 from torchmto.step import Losses, StepContext
 
 
@@ -27,6 +25,7 @@ class LearntScaling(LossWeighting):
     """
 
     fixed = True
+    recorded = {"scales": "scales.values"}
     domain = Domain(
         corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
     )
@@ -60,10 +59,6 @@ class LearntScaling(LossWeighting):
             # Picking all of them by a list would take longer than the rest.
             values = values if len(chosen) == len(values) else values[positive]
             self.scales.step(self.slope(values, self.scales.of(chosen)), chosen)
-
-    def records(self) -> Mapping[str, Any]:
-        """The scales after the step."""
-        return {"scales": named(self.tasks, self.scales.values)} if self.num_tasks else {}
 
     @abstractmethod
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

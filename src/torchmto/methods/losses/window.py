@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_integer
-from torchmto.methods.method import LossWeighting
+from torchmto.methods.method import LossWeighting, Method
 from torchmto.step import Losses, StepContext
 
 
@@ -53,18 +53,8 @@ class LossWindow:
         self._steps = int(state["steps"])
 
 
-def check_window(window: int | None) -> int | None:
-    """Check the hyper-parameter ``window``: steps, or None.
-
-    Raises:
-        TypeError: If it isn't an int.
-        ValueError: If it is below 1.
-    """
-    return None if window is None else check_integer("window", window, minimum=1)
-
-
-class WindowedWeighting(LossWeighting):
-    """Base of the loss weightings that look at mean losses over windows. A subclass implements ``close``.
+class Windowed(Method):
+    """What looks at mean losses over windows. A subclass implements ``close``.
 
     Args:
         window: Steps per window; None: windows end at ``mt.end_window()``.
@@ -74,7 +64,7 @@ class WindowedWeighting(LossWeighting):
 
     def __init__(self, *, window: int | None) -> None:
         super().__init__()
-        self.window = check_window(window)
+        self.window = None if window is None else check_integer("window", window, minimum=1)
 
     def setup(self, num_tasks: int) -> None:
         """The window's sums."""
@@ -93,3 +83,7 @@ class WindowedWeighting(LossWeighting):
     @abstractmethod
     def close(self, means: Tensor) -> None:
         """Take over a window's mean losses, [K], NaN for tasks that weren't present."""
+
+
+class WindowedWeighting(Windowed, LossWeighting):
+    """Base of the loss weightings that look at mean losses over windows."""

@@ -117,7 +117,7 @@ class ChannelPriorities:
         search.recall({name: pair for name, pair in self._pairs.items() if pair[-1] != "module order"})
         if not self._seen:
             search.trace()
-        search.watch(self._recording)
+        search.read(self._recording.nodes, "recorded")
         ranks = self.network.ranks
         if ranks.size > 1:
             found = ranks.objects(search.pairs())

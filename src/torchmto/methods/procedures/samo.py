@@ -117,8 +117,5 @@ class SAMO(SharpnessAware):
 
     def _normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers."""
-        generator = self.generator
-        if like.device.type != "cpu":
-            seed = int(torch.randint(2**62, (), generator=generator))
-            generator = torch.Generator(device=like.device).manual_seed(seed)
+        generator = self.generator_on(like.device)
         return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

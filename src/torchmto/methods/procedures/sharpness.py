@@ -48,8 +48,7 @@ class SharpnessAware(Procedure):
 
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""
-        records: Mapping[str, Any] = self.inner.records()
-        return records
+        return self.inner.records()
 
     @torch.no_grad()
     def shifts(self, directions: Pairs) -> Pairs:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,10 +112,8 @@ class TaskGroups(Procedure):
         self.grouping = groups
         self.warmup = check_integer("warmup", warmup, minimum=0)
         self._last_warmup = self.warmup + (attribution == "official")
-        self.cluster = cast(
-            "Literal['affinity_propagation', 'correlation']",
-            check_choice("cluster", cluster, ("affinity_propagation", "correlation")),
-        )
+        check_choice("cluster", cluster, ("affinity_propagation", "correlation"))
+        self.cluster = cluster
         self.measure_last = check_flag("measure_last", measure_last)
         self.single = check_choice("single", single or ("twice" if attribution == "official" else "measure"), SINGLE)
         self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
