@@ -294,20 +294,18 @@ def add_changed_source(parser: Parser) -> None:
     )
 
 
-def add_executor(parser: Parser, jobs: int | None = None) -> None:
+def add_executor(parser: Parser, usual: str) -> None:
     """The options that say where Runs go.
 
     Args:
         parser: To have them.
-        jobs: Runs at a time by default; None: as suits the machine.
+        usual: Says how many Runs at a time there are by default.
     """
-    default = "one per core, at most 4" if jobs is None else str(jobs)
     parser.add_argument(
         "--jobs",
         type=PositiveInt | None,
-        default=jobs,
         metavar="J",
-        help=f"Runs at a time ({default}); 1 for undisturbed timings.",
+        help=f"Runs at a time ({usual}; as many as the cluster at --ray-address takes); 1 for undisturbed timings.",
     )
     parser.add_argument("--executor", type=str, default="local", help="Where runs go: local, ray or slurm.")
     parser.add_argument("--ray-address", type=str | None, metavar="A", help="Of a Ray cluster; a local one by default.")

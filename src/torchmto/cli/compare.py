@@ -31,7 +31,7 @@ def make_parser(prog: str) -> SettingsParser:
         help="Methods, with hyper-parameters if wanted: 'gd,wpcgrad(mode=pairwise, priority=uw)'.",
     )
     parser.add_argument("--seeds", type=PositiveInt, default=3, metavar="N", help="Runs per method.")
-    add_executor(parser)
+    add_executor(parser, "one per core, at most 4")
     parser.add_argument(
         "--tune",
         type=NonNegativeInt,
@@ -63,7 +63,7 @@ def run(args: Namespace) -> int:
     with reported():
         texts = DEFAULT_METHODS if args.methods is None else [spec.label for spec in parse_methods(args.methods)]
         check_names_no_method(args.settings)
-        make_executor(args.executor, 1, args.out, args.ray_address)
+        make_executor(args.executor, args.jobs, args.out, args.ray_address)  # says what is missing first
         grid = plan(
             chosen_config(args),
             args.out,
@@ -73,8 +73,8 @@ def run(args: Namespace) -> int:
             tune_by=args.tune_by,
             changed_source=args.changed_source,
         )
-        jobs = args.jobs or default_jobs(grid.experiment.run.device)
-        executor = make_executor(args.executor, jobs, args.out, args.ray_address)
+        usual = default_jobs(grid.experiment.run.device)
+        executor = make_executor(args.executor, args.jobs, args.out, args.ray_address, usual=usual)
         bars = progress_bars(grid.experiment, grid.problem)
         try:
             with bars:

@@ -30,7 +30,7 @@ def make_parser(prog: str) -> Parser:
     parser.add_argument(
         "--add", type=str | None, metavar="A,B(c=1)", help="Methods that the first arm gets besides the recipe's."
     )
-    add_executor(parser, jobs=1)
+    add_executor(parser, "1")
     parser.add_argument("--out", type=Path | None, metavar="DIR", help="The folder (runs/reproduce-NAME).")
     return parser
 
@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
         if args.add is not None:
             recipe = with_methods(recipe, args.add)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
-        make_executor(args.executor, 1, out, args.ray_address)  # says what is missing before anything is read
+        make_executor(args.executor, args.jobs, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(
             recipe,
             out,

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
-from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state
+from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
 from torchmto.lab.metrics import metric_names
 
 __all__ = ["Loaders", "Origin", "Problem", "ProblemError", "Task"]
@@ -337,12 +337,6 @@ class Problem:
             return inputs
         return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
 
-    def denormalize(self, inputs: Tensor) -> Tensor:
-        """The inverse of `normalize`, for pictures."""
-        if self.mean is None or self.std is None:
-            return inputs
-        return inputs * _per_channel(self.std, inputs) + _per_channel(self.mean, inputs)
-
     def loader(
         self,
         split: Split,
@@ -392,7 +386,7 @@ class Problem:
             if isinstance(source, IterableDataset) or not (
                 hasattr(source, "__getitem__") and hasattr(source, "__len__")
             ):
-                size, merge = (None, _same) if ready else (batch_size, fetch.merge)
+                size, merge = (None, same) if ready else (batch_size, fetch.merge)
                 return StreamLoader(source, size, merge, seed=own, drop_last=training, rank=rank, world_size=world_size)
             size = 1 if ready or isinstance(source, range) else batch_size
             plan = BatchPlan(
@@ -476,10 +470,6 @@ def _nothing(_: list[Any]) -> None:
 
 def _first(items: list[Any]) -> Any:
     return items[0]
-
-
-def _same(item: Any) -> Any:
-    return item
 
 
 class _Fetch:

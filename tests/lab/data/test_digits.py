@@ -63,12 +63,11 @@ def test_the_seed_decides_everything(digits):
     assert not torch.equal(digits.train.inputs, other.train.inputs)
 
 
-def test_normalisation_is_about_right_and_can_be_undone(digits):
+def test_normalisation_is_about_right(digits):
     inputs = digits.train.batch(torch.arange(1000))["input"]
     normal = digits.normalize(inputs)
     assert abs(normal.mean()) < 0.1
     assert abs(normal.std() - 1) < 0.1
-    torch.testing.assert_close(digits.denormalize(normal), inputs)
 
 
 def test_a_position_gives_the_same_batch_again(digits):

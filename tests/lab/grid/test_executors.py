@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torchmto.lab.grid.executors import Job, Outcome, execute, make_executor
 from torchmto.lab.references import load_problem
 from torchmto.lab.run import CheckpointFolder, read_checkpoint
 from torchmto.lab.run.build import problem_of
-from torchmto.lab.run.config import config_of
+from torchmto.lab.run.config import ConfigError, config_of
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.scores import Measure
 
@@ -98,6 +99,7 @@ def test_any_executor_resumes_anothers_folder(tmp_path, reference):
 SLOW = """
 import os, signal, time
 from pathlib import Path
+from types import SimpleNamespace
 import torch
 from torchmto import lab
 import farm as ready
@@ -249,6 +251,45 @@ def test_outcomes_of_jobs_that_cannot_be_done():
     assert callable(execute)
     with pytest.raises(ValueError, match="should be one of local, ray, slurm"):
         make_executor("cloud", 1, Path())
+    with pytest.raises(ValueError, match="`jobs` should be an int >= 1"):
+        make_executor("local", 0, Path())
+    with pytest.raises(ConfigError, match="no effect beside an `executor`"):
+        lab.compare("digits", executor=executors.Here(), jobs=2)
+
+
+class Cluster:
+    """What of Ray an executor needs; tasks end one at a time."""
+
+    exceptions = SimpleNamespace(RayError=OSError)
+
+    def __init__(self):
+        self.running, self.most = [], 0
+
+    def remote(self, **_):
+        return lambda _: SimpleNamespace(remote=self.begin)
+
+    def begin(self, job):
+        self.running.append(job.key)
+        self.most = max(self.most, len(self.running))
+        return job.key
+
+    def wait(self, refs, **_):
+        assert sorted(refs) == sorted(self.running)
+        return [self.running.pop()], self.running
+
+    def get(self, key):
+        return key
+
+
+@pytest.mark.parametrize(("jobs", "address", "most"), [(None, "a:1", 5), (2, "a:1", 2), (2, None, 2), (None, None, 3)])
+def test_as_many_runs_at_a_time_on_a_cluster_as_are_asked_for(monkeypatch, tmp_path, jobs, address, most):
+    cluster, done = Cluster(), {}
+    monkeypatch.setattr(executors, "needed", lambda *_: cluster)
+    executor = make_executor("ray", jobs, tmp_path, address, usual=3)
+    problem = load_problem(f"{FARM}:farm", {})
+    executor.run([Job(str(key), config_of({}), None) for key in range(5)], problem, print, done.__setitem__)
+    assert done == {key: key for key in "01234"}
+    assert cluster.most == most
 
 
 def test_by_default_runs_share_the_cores_wherever_there_is_no_accelerator(monkeypatch):

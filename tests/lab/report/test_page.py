@@ -256,6 +256,43 @@ def settled(results: dict[str, Any], p: float) -> dict[str, Any]:
     return changed
 
 
+def test_a_warning_is_in_the_page(tmp_path: Path) -> None:
+    results = settled(comparison(tmp_path / "run", seeds=3), 0.06)
+    for entry in (*results["methods"].values(), results["single_task"]):
+        entry["tasks"]["right"]["accuracy"] = {"mean": 0.11, "std": 0.004}
+    results["tasks"]["right"]["metrics"]["accuracy"]["chance"] = 0.1
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    assert main(["report", str(tmp_path / "run")]) == 0
+    (study,) = embedded((tmp_path / "run" / "report.html").read_text())
+    guessed, unsettled = study["warnings"]
+    assert (
+        guessed == "Every method is at chance in right: nobody has learnt anything there, and differences mean nothing."
+    )
+    assert unsettled.startswith(
+        "Nothing is settled: after correction no method differs significantly from gd over 3 seeds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "guessed"),
+    [
+        (0.02, 0.0, True),
+        (0.11, 0.01, True),
+        (0.1, None, True),
+        (0.13, 0.0, False),
+        (0.5, 0.57, False),
+        (None, None, False),
+    ],
+)
+def test_a_seed_that_has_learnt_is_not_at_chance(tmp_path: Path, mean: float, std: float, guessed: bool) -> None:
+    results = settled(comparison(tmp_path / "run"), 0.04)
+    results["single_task"] = None
+    results["tasks"]["left"]["metrics"]["accuracy"]["chance"] = 0.1
+    for method in results["methods"].values():
+        method["tasks"]["left"]["accuracy"] = {"mean": mean, "std": std}
+    assert bool(warnings(results)) is guessed
+
+
 def test_a_warning_where_nothing_is_settled_or_learnt(tmp_path: Path) -> None:
     results = settled(comparison(tmp_path / "run"), 0.04)
     assert warnings(results) == []
@@ -267,6 +304,12 @@ def test_a_warning_where_nothing_is_settled_or_learnt(tmp_path: Path) -> None:
         results["tasks"][task]["metrics"]["accuracy"]["chance"] = chance
         for method, value in zip(results["methods"].values(), (0.2, 0.505, 0.49, 0.51), strict=True):
             method["tasks"][task]["accuracy"] = {"mean": value, "std": 0.004}
+    alone = results["single_task"]["tasks"]["left"]["accuracy"]
+    alone["mean"] = 0.9
+    assert warnings(results) == [
+        "Every method is at chance in left: the single-task models aren't, and differences between methods mean nothing there."
+    ]
+    alone["mean"] = 0.5
     assert warnings(results) == [
         "Every method is at chance in left: nobody has learnt anything there, and differences mean nothing."
     ]

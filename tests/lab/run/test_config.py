@@ -117,3 +117,11 @@ def test_a_problems_file_may_register_the_method_it_is_trained_with(tmp_path, mo
     with pytest.raises(ConfigError, match="Unknown method `of_a_file`"):
         config_of({"method": "of_a_file"}).validate()
     config_of({"method": "of_a_file", "data": f"{tmp_path}/own_method.py:problem"}).validate()
+
+
+@pytest.mark.parametrize("name", ["data.workers", "devices", "threads"])
+@pytest.mark.parametrize("number", [1025, 2**31, 2**63 - 1])
+def test_no_machine_is_asked_for_billions_of_processes(name, number):
+    config_of({name: 1024}).validate()
+    with pytest.raises(ConfigError, match=f"Parameter `{name}` should be at most 1024"):
+        config_of({name: number}).validate()

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from torchmto import lab
+from torchmto.cli import main
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.grid.plan import plan
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
+from torchmto.lab.run.folder import RunFolder
+from torchmto.lab.run.inference import evaluate_run, predict_run
 
 FARM = str(Path(__file__).parents[1] / "farm.py")
 SETTINGS = [
@@ -36,6 +39,7 @@ OTHER = {
     "losses": {"crop": {"loss": "cross_entropy", "label_smoothing": 0.1}},
     "precision": "bf16-mixed",
     "device": "cpu",
+    "ema": 0.5,
     "baseline": {"crop": 0.5, "yield": 0.5},
     "loggers": ["csv"],
     "source": None,  # found by itself
@@ -73,6 +77,89 @@ def test_a_comparison_ignores_no_setting(name, tmp_path):
     assert name.rpartition(".")[2] in message
     assert len(message.splitlines()) == 1
     assert not (tmp_path / "True").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a trained run."""
+    folder = RunFolder(tmp_path_factory.mktemp("used") / "run")
+    lab.fit(f"{FARM}:farm", out=folder.path, epochs=1, batch_size=16, loggers=[], say=lambda _: None)
+    return folder
+
+
+def evaluated(folder, more):
+    """Figures and predictions of trained and untrained weights; of those that are refused, why."""
+    for verb in (evaluate_run, lambda *given: [path.read_text() for path in predict_run(*given, 2)]):
+        for weights in ("best", "untrained"):
+            try:
+                yield verb(config_of(more, folder.read_settings()), folder, weights, "test")
+            except ConfigError as error:
+                yield str(error)
+
+
+def diagnosed(_, more):
+    """What a diagnosis says, but for times; or why it is refused."""
+    settings = {"data.batch_size": 16, "epochs": 1, "optimizer.name": "adamw", **more}
+    if "optimizer.momentum" in more:
+        settings["optimizer.name"] = "sgd"
+    try:
+        found = lab.diagnose(f"{FARM}:farm", batches=2, **settings).as_dict()
+    except ValueError as error:
+        yield str(error)
+    else:
+        yield {
+            "plan": found["plan"],
+            **{name: found["measurements"][name] for name in ("cosines", "losses", "affinity")},
+        }
+
+
+WITHOUT_TRACE = {
+    evaluated: {"data.batch_size", "data.split_seed", "model.task_norms", "model.channels_last", "threads"},
+    diagnosed: {
+        "data.split_seed",
+        "data.augment",
+        "model.task_norms",
+        "model.channels_last",
+        "method.same_noise",
+        "threads",
+    },
+}
+"""Settings that are used, and leave no trace on the farm: it has no splits to draw, no augmentation, norms or dropout."""
+
+
+@pytest.mark.parametrize("verb", [evaluated, diagnosed])
+def test_no_other_verb_ignores_a_setting(verb, run):
+    usual = list(verb(run, {}))
+    for name in SETTINGS:
+        if OTHER.get(name, 0) is None or name in ON_THE_WAY - {"checkpoint_every"} | WITHOUT_TRACE[verb]:
+            continue
+        changed = list(verb(run, {name: other(name)}))
+        assert changed != usual, name
+        for message in changed:
+            assert not isinstance(message, str) or (name in message and len(message.splitlines()) == 1)
+
+
+def test_a_runs_own_settings_may_be_given_again(run, capsys):
+    own = ["evaluate", "--run", str(run.path), "--config", str(run.settings)]
+    assert main(own) == 0
+    assert main([*own, "--optimizer.lr", "0.5"]) == 2
+    assert "The setting `optimizer.lr` has no effect here: nothing is trained." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"precision": "16-mixed"}, "precision"), ({"model.compile": True}, "model.compile")]
+)
+def test_a_diagnosis_refuses_what_it_would_leave_out(settings, name):
+    with pytest.raises(ConfigError, match=f"The setting `{name}` has no effect here"):
+        lab.diagnose("digits", **settings)
+
+
+def test_an_own_evaluation_knows_no_split(tmp_path):
+    lab.fit(f"{FARM}:pinn", out=tmp_path, epochs=1, loggers=[], say=lambda _: None)
+    folder = RunFolder(tmp_path)
+    assert evaluate_run(folder.read_settings(), folder, "best", "test")["metrics"]["start"]
+    with pytest.raises(ConfigError, match="`split` has no effect here"):
+        evaluate_run(folder.read_settings(), folder, "best", "validation")
 
 
 @pytest.mark.parametrize("given", [{"method": "gd"}, {"method.name": "gd"}, {"method": {"options": {}}}])

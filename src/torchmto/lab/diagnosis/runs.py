@@ -11,8 +11,9 @@ from torchmto.lab.diagnosis.probe import probe, probe_priorities
 from torchmto.lab.diagnosis.text import as_json, as_text
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Parts, build, problem_of
-from torchmto.lab.run.config import MethodConfig, RunConfig, config_of
+from torchmto.lab.run.config import MethodConfig, RunConfig, check_used, config_of, others_than
 from torchmto.lab.run.first_batch import check_first_batch
+from torchmto.lab.run.loop import threads
 from torchmto.lab.run.random_state import seed_everything
 from torchmto.step.losses import Closure
 from torchmto.structure import has_split_norms
@@ -23,6 +24,16 @@ def _closures(parts: Parts) -> Iterator[Closure]:
     for epoch in count():
         for batch in parts.loader.epoch(epoch):
             yield parts.closure(batch)
+
+
+_USED = {
+    *("data.name", "data.options", "data.tasks", "data.batch_size", "data.split_seed", "data.augment", "data.workers"),
+    *("model.name", "model.options", "model.task_norms", "model.gradient_checkpointing", "model.channels_last"),
+    *("method.name", "method.options", "method.weights", "method.same_noise"),
+    *("optimizer.name", "optimizer.lr", "optimizer.weight_decay", "optimizer.momentum", "optimizer.head_rate"),
+    *("losses", "epochs", "accumulate", "precision", "device", "seed", "threads", "source"),
+}
+"""Settings that mean something to a probing."""
 
 
 def probe_config(
@@ -44,46 +55,48 @@ def probe_config(
         The measurements, and what the config plans.
 
     Raises:
-        ConfigError: If settings make no sense.
+        ConfigError: If settings make no sense, or have no effect.
     """
     config.validate()
+    idle = others_than(_USED, "a probing is a few plain steps in one process, of which no state is kept")
+    if config.precision == "16-mixed":
+        idle["precision"] = "fp16 needs a gradient scaler, which adds nothing to what is measured"
+    check_used(config, idle)
     problem, config = problem_of(config, problem)
-    check_first_batch(problem, config)
+    check_first_batch(problem, dataclasses.replace(config, evaluate_test=False))
     method, model = config.method, config.model
-    # fp16 would need a gradient scaler, which adds nothing to what is measured; compiling takes longer than probing.
-    precision = "32" if config.precision == "16-mixed" else config.precision
     plain = dataclasses.replace(
         config,
-        method=MethodConfig(weights=method.weights, on_nonfinite=method.on_nonfinite, same_noise=method.same_noise),
-        model=dataclasses.replace(model, compile=False, task_norms=bool(model.task_norms)),
-        precision=precision,
+        method=MethodConfig(weights=method.weights, same_noise=method.same_noise),
+        model=dataclasses.replace(model, task_norms=bool(model.task_norms)),
     )
     seed_everything(config.seed)
     parts = build(plain, problem)
     parts.model.train()
     tasks = list(problem.task_names)
     say(f"Probing {len(tasks)} tasks of {config.data.name} on {num_batches} batches of {config.data.batch_size} ...")
-    measured = probe(
-        parts.model,
-        parts.optimizer,
-        tasks,
-        _closures(parts),
-        num_batches=num_batches,
-        seed=config.seed,
-        weights=method.weights,
-        same_noise=method.same_noise,
-    )
     has_norms = None
-    if len(tasks) > 1:
-        seed_everything(config.seed)
-        split = build(dataclasses.replace(plain, model=dataclasses.replace(plain.model, task_norms=True)), problem)
-        split.model.train()
-        has_norms = has_split_norms(split.model)
-        number = max(2, num_batches)
-        margins = probe_priorities(
-            split.model, split.optimizer, tasks, _closures(split), num_batches=number, seed=config.seed
+    with threads(config.threads):
+        measured = probe(
+            parts.model,
+            parts.optimizer,
+            tasks,
+            _closures(parts),
+            num_batches=num_batches,
+            seed=config.seed,
+            weights=method.weights,
+            same_noise=method.same_noise,
         )
-        measured = dataclasses.replace(measured, margins=margins)
+        if len(tasks) > 1:
+            seed_everything(config.seed)
+            split = build(dataclasses.replace(plain, model=dataclasses.replace(plain.model, task_norms=True)), problem)
+            split.model.train()
+            has_norms = has_split_norms(split.model)
+            number = max(2, num_batches)
+            margins = probe_priorities(
+                split.model, split.optimizer, tasks, _closures(split), num_batches=number, seed=config.seed
+            )
+            measured = dataclasses.replace(measured, margins=margins)
     total_steps = (config.epochs or 1) * parts.steps_per_epoch
     return measured, Plan(method.name, dict(method.options), total_steps, has_norms)
 

@@ -20,7 +20,7 @@ from queue import Empty
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from torchmto.checks import found, nearest, needed
+from torchmto.checks import check_integer, found, nearest, needed
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.problem import Problem
@@ -337,11 +337,11 @@ class Ray:
     """Runs as tasks of Ray: of a local cluster that starts by itself, or of the one at an address.
 
     Args:
-        jobs: CPU workers of a local cluster.
+        jobs: Runs at a time, and CPUs of a local cluster; None for as many as the cluster at the address takes.
         address: Of a real cluster.
     """
 
-    def __init__(self, jobs: int, address: str | None = None) -> None:
+    def __init__(self, jobs: int | None, address: str | None = None) -> None:
         self._ray = needed("`--executor ray`", "ray", "ray")
         self._jobs, self._address = jobs, address
 
@@ -362,12 +362,14 @@ class Ray:
         """Do all jobs; Ray retries those whose worker is lost."""
         ray = self._ray
         refs: dict[Any, str] = {}
-        for job in _sendable(jobs, problem):
-            gpus = 1 if job.config.device.startswith("cuda") else 0
-            cpus = 1 if self._address is None else job.config.threads or 1
-            task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute)
-            refs[task.remote(job)] = job.key
-        while refs:
+        waiting = _sendable(jobs, problem)
+        while waiting or refs:
+            while waiting and (self._jobs is None or len(refs) < self._jobs):
+                job = waiting.pop(0)
+                gpus = 1 if job.config.device.startswith("cuda") else 0
+                cpus = 1 if self._address is None else job.config.threads or 1
+                task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute)
+                refs[task.remote(job)] = job.key
             finished, _ = ray.wait(list(refs), num_returns=1, timeout=1.0)
             for ref in finished:
                 key = refs.pop(ref)
@@ -427,17 +429,20 @@ class Slurm:
 _MINUTES = 24 * 60
 
 
-def make_executor(name: str, jobs: int, folder: Path, ray_address: str | None = None) -> Executor:
+def make_executor(
+    name: str, jobs: int | None, folder: Path, ray_address: str | None = None, *, usual: int = 1
+) -> Executor:
     """An executor by its name.
 
     Args:
         name: ``local``, ``ray``, ``slurm``, or ``slurm:CLUSTER`` for another of submitit's.
-        jobs: Runs at a time.
+        jobs: Runs at a time; None for the usual number, and for as many as the Ray cluster at an address takes.
         folder: Of the Runs.
         ray_address: Of a Ray cluster; a local one starts by default.
+        usual: Runs at a time by default.
 
     Raises:
-        ValueError: If there is none of this name, or Slurm isn't here.
+        ValueError: If there is none of this name, Slurm isn't here, or the number makes no sense.
         ImportError: If its package is missing; says what to type.
     """
     kind, _, place = name.partition(":")
@@ -445,16 +450,17 @@ def make_executor(name: str, jobs: int, folder: Path, ray_address: str | None = 
         raise ValueError(found("executor", f"one of {', '.join(EXECUTORS)}", name) + nearest(kind, EXECUTORS))
     if ray_address is not None and kind != "ray":
         raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
+    number = usual if jobs is None else check_integer("jobs", jobs, minimum=1)
     if kind == "ray":
-        return Ray(jobs, ray_address)
+        return Ray(number if ray_address is None else jobs, ray_address)
     if kind == "slurm":
-        slurm = Slurm(jobs, folder / ".slurm", place or None)
+        slurm = Slurm(number, folder / ".slurm", place or None)
         if not place and shutil.which("sbatch") is None:
             raise ValueError(
                 "There is no Slurm here (`sbatch` isn't found): `--executor slurm` has to run on its login node."
             )
         return slurm
-    return Here() if jobs == 1 else Local(jobs)
+    return Here() if number == 1 else Local(number)
 
 
 def default_jobs(device: str) -> int:

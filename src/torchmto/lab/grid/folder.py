@@ -168,7 +168,8 @@ class GridFolder:
             if results_version(content) != RESULTS_VERSION:
                 raise FolderError(
                     f"{path} was made by code whose results mean something else (version {results_version(content)!r}; this "
-                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another --out."
+                    f"torchmto has {RESULTS_VERSION}). Move it away to have this run done again, or choose another folder "
+                    "(--out, `out=`)."
                 )
             if decided(content["config"]) != decided(identity(wanted[path])):
                 raise FolderError(f"{path} is a run with another configuration. Move it away.")

@@ -176,7 +176,7 @@ def compare(
         methods: Texts of methods, such as ``"wpcgrad(mode=pairwise)"``.
         seeds: How many.
         out: The folder.
-        jobs: Runs at a time.
+        jobs: Runs at a time; by default one per core, at most 4, and as many as the cluster at ``ray_address`` takes.
         executor: Where they run: ``"local"``, ``"ray"``, ``"slurm"``.
         ray_address: Of a Ray cluster; a local one by default.
         tune: Settings that each method and each single-task model may try first.
@@ -199,6 +199,10 @@ def compare(
     for given in (settings, config):
         if isinstance(given, Mapping):
             check_names_no_method(given)
+    if not isinstance(executor, str) and (jobs, ray_address) != (None, None):
+        raise ConfigError(
+            "`jobs` and `ray_address` have no effect beside an `executor` that is an object. Leave them out."
+        )
     base = config if isinstance(config, RunConfig) else config_of(config or {})
     wanted = config_of(({"data.name": problem} if isinstance(problem, str) else {}) | settings, base)
     texts = [spec.label for spec in parse_methods(methods)] if isinstance(methods, str) else list(methods)
@@ -213,9 +217,9 @@ def compare(
         baselines=baselines,
         changed_source=changed_source,
     )
-    number = jobs or default_jobs(grid.experiment.run.device)
     if isinstance(executor, str):
-        executor = make_executor(executor, number, grid.folder.path, ray_address)
+        usual = default_jobs(grid.experiment.run.device)
+        executor = make_executor(executor, jobs, grid.folder.path, ray_address, usual=usual)
     with contextlib.ExitStack() as stack:
         watcher: Watcher = Silence()
         if progress:

@@ -43,7 +43,7 @@ class Context:
     data_root: Path
     seeds: int
     budget: Budget
-    jobs: int
+    jobs: int | None
     say: Callable[[str], None]
     executor: str = "local"
     ray_address: str | None = None

@@ -107,11 +107,11 @@ def claim_folder(folder: Path, recipe: Recipe) -> None:
     try:
         owner = read_json(marker, _KIND, SCHEMA_VERSION).get("experiment")
     except BrokenFileError as error:
-        raise FolderError(f"{error} The folder was left as it is; choose another one with --out.") from error
+        raise FolderError(f"{error} The folder was left as it is; choose another one (--out, `out=`).") from error
     if owner != recipe.name:
         raise FolderError(
             f"The folder {folder} holds results of the experiment {owner!r}, not of {recipe.name!r}. It was left as it is; "
-            "choose another one with --out."
+            "choose another one (--out, `out=`)."
         )
 
 

@@ -20,7 +20,7 @@ def reproduce(
     data_root: Path = Path("data"),
     seeds: int | None = None,
     minutes: float | None = None,
-    jobs: int = 1,
+    jobs: int | None = None,
     executor: str = "local",
     ray_address: str | None = None,
     say: Callable[[str], None] = print,
@@ -33,7 +33,7 @@ def reproduce(
         data_root: What ``{data}`` in the recipe's paths stands for.
         seeds: How many; the recipe's by default.
         minutes: No unit of work begins after so many; None for no limit.
-        jobs: Training runs at a time.
+        jobs: Training runs at a time; by default one, and as many as the cluster at ``ray_address`` takes.
         executor: Where they run: ``"local"``, ``"ray"``, ``"slurm"``.
         ray_address: Of a Ray cluster; a local one by default.
         say: Prints a line.

@@ -20,6 +20,8 @@ Schedule = Literal["constant", "poly", "cosine", "step"]
 SECTIONS = ("data", "model", "method", "optimizer")
 LARGEST = 2**63
 """No whole number of the settings reaches it."""
+MOST = 1024
+"""Processes or threads that a machine is asked for: with billions it would stand still."""
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 
@@ -223,6 +225,8 @@ class RunConfig:
         ):
             if value is not None and check_integer(name, value, minimum=minimum) >= LARGEST:
                 raise ValueError(found(name, f"below {LARGEST:.0e}", value))
+            if name in {"data.workers", "devices", "threads"} and value is not None and value > MOST:
+                raise ValueError(found(name, f"at most {MOST}", value))
         if self.data.tasks is not None:
             check_tasks(self.data.tasks)
         check_choice("precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
@@ -331,6 +335,16 @@ def check_used(
             raise ConfigError(
                 f"The setting `{name}` belongs to `{other} = {value!r}`. Found `{other} = {values[other]!r}`."
             )
+
+
+def others_than(used: Collection[str], why: str) -> dict[str, str]:
+    """All settings but these, without effect for one reason, as `check_used` takes them.
+
+    Example:
+        >>> "epochs" in others_than({"device"}, "nothing is trained")
+        True
+    """
+    return {name: why for name in _flat(RunConfig().as_dict()) if name not in used}
 
 
 def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -508,6 +522,7 @@ __all__ = [
     "check_source",
     "check_used",
     "config_of",
+    "others_than",
     "settled",
     "source_now",
 ]

@@ -12,10 +12,10 @@ from torchmto.lab.data.base import Split, labelled_tasks
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.run.build import Parts, build, problem_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
-from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.config import ConfigError, RunConfig, check_used, others_than
 from torchmto.lab.run.evaluation import evaluate, own_figures, placed
 from torchmto.lab.run.folder import RunFolder
-from torchmto.lab.run.loop import load_weights_of
+from torchmto.lab.run.loop import load_weights_of, threads
 from torchmto.lab.run.pictures import draw_predictions, readable
 from torchmto.lab.run.random_state import seed_everything
 from torchmto.structure import active_task
@@ -76,6 +76,27 @@ def _load_exported(parts: Parts, path: Path) -> None:
         raise CheckpointError(f"The weights of `{path}` don't fit the model: {' '.join(reason[:2])}") from error
 
 
+_USED = {
+    *("data.name", "data.options", "data.tasks", "data.batch_size", "data.split_seed", "data.workers"),
+    *("model.name", "model.options", "model.task_norms", "model.channels_last"),
+    *("model.compile", "model.compile_backend", "precision", "device", "seed", "threads", "source"),
+}
+"""Settings that mean something to weights at work."""
+_OF_BATCHES = ("data.batch_size", "data.workers")
+
+
+def _check_used(config: RunConfig, folder: RunFolder, weights: str, more: Mapping[str, str]) -> None:
+    """Whether what was changed of a run's settings has an effect on its weights at work.
+
+    Raises:
+        ConfigError: If something has none.
+    """
+    idle = {**others_than(_USED, "nothing is trained"), **more}
+    if weights != "untrained":
+        idle["seed"] = "only weights that are `untrained` are drawn"
+    check_used(config, idle, folder.read_settings(changed_source=True))
+
+
 def evaluate_run(config: RunConfig, folder: RunFolder, weights: str, split: Split) -> dict[str, Any]:
     """All metrics of a run's weights on one split.
 
@@ -87,14 +108,24 @@ def evaluate_run(config: RunConfig, folder: RunFolder, weights: str, split: Spli
 
     Returns:
         ``metrics``, task -> metric -> value; ``primary``, task -> the one that stands for it; ``weights`` and ``split``.
+
+    Raises:
+        ConfigError: If settings make no sense, or some that aren't the run's own have no effect.
     """
+    _check_used(config, folder, weights, {})
     parts, description = load_run(config, folder, weights)
     problem = parts.problem
-    if problem.evaluate is not None:
-        metrics = own_figures(parts.model, problem)
-    else:
-        size = parts.config.data.batch_size or 256
-        metrics = evaluate(parts.network, problem, split, batch_size=size, device=parts.computer.device)
+    data, device = parts.config.data, parts.computer.device
+    with threads(config.threads):
+        if problem.evaluate is not None:
+            if split != "test":
+                raise ConfigError("`split` has no effect here: the problem brings its own `evaluate`. Leave it out.")
+            metrics = own_figures(parts.model, problem)
+        else:
+            assert data.batch_size is not None
+            metrics = evaluate(
+                parts.network, problem, split, batch_size=data.batch_size, device=device, workers=data.workers
+            )
     primary = {task.name: primary_metric(task)[0] for task in problem.task_list}
     return {"weights": description, "split": split, "primary": primary, "metrics": metrics}
 
@@ -114,8 +145,9 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
         ``predictions-SPLIT.png`` for images, and ``predictions-SPLIT.json`` for tasks that aren't dense.
 
     Raises:
-        ConfigError: If ``count`` isn't positive.
+        ConfigError: If ``count`` isn't positive, settings make no sense, or some that aren't the run's own have no effect.
     """
+    _check_used(config, folder, weights, dict.fromkeys(_OF_BATCHES, "the samples are one batch"))
     try:
         check_integer("count", count, minimum=1)
     except (TypeError, ValueError) as error:
@@ -133,7 +165,7 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
     # One task after the other: with split norms each has features of its own.
     outputs = {}
     for task in problem.task_list:
-        with active_task(task.name):
+        with threads(config.threads), active_task(task.name):
             outputs[task.name] = network(x, [task.name])[task.name].float().cpu()
     written = []
     if isinstance(x, torch.Tensor) and x.dim() == 4:
