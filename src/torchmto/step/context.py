@@ -304,7 +304,7 @@ class StepContext:
             The factor; 1 if the gradient is short enough.
         """
         network = self.network
-        shared = network.gradients([p for p in network.parameters if network.roles.is_shared(network.name(p))])
+        shared = network.gradients(network.by_role()[0])
         norm = network.norm(shared)
         if not bool(norm.isfinite()) and is_finite(self._parts, shared, float("inf")):
             norm = network.exact_norm(shared)

@@ -343,6 +343,14 @@ class Network:
             parameter.copy_(value)
         self.moved = []
 
+    def by_role(self, parameters: Sequence[Tensor] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """The shared ones of ``parameters`` and the others, each in their order; default all that are trained."""
+        given = self.parameters if parameters is None else parameters
+        parts: tuple[list[Tensor], list[Tensor]] = [], []
+        for parameter in given:
+            parts[not self.roles.is_shared(self.name(parameter))].append(parameter)
+        return parts
+
     @property
     def divided(self) -> bool:
         """Whether every rank holds a part of the gradient matrix' columns only."""

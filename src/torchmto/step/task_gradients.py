@@ -311,12 +311,13 @@ def _place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, grad
         place = network.places[task] = _find_place(parts, rows, heads, task, reached)
     if network.has_complex or True in [gradient.is_sparse for gradient in gradients if gradient is not None]:
         gradients = [None if gradient is None else plain(gradient) for gradient in gradients]
+    # The chosen ones are there.
     rows.add(task, place.positions, list(compress(gradients, place.shared)))  # type: ignore[arg-type]
     for parameter, gradient in zip(place.heads, compress(gradients, place.others), strict=True):
         hold(heads, task, parameter, gradient)  # type: ignore[arg-type]
 
 
-def _find_place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, reached: Sequence[bool]) -> Place:
+def _find_place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, reached: list[bool]) -> Place:
     """Where the gradients of a task belong that has ``reached`` these parameters; parameters may turn shared by that."""
     network, roles = parts.network, parts.network.roles
     if not network.compiled and roles.observe(task, compress(network.names(), reached)) and not parts.several:
@@ -325,7 +326,7 @@ def _find_place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int,
     shared = [there and id(p) in rows.position for there, p in zip(mine, network.parameters, strict=True)]
     others = [there and not known for there, known in zip(mine, shared, strict=True)]
     positions = [rows.position[id(p)] for p in compress(network.parameters, shared)]
-    key = (list(reached), roles.changes, len(rows.parameters))
+    key = (reached, roles.changes, len(rows.parameters))
     return Place(key, shared, positions, others, list(compress(network.parameters, others)))
 
 
@@ -394,7 +395,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     chunks = list(forwards(parts, request, apart=True))
     own_losses = [{i: loss for i, loss in chunk.losses.items() if i in request.wanted} for chunk in chunks]
     _observe(network, engine.read(own_losses), {index for losses in own_losses for index in losses})
-    if not engine.pays(_shared(network), sum(map(len, own_losses))):
+    if not engine.pays(network.by_role()[0], sum(map(len, own_losses))):
         engine.forget()
         parts.held = chunks
         return gradients_with_rows(parts, request)
@@ -408,9 +409,7 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
             hold(heads, task, parameter, gradient)
 
     # Telling the ranks has told this one which parameters others share.
-    shared = _shared(network)
-    known = set(map(id, shared))
-    others = [p for p in network.parameters if id(p) not in known]
+    shared, others = network.by_role()
     pieces = [
         Piece(own, {i: network.seed(loss, chunk.counts[i]) for i, loss in own.items()}, chunk.activated)
         for own, chunk in zip(own_losses, chunks, strict=True)
@@ -438,11 +437,6 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     check_task_gradients(parts, losses, product)
     kept = [Chunk(own, chunk.counts, chunk.active) for own, chunk in zip(own_losses, chunks, strict=True)]
     return TaskGradients(rows, losses, product, heads, everything, precision=network.precision(shared), graph=kept)
-
-
-def _shared(network: Network) -> list[Tensor]:
-    """The shared parameters, in the same order on all ranks."""
-    return [p for p in network.parameters if network.roles.is_shared(network.name(p))]
 
 
 def _observe(network: Network, reached: Mapping[int, int], tasks: Collection[int]) -> None:
@@ -478,7 +472,7 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
         )
         for chunk in chunks
     ]
-    shared = _shared(network)
+    shared, _ = network.by_role()
     failure: BaseException | None = None
     try:
         parts.num_backward += network.engine.backward(pieces, shared)

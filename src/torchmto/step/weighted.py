@@ -236,8 +236,7 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
             torch.autograd.backward(roots, seeds.to(roots))
         elif apart:
             own = torch.ones_like(seeds) if factors is None else factors
-            shared = [p for p in inputs if network.roles.is_shared(network.name(p))]
-            others = [p for p in inputs if not network.roles.is_shared(network.name(p))]
+            shared, others = network.by_role(inputs)
             if others:
                 backward(roots, own.to(roots), others, retain=bool(shared))
             if shared:
