@@ -17,7 +17,8 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.data.taskonomy import BUILDINGS
 from torchmto.lab.models import build_model
 from torchmto.lab.reproduce import load_recipe
-from torchmto.lab.run import DataConfig, MethodConfig, ModelConfig, RunConfig, train
+from torchmto.lab.run.config import DataConfig, MethodConfig, ModelConfig, RunConfig
+from torchmto.lab.run.single import train
 from torchmto.lab.specs import parse_method
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))

@@ -25,9 +25,9 @@ def run(args: Namespace) -> int:
     """Train, and print what came out."""
     from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.run import train  # noqa: PLC0415
     from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
     from torchmto.lab.run.processes import speaks  # noqa: PLC0415
+    from torchmto.lab.run.single import train  # noqa: PLC0415
 
     resume = args.resume or args.checkpoint is not None
     with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):

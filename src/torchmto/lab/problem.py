@@ -28,8 +28,6 @@ from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Spl
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
 from torchmto.lab.metrics import metric_names
 
-__all__ = ["Loaders", "Origin", "Problem", "ProblemError", "Task"]
-
 Loaders: TypeAlias = Loader | StreamLoader | JointLoader
 _KNOWN_DIRECTIONS = {"accuracy": True, "f1": True, "auroc": True, "r2": True, "mIoU": True, "psnr": True, "ssim": True}
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from torchmto.methods import Method, make_method, method_class
 
-__all__ = ["MethodSpec", "parse_method", "parse_methods"]
-
 
 @dataclass(frozen=True)
 class MethodSpec:

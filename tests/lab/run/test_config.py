@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from torchmto.lab.run import (
+from torchmto.lab.run.build import scheduler_of
+from torchmto.lab.run.config import (
     ConfigError,
     DataConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    train,
+    changed_settings,
+    config_of,
 )
-from torchmto.lab.run.build import scheduler_of
-from torchmto.lab.run.config import changed_settings, config_of
+from torchmto.lab.run.single import train
 from torchmto.methods import registry
 
 

@@ -12,21 +12,11 @@ from safetensors.torch import load_file
 
 from scripts import load_script
 from torchmto.cli import main
-from torchmto.lab.run import (
-    CheckpointError,
-    CheckpointFolder,
-    ConfigError,
-    DataConfig,
-    Interrupted,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    Trainer,
-    read_checkpoint,
-    train,
-)
+from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
+from torchmto.lab.run.config import ConfigError, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
 from torchmto.lab.run.folder import RunFolder
+from torchmto.lab.run.loop import Interrupted, Trainer
+from torchmto.lab.run.single import train
 
 kill = load_script("benchmarks/kill_training.py")
 

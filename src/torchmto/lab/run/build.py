@@ -399,6 +399,3 @@ def build(
     scheduler = scheduler_of(config.optimizer, optimizer, steps_per_epoch, total_steps)
     network = Network(model, computer.autocast)
     return Parts(config, problem, model, network, optimizer, scheduler, multitask, computer, losses, loader)
-
-
-__all__ = ["Computer", "Parts", "build", "closure_of", "losses_of", "network_of", "problem_of", "scheduler_of"]

@@ -71,6 +71,3 @@ def git_revision(folder: Path) -> str | None:
     except (subprocess.SubprocessError, OSError):
         return None
     return described.stdout.strip() or None
-
-
-__all__ = ["environment", "git_revision", "made"]

@@ -17,8 +17,6 @@ from torchmto.lab.run.evaluation import Network, own_figures, placed
 from torchmto.lab.run.loop import threads
 from torchmto.structure import has_split_norms
 
-__all__ = ["check_first_batch"]
-
 _DIMENSIONS = {"classification": "[B]", "binary": "[B, C]", "regression": "[B, C]", "segmentation": "[B, H, W]"}
 _CHANNELS = {"depth": 1, "edges": 1, "saliency": 1, "normals": 3}
 

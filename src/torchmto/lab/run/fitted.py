@@ -16,8 +16,6 @@ from torchmto.lab.specs import parse_method
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["FittedRun", "fit"]
-
 
 @dataclass(frozen=True)
 class FittedRun:

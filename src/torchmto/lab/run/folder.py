@@ -176,6 +176,3 @@ def _size(node: yaml.Node, known: dict[int, int], open_: set[int]) -> int:
         known[id(node)] = 1 + sum(_size(child, known, open_) for child in children)
         open_.remove(id(node))
     return known[id(node)]
-
-
-__all__ = ["RunFolder", "read_yaml"]

@@ -185,6 +185,3 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
         content = {"weights": description, "split": split, "tasks": entries}
         written.append(folder.write_json(f"predictions-{split}.json", content))
     return written
-
-
-__all__ = ["evaluate_run", "load_run", "predict_run"]

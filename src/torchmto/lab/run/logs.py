@@ -303,6 +303,3 @@ def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step
     if name == "wandb":
         return WandbLog(folder, config)
     return MlflowLog(folder, config)
-
-
-__all__ = ["CsvLog", "Logger", "RecordLog", "check_loggers", "make_loggers", "step_figures"]

@@ -595,6 +595,3 @@ def load_weights_of(parts: Parts, state: Mapping[str, Any]) -> None:
 
 def _flat(metrics: Metrics) -> list[tuple[str, float]]:
     return [(f"{task}/{name}", value) for task, values in metrics.items() for name, value in values.items()]
-
-
-__all__ = ["Interrupted", "Progress", "Trainer", "is_state", "load_weights_of", "threads"]

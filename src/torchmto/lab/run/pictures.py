@@ -142,6 +142,3 @@ def _caption(row: int, batch: Batch, outputs: Mapping[str, Tensor], tasks: Seque
 
 def _numbers(values: Tensor) -> str:
     return " ".join(f"{value:.3g}" for value in values.flatten()[:4].tolist())
-
-
-__all__ = ["as_picture", "class_colors", "draw_predictions", "readable"]

@@ -251,6 +251,3 @@ def is_follower() -> bool:
     The exit code of the latter is the run's. Fabric kills it if another code than 0 is seen here first.
     """
     return os.environ.get("LOCAL_RANK", "0") != "0" and not _in_torchrun()
-
-
-__all__ = ["Processes", "RankError", "elastic_job", "is_follower", "launched", "placement", "speaks"]

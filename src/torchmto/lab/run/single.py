@@ -181,6 +181,3 @@ def check_same(saved: Mapping[str, Any], config: RunConfig, what: str, *, change
         )
     if not changed_source:
         check_source(saved.get("source"), config.source, what)
-
-
-__all__ = ["check_same", "fit", "train"]
