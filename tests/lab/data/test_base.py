@@ -7,19 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchmto.lab.data import (
-    Batch,
-    BatchPlan,
-    Loader,
-    Task,
-    TensorData,
-    dataset_info,
-    datasets,
-    labelled_tasks,
-    load_data,
-)
-from torchmto.lab.data.base import KINDS, Subset, as_target
-from torchmto.lab.data.loading import sample_keys, uniform
+from torchmto.lab.data import Batch, Task, dataset_info, datasets, labelled_tasks, load_data
+from torchmto.lab.data.base import KINDS, Subset, TensorData, as_target
+from torchmto.lab.data.loading import BatchPlan, Loader, sample_keys, uniform
 
 SHAPES = {
     "classification": (),
