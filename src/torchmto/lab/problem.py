@@ -152,7 +152,7 @@ class Problem:
         >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
         >>> data = [(x[i], {"sum": y[i]}) for i in range(8)]
         >>> problem = Problem([Task("sum", "regression", 1)], data, data, data, model="mlp")
-        >>> next(iter(problem.loader("train", 4)))["targets"]["sum"].shape
+        >>> next(problem.loader("train", 4).epoch(0))["targets"]["sum"].shape
         torch.Size([4, 1])
     """
 

@@ -139,7 +139,7 @@ def test_workers_change_nothing_and_any_position_can_be_resumed(small, workers):
         return Batch(input=batch["input"] + uniform(keys, 0)[:, None], targets=batch["targets"])
 
     plan = BatchPlan(10, 3, seed=1)
-    reference = [Loader(fetch, plan).batch(4, position) for position in range(3)]
+    reference = list(Loader(fetch, plan).epoch(4))
     for start in range(4):
         loader = Loader(fetch, plan, workers=workers)
         resumed = list(loader.epoch(4, start))

@@ -170,10 +170,6 @@ class Loader:
         """Batches per epoch."""
         return len(self.plan)
 
-    def batch(self, epoch: int, position: int) -> Any:
-        """Batch number ``position`` of an epoch."""
-        return _Batches(self.fetch, self.plan)[epoch, position]
-
     def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
         """Every ``stride``-th batch of an epoch from position ``start`` on."""
         self._asked[:] = [(epoch, position) for position in range(start, len(self), stride)]
@@ -189,10 +185,6 @@ class Loader:
                 raise ValueError(told.rpartition("ValueError: ")[2]) from error  # what the other process said
             self.wait_seconds += time.perf_counter() - began
             yield batch
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of epoch 0, for evaluation."""
-        return self.epoch(0)
 
 
 class _Batches(Dataset[Any]):

@@ -7,13 +7,12 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from torchmto.checks import check_choice
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.step import StepInfo
 
@@ -240,9 +239,6 @@ def _record_figures(name: str, value: Any, tasks: Sequence[str]) -> dict[str, fl
             return {}
 
 
-_OPTIONAL = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-
-
 def check_loggers(names: Sequence[str]) -> None:
     """Raise if a logger's package is missing.
 
@@ -250,9 +246,8 @@ def check_loggers(names: Sequence[str]) -> None:
         ImportError: With the line to type.
     """
     for name in names:
-        package = _OPTIONAL.get(name)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise ImportError(f"The logger `{name}` needs {package}: pip install {package}")
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise ImportError(f"The logger `{name}` needs {name}: pip install {name}")
 
 
 def make_loggers(
@@ -267,13 +262,18 @@ def make_loggers(
         resume_step: The step the run goes on from; None for a new run.
 
     Raises:
-        ImportError: If a logger's package is missing.
+        OSError: If one can't be made.
     """
-    check_loggers(names)
+    makers: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: CsvLog(folder / "metrics.csv", resume_step=resume_step),
+        "tensorboard": lambda: TensorBoardLog(folder / "tensorboard", resume_step=resume_step),
+        "wandb": lambda: WandbLog(folder, config),
+        "mlflow": lambda: MlflowLog(folder, config),
+    }
     loggers = []
     for name in names:
         with told_by(name):
-            loggers.append(_make_logger(name, folder, config, resume_step))
+            loggers.append(makers[name]())
     return loggers
 
 
@@ -292,14 +292,3 @@ def told_by(logger: Logger | str) -> Iterator[None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = logger if isinstance(logger, str) else type(logger).__name__.removesuffix("Log").lower()
         raise OSError(f"The logger `{name}` failed: {first}") from error
-
-
-def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
-    check_choice("loggers", name, ("csv", *_OPTIONAL))
-    if name == "csv":
-        return CsvLog(folder / "metrics.csv", resume_step=resume_step)
-    if name == "tensorboard":
-        return TensorBoardLog(folder / "tensorboard", resume_step=resume_step)
-    if name == "wandb":
-        return WandbLog(folder, config)
-    return MlflowLog(folder, config)

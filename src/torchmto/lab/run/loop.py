@@ -398,12 +398,6 @@ class Trainer:
         del batches
         self._stop_if_asked()
 
-    def train_epoch(self) -> None:
-        """Train one epoch, without a validation."""
-        self._train_epoch()
-        self.parts.multitask.end_window()
-        self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
-
     def _step_scheduler(self) -> None:
         with warnings.catch_warnings():
             # With fp16 the scaler leaves out the first optimizer steps; the schedule counts batches all the same.
