@@ -97,7 +97,7 @@ def test_every_method_of_nuscenes_trains(tmp_path):
         config = RunConfig(
             data=data, model=ModelConfig("bev", NARROW["bev"]), method=settings, epochs=2, loggers=["csv"]
         )
-        results = train(config, tmp_path / str(number))
+        results, _ = train(config, tmp_path / str(number))
         assert results["cost"]["steps"] == 4
         assert set(results["test"]) == {"detection", "map"}
 

@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
             return 0
         if args.out is None:
             raise UsageError("The option `--out DIR` is required.")
-        results = train(
+        results, _ = train(
             config,
             args.out,
             resume=resume,

@@ -123,8 +123,8 @@ def load(
     parts = split("train", "train"), split("validation", "val"), split("test", "test")
     if missing or incomplete:
         warnings.warn(
-            f"Taskonomy: left out {sum(incomplete.values())} images that lack a file of a task and {len(missing)} buildings "
-            f"without files ({', '.join([*incomplete, *missing])}).",
+            f"Taskonomy: left out {sum(incomplete.values())} images that lack a file of a task (of "
+            f"{', '.join(incomplete) or 'none'}) and buildings without files ({', '.join(missing) or 'none'}).",
             stacklevel=3,  # where `load_data` was called
         )
     return image_bundle(parts, augment=JointAugment(), citation=CITATION)

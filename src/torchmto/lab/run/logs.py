@@ -3,13 +3,12 @@
 import contextlib
 import csv
 import importlib.util
-import io
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
@@ -38,20 +37,8 @@ class CsvLog:
         resume_step: The step the run goes on from: rows of later steps are removed, it will write them again. None: a new run.
     """
 
-    HEADER = ("step", "name", "value")
-
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        kept = []
-        if path.is_file() and resume_step is not None:
-            with path.open(newline="", errors="replace") as file:
-                rows = csv.reader(file)
-                next(rows, None)
-                # A run that was killed may have left half a last line.
-                kept = [row for row in rows if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= resume_step]
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([self.HEADER, *kept])
-        write_bytes(path, text.getvalue().encode())
-        self._file = path.open("a", newline="")
+        self._file = _reopened(path, resume_step, _step_of_row, "step,name,value\r\n")
         self._writer = csv.writer(self._file)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -167,11 +154,7 @@ class RecordLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        kept = []
-        if path.is_file() and resume_step is not None:
-            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resume_step]
-        write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = path.open("a")
+        self._file = _reopened(path, resume_step, _step_of_record)
 
     def write(self, step: int, records: Mapping[str, Any]) -> None:
         """Append the records of a step, if there are any."""
@@ -184,7 +167,21 @@ class RecordLog:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _reopened(path: Path, resume_step: int | None, step_of: Callable[[str], float], header: str = "") -> TextIO:
+    """A file of lines to go on with; those of later steps, and half a last line that a killed run has left, are removed."""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    last = -1 if resume_step is None else resume_step
+    kept = [line for line in re.findall(r".*\n", text) if step_of(line) <= last]
+    write_bytes(path, "".join([header, *kept]).encode())
+    return path.open("a", newline="")
+
+
+def _step_of_row(line: str) -> float:
+    step = line.partition(",")[0]
+    return int(step) if step.isdecimal() else float("inf")
+
+
+def _step_of_record(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
