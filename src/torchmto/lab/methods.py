@@ -10,16 +10,6 @@ from torchmto.lab.specs import MethodSpec
 from torchmto.methods import LossWeighting, Method, method_class, methods
 
 
-def needs_split_norms(method: str) -> bool:
-    """Whether a method by definition trains a model with one copy of every norm per task."""
-    return method_class(method).norms == "per task"
-
-
-def needs_plain_sgd(method: str) -> bool:
-    """Whether a method adapts step sizes itself."""
-    return method_class(method).adapts
-
-
 def check_weighting(name: str) -> None:
     """Raise a ValueError if there is no loss weighting of this name."""
     known = [n for n in methods() if issubclass(method_class(n), LossWeighting)]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
+from torchmto.checks import shown
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
 from torchmto.lab.metrics import metric_names
@@ -38,9 +39,9 @@ class ProblemError(ValueError):
 
 def part_error(part: str, should: str, came: object) -> ProblemError:
     """The message of every error at this door: the problem's part, what was expected, what came."""
-    shown = came if isinstance(came, str) else repr(came)
-    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    return ProblemError(f"Part `{part}` of the problem should be {should}. Found {shown}.")
+    return ProblemError(
+        f"Part `{part}` of the problem should be {should}. Found {came if isinstance(came, str) else shown(came)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -331,9 +332,7 @@ class Problem:
 
     def normalize(self, inputs: Tensor) -> Tensor:
         """``[B, ...]`` inputs as a model should see them: ``(x - mean) / std`` per channel."""
-        if self.mean is None or self.std is None:
-            return inputs
-        return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
+        return _normalized(inputs, self.mean, self.std)
 
     def loader(
         self,
@@ -392,7 +391,7 @@ class Problem:
                 size,
                 seed=own,
                 shuffle=training,
-                drop_last=training and len(source) >= size,
+                drop_last=training,
                 rank=rank,
                 world_size=world_size,
             )
@@ -458,8 +457,11 @@ def _direction(metric: str, said: bool | None) -> bool:
     return _KNOWN_DIRECTIONS.get(metric, False) if said is None else said
 
 
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, -1, *[1] * (like.dim() - 2))
+def _normalized(inputs: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    if mean is None or std is None:
+        return inputs
+    shift, scale = (inputs.new_tensor(values).view(1, -1, *[1] * (inputs.dim() - 2)) for values in (mean, std))
+    return (inputs - shift) / scale
 
 
 def _nothing(_: list[Any]) -> None:
@@ -505,10 +507,7 @@ class _Finish:
     def __call__(self, batch: Batch, keys: Tensor) -> Batch:
         if self.transform is not None:
             batch = self.transform(batch, self.tasks, keys)
-        inputs = batch["input"]
-        if self.mean is not None and self.std is not None:
-            inputs = (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
-        return Batch(input=inputs, targets=batch["targets"])
+        return Batch(input=_normalized(batch["input"], self.mean, self.std), targets=batch["targets"])
 
 
 class _Collate:
