@@ -30,7 +30,8 @@ from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoad
 from torchmto.lab.metrics import metric_names
 
 Loaders: TypeAlias = Loader | StreamLoader | JointLoader
-_KNOWN_DIRECTIONS = {"accuracy": True, "f1": True, "auroc": True, "r2": True, "mIoU": True, "psnr": True, "ssim": True}
+_HIGHER = frozenset({"accuracy", "f1", "auroc", "r2", "mIoU", "psnr", "ssim"})
+"""Metrics known by name of which higher values are better."""
 
 
 class ProblemError(ValueError):
@@ -231,7 +232,8 @@ class Problem:
             if wrong or not isinstance(own, Mapping):
                 raise part_error(f"metrics[{task.name!r}]", "{name: a torchmetrics metric}", (wrong or [own])[0])
             directions = {name: getattr(metric, "higher_is_better", None) for name, metric in own.items()}
-            extra |= {"metrics": dict(own), "directions": {n: _direction(n, d) for n, d in directions.items()}}
+            ways = {name: name in _HIGHER if said is None else said for name, said in directions.items()}
+            extra |= {"metrics": dict(own), "directions": ways}
             extra["primary_metric"] = next(iter(own))
         if primary:
             if not isinstance(primary, Sequence) or len(primary) != 2 or not isinstance(primary[1], bool):
@@ -443,18 +445,13 @@ class Problem:
             if task.kind != "own" or "primary_metric" in task.extra or not values.get(task.name):
                 continue
             metric = next(iter(values[task.name]))
-            higher = _direction(metric, None)
-            if metric not in _KNOWN_DIRECTIONS:
+            if metric not in _HIGHER:
                 warnings.warn(
                     f"The task `{task.name}` is judged by `{metric}`, lower is better; `primary=` says otherwise.",
                     stacklevel=2,
                 )
             assert isinstance(task.extra, dict)
-            task.extra.update({"primary_metric": metric, "directions": {metric: higher}})
-
-
-def _direction(metric: str, said: bool | None) -> bool:
-    return _KNOWN_DIRECTIONS.get(metric, False) if said is None else said
+            task.extra.update({"primary_metric": metric, "directions": {metric: metric in _HIGHER}})
 
 
 def _normalized(inputs: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:

@@ -181,7 +181,12 @@ def test_random_numbers_are_uniform_independent_and_belong_to_the_sample():
         ("digits:file.npz", {}, ValueError, "built in and takes no path"),
         ("digits", {"classes": 3}, TypeError, "has no option `classes`. It takes: train, validation, test"),
         ("nyuv2", {}, ValueError, "needs a path: `nyuv2:PATH`"),
-        ("nyuv2:/nowhere/nyu.npz", {}, FileNotFoundError, "There is no `/nowhere/nyu.npz`.* Where to get it: https://"),
+        (
+            "nyuv2:/nowhere/nyu.npz",
+            {},
+            FileNotFoundError,
+            "needs `/nowhere/nyu.npz`, which doesn.t exist. Get it from https://",
+        ),
     ],
 )
 def test_misuse_is_explained(spec, options, error, message):
