@@ -25,7 +25,7 @@ def make_parser(prog: str) -> Parser:
         "--budget", type=PositiveFloat | None, metavar="MINUTES", help="Begin nothing new after so many minutes."
     )
     parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="What {data} in recipes stands for."
+        "--data-root", type=Path | None, metavar="DIR", help="What {data} in the recipe stands for (data)."
     )
     parser.add_argument(
         "--add", type=str | None, metavar="A,B(c=1)", help="Methods that the first arm gets besides the recipe's."

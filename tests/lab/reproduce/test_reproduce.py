@@ -426,6 +426,28 @@ def test_theory(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "flags", "why"),
+    [
+        *(("theory", flags, "trains nothing") for flags in ("--seeds 2", "--jobs 2", "--executor slurm:local")),
+        *((name, "--data-root x", "says `{data}`") for name in ("theory", "phases")),
+    ],
+)
+def test_what_has_no_effect_is_refused(name, flags, why, tmp_path, capsys):
+    assert main(["reproduce", name, *flags.split(), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has no effect" in error
+    assert why in error
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("options", [{"problem": 3}, {"problems": 0}, {"kinship": 2}, {"long": "far"}])
+def test_options_of_theory_are_checked(tmp_path, options):
+    with pytest.raises(RecipeError, match=next(iter(options))):
+        reproduce(replace(load_recipe("theory"), options=options), tmp_path / "o")
+
+
 def test_exit_codes(tmp_path, capsys):
     assert main(["reproduce"]) == 0
     assert "fair-grid" in capsys.readouterr().out

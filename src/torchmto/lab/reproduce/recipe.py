@@ -94,6 +94,14 @@ class Recipe:
             ):  # one's own problem may bring methods, which show when it is loaded
                 for method in arm.methods:
                     method_class(parse_method(method).name)
+        for name in (*_IDLE.get(self.study, ("options",)), *(() if self.tune else ("tune_run",))):
+            if getattr(self, name):
+                raise RecipeError(f"`{name}` has no effect in a recipe of the study `{self.study}`. Leave it out.")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether ``{data}`` stands in it."""
+        return "{data}" in str([self.run, *(arm.run for arm in self.arms)])
 
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
         """The runs of an arm, with ``{data}`` in its data's name and options replaced."""
@@ -102,6 +110,10 @@ class Recipe:
             _filled(value, str(data_root)) for value in (config.data.name or "digits", config.data.options)
         )
         return replace(config, threads=config.threads or 1, data=replace(config.data, name=name, options=options))
+
+
+_IDLE = {"theory": ("run", "arms", "tune")}
+"""Without effect in certain studies; in all others it is the options."""
 
 
 def _filled(value: Any, data_root: str) -> Any:
@@ -162,7 +174,7 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     entries = dict(content)
     arms = tuple(_arm(arm, entry) for arm, entry in (entries.pop("arms", None) or {}).items())
     tune = tuple(entries.pop("tune", None) or ())
-    return replace(Recipe(name=name, **entries), arms=arms, tune=tune)
+    return Recipe(name=name, arms=arms, tune=tune, **entries)
 
 
 def _needed(method: str) -> list[str]:
