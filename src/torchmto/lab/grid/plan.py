@@ -14,7 +14,7 @@ from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
 from torchmto.lab.grid.folder import GridFolder, run_key
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
-from torchmto.lab.grid.runner import FailedRunsError, Silence, Stage, Watcher, run_grid
+from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, run_grid
 from torchmto.lab.grid.summary import summarize
 from torchmto.lab.grid.tuning import SPACE, Attempt, check_tunable, sampled
 from torchmto.lab.grid.tuning import Plan as TuningPlan
@@ -221,7 +221,7 @@ def compare(
         usual = default_jobs(grid.experiment.run.device)
         executor = make_executor(executor, jobs, grid.folder.path, ray_address, usual=usual)
     with contextlib.ExitStack() as stack:
-        watcher: Watcher = Silence()
+        watcher: Watcher = Watcher()
         if progress:
             from torchmto.lab.grid.progress import progress_bars  # noqa: PLC0415  it needs rich
 

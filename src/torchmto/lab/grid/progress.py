@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
 from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.runner import Watcher
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
@@ -37,8 +38,8 @@ def progress_bars(experiment: Experiment, problem: Problem) -> "ProgressBars":
     return ProgressBars(console, len(problem.task_names), (run.epochs or 1) * steps)
 
 
-class ProgressBars:
-    """A `Watcher` that draws bars; on something that isn't a terminal it prints a line per finished run.
+class ProgressBars(Watcher):
+    """Draws bars; on something that isn't a terminal prints a line per finished run.
 
     Args:
         console: Where to draw.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torchmto.lab.atomic import plain
 from torchmto.lab.grid.executors import Executor, Here, Job, Outcome
@@ -12,7 +12,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import primary_values
 
-__all__ = ["FailedRunsError", "Silence", "Watcher", "run_grid"]
+__all__ = ["FailedRunsError", "Watcher", "run_grid"]
 
 Result = dict[str, Any]
 Stage = Literal["single-task", "methods"]
@@ -34,8 +34,8 @@ class FailedRunsError(RuntimeError):
         self.frames = frames
 
 
-class Watcher(Protocol):
-    """Who wants to know how far the grid is."""
+class Watcher:
+    """Who wants to know how far the grid is; this one does nothing about it."""
 
     def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
         """All runs of the grid, and those that an earlier call finished."""
@@ -45,19 +45,6 @@ class Watcher(Protocol):
 
     def finish(self, config: RunConfig, result: Result) -> None:
         """A run is finished and saved."""
-
-
-class Silence:
-    """A watcher that shows nothing."""
-
-    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
-        """Nothing."""
-
-    def advance(self, config: RunConfig, batches: int) -> None:
-        """Nothing."""
-
-    def finish(self, config: RunConfig, result: Result) -> None:
-        """Nothing."""
 
 
 def run_grid(
@@ -90,7 +77,7 @@ def run_grid(
         FailedRunsError: If runs failed; the others of their stage are finished first.
         KeyboardInterrupt: On Ctrl-C; finished runs stay.
     """
-    watcher = watcher or Silence()
+    watcher = watcher or Watcher()
     singles = experiment.single_task_runs(problem.task_names)
     methods = experiment.method_runs()
     by_stage: dict[Stage, list[RunConfig]] = {"single-task": singles, "methods": methods}

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchmto.lab.grid.experiment import run_label
+from torchmto.lab.grid.runner import Watcher
 from torchmto.lab.run.config import RunConfig
 
 
@@ -39,8 +40,8 @@ class Budget:
             raise BudgetSpentError
 
 
-class BudgetWatcher:
-    """A watcher of `torchmto.lab.grid` that prints a line per run and stops the grid when the time is up.
+class BudgetWatcher(Watcher):
+    """Prints a line per run and stops the grid after a run when the time is up.
 
     Args:
         budget: The time.
@@ -58,9 +59,6 @@ class BudgetWatcher:
         self._say(f"  {len(finished)} of {len(runs)} runs are finished.")
         if self._left:
             self._budget.check()
-
-    def advance(self, config: RunConfig, batches: int) -> None:
-        """Nothing: a run that has begun is finished."""
 
     def finish(self, config: RunConfig, result: dict[str, Any]) -> None:
         """Say so, and look at the clock."""
