@@ -16,7 +16,7 @@ from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
 from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, run_grid
 from torchmto.lab.grid.summary import summarize
-from torchmto.lab.grid.tuning import SPACE, Attempt, check_tunable, sampled
+from torchmto.lab.grid.tuning import SPACE, Attempt, Sampled, check_tunable
 from torchmto.lab.grid.tuning import Plan as TuningPlan
 from torchmto.lab.grid.tuning import tune as tune_all
 from torchmto.lab.problem import Problem
@@ -137,7 +137,7 @@ def plan(
     if baselines:
         idle["baseline"] = "a comparison trains its own single-task models"
     check_used(config, idle, tuned=SPACE if tune else ())
-    tuning = sampled(tune, tune_by) if tune else None
+    tuning = Sampled(tune, tune_by) if tune else None
     given, (problem, config) = config, problem_of(config, problem)
     if tuning is not None:
         check_tunable(problem, given)

@@ -11,7 +11,7 @@ from torchmto.lab.atomic import canonical, write_bytes
 from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, make_executor, run_grid, summarize, write_outputs
 from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import Stage
-from torchmto.lab.grid.tuning import Tuning, listed, tune
+from torchmto.lab.grid.tuning import Plan, Tuning, tune
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatcher
@@ -242,7 +242,7 @@ def _tune(
             context.say(f"  {error}")
         return results, {run_key(run): text for run, text in error.failures} if error else {}
 
-    found: Tuning = tune(short, _settled(short.run)[0], listed(recipe.tune), attempt)
+    found: Tuning = tune(short, _settled(short.run)[0], Plan(recipe.tune), attempt)
     if not found.complete:
         return None
     return replace(experiment, chosen=found.chosen), found.failed
