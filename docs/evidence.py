@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.grid.tables import markdown_table
+from torchmto.lab.terminal import Table
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _BLOCK = re.compile(r"(<!-- results (\S+): (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -33,8 +33,7 @@ def filled(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         tables = {table["title"]: table for table in known[found[2]]["tables"]}
         table = tables[found[3]]
-        notes = "\n".join(f"{note}\n" for note in table["notes"])
-        return f"{found[1]}\n{markdown_table(table['header'], table['rows'])}\n{notes}\n{found[4]}"
+        return f"{found[1]}\n{Table(**{**table, 'title': ''}).markdown()}\n{found[4]}"
 
     return _BLOCK.sub(block, text)
 
@@ -82,7 +81,7 @@ def _arm(name: str, arm: str, numbers: dict[str, Any], found: dict[str, Any]) ->
         p = "-" if difference is None or difference["p_holm"] is None else f"{difference['p_holm']:.3f}"
         passes = [f"{cost[key]:.3g}" for key in ("num_backward", "num_optimizer_steps")]
         rows.append([f"`{method}`", interval(entry["delta_m"]), interval(difference), p, *passes, settings or "-"])
-    table = markdown_table(header, rows)
+    table = Table("", header, rows).markdown()
     return [f"## {name}: {arm}", "", about, "", table, "Backwards and optimizer steps are per batch.", ""]
 
 

@@ -25,10 +25,10 @@ def make_parser(prog: str) -> SettingsParser:
 
 def run(args: Namespace) -> int:
     """Evaluate, print the table and write it."""
-    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
     from torchmto.lab.run.inference import evaluate_run  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     with reported():
         folder = RunFolder(args.out)
@@ -40,6 +40,6 @@ def run(args: Namespace) -> int:
         )
         path = folder.write_json(f"evaluation-{args.split}.json", results)
     print(f"{args.split} split, {results['weights']}")
-    print(metric_table(results, terminal_width()))
+    make_console().print(metric_table(results))
     print(f"Written to {path}")
     return 0

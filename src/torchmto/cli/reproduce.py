@@ -4,16 +4,11 @@ An interrupted experiment, or one whose time was up, goes on when the same comma
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from torchmto._layout import terminal_width
 from torchmto.cli._settings import Parser, add_executor, reported, this_command
-
-if TYPE_CHECKING:
-    from torchmto.lab.reproduce.findings import Findings
 
 
 def make_parser(prog: str) -> Parser:
@@ -45,6 +40,7 @@ def run(args: Namespace) -> int:
         reproduce,
         with_methods,
     )
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     if args.name is None:
         for name in recipe_names():
@@ -68,18 +64,16 @@ def run(args: Namespace) -> int:
             ray_address=args.ray_address,
             say=_say,
         )
-    _show(findings)
+    console = make_console()
+    for table in findings.tables:
+        console.print()
+        console.print(table)
+    for note in findings.notes:
+        print(note)
     if not findings.complete:
         print(f"The time was up before everything was done; the same command goes on:\n  {this_command()}")
     print(f"{out}/results.json, results.md, report.html, plots/*.png written.")
     return 0
-
-
-def _show(findings: "Findings") -> None:
-    for table in findings.tables:
-        print(f"\n{table.text(terminal_width())}")
-    for note in findings.notes:
-        print(note)
 
 
 def _say(line: str) -> None:

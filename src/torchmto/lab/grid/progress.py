@@ -13,6 +13,7 @@ from torchmto.lab.grid.runner import Watcher
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
+from torchmto.lab.terminal import make_console
 
 __all__ = ["ProgressBars", "progress_bars"]
 
@@ -31,11 +32,8 @@ def work(config: RunConfig, num_tasks: int) -> float:
 def progress_bars(experiment: Experiment, problem: Problem) -> "ProgressBars":
     """Bars for a comparison, on a terminal or in a notebook; lines elsewhere."""
     run = experiment.run
-    console = Console()
-    if not console.is_terminal and not console.is_jupyter:
-        console = Console(width=180)
     steps = len(problem.loader("train", run.data.batch_size or 1)) // run.accumulate
-    return ProgressBars(console, len(problem.task_names), (run.epochs or 1) * steps)
+    return ProgressBars(make_console(180), len(problem.task_names), (run.epochs or 1) * steps)
 
 
 class ProgressBars(Watcher):

@@ -12,11 +12,12 @@ import numpy as np
 from torchmto.lab.grid.plots import delta_m_figure
 from torchmto.lab.grid.tuning import edges
 from torchmto.lab.reproduce.arms import ArmResult
-from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, figure, number
+from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, figure, number
 from torchmto.lab.reproduce.oracle import oracle, stability
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.config import config_of
 from torchmto.lab.statistics import holm, paired
+from torchmto.lab.terminal import Table
 
 Look = Callable[[ArmResult], "tuple[Any, Table | None]"]
 """Numbers of an arm, and a table of them if there is something to show."""

@@ -17,9 +17,10 @@ from torch import Tensor
 from torchmto.checks import check_choice, check_integer, check_number
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import Findings, Table, number
+from torchmto.lab.reproduce.findings import Findings, number
 from torchmto.lab.reproduce.quadratics import STRATEGIES, Problems, descend, related_tasks, stationarity, train
 from torchmto.lab.statistics import confidence95, paired
+from torchmto.lab.terminal import Table
 from torchmto.lab.versions import RESULTS_VERSION
 
 Options = Mapping[str, Any]
