@@ -33,7 +33,6 @@ def make_parser(prog: str) -> Parser:
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
     from torchmto.checks import needed  # noqa: PLC0415
-    from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
     from torchmto.lab.reproduce import (  # noqa: PLC0415  the lab takes seconds to import
         load_recipe,
         recipe_names,
@@ -52,7 +51,6 @@ def run(args: Namespace) -> int:
         if args.add is not None:
             recipe = with_methods(recipe, args.add)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
-        make_executor(args.executor, args.jobs, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(
             recipe,
             out,

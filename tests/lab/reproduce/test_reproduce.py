@@ -265,7 +265,7 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(executors, "execute", execute)
     loaded = load_recipe(str(recipe(tmp_path, TUNED)))
-    context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), 1, lambda _: None)
+    context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), executors.Here(), lambda _: None)
     arms, complete = run_arms(context)
     assert complete
     tried = [(method_label(config), config.optimizer.lr) for config in asked if not is_single_task(config)]

@@ -330,6 +330,7 @@ class _Scheduled(Executor):
     def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
         """Do all jobs; what the scheduler lost has failed."""
         waiting = _sendable(jobs, problem)
+        self._running = {}
         while waiting or self._running:
             room = len(waiting) if self._most is None else self._most - len(self._running)
             now, waiting = waiting[:room], waiting[room:]

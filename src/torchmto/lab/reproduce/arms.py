@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import canonical, write_bytes
-from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, make_executor, run_grid, summarize, write_outputs
+from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, run_grid, summarize, write_outputs
+from torchmto.lab.grid.executors import Executor
 from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import Stage
 from torchmto.lab.grid.tuning import Plan, Tuning, tune
@@ -32,10 +33,8 @@ class Context:
         data_root: What ``{data}`` in the recipe stands for.
         seeds: How many.
         budget: The time.
-        jobs: Training runs at a time.
+        executor: Where training runs go.
         say: Prints a line.
-        executor: Where they run.
-        ray_address: Of a Ray cluster.
     """
 
     recipe: Recipe
@@ -43,10 +42,8 @@ class Context:
     data_root: Path
     seeds: int
     budget: Budget
-    jobs: int | None
+    executor: Executor
     say: Callable[[str], None]
-    executor: str = "local"
-    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +208,7 @@ def _train(
             grid.experiment,
             grid.folder,
             grid.problem,
-            executor=make_executor(context.executor, context.jobs, context.folder, context.ray_address),
+            executor=context.executor,
             watcher=BudgetWatcher(context.budget, context.say),
             stages=stages,
             baseline=baseline,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchmto.checks import check_choice
+from torchmto.lab.grid import make_executor
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.arms import Context, check_arm, run_arms
 from torchmto.lab.reproduce.budget import Budget
@@ -59,7 +60,8 @@ def reproduce(
             raise RecipeError(f"The setting `{name}` has no effect on {recipe.name}: {why}. Leave it out.")
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
-    context = Context(recipe, folder, data_root or Path("data"), asked, budget, jobs, say, executor, ray_address)
+    where = make_executor(executor, jobs, folder, ray_address)  # says what is missing before anything is read
+    context = Context(recipe, folder, data_root or Path("data"), asked, budget, where, say)
     for arm in recipe.arms:
         check_arm(context, arm)
     claim_folder(folder, recipe)
