@@ -95,7 +95,7 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
     try:
         with _at(job.place):
             if problem is None:
-                problem = _unpickled(job.problem) if job.problem else _loaded(*_reference(job.config))
+                problem = _unpickled(job.problem) if job.problem else loaded(job.config)
             return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is this Run's alone
         return Outcome(None, _said(error), user_frames(error))
@@ -140,11 +140,13 @@ def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
     return False
 
 
-def _reference(config: RunConfig) -> tuple[str, str, int, str | None]:
-    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed, config.source
+def loaded(config: RunConfig) -> Problem:
+    """The problem that a Run's reference leads to; the last ones are kept."""
+    data = config.data
+    return _loaded(data.name or "digits", canonical(data.options), data.split_seed, config.source)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _loaded(reference: str, options: str, seed: int, source: str | None) -> Problem:  # noqa: ARG001  another file, another problem
     return load_problem(reference, json.loads(options), seed)
 

@@ -1,20 +1,17 @@
 """The training runs of an experiment: each arm is one comparison of `torchmto.lab.grid` in a folder of its own."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.atomic import canonical, write_bytes
+from torchmto.lab.atomic import write_bytes
 from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, run_grid, summarize, write_outputs
-from torchmto.lab.grid.executors import Executor
+from torchmto.lab.grid.executors import Executor, loaded
 from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import Stage
 from torchmto.lab.grid.tuning import Plan, Tuning, tune
 from torchmto.lab.problem import Problem
-from torchmto.lab.references import load_problem
 from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
@@ -89,14 +86,8 @@ class _Grid:
         return [*self.singles, *self.methods]
 
 
-@lru_cache(maxsize=2)
-def _load(name: str, options: str, seed: int) -> Problem:
-    return load_problem(name, json.loads(options), seed)
-
-
 def _settled(config: RunConfig) -> tuple[Problem, RunConfig]:
-    data = config.data
-    return problem_of(config, _load(data.name or "digits", canonical(data.options), data.split_seed))
+    return problem_of(config, loaded(config))
 
 
 def run_arms(context: Context) -> tuple[dict[str, ArmResult], bool]:
