@@ -3,6 +3,7 @@
 An interrupted experiment, or one whose time was up, goes on when the same command is given again.
 """
 
+import functools
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -74,5 +75,4 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = functools.partial(print, flush=True)

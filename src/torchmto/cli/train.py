@@ -1,5 +1,6 @@
 """Train a model with a multi-task method; an interrupted run goes on with --resume."""
 
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -73,5 +74,4 @@ def _launcher() -> list[str]:
     ]
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = functools.partial(print, flush=True)

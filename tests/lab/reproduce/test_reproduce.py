@@ -302,9 +302,10 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {epochs: many}}}", "arm b: .*epochs.*'many'"),
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], method_run: {epochs: 0}}}", "arm b: .*epochs.*0"),
         ("arms: {a: {methods: [gd, 'pcgrad(c=1)']}}", "arm a: .*pcgrad"),
+        ("arms: {a: {methods: [gd, pcgrat]}}", "arm a: .*pcgrad"),
         ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
     ],
-    ids=["study", "model", "epochs", "method_run", "method", "tune"],
+    ids=["study", "model", "epochs", "method_run", "method", "name", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.setattr(executors, "execute", None)

@@ -255,10 +255,7 @@ class Local(Executor):
     def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
         """Do all jobs; those of a worker that was killed are done once more."""
         left = {job.key: job for job in _sendable(jobs, problem)}
-        for attempt in range(_ATTEMPTS):
-            if attempt:
-                self._pool.shutdown(wait=True, cancel_futures=True)
-                self._pool = self._new_pool()
+        for _ in range(_ATTEMPTS):
             pending = self._submit(list(left.values()))
             while pending:
                 finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -270,6 +267,10 @@ class Local(Executor):
                         outcome = future.result()
                         del left[key]
                         done(key, outcome)
+            if not left:
+                return
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = self._new_pool()
         for key in left:
             done(key, Outcome(None, "its worker process was killed, more than once (out of memory?)"))
 

@@ -14,7 +14,7 @@ from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
 from torchmto.lab.grid.folder import GridFolder, run_key
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
-from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, run_grid
+from torchmto.lab.grid.runner import Stage, Watcher, run_grid, try_grid
 from torchmto.lab.grid.summary import summarize
 from torchmto.lab.grid.tuning import SPACE, Attempt, Sampled, check_tunable
 from torchmto.lab.grid.tuning import tune as tune_all
@@ -150,13 +150,9 @@ def _rounds(folder: GridFolder, problem: Problem, executor: Executor, watcher: W
         name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
     ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
         place = GridFolder.of(folder.path / "tuning" / name, trial, problem, changed_source=folder.changed_source)
-        try:
-            results = run_grid(
-                trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline
-            )
-        except FailedRunsError as error:
-            runs = [*trial.single_task_runs(problem.task_names), *trial.method_runs()]
-            return place.load(runs), {run_key(run): text for run, text in error.failures}
-        return results, {}
+        results, error = try_grid(
+            trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline
+        )
+        return results, {run_key(run): text for run, text in error.failures} if error else {}
 
     return attempt

@@ -8,7 +8,7 @@ import numpy as np
 
 from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.noise import below_floor, noise_floor
+from torchmto.lab.grid.noise import noise_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[s
             figures[f"affinity-{slug}"] = _affinity(method, tasks, seeds)
         if list(_traced(seeds[0], "groups")):
             figures[f"groups-{slug}"] = _groups(method, tasks, seeds)
-    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    return {f"{name}.png": picture(figure) for name, figure in figures.items()}
 
 
 def delta_m_figure(summary: Mapping[str, Any], task: str | None = None) -> "Figure":
@@ -80,9 +80,10 @@ def _figure(columns: int, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _png(figure: "Figure") -> bytes:
+def picture(figure: "Figure", kind: str = "png") -> bytes:
+    """A figure as ``png`` or ``svg``, the same file for the same figure."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(data, format=kind, dpi=130, metadata={"png": {"Software": None}, "svg": {"Date": None}}[kind])
     return data.getvalue()
 
 
@@ -143,7 +144,7 @@ def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Fi
     for row, column in np.ndindex(*matrix.shape) if len(tasks) <= 12 else ():
         shade = "white" if abs(matrix[row, column]) > 0.6 * limit else "black"
         text = f"{matrix[row, column]:.1e}"
-        text = f"({text})" if below_floor(matrix[row, column], tasks[column], floor) else text
+        text = f"({text})" if abs(matrix[row, column]) < (floor or {}).get(tasks[column], 0.0) else text
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axis.set_yticks(range(len(tasks)), tasks)

@@ -12,7 +12,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import primary_values
 
-__all__ = ["FailedRunsError", "Watcher", "run_grid"]
+__all__ = ["FailedRunsError", "StoppedError", "Watcher", "run_grid", "try_grid"]
 
 Result = dict[str, Any]
 Stage = Literal["single-task", "methods"]
@@ -34,8 +34,12 @@ class FailedRunsError(RuntimeError):
         self.frames = frames
 
 
+class StoppedError(Exception):
+    """A watcher ended the grid. What is finished is saved; the same call goes on from there."""
+
+
 class Watcher:
-    """Who wants to know how far the grid is; this one does nothing about it."""
+    """Who wants to know how far the grid is; this one does nothing about it. One that has enough raises `StoppedError`."""
 
     def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
         """All runs of the grid, and those that an earlier call finished."""
@@ -112,6 +116,20 @@ def run_grid(
                 ]
                 _run_stage(engine, jobs, todo, problem, folder=folder, results=results, watcher=watcher)
     return results
+
+
+def try_grid(
+    experiment: Experiment, folder: GridFolder, problem: Problem, **more: Any
+) -> tuple[dict[str, Result], FailedRunsError | None]:
+    """As `run_grid`, but where runs failed or a watcher stopped the grid, too: what is finished, and what failed."""
+    error = None
+    try:
+        run_grid(experiment, folder, problem, **more)
+    except StoppedError:
+        pass
+    except FailedRunsError as failed:
+        error = failed
+    return folder.load([*experiment.single_task_runs(problem.task_names), *experiment.method_runs()]), error
 
 
 def _run_stage(

@@ -9,7 +9,7 @@ from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.versus import UNITS
-from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 Content = Mapping[str, Any]
@@ -38,26 +38,24 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     if schema == SCHEMA_VERSION:
         data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
     about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, batches of {size}."
-    return {
-        "title": folder.resolve().name,
-        "about": f"{about} Figures are of the test split, at the epoch that the validation split chose.",
-        "made": provenance(
+    return study(
+        title=folder.resolve().name,
+        about=f"{about} Figures are of the test split, at the epoch that the validation split chose.",
+        made=provenance(
             [content["result"].get("made") or {} for content in contents],
             [content["result"]["seconds"] for content in contents if "seconds" in content["result"]],
         ),
-        "notes": _notes(folder, results, contents),
-        "task_names": tasks,
-        "metric_names": [list(results["tasks"][task]["metrics"]) for task in tasks],
-        "method_names": list(results["methods"]),
-        "seeds": int(config["seeds"]),
-        "history_unit": "epoch",
-        "steps_estimated": False,
-        "baseline": "single-task models of the same seed" if results.get("single_task") else None,
-        "warnings": warnings(results),
-        "results": results,
-        "runs": [_run(content, results) for content in contents],
-        "settings": [["Configuration", config]],
-    }
+        notes=_notes(folder, results, contents),
+        task_names=tasks,
+        metric_names=[list(results["tasks"][task]["metrics"]) for task in tasks],
+        method_names=list(results["methods"]),
+        seeds=int(config["seeds"]),
+        baseline="single-task models of the same seed" if results.get("single_task") else None,
+        warnings=warnings(results),
+        results=results,
+        runs=[_run(content, results) for content in contents],
+        settings=[["Configuration", config]],
+    )
 
 
 def _check_method(method: Mapping[str, Any], tasks: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import json
-import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -136,12 +135,4 @@ def _spread(points: list[Any], count: int) -> list[Any]:
 
 def _rounded(value: Any) -> Any:
     """``value`` with six significant digits in all its floats."""
-    match value:
-        case float():
-            return float(f"{value:.6g}") if math.isfinite(value) else None
-        case dict():
-            return {key: _rounded(entry) for key, entry in value.items()}
-        case list():
-            return [_rounded(entry) for entry in value]
-        case _:
-            return value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))

@@ -15,7 +15,7 @@ from torchmto.lab.data.base import Kind, Task
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
-from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
@@ -156,22 +156,19 @@ def _study(
         labels.append(label)
     sources = dict.fromkeys(baseline.source for values in known.values() for baseline, _ in values)
     complete = bool(known) and all(known.values())
-    return {
-        "title": first.name if len(members) == 1 else f"{len(members)} training runs",
-        "about": first.about,
-        "made": provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
-        "warnings": ["One seed: nothing here is settled, whatever the differences look like."]
-        if len(members) > 1
-        else [],
-        "notes": [],
-        "task_names": tasks,
-        "metric_names": [list(first.measured[task]) for task in tasks],
-        "method_names": labels,
-        "seeds": 1,
-        "history_unit": "step",
-        "steps_estimated": True,
-        "baseline": ", ".join(sources) if complete else None,
-        "results": {
+    return study(
+        title=first.name if len(members) == 1 else f"{len(members)} training runs",
+        about=first.about,
+        made=provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
+        warnings=["One seed: nothing here is settled, whatever the differences look like."] if len(members) > 1 else [],
+        task_names=tasks,
+        metric_names=[list(first.measured[task]) for task in tasks],
+        method_names=labels,
+        seeds=1,
+        history_unit="step",
+        steps_estimated=True,
+        baseline=", ".join(sources) if complete else None,
+        results={
             "tasks": {
                 task: {
                     "primary_metric": first.primary[task],
@@ -199,12 +196,12 @@ def _study(
             "versus": None,
             "versions": first.versions,
         },
-        "runs": [
+        runs=[
             *({**training.run, "method": label} for label, training in zip(labels, members, strict=True)),
             *({**training.run, "task": training.task} for training in helpers),
         ],
-        "settings": [[f"Run {training.name}", training.settings] for training in everyone],
-    }
+        settings=[[f"Run {training.name}", training.settings] for training in everyone],
+    )
 
 
 def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, float]]]) -> dict[str, Any]:

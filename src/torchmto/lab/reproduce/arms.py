@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import write_bytes
-from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, run_grid, summarize, write_outputs
+from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, summarize, write_outputs
 from torchmto.lab.grid.executors import Executor, loaded
 from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.runner import Stage
+from torchmto.lab.grid.runner import Stage, try_grid
 from torchmto.lab.grid.tuning import Plan, Tuning, tune
 from torchmto.lab.problem import Problem
-from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatcher
+from torchmto.lab.reproduce.budget import Budget, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import RunConfig, config_of
@@ -193,22 +193,16 @@ def _train(
     baseline: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Result], FailedRunsError | None]:
     """Train what isn't finished yet, until the time is up; all finished runs by their keys, and what failed."""
-    error = None
-    try:
-        run_grid(
-            grid.experiment,
-            grid.folder,
-            grid.problem,
-            executor=context.executor,
-            watcher=BudgetWatcher(context.budget, context.say),
-            stages=stages,
-            baseline=baseline,
-        )
-    except BudgetSpentError:
-        pass
-    except FailedRunsError as failed:
-        error = failed
-    return dict(grid.folder.load(grid.runs)), error
+    watcher = BudgetWatcher(context.budget, context.say)
+    return try_grid(
+        grid.experiment,
+        grid.folder,
+        grid.problem,
+        executor=context.executor,
+        watcher=watcher,
+        stages=stages,
+        baseline=baseline,
+    )
 
 
 def _tune(

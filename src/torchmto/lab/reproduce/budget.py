@@ -5,12 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchmto.lab.grid.experiment import run_label
-from torchmto.lab.grid.runner import Watcher
+from torchmto.lab.grid.runner import StoppedError, Watcher
 from torchmto.lab.run.config import RunConfig
-
-
-class BudgetSpentError(Exception):
-    """The time is up. What is finished is saved; the same command goes on from there."""
 
 
 class Budget:
@@ -34,11 +30,6 @@ class Budget:
         """Whether the time is up."""
         return self.minutes is not None and self.used >= self.minutes
 
-    def check(self) -> None:
-        """Raise BudgetSpentError if the time is up."""
-        if self.spent:
-            raise BudgetSpentError
-
 
 class BudgetWatcher(Watcher):
     """Prints a line per run and stops the grid after a run when the time is up.
@@ -57,12 +48,14 @@ class BudgetWatcher(Watcher):
         """Say what is left."""
         self._left = len(runs) - len(finished)
         self._say(f"  {len(finished)} of {len(runs)} runs are finished.")
-        if self._left:
-            self._budget.check()
+        self._check()
 
     def finish(self, config: RunConfig, result: dict[str, Any]) -> None:
         """Say so, and look at the clock."""
         self._left -= 1
         self._say(f"  {run_label(config)}: {result['seconds']:.1f} s, {self._left} left")
-        if self._left:
-            self._budget.check()
+        self._check()
+
+    def _check(self) -> None:
+        if self._left and self._budget.spent:
+            raise StoppedError

@@ -1,6 +1,5 @@
 """What an experiment found, and the files it is written to."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
+from torchmto.lab.grid.plots import picture
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.environment import made
 from torchmto.lab.terminal import Table
@@ -98,10 +98,8 @@ def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: i
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, plot in findings.figures.items():
-        for kind, more in (("png", {"Software": None}), ("svg", {"Date": None})):
-            data = io.BytesIO()
-            plot.savefig(data, format=kind, dpi=130, metadata=more)
-            write_bytes(folder / "plots" / f"{name}.{kind}", data.getvalue())
+        for kind in ("png", "svg"):
+            write_bytes(folder / "plots" / f"{name}.{kind}", picture(plot, kind))
     content: Mapping[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "experiment": recipe.name,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.checks import check_integer
-from torchmto.lab.data import datasets
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
@@ -87,13 +86,6 @@ class Recipe:
                 config_of(settings)
             except ConfigError as error:
                 raise RecipeError(str(error)) from error
-        for arm in self.arms:
-            data = config_of(arm.run, config_of(self.run)).data.name or "digits"
-            if (
-                data.partition(":")[0] in datasets()
-            ):  # one's own problem may bring methods, which show when it is loaded
-                for method in arm.methods:
-                    method_class(parse_method(method).name)
         for name in (*_IDLE.get(self.study, ("options",)), *(() if self.tune else ("tune_run",))):
             if getattr(self, name):
                 raise RecipeError(f"`{name}` has no effect in a recipe of the study `{self.study}`. Leave it out.")

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from torchmto.lab.grid.plots import delta_m_figure
 from torchmto.lab.grid.tuning import edges
@@ -247,12 +248,11 @@ def loss_trends(arm: ArmResult) -> tuple[Any, Table]:
     for method in arm.experiment.methods:
         by_pair: dict[str, list[float]] = {}
         for run in arm.runs(method):
-            names = run["history"][0]["losses"]
-            moves = {t: np.diff([point["losses"].get(t, np.nan) for point in run["trace"]]) for t in names}
-            for a, b in combinations(moves, 2):
-                known = np.isfinite(moves[a]) & np.isfinite(moves[b])
-                if known.sum() > 2 and np.ptp(moves[a][known]) > 0 and np.ptp(moves[b][known]) > 0:
-                    by_pair.setdefault(f"{a}, {b}", []).append(np.corrcoef(moves[a][known], moves[b][known])[0, 1])
+            moves = pd.DataFrame([point["losses"] for point in run["trace"]], dtype=float).diff()
+            correlations = moves.corr(min_periods=3)
+            for a, b in combinations(correlations, 2):
+                if np.isfinite(correlations[a][b]):
+                    by_pair.setdefault(f"{a}, {b}", []).append(correlations[a][b])
         trends[method] = {pair: float(np.mean(values)) for pair, values in by_pair.items()}
     pairs = sorted({pair for entry in trends.values() for pair in entry})
     note = (
