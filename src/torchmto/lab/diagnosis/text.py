@@ -58,14 +58,15 @@ def as_text(measured: Measurements, diagnosis: Diagnosis, width: int = BOUNDLESS
         "",
         "A probing run sees the beginning of a training only: let `torchmto compare` decide between the candidates.",
     ]
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None)
     for line in lines:
         text = line.lstrip() if isinstance(line, str) else ""
         indent = 2 if isinstance(line, Table) else len(line) - len(text)
         console.print(
             Padding(line if isinstance(line, Table) else Text(visible(text)), (0, 0, 0, indent), expand=False)
         )
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
 def _task_table(m: Measurements) -> Table:

@@ -258,7 +258,7 @@ class Local(Executor):
         for _ in range(_ATTEMPTS):
             pending = self._submit(list(left.values()))
             while pending:
-                finished, _ = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                finished = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED).done
                 for key, steps in self._reports():
                     advance(key, steps)
                 for future in finished:

@@ -40,12 +40,9 @@ def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[s
     figures = {"learning_curves": _learning_curves(summary, runs, baselines)}
     for method, seeds in runs.items():
         slug = "".join(letter if letter.isalnum() else "_" for letter in method)[:60].strip("_")
-        if list(_traced(seeds[0], "priority_shares")):
-            figures[f"priority_shares-{slug}"] = _priority_shares(method, tasks, seeds)
-        if list(_traced(seeds[0], "affinity")):
-            figures[f"affinity-{slug}"] = _affinity(method, tasks, seeds)
-        if list(_traced(seeds[0], "groups")):
-            figures[f"groups-{slug}"] = _groups(method, tasks, seeds)
+        for name, draw in (("priority_shares", _priority_shares), ("affinity", _affinity), ("groups", _groups)):
+            if list(_traced(seeds[0], name)):
+                figures[f"{name}-{slug}"] = draw(method, tasks, seeds)
     return {f"{name}.png": picture(figure) for name, figure in figures.items()}
 
 
@@ -101,16 +98,12 @@ def _learning_curves(
     figure, axes = _figure(len(tasks), 3.4)
     for axis, (task, about) in zip(axes, tasks.items(), strict=True):
         metric = about["primary_metric"]
-
-        def curve(seeds: Sequence[Result], task: str = task, metric: str = metric) -> tuple[Any, Any]:
+        for label, seeds in {"single-task": baselines[task], **runs}.items():
             values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
-            mean = np.array(values, dtype=float).mean(axis=0)
-            return np.arange(1, len(mean) + 1), mean
-
-        if baselines[task]:
-            axis.plot(*curve(baselines[task]), color="black", linestyle="--", marker=".", label="single-task")
-        for method, seeds in runs.items():
-            axis.plot(*curve(seeds), marker=".", label=method)
+            style = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
+            if values:
+                mean = np.array(values, dtype=float).mean(axis=0)
+                axis.plot(np.arange(1, len(mean) + 1), mean, marker=".", label=label, **style)
         axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)

@@ -63,7 +63,8 @@ class Sampled(Plan):
     """
 
     def __init__(self, number: int, sampler: str = "random") -> None:
-        super().__init__([{}] * check_integer("tune", number, minimum=1))
+        undrawn: Settings = {}
+        super().__init__([undrawn] * check_integer("tune", number, minimum=1))
         self._optuna = needed("Tuning", "optuna", "tune")
         self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         self._sampler = check_choice("sampler", sampler, ("random", "tpe"))

@@ -103,9 +103,9 @@ def _fitting(studies: Sequence[Study], room: int) -> str:
     raise ValueError("There are too many methods and tasks for one page; report on fewer folders at a time.")
 
 
-def _smaller(studies: Sequence[Study]) -> Iterator[list[Study]]:
+def _smaller(studies: Sequence[Study]) -> Iterator[Sequence[Study]]:
     """The studies as they are, with ever fewer points, and without curves and plots."""
-    yield list(studies)
+    yield studies
     note = "To keep this page small, curves show six digits and fewer points than were recorded; all are in the runs' files."
     studies = [{**study, "runs": _rounded(study["runs"]), "notes": [*study["notes"], note]} for study in studies]
     yield studies

@@ -191,7 +191,7 @@ def _train(
     grid: _Grid,
     stages: Sequence[Stage] = ("single-task", "methods"),
     baseline: Mapping[str, float] | None = None,
-) -> tuple[dict[str, Result], FailedRunsError | None]:
+) -> tuple[Mapping[str, Result], FailedRunsError | None]:
     """Train what isn't finished yet, until the time is up; all finished runs by their keys, and what failed."""
     watcher = BudgetWatcher(context.budget, context.say)
     return try_grid(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torchmto.checks import check_choice
 from torchmto.lab.grid import make_executor
@@ -51,7 +52,9 @@ def reproduce(
         check_options(recipe.options)
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    idle = {} if recipe.reads_data else {"data_root": (data_root, "no path of it says `{data}`")}
+    idle: dict[str, tuple[Any, str]] = (
+        {} if recipe.reads_data else {"data_root": (data_root, "no path of it says `{data}`")}
+    )
     if recipe.study == "theory":
         of_runs = {"seeds": seeds, "jobs": jobs, "executor": executor != "local", "ray_address": ray_address}
         idle |= {name: (value, "it trains nothing") for name, value in of_runs.items()}
