@@ -1,14 +1,13 @@
 """Interleaved step times, and peak memory in a fresh process per contestant."""
 
 import copy
-import json
 import random
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import median, quantiles
 
 import torch
@@ -184,16 +183,15 @@ def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu"
     return whole, None if device.startswith("cuda") else _in_a_process(model, num_tasks, name, device, "tensors")
 
 
-def _in_a_process(*arguments: object) -> int | None:
-    command = [sys.executable, "-m", "torchmto.lab.bench.timing", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own module
-    if done.returncode:
-        return None
-    value: int | None = json.loads(done.stdout.splitlines()[-1])
-    return value
+def _in_a_process(*arguments: str | int) -> int | None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_peak, *arguments).result()
+        except Exception:  # noqa: BLE001  the memory may be too small for it
+            return None
 
 
-def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) -> None:
+def _peak(model: str, num_tasks: int, name: str, device: str, what: str) -> int | None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # One step of something small first: code and thread pools that are loaded late aren't the step's.
@@ -206,13 +204,7 @@ def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) 
             contestant.run()
 
     if what == "tensors":
-        peak: int | None = tensor_peak(steps)
-    else:
-        memory = PeakMemory(device)
-        steps()
-        peak = memory.bytes()
-    print(json.dumps(peak))  # noqa: T201  read by the parent process
-
-
-if __name__ == "__main__":
-    _memory_main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+        return tensor_peak(steps)
+    memory = PeakMemory(device)
+    steps()
+    return memory.bytes()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.checks import check_choice
-from torchmto.lab.grid import make_executor
+from torchmto.lab.grid.executors import make_executor
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.arms import Context, check_arm, run_arms
 from torchmto.lab.reproduce.budget import Budget
