@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
     with reported(this_command()):
         result = compare(
             chosen_config(args).data.name or "digits",
-            args.methods or DEFAULT_METHODS,
+            DEFAULT_METHODS if args.methods is None else args.methods,
             config=args.settings,
             **{name: args[name] for name in _OPTIONS},
         )
