@@ -253,6 +253,8 @@ def test_outcomes_of_jobs_that_cannot_be_done():
         make_executor("cloud", 1, Path())
     with pytest.raises(ValueError, match="`jobs` should be an int >= 1"):
         make_executor("local", 0, Path())
+    with pytest.raises(ValueError, match="at most 1024"):
+        make_executor("local", 10**400, Path())
     with pytest.raises(ConfigError, match="no effect beside an `executor`"):
         lab.compare("digits", executor=executors.Here(), jobs=2)
 

@@ -27,7 +27,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import Computer, device_of
 from torchmto.lab.run.checkpoint import CheckpointFolder
-from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.config import MOST, ConfigError, RunConfig
 from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.user_code import user_frames
 
@@ -451,6 +451,8 @@ def make_executor(
     if ray_address is not None and kind != "ray":
         raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
     number = usual if jobs is None else check_integer("jobs", jobs, minimum=1)
+    if number > MOST and ray_address is None:
+        raise ValueError(found("jobs", f"at most {MOST}", number))
     if kind == "ray":
         return Ray(number if ray_address is None else jobs, ray_address)
     if kind == "slurm":
