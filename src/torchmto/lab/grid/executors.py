@@ -450,9 +450,7 @@ def make_executor(
         raise ValueError(found("executor", f"one of {', '.join(EXECUTORS)}", name) + nearest(kind, EXECUTORS))
     if ray_address is not None and kind != "ray":
         raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
-    number = usual if jobs is None else check_integer("jobs", jobs, minimum=1)
-    if number > MOST and ray_address is None:
-        raise ValueError(found("jobs", f"at most {MOST}", number))
+    number = usual if jobs is None else check_integer("jobs", jobs, minimum=1, maximum=MOST)
     if kind == "ray":
         return Ray(number if ray_address is None else jobs, ray_address)
     if kind == "slurm":
