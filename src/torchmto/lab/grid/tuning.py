@@ -16,7 +16,7 @@ from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import FailedRunsError, Stage
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import ConfigError, RunConfig, check_used
+from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
 from torchmto.lab.run.evaluation import primary_values
 from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
@@ -64,7 +64,7 @@ class Sampled(Plan):
 
     def __init__(self, number: int, sampler: str = "random") -> None:
         undrawn: Settings = {}
-        super().__init__([undrawn] * check_integer("tune", number, minimum=1))
+        super().__init__([undrawn] * check_integer("tune", number, minimum=1, maximum=MOST))
         self._optuna = needed("Tuning", "optuna", "tune")
         self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         self._sampler = check_choice("sampler", sampler, ("random", "tpe"))
