@@ -1,7 +1,6 @@
 """Running the grid: baselines first, then methods, with nothing lost when it is interrupted."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 from torchmto.lab.atomic import plain
@@ -102,9 +101,21 @@ def run_grid(
                     values |= primary_values(results[run_key(config)]["validation"], tasks)
             return values
 
-        with executor or nullcontext(Here()) as engine:
+        every = {run_key(config): config for config in (*singles, *methods)}
+        failures: list[tuple[RunConfig, Outcome]] = []
+
+        def done(key: str, outcome: Outcome) -> None:
+            if outcome.result is None:
+                failures.append((every[key], outcome))
+                return
+            problem.settle(outcome.result["test"] or {})
+            folder.save(every[key], outcome.result)
+            results[key] = plain(outcome.result)
+            watcher.finish(every[key], outcome.result)
+
+        with executor or Here() as engine:
             for stage in stages:
-                todo = {run_key(config): config for config in by_stage[stage] if run_key(config) not in results}
+                todo = {run_key(config): config for config in by_stage[stage]}
                 jobs = [
                     Job(
                         key,
@@ -113,8 +124,11 @@ def run_grid(
                         checkpoints=folder.checkpoints(config),
                     )
                     for key, config in todo.items()
+                    if key not in results
                 ]
-                _run_stage(engine, jobs, todo, problem, folder=folder, results=results, watcher=watcher)
+                engine.run(jobs, problem, lambda key, steps: watcher.advance(every[key], steps), done)
+                if failures:
+                    raise _failed(failures)
     return results
 
 
@@ -132,34 +146,7 @@ def try_grid(
     return folder.load([*experiment.single_task_runs(problem.task_names), *experiment.method_runs()]), error
 
 
-def _run_stage(
-    engine: Executor,
-    jobs: Sequence[Job],
-    todo: Mapping[str, RunConfig],
-    problem: Problem,
-    *,
-    folder: GridFolder,
-    results: dict[str, Result],
-    watcher: Watcher,
-) -> None:
-    failures: list[tuple[RunConfig, Outcome]] = []
-
-    def advance(key: str, steps: int) -> None:
-        if key in todo:  # a report may come from an earlier stage
-            watcher.advance(todo[key], steps)
-
-    def done(key: str, outcome: Outcome) -> None:
-        config = todo[key]
-        if outcome.result is None:
-            failures.append((config, outcome))
-            return
-        problem.settle(outcome.result["test"] or {})
-        folder.save(config, outcome.result)
-        results[key] = plain(outcome.result)
-        watcher.finish(config, outcome.result)
-
-    engine.run(jobs, problem, advance, done)
-    if failures:
-        text = "\n".join(f"{run_label(config)}: {outcome.error}" for config, outcome in failures)
-        frames = next((outcome.frames for _, outcome in failures if outcome.frames), "")
-        raise FailedRunsError(text, [(config, outcome.error) for config, outcome in failures], frames)
+def _failed(failures: Sequence[tuple[RunConfig, Outcome]]) -> FailedRunsError:
+    text = "\n".join(f"{run_label(config)}: {outcome.error}" for config, outcome in failures)
+    frames = next((outcome.frames for _, outcome in failures if outcome.frames), "")
+    return FailedRunsError(text, [(config, outcome.error) for config, outcome in failures], frames)
