@@ -93,10 +93,10 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
         on_step: Called after every step with the number of steps done.
     """
     try:
-        with _at(job.place):
-            if problem is None:
-                problem = _unpickled(job.problem) if job.problem else loaded(job.config)
-            return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
+        _go(job.place)
+        if problem is None:
+            problem = _unpickled(job.problem) if job.problem else loaded(job.config)
+        return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is this Run's alone
         return Outcome(None, _said(error), user_frames(error))
 
@@ -157,14 +157,12 @@ def _unpickled(problem: bytes) -> Problem:
     return loaded
 
 
-@contextlib.contextmanager
-def _at(place: tuple[str, tuple[str, ...]]) -> Iterator[None]:
-    """In the folder, and with the import paths, of the process that made the job."""
+def _go(place: tuple[str, tuple[str, ...]]) -> None:
+    """Into the folder, and to the import paths, of the process that made the job."""
     folder, paths = place
     sys.path += [path for path in paths if path not in sys.path]
     if folder and Path(folder).is_dir() and os.getcwd() != folder:  # noqa: PTH109
         os.chdir(folder)
-    yield
 
 
 def here() -> tuple[str, tuple[str, ...]]:

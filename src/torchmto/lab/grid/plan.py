@@ -11,12 +11,12 @@ from torchmto.checks import needed
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
-from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
-from torchmto.lab.grid.runner import Stage, Watcher, run_grid, try_grid
+from torchmto.lab.grid.runner import Watcher, run_grid
 from torchmto.lab.grid.summary import summarize
-from torchmto.lab.grid.tuning import SPACE, Attempt, Sampled, check_tunable
+from torchmto.lab.grid.tuning import SPACE, Sampled, check_tunable
 from torchmto.lab.grid.tuning import tune as tune_all
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import problem_of
@@ -37,6 +37,8 @@ _UNUSED = {
     "evaluate_test": "a comparison's figures are of the test split",
 }
 """Settings without effect in a comparison, and why."""
+_NO_CHECKPOINTS = {"keep": "checkpoints are kept with `checkpoint_every` only"}
+_OWN_BASELINES = {"baseline": "a comparison trains its own single-task models"}
 
 
 def check_names_no_method(given: Mapping[str, Any]) -> None:
@@ -110,49 +112,36 @@ def compare(
     if isinstance(executor, str):  # says what is missing first
         executor = make_executor(executor, jobs, Path(out), ray_address, usual=default_jobs(wanted.device))
     needed("A comparison", "matplotlib.figure")  # its plots come last, and hours later
-    idle = dict(_UNUSED)
-    if wanted.checkpoint_every is None:
-        idle["keep"] = "checkpoints are kept with `checkpoint_every` only"
-    if baselines:
-        idle["baseline"] = "a comparison trains its own single-task models"
+    idle = (
+        _UNUSED | (_OWN_BASELINES if baselines else {}) | (_NO_CHECKPOINTS if wanted.checkpoint_every is None else {})
+    )
     check_used(wanted, idle, tuned=SPACE if tune else ())
     plan = Sampled(tune, tune_by) if tune else None
-    problem, run = problem_of(wanted, None if isinstance(problem, str) else problem)
+    learnt, run = problem_of(wanted, None if isinstance(problem, str) else problem)
     if plan is not None:
-        check_tunable(problem, wanted)
+        check_tunable(learnt, wanted)
     elif tune_by != "random":
         raise ConfigError(f"`tune_by = {tune_by!r}` needs `tune`, the number of settings that each may try.")
     specs = parse_methods(methods) if isinstance(methods, str) else [parse_method(text) for text in methods]
     experiment = Experiment(tuple(spec.label for spec in specs), seeds, run, baselines=baselines)
-    experiment.check(problem)
-    folder = GridFolder.of(out, experiment, problem, tune=tune, changed_source=changed_source)
+    experiment.check(learnt)
+    folder = GridFolder.of(out, experiment, learnt, tune=tune, changed_source=changed_source)
     with contextlib.ExitStack() as stack:
         watcher = Watcher()
         if progress:
             from torchmto.lab.grid.progress import progress_bars  # noqa: PLC0415  it needs rich
 
-            watcher = stack.enter_context(progress_bars(experiment, problem))
+            watcher = stack.enter_context(progress_bars(experiment, learnt))
         found: dict[str, Any] = {}
         if plan is not None:
-            tuning = tune_all(experiment, problem, plan, _rounds(folder, problem, executor, watcher))
+
+            def round_of(name: str, trial: Experiment) -> GridFolder:
+                return GridFolder.of(folder.path / "tuning" / name, trial, learnt, changed_source=changed_source)
+
+            tuning = tune_all(experiment, learnt, plan, round_of, executor=executor, watcher=watcher)
             experiment, found = replace(experiment, chosen=tuning.chosen), {"tuning": plain(tuning.as_dict())}
-        results = run_grid(experiment, folder, problem, executor=executor, watcher=watcher)
-    write_outputs(experiment, folder, {**summarize(experiment, problem, results), **found}, results)
+        results = run_grid(experiment, folder, learnt, executor=executor, watcher=watcher)
+    write_outputs(experiment, folder, {**summarize(experiment, learnt, results), **found}, results)
     if found:
         write_bytes(folder.path / "tuning.json", (json.dumps(found["tuning"], indent=1) + "\n").encode())
     return Result(folder.path)
-
-
-def _rounds(folder: GridFolder, problem: Problem, executor: Executor, watcher: Watcher) -> Attempt:
-    """What runs a round of tuning, in ``tuning/`` of the folder."""
-
-    def attempt(
-        name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
-    ) -> tuple[Mapping[str, Any], Mapping[str, str]]:
-        place = GridFolder.of(folder.path / "tuning" / name, trial, problem, changed_source=folder.changed_source)
-        results, error = try_grid(
-            trial, place, problem, executor=executor, watcher=watcher, stages=[stage], baseline=baseline
-        )
-        return results, {run_key(run): text for run, text in error.failures} if error else {}
-
-    return attempt

@@ -11,9 +11,10 @@ from typing import Any
 
 from torchmto.checks import check_choice, check_integer, needed
 from torchmto.lab.data.base import Task
+from torchmto.lab.grid.executors import Executor
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
-from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.runner import FailedRunsError, Stage
+from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, try_grid
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
@@ -110,9 +111,6 @@ def _draw(trial: Any, name: str, entry: tuple[Any, ...]) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- tuning
 
-Attempt = Callable[[str, Experiment, Stage, Mapping[str, float] | None], tuple[Mapping[str, Any], Mapping[str, str]]]
-"""``(name of the round, its experiment, stage, baseline)`` to results and failures by `run_key`."""
-
 
 @dataclass
 class Tuning:
@@ -155,14 +153,24 @@ def check_tunable(problem: Problem, config: RunConfig | None = None) -> None:
     check_used(config, dict.fromkeys(SPACE, "tuning chooses it"), tuned=SPACE)
 
 
-def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt) -> Tuning:
+def tune(
+    experiment: Experiment,
+    problem: Problem,
+    plan: Plan,
+    folder_of: Callable[[str, Experiment], GridFolder],
+    *,
+    executor: Executor,
+    watcher: Watcher,
+) -> Tuning:
     """Each method and each single-task model at its best settings by validation on the first seed.
 
     Args:
         experiment: What is tuned for; its own ``chosen`` goes over what tuning chooses, but isn't tuned with.
         problem: What is learnt.
         plan: Which settings.
-        attempt: Runs a round.
+        folder_of: The folder of a round, by its name and its experiment.
+        executor: Where they run.
+        watcher: Is told how far each round is.
 
     Raises:
         FailedRunsError: If one had no finite score at any settings.
@@ -172,11 +180,21 @@ def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt)
     found = Tuning()
     baseline: dict[str, float] = {}
     singles = [f"single-task {name}" for name in problem.task_names] if experiment.baselines else []
-    for stage, names in (("single-task", singles), ("methods", list(experiment.methods))):
+    stages: dict[Stage, list[str]] = {"single-task": singles, "methods": list(experiment.methods)}
+    for stage, names in stages.items():
         for number in range(len(plan)):
             offers = {who: plan.settings(who, number) for who in names}
             trial = replace(experiment, seeds=1, chosen=offers)
-            results, failures = attempt(f"{stage}-{number}", trial, stage, baseline or None)  # type: ignore[arg-type]
+            results, error = try_grid(
+                trial,
+                folder_of(f"{stage}-{number}", trial),
+                problem,
+                executor=executor,
+                watcher=watcher,
+                stages=[stage],
+                baseline=baseline or None,
+            )
+            failures = {run_key(run): text for run, text in error.failures} if error else {}
             runs = trial.single_task_runs(problem.task_names) if stage == "single-task" else trial.method_runs()
             for who, run in zip(names, runs, strict=True):
                 key = run_key(run)

@@ -18,7 +18,7 @@ from torchmto.lab.statistics import (
     wins,
 )
 
-__all__ = ["UNITS", "paired_changes", "reference_among", "versus"]
+__all__ = ["UNITS", "paired_changes", "versus"]
 
 Result = Mapping[str, Any]
 UNITS = ("batches", "optimizer_steps", "seconds")
@@ -26,11 +26,6 @@ UNITS = ("batches", "optimizer_steps", "seconds")
 data; seconds are those of training steps alone."""
 Tasks = Mapping[str, tuple[str, bool]]
 """Each task's primary metric, and whether higher is better."""
-
-
-def reference_among(methods: Sequence[str], wanted: str = "gd") -> str:
-    """The method that the others are compared with: the wanted one, else the first."""
-    return wanted if wanted in methods else methods[0]
 
 
 def versus(
@@ -54,7 +49,7 @@ def versus(
         ``budgets``, see `_budgets`.
     """
     names = list(runs)
-    reference = reference_among(names, reference)
+    reference = reference if reference in names else names[0]
     values = {name: {task: _values(runs[name], task, metric) for task, (metric, _) in tasks.items()} for name in names}
     base, base_delta = values[reference], delta_m[reference]
     methods: dict[str, Any] = {}

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import write_bytes
-from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, summarize, write_outputs
+from torchmto.lab.grid import Experiment, GridFolder, summarize, write_outputs
 from torchmto.lab.grid.executors import Executor, loaded
 from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.runner import Stage, try_grid
-from torchmto.lab.grid.tuning import Plan, Tuning, tune
+from torchmto.lab.grid.runner import try_grid
+from torchmto.lab.grid.tuning import Plan, tune
 from torchmto.lab.problem import Problem
 from torchmto.lab.reproduce.budget import Budget, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
@@ -146,7 +146,8 @@ def _run(
     context: Context, arm: Arm, experiment: Experiment, failed: Sequence[str], *, others: list[_Grid]
 ) -> ArmResult | None:
     grid = _open(context, arm.name, experiment, others)
-    results, error = _train(context, grid)
+    watcher = BudgetWatcher(context.budget, context.say)
+    results, error = try_grid(experiment, grid.folder, grid.problem, executor=context.executor, watcher=watcher)
     if error is not None:
         raise error
     seeds = 0
@@ -186,25 +187,6 @@ def _take_over(grid: _Grid, other: _Grid) -> None:
             write_bytes(here, there.read_bytes())
 
 
-def _train(
-    context: Context,
-    grid: _Grid,
-    stages: Sequence[Stage] = ("single-task", "methods"),
-    baseline: Mapping[str, float] | None = None,
-) -> tuple[Mapping[str, Result], FailedRunsError | None]:
-    """Train what isn't finished yet, until the time is up; all finished runs by their keys, and what failed."""
-    watcher = BudgetWatcher(context.budget, context.say)
-    return try_grid(
-        grid.experiment,
-        grid.folder,
-        grid.problem,
-        executor=context.executor,
-        watcher=watcher,
-        stages=stages,
-        baseline=baseline,
-    )
-
-
 def _tune(
     context: Context, arm: Arm, experiment: Experiment, others: list[_Grid]
 ) -> tuple[Experiment, list[str]] | None:
@@ -215,16 +197,14 @@ def _tune(
     recipe = context.recipe
     short = replace(experiment, run=config_of(recipe.tune_run, experiment.run))
 
-    def attempt(
-        name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
-    ) -> tuple[Mapping[str, Result], Mapping[str, str]]:
-        grid = _open(context, f"{arm.name}-tuning-{name}", trial, others)
-        results, error = _train(context, grid, [stage], baseline)
-        if error is not None:
-            context.say(f"  {error}")
-        return results, {run_key(run): text for run, text in error.failures} if error else {}
+    def folder_of(name: str, trial: Experiment) -> GridFolder:
+        return _open(context, f"{arm.name}-tuning-{name}", trial, others).folder
 
-    found: Tuning = tune(short, _settled(short.run)[0], Plan(recipe.tune), attempt)
+    problem, _ = _settled(short.run)
+    watcher = BudgetWatcher(context.budget, context.say)
+    found = tune(short, problem, Plan(recipe.tune), folder_of, executor=context.executor, watcher=watcher)
+    for line in found.failed:
+        context.say(f"  {line}")
     if not found.complete:
         return None
     return replace(experiment, chosen=found.chosen), found.failed

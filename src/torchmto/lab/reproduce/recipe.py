@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchmto.checks import check_integer
-from torchmto.lab.run.config import MOST, ConfigError, RunConfig, config_of
+from torchmto.lab.run.config import MOST, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
 from torchmto.methods import method_class
@@ -82,10 +82,7 @@ class Recipe:
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
         arms = (s for arm in self.arms for s in (arm.run, arm.method_run))
         for settings in (self.run, *self.tune, self.tune_run, *arms):
-            try:
-                config_of(settings)
-            except ConfigError as error:
-                raise RecipeError(str(error)) from error
+            config_of(settings)
         for name in (*_IDLE.get(self.study, ("options",)), *(() if self.tune else ("tune_run",))):
             if getattr(self, name):
                 raise RecipeError(f"`{name}` has no effect in a recipe of the study `{self.study}`. Leave it out.")
