@@ -13,7 +13,7 @@ from statistics import median, quantiles
 import torch
 
 from torchmto.lab.bench.cases import make_case
-from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
+from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, make_contestant
 from torchmto.lab.memory import PeakMemory, tensor_peak
 
 REFERENCES = ("gd*", "lb*", "lbm*")
@@ -83,26 +83,18 @@ def measure_times(
 ) -> list[Measurement]:
     """Time contestants in rounds: in every round each takes one step, the references too.
 
-    Contestants whose gradient matrices together would need more than ``room`` bytes are timed in several such runs, each
+    Contestants whose gradient matrices together might need more than ``room`` bytes are timed in several such runs, each
     with the references again. The clock is "wall", or "cpu": the process's own processor time, which says more on one
     thread of a machine that has other work.
     """
     num_shared = make_case(model, num_tasks, device).num_shared
-    capacity = max(1, int(room / (4 * num_tasks * num_shared)) - 1)
-    results: list[Measurement] = []
-    batch: list[str] = []
-    held = 0
+    size = min(12, max(1, int(room / (4 * num_tasks * num_shared)) - 1))
     wanted = [name for name in dict.fromkeys(names) if name not in REFERENCES]
-    for name in [*wanted, None]:
-        if name is not None:
-            batch.append(name)
-            held += holds_rows(name)
-        if batch and (name is None or held >= capacity or len(batch) >= 12):
-            results += _rounds(
-                model, num_tasks, batch, repeats, device=device, clock=clock, tick=tick, first=not results
-            )
-            batch, held = [], 0
-    return results or _rounds(model, num_tasks, [], repeats, device=device, clock=clock, tick=tick, first=True)
+    results: list[Measurement] = []
+    for start in range(0, max(len(wanted), 1), size):
+        batch = wanted[start : start + size]
+        results += _rounds(model, num_tasks, batch, repeats, device=device, clock=clock, tick=tick, first=not results)
+    return results
 
 
 def _rounds(
