@@ -303,9 +303,12 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], method_run: {epochs: 0}}}", "arm b: .*epochs.*0"),
         ("arms: {a: {methods: [gd, 'pcgrad(c=1)']}}", "arm a: .*pcgrad"),
         ("arms: {a: {methods: [gd, pcgrat]}}", "arm a: .*pcgrad"),
+        ("arms: {a: {methods: [gd], run: {seed: 3}}}", "arm a: .*`seed` has no effect"),
+        ("arms: {a: {methods: [gd], method_run: {devices: 2}}}", "arm a: .*`devices` has no effect"),
+        ("arms: {a: {methods: [gd], reference: pcgrad}}", "`reference` should be one of 'gd'"),
         ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
     ],
-    ids=["study", "model", "epochs", "method_run", "method", "name", "tune"],
+    ids=["study", "model", "epochs", "method_run", "method", "name", "seed", "devices", "reference", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.setattr(executors, "execute", None)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +37,22 @@ _UNUSED = {
     "evaluate_test": "a comparison's figures are of the test split",
 }
 """Settings without effect in a comparison, and why."""
-_NO_CHECKPOINTS = {"keep": "checkpoints are kept with `checkpoint_every` only"}
-_OWN_BASELINES = {"baseline": "a comparison trains its own single-task models"}
+
+
+def check_settings(config: RunConfig, *, baselines: bool, tuned: Collection[str] = ()) -> None:
+    """Raise a ConfigError if a setting of a comparison's Runs has no effect.
+
+    Args:
+        config: What all Runs have in common.
+        baselines: Whether single-task models are trained.
+        tuned: Settings that take several values.
+    """
+    unused = dict(_UNUSED)
+    if config.checkpoint_every is None:
+        unused["keep"] = "checkpoints are kept with `checkpoint_every` only"
+    if baselines:
+        unused["baseline"] = "a comparison trains its own single-task models"
+    check_used(config, unused, tuned=tuned)
 
 
 def check_names_no_method(given: Mapping[str, Any]) -> None:
@@ -112,10 +126,7 @@ def compare(
     if isinstance(executor, str):  # says what is missing first
         executor = make_executor(executor, jobs, Path(out), ray_address, usual=default_jobs(wanted.device))
     needed("A comparison", "matplotlib.figure")  # its plots come last, and hours later
-    idle = (
-        _UNUSED | (_OWN_BASELINES if baselines else {}) | (_NO_CHECKPOINTS if wanted.checkpoint_every is None else {})
-    )
-    check_used(wanted, idle, tuned=SPACE if tune else ())
+    check_settings(wanted, baselines=baselines, tuned=SPACE if tune else ())
     plan = Sampled(tune, tune_by) if tune else None
     learnt, run = problem_of(wanted, None if isinstance(problem, str) else problem)
     if plan is not None:

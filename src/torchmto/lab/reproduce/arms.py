@@ -9,8 +9,9 @@ from torchmto.lab.atomic import write_bytes
 from torchmto.lab.grid import Experiment, GridFolder, summarize, write_outputs
 from torchmto.lab.grid.executors import Executor, loaded
 from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.plan import check_settings
 from torchmto.lab.grid.runner import try_grid
-from torchmto.lab.grid.tuning import Plan, tune
+from torchmto.lab.grid.tuning import SPACE, Plan, tune
 from torchmto.lab.problem import Problem
 from torchmto.lab.reproduce.budget import Budget, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
@@ -129,7 +130,9 @@ def check_arm(context: Context, arm: Arm) -> None:
     try:
         run = recipe.run_config(arm, context.data_root)
         for settings in ({}, arm.method_run, *({**recipe.tune_run, **settings} for settings in recipe.tune)):
-            problem, config = _settled(config_of(settings, run))
+            wanted = config_of(settings, run)
+            check_settings(wanted, baselines=arm.baselines, tuned=SPACE if recipe.tune else ())
+            problem, config = _settled(wanted)
             Experiment(arm.methods, 1, config).check(problem)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{recipe.name}, arm {arm.name}: {error}") from error

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchmto.checks import check_integer
+from torchmto.checks import check_choice, check_integer
 from torchmto.lab.run.config import MOST, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
@@ -178,4 +178,6 @@ def _arm(name: str, content: Mapping[str, Any]) -> Arm:
     if methods == "all":
         methods = [method for method in all_methods() if not _needed(method)]
     labels = tuple(parse_method(method).label for method in methods)
+    if "reference" in entries:
+        check_choice("reference", entries["reference"], labels)
     return Arm(name, labels, **entries)
