@@ -10,11 +10,12 @@ from scipy import stats
 from torchmto.lab.atomic import plain, read_json, write_json
 from torchmto.lab.data import load_data
 from torchmto.lab.folders import locked
-from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, plan, run_grid, summarize
+from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, run_grid, summarize
 from torchmto.lab.grid import executors as executors_module
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label, run_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.grid.plan import compare
 from torchmto.lab.grid.plots import plots
 from torchmto.lab.grid.tables import csv_text, main_table, markdown, task_table, versus_table
 from torchmto.lab.methods import make
@@ -280,7 +281,7 @@ def test_experiments_are_checked_before_anything_runs(problem, tmp_path):
         Experiment(seeds=0)
     for method in ("wpcgrad(priority=[1.0])", "gd(c=1)"):
         with pytest.raises(ValueError, match=r"wpcgrad|gd|priority"):
-            plan(config_of(SETTINGS), tmp_path / "x", problem=problem, methods=[method])
+            compare(problem, [method], out=tmp_path / "x", config=SETTINGS)
     assert not (tmp_path / "x").exists()
 
 
