@@ -22,7 +22,7 @@ class ConsMTL(FairGrad):
 
     The representation is found in the graph: the results that several tasks share where a task's own part reads them. Where
     heads are missing, or nothing but parameters is shared, it is FairGrad; so with split norms, whose tasks have a forward
-    each (a warning). Compiled and sharded models are refused, and what PyTorch can't differentiate twice raises its error.
+    each (a warning). Compiled models are refused, and sharded ones; what PyTorch can't differentiate twice raises its error.
 
     Scale, fallbacks and ``scale="released"`` (times K, clipped to norm 1) as for ``fairgrad``; the representation's sum
     takes w as it is solved for. No eps (1e-6 in the released clipping). Cost: K backwards, one more forward with the same
@@ -50,6 +50,7 @@ class ConsMTL(FairGrad):
     tuning_space = {"strength": ("log", 1e-3, 100.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     needs_closure = True
+    whole_rows = "takes second derivatives by whole parameters"
 
     def __init__(self, *, strength: float = 1.0, limit: float = 0.1, scale: str = "paper") -> None:
         super().__init__(alpha=2.0, scale=scale)
@@ -71,10 +72,6 @@ class ConsMTL(FairGrad):
             warn(
                 "Method `consmtl` is FairGrad with split norms: tasks share no representation in a forward of their own."
             )
-
-    def refusal(self, network: Network) -> str:
-        """FSDP has parts of parameters only."""
-        return "takes second derivatives" if network.sharded else super().refusal(network)
 
     def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
         """The fair weights; the heads' gradients get their second terms here."""
