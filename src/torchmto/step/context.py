@@ -183,7 +183,7 @@ class StepContext:
         constant. One more forward, with the noise of the first, and two backwards per task down to these results.
 
         Args:
-            gradients: What :meth:`gradients` returned, not combined yet.
+            gradients: What :meth:`gradients` returned, combined already.
             weights: One weight per present task, [k].
 
         Returns:

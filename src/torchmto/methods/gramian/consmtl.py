@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_number, warn
+from torchmto.gradients.finite import real
 from torchmto.methods.gramian.fairgrad import FairGrad
 from torchmto.methods.method import Cost, Properties
 from torchmto.methods.registry import register_method
@@ -73,17 +74,23 @@ class ConsMTL(FairGrad):
                 "Method `consmtl` is FairGrad with split norms: tasks share no representation in a forward of their own."
             )
 
-    def step_weights(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """The fair weights; the heads' gradients get their second terms here."""
-        weights = super().step_weights(context, gradients)
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
+        """The fair step; the heads' gradients get their second terms before it is taken."""
+        self.num_fallbacks = 0
+        weights = self.step_weights(context, gradients)
+        # First, since another forward invalidates graphs that an engine has kept.
+        context.combine(gradients, weights)
         solved = weights if self.scale == "paper" else self.kept(weights) / len(weights)
         found = context.agreement(gradients, solved)
         for task in gradients.indices:
-            pairs = [(gradients.heads[key][1], held[task]) for key, (_, held) in found.items() if task in held]
+            pairs = [(parameter, held[task]) for parameter, held in found.values() if task in held]
             length = self.strength * torch.nn.utils.get_total_norm([derivative for _, derivative in pairs])
             own = [held[task] for _, held in gradients.heads.values() if task in held]
             longest = self.limit * torch.nn.utils.get_total_norm(own)
             factor = self.strength * float((longest / length).clamp_max(1).nan_to_num())
-            for gradient, derivative in pairs:
-                gradient[task] -= factor * derivative
+            for parameter, derivative in pairs:
+                if parameter.grad is not None:
+                    real(parameter.grad).sub_(factor * derivative)
+        context.apply()
+        self.after_step(gradients.reduced, context)
         return weights
