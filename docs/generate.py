@@ -102,7 +102,6 @@ def page(name: str) -> str:
     cls = method_class(name)
     properties = cls.properties
     signature = str(inspect.signature(cls)).replace("'", "").replace("collections.abc.", "")
-    signature = re.sub(r"[*]<class (?:[a-z_]+[.])*(\w+)>", r"Unpack[\1]", signature)
     promises = [
         f"homogeneity: {degree(properties.homogeneity)}",
         f"permutation equivariant: {'yes' if properties.equivariant else 'no'}",

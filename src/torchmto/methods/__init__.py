@@ -1,5 +1,6 @@
 """Every method, one file each: loss weightings, Gramian methods, combiners and procedures."""
 
+from torchmto.methods import hyper, states
 from torchmto.methods.method import (
     Cost,
     Domain,
@@ -23,8 +24,10 @@ __all__ = [
     "Method",
     "Procedure",
     "Properties",
+    "hyper",
     "make_method",
     "method_class",
     "methods",
     "register_method",
+    "states",
 ]

@@ -3,19 +3,21 @@
 import contextlib
 import copy
 import functools
+import inspect
 import operator
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_integer, shown, warn
+from torchmto.checks import shown, warn
+from torchmto.methods import hyper, states
 from torchmto.methods.per_task import ByTask, named
-from torchmto.solvers.solution import Array, Projection, Solution
+from torchmto.solvers.solution import Array, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
 SMALL = 100_000
@@ -99,6 +101,16 @@ class Method(ABC):
     error, put back without further code. Learnable loss scales and inner methods are states too: whatever has a
     ``state_dict``. Every random choice draws from :attr:`generator`.
 
+    Hyper-parameters are declared in the body of the class, ``c: float = number(0.5, minimum=0)``: they are taken by name,
+    checked, and become attributes. A subclass may as well have an ``__init__`` of its own.
+
+    Args:
+        **given: The hyper-parameters that aren't to be as they are by default.
+
+    Raises:
+        TypeError: If there is no such hyper-parameter, one is missing, or it is of another type.
+        ValueError: If one is out of range.
+
     Attributes:
         name: The name it is registered under.
         family: "loss weighting", "gramian", "combiner" or "procedure".
@@ -136,12 +148,34 @@ class Method(ABC):
     domain: Domain = Domain()
     needs_closure: bool = False
     needs_losses_after: bool = False
+    __signature__: ClassVar[inspect.Signature]
 
-    def __init__(self) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if owner is Method:
+            known = states.declared(cls, hyper.HyperParameter).values()
+            cls.__signature__ = inspect.Signature([parameter.as_parameter() for parameter in known])
+        else:
+            own = inspect.signature(vars(owner)["__init__"])
+            cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __init__(self, **given: Any) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self._states: list[str] = []
         self.tasks: tuple[str, ...] = ()
         self.num_tasks = 0
+        for attribute, known in states.declared(type(self), hyper.HyperParameter).items():
+            value = given.pop(known.name, known.default)
+            if value is hyper.REQUIRED:
+                raise TypeError(f"{type(self).__name__} needs the hyper-parameter `{known.name}`.")
+            setattr(self, attribute, known.check(known.name, value))
+        if given:
+            raise TypeError(f"{type(self).__name__} has no hyper-parameter `{next(iter(given))}`.")
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """What there is to do once the hyper-parameters have been checked one by one; overridden."""
 
     # ------------------------------------------------------------------ state
 
@@ -159,7 +193,12 @@ class Method(ABC):
             value.seed(derived_seed(self.generator.initial_seed(), name))
 
     def setup(self, num_tasks: int) -> None:
-        """Declare the states whose size depends on the number of tasks. Called once, before the first use."""
+        """Declare the states whose size depends on the number of tasks. Called once, before the first use.
+
+        By default those in the class's body, ``first: Tensor = states.each(torch.nan)``.
+        """
+        for name, state in states.declared(type(self), states.State).items():
+            self.add_state(name, state.first(self, num_tasks))
 
     def ensure_setup(self, num_tasks: int) -> None:
         """Call :meth:`setup` if it hasn't been called: for use without :class:`MultiTask`."""
@@ -440,26 +479,6 @@ def clipped(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
     return weights * (max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
 
 
-class GradientOptions(TypedDict, total=False):
-    """Options that all methods on per-task gradients share.
-
-    Attributes:
-        heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
-    """
-
-    heads: str
-
-
-class WeightingOptions(GradientOptions, total=False):
-    """Options that all Gramian methods share.
-
-    Attributes:
-        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
-    """
-
-    refresh_every: int
-
-
 class LossWeighting(Method):
     """Base of the methods that only combine losses: one forward, one backward.
 
@@ -530,31 +549,29 @@ class GramianWeighting(Method):
     parameters is ``weights @ J``.
 
     Args:
-        heads: "unit" or "weighted".
-        refresh_every: Recompute the weights every n steps.
+        heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
 
     Attributes:
-        HEADS: The values that ``heads`` may have.
         head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.
         max_norm: The longest update of the shared parameters, :meth:`shortened` to that; 0 for no bound.
     """
 
     family = "gramian"
-    HEADS: ClassVar[tuple[str, ...]] = ("unit", "weighted")
+    heads: str = hyper.choice("unit", "weighted")
+    refresh_every: int = hyper.integer(1, minimum=1)
+    head_weights: Tensor | None = None
     max_norm: float = 0.0
+    num_fallbacks = 0
+    _precision: float | None = None
+    _warned = False
+    _age: int
+    _kept_weights: dict[int, float]
     _unclipped: Tensor
 
-    def __init__(self, *, heads: str = "unit", refresh_every: int = 1) -> None:
-        super().__init__()
-        self.heads = check_choice("heads", heads, self.HEADS)
-        self.head_weights: Tensor | None = None
-        self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
-        self.num_fallbacks = 0
-        self._precision: float | None = None
-        self._warned = False
-        self._age: int
-        self._kept_weights: dict[int, float]
-        if refresh_every > 1:
+    def __post_init__(self) -> None:
+        """Steps that reuse weights need to know some."""
+        if self.refresh_every > 1:
             self.add_state("_age", 0)
             self.add_state("_kept_weights", {})
 
@@ -587,9 +604,13 @@ class GramianWeighting(Method):
         """The machine precision of the gradients behind ``gramian``: of this step's rows, or without a step of its type."""
         return torch.finfo(gramian.dtype).eps if self._precision is None else self._precision
 
-    def accept(self, solution: Solution | Projection, gramian: Tensor) -> Tensor:
+    def solved(self, solver: Callable[..., Solution], gramian: Tensor, **options: Any) -> Tensor:
+        """The weights, like ``gramian``, that a solver of :mod:`torchmto.solvers` finds for it, :meth:`accept`-ed."""
+        return self.accept(solver(self.as_array(gramian), precision=self.precision_of(gramian), **options), gramian)
+
+    def accept(self, solution: Solution, gramian: Tensor) -> Tensor:
         """A solver's weights as a tensor like ``gramian``; a solve that fell back is counted, and warned of once."""
-        if isinstance(solution, Solution) and not solution.converged:
+        if not solution.converged:
             self.num_fallbacks += 1
             if not self._warned:
                 self._warned = True
@@ -682,11 +703,8 @@ class GradientCombiner(Method):
 
     family = "combiner"
     whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
-
-    def __init__(self, *, heads: str = "unit") -> None:
-        super().__init__()
-        self.heads = check_choice("heads", heads, ("unit", "weighted"))
-        self.head_weights: Tensor | None = None
+    heads: str = hyper.choice("unit", "weighted")
+    head_weights: Tensor | None = None
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:

@@ -1,15 +1,11 @@
 """AdaTask: Adam with moments of its own for every task."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag, check_number
+from torchmto.methods import hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import GradientOptions
-from torchmto.methods.registry import register_method
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
 
@@ -42,32 +38,20 @@ class AdaTask(AdamRule):
 
     source = "Yang et al., AAAI 2023, Algorithm 1"
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
-    first: Tensor
-    second: Tensor
-    times: Tensor
+    eps: float = hyper.number(1e-8, minimum=0)
+    adam_heads: bool = hyper.flag(True)
+    # Moments of every task's gradient, and counts of steps.
+    first: Tensor = states.rows()
+    second: Tensor = states.rows()
+    times: Tensor = states.each(0, torch.int64)
     head_moments: dict[str, list[Tensor]]
     head_times: dict[str, int]
+    _network: Network | None = None
 
-    def __init__(
-        self,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_heads: bool = True,
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        super().__init__(betas, **options)
-        self.eps = check_number("eps", eps, minimum=0)
-        self.adam_heads = check_flag("adam_heads", adam_heads)
-        self._network: Network | None = None
+    def __post_init__(self) -> None:
+        """What is known of heads, by their parameters' names."""
         self.add_state("head_moments", {})
         self.add_state("head_times", {})
-
-    def setup(self, num_tasks: int) -> None:
-        """Moments of every task's gradient, and counts of steps."""
-        self.add_state("first", torch.zeros(num_tasks, 0))
-        self.add_state("second", torch.zeros(num_tasks, 0))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
 
     def step(self, context: StepContext) -> StepInfo:
         """As every combiner; moments of heads are kept by the network's names."""

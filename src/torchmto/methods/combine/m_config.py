@@ -1,17 +1,13 @@
 """M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer
 from torchmto.gradients.rows import gramian
+from torchmto.methods import Cost, Domain, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import Cost, Domain, GradientOptions
-from torchmto.methods.registry import register_method
 from torchmto.step import StepContext, StepInfo, TaskGradients
 from torchmto.step.finite import SkippedError
 
@@ -50,33 +46,16 @@ class MConFIG(AdamRule):
     source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
-    momenta: Tensor
-    moment: Tensor
-    last: Tensor
-    times: Tensor
-    num_steps: int
-    turn: int
-
-    def __init__(
-        self,
-        *,
-        num_updates: int | None = 1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        super().__init__(betas, **options)
-        self.num_updates = None if num_updates is None else check_integer("num_updates", num_updates, minimum=1)
-        self.num_fallbacks = 0
-        self._direction: Tensor | None = None
-
-    def setup(self, num_tasks: int) -> None:
-        """The momenta, the second moment, the direction's last momentum, counts, and whose turn it is."""
-        self.add_state("momenta", torch.zeros(num_tasks, 0))
-        self.add_state("moment", torch.zeros(1, 0))
-        self.add_state("last", torch.zeros(1, 0))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-        self.add_state("num_steps", 0)
-        self.add_state("turn", 0)
+    num_updates: int | None = hyper.integer(1, minimum=1, none=True)
+    # The momenta, the second moment, the direction's last momentum, counts, and whose turn it is.
+    momenta: Tensor = states.rows()
+    moment: Tensor = states.made(lambda *_: torch.zeros(1, 0))
+    last: Tensor = states.made(lambda *_: torch.zeros(1, 0))
+    times: Tensor = states.each(0, torch.int64)
+    num_steps: int = states.count()
+    turn: int = states.count()
+    num_fallbacks = 0
+    _direction: Tensor | None = None
 
     @property
     def one_by_one(self) -> bool:

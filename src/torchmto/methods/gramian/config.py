@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Properties, register_method
 
 
 @register_method("config")
@@ -45,5 +44,4 @@ class ConFIG(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""
-        solution = solvers.config(self.as_array(gramian), precision=self.precision_of(gramian))
-        return self.accept(solution, gramian)
+        return self.solved(solvers.config, gramian)

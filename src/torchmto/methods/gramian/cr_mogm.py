@@ -1,14 +1,13 @@
 """CR-MOGM: any weighting, smoothed over the steps."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
-from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
-from torchmto.methods.registry import gramian_method, register_method
+from torchmto.methods import Domain, GramianWeighting, hyper, register_method, states
+from torchmto.methods.registry import gramian_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -47,26 +46,17 @@ class CRMOGM(GramianWeighting):
     use = "Any weighting whose weights jump from batch to batch: smooths them."
     tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
-    inner: GramianWeighting
-    smoothed: Tensor
-    seen: Tensor
+    inner: GramianWeighting = hyper.called("method", hyper.given("mgda", gramian_method, str | GramianWeighting))
+    alpha: float = hyper.number(0.9, minimum=0, below=1)
+    # The smoothed weights [K] and which tasks have some.
+    smoothed: Tensor = states.each(0.0)
+    seen: Tensor = states.each(False, torch.bool)
 
-    def __init__(
-        self,
-        *,
-        method: str | GramianWeighting = "mgda",
-        alpha: float = 0.9,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, minimum=0, below=1)
-        self.add_state("inner", gramian_method("method", method))
+    def __post_init__(self) -> None:
+        """The other method's bound is this one's."""
+        super().__post_init__()
+        self.add_state("inner", self.inner)
         self.max_norm = self.inner.max_norm
-
-    def setup(self, num_tasks: int) -> None:
-        """The smoothed weights [K] and which tasks have some."""
-        self.add_state("smoothed", torch.zeros(num_tasks, dtype=torch.float64))
-        self.add_state("seen", torch.zeros(num_tasks, dtype=torch.bool))
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""

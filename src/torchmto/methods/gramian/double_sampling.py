@@ -2,13 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from torchmto.checks import warn
-from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.methods import GramianWeighting, states
 from torchmto.step import Network, StepContext, TaskGradients
 
 
@@ -24,21 +22,15 @@ class DoubleSampling(GramianWeighting):
     """
 
     independent_batches = 2
-    shares: Tensor
-
-    def __init__(self, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self._warned_of_reuse = False
+    # A point of the simplex [K], uniform at first.
+    shares: Tensor = states.shares()
+    _warned_of_reuse = False
 
     def refusal(self, network: Network) -> str:
         """The rows of several batches are needed at once."""
         if network.engine is not None:
             return "needs products between the gradients of several batches"
         return super().refusal(network)
-
-    def setup(self, num_tasks: int) -> None:
-        """A point of the simplex [K], uniform at first."""
-        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
 
     @abstractmethod
     def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:

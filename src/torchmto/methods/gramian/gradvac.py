@@ -1,17 +1,15 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_flag, check_number, found
+from torchmto.checks import found
 from torchmto.gradients.rows import gramian as gramian_of_rows
+from torchmto.methods import GramianWeighting, Properties, hyper, register_method
 from torchmto.methods.gramian.pcgrad import random_orders
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
 from torchmto.solvers.projection import Order
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 
@@ -50,29 +48,18 @@ class GradVac(GramianWeighting):
     use = "Related tasks whose gradients should stay as aligned as they usually are."
     tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
+    beta: float = hyper.number(0.01, minimum=0, maximum=1)
+    shuffle: bool = hyper.flag(True)
+    groups: str = hyper.choice("whole", "layer", "matrix")
     targets: Tensor
     group_targets: dict[str, Tensor]
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.01,
-        shuffle: bool = True,
-        groups: str = "whole",
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.beta = check_number("beta", beta, minimum=0, maximum=1)
-        self.shuffle = check_flag("shuffle", shuffle)
-        self.groups = check_choice("groups", groups, ("whole", "layer", "matrix"))
-        if groups != "whole" and (self.heads != "unit" or self.refresh_every > 1):
-            raise ValueError(
-                found(
-                    "groups",
-                    "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group",
-                    groups,
-                )
-            )
+    def __post_init__(self) -> None:
+        """With several groups there is no weight to multiply heads with, or to use again."""
+        super().__post_init__()
+        if self.groups != "whole" and (self.heads != "unit" or self.refresh_every > 1):
+            needed = "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group"
+            raise ValueError(found("groups", needed, self.groups))
 
     def setup(self, num_tasks: int) -> None:
         """Cosine targets [K, K], 0 at first; per group where there are several."""

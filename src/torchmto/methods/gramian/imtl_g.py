@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Properties, register_method
 
 
 @register_method("imtl_g")
@@ -43,5 +42,4 @@ class IMTLG(GramianWeighting):
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Weights with sum 1, [k]."""
-        solution = solvers.imtl_g(self.as_array(gramian), precision=self.precision_of(gramian))
-        return self.accept(solution, gramian)
+        return self.solved(solvers.imtl_g, gramian)

@@ -1,17 +1,14 @@
 """MoDo: one double-sampling step on the simplex per training step."""
 
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_number
+from torchmto.methods import Domain, Properties, hyper, register_method
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Domain, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
 
 
 @register_method("modo")
@@ -46,11 +43,8 @@ class MoDo(DoubleSampling):
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, against the pull of `rho`."
     )
-
-    def __init__(self, *, gamma: float = 1e-3, rho: float = 0.1, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, above=0)
-        self.rho = check_number("rho", rho, minimum=0)
+    gamma: float = hyper.number(1e-3, above=0)
+    rho: float = hyper.number(0.1, minimum=0)
 
     def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
         """Take one step on the simplex."""

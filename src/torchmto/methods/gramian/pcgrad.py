@@ -1,16 +1,13 @@
 """PCGrad: gradients projected off those they conflict with."""
 
 from collections.abc import Sequence
-from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_flag
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import GramianWeighting, Properties, hyper, register_method
 from torchmto.solvers.projection import Order
 
 
@@ -48,10 +45,7 @@ class PCGrad(GramianWeighting):
     source = "Yu et al., NeurIPS 2020, Algorithm 1"
     use = "The standard gradient surgery; a baseline whenever gradients conflict."
     properties = Properties(equivariant=False)
-
-    def __init__(self, *, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.shuffle = check_flag("shuffle", shuffle)
+    shuffle: bool = hyper.flag(True)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""

@@ -1,17 +1,14 @@
 """SDMGrad: stochastic steps towards a common direction near the mean gradient."""
 
 from collections.abc import Sequence
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer, check_number
+from torchmto.methods import Domain, hyper, register_method
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Domain, WeightingOptions
-from torchmto.methods.registry import register_method
 
 
 @register_method("sdmgrad")
@@ -49,21 +46,10 @@ class SDMGrad(DoubleSampling):
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
     )
-
-    def __init__(
-        self,
-        *,
-        lam: float = 0.3,
-        num_steps: int = 20,
-        lr: float = 5.0,
-        momentum: float = 0.5,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.lam = check_number("lam", lam, minimum=0)
-        self.num_steps = check_integer("num_steps", num_steps, minimum=1)
-        self.lr = check_number("lr", lr, above=0)
-        self.momentum = check_number("momentum", momentum, minimum=0, below=1)
+    lam: float = hyper.number(0.3, minimum=0)
+    num_steps: int = hyper.integer(20, minimum=1)
+    lr: float = hyper.number(5.0, above=0)
+    momentum: float = hyper.number(0.5, minimum=0, below=1)
 
     def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
         """Take the steps on the simplex."""

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import Shares, TaskFloats
 
 
 @register_method("cosmos")
@@ -44,10 +41,8 @@ class COSMOS(LossWeighting):
         "as all losses near 0.",
     )
 
-    def __init__(self, *, preference: TaskFloats | None = None, penalty: float = 1.0) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.penalty = check_number("penalty", penalty, minimum=0)
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    penalty: float = hyper.number(1.0, minimum=0)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum minus the cosine."""

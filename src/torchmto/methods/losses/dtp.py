@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found, unknown_task
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, named
-from torchmto.methods.registry import register_method
+from torchmto.checks import found, unknown_task
+from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods.per_task import PerTask, named
 
 LEAST = 1e-6
 """Smallest performance: its weight would be infinite at 0."""
@@ -52,16 +51,10 @@ class DTP(LossWeighting):
     properties = Properties(identity=False)
     domain = Domain(corners="Once every task is at performance 1, nothing moves.")
     fixed = True
-    performance: Tensor
-
-    def __init__(self, *, gamma: Numbers = 1.0, alpha: float = 0.5) -> None:
-        super().__init__()
-        self.gamma = PerTask("gamma", gamma, minimum=0)
-        self.alpha = check_number("alpha", alpha, above=0, maximum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """The averaged performances; NaN: not reported yet."""
-        self.add_state("performance", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+    gamma: PerTask = hyper.per_task(1.0, minimum=0)
+    alpha: float = hyper.number(0.5, above=0, maximum=1)
+    # The averaged performances; NaN: not reported yet.
+    performance: Tensor = states.each(torch.nan)
 
     def _weights(self, chosen: Sequence[int]) -> Tensor:
         kappa = self.performance[list(chosen)]

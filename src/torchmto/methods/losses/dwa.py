@@ -5,10 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, hyper, register_method, states
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Domain
-from torchmto.methods.registry import register_method
 
 
 @register_method("dwa")
@@ -40,18 +38,10 @@ class DWA(WindowedWeighting):
         corners="Where a window's mean isn't positive a ratio has no meaning: r = 1. A task whose loss has grown many times "
         "over takes nearly all of the weight for a window."
     )
-    last: Tensor
-    before: Tensor
-
-    def __init__(self, *, temperature: float = 2.0, window: int | None = None) -> None:
-        super().__init__(window=window)
-        self.temperature = check_number("temperature", temperature, above=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """The mean losses of the last window and of the one before; NaN: not seen yet."""
-        super().setup(num_tasks)
-        self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("before", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+    temperature: float = hyper.number(2.0, above=0)
+    # The mean losses of the last window and of the one before; NaN: not seen yet.
+    last: Tensor = states.each(torch.nan)
+    before: Tensor = states.each(torch.nan)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""

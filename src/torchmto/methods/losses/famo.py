@@ -5,12 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Cost, Domain, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask
 from torchmto.step import Losses, StepContext
 
 
@@ -56,18 +54,12 @@ class FAMO(LossWeighting):
         "have made up for it.",
     )
     needs_losses_after = True
-    logits: LearnableScales
-
-    def __init__(self, *, lr: float = 0.025, gamma: float = 1e-3, min_losses: Numbers = 0.0, eps: float = 1e-8) -> None:
-        super().__init__()
-        self.lr = check_number("lr", lr, above=0)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        self.min_losses = PerTask("min_losses", min_losses)
-        self.eps = check_number("eps", eps, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """One logit per task."""
-        self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, weight_decay=self.gamma))
+    lr: float = hyper.number(0.025, above=0)
+    gamma: float = hyper.number(1e-3, minimum=0)
+    min_losses: PerTask = hyper.per_task(0.0)
+    eps: float = hyper.number(1e-8, minimum=0)
+    # One logit per task.
+    logits: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, weight_decay=own.gamma))
 
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Less than eps above its lower bound a task would take all the weight, and the others would stand still."""

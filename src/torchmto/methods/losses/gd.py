@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting
-from torchmto.methods.registry import register_method
+from torchmto.methods import LossWeighting, register_method
 
 
 @register_method("gd")

@@ -7,9 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer, check_number
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method, states
 from torchmto.step import Losses, StepContext
 
 LEAST = 1e-6
@@ -86,16 +84,10 @@ class GO4Align(LossWeighting):
     recorded = {"shares": "shares"}
     properties = Properties(homogeneity=None, pareto=False)
     domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
-    shares: Tensor
-
-    def __init__(self, *, num_groups: int = 2, step_size: float = 1e-4) -> None:
-        super().__init__()
-        self.num_groups = check_integer("num_groups", num_groups, minimum=1)
-        self.step_size = check_number("step_size", step_size, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """The shares q."""
-        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
+    num_groups: int = hyper.integer(2, minimum=1)
+    step_size: float = hyper.number(1e-4, minimum=0)
+    # The shares q.
+    shares: Tensor = states.shares()
 
     def _updated(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
         """The shares of the present tasks after these losses, summing to 1."""

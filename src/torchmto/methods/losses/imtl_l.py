@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
+from torchmto.methods import Properties, register_method
 from torchmto.methods.losses.learnt_scaling import LearntScaling
-from torchmto.methods.method import Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("imtl_l")

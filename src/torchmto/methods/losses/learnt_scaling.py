@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, LossWeighting, hyper, states
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import Domain, LossWeighting
 from torchmto.step import Losses, StepContext
 
 
@@ -29,16 +28,10 @@ class LearntScaling(LossWeighting):
     domain = Domain(
         corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
     )
-    scales: LearnableScales
-
-    def __init__(self, *, lr: float = 0.025, initial: float = 0.0) -> None:
-        super().__init__()
-        self.lr = check_number("lr", lr, above=0)
-        self.initial = check_number("initial", initial)
-
-    def setup(self, num_tasks: int) -> None:
-        """One scale per task."""
-        self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=self.initial))
+    lr: float = hyper.number(0.025, above=0)
+    initial: float = hyper.number(0.0)
+    # One scale per task.
+    scales: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=own.initial))
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted losses plus the scales' penalty."""

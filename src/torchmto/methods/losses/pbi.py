@@ -5,12 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
 
 @register_method("pbi")
@@ -44,18 +41,9 @@ class PBI(LossWeighting):
         attained=True,
         corners="The penalty can give a loss below its share a negative weight: it may rise.",
     )
-
-    def __init__(
-        self,
-        *,
-        preference: TaskFloats | None = None,
-        theta: float = 5.0,
-        reference: Numbers = 0.0,
-    ) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.theta = check_number("theta", theta, minimum=0)
-        self.reference = PerTask("reference", reference)
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    theta: float = hyper.number(5.0, minimum=0)
+    reference: PerTask = hyper.per_task(0.0)
 
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Distances to a point that isn't below the losses mean nothing."""

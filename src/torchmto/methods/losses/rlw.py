@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import LossWeighting, Properties, register_method
 
 
 @register_method("rlw")

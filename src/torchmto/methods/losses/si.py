@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from torchmto.methods import Domain, LossWeighting, Properties, register_method
 from torchmto.methods.losses.inside import safe_log
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("si")

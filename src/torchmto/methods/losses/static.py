@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods import LossWeighting, Properties, hyper, register_method
 from torchmto.methods.per_task import PerTask, TaskFloats
-from torchmto.methods.registry import register_method
 
 
 @register_method("static")
@@ -33,11 +32,8 @@ class Static(LossWeighting):
     use = "Weights known from a paper or a search."
     properties = Properties(equivariant=False, identity=False)
     fixed = True
-
-    def __init__(self, *, weights: TaskFloats) -> None:
-        super().__init__()
-        self.given = PerTask("weights", weights, minimum=0, common=False)
+    weights: PerTask = hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False)
 
     def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
         """The weighted sum of the losses."""
-        return (losses * self.given.of(range(len(losses)) if indices is None else indices).to(losses)).sum()
+        return (losses * self.weights.of(range(len(losses)) if indices is None else indices).to(losses)).sum()

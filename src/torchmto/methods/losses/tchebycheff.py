@@ -4,11 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
 
 @register_method("tchebycheff")
@@ -36,16 +34,8 @@ class Tchebycheff(LossWeighting):
     use = "The worst weighted loss is all that counts."
     properties = Properties(pareto=False)
     domain = Domain("`reference`", attained=True)
-
-    def __init__(
-        self,
-        *,
-        preference: TaskFloats | None = None,
-        reference: Numbers = 0.0,
-    ) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.reference = PerTask("reference", reference)
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    reference: PerTask = hyper.per_task(0.0)
 
     def lower_bounds(self, indices: Sequence[int]) -> Tensor:
         """Below the reference the distance falls as the loss rises: descent would climb."""

@@ -8,11 +8,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest, warn
+from torchmto.checks import found, nearest, warn
 from torchmto.gradients.ranks import is_sharded
-from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
+from torchmto.methods import (
+    Cost,
+    Domain,
+    GradientCombiner,
+    Method,
+    Procedure,
+    Properties,
+    hyper,
+    make_method,
+    methods,
+    register_method,
+)
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, methods, register_method
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure import (
@@ -213,7 +223,7 @@ class PriorityProjection(GradientCombiner):
     """
 
     def __init__(self, priorities: ChannelPriorities, *, degenerate: Degenerate) -> None:
-        super().__init__(heads="unit")
+        super().__init__()
         self.priorities = priorities
         self.degenerate = degenerate
         self.tops: list[tuple[str, Tensor]] = []
@@ -256,6 +266,18 @@ class PriorityProjection(GradientCombiner):
         dots = rows[0].new_zeros(len(rows[0]), len(top), dtype=torch.float64)
         dots[:, own] = layer.dots(rows, top[own]).to(dots)
         return group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
+
+
+def _second(name: str, given: Any) -> Any:
+    """What the argument ``phase2`` means, but for "priority" itself."""
+    if isinstance(given, str) and given != "priority":
+        if given not in methods():
+            known = ("priority", *methods())
+            raise ValueError(f"Unknown method `{given}` as `{name}`: 'priority' or a method.{nearest(given, known)}")
+        return make_method(given)
+    if given != "priority" and not isinstance(given, Method):
+        raise TypeError(found(name, "'priority' or a method", given))
+    return given
 
 
 @register_method("connection_strength")
@@ -321,50 +343,28 @@ class ConnectionStrength(Procedure):
         corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
         "in the second phase."
     )
-    second: Method
+    total_steps: int | None = hyper.integer(None, minimum=1)
+    schedule: str = hyper.choice("mix", "phase1", "phase2", "sequence")
+    draw: str = hyper.choice("step", "epoch")
+    switch: float = hyper.number(0.5, minimum=0, maximum=1)
+    shuffle: bool = hyper.flag(False)
+    second: Method = hyper.called("phase2", hyper.given("priority", _second, str | Method))
+    measure: Measure = hyper.choice("parameters", "gradients", "saliency")
+    degenerate: Degenerate = hyper.choice("sum", "project")
+    pairs: Sequence[tuple[str, str]] | None = hyper.given(None)
+    record_layers: bool = hyper.flag(True)
     num_steps: int
     drawn: int
     priorities: ChannelPriorities
+    _now = 0
 
-    def __init__(
-        self,
-        *,
-        total_steps: int | None = None,
-        schedule: str = "mix",
-        draw: str = "step",
-        switch: float = 0.5,
-        shuffle: bool = False,
-        phase2: str | Method = "priority",
-        measure: Measure = "parameters",
-        degenerate: Degenerate = "sum",
-        pairs: Sequence[tuple[str, str]] | None = None,
-        record_layers: bool = True,
-    ) -> None:
-        super().__init__()
-        self.total_steps = None if total_steps is None else check_integer("total_steps", total_steps, minimum=1)
-        self.schedule = check_choice("schedule", schedule, ("mix", "phase1", "phase2", "sequence"))
-        if schedule == "sequence" and total_steps is None:
-            raise ValueError(found("total_steps", "a positive int for schedule='sequence'", total_steps))
-        self.draw = check_choice("draw", draw, ("step", "epoch"))
-        self.switch = check_number("switch", switch, minimum=0, maximum=1)
-        self.shuffle = check_flag("shuffle", shuffle)
-        check_choice("measure", measure, ("parameters", "gradients", "saliency"))
-        check_choice("degenerate", degenerate, ("sum", "project"))
-        priorities = ChannelPriorities(measure if phase2 == "priority" else "parameters", pairs)
-        if phase2 == "priority":
-            second: Method = PriorityProjection(priorities, degenerate=degenerate)
-        else:
-            if isinstance(phase2, str) and phase2 not in methods():
-                known = ("priority", *methods())
-                raise ValueError(
-                    f"Unknown method `{phase2}` as `phase2`: 'priority' or a method.{nearest(phase2, known)}"
-                )
-            second = make_method(phase2) if isinstance(phase2, str) else phase2
-        if not isinstance(second, Method):
-            raise TypeError(found("phase2", "'priority' or a method", phase2))
-        self.measure = measure
-        self.record_layers = check_flag("record_layers", record_layers)
-        self._now = 0
+    def __post_init__(self) -> None:
+        """The second phase is a method; this one's own works on priorities that both know."""
+        if self.schedule == "sequence" and self.total_steps is None:
+            raise ValueError(found("total_steps", "a positive int for schedule='sequence'", None))
+        own = not isinstance(self.second, Method)
+        priorities = ChannelPriorities(self.measure if own else "parameters", self.pairs)
+        second = PriorityProjection(priorities, degenerate=self.degenerate) if own else self.second
         self.add_state("second", second)
         self.add_state("num_steps", 0)
         self.add_state("drawn", 0)
