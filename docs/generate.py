@@ -126,7 +126,6 @@ def page(name: str) -> str:
             f"- **When to use it**: {cls.use}",
             f"- **Cost per batch of K tasks**: {counts(cls)}",
             f"- **Hyper-parameters**: `{name}{re.sub(r'torchmto[.][a-z_.]+[.]', '', signature).removesuffix(' -> None')}`",
-            f"- **Source**: {cls.source}",
             f"- **Domain** (tested): {takes}",
             "- **Declared properties** (tested): " + "; ".join(promises),
             "",

@@ -5,6 +5,7 @@ import copy
 import functools
 import inspect
 import operator
+import re
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -114,7 +115,7 @@ class Method(ABC):
     Attributes:
         name: The name it is registered under.
         family: "loss weighting", "gramian", "combiner" or "procedure".
-        source: Where it comes from: authors, venue, year, equation.
+        source: Where it comes from: authors, title, venue, year, equation; by default what the docstring says after "Source:".
         use: When to use it, in one sentence.
         norms: "shared", or "per task": what it is made for is a model with one copy of every norm for each task.
         adapts: Whether it adapts the size of every step itself, so that its optimizer had better be plain SGD.
@@ -152,6 +153,9 @@ class Method(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        cited = re.search(r"^ *Source: (.+?)(\n *\n|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+        if cited and "source" not in vars(cls):
+            cls.source = " ".join(cited[1].split()).removesuffix(".")
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
         if owner is Method:
             known = states.declared(cls, hyper.HyperParameter).values()

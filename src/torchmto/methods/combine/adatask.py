@@ -36,7 +36,6 @@ class AdaTask(AdamRule):
     Source: Yang et al., AdaTask, AAAI 2023, Algorithm 1 (Adam).
     """
 
-    source = "Yang et al., AAAI 2023, Algorithm 1"
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
     eps: float = hyper.number(1e-8, minimum=0)
     adam_heads: bool = hyper.flag(True)

@@ -37,7 +37,6 @@ class DBMTL(GradientCombiner):
     code.
     """
 
-    source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
     tuning_space = {"beta": ("linear", 0.1, 0.99)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)

@@ -36,7 +36,6 @@ class ExcessMTL(Method):
     """
 
     family = "combiner"
-    source = "He et al., ICML 2024, Algorithm 1"
     use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
     tuning_space = {"step_size": ("log", 1e-3, 1e-1)}
     whole_rows = "sums the squares of the rows in its state"

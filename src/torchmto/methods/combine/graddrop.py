@@ -31,7 +31,6 @@ class GradDrop(GradientCombiner):
     Source: Chen et al., Just Pick a Sign, NeurIPS 2020, Algorithm 1.
     """
 
-    source = "Chen et al., NeurIPS 2020, Algorithm 1"
     use = "Many conflicting tasks; random sign dropout as a regulariser."
     tuning_space = {"leak": ("linear", 0.0, 0.9)}
     properties = Properties(pareto=False)

@@ -43,7 +43,6 @@ class MConFIG(AdamRule):
     Source: Liu et al., ConFIG, ICLR 2025, Algorithm 1 (M-ConFIG), as in its released code.
     """
 
-    source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
     num_updates: int | None = hyper.integer(1, minimum=1, none=True)

@@ -32,7 +32,6 @@ class MetaBalance(GradientCombiner):
     Tasks, WWW 2022 (arXiv 2203.06801), as in its released code.
     """
 
-    source = "He et al., WWW 2022, arXiv 2203.06801"
     use = "Auxiliary tasks that only serve one target task, and drown it or are too weak to help."
     tuning_space = {"relax": ("linear", 0.0, 1.0)}
     properties = Properties(equivariant=False, pareto=False)

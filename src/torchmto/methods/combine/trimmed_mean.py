@@ -24,7 +24,6 @@ class TrimmedMean(GradientCombiner):
     Source: Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, Definition 2.
     """
 
-    source = "Yin et al., ICML 2018, Definition 2"
     use = "Gradients of some tasks may be outliers, entry by entry."
     properties = Properties(pareto=False)
     whole_rows = ""  # every column is averaged by itself

@@ -34,7 +34,6 @@ class AlignedMTL(PreferenceWeighting):
         tensor([1.0000, 0.5000])
     """
 
-    source = "Senushkin et al., CVPR 2023, Algorithm 1"
     use = "Gradients of very different size that should be orthogonalised without favouring any."
     tuning_space = {"scale_mode": ("choice", "min", "median", "rmse")}
     properties = Properties(pareto=False)

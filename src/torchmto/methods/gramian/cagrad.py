@@ -40,7 +40,6 @@ class CAGrad(GramianWeighting):
         tensor([0.1835, 1.2041, 1.2041])
     """
 
-    source = "Liu et al., NeurIPS 2021, equation 4, Algorithm 1"
     use = "When the worst-off task matters but the average should still fall; the step stays near the mean gradient."
     tuning_space = {"c": ("linear", 0.1, 0.9)}
     c: float = hyper.number(0.5, minimum=0)

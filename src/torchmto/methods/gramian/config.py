@@ -35,7 +35,6 @@ class ConFIG(GramianWeighting):
         tensor([1.5000, 0.7500])
     """
 
-    source = "Liu et al., ICLR 2025, equations 2-4"
     use = "When every update has to help every task at an equal rate."
     properties = Properties(pareto=False)
     domain = Domain(

@@ -32,7 +32,6 @@ class Constant(GramianWeighting):
         tensor([ 1., 10.])
     """
 
-    source = "constant weights"
     use = "Known trade-offs; a control for methods that adapt."
     properties = Properties(equivariant=False, identity=False)
     given: PerTask = hyper.called("weights", hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False))

@@ -42,7 +42,6 @@ class CRMOGM(GramianWeighting):
         tensor([0.6250, 0.3750])
     """
 
-    source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
     tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")

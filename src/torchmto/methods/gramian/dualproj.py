@@ -32,7 +32,6 @@ class DualProj(PreferenceWeighting):
         tensor([0.5000, 0.5000])
     """
 
-    source = "Lopez-Paz & Ranzato, NeurIPS 2017, equation 11"
     use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 

@@ -43,7 +43,6 @@ class FairGrad(GramianWeighting):
         tensor([0.2500])
     """
 
-    source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
     tuning_space = {"alpha": ("choice", 1.0, 2.0, 5.0, 10.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)

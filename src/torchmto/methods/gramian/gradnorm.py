@@ -16,7 +16,7 @@ LEAST = 1e-4
 """Smallest weight before the rescaling: the update of a weight isn't bounded below."""
 
 
-def _path(name: str, given: Any) -> str | None:
+def _path(name: str, given: Any) -> Any:
     if given is not None and not isinstance(given, str):
         raise TypeError(found(name, "the path of a module, a string", given))
     return given
@@ -55,7 +55,6 @@ class GradNorm(GramianWeighting):
         tensor([1., 1., 1.])
     """
 
-    source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
     tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
     recorded = {"scales": "scales.values"}

@@ -44,7 +44,6 @@ class GradVac(GramianWeighting):
         (tensor([2.0000, 1.2500]), tensor(-0.2500, dtype=torch.float64))
     """
 
-    source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
     use = "Related tasks whose gradients should stay as aligned as they usually are."
     tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)

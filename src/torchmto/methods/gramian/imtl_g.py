@@ -32,7 +32,6 @@ class IMTLG(GramianWeighting):
         tensor([0.6667, 0.3333])
     """
 
-    source = "Liu et al., ICLR 2021, equation 5"
     use = "When the update should make equal progress along every unit gradient."
     properties = Properties(pareto=False)
     domain = Domain(

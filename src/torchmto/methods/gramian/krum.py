@@ -31,7 +31,6 @@ class Krum(GramianWeighting):
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
 
-    source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
     use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
     domain = Domain(

@@ -40,7 +40,6 @@ class MGDA(GramianWeighting):
         tensor([0.7500, 0.2500])
     """
 
-    source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
     tuning_space = {"normalize": ("choice", "none", "l2")}
     properties = Properties(nonconflicting=True)

@@ -36,7 +36,6 @@ class MoDo(DoubleSampling):
         tensor([0.5500, 0.4500])
     """
 
-    source = "Chen et al., NeurIPS 2023, Algorithm 1"
     use = "Generalisation-minded multi-objective training with independent mini-batches."
     tuning_space = {"gamma": ("log", 1e-4, 1e-1), "rho": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None)

@@ -41,7 +41,6 @@ class NashMTL(GramianWeighting):
         tensor([1.0000, 0.5000])
     """
 
-    source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
     tuning_space = {"max_norm": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)

@@ -42,7 +42,6 @@ class PCD(GramianWeighting):
         tensor([0.8944, 0.2236])
     """
 
-    source = "Varam & AlHajri, TMLR 2026, arXiv 2606.29521, Algorithm 1"
     use = "One task is the goal and the others are constraints: sparsity, robustness, auxiliary tasks."
     tuning_space = {"tau": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False, pareto=False)

@@ -42,7 +42,6 @@ class PCGrad(GramianWeighting):
         tensor([2.0000, 1.2500])
     """
 
-    source = "Yu et al., NeurIPS 2020, Algorithm 1"
     use = "The standard gradient surgery; a baseline whenever gradients conflict."
     properties = Properties(equivariant=False)
     shuffle: bool = hyper.flag(True)

@@ -51,7 +51,6 @@ class PIVRG(FairGrad):
         tensor([1.1006, 0.8736])
     """
 
-    source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
     tuning_space = {}
     recorded = {"drops": "drops"}

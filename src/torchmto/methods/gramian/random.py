@@ -29,7 +29,6 @@ class Random(GramianWeighting):
         tensor(3.)
     """
 
-    source = "Lin et al., TMLR 2022"
     use = "A control: what random gradient weights achieve."
     properties = Properties(equivariant=False, pareto=False)
     scale: str = hyper.choice("sum", "mean")

@@ -40,7 +40,6 @@ class SDMGrad(DoubleSampling):
         tensor([0.5000, 0.5000])
     """
 
-    source = "Xiao et al., NeurIPS 2023, Algorithm 1"
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
     tuning_space = {"lam": ("log", 0.03, 10.0)}
     domain = Domain(

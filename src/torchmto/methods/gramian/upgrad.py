@@ -32,7 +32,6 @@ class UPGrad(PreferenceWeighting):
         tensor([1.0000, 0.6250])
     """
 
-    source = "Quinton & Rey, 2024, arXiv 2406.16232"
     use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 

@@ -80,7 +80,6 @@ class WPCGrad(GramianWeighting):
         tensor([2., 1.])
     """
 
-    source = "Bohn et al., 2024, arXiv 2409.01793"
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
     tuning_space = {"priority": ("choice", "loss", "relative_loss"), "gamma": ("linear", 0.5, 3.0)}
     properties = Properties(equivariant=False, uses_losses=True)
@@ -98,8 +97,8 @@ class WPCGrad(GramianWeighting):
     def __post_init__(self) -> None:
         """The priority is a method, too: a state."""
         super().__post_init__()
-        options = {name: getattr(self, name) for name in ("gamma", "window", "baseline", "higher_is_better")}
-        self.add_state("priority", make_priority(self.priority, **options))
+        names = ("priority", "gamma", "window", "baseline", "higher_is_better")
+        self.add_state("priority", make_priority(**{name: getattr(self, name) for name in names}))
         self._drawn: dict[str, Any] = {"probabilities": {}}
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:

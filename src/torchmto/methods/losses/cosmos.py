@@ -30,7 +30,6 @@ class COSMOS(LossWeighting):
         tensor(2.0000)
     """
 
-    source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
     use = "One model for a chosen preference between tasks on a Pareto front."
     tuning_space = {"penalty": ("log", 1e-2, 8.0)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)

@@ -44,7 +44,6 @@ class DTP(LossWeighting):
         tensor([0.0105, 0.3466])
     """
 
-    source = "Guo et al., ECCV 2018, Section 3"
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
     tuning_space = {"gamma": ("linear", 0.0, 2.0), "alpha": ("linear", 0.1, 1.0)}
     takes_shares = True

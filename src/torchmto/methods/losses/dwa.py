@@ -31,7 +31,6 @@ class DWA(WindowedWeighting):
         tensor([1., 1.])
     """
 
-    source = "Liu et al., CVPR 2019, Eq. 7"
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
     tuning_space = {"temperature": ("linear", 0.5, 5.0)}
     domain = Domain(

@@ -43,7 +43,6 @@ class FAMO(LossWeighting):
         tensor([0.7500, 0.2500])
     """
 
-    source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
     tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
     recorded = {"logits": "logits.values"}

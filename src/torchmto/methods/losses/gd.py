@@ -22,7 +22,6 @@ class GD(LossWeighting):
         tensor(3.)
     """
 
-    source = "equal weighting"
     use = "Always, first: the baseline to beat, and often enough the answer."
     fixed = True
 

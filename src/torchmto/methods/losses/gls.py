@@ -25,7 +25,6 @@ class GLS(LossWeighting):
         tensor(2.)
     """
 
-    source = "Chennupati et al., CVPR Workshops 2019"
     use = "Positive losses on different scales, without any hyper-parameter."
     properties = Properties(identity=False, pareto=False)
     domain = Domain("0", corners="As one loss nears 0 so do the weights of all others.")

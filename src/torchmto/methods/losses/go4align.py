@@ -78,7 +78,6 @@ class GO4Align(LossWeighting):
         tensor([2.0002, 2.0002, 0.4999])
     """
 
-    source = "Shen et al., NeurIPS 2024"
     use = "Tasks that learn in step with each other and should share a weight."
     tuning_space = {"step_size": ("log", 1e-3, 1.0)}
     recorded = {"shares": "shares"}

@@ -33,7 +33,6 @@ class IGB(WindowedWeighting):
         tensor([2.0000, 0.2500])
     """
 
-    source = "Dai et al., UAI 2023, IGBv1"
     use = "Losses on different scales, when tasks far from their start value should catch up."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="A task at many times its base takes nearly all of the weight.")

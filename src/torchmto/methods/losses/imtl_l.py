@@ -27,7 +27,6 @@ class IMTLL(LearntScaling):
         tensor(5.)
     """
 
-    source = "Liu et al., ICLR 2021, Eq. 6"
     use = "Losses on different scales, with learnable scales and one backward."
     tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)

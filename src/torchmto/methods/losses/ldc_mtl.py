@@ -43,7 +43,6 @@ class LDCMTL(LossWeighting):
         tensor([0.4269, 0.5731])
     """
 
-    source = "Xiao et al., 2025, arXiv 2502.08585"
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
     tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
     recorded = {"logits": "logits.values"}

@@ -32,7 +32,6 @@ class PBI(LossWeighting):
         tensor(11.)
     """
 
-    source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
     use = "A chosen preference direction in loss space."
     tuning_space = {"theta": ("log", 0.1, 10.0)}
     properties = Properties(pareto=False)

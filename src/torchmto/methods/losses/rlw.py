@@ -24,7 +24,6 @@ class RLW(LossWeighting):
         3.0
     """
 
-    source = "Lin et al., TMLR 2022"
     use = "A control: what random loss weights achieve, at one backward."
     properties = Properties(equivariant=False, pareto=False)
 

@@ -28,7 +28,6 @@ class Static(LossWeighting):
         tensor(32.)
     """
 
-    source = "constant weights"
     use = "Weights known from a paper or a search."
     properties = Properties(equivariant=False, identity=False)
     fixed = True

@@ -34,7 +34,6 @@ class STCH(WindowedWeighting):
         tensor(0.)
     """
 
-    source = "Lin et al., ICML 2024"
     use = "The worst task counts most, smoothly, at one backward."
     tuning_space = {"mu": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)

@@ -30,7 +30,6 @@ class Tchebycheff(LossWeighting):
         tensor([0.0000, 0.5000])
     """
 
-    source = "Zhang & Li, IEEE TEVC 2007, Section II-B"
     use = "The worst weighted loss is all that counts."
     properties = Properties(pareto=False)
     domain = Domain("`reference`", attained=True)
@@ -73,7 +72,6 @@ class ModifiedTchebycheff(Tchebycheff):
         tensor(5.)
     """
 
-    source = "Ma et al., IEEE TEVC 2018"
     use = "The worst task, relative to its preference, is all that counts."
 
     def _scaled(self, preference: Tensor) -> Tensor:

@@ -334,7 +334,6 @@ class ConnectionStrength(Procedure):
         'mix'
     """
 
-    source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     norms = "per task"
     tuning_space = {"schedule": ("choice", "mix", "sequence"), "switch": ("linear", 0.2, 0.8)}

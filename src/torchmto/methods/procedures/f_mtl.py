@@ -46,7 +46,6 @@ class FMTL(SharpnessAware):
         6
     """
 
-    source = "Phan et al., ICCV 2025, arXiv 2211.13723"
     use = "Tasks that overfit, or few samples, where twice the price per step is affordable."
     tuning_space = {"rho": ("log", 1e-3, 0.5)}
     properties = Properties(identity=False, pareto=False)

@@ -46,7 +46,6 @@ class SAMO(SharpnessAware):
         4
     """
 
-    source = "Ban et al., ICCV 2025, arXiv 2507.07883"
     use = "Conflicting tasks that overfit: flat minima for about the price of one more backward than K."
     tuning_space = {"rho": ("log", 1e-5, 1e-1), "alpha": ("linear", 0.0, 1.0)}
     properties = Properties(homogeneity=-1 / 3, equivariant=False, identity=False, pareto=False)

@@ -21,7 +21,6 @@ class Sequential(Procedure):
     Source: phase 1 of Jeong & Yoon, CVPR 2024, without its task-specific norms.
     """
 
-    source = "one task at a time; Jeong & Yoon, CVPR 2024, phase 1 without task-specific norms"
     use = "The strongest simple baseline of the papers' ablations; K optimizer steps per batch, so compare by cost."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     shuffle: bool = hyper.flag(False)

@@ -69,7 +69,6 @@ class SonGoku(Procedure):
     Source: Patapati & Srinivasan, Graph Coloring for Multi-Task Learning, 2025 (arXiv 2509.16959).
     """
 
-    source = "Patapati & Srinivasan, 2025, arXiv 2509.16959"
     use = "Many tasks of which only some conflict: trains compatible sets in turn."
     tuning_space = {"beta": ("linear", 0.5, 0.99), "tau": ("linear", 0.0, 0.5)}
     properties = Properties(equivariant=False, pareto=False)

@@ -85,7 +85,6 @@ class TaskGroups(Procedure):
         2
     """
 
-    source = "Jeong & Yoon, ICLR 2025, arXiv 2502.11986"
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
