@@ -7,7 +7,7 @@ from torchmto import solvers
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Domain, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import fitted, pieces
+from torchmto.methods.combine.columns import averaged, fitted, pieces
 from torchmto.step import StepContext, StepInfo, TaskGradients
 from torchmto.step.finite import SkippedError
 
@@ -141,10 +141,7 @@ class MConFIG(AdamRule):
 
     def _momenta(self, task_grads: TaskGradients, piece: slice) -> Tensor:
         """Some columns of the momenta after this step."""
-        moved = self.momenta[:, piece].clone()
-        for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
-            moved[task].mul_(self.betas[0]).add_(row[piece], alpha=1 - self.betas[0])
-        return moved
+        return averaged(self.momenta, task_grads.matrix, task_grads.indices, self.betas[0], piece)
 
     def _moments(self, direction: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """Some columns of the direction's momentum and of the second moment after this step."""

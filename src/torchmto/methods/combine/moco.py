@@ -7,7 +7,6 @@ from torchmto import solvers
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
 from torchmto.methods.combine.columns import fitted, remember_, track_
-from torchmto.methods.gramian.simplex import set_shares, shares_of
 from torchmto.step import TaskGradients
 
 
@@ -80,14 +79,14 @@ class MoCo(GradientCombiner):
         track_(task_grads.matrix, self.tracked, present, shares_of_rows)
         own = gramian(task_grads.matrix)
         own.diagonal().add_(self.rho)
-        shares = shares_of(self.shares, present)
+        shares = states.shares_of(self.shares, present)
         moved = shares - self.gamma / self.num_steps**self.gamma_sigma * (own @ shares)
         moved = (
             moved.softmax(0)
             if self.step_rule == "softmax"
             else torch.from_numpy(solvers.simplex_projection(moved.numpy()))
         )
-        set_shares(self.shares, present, moved)
+        states.set_shares(self.shares, present, moved)
         self.head_weights = moved
         return torch.mv(task_grads.matrix.T, moved.to(task_grads.matrix))
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, Properties, hyper, register_method
+from torchmto.methods import Domain, Properties, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
-from torchmto.methods.gramian.simplex import set_shares, shares_of
 
 
 @register_method("modo")
@@ -49,12 +48,12 @@ class MoDo(DoubleSampling):
         """Take one step on the simplex."""
         solution = solvers.modo(
             self.as_array(cross_gramian),
-            shares_of(self.shares, indices).numpy(),
+            states.shares_of(self.shares, indices).numpy(),
             regularization=self.rho,
             learning_rate=self.gamma,
         )
-        set_shares(self.shares, indices, torch.from_numpy(solution.weights))
+        states.set_shares(self.shares, indices, torch.from_numpy(solution.weights))
 
     def row_weights(self, indices: Sequence[int]) -> Tensor:
         """The shares themselves."""
-        return shares_of(self.shares, indices)
+        return states.shares_of(self.shares, indices)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, hyper, register_method
+from torchmto.methods import Domain, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
-from torchmto.methods.gramian.simplex import set_shares, shares_of
 
 
 @register_method("sdmgrad")
@@ -54,15 +53,15 @@ class SDMGrad(DoubleSampling):
         """Take the steps on the simplex."""
         solution = solvers.sdmgrad(
             self.as_array(cross_gramian),
-            shares_of(self.shares, indices).numpy(),
+            states.shares_of(self.shares, indices).numpy(),
             regularization=self.lam,
             steps=self.num_steps,
             learning_rate=self.lr,
             momentum=self.momentum,
         )
         moved = solvers.sdmgrad_simplex(solution.weights, self.lam).clip(min=0.0)
-        set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
+        states.set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
 
     def row_weights(self, indices: Sequence[int]) -> Tensor:
         """Shares mixed with the mean."""
-        return (shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)
+        return (states.shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from torchmto.methods import Properties, register_method
-from torchmto.methods.losses.learnt_scaling import LearntScaling
+from torchmto.methods.losses.learnable import LearntScaling
 
 
 @register_method("uw")

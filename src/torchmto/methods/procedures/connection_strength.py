@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchmto import structure
 from torchmto.checks import found, nearest, warn
 from torchmto.gradients.ranks import is_sharded
 from torchmto.methods import (
@@ -25,16 +26,6 @@ from torchmto.methods import (
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
-from torchmto.structure import (
-    Recording,
-    SplitNorm,
-    StructuredLayer,
-    group_coefficients,
-    has_split_norms,
-    normalized_strength,
-    record_dataflow,
-    top_priority,
-)
 from torchmto.structure.pairing import Pairs, PairSearch
 
 Measure = Literal["parameters", "gradients", "saliency"]
@@ -59,13 +50,13 @@ class ChannelPriorities:
         self.measure = measure
         self.explicit = pairs
         self.tasks: tuple[str, ...] = ()
-        self.layers: list[StructuredLayer] = []
+        self.layers: list[structure.StructuredLayer] = []
         self._network: Network | None = None
         self._parameters: Sequence[Tensor] = ()
         self._pairs: Pairs = {}
         self._seen: list[str] = []
         self._searching = False
-        self._recording: Recording | None = None
+        self._recording: structure.Recording | None = None
 
     def attach(self, network: Network, tasks: tuple[str, ...]) -> None:
         """Take a model; what is known of a former one is forgotten."""
@@ -77,7 +68,7 @@ class ChannelPriorities:
             search.take(self.explicit)
         else:
             search.recall(self._pairs)
-        self._searching = self.explicit is None and has_split_norms(network.model)
+        self._searching = self.explicit is None and structure.has_split_norms(network.model)
         self._take(search)
 
     def follow(self, network: Network) -> None:
@@ -106,7 +97,7 @@ class ChannelPriorities:
         if not self._searching or len(self._seen) == len(self.tasks):
             yield
             return
-        with record_dataflow(self.network.model) as recording:
+        with structure.record_dataflow(self.network.model) as recording:
             self._recording = recording
             try:
                 yield
@@ -145,7 +136,7 @@ class ChannelPriorities:
             self.layers = [
                 layer
                 for layer in search.result()
-                if isinstance(layer.norm_out, SplitNorm) or isinstance(layer.norm_in, SplitNorm)
+                if isinstance(layer.norm_out, structure.SplitNorm) or isinstance(layer.norm_in, structure.SplitNorm)
             ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +158,7 @@ class ChannelPriorities:
             self._take(search)
         self._pairs, self._seen = pairs, seen
 
-    def shared_layers(self) -> list[tuple[StructuredLayer, set[int]]]:
+    def shared_layers(self) -> list[tuple[structure.StructuredLayer, set[int]]]:
         """The layers whose weight is trained and was reached by several tasks; and the tasks that can lead their channels.
 
         These are the tasks that reach the layer and their copies of its norms: a copy that never ran says nothing. A head's
@@ -182,7 +173,7 @@ class ChannelPriorities:
 
     def top(
         self,
-        layer: StructuredLayer,
+        layer: structure.StructuredLayer,
         candidates: Collection[int],
         indices: Sequence[int],
         gradients: TaskGradients | None = None,
@@ -193,10 +184,10 @@ class ChannelPriorities:
         tie = 1e-12 if views is None or gradients is None else rounding_error(gradients.precision)
         rows = [row for row, index in enumerate(indices) if index in candidates]
         if len(rows) == len(indices):
-            return top_priority(normalized_strength(strengths), tie=tie)
+            return structure.top_priority(structure.normalized_strength(strengths), tie=tie)
         if not rows:
             return torch.full((layer.num_channels,), -1, device=strengths.device)
-        top = top_priority(normalized_strength(strengths[rows]), tie=tie)
+        top = structure.top_priority(structure.normalized_strength(strengths[rows]), tie=tie)
         return torch.tensor([*rows, -1], device=top.device)[top]
 
     def _reached(self) -> dict[int, frozenset[int]]:
@@ -209,7 +200,7 @@ class ChannelPriorities:
         running = set(range(len(self.tasks)))
         for norm in norms:
             for index in list(running):
-                copy = norm.copy_for(self.tasks[index]) if isinstance(norm, SplitNorm) else norm
+                copy = norm.copy_for(self.tasks[index]) if isinstance(norm, structure.SplitNorm) else norm
                 known = [] if copy is None else [reached[id(p)] for p in copy.parameters() if id(p) in reached]
                 if known and not any(index in tasks for tasks in known):
                     running.remove(index)
@@ -251,7 +242,7 @@ class PriorityProjection(GradientCombiner):
                 views[task_grads.rows.position[id(parameter)]].copy_(combined)
         return flat
 
-    def _coefficients(self, layer: StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
+    def _coefficients(self, layer: structure.StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
         """The multipliers of the channels this rank has: all of them, unless FSDP shards the layer."""
         if not is_sharded(layer.weight):
             return layer.coefficients(rows, top, degenerate=self.degenerate)
@@ -265,7 +256,7 @@ class PriorityProjection(GradientCombiner):
         own = slice(start, start + rows[0].shape[1])
         dots = rows[0].new_zeros(len(rows[0]), len(top), dtype=torch.float64)
         dots[:, own] = layer.dots(rows, top[own]).to(dots)
-        return group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
+        return structure.group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
 
 
 def _second(name: str, given: Any) -> Any:
@@ -373,7 +364,7 @@ class ConnectionStrength(Procedure):
         """Look for task-specific norms."""
         super().attach(network)
         self.priorities.attach(network, self.tasks)
-        if len(self.tasks) > 1 and not has_split_norms(network.model):
+        if len(self.tasks) > 1 and not structure.has_split_norms(network.model):
             warn(
                 "connection_strength: the model has no task-specific norms, so no channel has a priority and phase 2 is the "
                 "plain sum. Call `torchmto.structure.split_norms(model, tasks)` before building the optimizer.",

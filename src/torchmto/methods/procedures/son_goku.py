@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Procedure, Properties, hyper, register_method, states
-from torchmto.methods.combine.columns import fitted, pieces
+from torchmto.methods.combine.columns import averaged, fitted, pieces
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
@@ -131,10 +131,6 @@ class SonGoku(Procedure):
             },
         )
 
-    @torch.no_grad()
     def _moved(self, gradients: TaskGradients, piece: slice) -> Tensor:
         """Some columns of the tracked gradients after this step."""
-        tracked = self.tracked[:, piece].clone()
-        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
-            tracked[task].mul_(self.beta).add_(row[piece], alpha=1 - self.beta)
-        return tracked
+        return averaged(self.tracked, gradients.matrix, gradients.indices, self.beta, piece)
