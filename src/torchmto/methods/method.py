@@ -21,6 +21,9 @@ from torchmto.methods.per_task import ByTask, named
 from torchmto.solvers.solution import Array, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
+Indices = Sequence[int]
+"""Some of the tasks, by their numbers."""
+
 SMALL = 100_000
 """Elements up to which a state tensor is copied at the start of a step, so that an error can undo its change."""
 
@@ -274,11 +277,11 @@ class Method(ABC):
         for inner in self._inner():
             yield from inner.parts()
 
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """What the losses of the tasks ``indices`` must exceed (or reach: ``domain.attained``), on the CPU, [k]."""
         return torch.zeros(len(indices), dtype=torch.float64)
 
-    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+    def outside(self, losses: Tensor, indices: Indices) -> str:
         """Why this method, or one inside it, can't take these losses; empty if it can.
 
         Args:
@@ -295,7 +298,7 @@ class Method(ABC):
         reasons = (inner.outside(losses, indices) for inner in self._inner())
         return next((reason for reason in reasons if reason), "")
 
-    def check_losses(self, losses: Tensor, indices: Sequence[int] | None = None) -> None:
+    def check_losses(self, losses: Tensor, indices: Indices | None = None) -> None:
         """For use without :class:`MultiTask`, whose steps check losses before they change anything.
 
         Raises:
@@ -498,7 +501,7 @@ class LossWeighting(Method):
     fixed: ClassVar[bool] = False
 
     @abstractmethod
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The scalar to minimise, a differentiable function of the losses. Must not change state, random draws apart.
 
         Args:
@@ -506,13 +509,13 @@ class LossWeighting(Method):
             indices: Which tasks they are, ascending; default the first k.
         """
 
-    def present(self, losses: Tensor, indices: Sequence[int] | None = None) -> list[int]:
+    def present(self, losses: Tensor, indices: Indices | None = None) -> list[int]:
         """The tasks these losses belong to, for an :meth:`objective` that has state per task; sets it up if need be."""
         chosen = list(range(len(losses)) if indices is None else indices)
         self.ensure_setup(max(chosen) + 1)
         return chosen
 
-    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def loss_weights(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weights of the losses in the update, [k]: the gradient of the objective."""
         with torch.enable_grad():
             values = losses.detach().requires_grad_()
@@ -586,7 +589,7 @@ class GramianWeighting(Method):
         return super().refusal(network)
 
     @abstractmethod
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weight of every present task's gradient in the update.
 
         Args:
@@ -632,8 +635,8 @@ class GramianWeighting(Method):
         finally:
             self._precision = None
 
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """One optimizer step along the weighted sum of these gradients; returns the weights."""
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """One optimizer step along the weighted sum of these gradients; returns the weights, if tasks have one each."""
         self.num_fallbacks = 0
         weights = self.step_weights(context, gradients)
         context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
@@ -649,7 +652,7 @@ class GramianWeighting(Method):
                 return info
         gradients = context.gradients()
         weights = self.descend(context, gradients)
-        if self.refresh_every > 1:
+        if self.refresh_every > 1 and weights is not None:
             self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
             self._age = 1
         return context.info(

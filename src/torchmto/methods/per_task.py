@@ -141,7 +141,7 @@ class Primary(ByTask):
             raise ValueError(found(self.name, f"the name or number of one of {len(tasks)} tasks", self.given))
 
 
-class Baseline(ByTask):
+class Baseline(PerTask):
     """The hyper-parameters ``baseline`` and ``higher_is_better``: single-task values, and how far behind them results are.
 
     Args:
@@ -154,8 +154,9 @@ class Baseline(ByTask):
     """
 
     def __init__(self, given: Mapping[str, float], higher_is_better: Any) -> None:
+        super().__init__("baseline", given, common=False)
         for name, value in given.items():
-            if check_number(f"baseline[{name!r}]", value) == 0:
+            if value == 0:
                 raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
         by_task = isinstance(higher_is_better, Mapping)
         directions = higher_is_better.values() if by_task else [higher_is_better]
@@ -166,8 +167,7 @@ class Baseline(ByTask):
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Check that every task has a value, and that directions are of these tasks."""
-        if set(self.values) != set(tasks):
-            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.values))
+        super().bind(tasks)
         unknown = [name for name in self.directions if name not in tasks]
         if unknown:
             raise ValueError(unknown_task(unknown[0], tasks, "in `higher_is_better`"))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import found, nearest, unknown_task
-from torchmto.methods import LossWeighting, Method, hyper, make_method, methods, states
+from torchmto.methods import Indices, LossWeighting, Method, hyper, make_method, methods, states
 from torchmto.methods.losses.window import Windowed
 from torchmto.methods.per_task import Baseline, PerTask, TaskFloats
 from torchmto.step import StepContext, StepInfo
@@ -26,10 +26,10 @@ class Priority(Method):
     family = "priority"
 
     @abstractmethod
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """Scores of the present tasks, float64 [k]; any scale, NaN for what isn't known."""
 
-    def probabilities(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def probabilities(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """Probabilities of the present tasks, float64 [k]; uniform where no score is positive.
 
         A task without a score gets the mean of the others.
@@ -80,7 +80,7 @@ class FixedPriority(Priority):
 
     given: Probabilities = hyper.called("priority", hyper.given(hyper.REQUIRED, Probabilities))
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """The given probabilities."""
         return self.given.of(indices)
 
@@ -100,7 +100,7 @@ class LossPriority(Windowed, Priority):
     first: Tensor = states.each(torch.nan)
     last: Tensor = states.each(torch.nan)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """(Mean loss)^gamma; NaN for a task not seen in any window."""
         self.ensure_setup(max(indices) + 1)
         chosen = list(indices)
@@ -146,7 +146,7 @@ class PerformancePriority(Priority):
         for name, value in performance.items():
             self.shortfall[self.tasks.index(name)] = max(self.baseline.behind(name, value), 0.0)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """Shortfall^gamma; NaN for a task without a report."""
         self.ensure_setup(max(indices) + 1)
         shortfall = self.shortfall[list(indices)]
@@ -162,7 +162,7 @@ class WeightingPriority(Priority):
         super().__init__()
         self.add_state("weighting", weighting)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """The weighting's weights for these losses."""
         if losses is None:
             return torch.full((len(indices),), torch.nan)
@@ -177,7 +177,7 @@ class CallablePriority(Priority):
         super().__init__()
         self.function = function
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """What the function returns.
 
         Raises:
@@ -225,19 +225,11 @@ def make_priority(
             return PerformancePriority(baseline=baseline, higher_is_better=higher_is_better, gamma=gamma)
         if priority == "uniform":
             return CallablePriority(torch.ones_like)
-        try:
-            weighting = make_method(priority)
-        except ValueError:
-            weighting = None
+        weighting = make_method(priority) if priority in methods() else None
         if not isinstance(weighting, LossWeighting):
-            raise ValueError(
-                found(
-                    "priority",
-                    "'loss', 'relative_loss', 'performance', 'uniform', a loss weighting, probabilities or a callable",
-                    priority,
-                )
-                + nearest(priority, (*SOURCES, *methods()))
-            )
+            known = ", ".join(map(repr, SOURCES))
+            message = found("priority", f"{known}, a loss weighting, probabilities or a callable", priority)
+            raise ValueError(message + nearest(priority, (*SOURCES, *methods())))
         return WeightingPriority(weighting)
     if isinstance(priority, LossWeighting):
         return WeightingPriority(priority)

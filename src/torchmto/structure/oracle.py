@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torchmto.checks import check_number
 from torchmto.gradients.rows import wide_dtype
 from torchmto.structure.layers import StructuredLayer
-from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import channels_first
 from torchmto.task_norms import active_task, has_split_norms
+from torchmto.undo import undisturbed
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 ChannelGroup = tuple[StructuredLayer, Sequence[int]]

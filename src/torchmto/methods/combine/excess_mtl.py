@@ -1,11 +1,9 @@
 """ExcessMTL: weights by estimated excess risks."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, Method, hyper, register_method, states
+from torchmto.methods import Domain, Indices, Method, hyper, register_method, states
 from torchmto.methods.combine.columns import fitted
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
@@ -59,7 +57,7 @@ class ExcessMTL(Method):
             excess.append(torch.where(square > 0, square * (squares[task] + square).rsqrt(), 0.0).sum())
         return torch.stack(excess).to("cpu", torch.float64)
 
-    def _update(self, chosen: Sequence[int], excess: Tensor) -> Tensor:
+    def _update(self, chosen: Indices, excess: Tensor) -> Tensor:
         """Multiply the weights; the present tasks' weights in the update, [k], summing to k."""
         where = list(chosen)
         relative = excess / self.first[where]

@@ -1,12 +1,10 @@
 """CAGrad: near the mean gradient, the direction that serves the worst-off task best."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import GramianWeighting, hyper, register_method
+from torchmto.methods import GramianWeighting, Indices, hyper, register_method
 
 
 @register_method("cagrad")
@@ -46,7 +44,7 @@ class CAGrad(GramianWeighting):
     rescale: bool = hyper.flag(False)
     scale: str = hyper.choice("mean", "sum")
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of d, [k]."""
         if len(gramian) == 1:
             return torch.ones_like(gramian[0])

@@ -1,11 +1,9 @@
 """ConFIG: the direction on which all gradients project equally, as long as they agree."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, register_method
 
 
 @register_method("config")
@@ -41,6 +39,6 @@ class ConFIG(GramianWeighting):
         corners="Linearly dependent gradients: the least-squares direction, a fallback. Zero gradients take no part."
     )
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""
         return self.solved(solvers.config, gramian)

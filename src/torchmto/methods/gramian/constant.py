@@ -1,10 +1,8 @@
 """Fixed weights of the gradients."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods import GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.per_task import PerTask, TaskFloats
 
 
@@ -36,6 +34,6 @@ class Constant(GramianWeighting):
     properties = Properties(equivariant=False, identity=False)
     given: PerTask = hyper.called("weights", hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False))
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The present tasks' weights, [k]."""
         return self.given.of(range(len(gramian)) if indices is None else indices).to(gramian)

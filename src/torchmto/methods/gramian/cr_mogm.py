@@ -1,12 +1,12 @@
 """CR-MOGM: any weighting, smoothed over the steps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, GramianWeighting, hyper, register_method, states
+from torchmto.methods import Domain, GramianWeighting, Indices, hyper, register_method, states
 from torchmto.methods.registry import gramian_method
 from torchmto.step import StepContext, TaskGradients
 
@@ -57,7 +57,7 @@ class CRMOGM(GramianWeighting):
         self.add_state("inner", self.inner)
         self.max_norm = self.inner.max_norm
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""
         self.inner.num_fallbacks = 0
         return self._smooth(self.inner.weights(gramian, losses, indices), gramian, indices)
@@ -67,7 +67,7 @@ class CRMOGM(GramianWeighting):
         self.inner.num_fallbacks = 0
         return self._smooth(self.inner.step_weights(context, gradients), gradients.gramian, gradients.indices)
 
-    def _smooth(self, weights: Tensor, gramian: Tensor, indices: Sequence[int] | None) -> Tensor:
+    def _smooth(self, weights: Tensor, gramian: Tensor, indices: Indices | None) -> Tensor:
         self.num_fallbacks += self.inner.num_fallbacks
         self.ensure_setup(len(weights))
         present = torch.arange(len(weights)) if indices is None else torch.tensor(list(indices))

@@ -1,12 +1,11 @@
 """Methods whose weights come from two independent mini-batches."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from torchmto.checks import warn
-from torchmto.methods import GramianWeighting, states
+from torchmto.methods import GramianWeighting, Indices, states
 from torchmto.step import Network, StepContext, TaskGradients
 
 
@@ -33,14 +32,14 @@ class DoubleSampling(GramianWeighting):
         return super().refusal(network)
 
     @abstractmethod
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Move the shares of the tasks ``indices`` by their cross-Gramian [k, k]."""
 
     @abstractmethod
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """The weights of the present tasks' gradients, from their shares, float64 [k]."""
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Move the shares by a Gramian or cross-Gramian (which needs no symmetry); the weights after that, [k]."""
         self.ensure_setup(len(gramian))
         present = tuple(range(len(gramian))) if indices is None else tuple(indices)
@@ -65,7 +64,7 @@ class DoubleSampling(GramianWeighting):
         return self.row_weights(gradients.indices).to(gradients.gramian)
 
 
-def cross_gramian(context: StepContext, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
+def cross_gramian(context: StepContext, first: TaskGradients, second: TaskGradients, tasks: Indices) -> Tensor:
     """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
     product = context.inner_products(first, second)
     rows = [first.indices.index(task) for task in tasks]

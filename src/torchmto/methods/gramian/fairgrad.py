@@ -1,11 +1,9 @@
 """FairGrad: alpha-fair shares of the update."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 RELEASED_NORM = 1.0
 """Largest norm of the released code's update of the shared parameters."""
@@ -58,7 +56,7 @@ class FairGrad(GramianWeighting):
         super().__post_init__()
         self.max_norm = RELEASED_NORM if self.scale == "released" else 0.0
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         return self.scaled(self.shares(gramian), gramian)
 

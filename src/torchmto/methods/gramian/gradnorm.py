@@ -1,6 +1,6 @@
 """GradNorm: weights that balance the norms of the tasks' gradients."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchmto.checks import found
 from torchmto.gradients.rows import gramian as gramian_of_rows
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.step import Losses, Network, StepContext, TaskGradients
 
@@ -103,7 +103,7 @@ class GradNorm(GramianWeighting):
             total += gramian_of_rows(gradients.matrix[:, gradients.columns(parameter)])
         return total
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights learnt so far, [k], summing to k; the Gramian only matters to the update after the step."""
         chosen = list(range(len(gramian)) if indices is None else indices)
         self.ensure_setup(max(chosen) + 1)

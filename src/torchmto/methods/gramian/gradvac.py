@@ -1,17 +1,15 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
 from torchmto.checks import found
 from torchmto.gradients.rows import gramian as gramian_of_rows
-from torchmto.methods import GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.solvers.projection import Order
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import Network, StepContext, TaskGradients
 
 
 @register_method("gradvac")
@@ -73,7 +71,7 @@ class GradVac(GramianWeighting):
             return "takes cosines over the columns of each group"
         return super().refusal(network)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the turned gradients' coefficients, [k]. Moves the targets of the present tasks.
 
         Raises:
@@ -89,7 +87,7 @@ class GradVac(GramianWeighting):
         return random_orders(size, self.generator) if self.shuffle else None
 
     def _turned(
-        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Sequence[int] | None
+        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Indices | None
     ) -> tuple[Tensor, Tensor]:
         """The weights [k] for one Gramian, and its targets [K, K] after this step."""
         present = torch.arange(len(gramian)) if indices is None else torch.tensor(list(indices))
@@ -105,37 +103,27 @@ class GradVac(GramianWeighting):
         targets[where] = torch.from_numpy(moved)
         return self.accept(projection, gramian), targets
 
-    def step(self, context: StepContext) -> StepInfo:
-        """As every Gramian method; with several groups a task has no single weight to report."""
-        if self.groups == "whole":
-            return super().step(context)
-        gradients = context.gradients()
-        self.descend(context, gradients)
-        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
-
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """One optimizer step; returns the weights, of several groups their mean over the columns."""
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """One optimizer step; returns the weights, None with several groups: there a task has no single one."""
         if self.groups == "whole":
             return super().descend(context, gradients)
         self.num_fallbacks = 0
         self._precision = gradients.precision
         matrix, indices = gradients.matrix, gradients.indices
         orders = self._orders(len(matrix))
-        vector, mean = torch.zeros_like(matrix[0]), gradients.gramian.new_zeros(len(matrix))
-        targets = dict(self.group_targets)
+        vector, targets = torch.zeros_like(matrix[0]), dict(self.group_targets)
         for group, parts in self._columns(context.network, gradients).items():
             gramian = sum((gramian_of_rows(matrix[:, part]) for part in parts), torch.zeros_like(gradients.gramian))
             before = targets.get(group, gramian.new_zeros(self.num_tasks, self.num_tasks))
             weights, targets[group] = self._turned(gramian, before, orders, indices)
             for part in parts:
                 torch.mv(matrix[:, part].T, weights.to(matrix), out=vector[part])
-                mean += weights * ((part.stop - part.start) / max(len(vector), 1))
         self.group_targets = targets
         self._precision = None
         context.combine(gradients, vector=vector)
         context.apply()
         self.after_step(gradients.reduced, context)
-        return mean
+        return None
 
     def _columns(self, network: Network, gradients: TaskGradients) -> dict[str, list[slice]]:
         """The columns of every group, by its name."""

@@ -1,11 +1,9 @@
 """IMTL-G: an update with equal projections on all gradients."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, register_method
 
 
 @register_method("imtl_g")
@@ -39,6 +37,6 @@ class IMTLG(GramianWeighting):
         "Where gradients of very different length conflict the update can conflict with all of them."
     )
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Weights with sum 1, [k]."""
         return self.solved(solvers.imtl_g, gramian)

@@ -1,11 +1,9 @@
 """Krum: the gradients that lie closest to the others."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("krum")
@@ -40,6 +38,6 @@ class Krum(GramianWeighting):
     num_outliers: int = hyper.integer(1, minimum=0)
     num_selected: int = hyper.integer(1, minimum=1)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """1/m for the selected tasks, 0 for the others, [k]."""
         return self.solved(solvers.krum, gramian, num_outliers=self.num_outliers, num_selected=self.num_selected)

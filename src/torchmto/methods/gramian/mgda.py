@@ -1,12 +1,10 @@
 """MGDA: the shortest convex combination of the gradients."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -70,7 +68,7 @@ class MGDA(GramianWeighting):
             self._precision = None
         return weights
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
         if self.normalize == "none":
             return self.solved(solvers.min_norm, gramian)

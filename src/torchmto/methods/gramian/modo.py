@@ -1,12 +1,10 @@
 """MoDo: one double-sampling step on the simplex per training step."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 
 
@@ -44,7 +42,7 @@ class MoDo(DoubleSampling):
     gamma: float = hyper.number(1e-3, above=0)
     rho: float = hyper.number(0.1, minimum=0)
 
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Take one step on the simplex."""
         solution = solvers.modo(
             self.as_array(cross_gramian),
@@ -54,6 +52,6 @@ class MoDo(DoubleSampling):
         )
         states.set_shares(self.shares, indices, torch.from_numpy(solution.weights))
 
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """The shares themselves."""
         return states.shares_of(self.shares, indices)

@@ -1,11 +1,9 @@
 """Nash-MTL: the update as a bargain between the tasks."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("nash_mtl")
@@ -62,7 +60,7 @@ class NashMTL(GramianWeighting):
         self.refresh_every = max(self.refresh_every, self.update_every)
         super().__post_init__()
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         weights = self.solved(solvers.nash, gramian)
         self.head_weights = weights if self.heads == "unclipped" else None

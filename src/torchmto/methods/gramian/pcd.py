@@ -1,12 +1,10 @@
 """PCD: close to the primary task's gradient, with a share of their own progress for all others."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method, states
 from torchmto.methods.per_task import PerTask, Primary
 
 
@@ -56,7 +54,7 @@ class PCD(GramianWeighting):
     squares: Tensor = states.each(0.0)
     times: Tensor = states.each(0, torch.int64)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of the update, [k]. Moves the running means of the present tasks."""
         present = list(range(len(gramian)) if indices is None else indices)
         self.ensure_setup(max(present) + 1)

@@ -1,13 +1,11 @@
 """PCGrad: gradients projected off those they conflict with."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.solvers.projection import Order
 
 
@@ -46,7 +44,7 @@ class PCGrad(GramianWeighting):
     properties = Properties(equivariant=False)
     shuffle: bool = hyper.flag(True)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         orders = random_orders(len(gramian), self.generator) if self.shuffle else None
         return self.accept(solvers.pcgrad(self.as_array(gramian), orders), gramian)

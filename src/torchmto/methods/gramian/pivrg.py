@@ -1,14 +1,14 @@
 """PIVRG: fair shares of the update, larger for tasks that are further behind their single-task models."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import found, warn
-from torchmto.methods import Properties, hyper, register_method, states
+from torchmto.methods import Indices, Properties, hyper, register_method, states
 from torchmto.methods.gramian.fairgrad import FairGrad
 from torchmto.methods.per_task import Baseline
 
@@ -82,7 +82,7 @@ class PIVRG(FairGrad):
         for name, value in performance.items():
             self.drops[self.tasks.index(name)] = 100 * self.baseline.behind(name, value)
 
-    def importance(self, indices: Sequence[int]) -> Tensor:
+    def importance(self, indices: Indices) -> Tensor:
         """The importance of the present tasks, float64 [k], summing to k."""
         self.ensure_setup(max(indices) + 1)
         drops = self.drops[list(indices)]
@@ -91,7 +91,7 @@ class PIVRG(FairGrad):
         temperature = max(float(drops.max() - drops.min()) / math.log(self.ratio), self.min_temperature)
         return len(drops) * (drops / temperature).softmax(0)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         importance = self.importance(range(len(gramian)) if indices is None else indices).to(gramian)
         return self.scaled(self.shares(gramian / torch.outer(importance, importance)) / importance, gramian)

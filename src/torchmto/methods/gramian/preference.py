@@ -1,11 +1,10 @@
 """Gramian weightings that start from a preference among the tasks."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
 
 from torch import Tensor
 
-from torchmto.methods import GramianWeighting, hyper
+from torchmto.methods import GramianWeighting, Indices, hyper
 from torchmto.methods.per_task import PerTask, TaskFloats
 
 
@@ -21,7 +20,7 @@ class PreferenceWeighting(GramianWeighting):
     scale: str = hyper.choice("mean", "sum")
     preference: PerTask | None = hyper.per_task(None, TaskFloats | None, minimum=0, common=False)
 
-    def among(self, indices: Sequence[int]) -> list[float]:
+    def among(self, indices: Indices) -> list[float]:
         """The present tasks' preferences; those of absent tasks are shared out in proportion."""
         if self.preference is None:
             return [1.0 if self.scale == "sum" else 1.0 / len(indices)] * len(indices)
@@ -29,7 +28,7 @@ class PreferenceWeighting(GramianWeighting):
         total, left = self.preference.total, sum(present)
         return present if left in (total, 0.0) else [value * (total / left) for value in present]
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The solution, [k]."""
         preference = self.among(range(len(gramian)) if indices is None else indices)
         return self.solve(gramian, preference)

@@ -1,11 +1,9 @@
 """Random weights of the gradients."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("random")
@@ -33,7 +31,7 @@ class Random(GramianWeighting):
     properties = Properties(equivariant=False, pareto=False)
     scale: str = hyper.choice("sum", "mean")
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights, [k]."""
         size = len(gramian)
         drawn = torch.randn(size, generator=self.generator, dtype=torch.float64).softmax(0).to(gramian)

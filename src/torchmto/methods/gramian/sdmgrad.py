@@ -1,12 +1,10 @@
 """SDMGrad: stochastic steps towards a common direction near the mean gradient."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, hyper, register_method, states
+from torchmto.methods import Domain, Indices, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
 
 
@@ -49,7 +47,7 @@ class SDMGrad(DoubleSampling):
     lr: float = hyper.number(5.0, above=0)
     momentum: float = hyper.number(0.5, minimum=0, below=1)
 
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Take the steps on the simplex."""
         solution = solvers.sdmgrad(
             self.as_array(cross_gramian),
@@ -62,6 +60,6 @@ class SDMGrad(DoubleSampling):
         moved = solvers.sdmgrad_simplex(solution.weights, self.lam).clip(min=0.0)
         states.set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
 
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """Shares mixed with the mean."""
         return (states.shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)

@@ -1,13 +1,13 @@
 """wPCGrad: in a conflict, a probability per task decides who is projected."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods import Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.gramian.pcgrad import random_orders
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
 
@@ -101,7 +101,7 @@ class WPCGrad(GramianWeighting):
         self.add_state("priority", make_priority(**{name: getattr(self, name) for name in names}))
         self._drawn: dict[str, Any] = {"probabilities": {}}
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         num_tasks = len(gramian)
         present = tuple(range(num_tasks)) if indices is None else tuple(indices)

@@ -1,11 +1,9 @@
 """COSMOS: a weighted sum with a reward for the preferred direction."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.per_task import Shares, TaskFloats
 
@@ -43,7 +41,7 @@ class COSMOS(LossWeighting):
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
     penalty: float = hyper.number(1.0, minimum=0)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum minus the cosine."""
         r = self.preference.of(self.present(losses, indices)).to(losses)
         losses = inside(losses, losses >= 0)

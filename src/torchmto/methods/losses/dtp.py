@@ -1,14 +1,14 @@
 """Dynamic task prioritization."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchmto.checks import found, unknown_task
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.per_task import PerTask, named
 
 LEAST = 1e-6
@@ -55,12 +55,12 @@ class DTP(LossWeighting):
     # The averaged performances; NaN: not reported yet.
     performance: Tensor = states.each(torch.nan)
 
-    def _weights(self, chosen: Sequence[int]) -> Tensor:
+    def _weights(self, chosen: Indices) -> Tensor:
         kappa = self.performance[list(chosen)]
         focal = -((1 - kappa) ** self.gamma.of(chosen)) * kappa.clamp_min(LEAST).log()
         return torch.where(kappa.isnan(), 1.0, focal)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
         return (self._weights(self.present(losses, indices)).to(losses) * losses).sum()
 

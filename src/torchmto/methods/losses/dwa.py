@@ -1,11 +1,9 @@
 """Dynamic weight average."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, hyper, register_method, states
+from torchmto.methods import Domain, Indices, hyper, register_method, states
 from torchmto.methods.losses.window import WindowedWeighting
 
 
@@ -42,7 +40,7 @@ class DWA(WindowedWeighting):
     last: Tensor = states.each(torch.nan)
     before: Tensor = states.each(torch.nan)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
         chosen = self.present(losses, indices)
         last, before = self.last[chosen], self.before[chosen]

@@ -1,11 +1,9 @@
 """FAMO: fast adaptive multi-task optimisation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Cost, Domain, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Cost, Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.methods.per_task import PerTask
@@ -60,7 +58,7 @@ class FAMO(LossWeighting):
     # One logit per task.
     logits: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, weight_decay=own.gamma))
 
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Less than eps above its lower bound a task would take all the weight, and the others would stand still."""
         return self.min_losses.of(indices) + self.eps
 
@@ -68,12 +66,12 @@ class FAMO(LossWeighting):
         """Two forwards and one backward."""
         return Cost(2, 1, 1)
 
-    def _log_distance(self, losses: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _log_distance(self, losses: Tensor, chosen: Indices) -> tuple[Tensor, Tensor]:
         distance = losses - self.min_losses.of(chosen).to(losses)
         distance = inside(distance, losses > self.lower_bounds(chosen).to(losses)) + self.eps
         return distance, distance.log()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the logarithms, scaled so that the weights sum to 1."""
         chosen = self.present(losses, indices)
         z = self.logits.of(chosen).softmax(0).to(losses)

@@ -1,10 +1,8 @@
 """Geometric loss strategy."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, register_method
 from torchmto.methods.losses.inside import safe_log
 
 
@@ -29,6 +27,6 @@ class GLS(LossWeighting):
     properties = Properties(identity=False, pareto=False)
     domain = Domain("0", corners="As one loss nears 0 so do the weights of all others.")
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The geometric mean."""
         return safe_log(losses).mean().exp()

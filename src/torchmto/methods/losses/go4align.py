@@ -1,13 +1,12 @@
 """GO4Align: group optimisation for multi-task alignment."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.step import Losses, StepContext
 
 LEAST = 1e-6
@@ -88,13 +87,13 @@ class GO4Align(LossWeighting):
     # The shares q.
     shares: Tensor = states.shares()
 
-    def _updated(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _updated(self, losses: Tensor, chosen: Indices) -> Tensor:
         """The shares of the present tasks after these losses, summing to 1."""
         logarithm = self.shares[list(chosen)].log() - self.step_size * losses.detach().to("cpu", torch.float64)
         shares = logarithm.softmax(0).clamp_min(LEAST)
         return shares / shares.sum()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the losses times their groups' weights."""
         chosen = self.present(losses, indices)
         values = losses.detach().to("cpu", torch.float64)

@@ -1,11 +1,9 @@
 """Improvable gap balancing, first version."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
 
@@ -41,7 +39,7 @@ class IGB(WindowedWeighting):
     base: Tensor = states.each(torch.nan)
     windows: int = states.count()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the logarithms."""
         chosen = self.present(losses, indices)
         base = self.base[chosen].to(losses)

@@ -1,11 +1,9 @@
 """LDC-MTL: loss discrepancy control by learnt weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import inside, safe_log
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.step import Losses, StepContext
@@ -61,7 +59,7 @@ class LDCMTL(LossWeighting):
         if self.normalize != "none":
             self.domain = Domain("0", corners=self.domain.corners)
 
-    def _normalised(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _normalised(self, losses: Tensor, chosen: Indices) -> Tensor:
         if self.normalize == "none":
             return losses
         first = self.first[list(chosen)].to(losses)
@@ -72,7 +70,7 @@ class LDCMTL(LossWeighting):
         # In this order the first losses are exactly equal, and rounding errors don't decide on a sign.
         return inside(losses, losses > 0) / first * torch.cat([first, known]).min()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted losses and the discrepancy."""
         chosen = self.present(losses, indices)
         weights = self.logits.of(chosen).sigmoid().to(losses)

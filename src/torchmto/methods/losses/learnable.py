@@ -1,14 +1,14 @@
 """Learnable numbers per task, with an optimizer of their own; loss weightings of one scale per task."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, hyper, states
+from torchmto.methods import Domain, Indices, LossWeighting, hyper, states
 from torchmto.step import Losses, StepContext
 
 BETAS = (0.9, 0.999)
@@ -44,16 +44,16 @@ class LearnableScales:
         self._kept = {name: torch.zeros(num_tasks, dtype=torch.float64) for name in names}
         self.values = self._kept["values"].fill_(initial)
 
-    def of(self, indices: Sequence[int]) -> Tensor:
+    def of(self, indices: Indices) -> Tensor:
         """The numbers of the tasks ``indices``, [k]."""
         return self.values[self._places(indices)].clone()
 
-    def _places(self, indices: Sequence[int]) -> list[int] | slice:
+    def _places(self, indices: Indices) -> list[int] | slice:
         """An index for the tasks ``indices``; a slice, which is quicker, for all of them."""
         places = list(indices)
         return slice(None) if places == list(range(len(self.values))) else places
 
-    def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
+    def step(self, gradient: Tensor, indices: Indices) -> None:
         """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
         # In NumPy, on the tensors' own memory: a few numbers are no work, and its calls are shorter than PyTorch's.
         where = self._places(indices)
@@ -67,7 +67,7 @@ class LearnableScales:
         values[where] = own - self.lr * mean / (1 - BETAS[0] ** count) / size
         means[where], squares[where], steps[where] = mean, square, count
 
-    def assign(self, values: Tensor, indices: Sequence[int]) -> None:
+    def assign(self, values: Tensor, indices: Indices) -> None:
         """Set the numbers of the tasks ``indices``; the moments stay."""
         self.values[list(indices)] = values
 
@@ -111,12 +111,12 @@ class LearntScaling(LossWeighting):
     # One scale per task.
     scales: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=own.initial))
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted losses plus the scales' penalty."""
         chosen = self.present(losses, indices)
         return self.penalised(losses, self.scales.of(chosen).to(losses)).sum()
 
-    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def loss_weights(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The objective's gradient, written out."""
         chosen = self.present(losses, indices)
         return self.factors(self.scales.of(chosen).to(losses))

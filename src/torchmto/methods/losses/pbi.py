@@ -1,11 +1,9 @@
 """Penalty-based boundary intersection."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
@@ -44,11 +42,11 @@ class PBI(LossWeighting):
     theta: float = hyper.number(5.0, minimum=0)
     reference: PerTask = hyper.per_task(0.0)
 
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Distances to a point that isn't below the losses mean nothing."""
         return self.reference.of(indices)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The two distances."""
         chosen = self.present(losses, indices)
         direction = self.preference.of(chosen)

@@ -1,11 +1,9 @@
 """Random loss weighting."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import LossWeighting, Properties, register_method
+from torchmto.methods import Indices, LossWeighting, Properties, register_method
 
 
 @register_method("rlw")
@@ -27,7 +25,7 @@ class RLW(LossWeighting):
     use = "A control: what random loss weights achieve, at one backward."
     properties = Properties(equivariant=False, pareto=False)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the losses times freshly drawn weights."""
         draw = torch.randn(len(losses), generator=self.generator, dtype=torch.float64)
         return (len(losses) * draw.softmax(0).to(losses) * losses).sum()

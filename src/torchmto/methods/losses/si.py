@@ -1,10 +1,8 @@
 """Scale-invariant sum: the logarithms of the losses."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, register_method
 from torchmto.methods.losses.inside import safe_log
 
 
@@ -33,6 +31,6 @@ class ScaleInvariant(LossWeighting):
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l.")
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the logarithms."""
         return safe_log(losses).sum()

@@ -1,10 +1,8 @@
 """Fixed weights given by the user."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods import LossWeighting, Properties, hyper, register_method
+from torchmto.methods import Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.per_task import PerTask, TaskFloats
 
 
@@ -33,6 +31,6 @@ class Static(LossWeighting):
     fixed = True
     weights: PerTask = hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
         return (losses * self.weights.of(range(len(losses)) if indices is None else indices).to(losses)).sum()

@@ -1,11 +1,9 @@
 """Smooth Tchebycheff scalarisation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods import Domain, Properties, hyper, register_method, states
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
 
@@ -44,7 +42,7 @@ class STCH(WindowedWeighting):
     nadir: Tensor = states.each(torch.nan)
     windows: int = states.count()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of logarithms in the warm-up, then the smooth maximum."""
         chosen = self.present(losses, indices)
         if self.windows < self.warmup:

@@ -1,10 +1,8 @@
 """Tchebycheff scalarisations: the largest weighted loss."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods import Domain, LossWeighting, Properties, hyper, register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
@@ -36,14 +34,14 @@ class Tchebycheff(LossWeighting):
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
     reference: PerTask = hyper.per_task(0.0)
 
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Below the reference the distance falls as the loss rises: descent would climb."""
         return self.reference.of(indices)
 
     def _scaled(self, preference: Tensor) -> Tensor:
         return preference
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The largest weighted distance to the reference."""
         chosen = self.present(losses, indices)
         scale = self._scaled(self.preference.of(chosen)).to(losses)

@@ -15,6 +15,7 @@ from torchmto.methods import (
     Cost,
     Domain,
     GradientCombiner,
+    Indices,
     Method,
     Procedure,
     Properties,
@@ -175,7 +176,7 @@ class ChannelPriorities:
         self,
         layer: structure.StructuredLayer,
         candidates: Collection[int],
-        indices: Sequence[int],
+        indices: Indices,
         gradients: TaskGradients | None = None,
     ) -> Tensor:
         """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
@@ -411,7 +412,7 @@ class ConnectionStrength(Procedure):
         self.drawn = 0
         super().end_window()
 
-    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+    def outside(self, losses: Tensor, indices: Indices) -> str:
         """What the second phase says in the second phase."""
         return super().outside(losses, indices) if self._now == 2 else ""
 
