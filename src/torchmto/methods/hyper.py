@@ -11,6 +11,9 @@ from torchmto.methods.per_task import Numbers, PerTask
 Check = Callable[[str, Any], Any]
 """The name of a hyper-parameter and what is given -> its value; raises what is wrong with it."""
 
+Search = tuple[Any, ...]
+"""What a search draws a hyper-parameter from; see :class:`HyperParameter`."""
+
 REQUIRED = inspect.Parameter.empty
 """The default of what has to be given."""
 
@@ -22,12 +25,14 @@ class HyperParameter:
         default: What is taken where nothing is given.
         check: What makes the attribute's value of that, too.
         kind: The type that signatures show; by default the attribute's.
+        search: What a search draws it from: ("log", low, high), ("linear", low, high) or ("choice", ...); () if it isn't.
     """
 
-    def __init__(self, default: Any, check: Check, kind: Any) -> None:
+    def __init__(self, default: Any, check: Check, kind: Any, search: Search) -> None:
         self.default = default
         self.check = check
         self.kind = kind
+        self.search = search
         self.name = ""
 
     def __set_name__(self, owner: type, attribute: str) -> None:
@@ -40,14 +45,14 @@ class HyperParameter:
         return inspect.Parameter(self.name, kind, default=self.default, annotation=self.kind)
 
 
-def given(default: Any, check: Check = lambda _, value: value, kind: Any = None) -> Any:
+def given(default: Any, check: Check = lambda _, value: value, kind: Any = None, search: Search = ()) -> Any:
     """A hyper-parameter of any kind; see :class:`HyperParameter`."""
-    return HyperParameter(default, check, kind)
+    return HyperParameter(default, check, kind, search)
 
 
-def number(default: float, **bounds: float) -> Any:
+def number(default: float, *, search: Search = (), **bounds: float) -> Any:
     """A float within ``bounds``, those of :func:`~torchmto.checks.check_number`."""
-    return given(default, partial(check_number, **bounds))
+    return given(default, partial(check_number, **bounds), search=search)
 
 
 def integer(default: int | None, *, minimum: int, none: bool = False) -> Any:
@@ -60,20 +65,20 @@ def flag(default: bool) -> Any:
     return given(default, check_flag)
 
 
-def choice(default: str, *others: str) -> Any:
+def choice(default: str, *others: str, search: Search = ()) -> Any:
     """One of some words, the first by default."""
-    return given(default, partial(check_choice, choices=(default, *others)))
+    return given(default, partial(check_choice, choices=(default, *others)), search=search)
+
+
+def per_task(default: Any, kind: Any = Numbers, *, search: Search = (), **bounds: Any) -> Any:
+    """A float within ``bounds`` for all tasks, or one for each (:class:`~torchmto.methods.per_task.PerTask`)."""
+    return given(default, _optional(partial(PerTask, **bounds), default is None), kind, search)
 
 
 def called(name: str, hyperparameter: Any) -> Any:
     """A hyper-parameter that is taken by another name than its attribute's, which means something else."""
     hyperparameter.name = name
     return hyperparameter
-
-
-def per_task(default: Any, kind: Any = Numbers, **bounds: Any) -> Any:
-    """A float within ``bounds`` for all tasks, or one for each (:class:`~torchmto.methods.per_task.PerTask`)."""
-    return given(default, _optional(partial(PerTask, **bounds), default is None), kind)
 
 
 def _optional(check: Check, none: bool) -> Check:

@@ -125,7 +125,8 @@ class Method(ABC):
         whole_rows: What it does with whole rows of gradients, if it does: then it can't work where every rank holds a part of
             the columns only (``network.divided``: by ``shard_gradients=True`` or because FSDP shards the parameters).
         tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
-            ("choice", ...). Empty if there are none to choose, or none that depend on the data.
+            ("choice", ...). Empty if there are none to choose, or none that depend on the data. Of declared hyper-parameters:
+            their ``search``.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
         recorded: Numbers per task to record, [K]: the record's name -> the attribute's, dotted if need be.
@@ -163,6 +164,8 @@ class Method(ABC):
         if owner is Method:
             known = states.declared(cls, hyper.HyperParameter).values()
             cls.__signature__ = inspect.Signature([parameter.as_parameter() for parameter in known])
+            if "tuning_space" not in vars(cls):
+                cls.tuning_space = {parameter.name: parameter.search for parameter in known if parameter.search}
         else:
             own = inspect.signature(vars(owner)["__init__"])
             cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])

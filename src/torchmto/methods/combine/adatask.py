@@ -43,14 +43,10 @@ class AdaTask(AdamRule):
     first: Tensor = states.rows()
     second: Tensor = states.rows()
     times: Tensor = states.each(0, torch.int64)
-    head_moments: dict[str, list[Tensor]]
-    head_times: dict[str, int]
+    # The same of heads, by their parameters' names.
+    head_moments: dict[str, list[Tensor]] = states.made(lambda *_: {})
+    head_times: dict[str, int] = states.made(lambda *_: {})
     _network: Network | None = None
-
-    def __post_init__(self) -> None:
-        """What is known of heads, by their parameters' names."""
-        self.add_state("head_moments", {})
-        self.add_state("head_times", {})
 
     def step(self, context: StepContext) -> StepInfo:
         """As every combiner; moments of heads are kept by the network's names."""

@@ -38,14 +38,13 @@ class DBMTL(GradientCombiner):
     """
 
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
-    tuning_space = {"beta": ("linear", 0.1, 0.99)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)
     domain = Domain(
         "0",
         attained=True,
         corners="A task whose loss or gradient is 0 takes no part in the step, as if it were absent.",
     )
-    beta: float = hyper.number(0.9, minimum=0, below=1)
+    beta: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.1, 0.99))
     sigma: float = hyper.number(0.0, minimum=0)
     heads: str = hyper.choice("weighted", "unit")
     # Tracked gradients and counts of steps.

@@ -35,10 +35,9 @@ class ExcessMTL(Method):
 
     family = "combiner"
     use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
-    tuning_space = {"step_size": ("log", 1e-3, 1e-1)}
     whole_rows = "sums the squares of the rows in its state"
     domain = Domain(corners="No weight falls below 1e-6 of the sum, from where a task can come back.")
-    step_size: float = hyper.number(1e-2, minimum=0)
+    step_size: float = hyper.number(1e-2, minimum=0, search=("log", 1e-3, 1e-1))
     heads: str = hyper.choice("weighted", "unit")
     # Weights, first excess risks (NaN: not seen yet), and sums of squared gradients (sized in the first step).
     weights: Tensor = states.each(1.0)

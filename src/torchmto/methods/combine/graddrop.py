@@ -32,9 +32,8 @@ class GradDrop(GradientCombiner):
     """
 
     use = "Many conflicting tasks; random sign dropout as a regulariser."
-    tuning_space = {"leak": ("linear", 0.0, 0.9)}
     properties = Properties(pareto=False)
-    leak: PerTask = hyper.per_task(0.0, minimum=0, maximum=1)
+    leak: PerTask = hyper.per_task(0.0, minimum=0, maximum=1, search=("linear", 0.0, 0.9))
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -33,11 +33,10 @@ class MetaBalance(GradientCombiner):
     """
 
     use = "Auxiliary tasks that only serve one target task, and drown it or are too weak to help."
-    tuning_space = {"relax": ("linear", 0.0, 1.0)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(corners="Where the primary task has had no gradient the others stay as they are.")
     primary: Primary = hyper.given(0, Primary, str | int)
-    relax: float = hyper.number(0.7, minimum=0, maximum=1)
+    relax: float = hyper.number(0.7, minimum=0, maximum=1, search=("linear", 0.0, 1.0))
     beta: float = hyper.number(0.9, minimum=0, below=1)
     # Running means of the gradients' lengths, one per task and shared parameter, and their numbers of steps.
     lengths: Tensor = states.rows(torch.float64)

@@ -40,16 +40,15 @@ class MoCo(GradientCombiner):
     """
 
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
-    tuning_space = {"beta": ("linear", 0.1, 0.99), "gamma": ("log", 1e-3, 1.0)}
     recorded = {"weights": "shares"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
         'others, and with `step="projection"` in the end all.'
     )
-    beta: float = hyper.number(0.5, above=0, maximum=1)
+    beta: float = hyper.number(0.5, above=0, maximum=1, search=("linear", 0.1, 0.99))
     beta_sigma: float = hyper.number(0.5, minimum=0)
-    gamma: float = hyper.number(0.1, minimum=0)
+    gamma: float = hyper.number(0.1, minimum=0, search=("log", 1e-3, 1.0))
     gamma_sigma: float = hyper.number(0.5, minimum=0)
     rho: float = hyper.number(0.0, minimum=0)
     step_rule: str = hyper.called("step", hyper.choice("softmax", "projection"))

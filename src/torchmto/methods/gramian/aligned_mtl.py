@@ -35,10 +35,9 @@ class AlignedMTL(PreferenceWeighting):
     """
 
     use = "Gradients of very different size that should be orthogonalised without favouring any."
-    tuning_space = {"scale_mode": ("choice", "min", "median", "rmse")}
     properties = Properties(pareto=False)
     domain = Domain(corners="Zero gradients take no part; what dependent ones span is aligned over its own rank.")
-    scale_mode: str = hyper.choice("min", "median", "rmse")
+    scale_mode: str = hyper.choice("min", "median", "rmse", search=("choice", "min", "median", "rmse"))
     scale: str = hyper.choice("sum", "mean")
 
     def solve(self, gramian: Tensor, preference: list[float]) -> Tensor:

@@ -39,8 +39,7 @@ class CAGrad(GramianWeighting):
     """
 
     use = "When the worst-off task matters but the average should still fall; the step stays near the mean gradient."
-    tuning_space = {"c": ("linear", 0.1, 0.9)}
-    c: float = hyper.number(0.5, minimum=0)
+    c: float = hyper.number(0.5, minimum=0, search=("linear", 0.1, 0.9))
     rescale: bool = hyper.flag(False)
     scale: str = hyper.choice("mean", "sum")
 

@@ -43,10 +43,9 @@ class CRMOGM(GramianWeighting):
     """
 
     use = "Any weighting whose weights jump from batch to batch: smooths them."
-    tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
     inner: GramianWeighting = hyper.called("method", hyper.given("mgda", gramian_method, str | GramianWeighting))
-    alpha: float = hyper.number(0.9, minimum=0, below=1)
+    alpha: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.0, 0.99))
     # The smoothed weights [K] and which tasks have some.
     smoothed: Tensor = states.each(0.0)
     seen: Tensor = states.each(False, torch.bool)

@@ -60,13 +60,7 @@ class DoubleSampling(GramianWeighting):
         second = context.gradients(source=1 if context.num_sources == 2 else 2)
         common = [i for i in first.indices if i in second.indices and i in gradients.indices]
         if common:
-            self.move(cross_gramian(context, first, second, common), common)
+            rows = [first.indices.index(task) for task in common]
+            columns = [second.indices.index(task) for task in common]
+            self.move(context.inner_products(first, second)[rows][:, columns], common)
         return self.row_weights(gradients.indices).to(gradients.gramian)
-
-
-def cross_gramian(context: StepContext, first: TaskGradients, second: TaskGradients, tasks: Indices) -> Tensor:
-    """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
-    product = context.inner_products(first, second)
-    rows = [first.indices.index(task) for task in tasks]
-    columns = [second.indices.index(task) for task in tasks]
-    return product[rows][:, columns]

@@ -42,13 +42,12 @@ class FairGrad(GramianWeighting):
     """
 
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
-    tuning_space = {"alpha": ("choice", 1.0, 2.0, 5.0, 10.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     domain = Domain(
         corners="With alpha > 1 the update has no bound as gradients shrink or cancel. A zero gradient takes no part; where a "
         "convex combination of the others vanishes a ridge is added, a fallback."
     )
-    alpha: float = hyper.number(2.0, above=0)
+    alpha: float = hyper.number(2.0, above=0, search=("choice", 1.0, 2.0, 5.0, 10.0))
     scale: str = hyper.choice("paper", "released")
 
     def __post_init__(self) -> None:

@@ -56,14 +56,13 @@ class GradNorm(GramianWeighting):
     """
 
     use = "Losses on different scales that train at different rates."
-    tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
     recorded = {"scales": "scales.values"}
     properties = Properties(uses_losses=True)
     domain = Domain(
         corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
     )
-    alpha: float = hyper.number(1.5, minimum=0)
-    lr: float = hyper.number(0.025, above=0)
+    alpha: float = hyper.number(1.5, minimum=0, search=("linear", 0.0, 3.0))
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
     layer: str | None = hyper.given(None, _path)
     heads: str = hyper.choice("weighted", "unit")
     # The weights, and the first positive losses (NaN: not seen yet).

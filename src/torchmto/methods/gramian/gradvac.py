@@ -43,9 +43,8 @@ class GradVac(GramianWeighting):
     """
 
     use = "Related tasks whose gradients should stay as aligned as they usually are."
-    tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
-    beta: float = hyper.number(0.01, minimum=0, maximum=1)
+    beta: float = hyper.number(0.01, minimum=0, maximum=1, search=("log", 1e-3, 0.5))
     shuffle: bool = hyper.flag(True)
     groups: str = hyper.choice("whole", "layer", "matrix")
     targets: Tensor

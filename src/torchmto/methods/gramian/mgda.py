@@ -39,13 +39,12 @@ class MGDA(GramianWeighting):
     """
 
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
-    tuning_space = {"normalize": ("choice", "none", "l2")}
     properties = Properties(nonconflicting=True)
     domain = Domain(
         corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the '
         "shortest of the others takes most of the weight, and what it leaves of the update can be very short."
     )
-    normalize: str = hyper.choice("none", "l2", "loss", "loss+")
+    normalize: str = hyper.choice("none", "l2", "loss", "loss+", search=("choice", "none", "l2"))
     normalize_update: bool = hyper.flag(False)
 
     def __post_init__(self) -> None:

@@ -34,13 +34,12 @@ class MoDo(DoubleSampling):
     """
 
     use = "Generalisation-minded multi-objective training with independent mini-batches."
-    tuning_space = {"gamma": ("log", 1e-4, 1e-1), "rho": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None)
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, against the pull of `rho`."
     )
-    gamma: float = hyper.number(1e-3, above=0)
-    rho: float = hyper.number(0.1, minimum=0)
+    gamma: float = hyper.number(1e-3, above=0, search=("log", 1e-4, 1e-1))
+    rho: float = hyper.number(0.1, minimum=0, search=("log", 1e-3, 1.0))
 
     def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Take one step on the simplex."""

@@ -40,13 +40,12 @@ class NashMTL(GramianWeighting):
     """
 
     use = "Tasks on different scales that should bargain for a proportionally fair update."
-    tuning_space = {"max_norm": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
     domain = Domain(
         corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "
         "fallback. The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
     )
-    max_norm: float = hyper.number(1.0, minimum=0)
+    max_norm: float = hyper.number(1.0, minimum=0, search=("log", 0.1, 10.0))
     update_every: int = hyper.integer(1, minimum=1)
     heads: str = hyper.choice("unit", "weighted", "unclipped")
 

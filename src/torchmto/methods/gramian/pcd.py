@@ -41,13 +41,12 @@ class PCD(GramianWeighting):
     """
 
     use = "One task is the goal and the others are constraints: sparsity, robustness, auxiliary tasks."
-    tuning_space = {"tau": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(
         corners="A primary gradient of zero stops the others. Constraints that no direction satisfies are dropped, a fallback."
     )
     primary: Primary = hyper.given(0, Primary, str | int)
-    tau: PerTask = hyper.per_task(0.02, minimum=0, maximum=1)
+    tau: PerTask = hyper.per_task(0.02, minimum=0, maximum=1, search=("log", 1e-3, 0.5))
     beta: float = hyper.number(0.999, minimum=0, below=1)
     eps: float = hyper.number(0.0, minimum=0)
     # Running means of the squared norms, and the number of steps in each.

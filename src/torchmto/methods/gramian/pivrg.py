@@ -52,7 +52,6 @@ class PIVRG(FairGrad):
     """
 
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
-    tuning_space = {}
     recorded = {"drops": "drops"}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     alpha = 2.0

@@ -38,11 +38,10 @@ class SDMGrad(DoubleSampling):
     """
 
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
-    tuning_space = {"lam": ("log", 0.03, 10.0)}
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
     )
-    lam: float = hyper.number(0.3, minimum=0)
+    lam: float = hyper.number(0.3, minimum=0, search=("log", 0.03, 10.0))
     num_steps: int = hyper.integer(20, minimum=1)
     lr: float = hyper.number(5.0, above=0)
     momentum: float = hyper.number(0.5, minimum=0, below=1)

@@ -81,15 +81,14 @@ class WPCGrad(GramianWeighting):
     """
 
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
-    tuning_space = {"priority": ("choice", "loss", "relative_loss"), "gamma": ("linear", 0.5, 3.0)}
     properties = Properties(equivariant=False, uses_losses=True)
     domain = Domain(
         corners="A mean loss that isn't positive has priority 0; where all have, the tasks are alike. Of a loss weighting as "
         "priority its own domain holds, and weights below 0 count as 0."
     )
     mode: str = hyper.choice("order", "pairwise", "pcgrad")
-    priority: Priority = hyper.given("loss", kind=PrioritySource)
-    gamma: float = hyper.number(1.0)
+    priority: Priority = hyper.given("loss", kind=PrioritySource, search=("choice", "loss", "relative_loss"))
+    gamma: float = hyper.number(1.0, search=("linear", 0.5, 3.0))
     window: int | None = hyper.integer(None, minimum=1)
     baseline: Mapping[str, float] | None = hyper.given(None)
     higher_is_better: Mapping[str, bool] | bool = hyper.given(True)

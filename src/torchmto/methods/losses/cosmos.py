@@ -29,7 +29,6 @@ class COSMOS(LossWeighting):
     """
 
     use = "One model for a chosen preference between tasks on a Pareto front."
-    tuning_space = {"penalty": ("log", 1e-2, 8.0)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(
         "0",
@@ -39,7 +38,7 @@ class COSMOS(LossWeighting):
     )
 
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
-    penalty: float = hyper.number(1.0, minimum=0)
+    penalty: float = hyper.number(1.0, minimum=0, search=("log", 1e-2, 8.0))
 
     def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum minus the cosine."""

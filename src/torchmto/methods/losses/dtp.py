@@ -45,13 +45,12 @@ class DTP(LossWeighting):
     """
 
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
-    tuning_space = {"gamma": ("linear", 0.0, 2.0), "alpha": ("linear", 0.1, 1.0)}
     takes_shares = True
     properties = Properties(identity=False)
     domain = Domain(corners="Once every task is at performance 1, nothing moves.")
     fixed = True
-    gamma: PerTask = hyper.per_task(1.0, minimum=0)
-    alpha: float = hyper.number(0.5, above=0, maximum=1)
+    gamma: PerTask = hyper.per_task(1.0, minimum=0, search=("linear", 0.0, 2.0))
+    alpha: float = hyper.number(0.5, above=0, maximum=1, search=("linear", 0.1, 1.0))
     # The averaged performances; NaN: not reported yet.
     performance: Tensor = states.each(torch.nan)
 

@@ -30,12 +30,11 @@ class DWA(WindowedWeighting):
     """
 
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
-    tuning_space = {"temperature": ("linear", 0.5, 5.0)}
     domain = Domain(
         corners="Where a window's mean isn't positive a ratio has no meaning: r = 1. A task whose loss has grown many times "
         "over takes nearly all of the weight for a window."
     )
-    temperature: float = hyper.number(2.0, above=0)
+    temperature: float = hyper.number(2.0, above=0, search=("linear", 0.5, 5.0))
     # The mean losses of the last window and of the one before; NaN: not seen yet.
     last: Tensor = states.each(torch.nan)
     before: Tensor = states.each(torch.nan)

@@ -42,7 +42,6 @@ class FAMO(LossWeighting):
     """
 
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
     recorded = {"logits": "logits.values"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
@@ -51,8 +50,8 @@ class FAMO(LossWeighting):
         "have made up for it.",
     )
     needs_losses_after = True
-    lr: float = hyper.number(0.025, above=0)
-    gamma: float = hyper.number(1e-3, minimum=0)
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
+    gamma: float = hyper.number(1e-3, minimum=0, search=("log", 1e-5, 1e-1))
     min_losses: PerTask = hyper.per_task(0.0)
     eps: float = hyper.number(1e-8, minimum=0)
     # One logit per task.

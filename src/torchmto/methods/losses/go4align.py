@@ -78,12 +78,11 @@ class GO4Align(LossWeighting):
     """
 
     use = "Tasks that learn in step with each other and should share a weight."
-    tuning_space = {"step_size": ("log", 1e-3, 1.0)}
     recorded = {"shares": "shares"}
     properties = Properties(homogeneity=None, pareto=False)
     domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
     num_groups: int = hyper.integer(2, minimum=1)
-    step_size: float = hyper.number(1e-4, minimum=0)
+    step_size: float = hyper.number(1e-4, minimum=0, search=("log", 1e-3, 1.0))
     # The shares q.
     shares: Tensor = states.shares()
 

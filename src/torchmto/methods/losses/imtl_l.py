@@ -28,7 +28,6 @@ class IMTLL(LearntScaling):
     """
 
     use = "Losses on different scales, with learnable scales and one backward."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

@@ -42,12 +42,11 @@ class LDCMTL(LossWeighting):
     """
 
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
-    tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
     recorded = {"logits": "logits.values"}
     properties = Properties(equivariant=False)
     domain = Domain(corners="With a large `penalty` the smallest losses have negative weights, and climb.")
-    penalty: float = hyper.number(0.05, minimum=0)
-    lr: float = hyper.number(1e-3, above=0)
+    penalty: float = hyper.number(0.05, minimum=0, search=("log", 1e-3, 0.3))
+    lr: float = hyper.number(1e-3, above=0, search=("log", 1e-4, 1e-2))
     initial: float = hyper.number(1.0)
     normalize: str = hyper.choice("none", "ratio", "log")
     # W, and the tasks' first losses (NaN: not seen yet).

@@ -106,7 +106,7 @@ class LearntScaling(LossWeighting):
     domain = Domain(
         corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
     )
-    lr: float = hyper.number(0.025, above=0)
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
     initial: float = hyper.number(0.0)
     # One scale per task.
     scales: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=own.initial))

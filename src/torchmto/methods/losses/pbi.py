@@ -31,7 +31,6 @@ class PBI(LossWeighting):
     """
 
     use = "A chosen preference direction in loss space."
-    tuning_space = {"theta": ("log", 0.1, 10.0)}
     properties = Properties(pareto=False)
     domain = Domain(
         "`reference`",
@@ -39,7 +38,7 @@ class PBI(LossWeighting):
         corners="The penalty can give a loss below its share a negative weight: it may rise.",
     )
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
-    theta: float = hyper.number(5.0, minimum=0)
+    theta: float = hyper.number(5.0, minimum=0, search=("log", 0.1, 10.0))
     reference: PerTask = hyper.per_task(0.0)
 
     def lower_bounds(self, indices: Indices) -> Tensor:

@@ -33,10 +33,9 @@ class STCH(WindowedWeighting):
     """
 
     use = "The worst task counts most, smoothly, at one backward."
-    tuning_space = {"mu": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l during the warm-up.")
-    mu: float = hyper.number(1.0, above=0)
+    mu: float = hyper.number(1.0, above=0, search=("log", 0.1, 10.0))
     warmup: int = hyper.integer(4, minimum=1)
     # The nadir (NaN: not known yet) and the number of windows so far.
     nadir: Tensor = states.each(torch.nan)

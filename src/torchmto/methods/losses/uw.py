@@ -30,7 +30,6 @@ class UW(LearntScaling):
     """
 
     use = "Losses on different scales; the most used learnable weighting."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

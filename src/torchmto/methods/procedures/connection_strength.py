@@ -23,6 +23,7 @@ from torchmto.methods import (
     make_method,
     methods,
     register_method,
+    states,
 )
 from torchmto.methods.procedures.sequential import one_task_at_a_time
 from torchmto.solvers.unit import rounding_error
@@ -328,24 +329,23 @@ class ConnectionStrength(Procedure):
 
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     norms = "per task"
-    tuning_space = {"schedule": ("choice", "mix", "sequence"), "switch": ("linear", 0.2, 0.8)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
         "in the second phase."
     )
     total_steps: int | None = hyper.integer(None, minimum=1)
-    schedule: str = hyper.choice("mix", "phase1", "phase2", "sequence")
+    schedule: str = hyper.choice("mix", "phase1", "phase2", "sequence", search=("choice", "mix", "sequence"))
     draw: str = hyper.choice("step", "epoch")
-    switch: float = hyper.number(0.5, minimum=0, maximum=1)
+    switch: float = hyper.number(0.5, minimum=0, maximum=1, search=("linear", 0.2, 0.8))
     shuffle: bool = hyper.flag(False)
     second: Method = hyper.called("phase2", hyper.given("priority", _second, str | Method))
     measure: Measure = hyper.choice("parameters", "gradients", "saliency")
     degenerate: Degenerate = hyper.choice("sum", "project")
     pairs: Sequence[tuple[str, str]] | None = hyper.given(None)
     record_layers: bool = hyper.flag(True)
-    num_steps: int
-    drawn: int
+    num_steps: int = states.count()
+    drawn: int = states.count()
     priorities: ChannelPriorities
     _now = 0
 
@@ -357,8 +357,6 @@ class ConnectionStrength(Procedure):
         priorities = ChannelPriorities(self.measure if own else "parameters", self.pairs)
         second = PriorityProjection(priorities, degenerate=self.degenerate) if own else self.second
         self.add_state("second", second)
-        self.add_state("num_steps", 0)
-        self.add_state("drawn", 0)
         self.add_state("priorities", priorities)
 
     def attach(self, network: Network) -> None:

@@ -47,9 +47,9 @@ class FMTL(SharpnessAware):
     """
 
     use = "Tasks that overfit, or few samples, where twice the price per step is affordable."
-    tuning_space = {"rho": ("log", 1e-3, 0.5)}
     properties = Properties(identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
+    rho: float = hyper.number(0.05, minimum=0, search=("log", 1e-3, 0.5))
     apart: bool = hyper.flag(True)
     inner: GramianWeighting = inner_method("cagrad")
     flat: GramianWeighting | None

@@ -47,11 +47,10 @@ class SAMO(SharpnessAware):
     """
 
     use = "Conflicting tasks that overfit: flat minima for about the price of one more backward than K."
-    tuning_space = {"rho": ("log", 1e-5, 1e-1), "alpha": ("linear", 0.0, 1.0)}
     properties = Properties(homogeneity=-1 / 3, equivariant=False, identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
-    rho: float = hyper.number(1e-3, minimum=0)
-    alpha: float = hyper.number(0.5, minimum=0, maximum=1)
+    rho: float = hyper.number(1e-3, minimum=0, search=("log", 1e-5, 1e-1))
+    alpha: float = hyper.number(0.5, minimum=0, maximum=1, search=("linear", 0.0, 1.0))
     mu: float = hyper.number(0.01, above=0)
     inner: GramianWeighting = inner_method("fairgrad")
 

@@ -42,7 +42,7 @@ class SharpnessAware(Procedure):
     """
 
     whole_rows = "moves parameters along whole rows"
-    rho: float = hyper.number(0.05, minimum=0)
+    rho: float
     adaptive: bool = hyper.flag(False)
     inner: GramianWeighting
 

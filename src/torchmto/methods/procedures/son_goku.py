@@ -70,12 +70,11 @@ class SonGoku(Procedure):
     """
 
     use = "Many tasks of which only some conflict: trains compatible sets in turn."
-    tuning_space = {"beta": ("linear", 0.5, 0.99), "tau": ("linear", 0.0, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     whole_rows = "tracks the rows in its state"
     needs_closure = False
-    beta: float = hyper.number(0.9, minimum=0, below=1)
-    tau: float = hyper.number(0.0, minimum=0, maximum=1)
+    beta: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.5, 0.99))
+    tau: float = hyper.number(0.0, minimum=0, maximum=1, search=("linear", 0.0, 0.5))
     refresh_every: int = hyper.integer(50, minimum=1)
     # Tracked gradients, the groups and whose turn it is.
     tracked: Tensor = states.rows()

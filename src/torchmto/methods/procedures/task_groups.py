@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import check_choice, found, unknown_task
-from torchmto.methods import Cost, Domain, GramianWeighting, Procedure, Properties, hyper, register_method
+from torchmto.methods import Cost, Domain, GramianWeighting, Procedure, Properties, hyper, register_method, states
 from torchmto.methods.registry import gramian_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
@@ -88,7 +88,6 @@ class TaskGroups(Procedure):
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
-    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
@@ -98,7 +97,7 @@ class TaskGroups(Procedure):
         "groups", hyper.given("adaptive", _partition, str | Sequence[Sequence[str]])
     )
     warmup: int = hyper.integer(100, minimum=0)
-    decay: float = hyper.number(0.001, above=0, maximum=1)
+    decay: float = hyper.number(0.001, above=0, maximum=1, search=("log", 1e-4, 1e-1))
     attribution: Attribution = hyper.choice("actor", "official")
     normalization: Normalization = hyper.choice("paper", "official")
     cluster: Cluster = hyper.choice("affinity_propagation", "correlation")
@@ -109,7 +108,7 @@ class TaskGroups(Procedure):
     random_state: int = hyper.integer(0, minimum=0)
     inner: GramianWeighting | None = hyper.given(None, _inner, str | GramianWeighting | None)
     noise_floor: bool = hyper.flag(False)
-    num_batches: int
+    num_batches: int = states.count()
     affinity: ProximalAffinity
     current: list[list[str]]
 
@@ -119,7 +118,6 @@ class TaskGroups(Procedure):
         self._last_warmup = self.warmup + official
         self.single = check_choice("single", self.single or ("twice" if official else "measure"), SINGLE)
         self.add_state("inner", self.inner)
-        self.add_state("num_batches", 0)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Start with every task its own group, and check a fixed partition."""
