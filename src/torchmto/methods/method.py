@@ -715,6 +715,7 @@ class GradientCombiner(Method):
     whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
     heads: str = hyper.choice("unit", "weighted")
     head_weights: Tensor | None = None
+    num_fallbacks = 0
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:
@@ -735,15 +736,20 @@ class GradientCombiner(Method):
             task_grads: The same object, as :meth:`combine` left it.
         """
 
+    def _gradients(self, context: StepContext) -> TaskGradients:
+        """What is combined in this step."""
+        return context.gradients()
+
     def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, their combination, one step."""
-        gradients = context.gradients()
+        self.num_fallbacks = 0
+        gradients = self._gradients(context)
         vector = self.combine(gradients)
         context.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
         context.apply()
         self.remember(gradients)
         self.after_step(gradients.reduced, context)
-        return context.info(gradients=gradients, records=self.records())
+        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
 
 
 class Procedure(Method):

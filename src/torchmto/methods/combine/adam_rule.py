@@ -6,7 +6,7 @@ import torch
 
 from torchmto.checks import check_number, found, warn
 from torchmto.methods import GradientCombiner, Properties, hyper
-from torchmto.step import Network
+from torchmto.step import Network, StepContext, StepInfo
 
 
 def _decays(name: str, given: Any) -> tuple[float, ...]:
@@ -26,6 +26,12 @@ class AdamRule(GradientCombiner):
     adapts = True
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     betas: tuple[float, float] = hyper.given((0.9, 0.999), _decays)
+    _network: Network | None = None
+
+    def step(self, context: StepContext) -> StepInfo:
+        """As every combiner; parameters are known by the network's names."""
+        self._network = context.network
+        return super().step(context)
 
     def no_backward(self, num_sources: int) -> str:
         """It is an optimizer's rule itself."""

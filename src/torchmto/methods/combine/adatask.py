@@ -6,7 +6,7 @@ from torch import Tensor
 from torchmto.methods import hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import Network, TaskGradients
 
 
 @register_method("adatask")
@@ -46,12 +46,6 @@ class AdaTask(AdamRule):
     # The same of heads, by their parameters' names.
     head_moments: dict[str, list[Tensor]] = states.made(lambda *_: {})
     head_times: dict[str, int] = states.made(lambda *_: {})
-    _network: Network | None = None
-
-    def step(self, context: StepContext) -> StepInfo:
-        """As every combiner; moments of heads are kept by the network's names."""
-        self._network = context.network
-        return super().step(context)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -8,7 +8,7 @@ from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Domain, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import averaged, fitted, pieces
-from torchmto.step import StepContext, StepInfo, TaskGradients
+from torchmto.step import StepContext, TaskGradients
 from torchmto.step.finite import SkippedError
 
 EPS = 1e-8
@@ -53,7 +53,6 @@ class MConFIG(AdamRule):
     times: Tensor = states.each(0, torch.int64)
     num_steps: int = states.count()
     turn: int = states.count()
-    num_fallbacks = 0
     _direction: Tensor | None = None
 
     @property
@@ -64,22 +63,6 @@ class MConFIG(AdamRule):
     def cost(self, num_tasks: int) -> Cost:
         """One forward, and a backward for each task whose turn it is (of all tasks in the first step)."""
         return Cost(1, num_tasks if self.num_updates is None else min(self.num_updates, num_tasks), 1)
-
-    def step(self, context: StepContext) -> StepInfo:
-        """The gradients of the tasks whose turn it is; the direction of all momenta."""
-        self.ensure_setup(len(context.tasks))
-        gradients = self._gradients(context)
-        self.num_fallbacks = 0
-        vector = self.combine(gradients)
-        # The momenta of tasks whose turn it isn't move what they reach, too.
-        roles, seen = context.network.roles, set(torch.nonzero(self.times).flatten().tolist())
-        names = roles.layout[: len(gradients.parameters)]
-        gradients.rows.fill(place for place, name in enumerate(names) if seen & roles.tasks_of(name))
-        context.combine(gradients, vector=vector, heads=self.heads)
-        context.apply()
-        self.remember(gradients)
-        self.after_step(gradients.reduced, context)
-        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
 
     def _gradients(self, context: StepContext) -> TaskGradients:
         """Those of the next tasks that the batch has."""
@@ -127,6 +110,11 @@ class MConFIG(AdamRule):
             finite &= second.isfinite().all()
             torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
         self._direction = direction
+        if self._network is not None:
+            # The momenta of tasks whose turn it isn't move what they reach, too.
+            roles, moving = self._network.roles, set(seen.tolist())
+            names = roles.layout[: len(task_grads.parameters)]
+            task_grads.rows.fill(place for place, name in enumerate(names) if moving & roles.tasks_of(name))
         # A square that overflows would stay in the second moment, and its entry never move again.
         return update if bool(finite) else torch.full_like(update, torch.inf)
 
