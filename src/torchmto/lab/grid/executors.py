@@ -27,7 +27,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import Computer, device_of
 from torchmto.lab.run.checkpoint import CheckpointFolder
-from torchmto.lab.run.config import ConfigError, RunConfig
+from torchmto.lab.run.config import MOST, ConfigError, RunConfig
 from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.user_code import user_frames
 
@@ -450,7 +450,7 @@ def make_executor(
         raise ValueError(found("executor", f"one of {', '.join(EXECUTORS)}", name) + nearest(kind, EXECUTORS))
     if ray_address is not None and kind != "ray":
         raise ValueError(f"`ray_address` belongs to the executor `ray`. Found `executor = {name!r}`.")
-    number = usual if jobs is None else check_integer("jobs", jobs, minimum=1)
+    number = usual if jobs is None else check_integer("jobs", jobs, minimum=1, maximum=MOST)
     if kind == "ray":
         return Ray(number if ray_address is None else jobs, ray_address)
     if kind == "slurm":

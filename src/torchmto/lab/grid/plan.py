@@ -206,6 +206,8 @@ def compare(
     base = config if isinstance(config, RunConfig) else config_of(config or {})
     wanted = config_of(({"data.name": problem} if isinstance(problem, str) else {}) | settings, base)
     texts = [spec.label for spec in parse_methods(methods)] if isinstance(methods, str) else list(methods)
+    if isinstance(executor, str):
+        make_executor(executor, jobs, Path(out), ray_address)  # says what is wrong before there is a folder
     grid = plan(
         wanted,
         out,

@@ -16,7 +16,7 @@ from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.runner import FailedRunsError, Stage
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import ConfigError, RunConfig, check_used
+from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
 from torchmto.lab.run.evaluation import primary_values
 from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
@@ -81,7 +81,7 @@ class Sampled:
         optuna = needed("Tuning", "optuna", "tune")
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
-        self._number = check_integer("tune", number, minimum=1)
+        self._number = check_integer("tune", number, minimum=1, maximum=MOST)
         self._sampler = check_choice("sampler", sampler, ("random", "tpe"))
         self._seed = seed
         self._studies: dict[str, Any] = {}

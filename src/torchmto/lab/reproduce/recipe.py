@@ -8,7 +8,7 @@ from typing import Any
 
 from torchmto.checks import check_integer
 from torchmto.lab.data import datasets
-from torchmto.lab.run.config import ConfigError, RunConfig, config_of
+from torchmto.lab.run.config import MOST, ConfigError, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
 from torchmto.methods import method_class
@@ -77,7 +77,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_integer("seeds", self.seeds, minimum=1)
+        check_integer("seeds", self.seeds, minimum=1, maximum=MOST)
         names = [arm.name for arm in self.arms]
         if len(set(names)) < len(names):
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
