@@ -205,7 +205,7 @@ class Method(ABC):
     def setup(self, num_tasks: int) -> None:
         """Declare the states whose size depends on the number of tasks. Called once, before the first use.
 
-        By default those in the class's body, ``first: Tensor = states.each(torch.nan)``.
+        By default those in the class's body, ``first: Tensor = states.each(torch.nan)``; an override calls this for them.
         """
         for name, state in states.declared(type(self), states.State).items():
             self.add_state(name, state.first(self, num_tasks))
