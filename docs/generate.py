@@ -112,7 +112,6 @@ def page(name: str) -> str:
     cls = method_class(name)
     properties = cls.properties
     signature = str(inspect.signature(cls)).replace("'", "").replace("collections.abc.", "")
-    signature = re.sub(r"[*]<class (?:[a-z_]+[.])*(\w+)>", r"Unpack[\1]", signature)
     promises = [
         f"homogeneity: {degree(properties.homogeneity)}",
         f"permutation equivariant: {'yes' if properties.equivariant else 'no'}",
@@ -137,7 +136,6 @@ def page(name: str) -> str:
             f"- **When to use it**: {cls.use}",
             f"- **Cost per batch of K tasks**: {counts(cls)}",
             f"- **Hyper-parameters**: `{name}{re.sub(r'torchmto[.][a-z_.]+[.]', '', signature).removesuffix(' -> None')}`",
-            f"- **Source**: {cls.source}",
             f"- **Domain** (tested): {takes}",
             "- **Declared properties** (tested): " + "; ".join(promises),
             "",

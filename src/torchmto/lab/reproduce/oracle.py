@@ -32,8 +32,8 @@ from torchmto.structure import (
     oracle_priority,
     top_priority,
 )
-from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import Measure
+from torchmto.undo import undisturbed
 
 MEASURES: tuple[Measure, ...] = ("parameters", "gradients", "saliency")
 COLUMNS = {

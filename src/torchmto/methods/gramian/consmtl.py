@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, warn
+from torchmto.checks import warn
 from torchmto.gradients.finite import real
+from torchmto.methods import Cost, hyper, register_method
 from torchmto.methods.gramian.fairgrad import FairGrad
-from torchmto.methods.method import Cost, Properties
-from torchmto.methods.registry import register_method
 from torchmto.step import Network, StepContext, TaskGradients
 
 
@@ -44,19 +43,17 @@ class ConsMTL(FairGrad):
         Cost(num_forward=2, num_backward=9, num_optimizer_steps=1)
     """
 
-    source = "Qin et al., CVPR 2025 (Towards Consistent)"
     use = (
         "When tasks pull the representation apart and their heads could read it otherwise; twice differentiable heads."
     )
-    tuning_space = {"strength": ("log", 1e-3, 100.0)}
-    properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     needs_closure = True
     whole_rows = "takes second derivatives by whole parameters"
-
-    def __init__(self, *, strength: float = 1.0, limit: float = 0.1, scale: str = "paper") -> None:
-        super().__init__(alpha=2.0, scale=scale)
-        self.strength = check_number("strength", strength, minimum=0)
-        self.limit = check_number("limit", limit, minimum=0)
+    strength: float = hyper.number(1.0, minimum=0, search=("log", 1e-3, 100.0))
+    limit: float = hyper.number(0.1, minimum=0)
+    alpha = 2.0
+    # Reused weights, or the tasks' weights, would change what the heads agree with.
+    heads = "unit"
+    refresh_every = 1
 
     def cost(self, num_tasks: int) -> Cost:
         """A pass for the gradients, another one for the heads."""
