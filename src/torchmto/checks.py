@@ -116,17 +116,18 @@ def check_number(
     return number
 
 
-def check_integer(name: str, value: Any, *, minimum: int) -> int:
-    """Return ``value`` as an int if it is an integer >= ``minimum``.
+def check_integer(name: str, value: Any, *, minimum: int, maximum: float = math.inf) -> int:
+    """Return ``value`` as an int if it is an integer from ``minimum`` to ``maximum``.
 
     Raises:
         TypeError: If ``value`` isn't an int.
-        ValueError: If it is below ``minimum``.
+        ValueError: If it is out of range.
     """
+    wanted = f"an int >= {minimum}" if maximum == math.inf else f"an int from {minimum} to {maximum}"
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(found(name, f"an int >= {minimum}", value))
-    if value < minimum:
-        raise ValueError(found(name, f"an int >= {minimum}", value))
+        raise TypeError(found(name, wanted, value))
+    if not minimum <= value <= maximum:
+        raise ValueError(found(name, wanted, value))
     return int(value)
 
 

@@ -299,8 +299,6 @@ def is_norm(module: nn.Module) -> bool:
     A module of another library counts if its class is named ``...Norm`` (or ``...Norm2d`` and the like), it
     has no children and all its parameters, at least one, are vectors: ``LlamaRMSNorm``, ``T5LayerNorm``.
     """
-    if isinstance(module, SplitNorm):
-        return False
     if isinstance(module, _NORM_TYPES):
         return True
     parameters = list(module.parameters())

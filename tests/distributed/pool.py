@@ -1,7 +1,7 @@
 """Real processes with a gloo process group, started once and given many jobs.
 
-Nothing here looks at a clock: a worker answers, or it dies, which is an event too. What hangs is ended by the time limit
-of the whole suite, which is below gloo's own.
+While they work nothing looks at a clock: a worker answers, or it dies, which is an event too. What hangs is ended by the
+time limit of the whole suite, which is below gloo's own.
 """
 
 import sys
@@ -22,7 +22,10 @@ def _serve(rank: int, size: int, store: str, connection: Connection) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     groups = {count: dist.new_group(list(range(count))) for count in range(2, size)} | {size: dist.group.WORLD}
     while True:
-        function, count, args = connection.recv()
+        try:
+            function, count, args = connection.recv()
+        except EOFError:
+            return
         try:
             connection.send((True, function(rank, count, groups[count], *args)))
         except Exception as error:  # noqa: BLE001 - the parent raises it
@@ -83,10 +86,12 @@ class Pool:
         return [results[rank] for rank in range(count)]
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers: those that wait for a job end by themselves."""
+        for connection in self.connections:
+            connection.close()
         for process in self.processes:
+            process.join(5)
             process.kill()
-        for process in self.processes:
             process.join()
 
 

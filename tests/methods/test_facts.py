@@ -8,7 +8,7 @@ import pytest
 
 import torchmto
 from battery.table import ROWS
-from torchmto.methods import method_class
+from torchmto.methods import hyper, method_class
 from torchmto.methods.registry import hyperparameters_of
 from toy import Witness, batch, closure, make
 
@@ -44,6 +44,40 @@ def test_tuning_spaces_hold_hyperparameters(name):
     fixed = ROWS[name].options(3) | ({"total_steps": 10} if "total_steps" in known else {})
     for values in itertools.product(*(values for _, *values in space.values())):
         torchmto.make_method(name, **{**fixed, **dict(zip(space, values, strict=True))})
+
+
+class Declares(torchmto.LossWeighting):
+    """Hyper-parameters in the body of the class."""
+
+    power: float = hyper.number(2.0, above=0)
+    names: list[str] | None = hyper.called("labels", hyper.given(None))
+    needed: int = hyper.integer(hyper.REQUIRED, minimum=1)
+
+    def objective(self, losses, indices=None):
+        return losses.pow(self.power).sum()
+
+
+class Hides(Declares):
+    """A plain attribute takes the place of a hyper-parameter."""
+
+    power = 3.0
+    needed: int = hyper.integer(4, minimum=1)
+
+
+def test_declared_hyperparameters_are_taken_by_name_and_checked():
+    assert hyperparameters_of(Declares) == {"power": False, "labels": False, "needed": True}
+    assert hyperparameters_of(Hides) == {"needed": False, "labels": False}
+    method = Declares(needed=3, labels=["x"])
+    assert (method.power, method.names, method.needed, Hides().power) == (2.0, ["x"], 3, 3.0)
+    for wrong, kind, message in (
+        ({}, TypeError, "needs the hyper-parameter `needed`"),
+        ({"needed": 1, "powr": 1.0}, TypeError, "no hyper-parameter `powr`"),
+        ({"needed": 0}, ValueError, "Parameter `needed` should be an int >= 1"),
+        ({"needed": None}, TypeError, "Parameter `needed` should be an int >= 1"),
+        ({"needed": 1, "power": "2"}, TypeError, "Parameter `power` should be a positive float"),
+    ):
+        with pytest.raises(kind, match=message):
+            Declares(**wrong)
 
 
 class Around(torchmto.LossWeighting):

@@ -391,7 +391,7 @@ def test_every_flag_of_a_method_is_in_the_table() -> None:
     found = {
         (name, parameter.name)
         for name in torchmto.methods()
-        for parameter in inspect.signature(method_class(name).__init__).parameters.values()
+        for parameter in inspect.signature(method_class(name)).parameters.values()
         if isinstance(parameter.default, bool) and parameter.name != "higher_is_better"
     }
     assert found == set(FLAGS)

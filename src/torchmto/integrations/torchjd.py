@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmto import GradientCombiner, GramianWeighting, Method, make_method
 from torchmto.checks import found
 from torchmto.integrations import require
+from torchmto.methods import hyper
 
 require("torchjd", "torchjd")
 
@@ -27,9 +28,7 @@ def _drawing(generator: torch.Generator) -> Iterator[None]:
 class _Weights(GramianWeighting):
     """An aggregator that weights rows by their Gramian."""
 
-    def __init__(self, aggregator: Any, **options: Any) -> None:
-        super().__init__(**options)
-        self.aggregator = aggregator
+    aggregator: Any = hyper.given(hyper.REQUIRED)
 
     def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
         """The aggregator's weights, [k]."""
@@ -41,9 +40,7 @@ class _Weights(GramianWeighting):
 class _Rows(GradientCombiner):
     """Any other aggregator, which is given the rows."""
 
-    def __init__(self, aggregator: Any, **options: Any) -> None:
-        super().__init__(**options)
-        self.aggregator = aggregator
+    aggregator: Any = hyper.given(hyper.REQUIRED)
 
     @torch.no_grad()
     def combine(self, task_grads: Any) -> Tensor:
@@ -77,7 +74,7 @@ def from_torchjd(aggregator: Aggregator, **options: Any) -> Method:
         raise TypeError(found("aggregator", "an aggregator of torchjd.aggregation", aggregator))
     kind = _Weights if isinstance(aggregator, GramianWeightedAggregator) else _Rows
     named: type[Any] = type(kind.__name__, (kind,), {"name": f"torchjd.{type(aggregator).__name__}"})
-    method: Method = named(aggregator, **options)
+    method: Method = named(aggregator=aggregator, **options)
     return method
 
 

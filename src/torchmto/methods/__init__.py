@@ -1,10 +1,12 @@
 """Every method, one file each: loss weightings, Gramian methods, combiners and procedures."""
 
+from torchmto.methods import hyper, states
 from torchmto.methods.method import (
     Cost,
     Domain,
     GradientCombiner,
     GramianWeighting,
+    Indices,
     LossWeighting,
     Method,
     Procedure,
@@ -19,12 +21,15 @@ __all__ = [
     "Domain",
     "GradientCombiner",
     "GramianWeighting",
+    "Indices",
     "LossWeighting",
     "Method",
     "Procedure",
     "Properties",
+    "hyper",
     "make_method",
     "method_class",
     "methods",
     "register_method",
+    "states",
 ]

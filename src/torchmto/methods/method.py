@@ -3,20 +3,26 @@
 import contextlib
 import copy
 import functools
+import inspect
 import operator
+import re
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_integer, shown, warn
+from torchmto.checks import shown, warn
+from torchmto.methods import hyper, states
 from torchmto.methods.per_task import ByTask, named
-from torchmto.solvers.solution import Array, Projection, Solution
+from torchmto.solvers.solution import Array, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
+
+Indices = Sequence[int]
+"""Some of the tasks, by their numbers."""
 
 SMALL = 100_000
 """Elements up to which a state tensor is copied at the start of a step, so that an error can undo its change."""
@@ -99,17 +105,28 @@ class Method(ABC):
     error, put back without further code. Learnable loss scales and inner methods are states too: whatever has a
     ``state_dict``. Every random choice draws from :attr:`generator`.
 
+    Hyper-parameters are declared in the body of the class, ``c: float = number(0.5, minimum=0)``: they are taken by name,
+    checked, and become attributes. A subclass may as well have an ``__init__`` of its own.
+
+    Args:
+        **given: The hyper-parameters that aren't to be as they are by default.
+
+    Raises:
+        TypeError: If there is no such hyper-parameter, one is missing, or it is of another type.
+        ValueError: If one is out of range.
+
     Attributes:
         name: The name it is registered under.
         family: "loss weighting", "gramian", "combiner" or "procedure".
-        source: Where it comes from: authors, venue, year, equation.
+        source: Where it comes from: authors, title, venue, year, equation; by default what the docstring says after "Source:".
         use: When to use it, in one sentence.
         norms: "shared", or "per task": what it is made for is a model with one copy of every norm for each task.
         adapts: Whether it adapts the size of every step itself, so that its optimizer had better be plain SGD.
         whole_rows: What it does with whole rows of gradients, if it does: then it can't work where every rank holds a part of
             the columns only (``network.divided``: by ``shard_gradients=True`` or because FSDP shards the parameters).
         tuning_space: What a search draws its hyper-parameters from: name -> ("log", low, high), ("linear", low, high) or
-            ("choice", ...). Empty if there are none to choose, or none that depend on the data.
+            ("choice", ...). Empty if there are none to choose, or none that depend on the data. Of declared hyper-parameters:
+            their ``search``.
         takes_shares: Whether its :meth:`report` takes performances in [0, 1], higher being better.
         independent_batches: How many further batches (``mt.step(..., independent=)``) it uses at most.
         recorded: Numbers per task to record, [K]: the record's name -> the attribute's, dotted if need be.
@@ -136,12 +153,39 @@ class Method(ABC):
     domain: Domain = Domain()
     needs_closure: bool = False
     needs_losses_after: bool = False
+    __signature__: ClassVar[inspect.Signature]
 
-    def __init__(self) -> None:
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cited = re.search(r"^ *Source: (.+?)(\n *\n|\Z)", cls.__doc__ or "", re.DOTALL | re.MULTILINE)
+        if cited and "source" not in vars(cls):
+            cls.source = " ".join(cited[1].split()).removesuffix(".")
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+        if owner is Method:
+            known = states.declared(cls, hyper.HyperParameter).values()
+            cls.__signature__ = inspect.Signature([parameter.as_parameter() for parameter in known])
+            if "tuning_space" not in vars(cls):
+                cls.tuning_space = {parameter.name: parameter.search for parameter in known if parameter.search}
+        else:
+            own = inspect.signature(vars(owner)["__init__"])
+            cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __init__(self, **given: Any) -> None:
         self.generator = torch.Generator().manual_seed(0)
         self._states: list[str] = []
         self.tasks: tuple[str, ...] = ()
         self.num_tasks = 0
+        for attribute, known in states.declared(type(self), hyper.HyperParameter).items():
+            value = given.pop(known.name, known.default)
+            if value is hyper.REQUIRED:
+                raise TypeError(f"{type(self).__name__} needs the hyper-parameter `{known.name}`.")
+            setattr(self, attribute, known.check(known.name, value))
+        if given:
+            raise TypeError(f"{type(self).__name__} has no hyper-parameter `{next(iter(given))}`.")
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """What there is to do once the hyper-parameters have been checked one by one; overridden."""
 
     # ------------------------------------------------------------------ state
 
@@ -159,7 +203,12 @@ class Method(ABC):
             value.seed(derived_seed(self.generator.initial_seed(), name))
 
     def setup(self, num_tasks: int) -> None:
-        """Declare the states whose size depends on the number of tasks. Called once, before the first use."""
+        """Declare the states whose size depends on the number of tasks. Called once, before the first use.
+
+        By default those in the class's body, ``first: Tensor = states.each(torch.nan)``; an override calls this for them.
+        """
+        for name, state in states.declared(type(self), states.State).items():
+            self.add_state(name, state.first(self, num_tasks))
 
     def ensure_setup(self, num_tasks: int) -> None:
         """Call :meth:`setup` if it hasn't been called: for use without :class:`MultiTask`."""
@@ -231,11 +280,11 @@ class Method(ABC):
         for inner in self._inner():
             yield from inner.parts()
 
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """What the losses of the tasks ``indices`` must exceed (or reach: ``domain.attained``), on the CPU, [k]."""
         return torch.zeros(len(indices), dtype=torch.float64)
 
-    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+    def outside(self, losses: Tensor, indices: Indices) -> str:
         """Why this method, or one inside it, can't take these losses; empty if it can.
 
         Args:
@@ -252,7 +301,7 @@ class Method(ABC):
         reasons = (inner.outside(losses, indices) for inner in self._inner())
         return next((reason for reason in reasons if reason), "")
 
-    def check_losses(self, losses: Tensor, indices: Sequence[int] | None = None) -> None:
+    def check_losses(self, losses: Tensor, indices: Indices | None = None) -> None:
         """For use without :class:`MultiTask`, whose steps check losses before they change anything.
 
         Raises:
@@ -440,26 +489,6 @@ def clipped(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
     return weights * (max_norm / norm).clamp_max(1) if bool(norm > 0) else weights
 
 
-class GradientOptions(TypedDict, total=False):
-    """Options that all methods on per-task gradients share.
-
-    Attributes:
-        heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
-    """
-
-    heads: str
-
-
-class WeightingOptions(GradientOptions, total=False):
-    """Options that all Gramian methods share.
-
-    Attributes:
-        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
-    """
-
-    refresh_every: int
-
-
 class LossWeighting(Method):
     """Base of the methods that only combine losses: one forward, one backward.
 
@@ -475,7 +504,7 @@ class LossWeighting(Method):
     fixed: ClassVar[bool] = False
 
     @abstractmethod
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The scalar to minimise, a differentiable function of the losses. Must not change state, random draws apart.
 
         Args:
@@ -483,13 +512,13 @@ class LossWeighting(Method):
             indices: Which tasks they are, ascending; default the first k.
         """
 
-    def present(self, losses: Tensor, indices: Sequence[int] | None = None) -> list[int]:
+    def present(self, losses: Tensor, indices: Indices | None = None) -> list[int]:
         """The tasks these losses belong to, for an :meth:`objective` that has state per task; sets it up if need be."""
         chosen = list(range(len(losses)) if indices is None else indices)
         self.ensure_setup(max(chosen) + 1)
         return chosen
 
-    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def loss_weights(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weights of the losses in the update, [k]: the gradient of the objective."""
         with torch.enable_grad():
             values = losses.detach().requires_grad_()
@@ -530,31 +559,29 @@ class GramianWeighting(Method):
     parameters is ``weights @ J``.
 
     Args:
-        heads: "unit" or "weighted".
-        refresh_every: Recompute the weights every n steps.
+        heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
+        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
 
     Attributes:
-        HEADS: The values that ``heads`` may have.
         head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.
         max_norm: The longest update of the shared parameters, :meth:`shortened` to that; 0 for no bound.
     """
 
     family = "gramian"
-    HEADS: ClassVar[tuple[str, ...]] = ("unit", "weighted")
+    heads: str = hyper.choice("unit", "weighted")
+    refresh_every: int = hyper.integer(1, minimum=1)
+    head_weights: Tensor | None = None
     max_norm: float = 0.0
+    num_fallbacks = 0
+    _precision: float | None = None
+    _warned = False
+    _age: int
+    _kept_weights: dict[int, float]
     _unclipped: Tensor
 
-    def __init__(self, *, heads: str = "unit", refresh_every: int = 1) -> None:
-        super().__init__()
-        self.heads = check_choice("heads", heads, self.HEADS)
-        self.head_weights: Tensor | None = None
-        self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
-        self.num_fallbacks = 0
-        self._precision: float | None = None
-        self._warned = False
-        self._age: int
-        self._kept_weights: dict[int, float]
-        if refresh_every > 1:
+    def __post_init__(self) -> None:
+        """Steps that reuse weights need to know some."""
+        if self.refresh_every > 1:
             self.add_state("_age", 0)
             self.add_state("_kept_weights", {})
 
@@ -565,7 +592,7 @@ class GramianWeighting(Method):
         return super().refusal(network)
 
     @abstractmethod
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weight of every present task's gradient in the update.
 
         Args:
@@ -587,9 +614,13 @@ class GramianWeighting(Method):
         """The machine precision of the gradients behind ``gramian``: of this step's rows, or without a step of its type."""
         return torch.finfo(gramian.dtype).eps if self._precision is None else self._precision
 
-    def accept(self, solution: Solution | Projection, gramian: Tensor) -> Tensor:
+    def solved(self, solver: Callable[..., Solution], gramian: Tensor, **options: Any) -> Tensor:
+        """The weights, like ``gramian``, that a solver of :mod:`torchmto.solvers` finds for it, :meth:`accept`-ed."""
+        return self.accept(solver(self.as_array(gramian), precision=self.precision_of(gramian), **options), gramian)
+
+    def accept(self, solution: Solution, gramian: Tensor) -> Tensor:
         """A solver's weights as a tensor like ``gramian``; a solve that fell back is counted, and warned of once."""
-        if isinstance(solution, Solution) and not solution.converged:
+        if not solution.converged:
             self.num_fallbacks += 1
             if not self._warned:
                 self._warned = True
@@ -607,8 +638,8 @@ class GramianWeighting(Method):
         finally:
             self._precision = None
 
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """One optimizer step along the weighted sum of these gradients; returns the weights."""
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """One optimizer step along the weighted sum of these gradients; returns the weights, if tasks have one each."""
         self.num_fallbacks = 0
         weights = self.step_weights(context, gradients)
         context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
@@ -624,7 +655,7 @@ class GramianWeighting(Method):
                 return info
         gradients = context.gradients()
         weights = self.descend(context, gradients)
-        if self.refresh_every > 1:
+        if self.refresh_every > 1 and weights is not None:
             self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
             self._age = 1
         return context.info(
@@ -682,11 +713,9 @@ class GradientCombiner(Method):
 
     family = "combiner"
     whole_rows = "combines the rows entry by entry or layer by layer, or tracks them"
-
-    def __init__(self, *, heads: str = "unit") -> None:
-        super().__init__()
-        self.heads = check_choice("heads", heads, ("unit", "weighted"))
-        self.head_weights: Tensor | None = None
+    heads: str = hyper.choice("unit", "weighted")
+    head_weights: Tensor | None = None
+    num_fallbacks = 0
 
     @abstractmethod
     def combine(self, task_grads: Any) -> Tensor:
@@ -707,15 +736,20 @@ class GradientCombiner(Method):
             task_grads: The same object, as :meth:`combine` left it.
         """
 
+    def _gradients(self, context: StepContext) -> TaskGradients:
+        """What is combined in this step."""
+        return context.gradients()
+
     def step(self, context: StepContext) -> StepInfo:
         """Per-task gradients, their combination, one step."""
-        gradients = context.gradients()
+        self.num_fallbacks = 0
+        gradients = self._gradients(context)
         vector = self.combine(gradients)
         context.combine(gradients, self.head_weights, vector=vector, heads=self.heads)
         context.apply()
         self.remember(gradients)
         self.after_step(gradients.reduced, context)
-        return context.info(gradients=gradients, records=self.records())
+        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
 
 
 class Procedure(Method):

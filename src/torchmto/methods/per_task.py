@@ -1,6 +1,5 @@
 """Numbers per task, as arguments and in records."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found, unknown_task
+from torchmto.checks import check_integer, check_number, found, unknown_task
 
 TaskFloats = Mapping[str, float] | Sequence[float]
 """One number per task: task -> number, or numbers in the order of the tasks."""
@@ -36,31 +35,24 @@ class PerTask(ByTask):
     Args:
         name: The hyper-parameter's name, for error messages.
         given: A mapping of task names, a sequence in the order of the tasks, or one number for all tasks.
-        minimum: Smallest allowed value.
-        maximum: Largest allowed value.
-        above: Values must be larger than this.
         common: Whether one number for all tasks is allowed.
+        **bounds: What each value has to keep to; those of :func:`~torchmto.checks.check_number`.
+
+    Attributes:
+        unit: What messages call the values.
 
     Raises:
         TypeError: If it is neither.
         ValueError: If a value is out of range.
     """
 
-    def __init__(
-        self,
-        name: str,
-        given: Numbers,
-        *,
-        minimum: float = -math.inf,
-        maximum: float = math.inf,
-        above: float = -math.inf,
-        common: bool = True,
-    ) -> None:
+    unit = "floats"
+
+    def __init__(self, name: str, given: Numbers, *, common: bool = True, **bounds: float) -> None:
         self.name = name
         self.given = given
         self._values: list[float] | None = None
         self._common: float
-        bounds = {"minimum": minimum, "maximum": maximum, "above": above}
         if common and isinstance(given, Real):
             self._common = check_number(name, given, **bounds)
             return
@@ -81,7 +73,7 @@ class PerTask(ByTask):
                 raise ValueError(found(self.name, f"a mapping with exactly the tasks {list(tasks)}", dict(self.given)))
             self._values = [float(self.given[name]) for name in tasks]
         elif self._values is not None and len(self._values) != len(tasks):
-            raise ValueError(found(self.name, f"a sequence of {len(tasks)} floats", self.given))
+            raise ValueError(found(self.name, f"a sequence of {len(tasks)} {self.unit}", self.given))
 
     def of(self, indices: Sequence[int]) -> Tensor:
         """The values of the tasks ``indices``, float64 on the CPU, [k].
@@ -92,7 +84,7 @@ class PerTask(ByTask):
         if self._values is None:
             return torch.full((len(indices),), self._common, dtype=torch.float64)
         if max(indices) >= len(self._values):
-            raise ValueError(found(self.name, f"at least {max(indices) + 1} floats", self.given))
+            raise ValueError(found(self.name, f"at least {max(indices) + 1} {self.unit}", self.given))
         return torch.tensor([self._values[i] for i in indices], dtype=torch.float64)
 
     @property
@@ -101,7 +93,55 @@ class PerTask(ByTask):
         return sum(self._values or ())
 
 
-class Baseline(ByTask):
+class Shares(PerTask):
+    """A preference among the tasks: positive weights, used as shares of the present tasks (summing to 1).
+
+    Args:
+        name: The hyper-parameter's name.
+        given: Task -> positive weight or a sequence; None: all alike.
+    """
+
+    def __init__(self, name: str, given: TaskFloats | None) -> None:
+        super().__init__(name, 1.0 if given is None else given, above=0)
+
+    def of(self, indices: Sequence[int]) -> Tensor:
+        """The shares of the tasks ``indices``, float64 on the CPU, [k]."""
+        values = super().of(indices)
+        return values / values.sum()
+
+
+class Primary(ByTask):
+    """The task that leads, where one does: its name, or its number.
+
+    Args:
+        name: The hyper-parameter's name.
+        given: The task's name, or a number from 0.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it is a negative number.
+    """
+
+    def __init__(self, name: str, given: Any) -> None:
+        self.name = name
+        self.given: str | int = given if isinstance(given, str) else check_integer(name, given, minimum=0)
+        self.index = 0 if isinstance(self.given, str) else self.given
+
+    def bind(self, tasks: tuple[str, ...]) -> None:
+        """Match it with the tasks.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        if isinstance(self.given, str):
+            if self.given not in tasks:
+                raise ValueError(unknown_task(self.given, tasks, f"in `{self.name}`"))
+            self.index = tasks.index(self.given)
+        elif self.given >= len(tasks):
+            raise ValueError(found(self.name, f"the name or number of one of {len(tasks)} tasks", self.given))
+
+
+class Baseline(PerTask):
     """The hyper-parameters ``baseline`` and ``higher_is_better``: single-task values, and how far behind them results are.
 
     Args:
@@ -114,8 +154,9 @@ class Baseline(ByTask):
     """
 
     def __init__(self, given: Mapping[str, float], higher_is_better: Any) -> None:
+        super().__init__("baseline", given, common=False)
         for name, value in given.items():
-            if check_number(f"baseline[{name!r}]", value) == 0:
+            if value == 0:
                 raise ValueError(found(f"baseline[{name!r}]", "different from 0", value))
         by_task = isinstance(higher_is_better, Mapping)
         directions = higher_is_better.values() if by_task else [higher_is_better]
@@ -126,8 +167,7 @@ class Baseline(ByTask):
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Check that every task has a value, and that directions are of these tasks."""
-        if set(self.values) != set(tasks):
-            raise ValueError(found("baseline", f"a mapping with exactly the tasks {list(tasks)}", self.values))
+        super().bind(tasks)
         unknown = [name for name in self.directions if name not in tasks]
         if unknown:
             raise ValueError(unknown_task(unknown[0], tasks, "in `higher_is_better`"))

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found, nearest, unknown_task
+from torchmto.checks import found, nearest, unknown_task
+from torchmto.methods import Indices, LossWeighting, Method, hyper, make_method, methods, states
 from torchmto.methods.losses.window import Windowed
-from torchmto.methods.method import LossWeighting, Method
-from torchmto.methods.per_task import Baseline
-from torchmto.methods.registry import make_method, methods
+from torchmto.methods.per_task import Baseline, PerTask, TaskFloats
 from torchmto.step import StepContext, StepInfo
 
 SUM_TOLERANCE = 1e-6
@@ -27,12 +26,16 @@ class Priority(Method):
     family = "priority"
 
     @abstractmethod
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """Scores of the present tasks, float64 [k]; any scale."""
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
+        """Scores of the present tasks, float64 [k]; any scale, NaN for what isn't known."""
 
-    def probabilities(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """Probabilities of the present tasks, float64 [k]; uniform where no score is positive."""
+    def probabilities(self, losses: Tensor | None, indices: Indices) -> Tensor:
+        """Probabilities of the present tasks, float64 [k]; uniform where no score is positive.
+
+        A task without a score gets the mean of the others.
+        """
         scores = self.scores(losses, indices).to(device="cpu", dtype=torch.float64).clamp_min(0)
+        scores = torch.where(scores.isnan(), scores.nanmean(), scores)
         largest = scores.max()
         if not bool(largest > 0) or not bool(largest.isfinite()):
             return torch.full_like(scores, 1 / len(scores))
@@ -48,43 +51,38 @@ class Priority(Method):
         raise TypeError("A priority is a part of a method, not a method.")
 
 
-class FixedPriority(Priority):
-    """Constant probabilities.
-
-    Args:
-        given: Task -> probability (missing tasks have 0), or a sequence in the order of the tasks.
+class Probabilities(PerTask):
+    """Task -> probability (missing tasks have 0), or a sequence in the order of the tasks.
 
     Raises:
         ValueError: If a probability is negative or they don't sum to 1.
     """
 
-    def __init__(self, given: Mapping[str, float] | Sequence[float]) -> None:
-        super().__init__()
-        items = given.items() if isinstance(given, Mapping) else enumerate(given)
-        values = {key: check_number(f"priority[{key!r}]", value, minimum=0) for key, value in items}
-        if abs(sum(values.values()) - 1) > SUM_TOLERANCE:
-            raise ValueError(
-                f"{found('priority', 'probabilities that sum to 1', given)} The sum is {sum(values.values())}."
-            )
-        self._given = given
-        self._values = list(values.values())
+    unit = "probabilities"
+
+    def __init__(self, name: str, given: TaskFloats) -> None:
+        super().__init__(name, given, common=False, minimum=0)
+        if abs(self.total - 1) > SUM_TOLERANCE:
+            raise ValueError(f"{found(name, 'probabilities that sum to 1', given)} The sum is {self.total}.")
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Match probabilities with tasks."""
-        if isinstance(self._given, Mapping):
-            unknown = [name for name in self._given if name not in tasks]
+        if isinstance(self.given, Mapping):
+            unknown = [name for name in self.given if name not in tasks]
             if unknown:
-                raise ValueError(unknown_task(unknown[0], tasks, "in `priority`"))
-            self._values = [float(self._given.get(name, 0.0)) for name in tasks]
-        elif len(self._given) != len(tasks):
-            raise ValueError(found("priority", f"a sequence of {len(tasks)} probabilities", list(self._given)))
+                raise ValueError(unknown_task(unknown[0], tasks, f"in `{self.name}`"))
+            self.given = {name: self.given.get(name, 0.0) for name in tasks}
         super().bind(tasks)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+
+class FixedPriority(Priority):
+    """Constant probabilities, the argument ``priority``."""
+
+    given: Probabilities = hyper.called("priority", hyper.given(hyper.REQUIRED, Probabilities))
+
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """The given probabilities."""
-        if max(indices) >= len(self._values):
-            raise ValueError(found("priority", f"at least {max(indices) + 1} probabilities", self._given))
-        return torch.tensor([self._values[i] for i in indices], dtype=torch.float64)
+        return self.given.of(indices)
 
 
 class LossPriority(Windowed, Priority):
@@ -96,32 +94,20 @@ class LossPriority(Windowed, Priority):
         window: Length of a window in steps; None: windows end when ``mt.end_window()`` says so.
     """
 
-    first: Tensor
-    last: Tensor
+    gamma: float = hyper.number(1.0)
+    relative: bool = hyper.flag(False)
+    # The means of the first and the last window (NaN: not seen yet).
+    first: Tensor = states.each(torch.nan)
+    last: Tensor = states.each(torch.nan)
 
-    def __init__(self, *, gamma: float, relative: bool, window: int | None) -> None:
-        super().__init__(window=window)
-        self.gamma = check_number("gamma", gamma)
-        self.relative = relative
-
-    def setup(self, num_tasks: int) -> None:
-        """Running sums, and the means of the first and the last window (NaN: not seen yet)."""
-        super().setup(num_tasks)
-        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """(Mean loss)^gamma; a task not seen in any window gets the mean of the others."""
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
+        """(Mean loss)^gamma; NaN for a task not seen in any window."""
         self.ensure_setup(max(indices) + 1)
         chosen = list(indices)
         means = self.last[chosen].clamp_min(0)
         means = means / self.first[chosen] if self.relative else means
-        known = ~means.isnan()
-        if not bool(known.any()):
-            return torch.ones(len(chosen), dtype=torch.float64)
-        means = means / means[known].max().clamp_min(torch.finfo(torch.float64).tiny)
-        scores = means**self.gamma
-        return torch.where(known, scores, scores[known].mean())
+        largest: Tensor = means.nan_to_num(nan=0.0).max()
+        return (means / largest.clamp_min(torch.finfo(torch.float64).tiny)) ** self.gamma
 
     def close(self, means: Tensor) -> None:
         """Take over the window's means; tasks absent from it keep their last mean."""
@@ -142,41 +128,29 @@ class PerformancePriority(Priority):
         gamma: The exponent.
     """
 
-    shortfall: Tensor
+    baseline: Any = hyper.given(None)
+    higher_is_better: Mapping[str, bool] | bool = hyper.given(True)
+    gamma: float = hyper.number(1.0, minimum=0)
+    # The last shortfalls; NaN: not reported yet.
+    shortfall: Tensor = states.each(torch.nan)
 
-    def __init__(
-        self,
-        baseline: Mapping[str, float] | None,
-        *,
-        higher_is_better: Mapping[str, bool] | bool,
-        gamma: float,
-    ) -> None:
-        super().__init__()
-        if not isinstance(baseline, Mapping) or not baseline:
-            raise ValueError(
-                found("baseline", "the single-task value of every task (for priority='performance')", baseline)
-            )
-        self.baseline = Baseline(baseline, higher_is_better)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """The last shortfalls; NaN: not reported yet."""
-        self.add_state("shortfall", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+    def __post_init__(self) -> None:
+        """There is nothing to fall short of without single-task values."""
+        if not isinstance(self.baseline, Mapping) or not self.baseline:
+            needed = "the single-task value of every task (for priority='performance')"
+            raise ValueError(found("baseline", needed, self.baseline))
+        self.baseline = Baseline(self.baseline, self.higher_is_better)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Take over validation results."""
         for name, value in performance.items():
             self.shortfall[self.tasks.index(name)] = max(self.baseline.behind(name, value), 0.0)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
-        """Shortfall^gamma; a task without a report gets the mean of the others."""
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
+        """Shortfall^gamma; NaN for a task without a report."""
         self.ensure_setup(max(indices) + 1)
         shortfall = self.shortfall[list(indices)]
-        known = ~shortfall.isnan()
-        if not bool(known.any()):
-            return torch.ones(len(shortfall), dtype=torch.float64)
-        scores = torch.where(shortfall > 0, shortfall**self.gamma, 0.0)
-        return torch.where(known, scores, scores[known].mean())
+        return torch.where(shortfall > 0, shortfall**self.gamma, shortfall)
 
 
 class WeightingPriority(Priority):
@@ -188,10 +162,10 @@ class WeightingPriority(Priority):
         super().__init__()
         self.add_state("weighting", weighting)
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """The weighting's weights for these losses."""
         if losses is None:
-            return torch.ones(len(indices), dtype=torch.float64)
+            return torch.full((len(indices),), torch.nan)
         scores: Tensor = self.weighting.loss_weights(losses, indices)
         return scores
 
@@ -203,7 +177,7 @@ class CallablePriority(Priority):
         super().__init__()
         self.function = function
 
-    def scores(self, losses: Tensor | None, indices: Sequence[int]) -> Tensor:
+    def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """What the function returns.
 
         Raises:
@@ -248,27 +222,19 @@ def make_priority(
         if priority in ("loss", "relative_loss"):
             return LossPriority(gamma=gamma, relative=priority == "relative_loss", window=window)
         if priority == "performance":
-            return PerformancePriority(baseline, higher_is_better=higher_is_better, gamma=gamma)
+            return PerformancePriority(baseline=baseline, higher_is_better=higher_is_better, gamma=gamma)
         if priority == "uniform":
             return CallablePriority(torch.ones_like)
-        try:
-            weighting = make_method(priority)
-        except ValueError:
-            weighting = None
+        weighting = make_method(priority) if priority in methods() else None
         if not isinstance(weighting, LossWeighting):
-            raise ValueError(
-                found(
-                    "priority",
-                    "'loss', 'relative_loss', 'performance', 'uniform', a loss weighting, probabilities or a callable",
-                    priority,
-                )
-                + nearest(priority, (*SOURCES, *methods()))
-            )
+            known = ", ".join(map(repr, SOURCES))
+            message = found("priority", f"{known}, a loss weighting, probabilities or a callable", priority)
+            raise ValueError(message + nearest(priority, (*SOURCES, *methods())))
         return WeightingPriority(weighting)
     if isinstance(priority, LossWeighting):
         return WeightingPriority(priority)
     if isinstance(priority, Mapping | list | tuple):
-        return FixedPriority(priority)
+        return FixedPriority(priority=priority)
     if callable(priority):
         return CallablePriority(priority)
     raise TypeError(found("priority", "a string, probabilities, a loss weighting or a callable", priority))

@@ -5,7 +5,6 @@ import importlib
 import importlib.metadata
 import inspect
 import pkgutil
-import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -107,16 +106,10 @@ def hyperparameters_of(cls: type[Method]) -> dict[str, bool] | None:
         >>> hyperparameters_of(method_class("pcgrad"))
         {'shuffle': False, 'heads': False, 'refresh_every': False}
     """
-    known: dict[str, bool] = {}
-    for parameter in inspect.signature(cls).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            options = typing.get_args(typing.get_type_hints(cls.__init__).get(parameter.name))
-            if not options:
-                return None
-            known |= dict.fromkeys(typing.get_type_hints(options[0]), False)
-        elif parameter.kind is not parameter.VAR_POSITIONAL:
-            known[parameter.name] = parameter.default is parameter.empty
-    return known
+    parameters = inspect.signature(cls).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name: parameter.default is parameter.empty for parameter in parameters}
 
 
 def make_method(name: str, /, **hyperparameters: Any) -> Method:

@@ -44,12 +44,18 @@ def min_norm(gramian: npt.ArrayLike, *, precision: float | None = None, toleranc
         return Solution(zero / zero.sum(), converged=True, residual=0.0, iterations=0)
     if num_tasks == 1:
         return Solution(np.ones(1), converged=True, residual=0.0, iterations=0)
-    columns = factor(unit.cosines)
+    columns, shares, iterations = factor(unit.cosines), unit.norms.min() / unit.norms, 0
     if num_tasks == 2:
-        weights, iterations = _two_tasks(check_gramian(gramian)), 0
+        weights = _two_tasks(check_gramian(gramian))
     else:
-        weights, iterations = _active_set(columns, unit.norms)
-    residual = _kkt_residual(columns, unit.norms, weights)
+        multipliers = least_distance(columns, shares)
+        if multipliers is None:
+            # The iteration limit: the shortest gradient.
+            multipliers = (shares == 1.0).astype(np.float64)
+        weights, iterations = multipliers * shares, int(np.count_nonzero(multipliers))
+        weights = weights / weights.sum()
+    point = columns @ (weights / shares)
+    residual = float(max(0.0, ((point @ point) * shares - point @ columns).max()))
     return Solution(weights, converged=residual <= max(tolerance, unit.noise), residual=residual, iterations=iterations)
 
 
@@ -58,19 +64,3 @@ def _two_tasks(gramian: Array) -> Array:
     weights = (gramian.diagonal()[::-1] - gramian[0, 1]).clip(min=0.0)
     total = weights.sum()
     return weights / total if total > 1e-15 * np.trace(gramian) else uniform(2)
-
-
-def _active_set(columns: Array, norms: Array) -> tuple[Array, int]:
-    """The least distance on unit columns; an iteration limit returns the shortest gradient."""
-    shares = norms.min() / norms
-    multipliers = least_distance(columns, shares)
-    if multipliers is None:
-        multipliers = (shares == 1.0).astype(np.float64)
-    weights = multipliers * shares
-    return weights / weights.sum(), int(np.count_nonzero(multipliers))
-
-
-def _kkt_residual(columns: Array, norms: Array, weights: Array) -> float:
-    shares = norms.min() / norms
-    point = columns @ (weights / shares)
-    return float(max(0.0, ((point @ point) * shares - point @ columns).max()))

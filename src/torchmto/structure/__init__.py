@@ -5,7 +5,6 @@ from torchmto.structure.dataflow import Recording, record_dataflow
 from torchmto.structure.layers import StructuredLayer
 from torchmto.structure.oracle import OraclePriority, oracle_priority
 from torchmto.structure.pairing import find_norm_pairs
-from torchmto.structure.preserve import undisturbed
 from torchmto.structure.priority import (
     channel_dots,
     group_coefficients,
@@ -31,6 +30,7 @@ from torchmto.task_norms import (
     is_norm,
     split_norms,
 )
+from torchmto.undo import undisturbed
 
 __all__ = [
     "OraclePriority",

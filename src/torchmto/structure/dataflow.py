@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchmto.gradients.torch_private import tree_leaves
-from torchmto.structure.preserve import undisturbed
 from torchmto.task_norms import SplitNorm, is_norm
+from torchmto.undo import undisturbed
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention)

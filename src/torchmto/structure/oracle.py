@@ -1,5 +1,6 @@
 """Which task should lead a group of channels, measured instead of estimated."""
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from torchmto.checks import check_number
 from torchmto.gradients.rows import wide_dtype
 from torchmto.structure.layers import StructuredLayer
-from torchmto.structure.preserve import undisturbed
 from torchmto.structure.strength import channels_first
 from torchmto.task_norms import active_task, has_split_norms
+from torchmto.undo import undisturbed
 
 Closure = Callable[[tuple[str, ...]], Mapping[str, Tensor]]
 ChannelGroup = tuple[StructuredLayer, Sequence[int]]
@@ -87,12 +88,13 @@ def oracle_priority(
         return dict(zip(parameters, found, strict=True))
 
     with undisturbed(model), torch.enable_grad():
-        gradients = _per_task(model, closure, tasks, gradient)
+        by_task = per_task(model, closure, tasks, gradient)
+        gradients = [by_task[task] for task in tasks]
 
     def total() -> float:
         with undisturbed(model), torch.no_grad():
-            losses = _per_task(model, closure, tasks, float)
-            return sum(factor * loss for factor, loss in zip(factors, losses, strict=True))
+            losses = per_task(model, closure, tasks, float)
+            return sum(factor * losses[task] for factor, task in zip(factors, tasks, strict=True))
 
     before = total()
     decrease = torch.zeros(len(groups), len(tasks), dtype=wide_dtype(torch.device("cpu")))
@@ -113,17 +115,18 @@ def oracle_priority(
     return OraclePriority(top, decrease)
 
 
-def _per_task(
+def per_task(
     model: nn.Module, closure: Closure, tasks: Sequence[str], read: Callable[[Tensor], Result]
-) -> list[Result]:
-    """What ``read`` makes of every task's loss; with split norms while the task is active, as a backward may need it."""
-    if not has_split_norms(model):
-        losses = closure(tuple(tasks))
-        return [read(losses[task]) for task in tasks]
-    results = []
-    for task in tasks:
-        with active_task(task):
-            results.append(read(closure((task,))[task]))
+) -> dict[str, Result]:
+    """What ``read`` makes of every task's loss; with split norms while the task is active, as a backward may need it.
+
+    Checkpointed regions run their forward again inside the backward.
+    """
+    results: dict[str, Result] = {}
+    for names in [(task,) for task in tasks] if has_split_norms(model) else [tuple(tasks)]:
+        with active_task(names[0]) if len(names) == 1 else contextlib.nullcontext():
+            losses = closure(names)
+            results |= {task: read(losses[task]) for task in names if task in losses}
     return results
 
 

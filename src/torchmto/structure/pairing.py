@@ -20,8 +20,8 @@ from torchmto.structure.dataflow import (
     trace_subtrees,
 )
 from torchmto.structure.layers import StructuredLayer, norm_channels
-from torchmto.structure.preserve import undisturbed
 from torchmto.task_norms import SplitNorm
+from torchmto.undo import undisturbed
 
 logger = logging.getLogger(__name__)
 

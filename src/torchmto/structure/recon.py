@@ -1,6 +1,5 @@
 """Recon: find the layers in which the tasks' gradients conflict most, and make them task-specific."""
 
-import contextlib
 import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from torchmto.checks import check_number, check_tasks
 from torchmto.gradients.torch_private import modules_of
-from torchmto.structure.oracle import Closure
-from torchmto.task_norms import PerTask, active_task, check_key_parts, current_tasks, has_split_norms
+from torchmto.structure.oracle import Closure, per_task
+from torchmto.task_norms import PerTask, check_key_parts, current_tasks
 
 
 class TaskSpecific(PerTask):
@@ -66,20 +65,18 @@ def conflict_scores(
     (S-conflict scores).
     """
     threshold = check_number("threshold", threshold, minimum=-1, maximum=0)
-    layers = {path: list(m.parameters(recurse=False)) for path, m in modules_of(model).items()}
-    layers = {path: own for path, own in ((p, [w for w in ws if w.requires_grad]) for p, ws in layers.items()) if own}
+    own_of = {
+        path: [p for p in m.parameters(recurse=False) if p.requires_grad] for path, m in modules_of(model).items()
+    }
+    layers = {path: own for path, own in own_of.items() if own}
     everything = [parameter for own in layers.values() for parameter in own]
     scores: dict[str, int] = {}
+
+    def gradient(loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, everything, retain_graph=True, allow_unused=True)
+
     for closure in closures:
-        gradients: dict[str, list[Tensor | None]] = {}
-        for names in [(task,) for task in tasks] if has_split_norms(model) else [tuple(tasks)]:
-            # Checkpointed regions run their forward again inside the backward.
-            with active_task(names[0]) if len(names) == 1 else contextlib.nullcontext():
-                losses = closure(names)
-                for task, loss in losses.items():
-                    gradients[task] = list(
-                        torch.autograd.grad(loss, everything, retain_graph=task != list(losses)[-1], allow_unused=True)
-                    )
+        gradients = per_task(model, closure, tasks, gradient)
         start = 0
         for path, own in layers.items():
             parts = {task: rows[start : start + len(own)] for task, rows in gradients.items()}

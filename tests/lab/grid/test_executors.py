@@ -251,8 +251,11 @@ def test_outcomes_of_jobs_that_cannot_be_done():
     assert callable(execute)
     with pytest.raises(ValueError, match="should be one of local, ray, slurm"):
         make_executor("cloud", 1, Path())
-    with pytest.raises(ValueError, match="`jobs` should be an int >= 1"):
+    with pytest.raises(ValueError, match="`jobs` should be an int from 1 to 1024"):
         make_executor("local", 0, Path())
+    for too_many in ({"seeds": 10**20}, {"tune": 10**20}, {"jobs": 10**400}):
+        with pytest.raises(ValueError, match=f"`{next(iter(too_many))}` should be an int from 1 to 1024"):
+            lab.compare("digits", **too_many)
     with pytest.raises(ConfigError, match="no effect beside an `executor`"):
         lab.compare("digits", executor=executors.Here(), jobs=2)
 

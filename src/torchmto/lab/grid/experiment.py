@@ -9,7 +9,7 @@ from torchmto.lab.grid.identity import identity
 from torchmto.lab.metrics import task_metrics
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, build
-from torchmto.lab.run.config import FREE, MethodConfig, RunConfig, config_of
+from torchmto.lab.run.config import FREE, MOST, MethodConfig, RunConfig, config_of
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.specs import MethodSpec, parse_method
 
@@ -38,7 +38,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check_tasks(self.methods)
-        check_integer("seeds", self.seeds, minimum=1)
+        check_integer("seeds", self.seeds, minimum=1, maximum=MOST)
 
     @property
     def settings(self) -> dict[str, Any]:

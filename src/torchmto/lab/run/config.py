@@ -21,7 +21,7 @@ SECTIONS = ("data", "model", "method", "optimizer")
 LARGEST = 2**63
 """No whole number of the settings reaches it."""
 MOST = 1024
-"""Processes or threads that a machine is asked for: with billions it would stand still."""
+"""Processes, threads, seeds or trials that are asked for at once: with billions nothing would ever begin."""
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 
 

@@ -1,12 +1,18 @@
 """What the combiners that are Adam themselves have in common."""
 
-from typing import Unpack
+from typing import Any
 
 import torch
 
 from torchmto.checks import check_number, found, warn
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
-from torchmto.step import Network
+from torchmto.methods import GradientCombiner, Properties, hyper
+from torchmto.step import Network, StepContext, StepInfo
+
+
+def _decays(name: str, given: Any) -> tuple[float, ...]:
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        raise TypeError(found(name, "a pair of floats", given))
+    return tuple(check_number(f"{name}[{i}]", decay, minimum=0, below=1) for i, decay in enumerate(given))
 
 
 class AdamRule(GradientCombiner):
@@ -19,13 +25,13 @@ class AdamRule(GradientCombiner):
 
     adapts = True
     properties = Properties(homogeneity=None, identity=False, pareto=False)
+    betas: tuple[float, float] = hyper.given((0.9, 0.999), _decays)
+    _network: Network | None = None
 
-    def __init__(self, betas: tuple[float, float], **options: Unpack[GradientOptions]) -> None:
-        super().__init__(**options)
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise TypeError(found("betas", "a pair of floats", betas))
-        first, second = (check_number(f"betas[{i}]", beta, minimum=0, below=1) for i, beta in enumerate(betas))
-        self.betas = first, second
+    def step(self, context: StepContext) -> StepInfo:
+        """As every combiner; parameters are known by the network's names."""
+        self._network = context.network
+        return super().step(context)
 
     def no_backward(self, num_sources: int) -> str:
         """It is an optimizer's rule itself."""

@@ -1,16 +1,12 @@
 """AdaTask: Adam with moments of its own for every task."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag, check_number
+from torchmto.methods import hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import GradientOptions
-from torchmto.methods.registry import register_method
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import Network, TaskGradients
 
 
 @register_method("adatask")
@@ -40,39 +36,16 @@ class AdaTask(AdamRule):
     Source: Yang et al., AdaTask, AAAI 2023, Algorithm 1 (Adam).
     """
 
-    source = "Yang et al., AAAI 2023, Algorithm 1"
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
-    first: Tensor
-    second: Tensor
-    times: Tensor
-    head_moments: dict[str, list[Tensor]]
-    head_times: dict[str, int]
-
-    def __init__(
-        self,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        adam_heads: bool = True,
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        super().__init__(betas, **options)
-        self.eps = check_number("eps", eps, minimum=0)
-        self.adam_heads = check_flag("adam_heads", adam_heads)
-        self._network: Network | None = None
-        self.add_state("head_moments", {})
-        self.add_state("head_times", {})
-
-    def setup(self, num_tasks: int) -> None:
-        """Moments of every task's gradient, and counts of steps."""
-        self.add_state("first", torch.zeros(num_tasks, 0))
-        self.add_state("second", torch.zeros(num_tasks, 0))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-
-    def step(self, context: StepContext) -> StepInfo:
-        """As every combiner; moments of heads are kept by the network's names."""
-        self._network = context.network
-        return super().step(context)
+    eps: float = hyper.number(1e-8, minimum=0)
+    adam_heads: bool = hyper.flag(True)
+    # Moments of every task's gradient, and counts of steps.
+    first: Tensor = states.rows()
+    second: Tensor = states.rows()
+    times: Tensor = states.each(0, torch.int64)
+    # The same of heads, by their parameters' names.
+    head_moments: dict[str, list[Tensor]] = states.made(lambda *_: {})
+    head_times: dict[str, int] = states.made(lambda *_: {})
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -41,6 +41,15 @@ def remember_(memory: Tensor, rows: Iterable[Tensor], tasks: Sequence[int]) -> N
         memory[task].copy_(row)
 
 
+@torch.no_grad()
+def averaged(memory: Tensor, rows: Iterable[Tensor], tasks: Sequence[int], decay: float, piece: slice) -> Tensor:
+    """Some columns of a memory [K, P], the rows of J [k, P] averaged in; the memory stays as it is."""
+    moved = memory[:, piece].clone()
+    for row, task in zip(rows, tasks, strict=True):
+        moved[task].mul_(decay).add_(row[piece], alpha=1 - decay)
+    return moved
+
+
 def fitted(memory: Tensor, num_tasks: int, matrix: Tensor) -> Tensor:
     """A memory [K, P] of past gradients that fits the matrix J [k, P]: its dtype, device and number of columns.
 

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
 from torchmto.gradients.rows import gramian
+from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
 from torchmto.methods.combine.columns import fitted, remember_, track_
-from torchmto.methods.method import Domain, GradientCombiner, Properties
-from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
@@ -39,27 +37,19 @@ class DBMTL(GradientCombiner):
     code.
     """
 
-    source = "Lin et al., 2023, arXiv 2308.12029, Algorithm 1"
     use = "Losses and gradients on very different scales; puts all tasks at the largest gradient's norm."
-    tuning_space = {"beta": ("linear", 0.1, 0.99)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False, uses_losses=True)
     domain = Domain(
         "0",
         attained=True,
         corners="A task whose loss or gradient is 0 takes no part in the step, as if it were absent.",
     )
-    tracked: Tensor
-    times: Tensor
-
-    def __init__(self, *, beta: float = 0.9, sigma: float = 0.0, heads: str = "weighted") -> None:
-        super().__init__(heads=heads)
-        self.beta = check_number("beta", beta, minimum=0, below=1)
-        self.sigma = check_number("sigma", sigma, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """Tracked gradients and counts of steps."""
-        self.add_state("tracked", torch.zeros(num_tasks, 0))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
+    beta: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.1, 0.99))
+    sigma: float = hyper.number(0.0, minimum=0)
+    heads: str = hyper.choice("weighted", "unit")
+    # Tracked gradients and counts of steps.
+    tracked: Tensor = states.rows()
+    times: Tensor = states.each(0, torch.int64)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -1,14 +1,10 @@
 """ExcessMTL: weights by estimated excess risks."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_number
+from torchmto.methods import Domain, Indices, Method, hyper, register_method, states
 from torchmto.methods.combine.columns import fitted
-from torchmto.methods.method import Domain, Method
-from torchmto.methods.registry import register_method
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
 LEAST = 1e-6
@@ -38,25 +34,15 @@ class ExcessMTL(Method):
     """
 
     family = "combiner"
-    source = "He et al., ICML 2024, Algorithm 1"
     use = "Noisy labels in some tasks, which loss-based weightings would over-weight."
-    tuning_space = {"step_size": ("log", 1e-3, 1e-1)}
     whole_rows = "sums the squares of the rows in its state"
     domain = Domain(corners="No weight falls below 1e-6 of the sum, from where a task can come back.")
-    weights: Tensor
-    first: Tensor
-    squares: Tensor
-
-    def __init__(self, *, step_size: float = 1e-2, heads: str = "weighted") -> None:
-        super().__init__()
-        self.step_size = check_number("step_size", step_size, minimum=0)
-        self.heads = check_choice("heads", heads, ("unit", "weighted"))
-
-    def setup(self, num_tasks: int) -> None:
-        """Weights, first excess risks (NaN: not seen yet), and sums of squared gradients (sized in the first step)."""
-        self.add_state("weights", torch.ones(num_tasks, dtype=torch.float64))
-        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("squares", torch.zeros(num_tasks, 0))
+    step_size: float = hyper.number(1e-2, minimum=0, search=("log", 1e-3, 1e-1))
+    heads: str = hyper.choice("weighted", "unit")
+    # Weights, first excess risks (NaN: not seen yet), and sums of squared gradients (sized in the first step).
+    weights: Tensor = states.each(1.0)
+    first: Tensor = states.each(torch.nan)
+    squares: Tensor = states.rows()
 
     @torch.no_grad()
     def _excess(self, gradients: TaskGradients) -> Tensor:
@@ -70,7 +56,7 @@ class ExcessMTL(Method):
             excess.append(torch.where(square > 0, square * (squares[task] + square).rsqrt(), 0.0).sum())
         return torch.stack(excess).to("cpu", torch.float64)
 
-    def _update(self, chosen: Sequence[int], excess: Tensor) -> Tensor:
+    def _update(self, chosen: Indices, excess: Tensor) -> Tensor:
         """Multiply the weights; the present tasks' weights in the update, [k], summing to k."""
         where = list(chosen)
         relative = excess / self.first[where]

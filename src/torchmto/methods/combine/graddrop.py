@@ -1,14 +1,11 @@
 """GradDrop: per entry one sign is picked, and gradients of the other sign are dropped."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
+from torchmto.methods import GradientCombiner, Properties, hyper, register_method
 from torchmto.methods.combine.columns import pieces
-from torchmto.methods.method import GradientCombiner, GradientOptions, Properties
-from torchmto.methods.per_task import Numbers, PerTask
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask
 from torchmto.step import TaskGradients
 
 
@@ -34,14 +31,9 @@ class GradDrop(GradientCombiner):
     Source: Chen et al., Just Pick a Sign, NeurIPS 2020, Algorithm 1.
     """
 
-    source = "Chen et al., NeurIPS 2020, Algorithm 1"
     use = "Many conflicting tasks; random sign dropout as a regulariser."
-    tuning_space = {"leak": ("linear", 0.0, 0.9)}
     properties = Properties(pareto=False)
-
-    def __init__(self, *, leak: Numbers = 0.0, **options: Unpack[GradientOptions]) -> None:
-        super().__init__(**options)
-        self.leak = PerTask("leak", leak, minimum=0, maximum=1)
+    leak: PerTask = hyper.per_task(0.0, minimum=0, maximum=1, search=("linear", 0.0, 0.9))
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -1,18 +1,14 @@
 """M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer
 from torchmto.gradients.rows import gramian
+from torchmto.methods import Cost, Domain, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import Cost, Domain, GradientOptions
-from torchmto.methods.registry import register_method
-from torchmto.step import StepContext, StepInfo, TaskGradients
+from torchmto.methods.combine.columns import averaged, fitted, pieces
+from torchmto.step import StepContext, TaskGradients
 from torchmto.step.finite import SkippedError
 
 EPS = 1e-8
@@ -47,36 +43,17 @@ class MConFIG(AdamRule):
     Source: Liu et al., ConFIG, ICLR 2025, Algorithm 1 (M-ConFIG), as in its released code.
     """
 
-    source = "Liu et al., ICLR 2025, Algorithm 1"
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
-    momenta: Tensor
-    moment: Tensor
-    last: Tensor
-    times: Tensor
-    num_steps: int
-    turn: int
-
-    def __init__(
-        self,
-        *,
-        num_updates: int | None = 1,
-        betas: tuple[float, float] = (0.9, 0.999),
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        super().__init__(betas, **options)
-        self.num_updates = None if num_updates is None else check_integer("num_updates", num_updates, minimum=1)
-        self.num_fallbacks = 0
-        self._direction: Tensor | None = None
-
-    def setup(self, num_tasks: int) -> None:
-        """The momenta, the second moment, the direction's last momentum, counts, and whose turn it is."""
-        self.add_state("momenta", torch.zeros(num_tasks, 0))
-        self.add_state("moment", torch.zeros(1, 0))
-        self.add_state("last", torch.zeros(1, 0))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-        self.add_state("num_steps", 0)
-        self.add_state("turn", 0)
+    num_updates: int | None = hyper.integer(1, minimum=1, none=True)
+    # The momenta, the second moment, the direction's last momentum, counts, and whose turn it is.
+    momenta: Tensor = states.rows()
+    moment: Tensor = states.made(lambda *_: torch.zeros(1, 0))
+    last: Tensor = states.made(lambda *_: torch.zeros(1, 0))
+    times: Tensor = states.each(0, torch.int64)
+    num_steps: int = states.count()
+    turn: int = states.count()
+    _direction: Tensor | None = None
 
     @property
     def one_by_one(self) -> bool:
@@ -86,22 +63,6 @@ class MConFIG(AdamRule):
     def cost(self, num_tasks: int) -> Cost:
         """One forward, and a backward for each task whose turn it is (of all tasks in the first step)."""
         return Cost(1, num_tasks if self.num_updates is None else min(self.num_updates, num_tasks), 1)
-
-    def step(self, context: StepContext) -> StepInfo:
-        """The gradients of the tasks whose turn it is; the direction of all momenta."""
-        self.ensure_setup(len(context.tasks))
-        gradients = self._gradients(context)
-        self.num_fallbacks = 0
-        vector = self.combine(gradients)
-        # The momenta of tasks whose turn it isn't move what they reach, too.
-        roles, seen = context.network.roles, set(torch.nonzero(self.times).flatten().tolist())
-        names = roles.layout[: len(gradients.parameters)]
-        gradients.rows.fill(place for place, name in enumerate(names) if seen & roles.tasks_of(name))
-        context.combine(gradients, vector=vector, heads=self.heads)
-        context.apply()
-        self.remember(gradients)
-        self.after_step(gradients.reduced, context)
-        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
 
     def _gradients(self, context: StepContext) -> TaskGradients:
         """Those of the next tasks that the batch has."""
@@ -149,6 +110,11 @@ class MConFIG(AdamRule):
             finite &= second.isfinite().all()
             torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
         self._direction = direction
+        if self._network is not None:
+            # The momenta of tasks whose turn it isn't move what they reach, too.
+            roles, moving = self._network.roles, set(seen.tolist())
+            names = roles.layout[: len(task_grads.parameters)]
+            task_grads.rows.fill(place for place, name in enumerate(names) if moving & roles.tasks_of(name))
         # A square that overflows would stay in the second moment, and its entry never move again.
         return update if bool(finite) else torch.full_like(update, torch.inf)
 
@@ -163,10 +129,7 @@ class MConFIG(AdamRule):
 
     def _momenta(self, task_grads: TaskGradients, piece: slice) -> Tensor:
         """Some columns of the momenta after this step."""
-        moved = self.momenta[:, piece].clone()
-        for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
-            moved[task].mul_(self.betas[0]).add_(row[piece], alpha=1 - self.betas[0])
-        return moved
+        return averaged(self.momenta, task_grads.matrix, task_grads.indices, self.betas[0], piece)
 
     def _moments(self, direction: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """Some columns of the direction's momentum and of the second moment after this step."""

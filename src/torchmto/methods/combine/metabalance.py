@@ -1,14 +1,10 @@
 """MetaBalance: auxiliary gradients brought towards the length of the primary task's, parameter by parameter."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
-from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
-from torchmto.methods.primary import Primary
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
+from torchmto.methods.per_task import Primary
 from torchmto.step import TaskGradients
 
 
@@ -36,26 +32,15 @@ class MetaBalance(GradientCombiner):
     Tasks, WWW 2022 (arXiv 2203.06801), as in its released code.
     """
 
-    source = "He et al., WWW 2022, arXiv 2203.06801"
     use = "Auxiliary tasks that only serve one target task, and drown it or are too weak to help."
-    tuning_space = {"relax": ("linear", 0.0, 1.0)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(corners="Where the primary task has had no gradient the others stay as they are.")
-    lengths: Tensor
-    times: Tensor
-
-    def __init__(
-        self, *, primary: str | int = 0, relax: float = 0.7, beta: float = 0.9, **options: Unpack[GradientOptions]
-    ) -> None:
-        super().__init__(**options)
-        self.primary = Primary(primary)
-        self.relax = check_number("relax", relax, minimum=0, maximum=1)
-        self.beta = check_number("beta", beta, minimum=0, below=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """Running means of the gradients' lengths, one per task and shared parameter, and their numbers of steps."""
-        self.add_state("lengths", torch.zeros(num_tasks, 0, dtype=torch.float64))
-        self.add_state("times", torch.zeros(num_tasks, 0, dtype=torch.int64))
+    primary: Primary = hyper.given(0, Primary, str | int)
+    relax: float = hyper.number(0.7, minimum=0, maximum=1, search=("linear", 0.0, 1.0))
+    beta: float = hyper.number(0.9, minimum=0, below=1)
+    # Running means of the gradients' lengths, one per task and shared parameter, and their numbers of steps.
+    lengths: Tensor = states.rows(torch.float64)
+    times: Tensor = states.rows(torch.int64)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -1,17 +1,12 @@
 """MoCo: weights on the simplex from gradients that are tracked over the steps."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_number
 from torchmto.gradients.rows import gramian
+from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
 from torchmto.methods.combine.columns import fitted, remember_, track_
-from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
-from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
@@ -44,49 +39,30 @@ class MoCo(GradientCombiner):
     Source: Fernando et al., Mitigating Gradient Bias in Multi-objective Learning, ICLR 2023, Algorithm 1.
     """
 
-    source = "Fernando et al., ICLR 2023, Algorithm 1"
     use = "Small batches: corrects the bias of stochastic weights by averaging gradients over time."
-    tuning_space = {"beta": ("linear", 0.1, 0.99), "gamma": ("log", 1e-3, 1.0)}
     recorded = {"weights": "shares"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
         corners='With `normalize="loss"` non-negative losses only. A task whose gradient stays short takes weight from the '
         'others, and with `step="projection"` in the end all.'
     )
-    tracked: Tensor
-    shares: Tensor
-    times: Tensor
-    num_steps: int
+    beta: float = hyper.number(0.5, above=0, maximum=1, search=("linear", 0.1, 0.99))
+    beta_sigma: float = hyper.number(0.5, minimum=0)
+    gamma: float = hyper.number(0.1, minimum=0, search=("log", 1e-3, 1.0))
+    gamma_sigma: float = hyper.number(0.5, minimum=0)
+    rho: float = hyper.number(0.0, minimum=0)
+    step_rule: str = hyper.called("step", hyper.choice("softmax", "projection"))
+    normalize: str = hyper.choice("none", "loss")
+    # Tracked gradients, weights and counts of steps.
+    tracked: Tensor = states.rows()
+    shares: Tensor = states.shares()
+    times: Tensor = states.each(0, torch.int64)
+    num_steps: int = states.count()
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.5,
-        beta_sigma: float = 0.5,
-        gamma: float = 0.1,
-        gamma_sigma: float = 0.5,
-        rho: float = 0.0,
-        step: str = "softmax",
-        normalize: str = "none",
-        **options: Unpack[GradientOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.beta = check_number("beta", beta, above=0, maximum=1)
-        self.beta_sigma = check_number("beta_sigma", beta_sigma, minimum=0)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        self.gamma_sigma = check_number("gamma_sigma", gamma_sigma, minimum=0)
-        self.rho = check_number("rho", rho, minimum=0)
-        self.step_rule = check_choice("step", step, ("softmax", "projection"))
-        self.normalize = check_choice("normalize", normalize, ("none", "loss"))
-        if normalize == "loss":
+    def __post_init__(self) -> None:
+        """Gradients divided by a loss need its sign."""
+        if self.normalize == "loss":
             self.domain = Domain("0", attained=True)
-
-    def setup(self, num_tasks: int) -> None:
-        """Tracked gradients, weights and counts of steps."""
-        self.add_state("tracked", torch.zeros(num_tasks, 0))
-        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-        self.add_state("num_steps", 0)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
@@ -102,14 +78,14 @@ class MoCo(GradientCombiner):
         track_(task_grads.matrix, self.tracked, present, shares_of_rows)
         own = gramian(task_grads.matrix)
         own.diagonal().add_(self.rho)
-        shares = shares_of(self.shares, present)
+        shares = states.shares_of(self.shares, present)
         moved = shares - self.gamma / self.num_steps**self.gamma_sigma * (own @ shares)
         moved = (
             moved.softmax(0)
             if self.step_rule == "softmax"
             else torch.from_numpy(solvers.simplex_projection(moved.numpy()))
         )
-        set_shares(self.shares, present, moved)
+        states.set_shares(self.shares, present, moved)
         self.head_weights = moved
         return torch.mv(task_grads.matrix.T, moved.to(task_grads.matrix))
 

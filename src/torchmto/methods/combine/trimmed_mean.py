@@ -1,14 +1,10 @@
 """Trimmed mean: entry by entry the mean without the extremes."""
 
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer
+from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method
 from torchmto.methods.combine.columns import pieces
-from torchmto.methods.method import Domain, GradientCombiner, GradientOptions, Properties
-from torchmto.methods.registry import register_method
 from torchmto.step import TaskGradients
 
 
@@ -28,15 +24,11 @@ class TrimmedMean(GradientCombiner):
     Source: Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, Definition 2.
     """
 
-    source = "Yin et al., ICML 2018, Definition 2"
     use = "Gradients of some tasks may be outliers, entry by entry."
     properties = Properties(pareto=False)
     whole_rows = ""  # every column is averaged by itself
     domain = Domain(corners="With one or two tasks nothing is trimmed: the mean.")
-
-    def __init__(self, *, num_trimmed: int = 1, **options: Unpack[GradientOptions]) -> None:
-        super().__init__(**options)
-        self.num_trimmed = check_integer("num_trimmed", num_trimmed, minimum=0)
+    num_trimmed: int = hyper.integer(1, minimum=0)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

@@ -1,14 +1,10 @@
 """Aligned-MTL: gradients made orthogonal and equally long."""
 
-from typing import Literal, Unpack, cast
+from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice
+from torchmto.methods import Domain, Properties, hyper, register_method
 from torchmto.methods.gramian.preference import PreferenceWeighting
-from torchmto.methods.method import Domain, Properties, WeightingOptions
-from torchmto.methods.per_task import TaskFloats
-from torchmto.methods.registry import register_method
-from torchmto.solvers.solution import Array, Solution
 
 
 @register_method("aligned_mtl")
@@ -38,24 +34,12 @@ class AlignedMTL(PreferenceWeighting):
         tensor([1.0000, 0.5000])
     """
 
-    source = "Senushkin et al., CVPR 2023, Algorithm 1"
     use = "Gradients of very different size that should be orthogonalised without favouring any."
-    tuning_space = {"scale_mode": ("choice", "min", "median", "rmse")}
     properties = Properties(pareto=False)
     domain = Domain(corners="Zero gradients take no part; what dependent ones span is aligned over its own rank.")
+    scale_mode: str = hyper.choice("min", "median", "rmse", search=("choice", "min", "median", "rmse"))
+    scale: str = hyper.choice("sum", "mean")
 
-    def __init__(
-        self,
-        *,
-        scale_mode: str = "min",
-        scale: str = "sum",
-        preference: TaskFloats | None = None,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(scale=scale, preference=preference, **options)
-        self.scale_mode = check_choice("scale_mode", scale_mode, ("min", "median", "rmse"))
-
-    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
+    def solve(self, gramian: Tensor, preference: list[float]) -> Tensor:
         """The weights of the aligned sum, [k]; they can be negative."""
-        mode = cast("Literal['min', 'median', 'rmse']", self.scale_mode)
-        return solvers.aligned(gramian, scale=mode, preference=preference, precision=precision)
+        return self.solved(solvers.aligned, gramian, scale=self.scale_mode, preference=preference)

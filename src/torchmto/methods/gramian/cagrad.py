@@ -1,15 +1,10 @@
 """CAGrad: near the mean gradient, the direction that serves the worst-off task best."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_flag, check_number
-from torchmto.methods.method import GramianWeighting, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import GramianWeighting, Indices, hyper, register_method
 
 
 @register_method("cagrad")
@@ -43,29 +38,14 @@ class CAGrad(GramianWeighting):
         tensor([0.1835, 1.2041, 1.2041])
     """
 
-    source = "Liu et al., NeurIPS 2021, equation 4, Algorithm 1"
     use = "When the worst-off task matters but the average should still fall; the step stays near the mean gradient."
-    tuning_space = {"c": ("linear", 0.1, 0.9)}
+    c: float = hyper.number(0.5, minimum=0, search=("linear", 0.1, 0.9))
+    rescale: bool = hyper.flag(False)
+    scale: str = hyper.choice("mean", "sum")
 
-    def __init__(
-        self,
-        *,
-        c: float = 0.5,
-        rescale: bool = False,
-        scale: str = "mean",
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.c = check_number("c", c, minimum=0)
-        self.rescale = check_flag("rescale", rescale)
-        self.scale = check_choice("scale", scale, ("mean", "sum"))
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of d, [k]."""
         if len(gramian) == 1:
             return torch.ones_like(gramian[0])
-        solution = solvers.cagrad(
-            self.as_array(gramian), self.c, rescale=self.rescale, precision=self.precision_of(gramian)
-        )
-        weights = self.accept(solution, gramian)
+        weights = self.solved(solvers.cagrad, gramian, c=self.c, rescale=self.rescale)
         return weights * len(gramian) if self.scale == "sum" else weights

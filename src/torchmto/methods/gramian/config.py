@@ -1,12 +1,9 @@
 """ConFIG: the direction on which all gradients project equally, as long as they agree."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, register_method
 
 
 @register_method("config")
@@ -36,14 +33,12 @@ class ConFIG(GramianWeighting):
         tensor([1.5000, 0.7500])
     """
 
-    source = "Liu et al., ICLR 2025, equations 2-4"
     use = "When every update has to help every task at an equal rate."
     properties = Properties(pareto=False)
     domain = Domain(
         corners="Linearly dependent gradients: the least-squares direction, a fallback. Zero gradients take no part."
     )
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of the update, [k]; they can be negative."""
-        solution = solvers.config(self.as_array(gramian), precision=self.precision_of(gramian))
-        return self.accept(solution, gramian)
+        return self.solved(solvers.config, gramian)

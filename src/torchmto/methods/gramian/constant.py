@@ -1,13 +1,9 @@
 """Fixed weights of the gradients."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 from torch import Tensor
 
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.per_task import PerTask, TaskFloats
-from torchmto.methods.registry import register_method
 
 
 @register_method("constant")
@@ -34,14 +30,10 @@ class Constant(GramianWeighting):
         tensor([ 1., 10.])
     """
 
-    source = "constant weights"
     use = "Known trade-offs; a control for methods that adapt."
     properties = Properties(equivariant=False, identity=False)
+    given: PerTask = hyper.called("weights", hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False))
 
-    def __init__(self, *, weights: TaskFloats, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.given = PerTask("weights", weights, minimum=0, common=False)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The present tasks' weights, [k]."""
         return self.given.of(range(len(gramian)) if indices is None else indices).to(gramian)

@@ -1,14 +1,13 @@
 """CR-MOGM: any weighting, smoothed over the steps."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
-from torchmto.methods.method import Domain, GramianWeighting, WeightingOptions
-from torchmto.methods.registry import gramian_method, register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, hyper, register_method, states
+from torchmto.methods.registry import gramian_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -43,32 +42,21 @@ class CRMOGM(GramianWeighting):
         tensor([0.6250, 0.3750])
     """
 
-    source = "Zhou et al., NeurIPS 2022, Algorithm 1"
     use = "Any weighting whose weights jump from batch to batch: smooths them."
-    tuning_space = {"alpha": ("linear", 0.0, 0.99)}
     domain = Domain(corners="Those of the other method; its domain holds.")
-    inner: GramianWeighting
-    smoothed: Tensor
-    seen: Tensor
+    inner: GramianWeighting = hyper.called("method", hyper.given("mgda", gramian_method, str | GramianWeighting))
+    alpha: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.0, 0.99))
+    # The smoothed weights [K] and which tasks have some.
+    smoothed: Tensor = states.each(0.0)
+    seen: Tensor = states.each(False, torch.bool)
 
-    def __init__(
-        self,
-        *,
-        method: str | GramianWeighting = "mgda",
-        alpha: float = 0.9,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, minimum=0, below=1)
-        self.add_state("inner", gramian_method("method", method))
+    def __post_init__(self) -> None:
+        """The other method's bound is this one's."""
+        super().__post_init__()
+        self.add_state("inner", self.inner)
         self.max_norm = self.inner.max_norm
 
-    def setup(self, num_tasks: int) -> None:
-        """The smoothed weights [K] and which tasks have some."""
-        self.add_state("smoothed", torch.zeros(num_tasks, dtype=torch.float64))
-        self.add_state("seen", torch.zeros(num_tasks, dtype=torch.bool))
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The smoothed weights, [k]. Moves those of the present tasks."""
         self.inner.num_fallbacks = 0
         return self._smooth(self.inner.weights(gramian, losses, indices), gramian, indices)
@@ -78,7 +66,7 @@ class CRMOGM(GramianWeighting):
         self.inner.num_fallbacks = 0
         return self._smooth(self.inner.step_weights(context, gradients), gradients.gramian, gradients.indices)
 
-    def _smooth(self, weights: Tensor, gramian: Tensor, indices: Sequence[int] | None) -> Tensor:
+    def _smooth(self, weights: Tensor, gramian: Tensor, indices: Indices | None) -> Tensor:
         self.num_fallbacks += self.inner.num_fallbacks
         self.ensure_setup(len(weights))
         present = torch.arange(len(weights)) if indices is None else torch.tensor(list(indices))

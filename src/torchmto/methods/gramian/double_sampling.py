@@ -1,14 +1,11 @@
 """Methods whose weights come from two independent mini-batches."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from torchmto.checks import warn
-from torchmto.methods.method import GramianWeighting, WeightingOptions
+from torchmto.methods import GramianWeighting, Indices, states
 from torchmto.step import Network, StepContext, TaskGradients
 
 
@@ -24,11 +21,9 @@ class DoubleSampling(GramianWeighting):
     """
 
     independent_batches = 2
-    shares: Tensor
-
-    def __init__(self, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self._warned_of_reuse = False
+    # A point of the simplex [K], uniform at first.
+    shares: Tensor = states.shares()
+    _warned_of_reuse = False
 
     def refusal(self, network: Network) -> str:
         """The rows of several batches are needed at once."""
@@ -36,19 +31,15 @@ class DoubleSampling(GramianWeighting):
             return "needs products between the gradients of several batches"
         return super().refusal(network)
 
-    def setup(self, num_tasks: int) -> None:
-        """A point of the simplex [K], uniform at first."""
-        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
-
     @abstractmethod
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Move the shares of the tasks ``indices`` by their cross-Gramian [k, k]."""
 
     @abstractmethod
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """The weights of the present tasks' gradients, from their shares, float64 [k]."""
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Move the shares by a Gramian or cross-Gramian (which needs no symmetry); the weights after that, [k]."""
         self.ensure_setup(len(gramian))
         present = tuple(range(len(gramian))) if indices is None else tuple(indices)
@@ -69,13 +60,7 @@ class DoubleSampling(GramianWeighting):
         second = context.gradients(source=1 if context.num_sources == 2 else 2)
         common = [i for i in first.indices if i in second.indices and i in gradients.indices]
         if common:
-            self.move(cross_gramian(context, first, second, common), common)
+            rows = [first.indices.index(task) for task in common]
+            columns = [second.indices.index(task) for task in common]
+            self.move(context.inner_products(first, second)[rows][:, columns], common)
         return self.row_weights(gradients.indices).to(gradients.gramian)
-
-
-def cross_gramian(context: StepContext, first: TaskGradients, second: TaskGradients, tasks: Sequence[int]) -> Tensor:
-    """Inner products between two batches' gradients of the same tasks, float64 on the CPU, [k, k]."""
-    product = context.inner_products(first, second)
-    rows = [first.indices.index(task) for task in tasks]
-    columns = [second.indices.index(task) for task in tasks]
-    return product[rows][:, columns]

@@ -1,10 +1,10 @@
 """DualProj: the mean gradient made free of conflict."""
 
+from torch import Tensor
+
 from torchmto import solvers
+from torchmto.methods import Properties, register_method
 from torchmto.methods.gramian.preference import PreferenceWeighting
-from torchmto.methods.method import Properties
-from torchmto.methods.registry import register_method
-from torchmto.solvers.solution import Array, Solution
 
 
 @register_method("dualproj")
@@ -32,10 +32,9 @@ class DualProj(PreferenceWeighting):
         tensor([0.5000, 0.5000])
     """
 
-    source = "Lopez-Paz & Ranzato, NeurIPS 2017, equation 11"
     use = "When no update may conflict with any task, at one projection per step."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
+    def solve(self, gramian: Tensor, preference: list[float]) -> Tensor:
         """Weights of at least the preference, [k]."""
-        return solvers.dual_cone(gramian, preference, precision=precision)
+        return self.solved(solvers.dual_cone, gramian, preference=preference)

@@ -1,14 +1,9 @@
 """FairGrad: alpha-fair shares of the update."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_number
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 RELEASED_NORM = 1.0
 """Largest norm of the released code's update of the shared parameters."""
@@ -46,29 +41,27 @@ class FairGrad(GramianWeighting):
         tensor([0.2500])
     """
 
-    source = "Ban & Ji, ICML 2024, equation 8"
     use = "When a chosen notion of fairness between the tasks' progress is wanted (alpha)."
-    tuning_space = {"alpha": ("choice", 1.0, 2.0, 5.0, 10.0)}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
     domain = Domain(
         corners="With alpha > 1 the update has no bound as gradients shrink or cancel. A zero gradient takes no part; where a "
         "convex combination of the others vanishes a ridge is added, a fallback."
     )
+    alpha: float = hyper.number(2.0, above=0, search=("choice", 1.0, 2.0, 5.0, 10.0))
+    scale: str = hyper.choice("paper", "released")
 
-    def __init__(self, *, alpha: float = 2.0, scale: str = "paper", **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, above=0)
-        self.scale = check_choice("scale", scale, ("paper", "released"))
-        self.max_norm = RELEASED_NORM if scale == "released" else 0.0
+    def __post_init__(self) -> None:
+        """The released code bounds its update."""
+        super().__post_init__()
+        self.max_norm = RELEASED_NORM if self.scale == "released" else 0.0
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         return self.scaled(self.shares(gramian), gramian)
 
     def shares(self, gramian: Tensor) -> Tensor:
         """The solution of the equation, [k]."""
-        solution = solvers.fair(self.as_array(gramian), self.alpha, precision=self.precision_of(gramian))
-        return self.accept(solution, gramian)
+        return self.solved(solvers.fair, gramian, alpha=self.alpha)
 
     def scaled(self, weights: Tensor, gramian: Tensor) -> Tensor:
         """The weights at the scale that was asked for."""

@@ -1,20 +1,25 @@
 """GradNorm: weights that balance the norms of the tasks' gradients."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found
+from torchmto.checks import found
 from torchmto.gradients.rows import gramian as gramian_of_rows
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
 from torchmto.step import Losses, Network, StepContext, TaskGradients
 
 LEAST = 1e-4
 """Smallest weight before the rescaling: the update of a weight isn't bounded below."""
+
+
+def _path(name: str, given: Any) -> Any:
+    if given is not None and not isinstance(given, str):
+        raise TypeError(found(name, "the path of a module, a string", given))
+    return given
 
 
 @register_method("gradnorm")
@@ -50,38 +55,20 @@ class GradNorm(GramianWeighting):
         tensor([1., 1., 1.])
     """
 
-    source = "Chen et al., ICML 2018, Algorithm 1"
     use = "Losses on different scales that train at different rates."
-    tuning_space = {"alpha": ("linear", 0.0, 3.0), "lr": ("log", 1e-3, 1e-1)}
     recorded = {"scales": "scales.values"}
     properties = Properties(uses_losses=True)
     domain = Domain(
         corners="A loss that isn't positive counts as trained, r = 0; where none is positive the weights stay."
     )
-    scales: LearnableScales
-    first: Tensor
-
-    def __init__(
-        self,
-        *,
-        alpha: float = 1.5,
-        lr: float = 0.025,
-        layer: str | None = None,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        options.setdefault("heads", "weighted")
-        super().__init__(**options)
-        self.alpha = check_number("alpha", alpha, minimum=0)
-        self.lr = check_number("lr", lr, above=0)
-        if layer is not None and not isinstance(layer, str):
-            raise TypeError(found("layer", "the path of a module, a string", layer))
-        self.layer = layer
-        self._norms: Tensor | None = None
-
-    def setup(self, num_tasks: int) -> None:
-        """The weights, and the first positive losses (NaN: not seen yet)."""
-        self.add_state("scales", LearnableScales(num_tasks, lr=self.lr, initial=1.0))
-        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+    alpha: float = hyper.number(1.5, minimum=0, search=("linear", 0.0, 3.0))
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
+    layer: str | None = hyper.given(None, _path)
+    heads: str = hyper.choice("weighted", "unit")
+    # The weights, and the first positive losses (NaN: not seen yet).
+    scales: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=1.0))
+    first: Tensor = states.each(torch.nan)
+    _norms: Tensor | None = None
 
     def refusal(self, network: Network) -> str:
         """A layer's columns may lie on several ranks, or not be kept."""
@@ -115,7 +102,7 @@ class GradNorm(GramianWeighting):
             total += gramian_of_rows(gradients.matrix[:, gradients.columns(parameter)])
         return total
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights learnt so far, [k], summing to k; the Gramian only matters to the update after the step."""
         chosen = list(range(len(gramian)) if indices is None else indices)
         self.ensure_setup(max(chosen) + 1)

@@ -1,19 +1,15 @@
 """GradVac: gradients turned towards each other until they are as similar as they usually are."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_flag, check_number, found
+from torchmto.checks import found
 from torchmto.gradients.rows import gramian as gramian_of_rows
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.gramian.pcgrad import random_orders
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
 from torchmto.solvers.projection import Order
-from torchmto.step import Network, StepContext, StepInfo, TaskGradients
+from torchmto.step import Network, StepContext, TaskGradients
 
 
 @register_method("gradvac")
@@ -46,33 +42,20 @@ class GradVac(GramianWeighting):
         (tensor([2.0000, 1.2500]), tensor(-0.2500, dtype=torch.float64))
     """
 
-    source = "Wang et al., ICLR 2021, equations 2 and 3, Algorithm 1"
     use = "Related tasks whose gradients should stay as aligned as they usually are."
-    tuning_space = {"beta": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False)
+    beta: float = hyper.number(0.01, minimum=0, maximum=1, search=("log", 1e-3, 0.5))
+    shuffle: bool = hyper.flag(True)
+    groups: str = hyper.choice("whole", "layer", "matrix")
     targets: Tensor
     group_targets: dict[str, Tensor]
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.01,
-        shuffle: bool = True,
-        groups: str = "whole",
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.beta = check_number("beta", beta, minimum=0, maximum=1)
-        self.shuffle = check_flag("shuffle", shuffle)
-        self.groups = check_choice("groups", groups, ("whole", "layer", "matrix"))
-        if groups != "whole" and (self.heads != "unit" or self.refresh_every > 1):
-            raise ValueError(
-                found(
-                    "groups",
-                    "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group",
-                    groups,
-                )
-            )
+    def __post_init__(self) -> None:
+        """With several groups there is no weight to multiply heads with, or to use again."""
+        super().__post_init__()
+        if self.groups != "whole" and (self.heads != "unit" or self.refresh_every > 1):
+            needed = "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group"
+            raise ValueError(found("groups", needed, self.groups))
 
     def setup(self, num_tasks: int) -> None:
         """Cosine targets [K, K], 0 at first; per group where there are several."""
@@ -87,7 +70,7 @@ class GradVac(GramianWeighting):
             return "takes cosines over the columns of each group"
         return super().refusal(network)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the turned gradients' coefficients, [k]. Moves the targets of the present tasks.
 
         Raises:
@@ -103,7 +86,7 @@ class GradVac(GramianWeighting):
         return random_orders(size, self.generator) if self.shuffle else None
 
     def _turned(
-        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Sequence[int] | None
+        self, gramian: Tensor, targets: Tensor, orders: Order | None, indices: Indices | None
     ) -> tuple[Tensor, Tensor]:
         """The weights [k] for one Gramian, and its targets [K, K] after this step."""
         present = torch.arange(len(gramian)) if indices is None else torch.tensor(list(indices))
@@ -119,37 +102,27 @@ class GradVac(GramianWeighting):
         targets[where] = torch.from_numpy(moved)
         return self.accept(projection, gramian), targets
 
-    def step(self, context: StepContext) -> StepInfo:
-        """As every Gramian method; with several groups a task has no single weight to report."""
-        if self.groups == "whole":
-            return super().step(context)
-        gradients = context.gradients()
-        self.descend(context, gradients)
-        return context.info(gradients=gradients, num_fallbacks=self.num_fallbacks, records=self.records())
-
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """One optimizer step; returns the weights, of several groups their mean over the columns."""
+    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """One optimizer step; returns the weights, None with several groups: there a task has no single one."""
         if self.groups == "whole":
             return super().descend(context, gradients)
         self.num_fallbacks = 0
         self._precision = gradients.precision
         matrix, indices = gradients.matrix, gradients.indices
         orders = self._orders(len(matrix))
-        vector, mean = torch.zeros_like(matrix[0]), gradients.gramian.new_zeros(len(matrix))
-        targets = dict(self.group_targets)
+        vector, targets = torch.zeros_like(matrix[0]), dict(self.group_targets)
         for group, parts in self._columns(context.network, gradients).items():
             gramian = sum((gramian_of_rows(matrix[:, part]) for part in parts), torch.zeros_like(gradients.gramian))
             before = targets.get(group, gramian.new_zeros(self.num_tasks, self.num_tasks))
             weights, targets[group] = self._turned(gramian, before, orders, indices)
             for part in parts:
                 torch.mv(matrix[:, part].T, weights.to(matrix), out=vector[part])
-                mean += weights * ((part.stop - part.start) / max(len(vector), 1))
         self.group_targets = targets
         self._precision = None
         context.combine(gradients, vector=vector)
         context.apply()
         self.after_step(gradients.reduced, context)
-        return mean
+        return None
 
     def _columns(self, network: Network, gradients: TaskGradients) -> dict[str, list[slice]]:
         """The columns of every group, by its name."""

@@ -1,12 +1,9 @@
 """IMTL-G: an update with equal projections on all gradients."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.methods.method import Domain, GramianWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, register_method
 
 
 @register_method("imtl_g")
@@ -33,7 +30,6 @@ class IMTLG(GramianWeighting):
         tensor([0.6667, 0.3333])
     """
 
-    source = "Liu et al., ICLR 2021, equation 5"
     use = "When the update should make equal progress along every unit gradient."
     properties = Properties(pareto=False)
     domain = Domain(
@@ -41,7 +37,6 @@ class IMTLG(GramianWeighting):
         "Where gradients of very different length conflict the update can conflict with all of them."
     )
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Weights with sum 1, [k]."""
-        solution = solvers.imtl_g(self.as_array(gramian), precision=self.precision_of(gramian))
-        return self.accept(solution, gramian)
+        return self.solved(solvers.imtl_g, gramian)

@@ -1,14 +1,9 @@
 """Krum: the gradients that lie closest to the others."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("krum")
@@ -34,25 +29,15 @@ class Krum(GramianWeighting):
         tensor([0.5000, 0.5000, 0.0000, 0.0000])
     """
 
-    source = "Blanchard et al., NeurIPS 2017, sections 4 and 5"
     use = "Gradients of some tasks or batches may be outliers."
     properties = Properties(pareto=False)
     domain = Domain(
         corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be "
         "the one that is selected."
     )
+    num_outliers: int = hyper.integer(1, minimum=0)
+    num_selected: int = hyper.integer(1, minimum=1)
 
-    def __init__(self, *, num_outliers: int = 1, num_selected: int = 1, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.num_outliers = check_integer("num_outliers", num_outliers, minimum=0)
-        self.num_selected = check_integer("num_selected", num_selected, minimum=1)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """1/m for the selected tasks, 0 for the others, [k]."""
-        solution = solvers.krum(
-            self.as_array(gramian),
-            num_outliers=self.num_outliers,
-            num_selected=self.num_selected,
-            precision=self.precision_of(gramian),
-        )
-        return self.accept(solution, gramian)
+        return self.solved(solvers.krum, gramian, num_outliers=self.num_outliers, num_selected=self.num_selected)

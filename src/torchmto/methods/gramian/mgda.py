@@ -1,15 +1,10 @@
 """MGDA: the shortest convex combination of the gradients."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice, check_flag
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -43,21 +38,18 @@ class MGDA(GramianWeighting):
         tensor([0.7500, 0.2500])
     """
 
-    source = "Désidéri, Comptes Rendus 2012; Sener & Koltun, NeurIPS 2018, equation 4"
     use = "A guaranteed common descent direction; note that it follows the smallest gradient (see `normalize`)."
-    tuning_space = {"normalize": ("choice", "none", "l2")}
     properties = Properties(nonconflicting=True)
     domain = Domain(
         corners='With `normalize="loss"` and `"loss+"` non-negative losses only. In a step zero gradients take no part; the '
         "shortest of the others takes most of the weight, and what it leaves of the update can be very short."
     )
+    normalize: str = hyper.choice("none", "l2", "loss", "loss+", search=("choice", "none", "l2"))
+    normalize_update: bool = hyper.flag(False)
 
-    def __init__(
-        self, *, normalize: str = "none", normalize_update: bool = False, **options: Unpack[WeightingOptions]
-    ) -> None:
-        super().__init__(**options)
-        self.normalize = check_choice("normalize", normalize, ("none", "l2", "loss", "loss+"))
-        self.normalize_update = check_flag("normalize_update", normalize_update)
+    def __post_init__(self) -> None:
+        """Gradients divided by a loss need its sign."""
+        super().__post_init__()
         if self.normalize.startswith("loss"):
             self.domain = Domain("0", attained=True)
 
@@ -75,19 +67,16 @@ class MGDA(GramianWeighting):
             self._precision = None
         return weights
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Weights with sum 1, [k] (with ``normalize_update``: divided by s)."""
         if self.normalize == "none":
-            return self._min_norm(gramian)
+            return self.solved(solvers.min_norm, gramian)
         if losses is not None:
             self.check_losses(losses, indices)
         sizes = self._sizes(gramian, losses)
         scaled = gramian / sizes / sizes.unsqueeze(1)
-        weights = self._min_norm(scaled)
+        weights = self.solved(solvers.min_norm, scaled)
         return weights / sizes if self.normalize_update else weights
-
-    def _min_norm(self, gramian: Tensor) -> Tensor:
-        return self.accept(solvers.min_norm(self.as_array(gramian), precision=self.precision_of(gramian)), gramian)
 
     def _sizes(self, gramian: Tensor, losses: Tensor | None) -> Tensor:
         """What each gradient is divided by, [k]."""

@@ -1,17 +1,11 @@
 """MoDo: one double-sampling step on the simplex per training step."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_number
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
-from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Domain, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
 
 
 @register_method("modo")
@@ -39,29 +33,24 @@ class MoDo(DoubleSampling):
         tensor([0.5500, 0.4500])
     """
 
-    source = "Chen et al., NeurIPS 2023, Algorithm 1"
     use = "Generalisation-minded multi-objective training with independent mini-batches."
-    tuning_space = {"gamma": ("log", 1e-4, 1e-1), "rho": ("log", 1e-3, 1.0)}
     properties = Properties(homogeneity=None)
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, against the pull of `rho`."
     )
+    gamma: float = hyper.number(1e-3, above=0, search=("log", 1e-4, 1e-1))
+    rho: float = hyper.number(0.1, minimum=0, search=("log", 1e-3, 1.0))
 
-    def __init__(self, *, gamma: float = 1e-3, rho: float = 0.1, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.gamma = check_number("gamma", gamma, above=0)
-        self.rho = check_number("rho", rho, minimum=0)
-
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Take one step on the simplex."""
         solution = solvers.modo(
             self.as_array(cross_gramian),
-            shares_of(self.shares, indices).numpy(),
+            states.shares_of(self.shares, indices).numpy(),
             regularization=self.rho,
             learning_rate=self.gamma,
         )
-        set_shares(self.shares, indices, torch.from_numpy(solution.weights))
+        states.set_shares(self.shares, indices, torch.from_numpy(solution.weights))
 
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """The shares themselves."""
-        return shares_of(self.shares, indices)
+        return states.shares_of(self.shares, indices)

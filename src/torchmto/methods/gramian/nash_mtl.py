@@ -1,14 +1,9 @@
 """Nash-MTL: the update as a bargain between the tasks."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer, check_number
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("nash_mtl")
@@ -44,29 +39,28 @@ class NashMTL(GramianWeighting):
         tensor([1.0000, 0.5000])
     """
 
-    source = "Navon et al., ICML 2022, equation 3, claim 3.1"
     use = "Tasks on different scales that should bargain for a proportionally fair update."
-    tuning_space = {"max_norm": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, nonconflicting=True)
     domain = Domain(
         corners="A zero gradient takes no part; where a convex combination of the others vanishes a ridge is added, a "
         "fallback. The update doesn't shrink with the gradients: a constant learning rate doesn't settle."
     )
-    HEADS = ("unit", "weighted", "unclipped")
+    max_norm: float = hyper.number(1.0, minimum=0, search=("log", 0.1, 10.0))
+    update_every: int = hyper.integer(1, minimum=1)
+    heads: str = hyper.choice("unit", "weighted", "unclipped")
 
-    def __init__(self, *, max_norm: float = 1.0, update_every: int = 1, **options: Unpack[WeightingOptions]) -> None:
-        every = check_integer("update_every", update_every, minimum=1)
-        if every > 1 and options.setdefault("refresh_every", every) != every:
+    def __post_init__(self) -> None:
+        """The paper's name for ``refresh_every``."""
+        if self.update_every > 1 and self.refresh_every not in (1, self.update_every):
             raise ValueError(
-                f"Parameters `update_every` and `refresh_every` mean the same. Found {every} and "
-                f"{options['refresh_every']}."
+                f"Parameters `update_every` and `refresh_every` mean the same. Found {self.update_every} and "
+                f"{self.refresh_every}."
             )
-        super().__init__(**options)
-        self.max_norm = check_number("max_norm", max_norm, minimum=0)
+        self.refresh_every = max(self.refresh_every, self.update_every)
+        super().__post_init__()
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
-        solution = solvers.nash(self.as_array(gramian), precision=self.precision_of(gramian))
-        weights = self.accept(solution, gramian)
+        weights = self.solved(solvers.nash, gramian)
         self.head_weights = weights if self.heads == "unclipped" else None
         return self.shortened(weights, gramian)

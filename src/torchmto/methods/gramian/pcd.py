@@ -1,17 +1,11 @@
 """PCD: close to the primary task's gradient, with a share of their own progress for all others."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_number
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.per_task import Numbers, PerTask
-from torchmto.methods.primary import Primary
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method, states
+from torchmto.methods.per_task import PerTask, Primary
 
 
 @register_method("pcd")
@@ -46,37 +40,20 @@ class PCD(GramianWeighting):
         tensor([0.8944, 0.2236])
     """
 
-    source = "Varam & AlHajri, TMLR 2026, arXiv 2606.29521, Algorithm 1"
     use = "One task is the goal and the others are constraints: sparsity, robustness, auxiliary tasks."
-    tuning_space = {"tau": ("log", 1e-3, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     domain = Domain(
         corners="A primary gradient of zero stops the others. Constraints that no direction satisfies are dropped, a fallback."
     )
-    squares: Tensor
-    times: Tensor
+    primary: Primary = hyper.given(0, Primary, str | int)
+    tau: PerTask = hyper.per_task(0.02, minimum=0, maximum=1, search=("log", 1e-3, 0.5))
+    beta: float = hyper.number(0.999, minimum=0, below=1)
+    eps: float = hyper.number(0.0, minimum=0)
+    # Running means of the squared norms, and the number of steps in each.
+    squares: Tensor = states.each(0.0)
+    times: Tensor = states.each(0, torch.int64)
 
-    def __init__(
-        self,
-        *,
-        primary: str | int = 0,
-        tau: Numbers = 0.02,
-        beta: float = 0.999,
-        eps: float = 0.0,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.primary = Primary(primary)
-        self.tau = PerTask("tau", tau, minimum=0, maximum=1)
-        self.beta = check_number("beta", beta, minimum=0, below=1)
-        self.eps = check_number("eps", eps, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """Running means of the squared norms, and the number of steps in each."""
-        self.add_state("squares", torch.zeros(num_tasks, dtype=torch.float64))
-        self.add_state("times", torch.zeros(num_tasks, dtype=torch.int64))
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """The weights of the update, [k]. Moves the running means of the present tasks."""
         present = list(range(len(gramian)) if indices is None else indices)
         self.ensure_setup(max(present) + 1)
@@ -86,13 +63,8 @@ class PCD(GramianWeighting):
         mean = self.squares[present] / (1 - self.beta ** self.times[present].to(self.squares)) + self.eps
         leader = present.index(self.primary.index) if self.primary.index in present else 0
         order = [leader, *(row for row in range(len(present)) if row != leader)]
-        solution = solvers.pcd(
-            self.as_array(gramian[order][:, order]),
-            self.tau.of(present)[order[1:]].numpy(),
-            torch.where(mean > 0, mean.rsqrt(), 0.0)[order].numpy(),
-            precision=self.precision_of(gramian),
-        )
-        ordered = self.accept(solution, gramian)
+        tau, scales = self.tau.of(present)[order[1:]], torch.where(mean > 0, mean.rsqrt(), 0.0)[order]
+        ordered = self.solved(solvers.pcd, gramian[order][:, order], tau=tau.numpy(), scales=scales.numpy())
         weights = torch.empty_like(ordered)
         weights[order] = ordered
         return weights

@@ -1,16 +1,11 @@
 """PCGrad: gradients projected off those they conflict with."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_flag
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.solvers.projection import Order
 
 
@@ -45,15 +40,11 @@ class PCGrad(GramianWeighting):
         tensor([2.0000, 1.2500])
     """
 
-    source = "Yu et al., NeurIPS 2020, Algorithm 1"
     use = "The standard gradient surgery; a baseline whenever gradients conflict."
     properties = Properties(equivariant=False)
+    shuffle: bool = hyper.flag(True)
 
-    def __init__(self, *, shuffle: bool = True, **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.shuffle = check_flag("shuffle", shuffle)
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         orders = random_orders(len(gramian), self.generator) if self.shuffle else None
         return self.accept(solvers.pcgrad(self.as_array(gramian), orders), gramian)

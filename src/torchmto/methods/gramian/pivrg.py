@@ -1,17 +1,16 @@
 """PIVRG: fair shares of the update, larger for tasks that are further behind their single-task models."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found, warn
+from torchmto.checks import found, warn
+from torchmto.methods import Indices, Properties, hyper, register_method, states
 from torchmto.methods.gramian.fairgrad import FairGrad
-from torchmto.methods.method import Properties, WeightingOptions
 from torchmto.methods.per_task import Baseline
-from torchmto.methods.registry import register_method
 
 
 @register_method("pivrg")
@@ -52,34 +51,25 @@ class PIVRG(FairGrad):
         tensor([1.1006, 0.8736])
     """
 
-    source = "Qin et al., CVPR 2025 (Revisiting Fairness)"
     use = "When some tasks end far behind their single-task models and others don't: evens out the drops."
-    tuning_space = {}
     recorded = {"drops": "drops"}
     properties = Properties(homogeneity=-1 / 3, identity=False, pareto=False, nonconflicting=True)
-    drops: Tensor
+    alpha = 2.0
+    baseline: Any = hyper.given(None, kind=Mapping[str, float] | None)
+    higher_is_better: Mapping[str, bool] | bool = hyper.given(True)
+    ratio: float = hyper.called("bound", hyper.number(2.0, above=1))
+    min_temperature: float = hyper.number(10.0, above=0)
+    # The last drops in percent (NaN: not reported yet).
+    drops: Tensor = states.each(torch.nan)
+    _told = False
 
-    def __init__(
-        self,
-        *,
-        baseline: Mapping[str, float] | None = None,
-        higher_is_better: Mapping[str, bool] | bool = True,
-        bound: float = 2.0,
-        min_temperature: float = 10.0,
-        scale: str = "paper",
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(alpha=2.0, scale=scale, **options)
-        if baseline is not None and not isinstance(baseline, Mapping):
-            raise TypeError(found("baseline", "a mapping of task names to floats", baseline))
-        self.baseline = None if baseline is None else Baseline(baseline, higher_is_better)
-        self.ratio = check_number("bound", bound, above=1)
-        self.min_temperature = check_number("min_temperature", min_temperature, above=0)
-        self._told = False
-
-    def setup(self, num_tasks: int) -> None:
-        """The last drops in percent (NaN: not reported yet)."""
-        self.add_state("drops", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
+    def __post_init__(self) -> None:
+        """Directions are of the baseline."""
+        super().__post_init__()
+        if self.baseline is not None:
+            if not isinstance(self.baseline, Mapping):
+                raise TypeError(found("baseline", "a mapping of task names to floats", self.baseline))
+            self.baseline = Baseline(self.baseline, self.higher_is_better)
 
     def report(self, performance: Mapping[str, float]) -> None:
         """Take over validation results."""
@@ -91,7 +81,7 @@ class PIVRG(FairGrad):
         for name, value in performance.items():
             self.drops[self.tasks.index(name)] = 100 * self.baseline.behind(name, value)
 
-    def importance(self, indices: Sequence[int]) -> Tensor:
+    def importance(self, indices: Indices) -> Tensor:
         """The importance of the present tasks, float64 [k], summing to k."""
         self.ensure_setup(max(indices) + 1)
         drops = self.drops[list(indices)]
@@ -100,7 +90,7 @@ class PIVRG(FairGrad):
         temperature = max(float(drops.max() - drops.min()) / math.log(self.ratio), self.min_temperature)
         return len(drops) * (drops / temperature).softmax(0)
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights (0 for a zero gradient), [k]."""
         importance = self.importance(range(len(gramian)) if indices is None else indices).to(gramian)
         return self.scaled(self.shares(gramian / torch.outer(importance, importance)) / importance, gramian)

@@ -1,14 +1,9 @@
 """Random weights of the gradients."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice
-from torchmto.methods.method import GramianWeighting, Properties, WeightingOptions
-from torchmto.methods.registry import register_method
+from torchmto.methods import GramianWeighting, Indices, Properties, hyper, register_method
 
 
 @register_method("random")
@@ -32,15 +27,11 @@ class Random(GramianWeighting):
         tensor(3.)
     """
 
-    source = "Lin et al., TMLR 2022"
     use = "A control: what random gradient weights achieve."
     properties = Properties(equivariant=False, pareto=False)
+    scale: str = hyper.choice("sum", "mean")
 
-    def __init__(self, *, scale: str = "sum", **options: Unpack[WeightingOptions]) -> None:
-        super().__init__(**options)
-        self.scale = check_choice("scale", scale, ("sum", "mean"))
-
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Positive weights, [k]."""
         size = len(gramian)
         drawn = torch.randn(size, generator=self.generator, dtype=torch.float64).softmax(0).to(gramian)

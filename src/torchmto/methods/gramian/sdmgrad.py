@@ -1,17 +1,11 @@
 """SDMGrad: stochastic steps towards a common direction near the mean gradient."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_integer, check_number
+from torchmto.methods import Domain, Indices, hyper, register_method, states
 from torchmto.methods.gramian.double_sampling import DoubleSampling
-from torchmto.methods.gramian.simplex import set_shares, shares_of
-from torchmto.methods.method import Domain, WeightingOptions
-from torchmto.methods.registry import register_method
 
 
 @register_method("sdmgrad")
@@ -43,41 +37,28 @@ class SDMGrad(DoubleSampling):
         tensor([0.5000, 0.5000])
     """
 
-    source = "Xiao et al., NeurIPS 2023, Algorithm 1"
     use = "Stochastic gradients with an average direction to stay near, and independent mini-batches."
-    tuning_space = {"lam": ("log", 0.03, 10.0)}
     domain = Domain(
         corners="A task whose gradient stays short takes weight from the others, down to the share that `lam` leaves them."
     )
+    lam: float = hyper.number(0.3, minimum=0, search=("log", 0.03, 10.0))
+    num_steps: int = hyper.integer(20, minimum=1)
+    lr: float = hyper.number(5.0, above=0)
+    momentum: float = hyper.number(0.5, minimum=0, below=1)
 
-    def __init__(
-        self,
-        *,
-        lam: float = 0.3,
-        num_steps: int = 20,
-        lr: float = 5.0,
-        momentum: float = 0.5,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.lam = check_number("lam", lam, minimum=0)
-        self.num_steps = check_integer("num_steps", num_steps, minimum=1)
-        self.lr = check_number("lr", lr, above=0)
-        self.momentum = check_number("momentum", momentum, minimum=0, below=1)
-
-    def move(self, cross_gramian: Tensor, indices: Sequence[int]) -> None:
+    def move(self, cross_gramian: Tensor, indices: Indices) -> None:
         """Take the steps on the simplex."""
         solution = solvers.sdmgrad(
             self.as_array(cross_gramian),
-            shares_of(self.shares, indices).numpy(),
+            states.shares_of(self.shares, indices).numpy(),
             regularization=self.lam,
             steps=self.num_steps,
             learning_rate=self.lr,
             momentum=self.momentum,
         )
         moved = solvers.sdmgrad_simplex(solution.weights, self.lam).clip(min=0.0)
-        set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
+        states.set_shares(self.shares, indices, torch.from_numpy(moved / moved.sum()))
 
-    def row_weights(self, indices: Sequence[int]) -> Tensor:
+    def row_weights(self, indices: Indices) -> Tensor:
         """Shares mixed with the mean."""
-        return (shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)
+        return (states.shares_of(self.shares, indices) + self.lam / len(indices)) / (1 + self.lam)

@@ -1,10 +1,10 @@
 """UPGrad: every gradient made free of conflict by itself, then averaged."""
 
+from torch import Tensor
+
 from torchmto import solvers
+from torchmto.methods import Properties, register_method
 from torchmto.methods.gramian.preference import PreferenceWeighting
-from torchmto.methods.method import Properties
-from torchmto.methods.registry import register_method
-from torchmto.solvers.solution import Array, Solution
 
 
 @register_method("upgrad")
@@ -32,10 +32,9 @@ class UPGrad(PreferenceWeighting):
         tensor([1.0000, 0.6250])
     """
 
-    source = "Quinton & Rey, 2024, arXiv 2406.16232"
     use = "When no update may conflict with any task and small-norm tasks must not be drowned."
     properties = Properties(nonconflicting=True)
 
-    def solve(self, gramian: Array, preference: list[float], precision: float) -> Solution:
+    def solve(self, gramian: Tensor, preference: list[float]) -> Tensor:
         """Weights of at least the preference, [k]."""
-        return solvers.upgrad(gramian, preference, precision=precision)
+        return self.solved(solvers.upgrad, gramian, preference=preference)

@@ -1,17 +1,15 @@
 """wPCGrad: in a conflict, a probability per task decides who is projected."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Unpack
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchmto import solvers
-from torchmto.checks import check_choice
+from torchmto.methods import Domain, GramianWeighting, Indices, Properties, hyper, register_method
 from torchmto.methods.gramian.pcgrad import random_orders
-from torchmto.methods.method import Domain, GramianWeighting, Properties, WeightingOptions
 from torchmto.methods.priority import Priority, PrioritySource, make_priority
-from torchmto.methods.registry import register_method
 
 
 def plackett_luce(probabilities: Tensor, generator: torch.Generator, num_orders: int = 1) -> Tensor:
@@ -82,36 +80,27 @@ class WPCGrad(GramianWeighting):
         tensor([2., 1.])
     """
 
-    source = "Bohn et al., 2024, arXiv 2409.01793"
     use = "Gradients conflict and some tasks matter more: priorities act only in conflicts."
-    tuning_space = {"priority": ("choice", "loss", "relative_loss"), "gamma": ("linear", 0.5, 3.0)}
     properties = Properties(equivariant=False, uses_losses=True)
     domain = Domain(
         corners="A mean loss that isn't positive has priority 0; where all have, the tasks are alike. Of a loss weighting as "
         "priority its own domain holds, and weights below 0 count as 0."
     )
-    priority: Priority
+    mode: str = hyper.choice("order", "pairwise", "pcgrad")
+    priority: Priority = hyper.given("loss", kind=PrioritySource, search=("choice", "loss", "relative_loss"))
+    gamma: float = hyper.number(1.0, search=("linear", 0.5, 3.0))
+    window: int | None = hyper.integer(None, minimum=1)
+    baseline: Mapping[str, float] | None = hyper.given(None)
+    higher_is_better: Mapping[str, bool] | bool = hyper.given(True)
 
-    def __init__(
-        self,
-        *,
-        mode: str = "order",
-        priority: PrioritySource = "loss",
-        gamma: float = 1.0,
-        window: int | None = None,
-        baseline: Mapping[str, float] | None = None,
-        higher_is_better: Mapping[str, bool] | bool = True,
-        **options: Unpack[WeightingOptions],
-    ) -> None:
-        super().__init__(**options)
-        self.mode = check_choice("mode", mode, ("order", "pairwise", "pcgrad"))
-        self.add_state(
-            "priority",
-            make_priority(priority, gamma=gamma, window=window, baseline=baseline, higher_is_better=higher_is_better),
-        )
+    def __post_init__(self) -> None:
+        """The priority is a method, too: a state."""
+        super().__post_init__()
+        names = ("priority", "gamma", "window", "baseline", "higher_is_better")
+        self.add_state("priority", make_priority(**{name: getattr(self, name) for name in names}))
         self._drawn: dict[str, Any] = {"probabilities": {}}
 
-    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Sequence[int] | None = None) -> Tensor:
+    def weights(self, gramian: Tensor, losses: Tensor | None = None, indices: Indices | None = None) -> Tensor:
         """Column sums of the projected gradients' coefficients, [k]."""
         num_tasks = len(gramian)
         present = tuple(range(num_tasks)) if indices is None else tuple(indices)
@@ -121,7 +110,7 @@ class WPCGrad(GramianWeighting):
         if self.mode == "order":
             (order,) = plackett_luce(p, self.generator).tolist()
             self._drawn["order"] = [self.label(present[i]) for i in order]
-            return self.accept(solvers.wpcgrad(array, order, precision=self.precision_of(gramian)), gramian)
+            return self.solved(solvers.wpcgrad, gramian, order=order)
         if self.mode == "pairwise":
             both = p.unsqueeze(1) + p.unsqueeze(0)
             chance = torch.where(both > 0, p.unsqueeze(1) / both.clamp_min(torch.finfo(p.dtype).tiny), 0.5)

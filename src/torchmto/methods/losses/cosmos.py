@@ -1,16 +1,11 @@
 """COSMOS: a weighted sum with a reward for the preferred direction."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import Shares, TaskFloats
 
 
 @register_method("cosmos")
@@ -33,9 +28,7 @@ class COSMOS(LossWeighting):
         tensor(2.0000)
     """
 
-    source = "Ruchte & Grabocka, ICDM 2021, Eq. 5"
     use = "One model for a chosen preference between tasks on a Pareto front."
-    tuning_space = {"penalty": ("log", 1e-2, 8.0)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
     domain = Domain(
         "0",
@@ -44,12 +37,10 @@ class COSMOS(LossWeighting):
         "as all losses near 0.",
     )
 
-    def __init__(self, *, preference: TaskFloats | None = None, penalty: float = 1.0) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.penalty = check_number("penalty", penalty, minimum=0)
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    penalty: float = hyper.number(1.0, minimum=0, search=("log", 1e-2, 8.0))
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum minus the cosine."""
         r = self.preference.of(self.present(losses, indices)).to(losses)
         losses = inside(losses, losses >= 0)

@@ -1,16 +1,15 @@
 """Dynamic task prioritization."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number, found, unknown_task
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, named
-from torchmto.methods.registry import register_method
+from torchmto.checks import found, unknown_task
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
+from torchmto.methods.per_task import PerTask, named
 
 LEAST = 1e-6
 """Smallest performance: its weight would be infinite at 0."""
@@ -45,30 +44,22 @@ class DTP(LossWeighting):
         tensor([0.0105, 0.3466])
     """
 
-    source = "Guo et al., ECCV 2018, Section 3"
     use = "Tasks with a validation score in (0, 1), where hard tasks should come first."
-    tuning_space = {"gamma": ("linear", 0.0, 2.0), "alpha": ("linear", 0.1, 1.0)}
     takes_shares = True
     properties = Properties(identity=False)
     domain = Domain(corners="Once every task is at performance 1, nothing moves.")
     fixed = True
-    performance: Tensor
+    gamma: PerTask = hyper.per_task(1.0, minimum=0, search=("linear", 0.0, 2.0))
+    alpha: float = hyper.number(0.5, above=0, maximum=1, search=("linear", 0.1, 1.0))
+    # The averaged performances; NaN: not reported yet.
+    performance: Tensor = states.each(torch.nan)
 
-    def __init__(self, *, gamma: Numbers = 1.0, alpha: float = 0.5) -> None:
-        super().__init__()
-        self.gamma = PerTask("gamma", gamma, minimum=0)
-        self.alpha = check_number("alpha", alpha, above=0, maximum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """The averaged performances; NaN: not reported yet."""
-        self.add_state("performance", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-
-    def _weights(self, chosen: Sequence[int]) -> Tensor:
+    def _weights(self, chosen: Indices) -> Tensor:
         kappa = self.performance[list(chosen)]
         focal = -((1 - kappa) ** self.gamma.of(chosen)) * kappa.clamp_min(LEAST).log()
         return torch.where(kappa.isnan(), 1.0, focal)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
         return (self._weights(self.present(losses, indices)).to(losses) * losses).sum()
 

@@ -1,14 +1,10 @@
 """Dynamic weight average."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, Indices, hyper, register_method, states
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Domain
-from torchmto.methods.registry import register_method
 
 
 @register_method("dwa")
@@ -33,27 +29,17 @@ class DWA(WindowedWeighting):
         tensor([1., 1.])
     """
 
-    source = "Liu et al., CVPR 2019, Eq. 7"
     use = "A cheap first adaptive weighting: one backward, two windows of losses."
-    tuning_space = {"temperature": ("linear", 0.5, 5.0)}
     domain = Domain(
         corners="Where a window's mean isn't positive a ratio has no meaning: r = 1. A task whose loss has grown many times "
         "over takes nearly all of the weight for a window."
     )
-    last: Tensor
-    before: Tensor
+    temperature: float = hyper.number(2.0, above=0, search=("linear", 0.5, 5.0))
+    # The mean losses of the last window and of the one before; NaN: not seen yet.
+    last: Tensor = states.each(torch.nan)
+    before: Tensor = states.each(torch.nan)
 
-    def __init__(self, *, temperature: float = 2.0, window: int | None = None) -> None:
-        super().__init__(window=window)
-        self.temperature = check_number("temperature", temperature, above=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """The mean losses of the last window and of the one before; NaN: not seen yet."""
-        super().setup(num_tasks)
-        self.add_state("last", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("before", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
         chosen = self.present(losses, indices)
         last, before = self.last[chosen], self.before[chosen]

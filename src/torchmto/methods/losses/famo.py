@@ -1,16 +1,12 @@
 """FAMO: fast adaptive multi-task optimisation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Cost, Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import inside
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import Cost, Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask
 from torchmto.step import Losses, StepContext
 
 
@@ -45,9 +41,7 @@ class FAMO(LossWeighting):
         tensor([0.7500, 0.2500])
     """
 
-    source = "Liu et al., NeurIPS 2023, Algorithm 1"
     use = "Many tasks and one backward only: balances relative progress at the cost of one extra forward."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1), "gamma": ("log", 1e-5, 1e-1)}
     recorded = {"logits": "logits.values"}
     properties = Properties(homogeneity=None, identity=False)
     domain = Domain(
@@ -56,20 +50,14 @@ class FAMO(LossWeighting):
         "have made up for it.",
     )
     needs_losses_after = True
-    logits: LearnableScales
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
+    gamma: float = hyper.number(1e-3, minimum=0, search=("log", 1e-5, 1e-1))
+    min_losses: PerTask = hyper.per_task(0.0)
+    eps: float = hyper.number(1e-8, minimum=0)
+    # One logit per task.
+    logits: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, weight_decay=own.gamma))
 
-    def __init__(self, *, lr: float = 0.025, gamma: float = 1e-3, min_losses: Numbers = 0.0, eps: float = 1e-8) -> None:
-        super().__init__()
-        self.lr = check_number("lr", lr, above=0)
-        self.gamma = check_number("gamma", gamma, minimum=0)
-        self.min_losses = PerTask("min_losses", min_losses)
-        self.eps = check_number("eps", eps, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """One logit per task."""
-        self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, weight_decay=self.gamma))
-
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Less than eps above its lower bound a task would take all the weight, and the others would stand still."""
         return self.min_losses.of(indices) + self.eps
 
@@ -77,12 +65,12 @@ class FAMO(LossWeighting):
         """Two forwards and one backward."""
         return Cost(2, 1, 1)
 
-    def _log_distance(self, losses: Tensor, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _log_distance(self, losses: Tensor, chosen: Indices) -> tuple[Tensor, Tensor]:
         distance = losses - self.min_losses.of(chosen).to(losses)
         distance = inside(distance, losses > self.lower_bounds(chosen).to(losses)) + self.eps
         return distance, distance.log()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the logarithms, scaled so that the weights sum to 1."""
         chosen = self.present(losses, indices)
         z = self.logits.of(chosen).softmax(0).to(losses)

@@ -1,12 +1,9 @@
 """Equal weights: the plain sum of the losses."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting
-from torchmto.methods.registry import register_method
+from torchmto.methods import Indices, LossWeighting, register_method
 
 
 @register_method("gd")
@@ -23,14 +20,13 @@ class GD(LossWeighting):
         tensor(3.)
     """
 
-    source = "equal weighting"
     use = "Always, first: the baseline to beat, and often enough the answer."
     fixed = True
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the losses."""
         return losses.sum()
 
-    def loss_weights(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def loss_weights(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """Ones, as the objective's gradient is."""
         return torch.ones_like(losses)

@@ -1,12 +1,9 @@
 """Geometric loss strategy."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, register_method
 from torchmto.methods.losses.inside import safe_log
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("gls")
@@ -26,11 +23,10 @@ class GLS(LossWeighting):
         tensor(2.)
     """
 
-    source = "Chennupati et al., CVPR Workshops 2019"
     use = "Positive losses on different scales, without any hyper-parameter."
     properties = Properties(identity=False, pareto=False)
     domain = Domain("0", corners="As one loss nears 0 so do the weights of all others.")
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The geometric mean."""
         return safe_log(losses).mean().exp()

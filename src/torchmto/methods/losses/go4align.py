@@ -1,15 +1,12 @@
 """GO4Align: group optimisation for multi-task alignment."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer, check_number
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.step import Losses, StepContext
 
 LEAST = 1e-6
@@ -80,30 +77,22 @@ class GO4Align(LossWeighting):
         tensor([2.0002, 2.0002, 0.4999])
     """
 
-    source = "Shen et al., NeurIPS 2024"
     use = "Tasks that learn in step with each other and should share a weight."
-    tuning_space = {"step_size": ("log", 1e-3, 1.0)}
     recorded = {"shares": "shares"}
     properties = Properties(homogeneity=None, pareto=False)
     domain = Domain("0", corners="No share falls below 1e-6, from where a task can come back.")
-    shares: Tensor
+    num_groups: int = hyper.integer(2, minimum=1)
+    step_size: float = hyper.number(1e-4, minimum=0, search=("log", 1e-3, 1.0))
+    # The shares q.
+    shares: Tensor = states.shares()
 
-    def __init__(self, *, num_groups: int = 2, step_size: float = 1e-4) -> None:
-        super().__init__()
-        self.num_groups = check_integer("num_groups", num_groups, minimum=1)
-        self.step_size = check_number("step_size", step_size, minimum=0)
-
-    def setup(self, num_tasks: int) -> None:
-        """The shares q."""
-        self.add_state("shares", torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64))
-
-    def _updated(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _updated(self, losses: Tensor, chosen: Indices) -> Tensor:
         """The shares of the present tasks after these losses, summing to 1."""
         logarithm = self.shares[list(chosen)].log() - self.step_size * losses.detach().to("cpu", torch.float64)
         shares = logarithm.softmax(0).clamp_min(LEAST)
         return shares / shares.sum()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the losses times their groups' weights."""
         chosen = self.present(losses, indices)
         values = losses.detach().to("cpu", torch.float64)

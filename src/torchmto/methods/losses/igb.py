@@ -1,15 +1,11 @@
 """Improvable gap balancing, first version."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Domain, Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("igb")
@@ -35,24 +31,15 @@ class IGB(WindowedWeighting):
         tensor([2.0000, 0.2500])
     """
 
-    source = "Dai et al., UAI 2023, IGBv1"
     use = "Losses on different scales, when tasks far from their start value should catch up."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="A task at many times its base takes nearly all of the weight.")
-    base: Tensor
-    windows: int
+    base_window: int = hyper.integer(2, minimum=1)
+    # The base losses (NaN: not known yet) and the number of windows so far.
+    base: Tensor = states.each(torch.nan)
+    windows: int = states.count()
 
-    def __init__(self, *, base_window: int = 2, window: int | None = None) -> None:
-        super().__init__(window=window)
-        self.base_window = check_integer("base_window", base_window, minimum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """The base losses (NaN: not known yet) and the number of windows so far."""
-        super().setup(num_tasks)
-        self.add_state("base", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("windows", 0)
-
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the logarithms."""
         chosen = self.present(losses, indices)
         base = self.base[chosen].to(losses)

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from torchmto.methods.losses.learnt_scaling import LearntScaling
-from torchmto.methods.method import Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Properties, register_method
+from torchmto.methods.losses.learnable import LearntScaling
 
 
 @register_method("imtl_l")
@@ -28,9 +27,7 @@ class IMTLL(LearntScaling):
         tensor(5.)
     """
 
-    source = "Liu et al., ICLR 2021, Eq. 6"
     use = "Losses on different scales, with learnable scales and one backward."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

@@ -1,15 +1,11 @@
 """LDC-MTL: loss discrepancy control by learnt weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_number
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import inside, safe_log
 from torchmto.methods.losses.learnable import LearnableScales
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
 from torchmto.step import Losses, StepContext
 
 
@@ -45,32 +41,24 @@ class LDCMTL(LossWeighting):
         tensor([0.4269, 0.5731])
     """
 
-    source = "Xiao et al., 2025, arXiv 2502.08585"
     use = "Many tasks whose losses should stay close to each other, at the cost of one backward."
-    tuning_space = {"penalty": ("log", 1e-3, 0.3), "lr": ("log", 1e-4, 1e-2)}
     recorded = {"logits": "logits.values"}
     properties = Properties(equivariant=False)
     domain = Domain(corners="With a large `penalty` the smallest losses have negative weights, and climb.")
-    logits: LearnableScales
-    first: Tensor
+    penalty: float = hyper.number(0.05, minimum=0, search=("log", 1e-3, 0.3))
+    lr: float = hyper.number(1e-3, above=0, search=("log", 1e-4, 1e-2))
+    initial: float = hyper.number(1.0)
+    normalize: str = hyper.choice("none", "ratio", "log")
+    # W, and the tasks' first losses (NaN: not seen yet).
+    logits: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=own.initial))
+    first: Tensor = states.each(torch.nan)
 
-    def __init__(
-        self, *, penalty: float = 0.05, lr: float = 1e-3, initial: float = 1.0, normalize: str = "none"
-    ) -> None:
-        super().__init__()
-        self.penalty = check_number("penalty", penalty, minimum=0)
-        self.lr = check_number("lr", lr, above=0)
-        self.initial = check_number("initial", initial)
-        self.normalize = check_choice("normalize", normalize, ("none", "ratio", "log"))
-        if normalize != "none":
+    def __post_init__(self) -> None:
+        """Ratios and logarithms need positive losses."""
+        if self.normalize != "none":
             self.domain = Domain("0", corners=self.domain.corners)
 
-    def setup(self, num_tasks: int) -> None:
-        """W, and the tasks' first losses (NaN: not seen yet)."""
-        self.add_state("logits", LearnableScales(num_tasks, lr=self.lr, initial=self.initial))
-        self.add_state("first", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-
-    def _normalised(self, losses: Tensor, chosen: Sequence[int]) -> Tensor:
+    def _normalised(self, losses: Tensor, chosen: Indices) -> Tensor:
         if self.normalize == "none":
             return losses
         first = self.first[list(chosen)].to(losses)
@@ -81,7 +69,7 @@ class LDCMTL(LossWeighting):
         # In this order the first losses are exactly equal, and rounding errors don't decide on a sign.
         return inside(losses, losses > 0) / first * torch.cat([first, known]).min()
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted losses and the discrepancy."""
         chosen = self.present(losses, indices)
         weights = self.logits.of(chosen).sigmoid().to(losses)

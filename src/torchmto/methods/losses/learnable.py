@@ -1,11 +1,15 @@
-"""Learnable numbers per task, with an optimizer of their own."""
+"""Learnable numbers per task, with an optimizer of their own; loss weightings of one scale per task."""
 
-from collections.abc import Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from torchmto.methods import Domain, Indices, LossWeighting, hyper, states
+from torchmto.step import Losses, StepContext
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -40,16 +44,16 @@ class LearnableScales:
         self._kept = {name: torch.zeros(num_tasks, dtype=torch.float64) for name in names}
         self.values = self._kept["values"].fill_(initial)
 
-    def of(self, indices: Sequence[int]) -> Tensor:
+    def of(self, indices: Indices) -> Tensor:
         """The numbers of the tasks ``indices``, [k]."""
         return self.values[self._places(indices)].clone()
 
-    def _places(self, indices: Sequence[int]) -> list[int] | slice:
+    def _places(self, indices: Indices) -> list[int] | slice:
         """An index for the tasks ``indices``; a slice, which is quicker, for all of them."""
         places = list(indices)
         return slice(None) if places == list(range(len(self.values))) else places
 
-    def step(self, gradient: Tensor, indices: Sequence[int]) -> None:
+    def step(self, gradient: Tensor, indices: Indices) -> None:
         """One step of Adam for the tasks ``indices`` along ``gradient`` [k]."""
         # In NumPy, on the tensors' own memory: a few numbers are no work, and its calls are shorter than PyTorch's.
         where = self._places(indices)
@@ -63,7 +67,7 @@ class LearnableScales:
         values[where] = own - self.lr * mean / (1 - BETAS[0] ** count) / size
         means[where], squares[where], steps[where] = mean, square, count
 
-    def assign(self, values: Tensor, indices: Sequence[int]) -> None:
+    def assign(self, values: Tensor, indices: Indices) -> None:
         """Set the numbers of the tasks ``indices``; the moments stay."""
         self.values[list(indices)] = values
 
@@ -83,3 +87,58 @@ class LearnableScales:
             )
         for name, tensor in self._kept.items():
             tensor.copy_(state[name])
+
+
+class LearntScaling(LossWeighting):
+    """A sum of losses weighted by learnable scales, plus a penalty on the scales.
+
+    The scales belong to the method: they have an Adam of their own, are updated after each step from the step's losses, and
+    are saved in its state. An absent task's scale stays, and so does that of a task whose loss isn't positive: it has no
+    optimum, and would move without bound.
+
+    Args:
+        lr: Adam's learning rate for the scales.
+        initial: Initial value of every scale.
+    """
+
+    fixed = True
+    recorded = {"scales": "scales.values"}
+    domain = Domain(
+        corners="A loss that isn't positive leaves its task's scale as it is: no scale would be the best one."
+    )
+    lr: float = hyper.number(0.025, above=0, search=("log", 1e-3, 1e-1))
+    initial: float = hyper.number(0.0)
+    # One scale per task.
+    scales: LearnableScales = states.made(lambda own, k: LearnableScales(k, lr=own.lr, initial=own.initial))
+
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
+        """The weighted losses plus the scales' penalty."""
+        chosen = self.present(losses, indices)
+        return self.penalised(losses, self.scales.of(chosen).to(losses)).sum()
+
+    def loss_weights(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
+        """The objective's gradient, written out."""
+        chosen = self.present(losses, indices)
+        return self.factors(self.scales.of(chosen).to(losses))
+
+    def after_step(self, losses: Losses, context: StepContext) -> None:
+        """One step of Adam on the scales, along the objective's derivative."""
+        values = losses.values.to("cpu", torch.float64)
+        positive = [value > 0 for value in values.tolist()]
+        chosen = [index for index, good in zip(losses.indices, positive, strict=True) if good]
+        if chosen:
+            # Picking all of them by a list would take longer than the rest.
+            values = values if len(chosen) == len(values) else values[positive]
+            self.scales.step(self.slope(values, self.scales.of(chosen)), chosen)
+
+    @abstractmethod
+    def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """Each task's term of the objective, [k]."""
+
+    @abstractmethod
+    def factors(self, scales: Tensor) -> Tensor:
+        """The derivative of each term by its loss, [k]."""
+
+    @abstractmethod
+    def slope(self, losses: Tensor, scales: Tensor) -> Tensor:
+        """The derivative of each term by its scale, [k]."""

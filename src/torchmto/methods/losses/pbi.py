@@ -1,16 +1,11 @@
 """Penalty-based boundary intersection."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
 
 @register_method("pbi")
@@ -35,33 +30,22 @@ class PBI(LossWeighting):
         tensor(11.)
     """
 
-    source = "Zhang & Li, IEEE TEVC 2007, Section II-C"
     use = "A chosen preference direction in loss space."
-    tuning_space = {"theta": ("log", 0.1, 10.0)}
     properties = Properties(pareto=False)
     domain = Domain(
         "`reference`",
         attained=True,
         corners="The penalty can give a loss below its share a negative weight: it may rise.",
     )
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    theta: float = hyper.number(5.0, minimum=0, search=("log", 0.1, 10.0))
+    reference: PerTask = hyper.per_task(0.0)
 
-    def __init__(
-        self,
-        *,
-        preference: TaskFloats | None = None,
-        theta: float = 5.0,
-        reference: Numbers = 0.0,
-    ) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.theta = check_number("theta", theta, minimum=0)
-        self.reference = PerTask("reference", reference)
-
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Distances to a point that isn't below the losses mean nothing."""
         return self.reference.of(indices)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The two distances."""
         chosen = self.present(losses, indices)
         direction = self.preference.of(chosen)

@@ -1,12 +1,9 @@
 """Random loss weighting."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Indices, LossWeighting, Properties, register_method
 
 
 @register_method("rlw")
@@ -25,11 +22,10 @@ class RLW(LossWeighting):
         3.0
     """
 
-    source = "Lin et al., TMLR 2022"
     use = "A control: what random loss weights achieve, at one backward."
     properties = Properties(equivariant=False, pareto=False)
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the losses times freshly drawn weights."""
         draw = torch.randn(len(losses), generator=self.generator, dtype=torch.float64)
         return (len(losses) * draw.softmax(0).to(losses) * losses).sum()

@@ -1,12 +1,9 @@
 """Scale-invariant sum: the logarithms of the losses."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, register_method
 from torchmto.methods.losses.inside import safe_log
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("si")
@@ -30,11 +27,10 @@ class ScaleInvariant(LossWeighting):
         tensor([2.0000, 0.2500])
     """
 
-    source = "Navon et al., ICML 2022 (baseline)"
     use = "Positive losses on different scales: scale-invariant and free."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l.")
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of the logarithms."""
         return safe_log(losses).sum()

@@ -1,12 +1,9 @@
 """Fixed weights given by the user."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from torchmto.methods.method import LossWeighting, Properties
+from torchmto.methods import Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.per_task import PerTask, TaskFloats
-from torchmto.methods.registry import register_method
 
 
 @register_method("static")
@@ -29,15 +26,11 @@ class Static(LossWeighting):
         tensor(32.)
     """
 
-    source = "constant weights"
     use = "Weights known from a paper or a search."
     properties = Properties(equivariant=False, identity=False)
     fixed = True
+    weights: PerTask = hyper.per_task(hyper.REQUIRED, TaskFloats, minimum=0, common=False)
 
-    def __init__(self, *, weights: TaskFloats) -> None:
-        super().__init__()
-        self.given = PerTask("weights", weights, minimum=0, common=False)
-
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The weighted sum of the losses."""
-        return (losses * self.given.of(range(len(losses)) if indices is None else indices).to(losses)).sum()
+        return (losses * self.weights.of(range(len(losses)) if indices is None else indices).to(losses)).sum()

@@ -1,15 +1,11 @@
 """Smooth Tchebycheff scalarisation."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer, check_number
+from torchmto.methods import Domain, Indices, Properties, hyper, register_method, states
 from torchmto.methods.losses.inside import safe_log
 from torchmto.methods.losses.window import WindowedWeighting
-from torchmto.methods.method import Domain, Properties
-from torchmto.methods.registry import register_method
 
 
 @register_method("stch")
@@ -36,26 +32,16 @@ class STCH(WindowedWeighting):
         tensor(0.)
     """
 
-    source = "Lin et al., ICML 2024"
     use = "The worst task counts most, smoothly, at one backward."
-    tuning_space = {"mu": ("log", 0.1, 10.0)}
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l during the warm-up.")
-    nadir: Tensor
-    windows: int
+    mu: float = hyper.number(1.0, above=0, search=("log", 0.1, 10.0))
+    warmup: int = hyper.integer(4, minimum=1)
+    # The nadir (NaN: not known yet) and the number of windows so far.
+    nadir: Tensor = states.each(torch.nan)
+    windows: int = states.count()
 
-    def __init__(self, *, mu: float = 1.0, warmup: int = 4, window: int | None = None) -> None:
-        super().__init__(window=window)
-        self.mu = check_number("mu", mu, above=0)
-        self.warmup = check_integer("warmup", warmup, minimum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """The nadir (NaN: not known yet) and the number of windows so far."""
-        super().setup(num_tasks)
-        self.add_state("nadir", torch.full((num_tasks,), torch.nan, dtype=torch.float64))
-        self.add_state("windows", 0)
-
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The sum of logarithms in the warm-up, then the smooth maximum."""
         chosen = self.present(losses, indices)
         if self.windows < self.warmup:

@@ -1,14 +1,10 @@
 """Tchebycheff scalarisations: the largest weighted loss."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
+from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
 from torchmto.methods.losses.inside import inside
-from torchmto.methods.losses.shares import Shares
-from torchmto.methods.method import Domain, LossWeighting, Properties
-from torchmto.methods.per_task import Numbers, PerTask, TaskFloats
-from torchmto.methods.registry import register_method
+from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
 
 @register_method("tchebycheff")
@@ -32,29 +28,20 @@ class Tchebycheff(LossWeighting):
         tensor([0.0000, 0.5000])
     """
 
-    source = "Zhang & Li, IEEE TEVC 2007, Section II-B"
     use = "The worst weighted loss is all that counts."
     properties = Properties(pareto=False)
     domain = Domain("`reference`", attained=True)
+    preference: Shares = hyper.given(None, Shares, TaskFloats | None)
+    reference: PerTask = hyper.per_task(0.0)
 
-    def __init__(
-        self,
-        *,
-        preference: TaskFloats | None = None,
-        reference: Numbers = 0.0,
-    ) -> None:
-        super().__init__()
-        self.preference = Shares(preference)
-        self.reference = PerTask("reference", reference)
-
-    def lower_bounds(self, indices: Sequence[int]) -> Tensor:
+    def lower_bounds(self, indices: Indices) -> Tensor:
         """Below the reference the distance falls as the loss rises: descent would climb."""
         return self.reference.of(indices)
 
     def _scaled(self, preference: Tensor) -> Tensor:
         return preference
 
-    def objective(self, losses: Tensor, indices: Sequence[int] | None = None) -> Tensor:
+    def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
         """The largest weighted distance to the reference."""
         chosen = self.present(losses, indices)
         scale = self._scaled(self.preference.of(chosen)).to(losses)
@@ -83,7 +70,6 @@ class ModifiedTchebycheff(Tchebycheff):
         tensor(5.)
     """
 
-    source = "Ma et al., IEEE TEVC 2018"
     use = "The worst task, relative to its preference, is all that counts."
 
     def _scaled(self, preference: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from torchmto.methods.losses.learnt_scaling import LearntScaling
-from torchmto.methods.method import Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Properties, register_method
+from torchmto.methods.losses.learnable import LearntScaling
 
 
 @register_method("uw")
@@ -15,14 +14,14 @@ class UW(LearntScaling):
     belong to the method: they have an Adam of their own, are updated after each step from the step's losses, and are
     saved in its state. An absent task's scale stays, and so does that of a loss that isn't
     positive. Scale: sum, but the weights :math:`e^{-s_i} / 2` start at 1/2.
-    Heads: times the task's weight.
+    Heads: times the task's weight. The released code of Nash-MTL has this form; some codes use :math:`e^{-s} l + s` for
+    some tasks.
 
     Args:
         lr: Adam's learning rate for the scales. The paper doesn't state one; 0.025 as in the released code of Nash-MTL.
         initial: Initial value of every scale.
 
-    Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018, Eq. 7. The released code
-    of Nash-MTL has this form; some codes use :math:`e^{-s} l + s` for some tasks.
+    Source: Kendall et al., Multi-Task Learning Using Uncertainty to Weigh Losses, CVPR 2018, Eq. 7.
 
     Example:
         >>> import torch, torchmto
@@ -30,9 +29,7 @@ class UW(LearntScaling):
         tensor([0.5000, 0.5000])
     """
 
-    source = "Kendall et al., CVPR 2018, Eq. 7"
     use = "Losses on different scales; the most used learnable weighting."
-    tuning_space = {"lr": ("log", 1e-3, 1e-1)}
     properties = Properties(homogeneity=None, identity=False, pareto=False)
 
     def penalised(self, losses: Tensor, scales: Tensor) -> Tensor:

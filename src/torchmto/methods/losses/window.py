@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer
-from torchmto.methods.method import LossWeighting, Method
+from torchmto.methods import LossWeighting, Method, hyper, states
 from torchmto.step import Losses, StepContext
 
 
@@ -60,15 +59,9 @@ class Windowed(Method):
         window: Steps per window; None: windows end at ``mt.end_window()``.
     """
 
-    means: LossWindow
-
-    def __init__(self, *, window: int | None) -> None:
-        super().__init__()
-        self.window = None if window is None else check_integer("window", window, minimum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """The window's sums."""
-        self.add_state("means", LossWindow(num_tasks, self.window))
+    window: int | None = hyper.integer(None, minimum=1)
+    # The window's sums.
+    means: LossWindow = states.made(lambda own, num_tasks: LossWindow(num_tasks, own.window))
 
     def after_step(self, losses: Losses, context: StepContext) -> None:
         """Add the step's losses to the window."""

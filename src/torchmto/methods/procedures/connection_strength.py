@@ -8,23 +8,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchmto.checks import check_choice, check_flag, check_integer, check_number, found, nearest, warn
+from torchmto import structure
+from torchmto.checks import found, nearest, warn
 from torchmto.gradients.ranks import is_sharded
-from torchmto.methods.method import Cost, Domain, GradientCombiner, Method, Procedure, Properties
+from torchmto.methods import (
+    Cost,
+    Domain,
+    GradientCombiner,
+    Indices,
+    Method,
+    Procedure,
+    Properties,
+    hyper,
+    make_method,
+    methods,
+    register_method,
+    states,
+)
 from torchmto.methods.procedures.sequential import one_task_at_a_time
-from torchmto.methods.registry import make_method, methods, register_method
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
-from torchmto.structure import (
-    Recording,
-    SplitNorm,
-    StructuredLayer,
-    group_coefficients,
-    has_split_norms,
-    normalized_strength,
-    record_dataflow,
-    top_priority,
-)
 from torchmto.structure.pairing import Pairs, PairSearch
 
 Measure = Literal["parameters", "gradients", "saliency"]
@@ -49,13 +52,13 @@ class ChannelPriorities:
         self.measure = measure
         self.explicit = pairs
         self.tasks: tuple[str, ...] = ()
-        self.layers: list[StructuredLayer] = []
+        self.layers: list[structure.StructuredLayer] = []
         self._network: Network | None = None
         self._parameters: Sequence[Tensor] = ()
         self._pairs: Pairs = {}
         self._seen: list[str] = []
         self._searching = False
-        self._recording: Recording | None = None
+        self._recording: structure.Recording | None = None
 
     def attach(self, network: Network, tasks: tuple[str, ...]) -> None:
         """Take a model; what is known of a former one is forgotten."""
@@ -67,7 +70,7 @@ class ChannelPriorities:
             search.take(self.explicit)
         else:
             search.recall(self._pairs)
-        self._searching = self.explicit is None and has_split_norms(network.model)
+        self._searching = self.explicit is None and structure.has_split_norms(network.model)
         self._take(search)
 
     def follow(self, network: Network) -> None:
@@ -96,7 +99,7 @@ class ChannelPriorities:
         if not self._searching or len(self._seen) == len(self.tasks):
             yield
             return
-        with record_dataflow(self.network.model) as recording:
+        with structure.record_dataflow(self.network.model) as recording:
             self._recording = recording
             try:
                 yield
@@ -135,7 +138,7 @@ class ChannelPriorities:
             self.layers = [
                 layer
                 for layer in search.result()
-                if isinstance(layer.norm_out, SplitNorm) or isinstance(layer.norm_in, SplitNorm)
+                if isinstance(layer.norm_out, structure.SplitNorm) or isinstance(layer.norm_in, structure.SplitNorm)
             ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +160,7 @@ class ChannelPriorities:
             self._take(search)
         self._pairs, self._seen = pairs, seen
 
-    def shared_layers(self) -> list[tuple[StructuredLayer, set[int]]]:
+    def shared_layers(self) -> list[tuple[structure.StructuredLayer, set[int]]]:
         """The layers whose weight is trained and was reached by several tasks; and the tasks that can lead their channels.
 
         These are the tasks that reach the layer and their copies of its norms: a copy that never ran says nothing. A head's
@@ -172,9 +175,9 @@ class ChannelPriorities:
 
     def top(
         self,
-        layer: StructuredLayer,
+        layer: structure.StructuredLayer,
         candidates: Collection[int],
-        indices: Sequence[int],
+        indices: Indices,
         gradients: TaskGradients | None = None,
     ) -> Tensor:
         """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
@@ -183,10 +186,10 @@ class ChannelPriorities:
         tie = 1e-12 if views is None or gradients is None else rounding_error(gradients.precision)
         rows = [row for row, index in enumerate(indices) if index in candidates]
         if len(rows) == len(indices):
-            return top_priority(normalized_strength(strengths), tie=tie)
+            return structure.top_priority(structure.normalized_strength(strengths), tie=tie)
         if not rows:
             return torch.full((layer.num_channels,), -1, device=strengths.device)
-        top = top_priority(normalized_strength(strengths[rows]), tie=tie)
+        top = structure.top_priority(structure.normalized_strength(strengths[rows]), tie=tie)
         return torch.tensor([*rows, -1], device=top.device)[top]
 
     def _reached(self) -> dict[int, frozenset[int]]:
@@ -199,7 +202,7 @@ class ChannelPriorities:
         running = set(range(len(self.tasks)))
         for norm in norms:
             for index in list(running):
-                copy = norm.copy_for(self.tasks[index]) if isinstance(norm, SplitNorm) else norm
+                copy = norm.copy_for(self.tasks[index]) if isinstance(norm, structure.SplitNorm) else norm
                 known = [] if copy is None else [reached[id(p)] for p in copy.parameters() if id(p) in reached]
                 if known and not any(index in tasks for tasks in known):
                     running.remove(index)
@@ -213,7 +216,7 @@ class PriorityProjection(GradientCombiner):
     """
 
     def __init__(self, priorities: ChannelPriorities, *, degenerate: Degenerate) -> None:
-        super().__init__(heads="unit")
+        super().__init__()
         self.priorities = priorities
         self.degenerate = degenerate
         self.tops: list[tuple[str, Tensor]] = []
@@ -241,7 +244,7 @@ class PriorityProjection(GradientCombiner):
                 views[task_grads.rows.position[id(parameter)]].copy_(combined)
         return flat
 
-    def _coefficients(self, layer: StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
+    def _coefficients(self, layer: structure.StructuredLayer, rows: Sequence[Tensor], top: Tensor) -> Tensor:
         """The multipliers of the channels this rank has: all of them, unless FSDP shards the layer."""
         if not is_sharded(layer.weight):
             return layer.coefficients(rows, top, degenerate=self.degenerate)
@@ -255,7 +258,19 @@ class PriorityProjection(GradientCombiner):
         own = slice(start, start + rows[0].shape[1])
         dots = rows[0].new_zeros(len(rows[0]), len(top), dtype=torch.float64)
         dots[:, own] = layer.dots(rows, top[own]).to(dots)
-        return group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
+        return structure.group_coefficients(ranks.sum_(dots), top, degenerate=self.degenerate)[:, own]
+
+
+def _second(name: str, given: Any) -> Any:
+    """What the argument ``phase2`` means, but for "priority" itself."""
+    if isinstance(given, str) and given != "priority":
+        if given not in methods():
+            known = ("priority", *methods())
+            raise ValueError(f"Unknown method `{given}` as `{name}`: 'priority' or a method.{nearest(given, known)}")
+        return make_method(given)
+    if given != "priority" and not isinstance(given, Method):
+        raise TypeError(found(name, "'priority' or a method", given))
+    return given
 
 
 @register_method("connection_strength")
@@ -312,69 +327,43 @@ class ConnectionStrength(Procedure):
         'mix'
     """
 
-    source = "Jeong & Yoon, CVPR 2024, arXiv 2406.02996"
     use = "Dense prediction with normalisation layers, where channels can specialise and K forwards are affordable."
     norms = "per task"
-    tuning_space = {"schedule": ("choice", "mix", "sequence"), "switch": ("linear", 0.2, 0.8)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="A channel whose leading gradient is 0 is summed plainly. Of another method as `phase2` its own domain holds "
         "in the second phase."
     )
-    second: Method
-    num_steps: int
-    drawn: int
+    total_steps: int | None = hyper.integer(None, minimum=1)
+    schedule: str = hyper.choice("mix", "phase1", "phase2", "sequence", search=("choice", "mix", "sequence"))
+    draw: str = hyper.choice("step", "epoch")
+    switch: float = hyper.number(0.5, minimum=0, maximum=1, search=("linear", 0.2, 0.8))
+    shuffle: bool = hyper.flag(False)
+    second: Method = hyper.called("phase2", hyper.given("priority", _second, str | Method))
+    measure: Measure = hyper.choice("parameters", "gradients", "saliency")
+    degenerate: Degenerate = hyper.choice("sum", "project")
+    pairs: Sequence[tuple[str, str]] | None = hyper.given(None)
+    record_layers: bool = hyper.flag(True)
+    num_steps: int = states.count()
+    drawn: int = states.count()
     priorities: ChannelPriorities
+    _now = 0
 
-    def __init__(
-        self,
-        *,
-        total_steps: int | None = None,
-        schedule: str = "mix",
-        draw: str = "step",
-        switch: float = 0.5,
-        shuffle: bool = False,
-        phase2: str | Method = "priority",
-        measure: Measure = "parameters",
-        degenerate: Degenerate = "sum",
-        pairs: Sequence[tuple[str, str]] | None = None,
-        record_layers: bool = True,
-    ) -> None:
-        super().__init__()
-        self.total_steps = None if total_steps is None else check_integer("total_steps", total_steps, minimum=1)
-        self.schedule = check_choice("schedule", schedule, ("mix", "phase1", "phase2", "sequence"))
-        if schedule == "sequence" and total_steps is None:
-            raise ValueError(found("total_steps", "a positive int for schedule='sequence'", total_steps))
-        self.draw = check_choice("draw", draw, ("step", "epoch"))
-        self.switch = check_number("switch", switch, minimum=0, maximum=1)
-        self.shuffle = check_flag("shuffle", shuffle)
-        check_choice("measure", measure, ("parameters", "gradients", "saliency"))
-        check_choice("degenerate", degenerate, ("sum", "project"))
-        priorities = ChannelPriorities(measure if phase2 == "priority" else "parameters", pairs)
-        if phase2 == "priority":
-            second: Method = PriorityProjection(priorities, degenerate=degenerate)
-        else:
-            if isinstance(phase2, str) and phase2 not in methods():
-                known = ("priority", *methods())
-                raise ValueError(
-                    f"Unknown method `{phase2}` as `phase2`: 'priority' or a method.{nearest(phase2, known)}"
-                )
-            second = make_method(phase2) if isinstance(phase2, str) else phase2
-        if not isinstance(second, Method):
-            raise TypeError(found("phase2", "'priority' or a method", phase2))
-        self.measure = measure
-        self.record_layers = check_flag("record_layers", record_layers)
-        self._now = 0
+    def __post_init__(self) -> None:
+        """The second phase is a method; this one's own works on priorities that both know."""
+        if self.schedule == "sequence" and self.total_steps is None:
+            raise ValueError(found("total_steps", "a positive int for schedule='sequence'", None))
+        own = not isinstance(self.second, Method)
+        priorities = ChannelPriorities(self.measure if own else "parameters", self.pairs)
+        second = PriorityProjection(priorities, degenerate=self.degenerate) if own else self.second
         self.add_state("second", second)
-        self.add_state("num_steps", 0)
-        self.add_state("drawn", 0)
         self.add_state("priorities", priorities)
 
     def attach(self, network: Network) -> None:
         """Look for task-specific norms."""
         super().attach(network)
         self.priorities.attach(network, self.tasks)
-        if len(self.tasks) > 1 and not has_split_norms(network.model):
+        if len(self.tasks) > 1 and not structure.has_split_norms(network.model):
             warn(
                 "connection_strength: the model has no task-specific norms, so no channel has a priority and phase 2 is the "
                 "plain sum. Call `torchmto.structure.split_norms(model, tasks)` before building the optimizer.",
@@ -421,7 +410,7 @@ class ConnectionStrength(Procedure):
         self.drawn = 0
         super().end_window()
 
-    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
+    def outside(self, losses: Tensor, indices: Indices) -> str:
         """What the second phase says in the second phase."""
         return super().outside(losses, indices) if self._now == 2 else ""
 

@@ -5,12 +5,10 @@ import copy
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag
 from torchmto.gradients.rows import gramian, views_of
+from torchmto.methods import Cost, Domain, GramianWeighting, Properties, hyper, register_method
 from torchmto.methods.combine.columns import pieces
-from torchmto.methods.method import Cost, Domain, GramianWeighting, Properties
-from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware
-from torchmto.methods.registry import register_method
+from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware, inner_method
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
 
@@ -48,25 +46,18 @@ class FMTL(SharpnessAware):
         6
     """
 
-    source = "Phan et al., ICCV 2025, arXiv 2211.13723"
     use = "Tasks that overfit, or few samples, where twice the price per step is affordable."
-    tuning_space = {"rho": ("log", 1e-3, 0.5)}
     properties = Properties(identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
+    rho: float = hyper.number(0.05, minimum=0, search=("log", 1e-3, 0.5))
+    apart: bool = hyper.flag(True)
+    inner: GramianWeighting = inner_method("cagrad")
     flat: GramianWeighting | None
 
-    def __init__(
-        self,
-        *,
-        rho: float = 0.05,
-        adaptive: bool = False,
-        apart: bool = True,
-        inner: str | GramianWeighting = "cagrad",
-    ) -> None:
-        super().__init__(rho=rho, adaptive=adaptive, inner=inner)
-        self.apart = check_flag("apart", apart)
-        # With a state of its own: it sees other gradients.
-        self.add_state("flat", copy.deepcopy(self.inner) if apart else None)
+    def __post_init__(self) -> None:
+        """A second inner method with a state of its own: it sees other gradients."""
+        super().__post_init__()
+        self.add_state("flat", copy.deepcopy(self.inner) if self.apart else None)
 
     def cost(self, num_tasks: int) -> Cost:
         """One pass for all tasks, one for each."""

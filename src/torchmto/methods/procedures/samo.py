@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_number
 from torchmto.gradients.finite import dense, real
-from torchmto.methods.method import Cost, Domain, GramianWeighting, Properties
-from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware
-from torchmto.methods.registry import register_method
+from torchmto.methods import Cost, Domain, GramianWeighting, Properties, hyper, register_method
+from torchmto.methods.procedures.sharpness import Pairs, SharpnessAware, inner_method
 from torchmto.step import StepContext, StepInfo
 
 
@@ -48,24 +46,13 @@ class SAMO(SharpnessAware):
         4
     """
 
-    source = "Ban et al., ICCV 2025, arXiv 2507.07883"
     use = "Conflicting tasks that overfit: flat minima for about the price of one more backward than K."
-    tuning_space = {"rho": ("log", 1e-5, 1e-1), "alpha": ("linear", 0.0, 1.0)}
     properties = Properties(homogeneity=-1 / 3, equivariant=False, identity=False, pareto=False)
     domain = Domain(corners="A gradient of zero moves nothing. Of the inner method its own domain holds.")
-
-    def __init__(
-        self,
-        *,
-        rho: float = 1e-3,
-        alpha: float = 0.5,
-        mu: float = 0.01,
-        adaptive: bool = False,
-        inner: str | GramianWeighting = "fairgrad",
-    ) -> None:
-        super().__init__(rho=rho, adaptive=adaptive, inner=inner)
-        self.alpha = check_number("alpha", alpha, minimum=0, maximum=1)
-        self.mu = check_number("mu", mu, above=0)
+    rho: float = hyper.number(1e-3, minimum=0, search=("log", 1e-5, 1e-1))
+    alpha: float = hyper.number(0.5, minimum=0, maximum=1, search=("linear", 0.0, 1.0))
+    mu: float = hyper.number(0.01, above=0)
+    inner: GramianWeighting = inner_method("fairgrad")
 
     def cost(self, num_tasks: int) -> Cost:
         """One pass for all tasks, one for each, and two forwards without gradient for each."""

@@ -2,9 +2,7 @@
 
 import torch
 
-from torchmto.checks import check_flag
-from torchmto.methods.method import Cost, Procedure, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Cost, Procedure, Properties, hyper, register_method
 from torchmto.step import StepContext, StepInfo
 
 
@@ -23,13 +21,9 @@ class Sequential(Procedure):
     Source: phase 1 of Jeong & Yoon, CVPR 2024, without its task-specific norms.
     """
 
-    source = "one task at a time; Jeong & Yoon, CVPR 2024, phase 1 without task-specific norms"
     use = "The strongest simple baseline of the papers' ablations; K optimizer steps per batch, so compare by cost."
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
-
-    def __init__(self, *, shuffle: bool = False) -> None:
-        super().__init__()
-        self.shuffle = check_flag("shuffle", shuffle)
+    shuffle: bool = hyper.flag(False)
 
     @property
     def one_by_one(self) -> bool:

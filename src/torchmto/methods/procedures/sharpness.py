@@ -6,15 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_flag, check_number, found
+from torchmto.checks import found
 from torchmto.gradients.finite import real
 from torchmto.gradients.rows import gramian
-from torchmto.methods.method import GramianWeighting, Procedure
+from torchmto.methods import GramianWeighting, Procedure, hyper
 from torchmto.methods.registry import gramian_method
 from torchmto.step import Losses, StepContext, TaskGradients
 
 Pairs = list[tuple[Tensor, Tensor]]
 """Parameters, each with a tensor of its shape (pairs of reals for a complex one)."""
+
+
+def inner_method(default: str) -> Any:
+    """A hyper-parameter: what combines the gradients."""
+
+    def check(name: str, given: Any) -> GramianWeighting:
+        made = gramian_method(name, given)
+        if made.refresh_every > 1 or made.heads != "unit":
+            raise ValueError(found(name, "a Gramian method with refresh_every=1 and heads='unit'", given))
+        return made
+
+    return hyper.given(default, check, str | GramianWeighting)
 
 
 class SharpnessAware(Procedure):
@@ -29,17 +41,14 @@ class SharpnessAware(Procedure):
         inner: A Gramian method, by name or as an object.
     """
 
-    inner: GramianWeighting
     whole_rows = "moves parameters along whole rows"
+    rho: float
+    adaptive: bool = hyper.flag(False)
+    inner: GramianWeighting
 
-    def __init__(self, *, rho: float, adaptive: bool, inner: str | GramianWeighting) -> None:
-        super().__init__()
-        self.rho = check_number("rho", rho, minimum=0)
-        self.adaptive = check_flag("adaptive", adaptive)
-        made = gramian_method("inner", inner)
-        if made.refresh_every > 1 or made.heads != "unit":
-            raise ValueError(found("inner", "a Gramian method with refresh_every=1 and heads='unit'", inner))
-        self.add_state("inner", made)
+    def __post_init__(self) -> None:
+        """The inner method is a state."""
+        self.add_state("inner", self.inner)
 
     @property
     def one_by_one(self) -> bool:

@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_integer, check_number
 from torchmto.gradients.rows import gramian
-from torchmto.methods.combine.columns import fitted, pieces
-from torchmto.methods.method import Cost, Procedure, Properties
-from torchmto.methods.registry import register_method
+from torchmto.methods import Cost, Procedure, Properties, hyper, register_method, states
+from torchmto.methods.combine.columns import averaged, fitted, pieces
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
@@ -71,29 +69,18 @@ class SonGoku(Procedure):
     Source: Patapati & Srinivasan, Graph Coloring for Multi-Task Learning, 2025 (arXiv 2509.16959).
     """
 
-    source = "Patapati & Srinivasan, 2025, arXiv 2509.16959"
     use = "Many tasks of which only some conflict: trains compatible sets in turn."
-    tuning_space = {"beta": ("linear", 0.5, 0.99), "tau": ("linear", 0.0, 0.5)}
     properties = Properties(equivariant=False, pareto=False)
     whole_rows = "tracks the rows in its state"
     needs_closure = False
-    tracked: Tensor
-    groups: list[list[int]]
-    turn: int
-    num_steps: int
-
-    def __init__(self, *, beta: float = 0.9, tau: float = 0.0, refresh_every: int = 50) -> None:
-        super().__init__()
-        self.beta = check_number("beta", beta, minimum=0, below=1)
-        self.tau = check_number("tau", tau, minimum=0, maximum=1)
-        self.refresh_every = check_integer("refresh_every", refresh_every, minimum=1)
-
-    def setup(self, num_tasks: int) -> None:
-        """Tracked gradients, the groups and whose turn it is."""
-        self.add_state("tracked", torch.zeros(num_tasks, 0))
-        self.add_state("groups", [])
-        self.add_state("turn", 0)
-        self.add_state("num_steps", 0)
+    beta: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.5, 0.99))
+    tau: float = hyper.number(0.0, minimum=0, maximum=1, search=("linear", 0.0, 0.5))
+    refresh_every: int = hyper.integer(50, minimum=1)
+    # Tracked gradients, the groups and whose turn it is.
+    tracked: Tensor = states.rows()
+    groups: list[list[int]] = states.made(lambda *_: [])
+    turn: int = states.count()
+    num_steps: int = states.count()
 
     def cost(self, num_tasks: int) -> Cost:
         """K backwards: the gradients of the waiting tasks are tracked as well."""
@@ -143,10 +130,6 @@ class SonGoku(Procedure):
             },
         )
 
-    @torch.no_grad()
     def _moved(self, gradients: TaskGradients, piece: slice) -> Tensor:
         """Some columns of the tracked gradients after this step."""
-        tracked = self.tracked[:, piece].clone()
-        for row, task in zip(gradients.matrix, gradients.indices, strict=True):
-            tracked[task].mul_(self.beta).add_(row[piece], alpha=1 - self.beta)
-        return tracked
+        return averaged(self.tracked, gradients.matrix, gradients.indices, self.beta, piece)

@@ -2,19 +2,37 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchmto.checks import check_choice, check_flag, check_integer, found, unknown_task
-from torchmto.methods.method import Cost, Domain, GramianWeighting, Procedure, Properties
-from torchmto.methods.registry import gramian_method, register_method
+from torchmto.checks import check_choice, found, unknown_task
+from torchmto.methods import Cost, Domain, GramianWeighting, Procedure, Properties, hyper, register_method, states
+from torchmto.methods.registry import gramian_method
 from torchmto.step import Losses, StepContext, StepInfo
 from torchmto.structure import ProximalAffinity
+from torchmto.structure.affinity import Attribution, Cluster, Normalization
 
 GROUPINGS = ("adaptive", "heterogeneous", "random", "per_task", "joint")
 SINGLE = ("measure", "twice", "once")
+
+
+def _partition(name: str, given: Any) -> str | list[list[str]]:
+    if isinstance(given, str):
+        return check_choice(name, given, GROUPINGS)
+    groups = [list(group) for group in given]
+    members = [task for group in groups for task in group]
+    if not groups or not all(groups) or len(set(members)) != len(members):
+        raise ValueError(found(name, "a partition of the tasks: non-empty groups, each task once", groups))
+    return groups
+
+
+def _inner(name: str, given: Any) -> GramianWeighting | None:
+    made = None if given is None else gramian_method(name, given)
+    if made is not None and made.refresh_every > 1:
+        raise ValueError(found(f"{name}.refresh_every", "1: groups don't keep their weights", made.refresh_every))
+    return made
 
 
 @register_method("task_groups")
@@ -67,64 +85,39 @@ class TaskGroups(Procedure):
         2
     """
 
-    source = "Jeong & Yoon, ICLR 2025, arXiv 2502.11986"
     use = (
         "Several tasks of unknown relation, where heads should learn undisturbed and M steps per batch are affordable."
     )
-    tuning_space = {"decay": ("log", 1e-4, 1e-1)}
     properties = Properties(homogeneity=None, equivariant=False, pareto=False)
     domain = Domain(
         corners="The affinity of a loss that isn't positive isn't tracked: a relative change has no meaning there. Of an inner "
         "method its own domain holds."
     )
-    inner: GramianWeighting | None
-    num_batches: int
+    grouping: str | list[list[str]] = hyper.called(
+        "groups", hyper.given("adaptive", _partition, str | Sequence[Sequence[str]])
+    )
+    warmup: int = hyper.integer(100, minimum=0)
+    decay: float = hyper.number(0.001, above=0, maximum=1, search=("log", 1e-4, 1e-1))
+    attribution: Attribution = hyper.choice("actor", "official")
+    normalization: Normalization = hyper.choice("paper", "official")
+    cluster: Cluster = hyper.choice("affinity_propagation", "correlation")
+    measure_last: bool = hyper.flag(False)
+    single: str = hyper.given(None, kind=str | None)
+    regroup_every: int = hyper.integer(1, minimum=1)
+    num_groups: int | None = hyper.integer(None, minimum=1)
+    random_state: int = hyper.integer(0, minimum=0)
+    inner: GramianWeighting | None = hyper.given(None, _inner, str | GramianWeighting | None)
+    noise_floor: bool = hyper.flag(False)
+    num_batches: int = states.count()
     affinity: ProximalAffinity
     current: list[list[str]]
 
-    def __init__(
-        self,
-        *,
-        groups: str | Sequence[Sequence[str]] = "adaptive",
-        warmup: int = 100,
-        decay: float = 0.001,
-        attribution: Literal["actor", "official"] = "actor",
-        normalization: Literal["paper", "official"] = "paper",
-        cluster: Literal["affinity_propagation", "correlation"] = "affinity_propagation",
-        measure_last: bool = False,
-        single: str | None = None,
-        regroup_every: int = 1,
-        num_groups: int | None = None,
-        random_state: int = 0,
-        inner: str | GramianWeighting | None = None,
-        noise_floor: bool = False,
-    ) -> None:
-        super().__init__()
-        ProximalAffinity(["a task"], decay, attribution, normalization)
-        self._options = (decay, attribution, normalization)
-        if isinstance(groups, str):
-            check_choice("groups", groups, GROUPINGS)
-        else:
-            groups = [list(group) for group in groups]
-            members = [name for group in groups for name in group]
-            if not groups or not all(groups) or len(set(members)) != len(members):
-                raise ValueError(found("groups", "a partition of the tasks: non-empty groups, each task once", groups))
-        self.grouping = groups
-        self.warmup = check_integer("warmup", warmup, minimum=0)
-        self._last_warmup = self.warmup + (attribution == "official")
-        check_choice("cluster", cluster, ("affinity_propagation", "correlation"))
-        self.cluster = cluster
-        self.measure_last = check_flag("measure_last", measure_last)
-        self.single = check_choice("single", single or ("twice" if attribution == "official" else "measure"), SINGLE)
-        self.regroup_every = check_integer("regroup_every", regroup_every, minimum=1)
-        self.num_groups = None if num_groups is None else check_integer("num_groups", num_groups, minimum=1)
-        self.random_state = check_integer("random_state", random_state, minimum=0)
-        made = None if inner is None else gramian_method("inner", inner)
-        if made is not None and made.refresh_every > 1:
-            raise ValueError(found("inner.refresh_every", "1: groups don't keep their weights", made.refresh_every))
-        self.add_state("inner", made)
-        self.noise_floor = check_flag("noise_floor", noise_floor)
-        self.add_state("num_batches", 0)
+    def __post_init__(self) -> None:
+        """What the released code does in other ways has other defaults."""
+        official = self.attribution == "official"
+        self._last_warmup = self.warmup + official
+        self.single = check_choice("single", self.single or ("twice" if official else "measure"), SINGLE)
+        self.add_state("inner", self.inner)
 
     def bind(self, tasks: tuple[str, ...]) -> None:
         """Start with every task its own group, and check a fixed partition."""
@@ -138,8 +131,7 @@ class TaskGroups(Procedure):
         if self.num_groups is not None and self.num_groups > len(tasks):
             raise ValueError(found("num_groups", f"at most the number of tasks, {len(tasks)}", self.num_groups))
         super().bind(tasks)
-        decay, attribution, normalization = self._options
-        self.add_state("affinity", ProximalAffinity(tasks, decay, attribution, normalization))
+        self.add_state("affinity", ProximalAffinity(tasks, self.decay, self.attribution, self.normalization))
         self.add_state("current", self._first_groups(tasks))
 
     def _first_groups(self, tasks: tuple[str, ...]) -> list[list[str]]:
