@@ -103,12 +103,9 @@ def _spec(node: ast.expr) -> MethodSpec:
     name = node
     if isinstance(node, ast.Call):
         name = node.func
-        for entry in node.keywords:
-            if entry.arg is None:
-                raise ValueError(f"Hyper-parameters should be given as `name=value`. Found `{ast.unparse(node)}`.")
-            hyperparameters[entry.arg] = _value(entry.value)
-        if node.args:
+        if node.args or any(entry.arg is None for entry in node.keywords):
             raise ValueError(f"Hyper-parameters should be given as `name=value`. Found `{ast.unparse(node)}`.")
+        hyperparameters = {str(entry.arg): _value(entry.value) for entry in node.keywords}
     if not isinstance(name, ast.Name):
         raise ValueError(f"A method should look like `wpcgrad(mode=pairwise)`. Found `{ast.unparse(node)}`.")
     return MethodSpec(name.id, hyperparameters)
