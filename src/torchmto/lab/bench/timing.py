@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
@@ -175,7 +176,7 @@ def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu"
     return whole, None if device.startswith("cuda") else _in_a_process(model, num_tasks, name, device, "tensors")
 
 
-def _in_a_process(*arguments: str | int) -> int | None:
+def _in_a_process(*arguments: Any) -> int | None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(_peak, *arguments).result()

@@ -100,7 +100,7 @@ def _learning_curves(
         metric = about["primary_metric"]
         for label, seeds in {"single-task": baselines[task], **runs}.items():
             values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
-            style = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
+            style: dict[str, Any] = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
             if values:
                 mean = np.array(values, dtype=float).mean(axis=0)
                 axis.plot(np.arange(1, len(mean) + 1), mean, marker=".", label=label, **style)
