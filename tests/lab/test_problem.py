@@ -118,13 +118,13 @@ def test_a_sample_has_the_same_noise_in_any_batch_and_worker():
     first = farm.loader("train", 16, seed=1)
     second = farm.loader("train", 8, seed=1, workers=1)
     torch.manual_seed(0)
-    whole = first.batch(3, 0)["input"]
+    whole = next(first.epoch(3))["input"]
     before = torch.get_rng_state()
-    halves = torch.cat([batch["input"] for batch in (second.batch(3, 0), second.batch(3, 1))])
+    halves = torch.cat([batch["input"] for batch in second.epoch(3)][:2])
     assert torch.equal(whole, halves)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(next(iter(second.epoch(3)))["input"], whole[:8])
-    assert not torch.equal(first.batch(4, 0)["input"], whole)
+    assert not torch.equal(next(first.epoch(4))["input"], whole)
     assert bool(whole.isfinite().all())
 
 
@@ -408,7 +408,7 @@ class Outputs(nn.Module):
 
 def test_labels_may_be_plain_numbers_of_any_precision():
     data = [(X[i], {"kind": int(CLASS[i]), "sum": float(NUMBER[i])}) for i in range(6)]
-    batch = lab.Problem(**{**GOOD, "train": data}).loader("train", 6).batch(0, 0)
+    batch = next(lab.Problem(**{**GOOD, "train": data}).loader("train", 6).epoch(0))
     assert batch["targets"]["kind"].dtype == torch.int64
     assert (batch["targets"]["sum"].dtype, batch["targets"]["sum"].shape) == (torch.float32, (6, 1))
 
@@ -429,7 +429,7 @@ def test_a_missing_label_is_one_whatever_type_the_others_have(kind, dtype):
     task = lab.Task("t", kind, 1 if kind == "depth" else 3)
     sample = torch.zeros(3), {"t": label.to(dtype or label.dtype)}
     data = [sample, (torch.zeros(3), {}), (torch.zeros(3), {"t": None}), (torch.zeros(3), {"t": label})]
-    target = lab.Problem([task], data, data, data, "mlp").loader("validation", 4).batch(0, 0)["targets"]["t"]
+    target = next(lab.Problem([task], data, data, data, "mlp").loader("validation", 4).epoch(0))["targets"]["t"]
     valid = task.valid(target)
     assert [bool(row.all()) for row in valid] == [True, False, False, True]
     assert [bool(row.any()) for row in valid] == [True, False, False, True]
@@ -441,7 +441,7 @@ def test_the_first_samples_type_cuts_no_others_short():
     maps = [torch.ones(1, 2, 2, dtype=torch.int64), torch.full((1, 2, 2), 1.5)]
     data = [(torch.zeros(3), {"d": depth, "o": depth}) for depth in maps]
     own = lab.Problem([lab.Task("d", "depth"), "o"], data, data, data, "mlp", losses={"o": nn.MSELoss()})
-    targets = own.loader("validation", 2).batch(0, 0)["targets"]
+    targets = next(own.loader("validation", 2).epoch(0))["targets"]
     assert targets["d"][1, 0, 0, 0] == targets["o"][1, 0, 0, 0] == 1.5
 
 

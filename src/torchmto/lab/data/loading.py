@@ -181,6 +181,10 @@ class Loader:
             self.wait_seconds += time.perf_counter() - began
             yield batch
 
+    def __iter__(self) -> Iterator[Any]:
+        """The batches of epoch 0, for evaluation."""
+        return self.epoch(0)
+
 
 class _Batches(Dataset[Any]):
     """A plan's batches by epoch and position."""
