@@ -40,8 +40,8 @@ from torchmto.lab.data.files import load_array, load_picture, load_rgb, read_nam
 from torchmto.lab.grid.result import load_result
 from torchmto.lab.models.weights import load_weights
 from torchmto.lab.report import write_report
-from torchmto.lab.run import CheckpointError, RunConfig, read_checkpoint
-from torchmto.lab.run.checkpoint import MAGIC
+from torchmto.lab.run.checkpoint import MAGIC, CheckpointError, read_checkpoint
+from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.folder import read_yaml
 
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "os.fork", "socket.connect", "shutil.rmtree")

@@ -30,17 +30,10 @@ from typing import Any
 
 import torch
 
-from torchmto.lab.run import (
-    CheckpointFolder,
-    DataConfig,
-    Interrupted,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    read_checkpoint,
-    train,
-)
+from torchmto.lab.run.checkpoint import CheckpointFolder, read_checkpoint
+from torchmto.lab.run.config import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
+from torchmto.lab.run.loop import Interrupted
+from torchmto.lab.run.single import train
 
 INTERVAL = 3
 

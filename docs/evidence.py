@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.grid.tables import markdown_table
+from torchmto.lab.terminal import Table
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 _BLOCK = re.compile(r"(<!-- results (\S+): (.+?) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -33,8 +33,7 @@ def filled(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         tables = {table["title"]: table for table in known[found[2]]["tables"]}
         table = tables[found[3]]
-        notes = "\n".join(f"{note}\n" for note in table["notes"])
-        return f"{found[1]}\n{markdown_table(table['header'], table['rows'])}\n{notes}\n{found[4]}"
+        return f"{found[1]}\n{Table(**{**table, 'title': ''}).markdown()}\n{found[4]}"
 
     return _BLOCK.sub(block, text)
 
@@ -50,11 +49,11 @@ def leaderboard() -> str:
         "best of more. Δm is to single-task models of the same seed, on the test split; settings and epochs were chosen on the",
         "validation split. ± is the 95 % interval of the mean over seeds, p is corrected for the number of methods (Holm).",
         "",
-        "**Add a method**: the first command trains what is missing, tuned like the others, and takes over all that is there;",
-        "the second writes this page.",
+        "**Add a method**: the first command (with `--data-root DATA` where the recipe reads data) trains what is missing,",
+        "tuned like the others, and takes over all that is there; the second writes this page.",
         "",
         "```sh",
-        "torchmto reproduce NAME --add 'my_method(c=0.5)' --data-root DATA --out results/NAME",
+        "torchmto reproduce NAME --add 'my_method(c=0.5)' --out results/NAME",
         "python docs/generate.py",
         "```",
         "",
@@ -82,7 +81,7 @@ def _arm(name: str, arm: str, numbers: dict[str, Any], found: dict[str, Any]) ->
         p = "-" if difference is None or difference["p_holm"] is None else f"{difference['p_holm']:.3f}"
         passes = [f"{cost[key]:.3g}" for key in ("num_backward", "num_optimizer_steps")]
         rows.append([f"`{method}`", interval(entry["delta_m"]), interval(difference), p, *passes, settings or "-"])
-    table = markdown_table(header, rows)
+    table = Table("", header, rows).markdown()
     return [f"## {name}: {arm}", "", about, "", table, "Backwards and optimizer steps are per batch.", ""]
 
 

@@ -1,7 +1,11 @@
-"""Draws the figures of "Concepts" from short runs on the built-in digits: ``python docs/figures.py [NAME ...]``."""
+"""Draws the figures of the documentation: ``python docs/figures.py [NAME ...]``.
+
+Those of "Concepts" come from short runs on the built-in digits, ``recipe`` from what a run of a recipe left in results/.
+"""
 
 from __future__ import annotations
 
+import csv
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -230,7 +234,35 @@ def _step_cost(engine: str, num_tasks: int) -> tuple[float, int]:
     return min(times), peak
 
 
-FIGURES = {figure.__name__: figure for figure in (conflict, projection, priority, groups, engines)}
+def recipe() -> None:
+    """Losses, validation metrics and groups of the run in results/nyud-vit."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    with (HERE.parent.parent / "results" / "nyud-vit" / "metrics.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            series.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2))
+    for task, style in (("segmentation", "-"), ("depth", "--"), ("normals", "-."), ("edges", ":")):
+        steps, losses = zip(*series[f"loss/{task}"], strict=True)
+        left.plot(steps[4:], smooth(losses, 5) / losses[0], style, label=task)
+    for name, label, style in (
+        ("segmentation/mIoU", "mIoU", "o-"),
+        ("depth/rmse", "depth rmse, m", "s--"),
+        ("normals/mean_angle", "mean angle, radians", "^-."),
+        ("edges/odsF", "edges odsF", "v:"),
+    ):
+        steps, values = zip(*series[f"validation/{name}"], strict=True)
+        middle.plot(steps, np.deg2rad(values) if "angle" in name else values, style, label=label)
+    right.step(*zip(*series["method/num_groups"], strict=True), where="post")
+    left.set(xlabel="batch", ylabel="training loss, first is 1, mean of 5 logged")
+    middle.set(xlabel="batch", ylabel="validation")
+    right.set(xlabel="batch", ylabel="groups", ylim=(0, 4.5))
+    left.legend()
+    middle.legend()
+    figure.tight_layout()
+    save(figure, "recipe")
+
+
+FIGURES = {figure.__name__: figure for figure in (conflict, projection, priority, groups, engines, recipe)}
 
 
 def main(names: list[str]) -> int:

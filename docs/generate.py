@@ -31,6 +31,16 @@ FAMILIES = {
     "procedure": "Procedures: several forwards, backwards or optimizer steps per batch",
 }
 
+ABSENT = """## Not here
+
+Methods whose formula could be confirmed neither in the paper nor in released code (last tried in November 2026):
+
+- **ConicGrad** (Hassanpour et al., 2025, arXiv 2502.00217). The update maximises the smallest product with a task's gradient
+  within a cone around the mean gradient; which length it gets, and how the weights are found from step to step, isn't known.
+- **GradOPS** (Zhu et al., WSDM 2025, arXiv 2503.03438). Each gradient is projected off the span of the others; which ones are,
+  and the weights of its trade-offs, aren't known.
+"""
+
 
 def markdown(docstring: str) -> str:
     """A Google-style docstring as Markdown: maths, code, sections and examples."""
@@ -143,7 +153,7 @@ def index() -> str:
             if cls.family == family:
                 lines.append(f"| [{name}]({name}.md) | {counts(cls)} | {cls.use} | {cls.source} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, ABSENT])
 
 
 def reference(module: ModuleType) -> str:

@@ -99,6 +99,25 @@ def _selective(config: str, size: list[int], decay: float, *more: Line) -> Relea
                 "utils/train_utils.py",
                 ours="the group that stepped, as in the paper; by `attribution: official` as in the code",
             ),
+            Line(
+                "affinities before grouping",
+                "normalised in place, so that only the upper triangle is",
+                "utils/train_utils.py",
+                ours="normalised as printed in the paper; by `normalization: official` as in the code",
+            ),
+            Line(
+                "groups",
+                "affinity propagation, again up to 10 times",
+                "utils/train_utils.py",
+                ours="the same",
+                same=True,
+            ),
+            Line(
+                "a single group",
+                "updated twice by each batch",
+                "utils/train_utils.py",
+                ours="updated once and measured; by `single: twice` as in the code",
+            ),
             *more,
             Line("precision", "32 bits", "main.py", "precision"),
             Line("result", "last batch", "utils/train_utils.py", ours="best epoch of the validation split"),
@@ -106,13 +125,18 @@ def _selective(config: str, size: list[int], decay: float, *more: Line) -> Relea
     )
 
 
-def _scenes(config: str, images: tuple[int, int], epochs: int, heads: int) -> tuple[Line, ...]:
-    of_data, kept = images
+def _images(of_data: int, kept: int) -> Line:
+    return Line(
+        "training images", f"{of_data:,}", "the data's list", ours=f"{kept:,}; the others are the validation split"
+    )
+
+
+def _scenes(config: str, images: tuple[int, int], epochs: int, heads: int, losses: str) -> tuple[Line, ...]:
+    kept = images[1]
     return (
         Line("batches", 40_000, config, "epochs", f"{kept // 8} batches each: {epochs * (kept // 8):,}"),
-        Line(
-            "training images", f"{of_data:,}", "the data's list", ours=f"{kept:,}; the others are the validation split"
-        ),
+        _images(*images),
+        Line("tasks, losses", losses, _COMMON, ours="the same", same=True),
         Line("rate of the heads", float(heads), _COMMON, "optimizer.head_rate"),
         Line("weights of the losses", "1 each", config, "method.weights", "1 each", same=True),
         Line("positive pixels in the loss of edges", 0.95, config, "losses.edges.positive_weight"),
@@ -133,7 +157,7 @@ def _scenes(config: str, images: tuple[int, int], epochs: int, heads: int) -> tu
     )
 
 
-def _mti(config: str, weights: dict[str, float], *more: Line) -> Released:
+def _mti(config: str, weights: dict[str, float], images: tuple[int, int], *more: Line) -> Released:
     """Of arXiv 2406.02996, which names HRNet-18 and MTI-Net: the code of the latter."""
     return Released(
         "SimonVandenhende/Multi-Task-Learning-PyTorch",
@@ -147,8 +171,17 @@ def _mti(config: str, weights: dict[str, float], *more: Line) -> Released:
             Line("its blocks", 2, "models/model_info/hrnet_w18.yml", "model.options.blocks"),
             Line("model", "mti_net", config, "model.options.decoder", same=True),
             Line("weights of the losses", weights, config, "method.weights"),
+            Line("predictions at four scales", "in the losses", "losses/loss_schemes.py", ours="the same", same=True),
             Line("positive pixels in the loss of edges", 0.95, config, "losses.edges.positive_weight"),
+            _images(*images),
             *more,
+            Line("precision", "32 bits", "train/train_utils.py", "precision"),
+            Line(
+                "result",
+                "best of the last ten epochs on the test set",
+                "main.py",
+                ours="best epoch of the validation split",
+            ),
         ),
     )
 
@@ -157,12 +190,18 @@ _UNKNOWN = (
     "Not confirmed: arXiv 2409.01793, whose experiment this is, has released no code that its page or a search of public "
     "repositories (November 2026) shows, so network and settings are this project's."
 )
+NYUD = "40 classes, cross-entropy; depth, L1; normals, L1 of unit vectors; edges, balanced cross-entropy"
+PASCAL = (
+    "21 classes and 7 parts, cross-entropy; saliency, cross-entropy balanced by the batch; normals, L1 of unit vectors; edges, "
+    "balanced cross-entropy"
+)
+_TASKONOMY = "util_taskonomy/dataset_taskonomy.py"
 RELEASED: dict[str, Released | str] = {
     "nyud-vit": _selective(
-        "configs/sel/nyud.yml", [448, 576], 1e-3, *_scenes("configs/sel/nyud.yml", (795, 715), 450, 4)
+        "configs/sel/nyud.yml", [448, 576], 1e-3, *_scenes("configs/sel/nyud.yml", (795, 715), 450, 4, NYUD)
     ),
     "pascal-vit": _selective(
-        "configs/sel/pascal.yml", [512, 512], 1e-3, *_scenes("configs/sel/pascal.yml", (4998, 4498), 71, 5)
+        "configs/sel/pascal.yml", [512, 512], 1e-3, *_scenes("configs/sel/pascal.yml", (4998, 4498), 71, 5, PASCAL)
     ),
     "taskonomy-vit": _selective(
         "configs/sel/taskonomy.yml",
@@ -172,11 +211,27 @@ RELEASED: dict[str, Released | str] = {
         Line("rate of the heads", 1.0, "configs/sel/taskonomy.yml", "optimizer.head_rate"),
         Line("augmentation", "mirror", _COMMON, ours="mirror", same=True),
         Line("reshading", "3 channels", "utils/config.py", ours="1 channel"),
-        Line("depth", "logarithm of the 16 bits", "util_taskonomy/dataset_taskonomy.py", ours="metres"),
+        Line(
+            "tasks, losses",
+            "11: normals, cosine; curvature, squares; others, L1",
+            "util_taskonomy/engine_mt.py",
+            ours="the same",
+            same=True,
+        ),
+        Line("depth", "logarithm of the 16 bits", _TASKONOMY, ours="metres"),
+        Line("occlusion edges", "blurred, sigma 4", _TASKONOMY, ours="as stored"),
+        Line(
+            "training buildings",
+            "those of training and validation, without woodbine and wiconisco",
+            _TASKONOMY,
+            ours="those of training, without woodbine and what wiconisco lacks",
+        ),
+        Line("test", "the first tenth of the test buildings' images", _TASKONOMY, ours="all of them"),
     ),
     "nyud-hrnet18": _mti(
         "configs/nyud/hrnet18/mti_net+edges_normals.yml",
         {"segmentation": 1.0, "depth": 1.0, "normals": 10.0, "edges": 50.0},
+        (795, 715),
         Line("height and width", [480, 640], "utils/config.py", "data.options.size"),
         Line(
             "edges and normals",
@@ -187,8 +242,9 @@ RELEASED: dict[str, Released | str] = {
         Line("augmentation", "mirror, scale 1, 1.2 or 1.5", _COMMON, ours="mirror, scale 1 to 1.5, colours by 20 %"),
     ),
     "pascal-hrnet18": _mti(
-        "configs/pascal/mti_net.yml",
+        "configs/pascal/hrnet18/mti_net.yml",
         {"segmentation": 1.0, "parts": 2.0, "saliency": 5.0, "edges": 50.0, "normals": 10.0},
+        (4998, 4498),
         Line("height and width", [512, 512], "utils/config.py", "data.options.size"),
         Line(
             "augmentation",

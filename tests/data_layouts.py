@@ -111,8 +111,8 @@ def write_pascal(root, names, height=20, width=30):
     return root
 
 
-def write_taskonomy(folder_of, buildings, views=2, size=16):
-    """``folder_of(domain, building)`` says where a building's pictures of a domain go."""
+def write_taskonomy(folder_of, buildings, views=2, size=16, ranges=None):
+    """``folder_of(domain, building)`` says where a building's pictures of a domain go; ``ranges`` what 16 bits reach."""
     eight_bit = ("reshading", "segment_unsup2d", "segment_unsup25d")
     sixteen_bit = ("edge_occlusion", "edge_texture", "keypoints2d", "keypoints3d", "depth_euclidean", "depth_zbuffer")
     for building in buildings:
@@ -120,8 +120,9 @@ def write_taskonomy(folder_of, buildings, views=2, size=16):
             for domain in ("rgb", "normal", "principal_curvature", *eight_bit, *sixteen_bit):
                 path = folder_of(domain, building) / f"point_{view}_view_0_domain_{domain}.png"
                 if domain in sixteen_bit:
-                    values = GENERATOR.integers(0, 60000, (size, size), dtype=np.uint16)
-                    values[0, 0] = 65535
+                    highest = (ranges or {}).get(domain, 60000)
+                    values = GENERATOR.integers(0, highest, (size, size), dtype=np.uint16)
+                    values[0, 0] = 65535 if ranges is None else highest
                     save_picture(path, values)
                 else:
                     picture = rgb(size, size)

@@ -126,9 +126,10 @@ def check_integer(name: str, value: Any, *, minimum: int, maximum: float = math.
     wanted = f"an int >= {minimum}" if maximum == math.inf else f"an int from {minimum} to {maximum}"
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(found(name, wanted, value))
-    if not minimum <= value <= maximum:
+    number = int(value)
+    if not minimum <= number <= maximum:
         raise ValueError(found(name, wanted, value))
-    return int(value)
+    return number
 
 
 def check_flag(name: str, value: Any) -> bool:

@@ -36,6 +36,7 @@ ROWS: dict[str, Row] = {
     "cagrad": Row(),
     "config": Row(),
     "connection_strength": Row(lambda k: {"schedule": "phase2"}),
+    "consmtl": Row(),
     "constant": Row(_weights),
     "cosmos": Row(),
     "cr_mogm": Row(steps=100),

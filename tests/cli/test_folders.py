@@ -12,7 +12,7 @@ from PIL import Image
 
 from torchmto.cli import main
 from torchmto.lab.data.files import load_rgb, read_names
-from torchmto.lab.run import CheckpointFolder
+from torchmto.lab.run.checkpoint import CheckpointFolder
 from torchmto.lab.run.logs import make_loggers
 
 SMALL = ["--data.options", "{train: 32, validation: 16, test: 16}", "--batch-size", "16", "--epochs", "1"]

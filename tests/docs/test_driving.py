@@ -12,7 +12,8 @@ from torch import nn
 import torchmto
 from nuscenes_miniature import write_nuscenes
 from torchmto.lab.data.nuscenes import CLASSES
-from torchmto.lab.run import DataConfig, ModelConfig, RunConfig, train
+from torchmto.lab.run.config import DataConfig, ModelConfig, RunConfig
+from torchmto.lab.run.single import train
 
 PAGE = (Path(__file__).parents[2] / "docs" / "how-to" / "nuscenes.md").read_text("utf-8")
 SUBMIT, HOOK = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts import load_script
-from torchmto.lab.run import CheckpointError, read_checkpoint
+from torchmto.lab.run.checkpoint import CheckpointError, read_checkpoint
 from toy import make, same, state
 
 fuzz = load_script("benchmarks/fuzz_files.py")

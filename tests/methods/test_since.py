@@ -539,3 +539,53 @@ def test_inner_methods_of_perturbed_passes(name: str) -> None:
         made(name, inner="uw")
     with pytest.raises(ValueError, match="refresh_every=1"):
         made(name, inner=made("pcgrad", refresh_every=2))
+
+
+# ---------------------------------------------------------------------- consmtl
+
+
+@pytest.mark.parametrize("strength", [1e-3, 50.0])
+@pytest.mark.parametrize("halves", [False, True])
+def test_consmtl_bends_heads_towards_the_update(strength: float, halves: bool) -> None:
+    """Its second terms by hand: for a linear head and squared errors everything is known; long ones are shortened."""
+    model, _, mt = toy.make(made("consmtl", strength=strength))
+    x, targets = toy.batch(mt.tasks)
+    weights = made("fairgrad").weights((rows := rows_of(model, toy.closure(model, (x, targets)))) @ rows.T)
+    z = model.trunk(x).detach()
+    heads = {task: (model.heads[task].weight.detach()[0], model.heads[task].bias.detach()) for task in mt.tasks}
+    residuals = {task: (z @ w + b - targets[task][:, 0]) * 2 / len(x) for task, (w, b) in heads.items()}
+    common = sum(s * residuals[t][:, None] * heads[t][0] for s, t in zip(weights, mt.tasks, strict=True))
+    expected = {}
+    for task, (w, b) in heads.items():
+        along = common @ w
+        first = torch.cat([residuals[task] @ z, residuals[task].sum()[None]])
+        second = torch.cat([residuals[task] @ common + along @ z * 2 / len(x), along.sum()[None] * 2 / len(x)])
+        factor = min(strength, float(0.1 * first.norm() / second.norm()))
+        expected[task] = torch.cat([w, b]) - 0.05 * (first - factor * second)
+    trunk = toy.flat(model.trunk)
+    parts = [(x[i : i + 4], {t: y[i : i + 4] for t, y in targets.items()}) for i in (0, 4)]
+    info = mt.step([toy.closure(model, part) for part in parts] if halves else toy.closure(model, (x, targets)))
+    torch.testing.assert_close(toy.flat(model.trunk), trunk - 0.05 * weights @ rows, rtol=1e-9, atol=1e-12)
+    for task in mt.tasks:
+        torch.testing.assert_close(toy.flat(model.heads[task]), expected[task], rtol=1e-9, atol=1e-12)
+    assert (info.num_forward, info.num_backward) == ((4, 18) if halves else (2, 9))
+
+
+def test_consmtl_is_fairgrad_elsewhere() -> None:
+    """Without second terms, and where no forward is shared; compiled models are refused, and change nothing."""
+    runs = []
+    for name, options in (("consmtl", {"strength": 0.0}), ("consmtl", {"limit": 0.0}), ("fairgrad", {})):
+        model, _, mt = toy.make(made(name, scale="released", **options))
+        mt.step(toy.closure(model, toy.batch(mt.tasks)))
+        runs.append(toy.flat(model))
+    assert torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[1], runs[2])
+    split = torchmto.structure.split_norms(toy.Toy(("a", "b", "c"), norm=torch.nn.LayerNorm(5)), ("a", "b", "c"))
+    with pytest.warns(UserWarning, match="is FairGrad with split norms"):
+        toy.make("consmtl", model=split)
+    model, _, mt = toy.make("consmtl")
+    mt.network.compiled = True
+    before = toy.state(mt)
+    with pytest.raises(ValueError, match="no second derivatives of compiled models"):
+        mt.step(toy.closure(model, toy.batch(mt.tasks)))
+    assert toy.same(toy.state(mt), before)

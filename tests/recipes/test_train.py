@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import torchmto
 from data_layouts import GENERATOR, write_celeba, write_mtan, write_nyud, write_pascal, write_taskonomy
@@ -17,7 +19,8 @@ from torchmto.lab.data.base import Task
 from torchmto.lab.data.taskonomy import BUILDINGS
 from torchmto.lab.models import build_model
 from torchmto.lab.reproduce import load_recipe
-from torchmto.lab.run import DataConfig, MethodConfig, ModelConfig, RunConfig, train
+from torchmto.lab.run.config import DataConfig, MethodConfig, ModelConfig, RunConfig
+from torchmto.lab.run.single import train
 from torchmto.lab.specs import parse_method
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes" / "train").glob("*.yaml"))
@@ -96,7 +99,7 @@ def test_every_method_of_nuscenes_trains(tmp_path):
         config = RunConfig(
             data=data, model=ModelConfig("bev", NARROW["bev"]), method=settings, epochs=2, loggers=["csv"]
         )
-        results = train(config, tmp_path / str(number))
+        results, _ = train(config, tmp_path / str(number))
         assert results["cost"]["steps"] == 4
         assert set(results["test"]) == {"detection", "map"}
 
@@ -104,7 +107,10 @@ def test_every_method_of_nuscenes_trains(tmp_path):
 @pytest.mark.filterwarnings("ignore:Taskonomy")
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_recipe_runs(path, tmp_path):
-    """The recipe's own file, two batches of its data set's own format at toy size; in 32 bits, as CPUs emulate fewer."""
+    """The recipe's own file, two batches of its data set's own format at toy size; in 32 bits, as CPUs emulate fewer.
+
+    Every parameter is handed to the optimizer, and gets a gradient.
+    """
     recipe = yaml.safe_load(path.read_text())
     dataset = recipe["data"]["name"].partition(":")[0]
     write, options, batch_size = TOY[dataset]
@@ -119,7 +125,20 @@ def test_recipe_runs(path, tmp_path):
         recipe["method"]["options"]["warmup"] = 1
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
-    assert main(["train", "--config", str(tmp_path / "toy.yaml"), "--out", str(out)]) == 0
+    learnt: dict[int, bool] = {}
+
+    def note(optimizer, *_):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            learnt[id(p)] = learnt.get(id(p), False) or p.grad is not None
+
+    hook = register_optimizer_step_pre_hook(note)
+    try:
+        assert main(["train", "--config", str(tmp_path / "toy.yaml"), "--out", str(out)]) == 0
+    finally:
+        hook.remove()
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    assert len(learnt) == sum(not name.endswith(buffers) for name in load_file(out / "model.safetensors"))
+    assert all(learnt.values())
     results = json.loads((out / "results.json").read_text())
     assert results["cost"]["steps"] == 2
     assert (out / "model.safetensors").is_file()

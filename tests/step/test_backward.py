@@ -10,7 +10,17 @@ from battery.table import ROWS, build
 from toy import Toy, batch, closure, flat, make, same, state
 
 TASKS = ("a", "b", "c")
-REFUSED = ("adatask", "connection_strength", "f_mtl", "famo", "m_config", "samo", "sequential", "task_groups")
+REFUSED = (
+    "adatask",
+    "connection_strength",
+    "consmtl",
+    "f_mtl",
+    "famo",
+    "m_config",
+    "samo",
+    "sequential",
+    "task_groups",
+)
 """Several optimizer steps or forwards per batch, or a step of their own."""
 SERVED = [name for name in ROWS if name not in REFUSED]
 

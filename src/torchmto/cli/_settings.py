@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
@@ -251,8 +251,9 @@ def reported(resume: str = "") -> Iterator[None]:
     """
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
     from torchmto.lab.grid.runner import FailedRunsError  # noqa: PLC0415
-    from torchmto.lab.run import CheckpointError, Interrupted  # noqa: PLC0415
     from torchmto.lab.run.build import from_here  # noqa: PLC0415
+    from torchmto.lab.run.checkpoint import CheckpointError  # noqa: PLC0415
+    from torchmto.lab.run.loop import Interrupted  # noqa: PLC0415
     from torchmto.lab.run.processes import is_follower, speaks  # noqa: PLC0415
     from torchmto.lab.user_code import user_frames  # noqa: PLC0415
     from torchmto.step import RankFailedError  # noqa: PLC0415
@@ -285,6 +286,19 @@ def reported(resume: str = "") -> Iterator[None]:
         if not from_here(error):
             raise
         raise UsageError(str(error)) from error
+
+
+def add_run(parser: Parser) -> None:
+    """The options that name a run, its weights and a split."""
+    parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
+    parser.add_argument(
+        "--weights",
+        type=str,
+        default="best",
+        help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
+    )
+    parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
+    add_changed_source(parser)
 
 
 def add_changed_source(parser: Parser) -> None:

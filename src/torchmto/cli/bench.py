@@ -30,7 +30,7 @@ def make_parser(prog: str) -> Parser:
         type=str | None,
         metavar="A,B",
         help="Methods, with options if wanted, of which gradients=parameters|layerwise|representation forces an engine; "
-        "torchjd/METHOD, torchjd-gramian/METHOD, LibMTL/METHOD. All by default.",
+        "torchjd/METHOD, torchjd-gramian/METHOD. All by default.",
     )
     parser.add_argument("--repeats", type=PositiveInt, default=20, metavar="N", help="Rounds.")
     parser.add_argument("--no-peers", action="store_true", help="Leave other libraries out.")
@@ -74,29 +74,17 @@ def _bench(args: Namespace) -> None:
     if not args.no_peers:
         for peer, reason in missing_peers().items():
             console.print(f"{peer} isn't timed: {reason}", style="dim", markup=False)
-    settings = {
-        "models": models,
-        "tasks": tasks,
-        "methods": names,
-        "repeats": args.repeats,
-        "device": args.device,
-        "clock": args.clock,
-    }
+    measuring = {name: args[name] for name in ("repeats", "device", "clock")}
+    settings = {"models": models, "tasks": tasks, "methods": names, **measuring}
     results: list[Measurement] = []
     began = time.monotonic()
     with console.status("") as status:
-
-        def tick(what: str) -> None:
-            status.update(what)
-
         for model in models:
             for num_tasks in tasks:
-                fresh = measure_times(
-                    model, num_tasks, names, repeats=args.repeats, device=args.device, clock=args.clock, tick=tick
-                )
+                fresh = measure_times(model, num_tasks, names, **measuring, tick=status.update)
                 for entry in fresh:
                     if not args.no_memory and not entry.failed:
-                        tick(f"{model} K={num_tasks} {entry.name}: memory")
+                        status.update(f"{model} K={num_tasks} {entry.name}: memory")
                         memory = measure_memory(model, num_tasks, entry.name, device=args.device)
                         entry.peak_bytes, entry.tensor_bytes = memory
                 results += fresh

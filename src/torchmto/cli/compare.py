@@ -52,41 +52,26 @@ def make_parser(prog: str) -> SettingsParser:
 
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the table, write the files."""
-    from torchmto.lab.grid import default_jobs, make_executor, plan  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.grid.experiment import DEFAULT_METHODS  # noqa: PLC0415
-    from torchmto.lab.grid.plan import check_names_no_method  # noqa: PLC0415
-    from torchmto.lab.grid.progress import progress_bars  # noqa: PLC0415
+    from torchmto.lab.grid.experiment import DEFAULT_METHODS  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.grid.plan import compare  # noqa: PLC0415
     from torchmto.lab.grid.tables import rich_tables  # noqa: PLC0415
-    from torchmto.lab.specs import parse_methods  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     began = time.monotonic()
-    with reported():
-        texts = DEFAULT_METHODS if args.methods is None else [spec.label for spec in parse_methods(args.methods)]
-        check_names_no_method(args.settings)
-        make_executor(args.executor, args.jobs, args.out, args.ray_address)  # says what is missing first
-        grid = plan(
-            chosen_config(args),
-            args.out,
-            methods=texts,
-            seeds=args.seeds,
-            tune=args.tune,
-            tune_by=args.tune_by,
-            changed_source=args.changed_source,
+    with reported(this_command()):
+        result = compare(
+            chosen_config(args).data.name or "digits",
+            DEFAULT_METHODS if args.methods is None else args.methods,
+            config=args.settings,
+            **{name: args[name] for name in _OPTIONS},
         )
-        usual = default_jobs(grid.experiment.run.device)
-        executor = make_executor(args.executor, args.jobs, args.out, args.ray_address, usual=usual)
-        bars = progress_bars(grid.experiment, grid.problem)
-        try:
-            with bars:
-                result = grid.run(executor, bars)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted. {bars.finished} of {bars.total} runs are finished and kept in {args.out}; "
-                f"the same command goes on from there:\n  {this_command()}"
-            ) from None
+    console = make_console(180)
     for table in rich_tables(result.results):
-        bars.console.print(table)
-    bars.console.print(
+        console.print(table)
+    console.print(
         f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s."
     )
     return 0
+
+
+_OPTIONS = ("seeds", "out", "jobs", "executor", "ray_address", "tune", "tune_by", "changed_source")

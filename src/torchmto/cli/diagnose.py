@@ -26,18 +26,17 @@ def make_parser(prog: str) -> SettingsParser:
 
 def run(args: Namespace) -> int:
     """Probe, print, write."""
-    from torchmto._layout import terminal_width  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.atomic import write_bytes  # noqa: PLC0415
-    from torchmto.lab.diagnosis.advice import advise  # noqa: PLC0415
-    from torchmto.lab.diagnosis.runs import Report, probe_config  # noqa: PLC0415
+    from torchmto.lab.atomic import write_bytes  # noqa: PLC0415  the lab takes seconds to import
+    from torchmto.lab.diagnosis.runs import diagnose  # noqa: PLC0415
     from torchmto.lab.diagnosis.text import as_text  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     with wrong_usage():
         args.out.mkdir(parents=True, exist_ok=True)
     with reported():
-        measured, plan = probe_config(chosen_config(args), num_batches=args.batches)
-    report = Report(measured, plan, advise(measured, plan))
-    print(as_text(measured, report.diagnosis, terminal_width()))
+        config = chosen_config(args)
+        report = diagnose(config.data.name or "digits", batches=args.batches, say=print, config=config)
+    print(as_text(report.measurements, report.diagnosis, make_console().width))
     content = json.dumps(report.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(args.out / "diagnose.json", content.encode() + b"\n")
     print(f"\n{args.out / 'diagnose.json'} written")

@@ -1,34 +1,23 @@
 """Evaluate the weights of a training run on one split."""
 
-from pathlib import Path
-from typing import Literal
-
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, add_changed_source, chosen_config, reported
+from torchmto.cli._settings import SettingsParser, add_run, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
     """The options of `torchmto evaluate` besides the settings."""
     parser = SettingsParser(prog=prog, description=f"{__doc__} Settings that are given replace the run's own.")
-    parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
-    parser.add_argument(
-        "--weights",
-        type=str,
-        default="best",
-        help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
-    )
-    parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
-    add_changed_source(parser)
+    add_run(parser)
     return parser
 
 
 def run(args: Namespace) -> int:
     """Evaluate, print the table and write it."""
-    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
     from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
     from torchmto.lab.run.inference import evaluate_run  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     with reported():
         folder = RunFolder(args.out)
@@ -40,6 +29,6 @@ def run(args: Namespace) -> int:
         )
         path = folder.write_json(f"evaluation-{args.split}.json", results)
     print(f"{args.split} split, {results['weights']}")
-    print(metric_table(results, terminal_width()))
+    make_console().print(metric_table(results))
     print(f"Written to {path}")
     return 0

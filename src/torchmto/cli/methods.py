@@ -3,7 +3,6 @@
 import argparse
 from typing import NoReturn
 
-from torchmto._layout import plain_table, terminal_width
 from torchmto.cli._errors import UsageError
 from torchmto.methods import Cost, Method, make_method, method_class, methods
 
@@ -30,7 +29,12 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown:
         print(markdown())
         return 0
-    print(plain_table([_COLUMNS, *rows()], terminal_width(), left=range(len(_COLUMNS))))
+    try:
+        from torchmto.lab.terminal import Table, make_console  # noqa: PLC0415  rich
+    except ImportError:
+        print(markdown())
+    else:
+        make_console().print(Table("", _COLUMNS, rows()))
     print("\nCosts are per batch with K tasks, one micro-batch, shared norms and default hyper-parameters.")
     return 0
 

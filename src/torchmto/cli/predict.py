@@ -1,26 +1,15 @@
 """Show what a training run predicts: a picture of input, label and prediction per dense task."""
 
-from pathlib import Path
-from typing import Literal
-
 from jsonargparse import Namespace
 
-from torchmto.cli._settings import SettingsParser, add_changed_source, chosen_config, reported
+from torchmto.cli._settings import SettingsParser, add_run, chosen_config, reported
 
 
 def make_parser(prog: str) -> SettingsParser:
     """The options of `torchmto predict` besides the settings."""
     parser = SettingsParser(prog=prog, description=f"{__doc__} Settings that are given replace the run's own.")
-    parser.add_argument("--out", "--run", type=Path, required=True, metavar="DIR", help="The run's folder.")
-    parser.add_argument(
-        "--weights",
-        type=str,
-        default="best",
-        help="best, last, untrained, a checkpoint, or exported weights (.safetensors).",
-    )
-    parser.add_argument("--split", type=Literal["train", "validation", "test"], default="test", help="Which samples.")
+    add_run(parser)
     parser.add_argument("--count", type=int, default=4, help="How many samples, the first of the split.")
-    add_changed_source(parser)
     return parser
 
 

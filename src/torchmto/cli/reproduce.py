@@ -3,17 +3,13 @@
 An interrupted experiment, or one whose time was up, goes on when the same command is given again.
 """
 
+import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
-from torchmto._layout import terminal_width
 from torchmto.cli._settings import Parser, add_executor, reported, this_command
-
-if TYPE_CHECKING:
-    from torchmto.lab.reproduce.findings import Findings
 
 
 def make_parser(prog: str) -> Parser:
@@ -25,7 +21,7 @@ def make_parser(prog: str) -> Parser:
         "--budget", type=PositiveFloat | None, metavar="MINUTES", help="Begin nothing new after so many minutes."
     )
     parser.add_argument(
-        "--data-root", type=Path, default=Path("data"), metavar="DIR", help="What {data} in recipes stands for."
+        "--data-root", type=Path | None, metavar="DIR", help="What {data} in the recipe stands for (data)."
     )
     parser.add_argument(
         "--add", type=str | None, metavar="A,B(c=1)", help="Methods that the first arm gets besides the recipe's."
@@ -38,13 +34,13 @@ def make_parser(prog: str) -> Parser:
 def run(args: Namespace) -> int:
     """Run what isn't finished, print the tables, write the files."""
     from torchmto.checks import needed  # noqa: PLC0415
-    from torchmto.lab.grid.executors import make_executor  # noqa: PLC0415
     from torchmto.lab.reproduce import (  # noqa: PLC0415  the lab takes seconds to import
         load_recipe,
         recipe_names,
         reproduce,
         with_methods,
     )
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     if args.name is None:
         for name in recipe_names():
@@ -56,7 +52,6 @@ def run(args: Namespace) -> int:
         if args.add is not None:
             recipe = with_methods(recipe, args.add)
         out = args.out or Path("runs") / f"reproduce-{recipe.name}"
-        make_executor(args.executor, args.jobs, out, args.ray_address)  # says what is missing before anything is read
         findings = reproduce(
             recipe,
             out,
@@ -68,19 +63,16 @@ def run(args: Namespace) -> int:
             ray_address=args.ray_address,
             say=_say,
         )
-    _show(findings)
+    console = make_console()
+    for table in findings.tables:
+        console.print()
+        console.print(table)
+    for note in findings.notes:
+        print(note)
     if not findings.complete:
         print(f"The time was up before everything was done; the same command goes on:\n  {this_command()}")
     print(f"{out}/results.json, results.md, report.html, plots/*.png written.")
     return 0
 
 
-def _show(findings: "Findings") -> None:
-    for table in findings.tables:
-        print(f"\n{table.text(terminal_width())}")
-    for note in findings.notes:
-        print(note)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = functools.partial(print, flush=True)

@@ -1,5 +1,6 @@
 """Train a model with a multi-task method; an interrupted run goes on with --resume."""
 
+import functools
 import os
 import shlex
 from pathlib import Path
@@ -23,11 +24,11 @@ def make_parser(prog: str) -> SettingsParser:
 
 def run(args: Namespace) -> int:
     """Train, and print what came out."""
-    from torchmto._layout import terminal_width  # noqa: PLC0415
     from torchmto.cli._tables import metric_table  # noqa: PLC0415  the lab takes seconds to import
-    from torchmto.lab.run import train  # noqa: PLC0415
     from torchmto.lab.run.folder import RunFolder  # noqa: PLC0415
     from torchmto.lab.run.processes import speaks  # noqa: PLC0415
+    from torchmto.lab.run.single import train  # noqa: PLC0415
+    from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     resume = args.resume or args.checkpoint is not None
     with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
@@ -40,7 +41,7 @@ def run(args: Namespace) -> int:
             return 0
         if args.out is None:
             raise UsageError("The option `--out DIR` is required.")
-        results = train(
+        results, _ = train(
             config,
             args.out,
             resume=resume,
@@ -49,7 +50,7 @@ def run(args: Namespace) -> int:
             say=_say,
         )
     if speaks():
-        _say(metric_table(results, terminal_width()))
+        make_console().print(metric_table(results))
         score = "-" if results["score"] is None else f"{results['score']:.4g}"
         _say(f"Best by {results['measure']}: step {results['best_step']}, {score}")
         _say(f"Data wait: {results['cost']['data_wait']:.1%} of step time. Results: {args.out / 'results.json'}")
@@ -73,5 +74,4 @@ def _launcher() -> list[str]:
     ]
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+_say = functools.partial(print, flush=True)

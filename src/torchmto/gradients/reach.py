@@ -5,7 +5,7 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,28 +45,40 @@ class Reach:
             self.leaves[id(leaf)] = max(precision, self.leaves.get(id(leaf), 0.0))
 
 
-def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
+Edges = Sequence[tuple[Node | None, int]]
+"""Nodes of the backward graph, each with the number of its output."""
+
+
+def _key(node: Node, output: int) -> Hashable:
+    """A node, by its output where its outputs have nothing to do with each other."""
+    return (node, output) if is_sink(node) else node
+
+
+def _walk(roots: Edges) -> Iterator[tuple[Node, Hashable, Edges]]:
+    """Every node that ``roots`` lead to, once, with its key and where it leads."""
+    visited: set[Hashable] = set()
+    stack = list(roots)
+    while stack:
+        node, output = stack.pop()
+        if node is None or (key := _key(node, output)) in visited:
+            continue
+        visited.add(key)
+        following = node.next_functions
+        if key is not node and output < len(following):
+            following = following[output : output + 1]
+        yield node, key, following
+        stack += following
+
+
+def reach(roots: Edges) -> Reach:
     """Walk the autograd graph from nodes, each with the number of its output, down to its leaves."""
     found = Reach()
-    visited: set[object] = set()
-    stack: list[tuple[Node, int]] = []
-    following: Iterable[tuple[Node | None, int]] = roots
-    while True:
-        for node, output in following:
-            if node is not None:
-                key = (node, output) if is_sink(node) else node
-                if key not in visited:
-                    visited.add(key)
-                    stack.append((node, output))
-        if not stack:
-            return found
-        node, output = stack.pop()
+    for node, key, following in _walk(roots):
         found.note(getattr(node, "variable", None))
-        following = node.next_functions
         name = node.name()
-        if is_sink(node) and output < len(node.next_functions):
-            following = node.next_functions[output : output + 1]
-        elif is_compiled(node):
+        if key is not node:
+            continue
+        if is_compiled(node):
             found.regions.append(node)
         elif name == reentrant():
             found.reentrant = True
@@ -75,12 +87,29 @@ def reach(roots: Iterable[tuple[Node | None, int]]) -> Reach:
                 found.note(getattr(below, "variable", None), places(node)[0].dtype)
         elif is_users(node):
             found.functions.append(node)
+    return found
+
+
+def branches(losses: Iterable[Tensor]) -> list[GradientEdge]:
+    """The results that several losses share where the own part of one of them reads them; leaves are left out."""
+    uses: dict[Hashable, int] = {}
+    leading: dict[Hashable, Edges] = {}
+    for loss in losses:
+        for _, key, following in _walk([(loss.grad_fn, loss.output_nr)]):
+            uses[key] = uses.get(key, 0) + 1
+            leading[key] = following
+    read = dict.fromkeys(edge for key, following in leading.items() if uses[key] == 1 for edge in following)
+    return [
+        GradientEdge(node, output)
+        for node, output in read
+        if node is not None and uses[_key(node, output)] > 1 and not hasattr(node, "variable")
+    ]
 
 
 def reach_of(losses: Iterable[Tensor]) -> Reach:
     """Walk the autograd graph of losses that require a gradient, down to its leaves."""
     losses = list(losses)
-    found = reach((loss.grad_fn, loss.output_nr) for loss in losses)
+    found = reach([(loss.grad_fn, loss.output_nr) for loss in losses])
     for loss in losses:
         found.note(loss if loss.grad_fn is None else None)
     return found

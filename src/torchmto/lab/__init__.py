@@ -8,13 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torchmto.lab.data.base import Task
-    from torchmto.lab.diagnosis.runs import diagnose
-    from torchmto.lab.grid.plan import compare
-    from torchmto.lab.grid.result import Result, load_result
-    from torchmto.lab.problem import Problem, ProblemError
-    from torchmto.lab.run.config import RunConfig
-    from torchmto.lab.run.fitted import FittedRun, fit
+    from torchmto.lab.data.base import Task as Task
+    from torchmto.lab.diagnosis.runs import diagnose as diagnose
+    from torchmto.lab.grid.plan import compare as compare
+    from torchmto.lab.grid.result import Result as Result
+    from torchmto.lab.grid.result import load_result as load_result
+    from torchmto.lab.problem import Problem as Problem
+    from torchmto.lab.problem import ProblemError as ProblemError
+    from torchmto.lab.run.config import RunConfig as RunConfig
+    from torchmto.lab.run.fitted import FittedRun as FittedRun
+    from torchmto.lab.run.fitted import fit as fit
 
 _HOME = {
     "FittedRun": "run.fitted",
@@ -29,18 +32,7 @@ _HOME = {
     "load_result": "grid.result",
 }
 
-__all__ = [
-    "FittedRun",
-    "Problem",
-    "ProblemError",
-    "Result",
-    "RunConfig",
-    "Task",
-    "compare",
-    "diagnose",
-    "fit",
-    "load_result",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

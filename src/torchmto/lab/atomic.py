@@ -22,7 +22,7 @@ class BrokenFileError(ValueError):
 
 @contextlib.contextmanager
 def written_atomically(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that appears under ``path``, durably and as a whole, when the block ends without an error.
+    """A file to write to (and read) that appears under ``path``, durably and as a whole, when the block ends without an error.
 
     Until then, and after an error or a crash, ``path`` is what it was.
 
@@ -37,7 +37,7 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         temporary = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

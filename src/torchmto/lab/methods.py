@@ -9,18 +9,6 @@ from torchmto.lab.metrics import primary_metric
 from torchmto.lab.specs import MethodSpec
 from torchmto.methods import LossWeighting, Method, method_class, methods
 
-__all__ = ["check_weighting", "make", "needs_plain_sgd", "needs_split_norms"]
-
-
-def needs_split_norms(method: str) -> bool:
-    """Whether a method by definition trains a model with one copy of every norm per task."""
-    return method_class(method).norms == "per task"
-
-
-def needs_plain_sgd(method: str) -> bool:
-    """Whether a method adapts step sizes itself."""
-    return method_class(method).adapts
-
 
 def check_weighting(name: str) -> None:
     """Raise a ValueError if there is no loss weighting of this name."""

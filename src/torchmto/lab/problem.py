@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
+from torchmto.checks import shown
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
 from torchmto.lab.metrics import metric_names
 
-__all__ = ["Loaders", "Origin", "Problem", "ProblemError", "Task"]
-
 Loaders: TypeAlias = Loader | StreamLoader | JointLoader
-_KNOWN_DIRECTIONS = {"accuracy": True, "f1": True, "auroc": True, "r2": True, "mIoU": True, "psnr": True, "ssim": True}
+_HIGHER = frozenset({"accuracy", "f1", "auroc", "r2", "mIoU", "psnr", "ssim"})
+"""Metrics known by name of which higher values are better."""
 
 
 class ProblemError(ValueError):
@@ -40,9 +40,9 @@ class ProblemError(ValueError):
 
 def part_error(part: str, should: str, came: object) -> ProblemError:
     """The message of every error at this door: the problem's part, what was expected, what came."""
-    shown = came if isinstance(came, str) else repr(came)
-    shown = shown if len(shown) < 200 else f"{shown[:200]}..."
-    return ProblemError(f"Part `{part}` of the problem should be {should}. Found {shown}.")
+    return ProblemError(
+        f"Part `{part}` of the problem should be {should}. Found {came if isinstance(came, str) else shown(came)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Problem:
         >>> x, y = torch.randn(8, 3), torch.randn(8, 1)
         >>> data = [(x[i], {"sum": y[i]}) for i in range(8)]
         >>> problem = Problem([Task("sum", "regression", 1)], data, data, data, model="mlp")
-        >>> next(iter(problem.loader("train", 4)))["targets"]["sum"].shape
+        >>> next(problem.loader("train", 4).epoch(0))["targets"]["sum"].shape
         torch.Size([4, 1])
     """
 
@@ -232,7 +232,8 @@ class Problem:
             if wrong or not isinstance(own, Mapping):
                 raise part_error(f"metrics[{task.name!r}]", "{name: a torchmetrics metric}", (wrong or [own])[0])
             directions = {name: getattr(metric, "higher_is_better", None) for name, metric in own.items()}
-            extra |= {"metrics": dict(own), "directions": {n: _direction(n, d) for n, d in directions.items()}}
+            ways = {name: name in _HIGHER if said is None else said for name, said in directions.items()}
+            extra |= {"metrics": dict(own), "directions": ways}
             extra["primary_metric"] = next(iter(own))
         if primary:
             if not isinstance(primary, Sequence) or len(primary) != 2 or not isinstance(primary[1], bool):
@@ -333,9 +334,7 @@ class Problem:
 
     def normalize(self, inputs: Tensor) -> Tensor:
         """``[B, ...]`` inputs as a model should see them: ``(x - mean) / std`` per channel."""
-        if self.mean is None or self.std is None:
-            return inputs
-        return (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
+        return _normalized(inputs, self.mean, self.std)
 
     def loader(
         self,
@@ -394,7 +393,7 @@ class Problem:
                 size,
                 seed=own,
                 shuffle=training,
-                drop_last=training and len(source) >= size,
+                drop_last=training,
                 rank=rank,
                 world_size=world_size,
             )
@@ -446,22 +445,20 @@ class Problem:
             if task.kind != "own" or "primary_metric" in task.extra or not values.get(task.name):
                 continue
             metric = next(iter(values[task.name]))
-            higher = _direction(metric, None)
-            if metric not in _KNOWN_DIRECTIONS:
+            if metric not in _HIGHER:
                 warnings.warn(
                     f"The task `{task.name}` is judged by `{metric}`, lower is better; `primary=` says otherwise.",
                     stacklevel=2,
                 )
             assert isinstance(task.extra, dict)
-            task.extra.update({"primary_metric": metric, "directions": {metric: higher}})
+            task.extra.update({"primary_metric": metric, "directions": {metric: metric in _HIGHER}})
 
 
-def _direction(metric: str, said: bool | None) -> bool:
-    return _KNOWN_DIRECTIONS.get(metric, False) if said is None else said
-
-
-def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return like.new_tensor(values).view(1, -1, *[1] * (like.dim() - 2))
+def _normalized(inputs: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+    if mean is None or std is None:
+        return inputs
+    shift, scale = (inputs.new_tensor(values).view(1, -1, *[1] * (inputs.dim() - 2)) for values in (mean, std))
+    return (inputs - shift) / scale
 
 
 def _nothing(_: list[Any]) -> None:
@@ -507,10 +504,7 @@ class _Finish:
     def __call__(self, batch: Batch, keys: Tensor) -> Batch:
         if self.transform is not None:
             batch = self.transform(batch, self.tasks, keys)
-        inputs = batch["input"]
-        if self.mean is not None and self.std is not None:
-            inputs = (inputs - _per_channel(self.mean, inputs)) / _per_channel(self.std, inputs)
-        return Batch(input=inputs, targets=batch["targets"])
+        return Batch(input=_normalized(batch["input"], self.mean, self.std), targets=batch["targets"])
 
 
 class _Collate:

@@ -222,7 +222,9 @@ def load_problem(reference: str, options: Mapping[str, Any], seed: int = 0) -> P
         for name, parameter in parameters.items():
             needed = parameter.default is parameter.empty and parameter.kind not in {2, 4}
             if needed and name not in {**arguments, **given}:
-                raise TypeError(f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`).")
+                raise TypeError(
+                    f"`{reference}` needs the argument `{name}` (`--problem.{name} VALUE`, `data.options`)."
+                )
         problem = function(**arguments, **given)
         source, loadable = source_of(reference, options, "data"), not head.startswith("__main__")
     if not isinstance(problem, Problem):

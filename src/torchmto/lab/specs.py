@@ -9,8 +9,6 @@ from typing import Any
 
 from torchmto.methods import Method, make_method, method_class
 
-__all__ = ["MethodSpec", "parse_method", "parse_methods"]
-
 
 @dataclass(frozen=True)
 class MethodSpec:
@@ -105,12 +103,9 @@ def _spec(node: ast.expr) -> MethodSpec:
     name = node
     if isinstance(node, ast.Call):
         name = node.func
-        for entry in node.keywords:
-            if entry.arg is None:
-                raise ValueError(f"Hyper-parameters should be given as `name=value`. Found `{ast.unparse(node)}`.")
-            hyperparameters[entry.arg] = _value(entry.value)
-        if node.args:
+        if node.args or any(entry.arg is None for entry in node.keywords):
             raise ValueError(f"Hyper-parameters should be given as `name=value`. Found `{ast.unparse(node)}`.")
+        hyperparameters = {str(entry.arg): _value(entry.value) for entry in node.keywords}
     if not isinstance(name, ast.Name):
         raise ValueError(f"A method should look like `wpcgrad(mode=pairwise)`. Found `{ast.unparse(node)}`.")
     return MethodSpec(name.id, hyperparameters)

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchmto.lab.data.base import Task
-from torchmto.lab.edge_matching import matched_pixels, thin
 
 try:
     from torchmetrics import Metric
@@ -310,7 +309,7 @@ class OdsF(_ScoreCounts):
 
     Source: Martin et al., Learning to Detect Natural Image Boundaries, PAMI 2004. Deviations: the benchmark's
     code thins the predicted edges and matches pixels one to one; here thick edges go unpunished inside the
-    tolerance. It is fast and ranks methods; `BenchmarkOdsF` is for figures to set beside published ones.
+    tolerance. It is fast and ranks methods; for figures to set beside published ones use that code.
     """
 
     predicted: Tensor
@@ -337,53 +336,6 @@ class OdsF(_ScoreCounts):
         precision = self._at_least(self.correct) / self._at_least(self.predicted).clamp(min=1)
         recall = self._at_least(self.found) / self.found.sum().clamp(min=1)
         return _f_measure(precision, recall, 1.0).max()
-
-
-class BenchmarkOdsF(_Counting):
-    """ODS F-measure of edges as the benchmark computes it: predictions thinned, pixels matched one to one.
-
-    At each threshold the predicted edges are thinned, and matched with the labelled ones within the tolerance so
-    that each pixel is used once. Runs on the CPU, about a second per small image: for a final evaluation.
-    ``Task(..., extra={"edge_matching": "one_to_one"})`` puts it in the place of `OdsF`.
-
-    Args:
-        task: An edge task.
-        tolerance: In units of the image's diagonal.
-        thresholds: Number of thresholds, evenly spaced inside (0, 1).
-
-    Source: Martin et al., Learning to Detect Natural Image Boundaries, PAMI 2004. Deviations: the matching is the
-    largest, where the benchmark's code weighs size against summed distance; Zhang and Suen's thinning.
-    """
-
-    higher_is_better = True
-    predicted: Tensor
-    matched: Tensor
-    labelled: Tensor
-
-    def __init__(self, task: Task, tolerance: float = 0.0075, thresholds: int = 99, **options: Any) -> None:
-        super().__init__(task, "predicted", "matched", size=(thresholds,), **options)
-        self.tolerance, self.thresholds = tolerance, thresholds
-        self.add_state("labelled", torch.zeros(1, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Add a batch."""
-        valid = self.task.valid(target)
-        scores = torch.where(valid, prediction.float().sigmoid(), -1.0)[:, 0].cpu().numpy()
-        edges = (target == 1)[:, 0].cpu().numpy()
-        radius = self.tolerance * (edges.shape[1] ** 2 + edges.shape[2] ** 2) ** 0.5
-        predicted, matched = [], []
-        for k in range(1, self.thresholds + 1):
-            kept = [thin(score >= k / (self.thresholds + 1)) for score in scores]
-            predicted.append(sum(int(mask.sum()) for mask in kept))
-            matched.append(sum(matched_pixels(mask, edge, radius) for mask, edge in zip(kept, edges, strict=True)))
-        self.predicted += torch.tensor(predicted, device=target.device)
-        self.matched += torch.tensor(matched, device=target.device)
-        self.labelled += int(edges.sum())
-
-    def compute(self) -> Tensor:
-        """The F-measure at the best threshold."""
-        precision = self.matched / self.predicted.clamp(min=1)
-        return _f_measure(precision, self.matched / self.labelled.clamp(min=1), 1.0).max()
 
 
 def _f_measure(precision: Tensor, recall: Tensor, beta_squared: float) -> Tensor:
@@ -419,10 +371,6 @@ def _mean(error: PixelError, *, root: bool = False) -> MetricFactory:
     return partial(MaskedMean, error=error, root=root)
 
 
-def _edges(task: Task) -> Metric:
-    return BenchmarkOdsF(task) if task.extra.get("edge_matching") == "one_to_one" else OdsF(task)
-
-
 def _answers(metric: type[Metric]) -> MetricFactory:
     return lambda _: metric(validate_args=False)
 
@@ -451,7 +399,7 @@ METRICS: dict[str, dict[str, MetricFactory]] = {
         "median_angle": MedianAngle,
         **{f"within_{limit:g}": _mean(partial(within_angle, threshold=limit)) for limit in (11.25, 22.5, 30.0)},
     },
-    "edges": {"odsF": _edges},
+    "edges": {"odsF": OdsF},
     "saliency": {"mIoU": SaliencyIoU, "maxF": MaxF},
     "map": _ERRORS,
     "own": {},

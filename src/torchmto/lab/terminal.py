@@ -1,49 +1,125 @@
-"""What the terminal shows through rich."""
+"""What the terminal shows through rich: tables that fit it.
 
+Nothing is ever cut. Columns that have no room beside the others go into a table of their own below; what can't stay whole is
+folded into lines, in this order: titles at their spaces, then names, and last of all numbers.
+"""
+
+import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from rich import box, table
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
-from rich.table import Table
 from rich.text import Text
 
-from torchmto._layout import divided, terminal_width
+BOUNDLESS = 10**6
+"""The width of a file or a pipe: a line for every row."""
 
 
-def make_console(file_width: int) -> Console:
-    """A console on the standard output; what isn't a terminal is as wide as told, COLUMNS aside."""
+def make_console(file_width: int = BOUNDLESS) -> Console:
+    """A console on the standard output; what isn't a terminal is as wide as told, if the variable COLUMNS doesn't say."""
     console = Console()
-    return console if console.is_terminal else Console(width=terminal_width(file_width))
+    if console.is_terminal or console.is_jupyter:
+        return console
+    return Console(width=shutil.get_terminal_size((file_width, 24)).columns)
 
 
-@dataclass
-class FittedTable:
-    """A table with frames that knows what to do on a narrow terminal: `divided`.
+def visible(text: str) -> str:
+    """The text without control characters: names come from data sets."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of names and figures, for the terminal (rich prints it) and for a Markdown page.
 
     Attributes:
-        rows: The titles and the cells, as plain text.
-        names: So many columns at the left say what a row is.
-        left: Columns whose cells stand at the left.
-        title: Stands above.
-        notes: Stand below, a paragraph each.
+        title: What it shows.
+        header: Titles of the columns; the first one's cells say what a row is.
+        rows: Cells, as text.
+        notes: What a reader needs to know to read it.
     """
 
+    title: str
+    header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    names: int = 1
-    left: Sequence[int] = (0,)
-    title: str = ""
     notes: Sequence[str] = ()
+    framed = False
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+    def markdown(self) -> str:
+        """The table in Markdown.
+
+        Example:
+            >>> print(Table("", ["a", "b"], [["x", "1"]]).markdown(), end="")
+            | a | b |
+            | --- | ---: |
+            | x | 1 |
+        """
+        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
+        cells = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+        return "\n".join([*([f"### {self.title}", ""] if self.title else []), cells, *(f"{n}\n" for n in self.notes)])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[table.Table | Text]:
+        blank = [] if self.framed else [Text()]
         if self.title:
-            yield Text(self.title, "table.title")
-        for widths in divided(self.rows, options.max_width, self.names, gap=3, edge=4):
-            table = Table()
+            yield Text(visible(self.title), "table.title")
+            yield from blank
+        lines = [[visible(cell) for cell in row] for row in (self.header, *self.rows)]
+        for number, widths in enumerate(divided(lines, options.max_width, framed=self.framed)):
+            yield from blank if number else ()
+            drawn = table.Table(box=box.HEAVY_HEAD if self.framed else None, pad_edge=self.framed)
             for i, width in widths.items():
-                table.add_column(Text(self.rows[0][i]), width=width, overflow="fold")
-                table.columns[-1].justify = "left" if i in self.left else "right"
-            for row in self.rows[1:]:
-                table.add_row(*(Text(row[i]) for i in widths))
-            yield table
+                figures = i > 0 and any(re.match(r"[+-]?\d", row[i]) for row in lines[1:])
+                drawn.add_column(
+                    Text(lines[0][i]), width=width, overflow="fold", justify="right" if figures else "left"
+                )
+            for row in lines[1:]:
+                drawn.add_row(*(Text(row[i]) for i in widths))
+            yield drawn
         for note in self.notes:
-            yield Text(note, "table.caption")
+            yield from blank
+            yield Text(visible(note), "table.caption")
+
+
+class FramedTable(Table):
+    """A table with frames on the terminal."""
+
+    framed = True
+
+
+def divided(rows: Sequence[Sequence[str]], width: int, *, framed: bool = False) -> list[dict[int, int]]:
+    """Divide the columns of a table into tables that fit, each of which begins with the first column.
+
+    Args:
+        rows: The titles and the cells.
+        width: Columns of the terminal.
+        framed: Whether there are lines between the columns and at the sides.
+
+    Returns:
+        For each table its columns and their widths.
+    """
+    gap, edge = (3, 4) if framed else (2, 0)
+    whole = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    if sum(whole) + gap * (len(whole) - 1) + edge <= width:
+        return [dict(enumerate(whole))]
+    cells = [max(map(cell_len, column[1:]), default=0) for column in zip(*rows, strict=True)]
+    room = width - edge - gap
+    numbers = min(max(cells[1:], default=1), max(room // 2, 16))  # longer ones are text, which may be folded
+    name = min(whole[0], max(room - numbers, room // 3, 1))  # a long name gives way
+    room = max(room - name, 1)
+    tables = [{0: name}]
+    left = room
+    for i in range(1, len(whole)):
+        needed = min(room, max([cells[i], *map(cell_len, rows[0][i].split())]))
+        if needed > left < room:
+            tables.append({0: name})
+            left = room
+        tables[-1][i] = needed
+        left -= needed + gap
+    for part in tables:  # what is left goes to titles that would be folded
+        for i in part:
+            used = sum(part.values()) + gap * (len(part) - 1) + edge
+            part[i] += max(0, min(whole[i] - part[i], width - used))
+    return tables

@@ -50,7 +50,7 @@ def given(default: Any, check: Check = lambda _, value: value, kind: Any = None,
     return HyperParameter(default, check, kind, search)
 
 
-def number(default: float, *, search: Search = (), **bounds: float) -> Any:
+def number(default: float, *, search: Search = (), **bounds: Any) -> Any:
     """A float within ``bounds``, those of :func:`~torchmto.checks.check_number`."""
     return given(default, partial(check_number, **bounds), search=search)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmto.checks import shown
 from torchmto.gradients.finite import finite_mark, real
 from torchmto.gradients.torch_private import flattened
+from torchmto.step.agreement import agreement
 from torchmto.step.finite import (
     SkippedError,
     check_losses,
@@ -22,6 +23,7 @@ from torchmto.step.finite import (
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
 from torchmto.step.losses import Losses, Weigh, empty_batch
+from torchmto.step.network import Heads
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import agree, over_ranks
 from torchmto.step.task_gradients import (
@@ -172,6 +174,25 @@ class StepContext:
             ValueError: If there are such columns and the columns are divided among the ranks.
         """
         return inner_products(self.network, first, second)
+
+    def agreement(self, gradients: TaskGradients, weights: Tensor) -> Heads:
+        r"""How every head can make its task's gradient agree with the weighted sum of all tasks'.
+
+        With :math:`\delta_i` the gradient of task i's loss by the results that the tasks' own parts of the model share, the
+        derivatives of :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being
+        constant. One more forward, with the noise of the first, and two backwards per task down to these results.
+
+        Args:
+            gradients: What :meth:`gradients` returned, combined already.
+            weights: One weight per present task, [k].
+
+        Returns:
+            The ``id`` of a head's parameter -> the parameter, and task -> derivative; empty where nothing is shared.
+
+        Raises:
+            ValueError: If the model is compiled.
+        """
+        return agreement(self._parts, self._request(None, None, 0), gradients, weights)
 
     def combine(
         self,

@@ -10,7 +10,7 @@ from torch import nn
 from torchmto import cli
 from torchmto.lab.bench import cases, timing
 from torchmto.lab.bench.bounds import BOUNDS
-from torchmto.lab.bench.contestants import bound_of, contestant_names, holds_rows, make_contestant
+from torchmto.lab.bench.contestants import bound_of, contestant_names, make_contestant
 from torchmto.lab.bench.peers import missing_peers
 from torchmto.lab.memory import tensor_peak
 
@@ -68,8 +68,6 @@ def test_every_contestant_has_the_bound_of_what_it_does():
     assert {name: bound_of(name, 4).name for name in expected} == expected
     assert bound_of("mgda(refresh_every=4)", 8).parts == (("gd*", 1), ("lb*", 0.25))
     assert bound_of("task_groups", 4).parts == (("turns*", 0.25),)
-    assert [holds_rows(name) for name in ("lbm*", "lb*", "pcgrad", "uw")] == [True, False, True, False]
-    assert [holds_rows(f"pcgrad(gradients={engine})") for engine in ("parameters", "layerwise")] == [True, False]
 
 
 @pytest.mark.parametrize(

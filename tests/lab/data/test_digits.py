@@ -5,8 +5,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from torchmto.lab.data import BatchPlan, load_data
+from torchmto.lab.data import load_data
 from torchmto.lab.data.digits import DIGIT, split_sources
+from torchmto.lab.data.loading import BatchPlan
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchmto.lab.data import Task
+from torchmto.lab.data import Task, files
 from torchmto.lab.data.files import FileData, extract, find_root, load_array, read_npz, validation_split
 
 
@@ -93,7 +93,8 @@ def test_validation_split():
 
 
 @pytest.mark.parametrize(("memory", "reads"), [(0, 6), (100, 5), (10_000, 3)])
-def test_samples_are_kept_while_there_is_room(memory, reads):
+def test_samples_are_kept_while_there_is_room(monkeypatch, memory, reads):
+    monkeypatch.setattr(files, "KEPT_BYTES", memory)
     count = 0
 
     def read(name):
@@ -102,7 +103,7 @@ def test_samples_are_kept_while_there_is_room(memory, reads):
         image = torch.full((1, 1, 5, 10), int(name), dtype=torch.uint8)
         return image, {"a": torch.full((1, 1, 5, 10), int(name), dtype=torch.uint8)}
 
-    data = FileData([Task("a", "edges", 1)], ["1", "2", "3"], read, memory)
+    data = FileData([Task("a", "edges", 1)], ["1", "2", "3"], read)
     for _ in range(2):
         batch = data.batch(torch.tensor([2, 0, 1]))
     assert batch["targets"]["a"][:, 0, 0, 0].tolist() == [3, 1, 2]

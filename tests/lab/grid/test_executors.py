@@ -17,8 +17,8 @@ from torchmto import lab
 from torchmto.lab.grid import FailedRunsError, executors
 from torchmto.lab.grid.executors import Job, Outcome, execute, make_executor
 from torchmto.lab.references import load_problem
-from torchmto.lab.run import CheckpointFolder, read_checkpoint
 from torchmto.lab.run.build import problem_of
+from torchmto.lab.run.checkpoint import CheckpointFolder, read_checkpoint
 from torchmto.lab.run.config import ConfigError, config_of
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.scores import Measure

@@ -10,13 +10,14 @@ from scipy import stats
 from torchmto.lab.atomic import plain, read_json, write_json
 from torchmto.lab.data import load_data
 from torchmto.lab.folders import locked
-from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, plan, run_grid, summarize
+from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, run_grid, summarize
 from torchmto.lab.grid import executors as executors_module
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label, run_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.grid.plan import compare
 from torchmto.lab.grid.plots import plots
-from torchmto.lab.grid.tables import csv_text, header, markdown, rows, task_header, task_rows, versus_rows
+from torchmto.lab.grid.tables import csv_text, main_table, markdown, task_table, versus_table
 from torchmto.lab.methods import make
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import config_of
@@ -144,7 +145,7 @@ def test_a_single_task_value_of_zero_gives_a_reason(finished, problem):
     assert summary["methods"]["gd"]["delta_m"] is None
     assert "non-zero" in summary["methods"]["gd"]["reason"]
     assert "No Δm for gd" in markdown(summary)
-    assert rows(summary)[1][1] == "-"
+    assert main_table(summary).rows[1][1] == "-"
 
 
 @pytest.mark.parametrize("whose", ["run", "single-task run"])
@@ -163,12 +164,12 @@ def test_a_value_that_isnt_finite_is_named(finished, problem, whose, value):
 def test_tables_agree_with_the_figures(finished, problem):
     experiment, _, results = finished
     summary = summarize(experiment, problem, results)
-    assert header(summary)[:5] == ["method", "Δm %", "left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
-    assert [row[0] for row in rows(summary)] == ["single-task", *experiment.methods]
+    assert main_table(summary).header[:5] == ["method", "Δm %", "left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
+    assert [row[0] for row in main_table(summary).rows] == ["single-task", *experiment.methods]
     mean = summary["methods"]["gd"]["delta_m"]["mean"]
-    assert rows(summary)[1][1].startswith(f"{mean:+.2f} ± ")
+    assert main_table(summary).rows[1][1].startswith(f"{mean:+.2f} ± ")
     assert f"gd,,delta_m,{mean}" in csv_text(summary)
-    gd, strength, _ = versus_rows(summary)
+    gd, strength, _ = versus_table(summary).rows
     assert gd[:3] == ["gd", "-", "-"]
     assert strength[1].startswith(f"{summary['methods']['connection_strength']['delta_m']['mean'] - mean:+.2f} ± ")
     assert "Δm minus gd" in markdown(summary)
@@ -178,9 +179,9 @@ def test_many_tasks_have_a_table_of_their_own(finished, problem, monkeypatch):
     experiment, _, results = finished
     summary = summarize(experiment, problem, results)
     monkeypatch.setattr("torchmto.lab.grid.tables.MOST_COLUMNS", 2)
-    assert header(summary) == ["method", "Δm %", "forwards", "backwards", "steps", "ms/batch", "peak MB"]
-    assert task_header(summary) == ["task", "single-task", *experiment.methods]
-    assert [row[0] for row in task_rows(summary)] == ["left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
+    assert main_table(summary).header == ["method", "Δm %", "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+    assert task_table(summary).header == ["task", "single-task", *experiment.methods]
+    assert [row[0] for row in task_table(summary).rows] == ["left accuracy ↑", "right accuracy ↑", "offset rmse ↓"]
     assert markdown(summary).count("| --- |") == 3
 
 
@@ -280,7 +281,7 @@ def test_experiments_are_checked_before_anything_runs(problem, tmp_path):
         Experiment(seeds=0)
     for method in ("wpcgrad(priority=[1.0])", "gd(c=1)"):
         with pytest.raises(ValueError, match=r"wpcgrad|gd|priority"):
-            plan(config_of(SETTINGS), tmp_path / "x", problem=problem, methods=[method])
+            compare(problem, [method], out=tmp_path / "x", config=SETTINGS)
     assert not (tmp_path / "x").exists()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from torchmto import lab
-from torchmto.lab.grid.tuning import edges, sampled
+from torchmto.lab.grid.tuning import Sampled, edges
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.config import ConfigError
 from torchmto.lab.run.loop import Trainer
@@ -19,7 +19,7 @@ SETTINGS = {"seeds": 2, "epochs": 1, "batch_size": 16, "progress": False, "jobs"
 
 
 def test_the_random_plan_is_the_same_for_all_and_for_every_start():
-    first, second = sampled(3), sampled(3)
+    first, second = Sampled(3), Sampled(3)
     plans = [
         [plan.settings(who, number) for number in range(3)] for plan in (first, second) for who in ("gd", "cagrad")
     ]
@@ -33,7 +33,7 @@ def test_the_random_plan_is_the_same_for_all_and_for_every_start():
 
 
 def test_tpe_draws_by_each_ones_own_scores():
-    plan = sampled(12, "tpe")
+    plan = Sampled(12, "tpe")
     for number in range(12):
         for who, sign in (("gd", 1), ("cagrad", -1)):
             plan.tell(who, number, sign * plan.settings(who, number)["optimizer.lr"])

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from torchmto.lab.grid.pace import progress
 from torchmto.lab.grid.versus import paired_changes, versus
 
 TASKS = {"a": ("accuracy", True), "b": ("rmse", False)}
@@ -13,9 +12,10 @@ TASKS = {"a": ("accuracy", True), "b": ("rmse", False)}
 def run(a, b, *, scores=(1.0, 2.0), steps=1.0, seconds=0.1):
     return {
         "test": {"a": {"accuracy": a}, "b": {"rmse": b}},
-        "history": [{"score": score} for score in scores],
-        "trace": [{"step": 10, "records": {}}],
-        "cost": {"num_optimizer_steps": steps, "seconds_per_batch": seconds},
+        "history": [
+            {"score": score, "batches": end, "optimizer_steps": end * steps, "seconds": end * seconds}
+            for score, end in zip(scores, (5, 10), strict=True)
+        ],
     }
 
 
@@ -102,20 +102,3 @@ def test_equal_budgets():
     assert seconds["methods"]["x"] is None
     slow = versus({**RUNS, "x": [run(0.6, 1.0, steps=3.0)] * 3}, DELTA, TASKS)["budgets"]
     assert slow["optimizer_steps"]["methods"]["x"] is None
-
-
-def test_recorded_progress_is_taken_as_it_is():
-    epochs = [{"batches": 3, "optimizer_steps": 4, "seconds": 0.1, "score": 1.0}]
-    assert progress({"history": epochs}) == [{"batches": 3, "optimizer_steps": 4, "seconds": 0.1}]
-
-
-def test_steps_of_older_runs_follow_phases_and_groups():
-    losses = {"a": 1.0, "b": 1.0, "c": 1.0}
-    history, cost = [{}, {}], {"num_optimizer_steps": 2.0, "seconds_per_batch": 0.5}
-    phases = [{"step": step, "losses": losses, "records": {"phase": 1 if step < 3 else 2}} for step in (1, 2, 3, 4)]
-    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": phases, "cost": cost})] == [6.0, 8.0]
-    groups = [
-        {"step": 2, "records": {"groups": [["a"], ["b"], ["c"]]}},
-        {"step": 4, "records": {"groups": [["a", "b"]]}},
-    ]
-    assert [at["optimizer_steps"] for at in progress({"history": history, "trace": groups, "cost": cost})] == [6.0, 8.0]

@@ -6,7 +6,9 @@ from torch.nn.functional import mse_loss
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.losses import OwnLoss, task_loss
-from torchmto.lab.models import MTINet, RotoGrad, build_model
+from torchmto.lab.models import build_model
+from torchmto.lab.models.mtinet import MTINet
+from torchmto.lab.models.rotograd import RotoGrad
 
 DENSE = (Task("seg", "segmentation", 5), Task("depth", "depth", 1), Task("normal", "normals", 3))
 VECTOR = (Task("a", "regression", 2), Task("b", "regression", 1))

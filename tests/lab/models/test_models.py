@@ -10,16 +10,12 @@ from safetensors.torch import save_file
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
-from torchmto.lab.models import (
-    EfficientNetTrunk,
-    MultiTaskModel,
-    build_model,
-    checkpoint_blocks,
-    load_weights,
-    models,
-    with_decoders,
-)
+from torchmto.lab.models import MultiTaskModel, build_model, models
 from torchmto.lab.models.blocks import DropPath
+from torchmto.lab.models.checkpointing import checkpoint_blocks
+from torchmto.lab.models.efficientnet import EfficientNetTrunk
+from torchmto.lab.models.registry import with_decoders
+from torchmto.lab.models.weights import load_weights
 from torchmto.structure import active_task, find_norm_pairs, has_split_norms, split_norms
 
 VECTOR = (Task("digit", "classification", 4), Task("size", "regression", 2), Task("round", "binary", 1))

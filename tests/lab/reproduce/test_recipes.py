@@ -52,8 +52,10 @@ def test_training_recipe_is_valid_where_the_data_is(path, tmp_path):
     [
         ("study: comparison\nsummary: x\nrun: {rate: 1}\n", "no setting `rate`"),
         ("study: comparison\nsummary: x\nwrong: 1\n", "wrong"),
-        ("study: comparison\nsummary: x\narms: {a: {methods: [nothing]}}\n", "nothing"),
         ("study: comparison\nsummary: x\nseeds: 0\n", "seeds"),
+        ("study: comparison\nsummary: x\ntune_run: {epochs: 1}\n", "`tune_run` has no effect"),
+        ("study: groups\nsummary: x\noptions: {problems: 1}\n", "`options` has no effect"),
+        ("study: theory\nsummary: x\narms: {a: {methods: [gd]}}\n", "`arms` has no effect"),
         ("- 1\n", "isn't a recipe"),
         ("study: [\n", "isn't a recipe"),
     ],

@@ -265,7 +265,7 @@ def test_every_method_tries_every_setting_whatever_fails(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(executors, "execute", execute)
     loaded = load_recipe(str(recipe(tmp_path, TUNED)))
-    context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), 1, lambda _: None)
+    context = Context(loaded, tmp_path, tmp_path, 1, Budget(None), executors.Here(), lambda _: None)
     arms, complete = run_arms(context)
     assert complete
     tried = [(method_label(config), config.optimizer.lr) for config in asked if not is_single_task(config)]
@@ -302,9 +302,13 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], run: {epochs: many}}}", "arm b: .*epochs.*'many'"),
         ("arms: {a: {methods: [gd]}, b: {methods: [gd], method_run: {epochs: 0}}}", "arm b: .*epochs.*0"),
         ("arms: {a: {methods: [gd, 'pcgrad(c=1)']}}", "arm a: .*pcgrad"),
+        ("arms: {a: {methods: [gd, pcgrat]}}", "arm a: .*pcgrad"),
+        ("arms: {a: {methods: [gd], run: {seed: 3}}}", "arm a: .*`seed` has no effect"),
+        ("arms: {a: {methods: [gd], method_run: {devices: 2}}}", "arm a: .*`devices` has no effect"),
+        ("arms: {a: {methods: [gd], reference: pcgrad}}", "`reference` should be one of 'gd'"),
         ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
     ],
-    ids=["study", "model", "epochs", "method_run", "method", "tune"],
+    ids=["study", "model", "epochs", "method_run", "method", "name", "seed", "devices", "reference", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.setattr(executors, "execute", None)
@@ -424,6 +428,28 @@ def test_theory(tmp_path, monkeypatch):
     assert [line.partition(":")[0].strip() for line in said] == ["affinities"], (
         "what means something else is done again"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "why"),
+    [
+        *(("theory", flags, "trains nothing") for flags in ("--seeds 2", "--jobs 2", "--executor slurm:local")),
+        *((name, "--data-root x", "says `{data}`") for name in ("theory", "phases")),
+    ],
+)
+def test_what_has_no_effect_is_refused(name, flags, why, tmp_path, capsys):
+    assert main(["reproduce", name, *flags.split(), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "has no effect" in error
+    assert why in error
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("options", [{"problem": 3}, {"problems": 0}, {"kinship": 2}, {"long": "far"}])
+def test_options_of_theory_are_checked(tmp_path, options):
+    with pytest.raises(RecipeError, match=next(iter(options))):
+        reproduce(replace(load_recipe("theory"), options=options), tmp_path / "o")
 
 
 def test_exit_codes(tmp_path, capsys):

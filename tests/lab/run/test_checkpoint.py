@@ -12,8 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchmto.lab.run import CheckpointError, CheckpointFolder, checkpoint, read_checkpoint, write_checkpoint
-from torchmto.lab.run.checkpoint import HEADER_SIZE, MAGIC
+from torchmto.lab.run.checkpoint import (
+    HEADER_SIZE,
+    MAGIC,
+    CheckpointError,
+    CheckpointFolder,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 
 def state(number: int = 0) -> dict[str, object]:
@@ -86,7 +92,7 @@ def test_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch, where):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if where == "write":
-        monkeypatch.setattr(checkpoint._Hashing, "write", full)
+        monkeypatch.setattr(torch, "save", full)
     elif where == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
@@ -110,9 +116,7 @@ def test_full_disk_for_real(tmp_path):
     before = path.read_bytes()
     original = os.fdopen
     try:
-        os.fdopen = lambda descriptor, mode: (os.close(descriptor), original(os.open("/dev/full", os.O_WRONLY), mode))[
-            1
-        ]
+        os.fdopen = lambda descriptor, mode: (os.close(descriptor), original(os.open("/dev/full", os.O_RDWR), mode))[1]
         with pytest.raises(CheckpointError, match="the disk is full"):
             write_checkpoint(path, state(2) | {"big": torch.zeros(100_000)})
     finally:

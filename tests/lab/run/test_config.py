@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-from torchmto.lab.run import (
+from torchmto.lab.run.build import scheduler_of
+from torchmto.lab.run.config import (
     ConfigError,
     DataConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
-    train,
+    changed_settings,
+    config_of,
 )
-from torchmto.lab.run.build import scheduler_of
-from torchmto.lab.run.config import changed_settings, config_of
+from torchmto.lab.run.single import train
 from torchmto.methods import registry
 
 
@@ -37,7 +38,7 @@ def nothing_is_loaded(monkeypatch):
         (RunConfig(data=DataConfig("nope")), "one of digits"),
         (RunConfig(data=DataConfig("digits:somewhere")), "takes no path"),
         (RunConfig(data=DataConfig("nyuv2")), "needs a path"),
-        (RunConfig(data=DataConfig("nyuv2:/nowhere.npz")), "There is no `/nowhere.npz`.*Where to get it"),
+        (RunConfig(data=DataConfig("nyuv2:/nowhere.npz")), "`/nowhere.npz`, which doesn.t exist. Get it from"),
         (RunConfig(data=DataConfig(options={"trian": 3})), "no option `trian`"),
         (RunConfig(data=DataConfig(batch_size=0)), "data.batch_size"),
         (RunConfig(model=ModelConfig("nope")), "`model` should be one of mlp"),

@@ -18,21 +18,14 @@ import torch
 from scripts import load_script
 from torchmto.lab.data.base import Task, TensorData
 from torchmto.lab.metrics import task_metrics
-from torchmto.lab.run import (
-    CheckpointError,
-    CheckpointFolder,
-    DataConfig,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    Trainer,
-    train,
-)
+from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
+from torchmto.lab.run.config import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
 from torchmto.lab.run.evaluation import merged_values, metric_states
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import CsvLog, RecordLog
+from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.processes import attempt_name
+from torchmto.lab.run.single import train
 
 kill = load_script("benchmarks/kill_training.py")
 

@@ -12,21 +12,11 @@ from safetensors.torch import load_file
 
 from scripts import load_script
 from torchmto.cli import main
-from torchmto.lab.run import (
-    CheckpointError,
-    CheckpointFolder,
-    ConfigError,
-    DataConfig,
-    Interrupted,
-    MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    Trainer,
-    read_checkpoint,
-    train,
-)
+from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
+from torchmto.lab.run.config import ConfigError, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
 from torchmto.lab.run.folder import RunFolder
+from torchmto.lab.run.loop import Interrupted, Trainer
+from torchmto.lab.run.single import train
 
 kill = load_script("benchmarks/kill_training.py")
 
@@ -170,9 +160,9 @@ def test_a_signal_during_validation_loses_nothing(tmp_path, monkeypatch, evaluat
     else:
         progress = checkpoints.read_last()[1]["progress"]
         assert (progress["epoch"], progress["position"]) == place
-    resumed = train(None, out, resume=True)
+    resumed, _ = train(None, out, resume=True)
     straight = tmp_path / "straight"
-    whole = train(settings, straight)
+    whole, _ = train(settings, straight)
     assert [entry["score"] for entry in resumed["history"]] == [entry["score"] for entry in whole["history"]]
     assert kill.same(kill.final_state(straight), kill.final_state(out))
 
@@ -254,7 +244,7 @@ def test_micro_batches_equal_one_batch(tmp_path):
 
 
 def test_one_scheduler_step_per_batch_and_costs(tmp_path):
-    results = train(config("sequential"), tmp_path / "run")
+    results, _ = train(config("sequential"), tmp_path / "run")
     assert (results["cost"]["num_optimizer_steps"], results["cost"]["steps"]) == (3, 12)
     rates = {step: value for step, name, value in kill.logged(tmp_path / "run") if name == "lr"}
     assert list(rates) == list(range(1, 13))
@@ -264,7 +254,7 @@ def test_one_scheduler_step_per_batch_and_costs(tmp_path):
 
 def test_best_by_delta_m(tmp_path):
     baseline = {"left": 0.5, "right": 0.5, "offset": 1.0}
-    results = train(config(baseline=baseline), tmp_path / "run")
+    results, _ = train(config(baseline=baseline), tmp_path / "run")
     assert results["measure"].startswith("delta_m")
     validation = results["validation"]
     changes = [validation[task]["accuracy"] / 0.5 - 1 for task in ("left", "right")]
@@ -318,7 +308,7 @@ def test_what_a_run_leaves_behind(tmp_path):
 
 def test_dense_predictions(tmp_path):
     settings = config("connection_strength", data=ROOMS, model=ModelConfig("segnet", {"width": 4}), epochs=1)
-    results = train(settings, tmp_path / "run")
+    results, _ = train(settings, tmp_path / "run")
     assert set(results["test"]) == {"segmentation", "depth", "normals", "edges"}
     assert main(["predict", "--run", str(tmp_path / "run"), "--count", "2"]) == 0
     assert (tmp_path / "run" / "predictions-test.png").read_bytes().startswith(b"\x89PNG")

@@ -8,8 +8,8 @@ import torch
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.grid import plan
 from torchmto.lab.grid.identity import identity
-from torchmto.lab.grid.plan import plan
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, RunConfig, config_of
@@ -58,13 +58,23 @@ def other(name):
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if OTHER.get(name, 0) is not None])
-def test_a_comparison_ignores_no_setting(name, tmp_path):
-    settings = {"data.name": f"{FARM}:farm", "epochs": 1, "data.batch_size": 16}
+def test_a_comparison_ignores_no_setting(name, tmp_path, monkeypatch):
+    settings = {"epochs": 1, "data.batch_size": 16}
+
+    class Planned(Exception):
+        pass
+
+    def stop(experiment, *_, **__):
+        raise Planned(experiment)
+
+    monkeypatch.setattr(plan, "run_grid", stop)
 
     def runs(more):
-        experiment = plan(
-            config_of({**settings, **more}), tmp_path / f"{bool(more)}", methods=["gd"], seeds=1
-        ).experiment
+        with pytest.raises(Planned) as planned:
+            lab.compare(
+                f"{FARM}:farm", "gd", seeds=1, out=tmp_path / f"{bool(more)}", progress=False, **{**settings, **more}
+            )
+        (experiment,) = planned.value.args
         return [identity(run) for run in (*experiment.single_task_runs(["crop", "yield"]), *experiment.method_runs())]
 
     try:

@@ -91,13 +91,6 @@ def _bound(name: str) -> Bound:
     return Bound(name, ((name, 1.0),))
 
 
-def holds_rows(name: str) -> bool:
-    """Whether a step keeps K gradients of the trunk."""
-    if name in BOUNDS:
-        return name == "lbm*"
-    return "/" in name or (_parts(name)[1] in ("", "parameters") and bound_of(name, 2).name != "gd*")
-
-
 def make_contestant(name: str, case: Case) -> Contestant:
     """A contestant on a case. The optimizer is SGD with momentum, in the form that PyTorch picks for the device.
 

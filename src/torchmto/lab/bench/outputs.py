@@ -13,7 +13,7 @@ import torchmto
 from torchmto.lab.atomic import write_bytes
 from torchmto.lab.bench.peers import missing_peers, peer_versions
 from torchmto.lab.bench.timing import Measurement
-from torchmto.lab.terminal import FittedTable
+from torchmto.lab.terminal import FramedTable
 
 SCHEMA_VERSION = 1
 
@@ -23,27 +23,14 @@ def _ratio(measurement: Measurement, reference: str) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def table(results: Sequence[Measurement]) -> FittedTable:
+def table(results: Sequence[Measurement]) -> FramedTable:
     """One row per contestant and case; below them why some failed."""
-    titles = [
-        "model",
-        "K",
-        "contestant",
-        "ms",
-        "IQR",
-        "/gd*",
-        "/lb*",
-        "/lbm*",
-        "own bound",
-        "ratio",
-        "peak MB",
-        "tensors",
-    ]
-    rows, notes = [titles], []
+    header = ["model K: contestant", "ms", "IQR", "/gd*", "/lb*", "/lbm*", "own bound", "ratio", "peak MB", "tensors"]
+    rows, notes = [], []
     for entry in results:
-        shared = [entry.model, str(entry.num_tasks), entry.name]
+        name = f"{entry.model} {entry.num_tasks}: {entry.name}"
         if entry.failed or entry.seconds is None or entry.iqr is None:
-            rows.append([*shared, "failed", *[""] * 8])
+            rows.append([name, "failed", *[""] * 8])
             notes.append(f"{entry.name} failed on {entry.model}, K={entry.num_tasks}: {entry.failed}")
             continue
         own = _ratio(entry, entry.bound)
@@ -51,9 +38,9 @@ def table(results: Sequence[Measurement]) -> FittedTable:
         peaks = ["" if size is None else f"{size / 1e6:.0f}" for size in (entry.peak_bytes, entry.tensor_bytes)]
         references = [_ratio(entry, name) for name in ("gd*", "lb*", "lbm*")]
         times = [f"{1e3 * entry.seconds:.1f}", f"{1e3 * entry.iqr:.1f}"]
-        rows.append([*shared, *times, *references, entry.bound, own + spread, *peaks])
+        rows.append([name, *times, *references, entry.bound, own + spread, *peaks])
     title = "median step times; ratios are medians over interleaved rounds"
-    return FittedTable(rows, names=3, left=(0, 2, 8), title=title, notes=notes)
+    return FramedTable(title, header, rows, notes)
 
 
 def write_json(path: Path, results: Sequence[Measurement], settings: dict[str, Any]) -> None:

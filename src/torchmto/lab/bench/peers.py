@@ -1,9 +1,8 @@
-"""Other libraries from PyPI, where they import: torchjd (both of its engines) and LibMTL."""
+"""Another library from PyPI, where it imports: torchjd, both of its engines."""
 
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 
 import torch
 
@@ -21,52 +20,37 @@ _TORCHJD = {
     "dualproj": "DualProj",
 }
 _ARGUMENTS: dict[str, dict[str, float]] = {"cagrad": {"c": 0.4}}
-_LIBMTL = {"pcgrad": "PCGrad", "mgda": "MGDA", "imtl_g": "IMTL", "gradvac": "GradVac", "aligned_mtl": "Aligned_MTL"}
-
-
-def _imports(module: str) -> str | None:
-    """Why a module doesn't import; None if it does."""
-    if importlib.util.find_spec(module) is None:
-        return "not installed"
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # noqa: BLE001  a peer may fail in any way
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def missing_peers() -> dict[str, str]:
     """Peers that can't be timed here, with the reason."""
-    reasons = {module: _imports(module) for module in ("torchjd", "LibMTL")}
-    return {module: reason for module, reason in reasons.items() if reason is not None}
+    if importlib.util.find_spec("torchjd") is None:
+        return {"torchjd": "not installed"}
+    try:
+        importlib.import_module("torchjd")
+    except Exception as error:  # noqa: BLE001  a peer may fail in any way
+        return {"torchjd": f"{type(error).__name__}: {error}"}
+    return {}
 
 
 def peer_versions() -> dict[str, str]:
     """Versions of the peers that are timed."""
-    return {module: importlib.metadata.version(module) for module in ("torchjd", "LibMTL") if not _imports(module)}
+    return {} if missing_peers() else {"torchjd": importlib.metadata.version("torchjd")}
 
 
 def peer_names() -> list[str]:
     """``library/method`` of all peers that import."""
-    names = []
-    if _imports("torchjd") is None:
-        aggregation = importlib.import_module("torchjd.aggregation")
-        known = [method for method, cls in _TORCHJD.items() if hasattr(aggregation, cls)]
-        names += [f"torchjd/{method}" for method in known] + [f"torchjd-gramian/{method}" for method in known]
-    if _imports("LibMTL") is None:
-        names += [f"LibMTL/{method}" for method in _LIBMTL]
-    return names
+    if missing_peers():
+        return []
+    aggregation = importlib.import_module("torchjd.aggregation")
+    known = [method for method, cls in _TORCHJD.items() if hasattr(aggregation, cls)]
+    return [f"torchjd/{method}" for method in known] + [f"torchjd-gramian/{method}" for method in known]
 
 
 def peer_step(name: str, case: Case, optimizer: torch.optim.Optimizer) -> Step:
     """A step of a peer, as its documentation shows it."""
-    library, _, method = name.partition("/")
-    makers: dict[str, Callable[[str, Case, torch.optim.Optimizer], Step]] = {
-        "torchjd": _torchjd_jacobian,
-        "torchjd-gramian": _torchjd_gramian,
-        "LibMTL": _libmtl,
-    }
-    return makers[library](method, case, optimizer)
+    engine, _, method = name.partition("/")
+    return (_torchjd_jacobian if engine == "torchjd" else _torchjd_gramian)(method, case, optimizer)
 
 
 def _torchjd_jacobian(method: str, case: Case, optimizer: torch.optim.Optimizer) -> Step:
@@ -97,26 +81,6 @@ def _torchjd_gramian(method: str, case: Case, optimizer: torch.optim.Optimizer) 
         losses = torch.stack(case.losses())
         weights = weighting(engine.compute_gramian(losses))
         losses.backward(weights)  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-    return step
-
-
-def _libmtl(method: str, case: Case, optimizer: torch.optim.Optimizer) -> Step:
-    weighting = getattr(importlib.import_module("LibMTL.weighting"), _LIBMTL[method])()
-    weighting.task_num = case.num_tasks
-    weighting.task_name = [str(task) for task in range(case.num_tasks)]
-    weighting.device = case.inputs.device
-    weighting.rep_grad = False
-    weighting.get_share_params = case.trunk.parameters
-    weighting.zero_grad_share_params = lambda: case.trunk.zero_grad(set_to_none=False)
-    weighting.init_param()
-    options = {"mgda_gn": "none", "GradVac_beta": 0.5, "GradVac_group_type": 0}
-
-    def step() -> None:
-        optimizer.zero_grad()
-        losses = torch.stack(case.losses())
-        weighting.backward(losses, **options)
         optimizer.step()
 
     return step

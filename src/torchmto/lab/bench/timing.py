@@ -1,20 +1,20 @@
 """Interleaved step times, and peak memory in a fresh process per contestant."""
 
 import copy
-import json
 import random
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
 from torchmto.lab.bench.cases import make_case
-from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, holds_rows, make_contestant
+from torchmto.lab.bench.contestants import Bound, Contestant, bound_of, make_contestant
 from torchmto.lab.memory import PeakMemory, tensor_peak
 
 REFERENCES = ("gd*", "lb*", "lbm*")
@@ -84,26 +84,18 @@ def measure_times(
 ) -> list[Measurement]:
     """Time contestants in rounds: in every round each takes one step, the references too.
 
-    Contestants whose gradient matrices together would need more than ``room`` bytes are timed in several such runs, each
+    Contestants whose gradient matrices together might need more than ``room`` bytes are timed in several such runs, each
     with the references again. The clock is "wall", or "cpu": the process's own processor time, which says more on one
     thread of a machine that has other work.
     """
     num_shared = make_case(model, num_tasks, device).num_shared
-    capacity = max(1, int(room / (4 * num_tasks * num_shared)) - 1)
-    results: list[Measurement] = []
-    batch: list[str] = []
-    held = 0
+    size = min(12, max(1, int(room / (4 * num_tasks * num_shared)) - 1))
     wanted = [name for name in dict.fromkeys(names) if name not in REFERENCES]
-    for name in [*wanted, None]:
-        if name is not None:
-            batch.append(name)
-            held += holds_rows(name)
-        if batch and (name is None or held >= capacity or len(batch) >= 12):
-            results += _rounds(
-                model, num_tasks, batch, repeats, device=device, clock=clock, tick=tick, first=not results
-            )
-            batch, held = [], 0
-    return results or _rounds(model, num_tasks, [], repeats, device=device, clock=clock, tick=tick, first=True)
+    results: list[Measurement] = []
+    for start in range(0, max(len(wanted), 1), size):
+        batch = wanted[start : start + size]
+        results += _rounds(model, num_tasks, batch, repeats, device=device, clock=clock, tick=tick, first=not results)
+    return results
 
 
 def _rounds(
@@ -184,16 +176,15 @@ def measure_memory(model: str, num_tasks: int, name: str, *, device: str = "cpu"
     return whole, None if device.startswith("cuda") else _in_a_process(model, num_tasks, name, device, "tensors")
 
 
-def _in_a_process(*arguments: object) -> int | None:
-    command = [sys.executable, "-m", "torchmto.lab.bench.timing", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own module
-    if done.returncode:
-        return None
-    value: int | None = json.loads(done.stdout.splitlines()[-1])
-    return value
+def _in_a_process(*arguments: Any) -> int | None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(_peak, *arguments).result()
+        except Exception:  # noqa: BLE001  the memory may be too small for it
+            return None
 
 
-def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) -> None:
+def _peak(model: str, num_tasks: int, name: str, device: str, what: str) -> int | None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     # One step of something small first: code and thread pools that are loaded late aren't the step's.
@@ -206,13 +197,7 @@ def _memory_main(model: str, num_tasks: int, name: str, device: str, what: str) 
             contestant.run()
 
     if what == "tensors":
-        peak: int | None = tensor_peak(steps)
-    else:
-        memory = PeakMemory(device)
-        steps()
-        peak = memory.bytes()
-    print(json.dumps(peak))  # noqa: T201  read by the parent process
-
-
-if __name__ == "__main__":
-    _memory_main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+        return tensor_peak(steps)
+    memory = PeakMemory(device)
+    steps()
+    return memory.bytes()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.checks import check_integer, check_number, needed
+from torchmto.checks import needed
 from torchmto.lab.data.base import Batch, Task
 from torchmto.lab.data.loading import uniform
 
@@ -180,11 +180,6 @@ class JointAugment:
     distort: bool = False
 
     def __post_init__(self) -> None:
-        check_number("flip", self.flip, minimum=0, maximum=1)
-        check_number("zoom", self.zoom, minimum=1)
-        check_number("shrink", self.shrink, above=0, maximum=1)
-        check_integer("shift", self.shift, minimum=0)
-        check_number("color", self.color, minimum=0, below=1)
         if self.zoom > 1 or self.shrink < 1 or self.color or self.distort:
             needed("This data set", "kornia")
 
@@ -198,12 +193,7 @@ class JointAugment:
 
         Returns:
             A new batch.
-
-        Raises:
-            ValueError: If images would be shifted away from their dense targets.
         """
-        if self.shift and any(task.dense for task in tasks):
-            raise ValueError(f"Parameter `shift` should be 0 for dense tasks. Found `shift = {self.shift}`.")
         if self.flip:
             batch = hflip(batch, tasks, uniform(keys, 0) < self.flip)
         if self.zoom > 1 or self.shrink < 1:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torchmto.checks import needed
 from torchmto.lab.data.augment import JointAugment
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.data.files import read_npz, validation_split
+from torchmto.lab.data.files import extract, read_npz, validation_split
 from torchmto.lab.data.registry import register, require, unknown_layout
 from torchmto.lab.problem import Problem
 
@@ -40,7 +40,6 @@ SUPERCLASSES = (
     "vehicles_2",
 )
 CITATION = "Krizhevsky, Learning multiple layers of features from tiny images, 2009"
-_MAX_BYTES = 1 << 30  # the real files have 153 MB
 Images = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -58,8 +57,8 @@ Images = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]
 def load(path: Path, seed: int = 0, *, validation: float = 0.1) -> Problem:
     """CIFAR-100 as 20 tasks from any of three layouts.
 
-    - The official Python version, archive or folder: its pickles are read by an unpickler that knows NumPy arrays and
-      nothing else.
+    - The official Python version, a folder or the archive, which is unpacked beside itself: its pickles are read by an
+      unpickler that knows NumPy arrays and nothing else.
     - Hugging Face: ``train-*.parquet`` and ``test-*.parquet`` with ``img``, ``fine_label`` and ``coarse_label``.
     - ``.npz``: ``x`` uint8 ``[N, 32, 32, 3]``, ``fine``, ``coarse``, ``is_test``.
 
@@ -76,14 +75,12 @@ def load(path: Path, seed: int = 0, *, validation: float = 0.1) -> Problem:
 
     Source: the split into tasks is Rosenbaum, Klinger and Riemer, "Routing networks", ICLR 2018.
     """
-    if path.is_dir():
-        train, test = _read_folder(path)
-    elif path.suffix == ".npz":
+    if path.suffix == ".npz":
         x, fine, coarse, is_test = read_npz(path, ("x", "fine", "coarse", "is_test"))
         labels = fine.astype(np.int64), coarse.astype(np.int64)
         train, test = ((x[part], labels[0][part], labels[1][part]) for part in (~is_test, is_test))
-    elif tarfile.is_tarfile(path):
-        train, test = (_from_pickle(_read_member(path, name)) for name in ("train", "test"))
+    elif path.is_dir() or tarfile.is_tarfile(path):
+        train, test = _read_folder(extract(path) if path.is_file() else path)
     else:
         raise unknown_layout(path, "cifar100")
     members = _members(train[1], train[2])
@@ -146,19 +143,6 @@ def _read_folder(path: Path) -> tuple[Images, Images]:
         if any(folder.glob("train-*.parquet")) and any(folder.glob("test-*.parquet")):
             return _from_parquet(folder, "train"), _from_parquet(folder, "test")
     raise unknown_layout(path, "cifar100")
-
-
-def _read_member(archive: Path, name: str) -> bytes:
-    """One pickle out of the official archive; nothing is unpacked to disk."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isreg() and member.name.endswith(f"cifar-100-python/{name}"):
-                if member.size > _MAX_BYTES:
-                    raise ValueError(f"`{member.name}` in `{archive}` has {member.size} bytes: not CIFAR-100.")
-                content = tar.extractfile(member)
-                assert content is not None
-                return content.read()
-    raise ValueError(f"`{archive}` should hold `cifar-100-python/{name}`. Found no such file in it.")
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -18,6 +18,8 @@ from torchmto.lab.data.base import Batch, MultiTaskDataset, Subset, Task, as_inp
 from torchmto.lab.data.registry import require
 
 Sample = tuple[Tensor, dict[str, Tensor]]
+KEPT_BYTES = 2 << 30
+"""How much of the files of a split is kept in memory."""
 
 
 def load_array(path: Path, dataset: str) -> NDArray[Any]:
@@ -194,20 +196,12 @@ class FileData(MultiTaskDataset):
         names: What identifies each sample, such as its file's stem; of names from a file see `check_names`.
         read: ``name -> (image, {task: target})``, each with a leading dimension of 1, in compact types and
             all of one size; called from several threads.
-        memory_bytes: How much to keep; 0 reads files every time.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        names: Iterable[str],
-        read: Callable[[str], Sample],
-        memory_bytes: int = 2 << 30,
-    ) -> None:
+    def __init__(self, tasks: Sequence[Task], names: Iterable[str], read: Callable[[str], Sample]) -> None:
         super().__init__(tasks)
         self.names = list(names)
         self.read = read
-        self.memory_bytes = memory_bytes
         self._kept: dict[int, Sample] = {}
 
     def __len__(self) -> int:
@@ -218,7 +212,7 @@ class FileData(MultiTaskDataset):
         if sample is None:
             sample = self.read(self.names[index])
             nbytes = sample[0].nbytes + sum(target.nbytes for target in sample[1].values())
-            if len(self._kept) < self.memory_bytes // max(1, nbytes):
+            if len(self._kept) < KEPT_BYTES // max(1, nbytes):
                 self._kept[index] = sample
         return sample
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchmto.checks import check_integer, found
+from torchmto.checks import check_integer
 
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
 
@@ -83,7 +83,7 @@ class BatchPlan:
         batch_size: Samples per batch, over all ranks.
         seed: Decides the permutations.
         shuffle: A new permutation every epoch; otherwise the stored order.
-        drop_last: Leave out a last batch that isn't full.
+        drop_last: Leave out a last batch that isn't full, unless it is the only one.
         rank: This process' number.
         world_size: Number of processes.
 
@@ -105,17 +105,12 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         for name in ("size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(found(name, "positive", getattr(self, name)))
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(found("rank", f"in [0, {self.world_size})", self.rank))
-        if self.drop_last and self.size < self.batch_size:
-            raise ValueError(found("batch_size", f"at most the {self.size} samples there are", self.batch_size))
+            check_integer(name, getattr(self, name), minimum=1)
 
     def __len__(self) -> int:
         """Batches per epoch."""
         whole, rest = divmod(self.size, self.batch_size)
-        return whole + int(rest > 0 and not self.drop_last)
+        return whole + int(rest > 0 and (not self.drop_last or not whole))
 
     def order(self, epoch: int) -> Tensor:
         """The order of all samples in an epoch: int64 ``[size]``."""
@@ -170,10 +165,6 @@ class Loader:
         """Batches per epoch."""
         return len(self.plan)
 
-    def batch(self, epoch: int, position: int) -> Any:
-        """Batch number ``position`` of an epoch."""
-        return _Batches(self.fetch, self.plan)[epoch, position]
-
     def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[Any]:
         """Every ``stride``-th batch of an epoch from position ``start`` on."""
         self._asked[:] = [(epoch, position) for position in range(start, len(self), stride)]
@@ -189,10 +180,6 @@ class Loader:
                 raise ValueError(told.rpartition("ValueError: ")[2]) from error  # what the other process said
             self.wait_seconds += time.perf_counter() - began
             yield batch
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches of epoch 0, for evaluation."""
-        return self.epoch(0)
 
 
 class _Batches(Dataset[Any]):

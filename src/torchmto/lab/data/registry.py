@@ -123,10 +123,8 @@ def load_data(spec: str, seed: int = 0, **options: Any) -> "Problem":
         raise ValueError(f"The data set `{name}` is built in and takes no path. Found `{spec}`.")
     parameters = inspect.signature(info.load).parameters
     place = Path(path).expanduser() if path else None
-    if place is not None and not place.exists():
-        raise FileNotFoundError(f"There is no `{path}` (`{spec}`). Where to get it: {info.source}.")
-    if place is None and info.layouts and next(iter(parameters.values())).default is inspect.Parameter.empty:
-        require(None, name)
+    if place is not None or next(iter(parameters.values())).default is inspect.Parameter.empty:
+        require(place, name)
     arguments = fitted(options, {option: parameters[option] for option in info.options}, f"The data set `{name}`")
     problem = info.load(place, seed, **arguments)
     problem.name = name

@@ -122,22 +122,12 @@ def load(
 
     parts = split("train", "train"), split("validation", "val"), split("test", "test")
     if missing or incomplete:
-        warnings.warn(_left_out(missing, incomplete), stacklevel=3)  # where `load_data` was called
+        warnings.warn(
+            f"Taskonomy: left out {sum(incomplete.values())} images that lack a file of a task (of "
+            f"{', '.join(incomplete) or 'none'}) and buildings without files ({', '.join(missing) or 'none'}).",
+            stacklevel=3,  # where `load_data` was called
+        )
     return image_bundle(parts, augment=JointAugment(), citation=CITATION)
-
-
-def _left_out(missing: Sequence[str], incomplete: Mapping[str, int]) -> str:
-    """What isn't used, in one sentence."""
-    parts = []
-    if incomplete:
-        parts.append(f"{sum(incomplete.values())} images that lack a file of a task (of {_some(list(incomplete))})")
-    if missing:
-        parts.append(f"{len(missing)} building{'s' * (len(missing) > 1)} without files ({_some(missing)})")
-    return f"Taskonomy: left out {' and '.join(parts)}."
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _no_images(root: Path, buildings: Sequence[str]) -> None:

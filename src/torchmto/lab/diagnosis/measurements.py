@@ -1,6 +1,7 @@
 """The numbers a probing run yields."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -113,14 +114,11 @@ def matrix_of(array: Array) -> Matrix:
 
 def mean_and_error(samples: Array) -> tuple[Array, Array]:
     """Mean over the first dimension, NaN left out, and its standard error (NaN for fewer than two samples)."""
-    known = np.isfinite(samples)
-    count = known.sum(axis=0)
-    filled = np.where(known, samples, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = filled.sum(axis=0) / count
-        deviations = np.where(known, samples - mean, 0.0)
-        error = np.sqrt((deviations**2).sum(axis=0) / (count - 1) / count)
-    return np.where(count > 0, mean, np.nan), np.where(count > 1, error, np.nan)
+    known = np.where(np.isfinite(samples), samples, np.nan)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # of means of nothing
+        error = np.nanstd(known, axis=0, ddof=1) / np.sqrt(np.isfinite(known).sum(axis=0))
+        return np.nanmean(known, axis=0), error
 
 
 def _median(samples: Array) -> Array:

@@ -27,7 +27,7 @@ from torchmto.methods import make_method
 from torchmto.methods.method import GradientCombiner
 from torchmto.multitask import MultiTask
 from torchmto.solvers.unit import EPS
-from torchmto.step import Network, TaskGradients
+from torchmto.step import TaskGradients
 from torchmto.step.losses import Closure
 from torchmto.structure import (
     SplitNorm,
@@ -45,28 +45,22 @@ _TIMED = 4
 class _Watch(GradientCombiner):
     """The plain sum of the gradients, with every layer's Gramian written down."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self._layer_of = {id(p): name.rpartition(".")[0] or "(model)" for name, p in model.named_parameters()}
         self.gramians: list[Array] = []
         self.precision = EPS
         self.layers: list[dict[str, Array]] = []
         self.sizes: dict[str, int] = {}
-        self._network: Network | None = None
-
-    def attach(self, network: Network) -> None:
-        """Remember the model, for the names of its parameters."""
-        self._network = network
 
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """The sum of the rows, [P]."""
-        assert self._network is not None
-        names = {id(parameter): name for name, parameter in self._network.model.named_parameters()}
         number = len(self.tasks)
         present = np.ix_(task_grads.indices, task_grads.indices)
         layers: dict[str, Array] = {}
         sizes: dict[str, int] = {}
         for parameter in task_grads.parameters:
-            layer = names.get(id(parameter), "?").rpartition(".")[0] or "(model)"
+            layer = self._layer_of.get(id(parameter), "(model)")
             rows = task_grads.matrix[:, task_grads.columns(parameter)]
             full = layers.setdefault(layer, np.full((number, number), np.nan))
             products = (rows.double() @ rows.double().T).cpu().numpy()
@@ -125,7 +119,7 @@ def probe(
             mt = MultiTask(model, optimizer, tasks=names, method=kind, seed=seed, **options)
             seconds[kind] = _median_seconds(mt, following, _TIMED)
     with _restored(model, optimizer, seed):
-        watch = _Watch()
+        watch = _Watch(model)
         mt = MultiTask(model, optimizer, tasks=names, method=watch, seed=seed, **options)
         losses: list[Mapping[str, float]] = []
         seconds["gramian"] = _median_seconds(mt, following, num_batches, losses)

@@ -36,71 +36,6 @@ _USED = {
 """Settings that mean something to a probing."""
 
 
-def probe_config(
-    config: RunConfig,
-    problem: Problem | None = None,
-    *,
-    num_batches: int = 20,
-    say: Callable[[str], None] = print,
-) -> tuple[Measurements, Plan]:
-    """Measure on the problem, model and optimizer of a config; nothing is saved.
-
-    Args:
-        config: The settings of a Run.
-        problem: What is learnt, where the settings' reference doesn't lead to it.
-        num_batches: Batches per part of the probing.
-        say: Is told what happens.
-
-    Returns:
-        The measurements, and what the config plans.
-
-    Raises:
-        ConfigError: If settings make no sense, or have no effect.
-    """
-    config.validate()
-    idle = others_than(_USED, "a probing is a few plain steps in one process, of which no state is kept")
-    if config.precision == "16-mixed":
-        idle["precision"] = "fp16 needs a gradient scaler, which adds nothing to what is measured"
-    check_used(config, idle)
-    problem, config = problem_of(config, problem)
-    check_first_batch(problem, dataclasses.replace(config, evaluate_test=False))
-    method, model = config.method, config.model
-    plain = dataclasses.replace(
-        config,
-        method=MethodConfig(weights=method.weights, same_noise=method.same_noise),
-        model=dataclasses.replace(model, task_norms=bool(model.task_norms)),
-    )
-    seed_everything(config.seed)
-    parts = build(plain, problem)
-    parts.model.train()
-    tasks = list(problem.task_names)
-    say(f"Probing {len(tasks)} tasks of {config.data.name} on {num_batches} batches of {config.data.batch_size} ...")
-    has_norms = None
-    with threads(config.threads):
-        measured = probe(
-            parts.model,
-            parts.optimizer,
-            tasks,
-            _closures(parts),
-            num_batches=num_batches,
-            seed=config.seed,
-            weights=method.weights,
-            same_noise=method.same_noise,
-        )
-        if len(tasks) > 1:
-            seed_everything(config.seed)
-            split = build(dataclasses.replace(plain, model=dataclasses.replace(plain.model, task_norms=True)), problem)
-            split.model.train()
-            has_norms = has_split_norms(split.model)
-            number = max(2, num_batches)
-            margins = probe_priorities(
-                split.model, split.optimizer, tasks, _closures(split), num_batches=number, seed=config.seed
-            )
-            measured = dataclasses.replace(measured, margins=margins)
-    total_steps = (config.epochs or 1) * parts.steps_per_epoch
-    return measured, Plan(method.name, dict(method.options), total_steps, has_norms)
-
-
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `torchmto diagnose` prints, as an object; ``print`` shows the same text.
@@ -141,11 +76,51 @@ def diagnose(
         **settings: Some of them, as `torchmto.lab.run.config.config_of` takes them.
 
     Raises:
-        ConfigError: If a setting makes no sense.
+        ConfigError: If a setting makes no sense, or has no effect.
         ProblemError: If a part of the problem isn't what it should be.
     """
     base = config if isinstance(config, RunConfig) else config_of(config or {})
-    wanted = config_of(({"data.name": problem} if isinstance(problem, str) else {}) | settings, base)
-    own = None if isinstance(problem, str) else problem
-    measured, plan = probe_config(wanted, own, num_batches=batches, say=say)
+    config = config_of(({"data.name": problem} if isinstance(problem, str) else {}) | settings, base)
+    config.validate()
+    idle = others_than(_USED, "a probing is a few plain steps in one process, of which no state is kept")
+    if config.precision == "16-mixed":
+        idle["precision"] = "fp16 needs a gradient scaler, which adds nothing to what is measured"
+    check_used(config, idle)
+    problem, config = problem_of(config, None if isinstance(problem, str) else problem)
+    check_first_batch(problem, dataclasses.replace(config, evaluate_test=False))
+    method, model = config.method, config.model
+    plain = dataclasses.replace(
+        config,
+        method=MethodConfig(weights=method.weights, same_noise=method.same_noise),
+        model=dataclasses.replace(model, task_norms=bool(model.task_norms)),
+    )
+    seed_everything(config.seed)
+    parts = build(plain, problem)
+    parts.model.train()
+    tasks = list(problem.task_names)
+    say(f"Probing {len(tasks)} tasks of {config.data.name} on {batches} batches of {config.data.batch_size} ...")
+    has_norms = None
+    with threads(config.threads):
+        measured = probe(
+            parts.model,
+            parts.optimizer,
+            tasks,
+            _closures(parts),
+            num_batches=batches,
+            seed=config.seed,
+            weights=method.weights,
+            same_noise=method.same_noise,
+        )
+        if len(tasks) > 1:
+            seed_everything(config.seed)
+            split = build(dataclasses.replace(plain, model=dataclasses.replace(plain.model, task_norms=True)), problem)
+            split.model.train()
+            has_norms = has_split_norms(split.model)
+            number = max(2, batches)
+            margins = probe_priorities(
+                split.model, split.optimizer, tasks, _closures(split), num_batches=number, seed=config.seed
+            )
+            measured = dataclasses.replace(measured, margins=margins)
+    total_steps = (config.epochs or 1) * parts.steps_per_epoch
+    plan = Plan(method.name, dict(method.options), total_steps, has_norms)
     return Report(measured, plan, advise(measured, plan))

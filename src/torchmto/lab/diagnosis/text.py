@@ -1,14 +1,19 @@
 """A diagnosis as text and as JSON."""
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torchmto._layout import BOUNDLESS, cell_width, folded, plain_table
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
 from torchmto.lab.atomic import plain
 from torchmto.lab.diagnosis.advice import Diagnosis, Plan
 from torchmto.lab.diagnosis.measurements import Matrix, Measurements
+from torchmto.lab.terminal import BOUNDLESS, Table, visible
 from torchmto.lab.versions import versions
 
 SCHEMA_VERSION = 2
@@ -31,14 +36,13 @@ def as_json(measured: Measurements, plan: Plan, diagnosis: Diagnosis) -> dict[st
 
 def as_text(measured: Measurements, diagnosis: Diagnosis, width: int = BOUNDLESS) -> str:
     """What the command prints: the numbers, the findings, the methods that suit; on a terminal of so many columns."""
-    lines = [f"Measured on {measured.num_batches} batches", ""]
-    lines += _task_table(measured, width)
+    lines: list[str | Table] = [f"Measured on {measured.num_batches} batches", "", _task_table(measured)]
     if len(measured.tasks) > 1:
-        lines += ["", "Mean cosines of the gradients", *_matrix(measured.tasks, measured.cosines, "{:+.2f}", width)]
+        lines += ["", "Mean cosines of the gradients", _matrix(measured.tasks, measured.cosines, "{:+.2f}")]
         if measured.affinity is not None:
             title = "Mean affinity: what one step of the row's task takes off the column's loss, in percent"
             percent = tuple(tuple(100 * value for value in row) for row in measured.affinity)
-            lines += ["", title, *_matrix(measured.tasks, percent, "{:+.2g}", width)]
+            lines += ["", title, _matrix(measured.tasks, percent, "{:+.2g}")]
     for heading, kinds in (("Found", ("warning", "note")), ("In order", ("fine",))):
         chosen = [finding for finding in diagnosis.findings if finding.kind in kinds]
         if chosen:
@@ -54,26 +58,19 @@ def as_text(measured: Measurements, diagnosis: Diagnosis, width: int = BOUNDLESS
         "",
         "A probing run sees the beginning of a training only: let `torchmto compare` decide between the candidates.",
     ]
-    return "\n".join(part for line in lines for part in _wrapped(_visible(line), width))
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None)
+    for line in lines:
+        text = line.lstrip() if isinstance(line, str) else ""
+        indent = 2 if isinstance(line, Table) else len(line) - len(text)
+        console.print(
+            Padding(line if isinstance(line, Table) else Text(visible(text)), (0, 0, 0, indent), expand=False)
+        )
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def _visible(line: str) -> str:
-    """Names come from data sets: no control characters on the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in line)
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """A line in as many as it takes, those that follow as far to the right as its words."""
-    indent = len(line) - len(line.lstrip(" !-+"))
-    if cell_width(line) <= width:
-        return [line]
-    first, *others = folded(line[indent:], max(width - indent, 1))
-    return [line[:indent] + first, *(" " * indent + other for other in others)]
-
-
-def _task_table(m: Measurements, width: int) -> list[str]:
-    rows = [["task", "loss", "gradient norm", "cosine with sum", "part of sum"]]
-    rows += [
+def _task_table(m: Measurements) -> Table:
+    rows = [
         [
             name,
             _cell(m.losses.get(name, math.nan), "{:.3g}"),
@@ -83,18 +80,13 @@ def _task_table(m: Measurements, width: int) -> list[str]:
         ]
         for name in m.tasks
     ]
-    return _table(rows, width)
+    return Table("", ["task", "loss", "gradient norm", "cosine with sum", "part of sum"], rows)
 
 
-def _matrix(tasks: Sequence[str], matrix: Matrix, form: str, width: int) -> list[str]:
-    rows = [["", *tasks]]
-    rows += [[name, *(_cell(v, form) for v in row)] for name, row in zip(tasks, matrix, strict=True)]
-    return _table(rows, width)
+def _matrix(tasks: Sequence[str], matrix: Matrix, form: str) -> Table:
+    rows = [[name, *(_cell(v, form) for v in row)] for name, row in zip(tasks, matrix, strict=True)]
+    return Table("", ["", *tasks], rows)
 
 
 def _cell(value: float, form: str) -> str:
     return form.format(value) if math.isfinite(value) else "-"
-
-
-def _table(rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    return plain_table([[_visible(cell) for cell in row] for row in rows], width, indent="  ").split("\n")

@@ -4,12 +4,9 @@
 `write_outputs` turns the finished runs into tables and plots.
 """
 
-from torchmto.lab.grid.executors import default_jobs, make_executor
 from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import FolderError, GridFolder
 from torchmto.lab.grid.outputs import write_outputs
-from torchmto.lab.grid.plan import Grid, compare, plan
-from torchmto.lab.grid.result import Result, load_result
 from torchmto.lab.grid.runner import FailedRunsError, run_grid
 from torchmto.lab.grid.summary import summarize
 
@@ -17,14 +14,7 @@ __all__ = [
     "Experiment",
     "FailedRunsError",
     "FolderError",
-    "Grid",
     "GridFolder",
-    "Result",
-    "compare",
-    "default_jobs",
-    "load_result",
-    "make_executor",
-    "plan",
     "run_grid",
     "summarize",
     "write_outputs",

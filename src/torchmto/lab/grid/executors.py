@@ -11,14 +11,14 @@ import signal
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import Empty
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from torchmto.checks import check_integer, found, nearest, needed
 from torchmto.lab.atomic import canonical, plain
@@ -93,10 +93,10 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
         on_step: Called after every step with the number of steps done.
     """
     try:
-        with _at(job.place):
-            if problem is None:
-                problem = _unpickled(job.problem) if job.problem else _loaded(*_reference(job.config))
-            return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
+        _go(job.place)
+        if problem is None:
+            problem = _unpickled(job.problem) if job.problem else loaded(job.config)
+        return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
     except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it is, it is this Run's alone
         return Outcome(None, _said(error), user_frames(error))
 
@@ -140,11 +140,13 @@ def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
     return False
 
 
-def _reference(config: RunConfig) -> tuple[str, str, int, str | None]:
-    return config.data.name or "digits", canonical(config.data.options), config.data.split_seed, config.source
+def loaded(config: RunConfig) -> Problem:
+    """The problem that a Run's reference leads to; the last ones are kept."""
+    data = config.data
+    return _loaded(data.name or "digits", canonical(data.options), data.split_seed, config.source)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _loaded(reference: str, options: str, seed: int, source: str | None) -> Problem:  # noqa: ARG001  another file, another problem
     return load_problem(reference, json.loads(options), seed)
 
@@ -155,14 +157,12 @@ def _unpickled(problem: bytes) -> Problem:
     return loaded
 
 
-@contextlib.contextmanager
-def _at(place: tuple[str, tuple[str, ...]]) -> Iterator[None]:
-    """In the folder, and with the import paths, of the process that made the job."""
+def _go(place: tuple[str, tuple[str, ...]]) -> None:
+    """Into the folder, and to the import paths, of the process that made the job."""
     folder, paths = place
     sys.path += [path for path in paths if path not in sys.path]
     if folder and Path(folder).is_dir() and os.getcwd() != folder:  # noqa: PTH109
         os.chdir(folder)
-    yield
 
 
 def here() -> tuple[str, tuple[str, ...]]:
@@ -190,15 +190,16 @@ def pickled(problem: Problem) -> bytes | None:
     return data
 
 
-class Executor(Protocol):
+class Executor(ABC):
     """Does jobs. Used as a context; leaving it by an error ends what still runs."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Nothing to end."""
 
+    @abstractmethod
     def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
         """Do all jobs.
 
@@ -210,14 +211,8 @@ class Executor(Protocol):
         """
 
 
-class Here:
+class Here(Executor):
     """Runs in this process, one after the other."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
     def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
         """Do all jobs."""
@@ -225,7 +220,7 @@ class Here:
             done(job.key, execute(job, problem, functools.partial(advance, job.key)))
 
 
-class Local:
+class Local(Executor):
     """Runs in several processes of this machine.
 
     Args:
@@ -258,35 +253,24 @@ class Local:
     def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
         """Do all jobs; those of a worker that was killed are done once more."""
         left = {job.key: job for job in _sendable(jobs, problem)}
-        for attempt in range(_ATTEMPTS):
-            lost: list[str] = []
-            self._attempt(list(left.values()), advance, done, left, lost)
+        for _ in range(_ATTEMPTS):
+            pending = self._submit(list(left.values()))
+            while pending:
+                finished = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED).done
+                for key, steps in self._reports():
+                    advance(key, steps)
+                for future in finished:
+                    key = pending.pop(future)
+                    with contextlib.suppress(BrokenProcessPool):
+                        outcome = future.result()
+                        del left[key]
+                        done(key, outcome)
             if not left:
                 return
             self._pool.shutdown(wait=True, cancel_futures=True)
-            if attempt + 1 < _ATTEMPTS:
-                self._pool = self._new_pool()
-        for key in list(left):
+            self._pool = self._new_pool()
+        for key in left:
             done(key, Outcome(None, "its worker process was killed, more than once (out of memory?)"))
-
-    def _attempt(
-        self, jobs: Sequence[Job], advance: Advance, done: Done, left: dict[str, Job], lost: list[str]
-    ) -> None:
-        futures = self._submit(jobs)
-        pending: set[Future[Outcome]] = set(futures)
-        while pending:
-            finished, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            for key, steps in self._reports():
-                advance(key, steps)
-            for future in finished:
-                key = futures[future]
-                try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    lost.append(key)
-                    continue
-                del left[key]
-                done(key, outcome)
 
     def _submit(self, jobs: Sequence[Job]) -> dict[Future[Outcome], str]:
         """Hand out the work. Workers inherit a blocked SIGINT: Ctrl-C is for this process, which ends them."""
@@ -333,8 +317,47 @@ def _without_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
-class Ray:
-    """Runs as tasks of Ray: of a local cluster that starts by itself, or of the one at an address.
+class _Scheduled(Executor):
+    """Runs in the hands of a scheduler.
+
+    Args:
+        jobs: How many it has at a time; None for all.
+    """
+
+    def __init__(self, jobs: int | None) -> None:
+        self._most = jobs
+        self._running: dict[Any, str] = {}
+
+    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
+        """Do all jobs; what the scheduler lost has failed."""
+        waiting = _sendable(jobs, problem)
+        self._running = {}
+        while waiting or self._running:
+            room = len(waiting) if self._most is None else self._most - len(self._running)
+            now, waiting = waiting[:room], waiting[room:]
+            if now:
+                self._running |= {handle: job.key for handle, job in zip(self._submit(now), now, strict=True)}
+            for handle, result in self._finished():
+                key = self._running.pop(handle)
+                try:
+                    outcome = result()
+                except Exception as error:  # noqa: BLE001  a lost job says so in many ways
+                    outcome = _lost(error)
+                done(key, outcome)
+
+    @abstractmethod
+    def _submit(self, jobs: Sequence[Job]) -> Any:
+        """Hand jobs over; their handles."""
+
+    @abstractmethod
+    def _finished(self) -> Sequence[tuple[Any, Callable[[], Outcome]]]:
+        """Wait a moment; handles of those that have ended, each with what gives its outcome, or raises if the job was lost."""
+
+
+class Ray(_Scheduled):
+    """Runs as tasks of Ray, which retries those whose worker is lost.
+
+    The cluster is a local one that starts by itself, or that at an address.
 
     Args:
         jobs: Runs at a time, and CPUs of a local cluster; None for as many as the cluster at the address takes.
@@ -343,13 +366,14 @@ class Ray:
 
     def __init__(self, jobs: int | None, address: str | None = None) -> None:
         self._ray = needed("`--executor ray`", "ray", "ray")
-        self._jobs, self._address = jobs, address
+        super().__init__(jobs)
+        self._address = address
 
     def __enter__(self) -> Self:
         self._own = not self._ray.is_initialized()
         if self._own:
             # A worker imports what this process imports.
-            local = {} if self._address else {"num_cpus": self._jobs, "include_dashboard": False}
+            local = {} if self._address else {"num_cpus": self._most, "include_dashboard": False}
             os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
             self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
         return self
@@ -358,72 +382,49 @@ class Ray:
         if self._own:
             self._ray.shutdown()
 
-    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
-        """Do all jobs; Ray retries those whose worker is lost."""
-        ray = self._ray
-        refs: dict[Any, str] = {}
-        waiting = _sendable(jobs, problem)
-        while waiting or refs:
-            while waiting and (self._jobs is None or len(refs) < self._jobs):
-                job = waiting.pop(0)
-                gpus = 1 if job.config.device.startswith("cuda") else 0
-                cpus = 1 if self._address is None else job.config.threads or 1
-                task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute)
-                refs[task.remote(job)] = job.key
-            finished, _ = ray.wait(list(refs), num_returns=1, timeout=1.0)
-            for ref in finished:
-                key = refs.pop(ref)
-                try:
-                    outcome = ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    outcome = _lost(error)
-                done(key, outcome)
+    def _submit(self, jobs: Sequence[Job]) -> Any:
+        for job in jobs:
+            gpus = 1 if job.config.device.startswith("cuda") else 0
+            cpus = 1 if self._address is None else job.config.threads or 1
+            yield self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute).remote(job)
+
+    def _finished(self) -> Sequence[tuple[Any, Callable[[], Outcome]]]:
+        finished, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1.0)
+        return [(ref, functools.partial(self._ray.get, ref)) for ref in finished]
 
 
-class Slurm:
+class Slurm(_Scheduled):
     """Runs as jobs of a Slurm array, by submitit.
 
     Args:
         jobs: How many at a time.
-        cluster: None for Slurm; ``"local"`` for submitit's processes on this machine.
         folder: Where submitit keeps its files, which all machines have to see.
+        cluster: None for Slurm; ``"local"`` for submitit's processes on this machine.
     """
 
     def __init__(self, jobs: int, folder: Path, cluster: str | None = None) -> None:
         self._submitit = needed("`--executor slurm`", "submitit", "slurm")
+        super().__init__(jobs if cluster == "local" else None)  # submitit's local executor knows no limit
         self._jobs, self._folder, self._cluster = jobs, folder, cluster
-        self._running: dict[Any, str] = {}
 
     def __enter__(self) -> Self:
+        self._executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster or "slurm")
+        if self._cluster is None:
+            self._executor.update_parameters(slurm_array_parallelism=self._jobs)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for job in self._running:
             job.cancel()
 
-    def run(self, jobs: Sequence[Job], problem: Problem, advance: Advance, done: Done) -> None:
-        """Submit all jobs as one array, and wait for them."""
-        if not jobs:
-            return
-        executor = self._submitit.AutoExecutor(folder=self._folder, cluster=self._cluster or "slurm")
-        executor.update_parameters(timeout_min=_MINUTES, cpus_per_task=max(job.config.threads or 1 for job in jobs))
-        if self._cluster is None:
-            executor.update_parameters(slurm_array_parallelism=self._jobs)
-        waiting = list(_sendable(jobs, problem))
-        batch = self._jobs if self._cluster == "local" else len(waiting)  # submitit's local executor knows no limit
-        while waiting or self._running:
-            while waiting and len(self._running) < batch:
-                some, waiting = waiting[: batch - len(self._running)], waiting[batch - len(self._running) :]
-                submitted = executor.map_array(execute, some)
-                self._running |= {handle: job.key for handle, job in zip(submitted, some, strict=True)}
-            for handle in [handle for handle in self._running if handle.done()]:
-                key = self._running.pop(handle)
-                try:
-                    outcome = handle.result()
-                except Exception as error:  # noqa: BLE001  a lost job says so in many ways
-                    outcome = _lost(error)
-                done(key, outcome)
-            time.sleep(0.2)
+    def _submit(self, jobs: Sequence[Job]) -> Any:
+        cpus = max(job.config.threads or 1 for job in jobs)
+        self._executor.update_parameters(timeout_min=_MINUTES, cpus_per_task=cpus)
+        return self._executor.map_array(execute, jobs)
+
+    def _finished(self) -> Sequence[tuple[Any, Callable[[], Outcome]]]:
+        time.sleep(0.2)
+        return [(handle, handle.result) for handle in self._running if handle.done()]
 
 
 _MINUTES = 24 * 60

@@ -15,7 +15,7 @@ whatever machine and wherever the data are there; methods and seeds may be added
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +123,13 @@ class GridFolder:
         if more:
             write_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION, {**saved, **more})
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from working in the folder.
 
         Raises:
             FolderError: If one does.
         """
-        with locked(self.path):
-            yield
+        return locked(self.path)
 
     def file(self, config: RunConfig) -> Path:
         """Where a run is or will be."""

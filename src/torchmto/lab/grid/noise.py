@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["below_floor", "noise_floor"]
+__all__ = ["noise_floor"]
 
 
 def noise_floor(records: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
@@ -29,13 +29,3 @@ def noise_floor(records: Iterable[Mapping[str, Any]]) -> dict[str, float] | None
             if value is not None and math.isfinite(value):
                 found.setdefault(task, []).append(abs(value))
     return {task: sum(values) / len(values) for task, values in found.items()} or None
-
-
-def below_floor(affinity: float, task: str, floor: Mapping[str, float] | None) -> bool:
-    """Whether an effect on a task is smaller than its noise floor.
-
-    Example:
-        >>> below_floor(-0.1, "a", {"a": 0.5}), below_floor(-0.1, "b", {"a": 0.5})
-        (True, False)
-    """
-    return floor is not None and task in floor and abs(affinity) < floor[task]

@@ -8,7 +8,7 @@ import numpy as np
 
 from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.noise import below_floor, noise_floor
+from torchmto.lab.grid.noise import noise_floor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,13 +40,10 @@ def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[s
     figures = {"learning_curves": _learning_curves(summary, runs, baselines)}
     for method, seeds in runs.items():
         slug = "".join(letter if letter.isalnum() else "_" for letter in method)[:60].strip("_")
-        if list(_traced(seeds[0], "priority_shares")):
-            figures[f"priority_shares-{slug}"] = _priority_shares(method, tasks, seeds)
-        if list(_traced(seeds[0], "affinity")):
-            figures[f"affinity-{slug}"] = _affinity(method, tasks, seeds)
-        if list(_traced(seeds[0], "groups")):
-            figures[f"groups-{slug}"] = _groups(method, tasks, seeds)
-    return {f"{name}.png": _png(figure) for name, figure in figures.items()}
+        for name, draw in (("priority_shares", _priority_shares), ("affinity", _affinity), ("groups", _groups)):
+            if list(_traced(seeds[0], name)):
+                figures[f"{name}-{slug}"] = draw(method, tasks, seeds)
+    return {f"{name}.png": picture(figure) for name, figure in figures.items()}
 
 
 def delta_m_figure(summary: Mapping[str, Any], task: str | None = None) -> "Figure":
@@ -80,9 +77,10 @@ def _figure(columns: int, height: float = 3.0) -> "tuple[Figure, list[Axes]]":
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _png(figure: "Figure") -> bytes:
+def picture(figure: "Figure", kind: str = "png") -> bytes:
+    """A figure as ``png`` or ``svg``, the same file for the same figure."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130, metadata={"Software": None})
+    figure.savefig(data, format=kind, dpi=130, metadata={"png": {"Software": None}, "svg": {"Date": None}}[kind])
     return data.getvalue()
 
 
@@ -100,16 +98,12 @@ def _learning_curves(
     figure, axes = _figure(len(tasks), 3.4)
     for axis, (task, about) in zip(axes, tasks.items(), strict=True):
         metric = about["primary_metric"]
-
-        def curve(seeds: Sequence[Result], task: str = task, metric: str = metric) -> tuple[Any, Any]:
+        for label, seeds in {"single-task": baselines[task], **runs}.items():
             values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
-            mean = np.array(values, dtype=float).mean(axis=0)
-            return np.arange(1, len(mean) + 1), mean
-
-        if baselines[task]:
-            axis.plot(*curve(baselines[task]), color="black", linestyle="--", marker=".", label="single-task")
-        for method, seeds in runs.items():
-            axis.plot(*curve(seeds), marker=".", label=method)
+            style: dict[str, Any] = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
+            if values:
+                mean = np.array(values, dtype=float).mean(axis=0)
+                axis.plot(np.arange(1, len(mean) + 1), mean, marker=".", label=label, **style)
         axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
@@ -143,7 +137,7 @@ def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Fi
     for row, column in np.ndindex(*matrix.shape) if len(tasks) <= 12 else ():
         shade = "white" if abs(matrix[row, column]) > 0.6 * limit else "black"
         text = f"{matrix[row, column]:.1e}"
-        text = f"({text})" if below_floor(matrix[row, column], tasks[column], floor) else text
+        text = f"({text})" if abs(matrix[row, column]) < (floor or {}).get(tasks[column], 0.0) else text
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
     axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
     axis.set_yticks(range(len(tasks)), tasks)

@@ -9,9 +9,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
 from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.runner import Watcher
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
+from torchmto.lab.terminal import make_console
 
 __all__ = ["ProgressBars", "progress_bars"]
 
@@ -30,15 +32,12 @@ def work(config: RunConfig, num_tasks: int) -> float:
 def progress_bars(experiment: Experiment, problem: Problem) -> "ProgressBars":
     """Bars for a comparison, on a terminal or in a notebook; lines elsewhere."""
     run = experiment.run
-    console = Console()
-    if not console.is_terminal and not console.is_jupyter:
-        console = Console(width=180)
     steps = len(problem.loader("train", run.data.batch_size or 1)) // run.accumulate
-    return ProgressBars(console, len(problem.task_names), (run.epochs or 1) * steps)
+    return ProgressBars(make_console(180), len(problem.task_names), (run.epochs or 1) * steps)
 
 
-class ProgressBars:
-    """A `Watcher` that draws bars; on something that isn't a terminal it prints a line per finished run.
+class ProgressBars(Watcher):
+    """Draws bars; on something that isn't a terminal prints a line per finished run.
 
     Args:
         console: Where to draw.

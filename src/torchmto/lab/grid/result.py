@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchmto.checks import needed, shown
+from torchmto.checks import check_choice, needed, shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.folders import FolderError
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.plots import delta_m_figure
-from torchmto.metrics import delta_m
+from torchmto.lab.run.scores import is_finite
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,27 +68,18 @@ class Result:
             test = run["result"]["test"] or {}
             values = {f"{task}.{metric}": value for task, own in test.items() for metric, value in own.items()}
             costs = {cost: run["result"]["cost"][cost] for cost in _COSTS}
-            rows.append({"method": name, "seed": seed, **values, "delta_m": self._delta_m(name, seed), **costs})
+            rows.append({"method": name, "seed": seed, **values, "delta_m": self._delta_m(name, seed, test), **costs})
         rows.sort(key=lambda row: (names.index(row["method"]), row["seed"]))
         return needed("A frame", "pandas").DataFrame(rows, columns=["method", "seed", *columns, "delta_m", *_COSTS])
 
-    def _delta_m(self, name: str, seed: int) -> float | None:
-        method = self.results["methods"].get(name)
-        if method is None:
-            return self._single_delta_m(name, seed)
-        found = method["delta_m"]
-        return None if found is None else float(found["per_seed"][seed])
-
-    def _single_delta_m(self, name: str, seed: int) -> float | None:
-        """0, as it is what the others are compared with; None where it has no figure."""
+    def _delta_m(self, name: str, seed: int, test: Mapping[str, Any]) -> float | None:
+        """A method's; 0 of single-task models, as it is what the others are compared with, if their figure allows that."""
+        if name in self.results["methods"]:
+            found = self.results["methods"][name]["delta_m"]
+            return None if found is None else float(found["per_seed"][seed])
         task = name.removeprefix("single:")
-        metric = self.results["tasks"][task]["primary_metric"]
-        run = next(run for who, run in self._runs if who == name and run["config"]["seed"] == seed)
-        value = run["result"]["test"][task][metric]
-        try:
-            return delta_m({task: value}, {task: value}, {task: True})
-        except (ValueError, TypeError):
-            return None
+        value = test[task][self.results["tasks"][task]["primary_metric"]]
+        return 0.0 if value and is_finite(value) else None
 
     def summary(self) -> "DataFrame":
         """One row per method, single-task models first: Δm with its interval, primary metrics, costs per batch."""
@@ -114,9 +105,7 @@ class Result:
         Raises:
             ValueError: If there is no such figure.
         """
-        known = ["delta_m", *self.results["tasks"]]
-        if name not in known:
-            raise ValueError(f"Parameter `name` should be one of {', '.join(known)}. Found `name = {name!r}`.")
+        check_choice("name", name, ("delta_m", *self.results["tasks"]))
         return delta_m_figure(self.results, None if name == "delta_m" else name)
 
     def report(self, out: Path | str | None = None) -> Path:

@@ -1,8 +1,7 @@
 """Running the grid: baselines first, then methods, with nothing lost when it is interrupted."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from torchmto.lab.atomic import plain
 from torchmto.lab.grid.executors import Executor, Here, Job, Outcome
@@ -12,7 +11,7 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import primary_values
 
-__all__ = ["FailedRunsError", "Silence", "Watcher", "run_grid"]
+__all__ = ["FailedRunsError", "StoppedError", "Watcher", "run_grid", "try_grid"]
 
 Result = dict[str, Any]
 Stage = Literal["single-task", "methods"]
@@ -34,8 +33,12 @@ class FailedRunsError(RuntimeError):
         self.frames = frames
 
 
-class Watcher(Protocol):
-    """Who wants to know how far the grid is."""
+class StoppedError(Exception):
+    """A watcher ended the grid. What is finished is saved; the same call goes on from there."""
+
+
+class Watcher:
+    """Who wants to know how far the grid is; this one does nothing about it. One that has enough raises `StoppedError`."""
 
     def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
         """All runs of the grid, and those that an earlier call finished."""
@@ -45,19 +48,6 @@ class Watcher(Protocol):
 
     def finish(self, config: RunConfig, result: Result) -> None:
         """A run is finished and saved."""
-
-
-class Silence:
-    """A watcher that shows nothing."""
-
-    def plan(self, runs: Sequence[RunConfig], finished: Sequence[RunConfig]) -> None:
-        """Nothing."""
-
-    def advance(self, config: RunConfig, batches: int) -> None:
-        """Nothing."""
-
-    def finish(self, config: RunConfig, result: Result) -> None:
-        """Nothing."""
 
 
 def run_grid(
@@ -90,7 +80,7 @@ def run_grid(
         FailedRunsError: If runs failed; the others of their stage are finished first.
         KeyboardInterrupt: On Ctrl-C; finished runs stay.
     """
-    watcher = watcher or Silence()
+    watcher = watcher or Watcher()
     singles = experiment.single_task_runs(problem.task_names)
     methods = experiment.method_runs()
     by_stage: dict[Stage, list[RunConfig]] = {"single-task": singles, "methods": methods}
@@ -111,9 +101,21 @@ def run_grid(
                     values |= primary_values(results[run_key(config)]["validation"], tasks)
             return values
 
-        with executor or nullcontext(Here()) as engine:
+        every = {run_key(config): config for config in (*singles, *methods)}
+        failures: list[tuple[RunConfig, Outcome]] = []
+
+        def done(key: str, outcome: Outcome) -> None:
+            if outcome.result is None:
+                failures.append((every[key], outcome))
+                return
+            problem.settle(outcome.result["test"] or {})
+            folder.save(every[key], outcome.result)
+            results[key] = plain(outcome.result)
+            watcher.finish(every[key], outcome.result)
+
+        with executor or Here() as engine:
             for stage in stages:
-                todo = {run_key(config): config for config in by_stage[stage] if run_key(config) not in results}
+                todo = {run_key(config): config for config in by_stage[stage]}
                 jobs = [
                     Job(
                         key,
@@ -122,39 +124,29 @@ def run_grid(
                         checkpoints=folder.checkpoints(config),
                     )
                     for key, config in todo.items()
+                    if key not in results
                 ]
-                _run_stage(engine, jobs, todo, problem, folder=folder, results=results, watcher=watcher)
+                engine.run(jobs, problem, lambda key, steps: watcher.advance(every[key], steps), done)
+                if failures:
+                    raise _failed(failures)
     return results
 
 
-def _run_stage(
-    engine: Executor,
-    jobs: Sequence[Job],
-    todo: Mapping[str, RunConfig],
-    problem: Problem,
-    *,
-    folder: GridFolder,
-    results: dict[str, Result],
-    watcher: Watcher,
-) -> None:
-    failures: list[tuple[RunConfig, Outcome]] = []
+def try_grid(
+    experiment: Experiment, folder: GridFolder, problem: Problem, **more: Any
+) -> tuple[dict[str, Result], FailedRunsError | None]:
+    """As `run_grid`, but where runs failed or a watcher stopped the grid, too: what is finished, and what failed."""
+    error = None
+    try:
+        run_grid(experiment, folder, problem, **more)
+    except StoppedError:
+        pass
+    except FailedRunsError as failed:
+        error = failed
+    return folder.load([*experiment.single_task_runs(problem.task_names), *experiment.method_runs()]), error
 
-    def advance(key: str, steps: int) -> None:
-        if key in todo:  # a report may come from an earlier stage
-            watcher.advance(todo[key], steps)
 
-    def done(key: str, outcome: Outcome) -> None:
-        config = todo[key]
-        if outcome.result is None:
-            failures.append((config, outcome))
-            return
-        problem.settle(outcome.result["test"] or {})
-        folder.save(config, outcome.result)
-        results[key] = plain(outcome.result)
-        watcher.finish(config, outcome.result)
-
-    engine.run(jobs, problem, advance, done)
-    if failures:
-        text = "\n".join(f"{run_label(config)}: {outcome.error}" for config, outcome in failures)
-        frames = next((outcome.frames for _, outcome in failures if outcome.frames), "")
-        raise FailedRunsError(text, [(config, outcome.error) for config, outcome in failures], frames)
+def _failed(failures: Sequence[tuple[RunConfig, Outcome]]) -> FailedRunsError:
+    text = "\n".join(f"{run_label(config)}: {outcome.error}" for config, outcome in failures)
+    frames = next((outcome.frames for _, outcome in failures if outcome.frames), "")
+    return FailedRunsError(text, [(config, outcome.error) for config, outcome in failures], frames)

@@ -1,6 +1,6 @@
 """From finished runs to the figures of a comparison: means over seeds, Δm with its confidence interval, costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -82,7 +82,7 @@ def summarize(
         "runs": files,
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
-            "cost": _mean_cost([_summed([run["cost"] for run in runs]) for runs in singles]),
+            "cost": _mean_cost([_cost([run["cost"] for run in runs], max) for runs in singles]),
         }
         if experiment.baselines
         else None,
@@ -135,12 +135,11 @@ def _over_seeds(tests: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> di
 
 def _mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     # The median, because the first run of a process also pays for libraries that load on first use.
-    mean = {name: sum(cost[name] for cost in costs) / len(costs) for name in (*_PASSES, "seconds_per_batch")}
-    peaks = [cost["peak_memory_bytes"] for cost in costs]
-    return {**mean, "peak_memory_bytes": None if None in peaks else median(peaks)}
+    return _cost(costs, median, len(costs))
 
 
-def _summed(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    total = {name: sum(cost[name] for cost in costs) for name in (*_PASSES, "seconds_per_batch")}
+def _cost(costs: Sequence[Mapping[str, Any]], peak: Callable[[list[int]], float], share: int = 1) -> dict[str, Any]:
+    """The sum of costs divided by ``share``, and of their peaks what ``peak`` makes of them."""
+    total = {name: sum(cost[name] for cost in costs) / share for name in (*_PASSES, "seconds_per_batch")}
     peaks = [cost["peak_memory_bytes"] for cost in costs]
-    return {**total, "peak_memory_bytes": None if None in peaks else max(peaks)}
+    return {**total, "peak_memory_bytes": None if None in peaks else peak(peaks)}

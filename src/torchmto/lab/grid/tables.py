@@ -2,33 +2,23 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-if TYPE_CHECKING:
-    from torchmto.lab.terminal import FittedTable
+from torchmto.lab.terminal import FramedTable, Table
 
-__all__ = [
-    "csv_text",
-    "header",
-    "markdown",
-    "markdown_table",
-    "rich_tables",
-    "rows",
-    "task_header",
-    "task_rows",
-    "versus_header",
-    "versus_rows",
-]
+__all__ = ["csv_text", "main_table", "markdown", "rich_tables", "rows", "task_rows", "task_table", "versus_table"]
 
 Summary = Mapping[str, Any]
 MOST_COLUMNS = 6
 
 
-def header(summary: Summary) -> list[str]:
-    """Titles of the columns; an arrow says which way a metric is better."""
+def main_table(summary: Summary) -> FramedTable:
+    """One row per method; an arrow says which way a metric is better."""
     titles = [] if many_tasks(summary) else [_title(name, task) for name, task in summary["tasks"].items()]
-    return ["method", "Δm %", *titles, "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+    header = ["method", "Δm %", *titles, "forwards", "backwards", "steps", "ms/batch", "peak MB"]
+    return FramedTable("", header, rows(summary), notes(summary))
 
 
 def rows(summary: Summary) -> list[list[str]]:
@@ -45,9 +35,10 @@ def many_tasks(summary: Summary) -> bool:
     return len(summary["tasks"]) > MOST_COLUMNS
 
 
-def task_header(summary: Summary) -> list[str]:
-    """Titles of the table of many tasks."""
-    return ["task", *([] if summary["single_task"] is None else ["single-task"]), *summary["methods"]]
+def task_table(summary: Summary) -> FramedTable:
+    """One row per task, for many of them."""
+    single = [] if summary["single_task"] is None else ["single-task"]
+    return FramedTable("", ["task", *single, *summary["methods"]], task_rows(summary))
 
 
 def task_rows(summary: Summary) -> list[list[str]]:
@@ -92,16 +83,12 @@ def _mean_std(figure: Mapping[str, float | None], summary: Summary) -> str:
     return f"{figure['mean']:.3f}{spread}"
 
 
-def versus_header(summary: Summary) -> list[str]:
-    """Titles of the table of differences to the reference."""
-    return ["method", f"Δm minus {summary['versus']['reference']}", "p (Holm)", "wins-ties-losses", "mean rank"]
-
-
-def versus_rows(summary: Summary) -> list[list[str]]:
-    """Cells of the table of differences: paired by seed, ± is the 95 % CI; ranks are over tasks and seeds."""
+def versus_table(summary: Summary) -> Table:
+    """Differences to the reference, paired by seed, ± is the 95 % CI; ranks are over tasks and seeds."""
     versus = summary["versus"]
     ranks = versus["ranks"]["tasks"]
-    return [
+    header = ["method", f"Δm minus {versus['reference']}", "p (Holm)", "wins-ties-losses", "mean rank"]
+    cells = [
         [
             name,
             _delta(entry["delta_m"]),
@@ -111,6 +98,7 @@ def versus_rows(summary: Summary) -> list[list[str]]:
         ]
         for name, entry in versus["methods"].items()
     ]
+    return Table("", header, cells)
 
 
 def _p(difference: Mapping[str, Any] | None) -> str:
@@ -139,43 +127,27 @@ def notes(summary: Summary) -> list[str]:
     return lines
 
 
-def rich_tables(summary: Summary) -> "list[FittedTable]":
+def rich_tables(summary: Summary) -> list[FramedTable]:
     """For the terminal: the table, after that of the tasks where there are many."""
-    from torchmto.lab.terminal import FittedTable  # noqa: PLC0415  rich
-
-    tables = [FittedTable([header(summary), *rows(summary)], notes=notes(summary))]
-    if many_tasks(summary):
-        tables.insert(0, FittedTable([task_header(summary), *task_rows(summary)]))
-    return tables
+    return [*([task_table(summary)] if many_tasks(summary) else []), main_table(summary)]
 
 
 def markdown(summary: Summary) -> str:
     """A Markdown page with the table, one of the tasks where there are many, and one of differences to the reference."""
     made_with = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    tables = [markdown_table(header(summary), rows(summary))]
+    main = main_table(summary)
+    tables: list[Table] = [replace(main, notes=())]
+    lines = [*main.notes]
     if many_tasks(summary):
-        tables.append(markdown_table(task_header(summary), task_rows(summary)))
-    lines = notes(summary)
+        tables.append(task_table(summary))
     if len(summary["methods"]) > 1:
-        tables.append(markdown_table(versus_header(summary), versus_rows(summary)))
+        tables.append(versus_table(summary))
         lines.append(
             "Differences are paired by seed; p values are of paired t tests, corrected for their number by Holm; wins, ties "
             "and losses count tasks and seeds, ranks are means over both."
         )
-    return "\n".join([*tables, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
-
-
-def markdown_table(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, whose first column holds names.
-
-    Example:
-        >>> print(markdown_table(["a", "b"], [["x", "1"]]), end="")
-        | a | b |
-        | --- | ---: |
-        | x | 1 |
-    """
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    pages = [table.markdown() for table in tables]
+    return "\n".join([*pages, *(f"{line}\n" for line in lines), f"Made with {made_with}.", ""])
 
 
 def csv_text(summary: Summary) -> str:

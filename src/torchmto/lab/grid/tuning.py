@@ -7,13 +7,14 @@ measured by.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from torchmto.checks import check_choice, check_integer, needed
 from torchmto.lab.data.base import Task
+from torchmto.lab.grid.executors import Executor
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
-from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.runner import FailedRunsError, Stage
+from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, try_grid
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
@@ -22,7 +23,7 @@ from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
 from torchmto.methods import method_class
 
-__all__ = ["SPACE", "Plan", "Tuning", "check_tunable", "edges", "listed", "sampled", "tune"]
+__all__ = ["SPACE", "Plan", "Sampled", "Tuning", "check_tunable", "edges", "tune"]
 
 Settings = Mapping[str, Any]
 SPACE: dict[str, tuple[Any, ...]] = {
@@ -33,62 +34,43 @@ SPACE: dict[str, tuple[Any, ...]] = {
 """What is drawn: log-uniform, uniform ("linear") or one of a few. A method adds its class's ``tuning_space``, by option."""
 
 
-class Plan(Protocol):
-    """Which settings are tried."""
+class Plan:
+    """Which settings are tried: the same ones by all, from a list.
+
+    Args:
+        offers: The list.
+    """
+
+    def __init__(self, offers: Sequence[Settings]) -> None:
+        self._offers = offers
 
     def __len__(self) -> int:
-        """How many by each."""
+        return len(self._offers)
 
     def settings(self, who: str, number: int) -> Settings:
         """Those of a method or single-task model in a round."""
+        return self._offers[number]
 
     def tell(self, who: str, number: int, score: float | None) -> None:
         """How they did; higher is better."""
 
 
-@dataclass(frozen=True)
-class Listed:
-    """The same settings for all, from a list."""
-
-    offers: Sequence[Settings]
-
-    def __len__(self) -> int:
-        return len(self.offers)
-
-    def settings(self, who: str, number: int) -> Settings:
-        """The list's."""
-        return self.offers[number]
-
-    def tell(self, who: str, number: int, score: float | None) -> None:
-        """Nothing: the list is fixed."""
-
-
-def listed(offers: Sequence[Settings]) -> Plan:
-    """A plan that offers these settings to all."""
-    return Listed(offers)
-
-
-class Sampled:
-    """Settings drawn by Optuna from the space, at random and equal for all, or by TPE for each on its own.
+class Sampled(Plan):
+    """Settings drawn by Optuna from `SPACE`, at random and equal for all, or by TPE for each on its own.
 
     Args:
         number: How many by each.
         sampler: ``"random"`` or ``"tpe"``.
-        seed: Of the draws.
     """
 
-    def __init__(self, number: int, sampler: str = "random", seed: int = 0) -> None:
-        optuna = needed("Tuning", "optuna", "tune")
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna = optuna
-        self._number = check_integer("tune", number, minimum=1, maximum=MOST)
+    def __init__(self, number: int, sampler: str = "random") -> None:
+        undrawn: Settings = {}
+        super().__init__([undrawn] * check_integer("tune", number, minimum=1, maximum=MOST))
+        self._optuna = needed("Tuning", "optuna", "tune")
+        self._optuna.logging.set_verbosity(self._optuna.logging.WARNING)
         self._sampler = check_choice("sampler", sampler, ("random", "tpe"))
-        self._seed = seed
         self._studies: dict[str, Any] = {}
         self._trials: dict[tuple[str, int], Any] = {}
-
-    def __len__(self) -> int:
-        return self._number
 
     def settings(self, who: str, number: int) -> Settings:
         """The next ones: at random from one study for all, a method's own hyper-parameters apart; by TPE from its own."""
@@ -108,7 +90,7 @@ class Sampled:
             if who not in self._studies:
                 samplers = self._optuna.samplers
                 kind = samplers.RandomSampler if self._sampler == "random" else samplers.TPESampler
-                self._studies[who] = self._optuna.create_study(direction="maximize", sampler=kind(seed=self._seed))
+                self._studies[who] = self._optuna.create_study(direction="maximize", sampler=kind(seed=0))
             self._trials[who, number] = self._studies[who].ask()
         return self._trials[who, number]
 
@@ -116,17 +98,8 @@ class Sampled:
         """For TPE."""
         if self._sampler == "random":
             return
-        state = self._optuna.trial.TrialState
-        trial = self._trials[who, number]
-        if score is None:
-            self._studies[who].tell(trial, state=state.FAIL)
-        else:
-            self._studies[who].tell(trial, score)
-
-
-def sampled(number: int, sampler: Literal["random", "tpe"] = "random", seed: int = 0) -> Plan:
-    """A plan that draws settings from `SPACE`; see `Sampled`."""
-    return Sampled(number, sampler, seed)
+        failed = self._optuna.trial.TrialState.FAIL if score is None else None
+        self._studies[who].tell(self._trials[who, number], score, state=failed)
 
 
 def _draw(trial: Any, name: str, entry: tuple[Any, ...]) -> Any:
@@ -137,9 +110,6 @@ def _draw(trial: Any, name: str, entry: tuple[Any, ...]) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------- tuning
-
-Attempt = Callable[[str, Experiment, Stage, Mapping[str, float] | None], tuple[Mapping[str, Any], Mapping[str, str]]]
-"""``(name of the round, its experiment, stage, baseline)`` to results and failures by `run_key`."""
 
 
 @dataclass
@@ -183,14 +153,24 @@ def check_tunable(problem: Problem, config: RunConfig | None = None) -> None:
     check_used(config, dict.fromkeys(SPACE, "tuning chooses it"), tuned=SPACE)
 
 
-def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt) -> Tuning:
+def tune(
+    experiment: Experiment,
+    problem: Problem,
+    plan: Plan,
+    folder_of: Callable[[str, Experiment], GridFolder],
+    *,
+    executor: Executor,
+    watcher: Watcher,
+) -> Tuning:
     """Each method and each single-task model at its best settings by validation on the first seed.
 
     Args:
         experiment: What is tuned for; its own ``chosen`` goes over what tuning chooses, but isn't tuned with.
         problem: What is learnt.
         plan: Which settings.
-        attempt: Runs a round.
+        folder_of: The folder of a round, by its name and its experiment.
+        executor: Where they run.
+        watcher: Is told how far each round is.
 
     Raises:
         FailedRunsError: If one had no finite score at any settings.
@@ -200,11 +180,21 @@ def tune(experiment: Experiment, problem: Problem, plan: Plan, attempt: Attempt)
     found = Tuning()
     baseline: dict[str, float] = {}
     singles = [f"single-task {name}" for name in problem.task_names] if experiment.baselines else []
-    for stage, names in (("single-task", singles), ("methods", list(experiment.methods))):
+    stages: dict[Stage, list[str]] = {"single-task": singles, "methods": list(experiment.methods)}
+    for stage, names in stages.items():
         for number in range(len(plan)):
             offers = {who: plan.settings(who, number) for who in names}
             trial = replace(experiment, seeds=1, chosen=offers)
-            results, failures = attempt(f"{stage}-{number}", trial, stage, baseline or None)  # type: ignore[arg-type]
+            results, error = try_grid(
+                trial,
+                folder_of(f"{stage}-{number}", trial),
+                problem,
+                executor=executor,
+                watcher=watcher,
+                stages=[stage],
+                baseline=baseline or None,
+            )
+            failures = {run_key(run): text for run, text in error.failures} if error else {}
             runs = trial.single_task_runs(problem.task_names) if stage == "single-task" else trial.method_runs()
             for who, run in zip(names, runs, strict=True):
                 key = run_key(run)

@@ -1,7 +1,4 @@
-"""Methods against a reference, seed by seed: paired differences, wins and losses, ranks, and equal budgets.
-
-Everything is computed from what is in the files of a comparison, so that a report can do it for older folders, too.
-"""
+"""Methods against a reference, seed by seed: paired differences, wins and losses, ranks, and equal budgets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from torchmto.lab.grid.pace import UNITS, progress
 from torchmto.lab.statistics import (
     Paired,
     average_ranks,
@@ -22,16 +18,14 @@ from torchmto.lab.statistics import (
     wins,
 )
 
-__all__ = ["paired_changes", "reference_among", "versus"]
+__all__ = ["UNITS", "paired_changes", "versus"]
 
 Result = Mapping[str, Any]
+UNITS = ("batches", "optimizer_steps", "seconds")
+"""What progress is counted in, since a method that takes several optimizer steps per batch gets more updates out of the same
+data; seconds are those of training steps alone."""
 Tasks = Mapping[str, tuple[str, bool]]
 """Each task's primary metric, and whether higher is better."""
-
-
-def reference_among(methods: Sequence[str], wanted: str = "gd") -> str:
-    """The method that the others are compared with: the wanted one, else the first."""
-    return wanted if wanted in methods else methods[0]
 
 
 def versus(
@@ -55,7 +49,7 @@ def versus(
         ``budgets``, see `_budgets`.
     """
     names = list(runs)
-    reference = reference_among(names, reference)
+    reference = reference if reference in names else names[0]
     values = {name: {task: _values(runs[name], task, metric) for task, (metric, _) in tasks.items()} for name in names}
     base, base_delta = values[reference], delta_m[reference]
     methods: dict[str, Any] = {}
@@ -162,15 +156,17 @@ def _budgets(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
     How far a method was after an epoch is a mean over its seeds, because single timings are noisy.
 
     Returns:
-        By unit (`torchmto.lab.grid.pace.UNITS`): ``limit``, and by method ``per_seed``, ``mean`` and ``ci95``, or None where
+        By unit (`UNITS`): ``limit``, and by method ``per_seed``, ``mean`` and ``ci95``, or None where
         it had no epoch within the limit or a run has no score.
     """
-    paces = {name: [progress(run) for run in own] for name, own in runs.items()}
     budgets: dict[str, Any] = {}
     for unit in UNITS:
         ends = {
-            name: [sum(epoch[unit] for epoch in epochs) / len(epochs) for epochs in zip(*own, strict=True)]
-            for name, own in paces.items()
+            name: [
+                sum(epoch[unit] for epoch in epochs) / len(epochs)
+                for epochs in zip(*(run["history"] for run in own), strict=True)
+            ]
+            for name, own in runs.items()
         }
         limit = min(end[-1] for end in ends.values())
         methods = {

@@ -67,15 +67,7 @@ class BEVTrunk(Trunk):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        grid: Grid,
-        *,
-        width: int = 64,
-        heights: Sequence[float] = (0.0, 1.0, 2.0),
-        blocks: int = 3,
-        pretrained: bool = False,
-    ) -> None:
+    def __init__(self, grid: Grid, *, width: int, heights: Sequence[float], blocks: int, pretrained: bool) -> None:
         super().__init__()
         self.pictures = EfficientNetTrunk(3, pretrained=pretrained)
         self.join = ConvNorm(sum(self.pictures.channels[2:]), width, 1)

@@ -1,13 +1,13 @@
 """Gradient checkpointing that knows about tasks and running statistics."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from torchmto.structure import active_tasks, current_tasks
@@ -39,29 +39,17 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], "_SecondR
     return nullcontext(), _SecondRun(block, current_tasks())
 
 
-class _SecondRun:
+class _SecondRun(ExitStack):
     """Tasks and buffers for running a block again; entered once for every backward pass through one forward."""
 
     def __init__(self, block: nn.Module, tasks: tuple[str, ...]) -> None:
+        super().__init__()
         self.block = block
         self.tasks = tasks
-        self.entered = ExitStack()
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self.tasks:
-            self.entered.enter_context(active_tasks(self.tasks))
-        self.entered.enter_context(_unchanged(list(self.block.buffers())))
-
-    def __exit__(self, *error: object) -> None:
-        self.entered.close()
-
-
-@contextmanager
-def _unchanged(buffers: list[Tensor]) -> Iterator[None]:
-    before = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            self.enter_context(active_tasks(self.tasks))
+        for buffer in self.block.buffers():
+            self.callback(torch.no_grad()(buffer.copy_), buffer.clone())
+        return self

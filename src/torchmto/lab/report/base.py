@@ -12,6 +12,12 @@ class ReportError(ValueError):
     """A folder that no report can be made of."""
 
 
+def study(**parts: Any) -> Study:
+    """A study of these parts, see `torchmto.lab.report.studies`; the others are empty."""
+    empty: Study = {name: [] for name in ("warnings", "notes", "task_names", "metric_names", "method_names", "runs")}
+    return {**empty, "history_unit": "epoch", "steps_estimated": False, "baseline": None, **parts}
+
+
 def traced_point(point: Mapping[str, Any], names: Any, records: Mapping[str, Any]) -> dict[str, Any]:
     """A single step as the page shows it.
 

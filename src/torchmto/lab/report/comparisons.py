@@ -8,9 +8,8 @@ from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
-from torchmto.lab.grid.pace import is_recorded, progress
-from torchmto.lab.grid.versus import versus
-from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
+from torchmto.lab.grid.versus import UNITS
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 Content = Mapping[str, Any]
@@ -35,31 +34,28 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     for method in results["methods"].values():
         _check_method(method, tasks)
     contents = [_read_run(path, schema, name) for name, path in run_files(folder, results)]
-    compared = results.get("versus") or _versus(results, contents)
     data, model, size = config["data"], config["model"], config.get("batch_size")
     if schema == SCHEMA_VERSION:
         data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
     about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, batches of {size}."
-    return {
-        "title": folder.resolve().name,
-        "about": f"{about} Figures are of the test split, at the epoch that the validation split chose.",
-        "made": provenance(
+    return study(
+        title=folder.resolve().name,
+        about=f"{about} Figures are of the test split, at the epoch that the validation split chose.",
+        made=provenance(
             [content["result"].get("made") or {} for content in contents],
             [content["result"]["seconds"] for content in contents if "seconds" in content["result"]],
         ),
-        "notes": _notes(folder, results, contents),
-        "task_names": tasks,
-        "metric_names": [list(results["tasks"][task]["metrics"]) for task in tasks],
-        "method_names": list(results["methods"]),
-        "seeds": int(config["seeds"]),
-        "history_unit": "epoch",
-        "steps_estimated": not all(is_recorded(content["result"]["history"]) for content in contents),
-        "baseline": "single-task models of the same seed" if results.get("single_task") else None,
-        "warnings": warnings({**results, "versus": compared}),
-        "results": {**results, "versus": compared},
-        "runs": [_run(content, results) for content in contents],
-        "settings": [["Configuration", config]],
-    }
+        notes=_notes(folder, results, contents),
+        task_names=tasks,
+        metric_names=[list(results["tasks"][task]["metrics"]) for task in tasks],
+        method_names=list(results["methods"]),
+        seeds=int(config["seeds"]),
+        baseline="single-task models of the same seed" if results.get("single_task") else None,
+        warnings=warnings(results),
+        results=results,
+        runs=[_run(content, results) for content in contents],
+        settings=[["Configuration", config]],
+    )
 
 
 def _check_method(method: Mapping[str, Any], tasks: Sequence[str]) -> None:
@@ -159,35 +155,19 @@ def _at_chance(task: str, about: Mapping[str, Any], entries: Iterable[Mapping[st
     return all(f["mean"] is not None and f["mean"] <= chance + min(max(f["std"] or 0.0, least), most) for f in figures)
 
 
-def _versus(results: Mapping[str, Any], contents: Sequence[Content]) -> dict[str, Any] | None:
-    """Methods against gd, for folders whose results.json has none; None where runs are missing."""
-    seeds = int(results["config"]["seeds"])
-    by_run = {(c["method"], c["seed"]): c["result"] for c in contents if c["task"] is None}
-    if not all((name, seed) in by_run for name in results["methods"] for seed in range(seeds)):
-        return None
-    return versus(
-        {name: [by_run[name, seed] for seed in range(seeds)] for name in results["methods"]},
-        {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in results["methods"].items()},
-        {
-            task: (about["primary_metric"], about["metrics"][about["primary_metric"]]["higher_is_better"])
-            for task, about in results["tasks"].items()
-        },
-    )
-
-
 def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
     result, single = content["result"], content["task"] is not None
     pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
     history = [
         {
             "at": entry["epoch"] + 1,
-            **here,
+            **{unit: entry[unit] for unit in UNITS},
             "losses": entry["losses"],
             "validation": _primary_only(entry["validation"], results["tasks"]),
             "score": None if single else entry["score"],
             "conflict_share": None if entry["num_conflicts"] is None else entry["num_conflicts"] / pairs,
         }
-        for entry, here in zip(result["history"], progress(result), strict=True)
+        for entry in result["history"]
     ]
     trace = [] if single else [traced_point(point, point["losses"], point["records"]) for point in result["trace"]]
     return {

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.report.base import Study, provenance
+from torchmto.lab.report.base import Study, provenance, study
 
 LARGEST_PLOTS = 700_000
 """Bytes of plots that a page takes; the others stay in their folder."""
@@ -31,25 +31,17 @@ def experiment_study(folder: Path, results: Mapping[str, Any]) -> Study:
     if left_out:
         notes.append(f"More plots are in {folder.name}/plots: {', '.join(left_out)}.")
     about = {key: results.get(key) for key in ("experiment", "study", "complete", "seeds")}
-    return {
-        "title": str(results["experiment"]),
-        "about": "What the experiment found; the comparisons it is made of can be chosen below."
+    return study(
+        title=str(results["experiment"]),
+        about="What the experiment found; the comparisons it is made of can be chosen below."
         if arms_of(folder)
         else "",
-        "made": provenance([results.get("made") or {}], [60 * results.get("minutes_of_this_call", 0.0)]),
-        "warnings": [],
-        "notes": notes,
-        "task_names": [],
-        "metric_names": [],
-        "method_names": [],
-        "seeds": int(results["seeds"]),
-        "history_unit": "epoch",
-        "steps_estimated": False,
-        "baseline": None,
-        "results": {"versus": None, "single_task": None, "versions": results["versions"]},
-        "runs": [],
-        "settings": [["Experiment", about]],
-        "tables": [
+        made=provenance([results.get("made") or {}], [60 * results.get("minutes_of_this_call", 0.0)]),
+        notes=notes,
+        seeds=int(results["seeds"]),
+        results={"versus": None, "single_task": None, "versions": results["versions"]},
+        settings=[["Experiment", about]],
+        tables=[
             {
                 "title": str(table["title"]),
                 "header": [str(cell) for cell in table["header"]],
@@ -58,8 +50,8 @@ def experiment_study(folder: Path, results: Mapping[str, Any]) -> Study:
             }
             for table in results["tables"]
         ],
-        "plots": plots,
-    }
+        plots=plots,
+    )
 
 
 def _plots(folder: Path) -> tuple[list[list[str]], list[str]]:

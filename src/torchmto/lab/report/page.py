@@ -4,8 +4,7 @@ import base64
 import hashlib
 import html
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -97,38 +96,29 @@ def _fitting(studies: Sequence[Study], room: int) -> str:
     Raises:
         ValueError: If even the tables are too large.
     """
-    text = _embedded(studies)
-    if len(text.encode()) <= room:
-        return text
+    for smaller in _smaller(studies):
+        text = _embedded(smaller)
+        if len(text.encode()) <= room:
+            return text
+    raise ValueError("There are too many methods and tasks for one page; report on fewer folders at a time.")
+
+
+def _smaller(studies: Sequence[Study]) -> Iterator[Sequence[Study]]:
+    """The studies as they are, with ever fewer points, and without curves and plots."""
+    yield studies
     note = "To keep this page small, curves show six digits and fewer points than were recorded; all are in the runs' files."
-    thinned = [{**study, "runs": _rounded(study["runs"]), "notes": [*study["notes"], note]} for study in studies]
-    points = max(
-        (len(run[part]) for study in studies for run in study["runs"] for part in ("history", "trace")), default=0
-    )
-    while len((text := _embedded(thinned)).encode()) > room:
-        points = points * 2 // 3
-        if points < _FEWEST_POINTS:
-            bare = [
-                {
-                    **study,
-                    "runs": [],
-                    "plots": [],
-                    "notes": [*study["notes"], "There are too many runs to show their curves and plots."],
-                }
-                for study in studies
-            ]
-            text = _embedded(bare)
-            if len(text.encode()) > room:
-                raise ValueError(
-                    "There are too many methods and tasks for one page; report on fewer folders at a time."
-                )
-            break
-        for study in thinned:
-            study["runs"] = [
-                {**run, "history": _spread(run["history"], points), "trace": _spread(run["trace"], points)}
-                for run in study["runs"]
-            ]
-    return text
+    studies = [{**study, "runs": _rounded(study["runs"]), "notes": [*study["notes"], note]} for study in studies]
+    yield studies
+    points = max((len(run[part]) for study in studies for run in study["runs"] for part in _CURVES), default=0)
+    while (points := points * 2 // 3) >= _FEWEST_POINTS:
+        for study in studies:
+            study["runs"] = [{**run, **{p: _spread(run[p], points) for p in _CURVES}} for run in study["runs"]]
+        yield studies
+    note = "There are too many runs to show their curves and plots."
+    yield [{**study, "runs": [], "plots": [], "notes": [*study["notes"], note]} for study in studies]
+
+
+_CURVES = ("history", "trace")
 
 
 def _spread(points: list[Any], count: int) -> list[Any]:
@@ -145,12 +135,4 @@ def _spread(points: list[Any], count: int) -> list[Any]:
 
 def _rounded(value: Any) -> Any:
     """``value`` with six significant digits in all its floats."""
-    match value:
-        case float():
-            return float(f"{value:.6g}") if math.isfinite(value) else None
-        case dict():
-            return {key: _rounded(entry) for key, entry in value.items()}
-        case list():
-            return [_rounded(entry) for entry in value]
-        case _:
-            return value
+    return json.loads(json.dumps(value), parse_float=lambda text: float(f"{float(text):.6g}"))

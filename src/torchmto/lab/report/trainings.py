@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from torchmto.lab.atomic import canonical, plain
 from torchmto.lab.data.base import Kind, Task
 from torchmto.lab.grid.noise import noise_floor
-from torchmto.lab.grid.pace import steps_until
 from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
-from torchmto.lab.report.base import ReportError, Study, provenance, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
@@ -155,22 +156,19 @@ def _study(
         labels.append(label)
     sources = dict.fromkeys(baseline.source for values in known.values() for baseline, _ in values)
     complete = bool(known) and all(known.values())
-    return {
-        "title": first.name if len(members) == 1 else f"{len(members)} training runs",
-        "about": first.about,
-        "made": provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
-        "warnings": ["One seed: nothing here is settled, whatever the differences look like."]
-        if len(members) > 1
-        else [],
-        "notes": [],
-        "task_names": tasks,
-        "metric_names": [list(first.measured[task]) for task in tasks],
-        "method_names": labels,
-        "seeds": 1,
-        "history_unit": "step",
-        "steps_estimated": True,
-        "baseline": ", ".join(sources) if complete else None,
-        "results": {
+    return study(
+        title=first.name if len(members) == 1 else f"{len(members)} training runs",
+        about=first.about,
+        made=provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
+        warnings=["One seed: nothing here is settled, whatever the differences look like."] if len(members) > 1 else [],
+        task_names=tasks,
+        metric_names=[list(first.measured[task]) for task in tasks],
+        method_names=labels,
+        seeds=1,
+        history_unit="step",
+        steps_estimated=True,
+        baseline=", ".join(sources) if complete else None,
+        results={
             "tasks": {
                 task: {
                     "primary_metric": first.primary[task],
@@ -198,12 +196,12 @@ def _study(
             "versus": None,
             "versions": first.versions,
         },
-        "runs": [
+        runs=[
             *({**training.run, "method": label} for label, training in zip(labels, members, strict=True)),
             *({**training.run, "task": training.task} for training in helpers),
         ],
-        "settings": [[f"Run {training.name}", training.settings] for training in everyone],
-    }
+        settings=[[f"Run {training.name}", training.settings] for training in everyone],
+    )
 
 
 def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, float]]]) -> dict[str, Any]:
@@ -339,11 +337,34 @@ def _run(folder: Path, seed: int, primary: Mapping[str, str], cost: Mapping[str,
     ]
     ends = [point["at"] for point in history]
     total = cost["num_optimizer_steps"] * cost["steps"]
-    taken = steps_until(ends, sorted(counted) or [(cost["steps"], 1)], total)
+    taken = _steps_until(ends, sorted(counted) or [(cost["steps"], 1)], total)
     for point, steps in zip(history, taken, strict=True):
         point |= {"optimizer_steps": steps, "seconds": point["at"] * cost["seconds_per_batch"]}
     floor = noise_floor(records.values())
     return {"method": "", "seed": seed, "task": None, "history": history, "trace": trace, "noise_floor": floor}
+
+
+def _steps_until(batches: Sequence[int], per_batch: Sequence[tuple[int, float]], total: float) -> list[float]:
+    """Optimizer steps taken up to some batches, where only some were looked at.
+
+    A batch that wasn't looked at is taken to be like the next one that was, and the sum is scaled to what was counted.
+
+    Args:
+        batches: Up to which batches.
+        per_batch: Numbers of batches, ascending, and how many steps were taken in them, up to a common factor.
+        total: Optimizer steps of the whole run, which ends with the last of these batches.
+
+    Returns:
+        One number for each of ``batches``.
+
+    Example:
+        >>> _steps_until([2, 3, 4], [(2, 3), (4, 1)], 8)
+        [6.0, 7.0, 8.0]
+    """
+    at = [0, *(batch for batch, _ in per_batch)]
+    sums = np.concatenate([[0.0], np.cumsum(np.diff(at) * [steps for _, steps in per_batch])])
+    found: list[float] = (np.interp(batches, at, sums) * total / sums[-1]).tolist()
+    return found
 
 
 def _by_task(row: Mapping[str, float], prefix: str, tasks: Mapping[str, str]) -> dict[str, float]:

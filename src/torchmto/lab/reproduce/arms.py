@@ -1,20 +1,19 @@
 """The training runs of an experiment: each arm is one comparison of `torchmto.lab.grid` in a folder of its own."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchmto.lab.atomic import canonical, write_bytes
-from torchmto.lab.grid import Experiment, FailedRunsError, GridFolder, make_executor, run_grid, summarize, write_outputs
+from torchmto.lab.atomic import write_bytes
+from torchmto.lab.grid import Experiment, GridFolder, summarize, write_outputs
+from torchmto.lab.grid.executors import Executor, loaded
 from torchmto.lab.grid.folder import run_key
-from torchmto.lab.grid.runner import Stage
-from torchmto.lab.grid.tuning import Tuning, listed, tune
+from torchmto.lab.grid.plan import check_settings
+from torchmto.lab.grid.runner import try_grid
+from torchmto.lab.grid.tuning import SPACE, Plan, tune
 from torchmto.lab.problem import Problem
-from torchmto.lab.references import load_problem
-from torchmto.lab.reproduce.budget import Budget, BudgetSpentError, BudgetWatcher
+from torchmto.lab.reproduce.budget import Budget, BudgetWatcher
 from torchmto.lab.reproduce.recipe import Arm, Recipe, RecipeError
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import RunConfig, config_of
@@ -32,10 +31,8 @@ class Context:
         data_root: What ``{data}`` in the recipe stands for.
         seeds: How many.
         budget: The time.
-        jobs: Training runs at a time.
+        executor: Where training runs go.
         say: Prints a line.
-        executor: Where they run.
-        ray_address: Of a Ray cluster.
     """
 
     recipe: Recipe
@@ -43,10 +40,8 @@ class Context:
     data_root: Path
     seeds: int
     budget: Budget
-    jobs: int | None
+    executor: Executor
     say: Callable[[str], None]
-    executor: str = "local"
-    ray_address: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +87,8 @@ class _Grid:
         return [*self.singles, *self.methods]
 
 
-@lru_cache(maxsize=2)
-def _load(name: str, options: str, seed: int) -> Problem:
-    return load_problem(name, json.loads(options), seed)
-
-
 def _settled(config: RunConfig) -> tuple[Problem, RunConfig]:
-    data = config.data
-    return problem_of(config, _load(data.name or "digits", canonical(data.options), data.split_seed))
+    return problem_of(config, loaded(config))
 
 
 def run_arms(context: Context) -> tuple[dict[str, ArmResult], bool]:
@@ -141,7 +130,9 @@ def check_arm(context: Context, arm: Arm) -> None:
     try:
         run = recipe.run_config(arm, context.data_root)
         for settings in ({}, arm.method_run, *({**recipe.tune_run, **settings} for settings in recipe.tune)):
-            problem, config = _settled(config_of(settings, run))
+            wanted = config_of(settings, run)
+            check_settings(wanted, baselines=arm.baselines, tuned=SPACE if recipe.tune else ())
+            problem, config = _settled(wanted)
             Experiment(arm.methods, 1, config).check(problem)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"{recipe.name}, arm {arm.name}: {error}") from error
@@ -158,7 +149,8 @@ def _run(
     context: Context, arm: Arm, experiment: Experiment, failed: Sequence[str], *, others: list[_Grid]
 ) -> ArmResult | None:
     grid = _open(context, arm.name, experiment, others)
-    results, error = _train(context, grid)
+    watcher = BudgetWatcher(context.budget, context.say)
+    results, error = try_grid(experiment, grid.folder, grid.problem, executor=context.executor, watcher=watcher)
     if error is not None:
         raise error
     seeds = 0
@@ -198,31 +190,6 @@ def _take_over(grid: _Grid, other: _Grid) -> None:
             write_bytes(here, there.read_bytes())
 
 
-def _train(
-    context: Context,
-    grid: _Grid,
-    stages: Sequence[Stage] = ("single-task", "methods"),
-    baseline: Mapping[str, float] | None = None,
-) -> tuple[dict[str, Result], FailedRunsError | None]:
-    """Train what isn't finished yet, until the time is up; all finished runs by their keys, and what failed."""
-    error = None
-    try:
-        run_grid(
-            grid.experiment,
-            grid.folder,
-            grid.problem,
-            executor=make_executor(context.executor, context.jobs, context.folder, context.ray_address),
-            watcher=BudgetWatcher(context.budget, context.say),
-            stages=stages,
-            baseline=baseline,
-        )
-    except BudgetSpentError:
-        pass
-    except FailedRunsError as failed:
-        error = failed
-    return dict(grid.folder.load(grid.runs)), error
-
-
 def _tune(
     context: Context, arm: Arm, experiment: Experiment, others: list[_Grid]
 ) -> tuple[Experiment, list[str]] | None:
@@ -233,16 +200,14 @@ def _tune(
     recipe = context.recipe
     short = replace(experiment, run=config_of(recipe.tune_run, experiment.run))
 
-    def attempt(
-        name: str, trial: Experiment, stage: Stage, baseline: Mapping[str, float] | None
-    ) -> tuple[Mapping[str, Result], Mapping[str, str]]:
-        grid = _open(context, f"{arm.name}-tuning-{name}", trial, others)
-        results, error = _train(context, grid, [stage], baseline)
-        if error is not None:
-            context.say(f"  {error}")
-        return results, {run_key(run): text for run, text in error.failures} if error else {}
+    def folder_of(name: str, trial: Experiment) -> GridFolder:
+        return _open(context, f"{arm.name}-tuning-{name}", trial, others).folder
 
-    found: Tuning = tune(short, _settled(short.run)[0], listed(recipe.tune), attempt)
+    problem, _ = _settled(short.run)
+    watcher = BudgetWatcher(context.budget, context.say)
+    found = tune(short, problem, Plan(recipe.tune), folder_of, executor=context.executor, watcher=watcher)
+    for line in found.failed:
+        context.say(f"  {line}")
     if not found.complete:
         return None
     return replace(experiment, chosen=found.chosen), found.failed

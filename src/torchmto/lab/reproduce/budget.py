@@ -5,11 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchmto.lab.grid.experiment import run_label
+from torchmto.lab.grid.runner import StoppedError, Watcher
 from torchmto.lab.run.config import RunConfig
-
-
-class BudgetSpentError(Exception):
-    """The time is up. What is finished is saved; the same command goes on from there."""
 
 
 class Budget:
@@ -33,14 +30,9 @@ class Budget:
         """Whether the time is up."""
         return self.minutes is not None and self.used >= self.minutes
 
-    def check(self) -> None:
-        """Raise BudgetSpentError if the time is up."""
-        if self.spent:
-            raise BudgetSpentError
 
-
-class BudgetWatcher:
-    """A watcher of `torchmto.lab.grid` that prints a line per run and stops the grid when the time is up.
+class BudgetWatcher(Watcher):
+    """Prints a line per run and stops the grid after a run when the time is up.
 
     Args:
         budget: The time.
@@ -56,15 +48,14 @@ class BudgetWatcher:
         """Say what is left."""
         self._left = len(runs) - len(finished)
         self._say(f"  {len(finished)} of {len(runs)} runs are finished.")
-        if self._left:
-            self._budget.check()
-
-    def advance(self, config: RunConfig, batches: int) -> None:
-        """Nothing: a run that has begun is finished."""
+        self._check()
 
     def finish(self, config: RunConfig, result: dict[str, Any]) -> None:
         """Say so, and look at the clock."""
         self._left -= 1
         self._say(f"  {run_label(config)}: {result['seconds']:.1f} s, {self._left} left")
-        if self._left:
-            self._budget.check()
+        self._check()
+
+    def _check(self) -> None:
+        if self._left and self._budget.spent:
+            raise StoppedError

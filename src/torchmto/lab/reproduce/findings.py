@@ -1,18 +1,17 @@
 """What an experiment found, and the files it is written to."""
 
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchmto._layout import BOUNDLESS, plain_table
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
-from torchmto.lab.grid.tables import markdown_table
+from torchmto.lab.grid.plots import picture
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.environment import made
+from torchmto.lab.terminal import Table
 from torchmto.lab.versions import versions
 
 if TYPE_CHECKING:
@@ -22,34 +21,6 @@ SCHEMA_VERSION = 1
 _KIND = "torchmto reproduce"
 FEW_SEEDS = 5
 """Below so many seeds a comparison of methods is called a smoke run."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of the page of results.
-
-    Attributes:
-        title: What it shows.
-        header: Titles of the columns.
-        rows: Cells, as text.
-        notes: What a reader needs to know to read it.
-    """
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str] = ()
-
-    def markdown(self) -> str:
-        """The table in Markdown."""
-        table = markdown_table(self.header, self.rows)
-        return "\n".join([f"### {self.title}", "", table, *(f"{note}\n" for note in self.notes)])
-
-    def text(self, width: int = BOUNDLESS) -> str:
-        """The table on a terminal of so many columns."""
-        return "\n".join(
-            [self.title, "", plain_table([self.header, *self.rows], width), "", *(f"{n}\n" for n in self.notes)]
-        )
 
 
 @dataclass
@@ -127,10 +98,8 @@ def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: i
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for name, plot in findings.figures.items():
-        for kind, more in (("png", {"Software": None}), ("svg", {"Date": None})):
-            data = io.BytesIO()
-            plot.savefig(data, format=kind, dpi=130, metadata=more)
-            write_bytes(folder / "plots" / f"{name}.{kind}", data.getvalue())
+        for kind in ("png", "svg"):
+            write_bytes(folder / "plots" / f"{name}.{kind}", picture(plot, kind))
     content: Mapping[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "experiment": recipe.name,

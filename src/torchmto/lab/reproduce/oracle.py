@@ -18,10 +18,11 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.references import load_problem
 from torchmto.lab.reproduce.arms import ArmResult
 from torchmto.lab.reproduce.copies import with_copies
-from torchmto.lab.reproduce.findings import Table, figure, number
+from torchmto.lab.reproduce.findings import figure, number
 from torchmto.lab.run.build import Computer, closure_of, losses_of
 from torchmto.lab.run.evaluation import Network
 from torchmto.lab.statistics import confidence95, spearman
+from torchmto.lab.terminal import Table
 from torchmto.structure import (
     SplitNorm,
     StructuredLayer,

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torchmto.checks import check_integer
-from torchmto.lab.data import datasets
-from torchmto.lab.run.config import MOST, ConfigError, RunConfig, config_of
+from torchmto.checks import check_choice, check_integer
+from torchmto.lab.run.config import MOST, RunConfig, config_of
 from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.specs import parse_method, parse_methods
 from torchmto.methods import method_class
@@ -83,17 +82,15 @@ class Recipe:
             raise RecipeError(f"Arms should have different names. Found {', '.join(names)}.")
         arms = (s for arm in self.arms for s in (arm.run, arm.method_run))
         for settings in (self.run, *self.tune, self.tune_run, *arms):
-            try:
-                config_of(settings)
-            except ConfigError as error:
-                raise RecipeError(str(error)) from error
-        for arm in self.arms:
-            data = config_of(arm.run, config_of(self.run)).data.name or "digits"
-            if (
-                data.partition(":")[0] in datasets()
-            ):  # one's own problem may bring methods, which show when it is loaded
-                for method in arm.methods:
-                    method_class(parse_method(method).name)
+            config_of(settings)
+        for name in (*_IDLE.get(self.study, ("options",)), *(() if self.tune else ("tune_run",))):
+            if getattr(self, name):
+                raise RecipeError(f"`{name}` has no effect in a recipe of the study `{self.study}`. Leave it out.")
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether ``{data}`` stands in it."""
+        return "{data}" in str([self.run, *(arm.run for arm in self.arms)])
 
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
         """The runs of an arm, with ``{data}`` in its data's name and options replaced."""
@@ -102,6 +99,10 @@ class Recipe:
             _filled(value, str(data_root)) for value in (config.data.name or "digits", config.data.options)
         )
         return replace(config, threads=config.threads or 1, data=replace(config.data, name=name, options=options))
+
+
+_IDLE = {"theory": ("run", "arms", "tune")}
+"""Without effect in certain studies; in all others it is the options."""
 
 
 def _filled(value: Any, data_root: str) -> Any:
@@ -162,7 +163,7 @@ def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
     entries = dict(content)
     arms = tuple(_arm(arm, entry) for arm, entry in (entries.pop("arms", None) or {}).items())
     tune = tuple(entries.pop("tune", None) or ())
-    return replace(Recipe(name=name, **entries), arms=arms, tune=tune)
+    return Recipe(name=name, arms=arms, tune=tune, **entries)
 
 
 def _needed(method: str) -> list[str]:
@@ -177,4 +178,6 @@ def _arm(name: str, content: Mapping[str, Any]) -> Arm:
     if methods == "all":
         methods = [method for method in all_methods() if not _needed(method)]
     labels = tuple(parse_method(method).label for method in methods)
+    if "reference" in entries:
+        check_choice("reference", entries["reference"], labels)
     return Arm(name, labels, **entries)

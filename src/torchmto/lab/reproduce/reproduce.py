@@ -2,22 +2,24 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torchmto.checks import check_choice
+from torchmto.lab.grid.executors import make_executor
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.arms import Context, check_arm, run_arms
 from torchmto.lab.reproduce.budget import Budget
 from torchmto.lab.reproduce.findings import Findings, claim_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
 from torchmto.lab.reproduce.tables import STUDIES, add_tables
-from torchmto.lab.reproduce.theory import theory
+from torchmto.lab.reproduce.theory import check_options, theory
 
 
 def reproduce(
     recipe: Recipe,
     folder: Path,
     *,
-    data_root: Path = Path("data"),
+    data_root: Path | None = None,
     seeds: int | None = None,
     minutes: float | None = None,
     jobs: int | None = None,
@@ -30,7 +32,7 @@ def reproduce(
     Args:
         recipe: What to run.
         folder: Where everything goes; an earlier call's runs are taken over.
-        data_root: What ``{data}`` in the recipe's paths stands for.
+        data_root: What ``{data}`` in the recipe's paths stands for; ``data`` by default.
         seeds: How many; the recipe's by default.
         minutes: No unit of work begins after so many; None for no limit.
         jobs: Training runs at a time; by default one, and as many as the cluster at ``ray_address`` takes.
@@ -42,16 +44,27 @@ def reproduce(
         What was found, which is also in ``results.json``, ``results.md``, ``report.html`` and ``plots/`` of the folder.
 
     Raises:
-        RecipeError: If there is no such study, or an arm's settings make no sense.
+        RecipeError: If there is no such study, an arm's settings make no sense, or an argument has no effect.
         FolderError: If the folder belongs to something else.
     """
     try:
         check_choice("study", recipe.study, (*STUDIES, "theory"))
-    except ValueError as error:
+        check_options(recipe.options)
+    except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+    idle: dict[str, tuple[Any, str]] = (
+        {} if recipe.reads_data else {"data_root": (data_root, "no path of it says `{data}`")}
+    )
+    if recipe.study == "theory":
+        of_runs = {"seeds": seeds, "jobs": jobs, "executor": executor != "local", "ray_address": ray_address}
+        idle |= {name: (value, "it trains nothing") for name, value in of_runs.items()}
+    for name, (value, why) in idle.items():
+        if value:
+            raise RecipeError(f"The setting `{name}` has no effect on {recipe.name}: {why}. Leave it out.")
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
-    context = Context(recipe, folder, data_root, asked, budget, jobs, say, executor, ray_address)
+    where = make_executor(executor, jobs, folder, ray_address)  # says what is missing before anything is read
+    context = Context(recipe, folder, data_root or Path("data"), asked, budget, where, say)
     for arm in recipe.arms:
         check_arm(context, arm)
     claim_folder(folder, recipe)

@@ -8,15 +8,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from torchmto.lab.grid.plots import delta_m_figure
 from torchmto.lab.grid.tuning import edges
 from torchmto.lab.reproduce.arms import ArmResult
-from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, Table, figure, number
+from torchmto.lab.reproduce.findings import FEW_SEEDS, Findings, figure, number
 from torchmto.lab.reproduce.oracle import oracle, stability
 from torchmto.lab.reproduce.recipe import Recipe
 from torchmto.lab.run.config import config_of
 from torchmto.lab.statistics import holm, paired
+from torchmto.lab.terminal import Table
 
 Look = Callable[[ArmResult], "tuple[Any, Table | None]"]
 """Numbers of an arm, and a table of them if there is something to show."""
@@ -246,12 +248,11 @@ def loss_trends(arm: ArmResult) -> tuple[Any, Table]:
     for method in arm.experiment.methods:
         by_pair: dict[str, list[float]] = {}
         for run in arm.runs(method):
-            names = run["history"][0]["losses"]
-            moves = {t: np.diff([point["losses"].get(t, np.nan) for point in run["trace"]]) for t in names}
-            for a, b in combinations(moves, 2):
-                known = np.isfinite(moves[a]) & np.isfinite(moves[b])
-                if known.sum() > 2 and np.ptp(moves[a][known]) > 0 and np.ptp(moves[b][known]) > 0:
-                    by_pair.setdefault(f"{a}, {b}", []).append(np.corrcoef(moves[a][known], moves[b][known])[0, 1])
+            moves = pd.DataFrame([point["losses"] for point in run["trace"]], dtype=float).diff()
+            correlations = moves.corr(min_periods=3)
+            for a, b in combinations(correlations, 2):
+                if np.isfinite(correlations[a][b]):
+                    by_pair.setdefault(f"{a}, {b}", []).append(correlations[a][b])
         trends[method] = {pair: float(np.mean(values)) for pair, values in by_pair.items()}
     pairs = sorted({pair for entry in trends.values() for pair in entry})
     note = (

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.checks import check_choice, check_integer, check_number
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import Findings, Table, number
+from torchmto.lab.reproduce.findings import Findings, number
 from torchmto.lab.reproduce.quadratics import STRATEGIES, Problems, descend, related_tasks, stationarity, train
 from torchmto.lab.statistics import confidence95, paired
+from torchmto.lab.terminal import Table
 from torchmto.lab.versions import RESULTS_VERSION
 
 Options = Mapping[str, Any]
@@ -39,6 +41,15 @@ GRID = (0.05, 0.1, 0.2, 0.5, 1.0, 1.5, 1.9, 2.5, 3.5, 5.0)
 MARKS = (1, 10, 100, 1000)
 DIVERGED = 10.0
 """A gap that many times the one at the start counts as divergence."""
+
+
+def check_options(options: Options) -> None:
+    """Raise a ValueError or TypeError unless these are `OPTIONS` that make sense."""
+    for name, value in options.items():
+        if check_choice("options", name, tuple(OPTIONS)) == "kinship":
+            check_number(name, value, minimum=0, maximum=1)
+        else:
+            check_integer(name, value, minimum=1)
 
 
 def theory(folder: Path, options: Options, budget: Budget, say: Callable[[str], None]) -> Findings:

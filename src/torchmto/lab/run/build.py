@@ -13,13 +13,14 @@ from torch.optim import lr_scheduler
 import torchmto
 from torchmto.lab.data.base import labelled_tasks
 from torchmto.lab.losses import OwnLoss, TaskLoss, task_loss
-from torchmto.lab.methods import make, needs_plain_sgd, needs_split_norms
+from torchmto.lab.methods import make
 from torchmto.lab.models import MultiTaskModel
 from torchmto.lab.problem import Loaders, Problem, ProblemError, part_error
 from torchmto.lab.references import build_network, load_problem
 from torchmto.lab.run.config import ConfigError, OptimizerConfig, RunConfig, settled
 from torchmto.lab.run.evaluation import Network, placed
 from torchmto.lab.specs import MethodSpec
+from torchmto.methods import method_class
 from torchmto.step.losses import Closure
 from torchmto.structure import split_norms
 
@@ -60,7 +61,7 @@ def optimizer_of(config: OptimizerConfig, model: nn.Module, method: str) -> torc
             {"params": [p for p in groups[0]["params"] if p in heads], "lr": config.lr * config.head_rate},
         ]
     common: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    if needs_plain_sgd(method):
+    if method_class(method).adapts:  # step sizes, itself
         return torch.optim.SGD(groups, **common)
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, **common)
@@ -286,7 +287,7 @@ def network_of(config: RunConfig, problem: Problem) -> nn.Module:
             config.model.options,
             checkpointing=config.model.gradient_checkpointing,
         )
-        if needs_split_norms(config.method.name) if norms is None else norms:
+        if method_class(config.method.name).norms == "per task" if norms is None else norms:
             split_norms(model.trunk if isinstance(model, MultiTaskModel) else model, problem.task_names)
     return model
 
@@ -399,6 +400,3 @@ def build(
     scheduler = scheduler_of(config.optimizer, optimizer, steps_per_epoch, total_steps)
     network = Network(model, computer.autocast)
     return Parts(config, problem, model, network, optimizer, scheduler, multitask, computer, losses, loader)
-
-
-__all__ = ["Computer", "Parts", "build", "closure_of", "losses_of", "network_of", "problem_of", "scheduler_of"]

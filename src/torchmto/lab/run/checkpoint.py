@@ -15,26 +15,10 @@ from torchmto.lab.atomic import sync_folder, written_atomically
 MAGIC = b"torchmto checkpoint 1\n"
 HEADER_SIZE = len(MAGIC) + 64 + 1
 """The magic line, then the SHA-256 of everything after it in hexadecimal and a newline, then torch.save's bytes."""
-_CHUNK = 1 << 20
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that can't be written, or mustn't be loaded."""
-
-
-class _Hashing:
-    """A file that also hashes what is written to it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.sha256.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -50,10 +34,10 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with written_atomically(path) as file:
             file.write(MAGIC + b"0" * 64 + b"\n")
-            hashing = _Hashing(file)
-            torch.save(dict(state), hashing)  # type: ignore[arg-type]
+            torch.save(dict(state), file)
+            digest = _digest(file)
             file.seek(len(MAGIC))
-            file.write(hashing.sha256.hexdigest().encode())
+            file.write(digest)
     except (OSError, RuntimeError) as error:
         # torch's writer turns an OSError of the file into a RuntimeError.
         reason = _reason(error)
@@ -87,10 +71,7 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
         header = file.read(HEADER_SIZE)
         if not header.startswith(MAGIC):
             raise CheckpointError(f"`{path}` isn't a checkpoint of torchmto: it doesn't start as one.")
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-        if header[len(MAGIC) :] != digest.hexdigest().encode() + b"\n":
+        if header[len(MAGIC) :] != _digest(file) + b"\n":
             raise CheckpointError(
                 f"The checkpoint `{path}` is damaged: its checksum isn't the one it was written with."
             )
@@ -102,6 +83,12 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
     if not isinstance(state, dict):
         raise CheckpointError(f"`{path}` isn't a checkpoint of a training run: it holds a {type(state).__name__}.")
     return state
+
+
+def _digest(file: IO[bytes]) -> bytes:
+    """The SHA-256 of what comes after the header."""
+    file.seek(HEADER_SIZE)
+    return hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
 
 
 def is_whole(path: Path) -> bool:
@@ -243,8 +230,9 @@ class CheckpointFolder:
         except CheckpointError as error:
             others = [*reversed(steps[:-1]), self.best]
             whole = next((path for path in others if is_whole(path)), None)
-            offer = "No other one is whole." if whole is None else f"Go on from an older one: --checkpoint {whole}"
+            offer = (
+                "No other one is whole."
+                if whole is None
+                else f"Go on from an older one: --checkpoint {whole} (`checkpoint=`)."
+            )
             raise CheckpointError(f"{error} {offer}") from error
-
-
-__all__ = ["CheckpointError", "CheckpointFolder", "read_checkpoint", "write_checkpoint"]

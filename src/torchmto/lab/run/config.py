@@ -509,20 +509,3 @@ def check_source(recorded: str | None, now: str | None, what: str) -> None:
             f"{what} was begun with another version of the file that defines its problem or model. Add --changed-source "
             "(`changed_source=True`) to go on all the same, or choose another folder."
         )
-
-
-__all__ = [
-    "ConfigError",
-    "DataConfig",
-    "MethodConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "changed_settings",
-    "check_source",
-    "check_used",
-    "config_of",
-    "others_than",
-    "settled",
-    "source_now",
-]

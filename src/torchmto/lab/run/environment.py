@@ -3,11 +3,9 @@
 import functools
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,25 +50,10 @@ def _machine() -> str:
 
 @functools.cache
 def _revision() -> str | None:
-    return git_revision(Path.cwd())
-
-
-def git_revision(folder: Path) -> str | None:
-    """The commit checked out in ``folder``, with ``-dirty`` if tracked files differ from it; None outside a repository."""
-    git = shutil.which("git")
-    if git is None:
-        return None
+    """The commit checked out here, with ``-dirty`` if tracked files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        described = subprocess.run(  # noqa: S603 - fixed arguments
-            [git, "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)  # noqa: S603 - fixed
     except (subprocess.SubprocessError, OSError):
         return None
     return described.stdout.strip() or None
-
-
-__all__ = ["environment", "git_revision", "made"]

@@ -19,8 +19,6 @@ from torchmto.structure import active_task, has_split_norms
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-__all__ = ["Measured", "MetricStates", "Metrics", "Network", "evaluate", "measure", "merged_values", "metric_states"]
-
 Metrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 

@@ -17,9 +17,6 @@ from torchmto.lab.run.evaluation import Network, own_figures, placed
 from torchmto.lab.run.loop import threads
 from torchmto.structure import has_split_norms
 
-__all__ = ["check_first_batch"]
-
-_DIMENSIONS = {"classification": "[B]", "binary": "[B, C]", "regression": "[B, C]", "segmentation": "[B, H, W]"}
 _CHANNELS = {"depth": 1, "edges": 1, "saliency": 1, "normals": 3}
 
 
@@ -63,27 +60,26 @@ def _check_targets(problem: Problem, names: tuple[str, ...], batch: Mapping[str,
         if task.name not in names or task.name not in batch["targets"] or task.kind == "own":
             continue
         target, where = batch["targets"][task.name], f"{part}, task `{task.name}`"
-        shape = tuple(target.shape)
-        if not _fits(task, shape):
-            raise part_error(where, f"{task.kind} targets of shape {_shape(task)}", f"targets of shape {shape}")
+        shape, should = tuple(target.shape), _shape(task)
+        fits = [isinstance(n, str) or n == size for n, size in zip(should, shape, strict=False)]
+        if len(shape) != len(should) or not all(fits):
+            wanted = f"[{', '.join(map(str, should))}]"
+            raise part_error(where, f"{task.kind} targets of shape {wanted}", f"targets of shape {shape}")
         labels = target[task.valid(target)] if task.kind != "normals" else target.new_empty(0)
         _check_labels(task, labels, where)
 
 
-def _shape(task: Task) -> str:
-    return _DIMENSIONS.get(task.kind, f"[B, {_CHANNELS.get(task.kind, 'C')}, H, W]").replace("C", str(task.channels))
-
-
-def _fits(task: Task, shape: tuple[int, ...]) -> bool:
+def _shape(task: Task) -> list[int | str]:
+    """What a batch's target has along each dimension; a letter where it may be any number."""
     match task.kind:
         case "classification":
-            return len(shape) == 1
+            return ["B"]
         case "segmentation":
-            return len(shape) == 3
+            return ["B", "H", "W"]
         case "binary" | "regression":
-            return len(shape) == 2 and shape[1] == task.channels
+            return ["B", task.channels]
         case _:
-            return len(shape) == 4 and shape[1] == _CHANNELS.get(task.kind, task.channels)
+            return ["B", _CHANNELS.get(task.kind, task.channels), "H", "W"]
 
 
 def _check_labels(task: Task, labels: Tensor, where: str) -> None:

@@ -10,13 +10,11 @@ from torch import nn
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig, config_of
 from torchmto.lab.run.evaluation import Metrics
-from torchmto.lab.run.single import fit as fit_single
+from torchmto.lab.run.single import train
 from torchmto.lab.specs import parse_method
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-__all__ = ["FittedRun", "fit"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def fit(
     chosen = {"method.name": spec.name, "method.options": dict(spec.hyperparameters)}
     named = {"data.name": problem} if isinstance(problem, str) else {}
     base = config if isinstance(config, RunConfig) else config_of(config or {})
-    result, trainer = fit_single(
+    result, trainer = train(
         config_of({**named, **chosen, **settings}, base),
         out,
         resume=resume,

@@ -54,13 +54,12 @@ class RunFolder:
         """
         if must_exist and not self.path.is_dir():
             raise ConfigError(f"There is no run in `{self.path}` to resume.")
-        with contextlib.ExitStack() as stack:
-            try:
-                check_folder(self.path, "torchmto train")
-                stack.enter_context(locked(self.path))
-            except FolderError as error:
-                raise ConfigError(str(error)) from error
-            yield
+        try:
+            check_folder(self.path, "torchmto train")
+            with locked(self.path):
+                yield
+        except FolderError as error:
+            raise ConfigError(str(error)) from error
 
     def claimed_by(self, job: tuple[str, bool] | None) -> bool:
         """Whether a torchrun job began the run in this folder, and so goes on with it after a restart.
@@ -176,6 +175,3 @@ def _size(node: yaml.Node, known: dict[int, int], open_: set[int]) -> int:
         known[id(node)] = 1 + sum(_size(child, known, open_) for child in children)
         open_.remove(id(node))
     return known[id(node)]
-
-
-__all__ = ["RunFolder", "read_yaml"]

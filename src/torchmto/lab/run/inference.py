@@ -10,6 +10,7 @@ import torch
 from torchmto.checks import check_integer
 from torchmto.lab.data.base import Split, labelled_tasks
 from torchmto.lab.metrics import primary_metric
+from torchmto.lab.models.weights import load_weights
 from torchmto.lab.run.build import Parts, build, problem_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from torchmto.lab.run.config import ConfigError, RunConfig, check_used, others_than
@@ -50,30 +51,15 @@ def load_run(config: RunConfig, folder: RunFolder, weights: str) -> tuple[Parts,
     problem, config = problem_of(config)
     parts = build(config, problem)
     if exported:
-        _load_exported(parts, Path(weights))
+        try:
+            load_weights(parts.model, weights)
+        except (FileNotFoundError, ValueError) as error:
+            raise CheckpointError(str(error)) from error
         return parts, weights
     if state is None:
         return parts, f"untrained weights of seed {config.seed}"
     load_weights_of(parts, state)
     return parts, f"{path}, step {state['progress']['step']}"
-
-
-def _load_exported(parts: Parts, path: Path) -> None:
-    """Give the model what a run has exported.
-
-    Raises:
-        CheckpointError: If it doesn't fit the model, or isn't such a file.
-    """
-    from safetensors import SafetensorError  # noqa: PLC0415
-    from safetensors.torch import load_file  # noqa: PLC0415
-
-    if not path.is_file():
-        raise CheckpointError(f"There are no weights `{path}`.")
-    try:
-        parts.model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(f"The weights of `{path}` don't fit the model: {' '.join(reason[:2])}") from error
 
 
 _USED = {
@@ -185,6 +171,3 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
         content = {"weights": description, "split": split, "tasks": entries}
         written.append(folder.write_json(f"predictions-{split}.json", content))
     return written
-
-
-__all__ = ["evaluate_run", "load_run", "predict_run"]

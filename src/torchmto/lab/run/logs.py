@@ -3,17 +3,15 @@
 import contextlib
 import csv
 import importlib.util
-import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
-from torchmto.checks import check_choice
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.step import StepInfo
 
@@ -39,20 +37,8 @@ class CsvLog:
         resume_step: The step the run goes on from: rows of later steps are removed, it will write them again. None: a new run.
     """
 
-    HEADER = ("step", "name", "value")
-
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        kept = []
-        if path.is_file() and resume_step is not None:
-            with path.open(newline="", errors="replace") as file:
-                rows = csv.reader(file)
-                next(rows, None)
-                # A run that was killed may have left half a last line.
-                kept = [row for row in rows if len(row) == 3 and row[0].isdecimal() and int(row[0]) <= resume_step]
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([self.HEADER, *kept])
-        write_bytes(path, text.getvalue().encode())
-        self._file = path.open("a", newline="")
+        self._file = _reopened(path, resume_step, _step_of_row, "step,name,value\r\n")
         self._writer = csv.writer(self._file)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -168,11 +154,7 @@ class RecordLog:
     """
 
     def __init__(self, path: Path, *, resume_step: int | None = None) -> None:
-        kept = []
-        if path.is_file() and resume_step is not None:
-            kept = [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= resume_step]
-        write_bytes(path, "".join(f"{line}\n" for line in kept).encode())
-        self._file = path.open("a")
+        self._file = _reopened(path, resume_step, _step_of_record)
 
     def write(self, step: int, records: Mapping[str, Any]) -> None:
         """Append the records of a step, if there are any."""
@@ -185,7 +167,21 @@ class RecordLog:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _reopened(path: Path, resume_step: int | None, step_of: Callable[[str], float], header: str = "") -> TextIO:
+    """A file of lines to go on with; those of later steps, and half a last line that a killed run has left, are removed."""
+    text = path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    last = -1 if resume_step is None else resume_step
+    kept = [line for line in re.findall(r".*\n", text) if step_of(line) <= last]
+    write_bytes(path, "".join([header, *kept]).encode())
+    return path.open("a", newline="")
+
+
+def _step_of_row(line: str) -> float:
+    step = line.partition(",")[0]
+    return int(step) if step.isdecimal() else float("inf")
+
+
+def _step_of_record(line: str) -> float:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -240,9 +236,6 @@ def _record_figures(name: str, value: Any, tasks: Sequence[str]) -> dict[str, fl
             return {}
 
 
-_OPTIONAL = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-
-
 def check_loggers(names: Sequence[str]) -> None:
     """Raise if a logger's package is missing.
 
@@ -250,9 +243,8 @@ def check_loggers(names: Sequence[str]) -> None:
         ImportError: With the line to type.
     """
     for name in names:
-        package = _OPTIONAL.get(name)
-        if package is not None and importlib.util.find_spec(package) is None:
-            raise ImportError(f"The logger `{name}` needs {package}: pip install {package}")
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise ImportError(f"The logger `{name}` needs {name}: pip install {name}")
 
 
 def make_loggers(
@@ -267,13 +259,18 @@ def make_loggers(
         resume_step: The step the run goes on from; None for a new run.
 
     Raises:
-        ImportError: If a logger's package is missing.
+        OSError: If one can't be made.
     """
-    check_loggers(names)
+    makers: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: CsvLog(folder / "metrics.csv", resume_step=resume_step),
+        "tensorboard": lambda: TensorBoardLog(folder / "tensorboard", resume_step=resume_step),
+        "wandb": lambda: WandbLog(folder, config),
+        "mlflow": lambda: MlflowLog(folder, config),
+    }
     loggers = []
     for name in names:
         with told_by(name):
-            loggers.append(_make_logger(name, folder, config, resume_step))
+            loggers.append(makers[name]())
     return loggers
 
 
@@ -292,17 +289,3 @@ def told_by(logger: Logger | str) -> Iterator[None]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         name = logger if isinstance(logger, str) else type(logger).__name__.removesuffix("Log").lower()
         raise OSError(f"The logger `{name}` failed: {first}") from error
-
-
-def _make_logger(name: str, folder: Path, config: Mapping[str, Any], resume_step: int | None) -> Logger:
-    check_choice("loggers", name, ("csv", *_OPTIONAL))
-    if name == "csv":
-        return CsvLog(folder / "metrics.csv", resume_step=resume_step)
-    if name == "tensorboard":
-        return TensorBoardLog(folder / "tensorboard", resume_step=resume_step)
-    if name == "wandb":
-        return WandbLog(folder, config)
-    return MlflowLog(folder, config)
-
-
-__all__ = ["CsvLog", "Logger", "RecordLog", "check_loggers", "make_loggers", "step_figures"]

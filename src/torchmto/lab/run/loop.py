@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -288,13 +289,11 @@ class Trainer:
             signal.signal(number, previous[number])
             self.say(f"{signal.Signals(number).name}: saving after this step (once more to stop at once) ...")
 
-        previous: dict[int, Any] = {}
-        try:
-            for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-                previous[number] = signal.getsignal(number)
-                signal.signal(number, handle)
-        except ValueError:  # signals can only be handled in the main thread
-            previous.clear()
+        numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+        main = threading.current_thread() is threading.main_thread()  # the only one that can handle signals
+        previous: dict[int, Any] = {number: signal.getsignal(number) for number in numbers if main}
+        for number in previous:
+            signal.signal(number, handle)
         try:
             yield
         finally:
@@ -397,12 +396,6 @@ class Trainer:
                 began = time.perf_counter()
         del batches
         self._stop_if_asked()
-
-    def train_epoch(self) -> None:
-        """Train one epoch, without a validation."""
-        self._train_epoch()
-        self.parts.multitask.end_window()
-        self.progress.epoch, self.progress.position = self.progress.epoch + 1, 0
 
     def _step_scheduler(self) -> None:
         with warnings.catch_warnings():
@@ -595,6 +588,3 @@ def load_weights_of(parts: Parts, state: Mapping[str, Any]) -> None:
 
 def _flat(metrics: Metrics) -> list[tuple[str, float]]:
     return [(f"{task}/{name}", value) for task, values in metrics.items() for name, value in values.items()]
-
-
-__all__ = ["Interrupted", "Progress", "Trainer", "is_state", "load_weights_of", "threads"]

@@ -1,6 +1,5 @@
 """Input, label and prediction of each dense task side by side."""
 
-import colorsys
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,15 +18,6 @@ GREY = 0.5
 """Shade of pixels without a label."""
 
 
-def class_colors(number: int) -> NDArray[np.float32]:
-    """Colours far apart for neighbouring class numbers, ``[number, 3]``."""
-    golden = 0.618034
-    colors = [
-        colorsys.hsv_to_rgb(i * golden % 1, 0.55 + 0.35 * (i % 2), 0.95 - 0.3 * (i % 3) / 2) for i in range(number)
-    ]
-    return np.array(colors, dtype=np.float32)
-
-
 def as_picture(task: Task, values: Tensor, valid: Tensor, limits: tuple[float, float]) -> Image:
     """One sample's dense target or prediction as RGB in ``[0, 1]``, ``[H, W, 3]``.
 
@@ -37,17 +27,17 @@ def as_picture(task: Task, values: Tensor, valid: Tensor, limits: tuple[float, f
         valid: Where there is a label; all True for a prediction.
         limits: Values that are shown as the ends of the colour scale.
     """
+    from matplotlib import colormaps  # noqa: PLC0415 - takes a second to import
+
     match task.kind:
         case "segmentation":
-            picture = class_colors(task.channels)[values.clamp(0, task.channels - 1).long().numpy()]
+            picture = colormaps["tab20"](values.clamp(0, task.channels - 1).long().numpy() % 20)[..., :3]
         case "normals":
             unit = functional.normalize(values.float(), dim=0)
             picture = ((unit + 1) / 2).permute(1, 2, 0).numpy()
         case "edges" | "saliency":
             picture = values[0].float().clamp(0, 1).unsqueeze(-1).expand(-1, -1, 3).numpy()
         case _:
-            from matplotlib import colormaps  # noqa: PLC0415
-
             low, high = limits
             scaled = (torch.nan_to_num(values[0].float()) - low) / max(high - low, 1e-6)
             picture = colormaps["viridis"](scaled.clamp(0, 1).numpy())[..., :3]
@@ -142,6 +132,3 @@ def _caption(row: int, batch: Batch, outputs: Mapping[str, Tensor], tasks: Seque
 
 def _numbers(values: Tensor) -> str:
     return " ".join(f"{value:.3g}" for value in values.flatten()[:4].tolist())
-
-
-__all__ = ["as_picture", "class_colors", "draw_predictions", "readable"]

@@ -63,22 +63,13 @@ class Processes:
         Raises:
             RankError: On the others, if it failed; it raises its own error.
         """
-        if self.size == 1:
-            return work()
-        failure: Exception | None = None
-        told: list[Any] = [None, None]
-        if self.is_first:
-            try:
-                told = [work(), None]
-            except Exception as error:  # noqa: BLE001 - raised below, once the others know
-                failure, told = error, [None, _described(error)]
-        dist.broadcast_object_list(told, src=0, group=self._group)
-        if failure is not None:
-            raise failure
-        result, message = told
-        if message is not None:
-            raise RankError(0, message)
-        return result  # type: ignore[no-any-return]
+        told: list[Any] = [None]
+        with self.together():
+            if self.is_first:
+                told = [work()]
+        if self.size > 1:
+            dist.broadcast_object_list(told, src=0, group=self._group)
+        return told[0]  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -251,6 +242,3 @@ def is_follower() -> bool:
     The exit code of the latter is the run's. Fabric kills it if another code than 0 is seen here first.
     """
     return os.environ.get("LOCAL_RANK", "0") != "0" and not _in_torchrun()
-
-
-__all__ = ["Processes", "RankError", "elastic_job", "is_follower", "launched", "placement", "speaks"]

@@ -49,6 +49,3 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-__all__ = ["random_state", "restore_random_state", "seed_everything", "seed_of_rank"]

@@ -113,6 +113,3 @@ def _score(value: float, untrained: float, higher: bool) -> float:
         return value
     # An untrained network that isn't finite, or is perfect, gives no scale.
     return 1 - value / untrained if math.isfinite(untrained) and untrained > 0 else -value
-
-
-__all__ = ["Measure", "is_better", "is_finite", "measure_of", "needs_untrained"]

@@ -22,40 +22,6 @@ Say = Callable[[str], None]
 
 def train(
     config: RunConfig | None,
-    out: Path | str,
-    *,
-    resume: bool = False,
-    checkpoint: Path | None = None,
-    problem: Problem | None = None,
-    changed_source: bool = False,
-    say: Say = lambda _: None,
-) -> dict[str, Any]:
-    """Train from settings, or take up a run that was interrupted.
-
-    Args:
-        config: The settings; when resuming None takes those of the run.
-        out: The run's folder.
-        resume: Go on from the latest checkpoint in ``out``.
-        checkpoint: Go on from this checkpoint instead.
-        problem: What to learn, where the settings' reference doesn't lead to it.
-        changed_source: Go on though the file that defines the problem has changed.
-        say: Prints a line.
-
-    Returns:
-        As `Trainer.fit`; most of it is in ``out/results.json``.
-
-    Raises:
-        ConfigError: If settings make no sense, the folder holds another run, or a resumed run's settings changed.
-        CheckpointError: If a checkpoint can't be written or mustn't be loaded.
-        Interrupted: If a signal came; the state is saved.
-    """
-    return fit(
-        config, out, resume=resume, checkpoint=checkpoint, problem=problem, changed_source=changed_source, say=say
-    )[0]
-
-
-def fit(
-    config: RunConfig | None,
     out: Path | str | None,
     *,
     resume: bool = False,
@@ -64,7 +30,25 @@ def fit(
     changed_source: bool = False,
     say: Say = lambda _: None,
 ) -> tuple[dict[str, Any], Trainer]:
-    """`train`, which also gives the trainer with its model. Without ``out`` nothing is kept."""
+    """Train from settings, or take up a run that was interrupted.
+
+    Args:
+        config: The settings; when resuming None takes those of the run.
+        out: The run's folder; None for one process that keeps nothing.
+        resume: Go on from the latest checkpoint in ``out``.
+        checkpoint: Go on from this checkpoint instead.
+        problem: What to learn, where the settings' reference doesn't lead to it.
+        changed_source: Go on though the file that defines the problem has changed.
+        say: Prints a line.
+
+    Returns:
+        What `Trainer.fit` gives, most of which is in ``out/results.json``; and the trainer, with the model.
+
+    Raises:
+        ConfigError: If settings make no sense, the folder holds another run, or a resumed run's settings changed.
+        CheckpointError: If a checkpoint can't be written or mustn't be loaded.
+        Interrupted: If a signal came; the state is saved.
+    """
     if out is None:
         assert config is not None
         config.validate()
@@ -181,6 +165,3 @@ def check_same(saved: Mapping[str, Any], config: RunConfig, what: str, *, change
         )
     if not changed_source:
         check_source(saved.get("source"), config.source, what)
-
-
-__all__ = ["check_same", "fit", "train"]

@@ -1,0 +1,69 @@
+"""How heads can make the tasks' gradients agree: second derivatives, through what the heads read."""
+
+import torch
+from torch import Tensor
+
+from torchmto.gradients.finite import plain
+from torchmto.gradients.reach import branches
+from torchmto.step.forwards import forwards
+from torchmto.step.losses import Chunk
+from torchmto.step.messages import sum_heads
+from torchmto.step.network import Heads
+from torchmto.step.parts import Parts, Request
+from torchmto.step.task_gradients import TaskGradients, factors_of, hold, rescale_heads
+
+
+def agreement(parts: Parts, request: Request, gradients: TaskGradients, weights: Tensor) -> Heads:
+    """The derivatives by the heads; see :meth:`torchmto.step.StepContext.agreement`."""
+    network, losses = parts.network, gradients.reduced
+    factors = factors_of(network, losses)
+    weights = weights.double() if factors is None else weights.double() * factors
+    found: Heads = {}
+    failure: BaseException | None = None
+    parts.doing = "agreement"
+    try:
+        with parts.noise.extra():
+            for chunk in forwards(parts, request):
+                with chunk.activated():
+                    _add(parts, chunk, gradients, dict(zip(losses.indices, weights.tolist(), strict=True)), found)
+    except BaseException as error:
+        if not network.ranks.owing:
+            raise
+        failure = error
+    if parts.several:
+        sum_heads(network, gradients.rows, found, losses.indices, failure)
+    if factors is not None:
+        rescale_heads(found, losses, factors)
+    return found
+
+
+def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int, float], found: Heads) -> None:
+    """Add what one forward brings."""
+    if parts.network.compiled:
+        raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
+    edges = branches(chunk.losses.values())
+    if not edges:
+        return
+    pulls = {
+        task: torch.autograd.grad(
+            loss, edges, parts.network.seed(loss, chunk.counts[task]), create_graph=True, allow_unused=True
+        )
+        for task, loss in chunk.losses.items()
+    }
+    common: dict[int, Tensor] = {}
+    for task, pull in pulls.items():
+        for place, part in enumerate(pull):
+            if part is not None:
+                own = weights[task] * part.detach().to(torch.promote_types(part.dtype, torch.float32))
+                common[place] = common[place] + own if place in common else own
+    for task, pull in pulls.items():
+        heads = [parameter for parameter, held in gradients.heads.values() if task in held]
+        products = [(part.conj() * common[i]).real.sum() for i, part in enumerate(pull) if part is not None]
+        product = sum(products[1:], products[0]) if products else torch.zeros(())
+        parts.num_backward += 2
+        if not heads or not product.requires_grad:
+            continue
+        derivatives = torch.autograd.grad(product, heads, retain_graph=True, allow_unused=True)
+        for parameter, derivative in zip(heads, derivatives, strict=True):
+            if derivative is not None:
+                hold(found, task, parameter, plain(derivative))
