@@ -1,5 +1,6 @@
 """Problems and models by reference: a built-in name, ``FILE.py:FUNCTION``, ``package.module:FUNCTION`` or an entry point."""
 
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -65,13 +66,11 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callab
     if head.partition(".")[0] in _STANDARD:
         raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
-        try:
-            found = importlib.util.find_spec(head)
-        except ImportError:  # a parent package that isn't there
-            found = None
-        except ValueError:  # __main__ has no spec
-            found = None if head not in sys.modules else types.SimpleNamespace()  # type: ignore[assignment]
-        if found is not None:
+        there = head in sys.modules  # as __main__ is, which has no spec
+        if not there:
+            with contextlib.suppress(ImportError):  # of a parent package that isn't there
+                there = importlib.util.find_spec(head) is not None
+        if there:
             module = _as_it_is(importlib.import_module(head), anew=anew)
             return _meant(_attribute(module, tail, reference), reference, what)
     known = [*datasets(), *problem_names()] if what == "data" else list(models())
@@ -273,13 +272,13 @@ def build_network(
         raise ValueError("`model.gradient_checkpointing` is for the lab's ready models.")
     if isinstance(chosen, str):
         function = resolve(chosen, "model")
-        parameters = inspect.signature(function).parameters
-        given = {"tasks": problem.task_list, "input_shape": None}
-        if "input_shape" in parameters:
-            given["input_shape"] = problem.shape  # type: ignore[assignment]
-        more = {key: value for key, value in given.items() if key in parameters}
-        own = {key: value for key, value in parameters.items() if key not in given}
-        network = function(**more, **fitted(options, own, f"`{chosen}`"))
+        parameters = dict(inspect.signature(function).parameters)
+        given: dict[str, Any] = {}
+        if parameters.pop("tasks", None):
+            given["tasks"] = problem.task_list
+        if parameters.pop("input_shape", None):
+            given["input_shape"] = problem.shape
+        network = function(**given, **fitted(options, parameters, f"`{chosen}`"))
     else:
         if options:
             raise TypeError(f"The problem's own model has no options. Found {', '.join(options)}.")

@@ -3,16 +3,16 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
+
+import torch
 
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
 from torchmto.lab.methods import check_weighting, make
-from torchmto.lab.references import resolve, source_of
+from torchmto.lab.problem import Problem
+from torchmto.lab.references import model_named, resolve, source_of
 from torchmto.lab.specs import MethodSpec, parse_method
 from torchmto.methods import methods
-
-if TYPE_CHECKING:
-    from torchmto.lab.problem import Problem
 
 Precision = Literal["32", "bf16-mixed", "16-mixed"]
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -358,14 +358,10 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_model(config: ModelConfig) -> None:
-    from torchmto.lab.references import model_named  # noqa: PLC0415 - reading settings shouldn't import all models
-
     if config.compile and config.gradient_checkpointing:
         # The compiler takes running statistics for inputs of a checkpointed block, and then finds them changed.
         raise ValueError("`model.compile` or `model.gradient_checkpointing` may be set, not both.")
     if config.compile:
-        import torch  # noqa: PLC0415
-
         known = torch.compiler.list_backends(exclude_tags=())
         if config.compile_backend not in known:
             some = ", ".join(torch.compiler.list_backends())
@@ -453,7 +449,7 @@ _SUITABLE: dict[str, tuple[int, int, float]] = {
 _SUITABLE_OPTIONS: dict[str, dict[str, Any]] = {"segnet": {"width": 16}}
 
 
-def settled(config: RunConfig, problem: "Problem") -> RunConfig:
+def settled(config: RunConfig, problem: Problem) -> RunConfig:
     """The settings with those left open filled in, as suits the problem.
 
     Args:
