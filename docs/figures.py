@@ -235,12 +235,12 @@ def _step_cost(engine: str, num_tasks: int) -> tuple[float, int]:
 
 
 def recipe() -> None:
-    """Losses, validation metrics and groups of the run in results/nyud-vit."""
+    """Losses and validation metrics of the run in results/nyud-vit."""
     series: dict[str, list[tuple[int, float]]] = {}
     with (HERE.parent.parent / "results" / "nyud-vit" / "metrics.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             series.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     for task, style in (("segmentation", "-"), ("depth", "--"), ("normals", "-."), ("edges", ":")):
         steps, losses = zip(*series[f"loss/{task}"], strict=True)
         left.plot(steps[4:], smooth(losses, 5) / losses[0], style, label=task)
@@ -251,13 +251,11 @@ def recipe() -> None:
         ("edges/odsF", "edges odsF", "v:"),
     ):
         steps, values = zip(*series[f"validation/{name}"], strict=True)
-        middle.plot(steps, np.deg2rad(values) if "angle" in name else values, style, label=label)
-    right.step(*zip(*series["method/num_groups"], strict=True), where="post")
-    left.set(xlabel="batch", ylabel="training loss, first is 1, mean of 5 logged")
-    middle.set(xlabel="batch", ylabel="validation")
-    right.set(xlabel="batch", ylabel="groups", ylim=(0, 4.5))
-    left.legend()
-    middle.legend()
+        right.plot(steps, np.deg2rad(values) if "angle" in name else values, style, label=label)
+    left.set(xlabel="batch", ylabel="training loss by the first")
+    right.set(xlabel="batch", ylabel="validation")
+    left.legend(loc="lower left")
+    right.legend()
     figure.tight_layout()
     save(figure, "recipe")
 

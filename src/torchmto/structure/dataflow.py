@@ -17,8 +17,8 @@ from torchmto.gradients.torch_private import tree_leaves
 from torchmto.task_norms import SplitNorm, is_norm
 from torchmto.undo import undisturbed
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (*CONVOLUTIONS, nn.Linear, nn.MultiheadAttention)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVS, nn.Linear, nn.MultiheadAttention)
 
 # Operations after which a channel is no longer the channel it was.
 _MIXING = frozenset(
@@ -46,13 +46,13 @@ class Node:
     @property
     def is_norm(self) -> bool:
         """Whether a norm runs here."""
-        return self.module is not None and isinstance_of_norm(self.module)
+        return self.module is not None and is_any_norm(self.module)
 
     @property
     def mixes(self) -> bool:
         """Whether channels are mixed here, so that a search ends."""
         if self.module is not None:
-            return not isinstance_of_norm(self.module) and _mixes_channels(self.module)
+            return not is_any_norm(self.module) and _mixes_channels(self.module)
         return self.op in _MIXING
 
     @property
@@ -67,7 +67,7 @@ class Node:
             node.users.append(self)
 
 
-def isinstance_of_norm(module: nn.Module) -> bool:
+def is_any_norm(module: nn.Module) -> bool:
     """Whether a module is a norm, split or not."""
     return isinstance(module, SplitNorm) or is_norm(module)
 
@@ -79,9 +79,9 @@ def is_layer(module: nn.Module) -> bool:
 
 def _is_opaque(module: nn.Module) -> bool:
     """Whether a module is one node: a layer, a norm, or something without any inside."""
-    if is_layer(module) or isinstance_of_norm(module):
+    if is_layer(module) or is_any_norm(module):
         return True
-    return not any(is_layer(inner) or isinstance_of_norm(inner) for inner in module.modules())
+    return not any(is_layer(inner) or is_any_norm(inner) for inner in module.modules())
 
 
 def _mixes_channels(module: nn.Module) -> bool:
@@ -171,7 +171,7 @@ def _data_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """The arguments of a module that are data: query, key and value, the input of a layer, or all."""
     if isinstance(module, nn.MultiheadAttention):
         return [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)][:3]
-    if is_layer(module) or isinstance_of_norm(module):
+    if is_layer(module) or is_any_norm(module):
         return [*args, *kwargs.values()][:1]
     return tree_leaves((args, kwargs))
 
@@ -249,7 +249,7 @@ def record_dataflow(model: nn.Module) -> Iterator[Recording]:
     inner_copies = {copy for module in model.modules() if isinstance(module, SplitNorm) for copy in module.children()}
     handles = []
     for module in model.modules():
-        if module not in inner_copies and (is_layer(module) or isinstance_of_norm(module)):
+        if module not in inner_copies and (is_layer(module) or is_any_norm(module)):
             handles.append(module.register_forward_pre_hook(recording._enter, with_kwargs=True))  # noqa: SLF001
             handles.append(
                 module.register_forward_hook(recording._leave, with_kwargs=True, always_call=True)  # noqa: SLF001

@@ -10,15 +10,7 @@ import torch
 from torch import nn
 
 from torchmto.gradients.torch_private import modules_of
-from torchmto.structure.dataflow import (
-    CONVOLUTIONS,
-    Node,
-    Recording,
-    is_layer,
-    isinstance_of_norm,
-    record_dataflow,
-    trace_subtrees,
-)
+from torchmto.structure.dataflow import CONVS, Node, Recording, is_any_norm, is_layer, record_dataflow, trace_subtrees
 from torchmto.structure.layers import StructuredLayer, norm_channels
 from torchmto.task_norms import SplitNorm
 from torchmto.undo import undisturbed
@@ -120,7 +112,7 @@ class PairSearch:
         self.modules = {
             module: path
             for path, module in modules_of(model).items()
-            if module not in copies and module not in inner and (is_layer(module) or isinstance_of_norm(module))
+            if module not in copies and module not in inner and (is_layer(module) or is_any_norm(module))
         }
         self.names = {
             ".".join(filter(None, (path, part))): (module, part)
@@ -170,7 +162,7 @@ class PairSearch:
             ValueError: A name that the model doesn't have, or channels that don't fit.
         """
         norms: dict[str | None, nn.Module | None] = {None: None}
-        norms |= {path: module for module, path in self.modules.items() if isinstance_of_norm(module)}
+        norms |= {path: module for module, path in self.modules.items() if is_any_norm(module)}
         for name, (after, before, source) in pairs.items():
             first, _, place = (after or "").partition("@")
             path, start = first or None, int(place) if place.isdecimal() else None
@@ -227,12 +219,12 @@ class PairSearch:
         """Pair layers that no graph holds with the norm right after them, or right before a linear one."""
         order = list(self.modules)
         for before, after in pairwise(order):
-            if is_layer(before) and isinstance_of_norm(after):
+            if is_layer(before) and is_any_norm(after):
                 key = before, _parts(before)[-1]
                 if self._open(key) and self._suits(key, after, incoming=False):
                     self.found[key] = replace(self.layers[key], norm_out=after, source="module order")
         for before, after in pairwise(order):
-            if isinstance_of_norm(before) and isinstance(after, (nn.Linear, nn.MultiheadAttention)):
+            if is_any_norm(before) and isinstance(after, (nn.Linear, nn.MultiheadAttention)):
                 key = after, _parts(after)[0]
                 if self._open(key) and self._suits(key, before, incoming=True):
                     self.found[key] = replace(self.layers[key], norm_in=before, source="module order")
@@ -241,9 +233,9 @@ class PairSearch:
         """Pair explicitly; see :func:`find_norm_pairs`."""
         for first, second in pairs:
             before, after = self._module(first), self._module(second)
-            incoming = isinstance_of_norm(before)
+            incoming = is_any_norm(before)
             layer, norm = (after, before) if incoming else (before, after)
-            if not is_layer(layer) or not isinstance_of_norm(norm):
+            if not is_layer(layer) or not is_any_norm(norm):
                 raise ValueError(
                     "Parameter `pairs` should hold one conv or linear layer and one norm per pair. "
                     f"Found {(first, second)}."
@@ -321,7 +313,7 @@ def _unpaired(name: str, layer: nn.Module, part: str) -> StructuredLayer | None:
     weight = parameters.get(f"{prefix}weight")
     if weight is None:
         return None
-    spatial = isinstance(layer, CONVOLUTIONS)
+    spatial = isinstance(layer, CONVS)
     return StructuredLayer(
         name=name,
         weight=weight,

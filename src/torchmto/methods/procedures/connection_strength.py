@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +11,15 @@ from torch import Tensor, nn
 from torchmto import structure
 from torchmto.checks import found, nearest, warn
 from torchmto.gradients.ranks import is_sharded
-from torchmto.methods import (
-    Cost,
-    Domain,
-    GradientCombiner,
-    Indices,
-    Method,
-    Procedure,
-    Properties,
-    hyper,
-    make_method,
-    methods,
-    register_method,
-    states,
-)
+from torchmto.methods import Cost, Domain, Procedure, Properties, hyper, register_method, states
+from torchmto.methods.method import GradientCombiner, Method
 from torchmto.methods.procedures.sequential import one_task_at_a_time
+from torchmto.methods.registry import make_method, methods
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import Network, StepContext, StepInfo, TaskGradients
 from torchmto.structure.pairing import Pairs, PairSearch
-
-Measure = Literal["parameters", "gradients", "saliency"]
-Degenerate = Literal["sum", "project"]
+from torchmto.structure.priority import Degenerate
+from torchmto.structure.strength import Measure
 
 
 class ChannelPriorities:
@@ -177,7 +165,7 @@ class ChannelPriorities:
         self,
         layer: structure.StructuredLayer,
         candidates: Collection[int],
-        indices: Indices,
+        indices: Sequence[int],
         gradients: TaskGradients | None = None,
     ) -> Tensor:
         """Which of the ``candidates`` leads each channel, as a position in ``indices``, -1 for none, int64 [C]."""
@@ -185,8 +173,6 @@ class ChannelPriorities:
         strengths = layer.strengths([self.tasks[i] for i in indices], measure=self.measure, task_grads=views)
         tie = 1e-12 if views is None or gradients is None else rounding_error(gradients.precision)
         rows = [row for row, index in enumerate(indices) if index in candidates]
-        if len(rows) == len(indices):
-            return structure.top_priority(structure.normalized_strength(strengths), tie=tie)
         if not rows:
             return torch.full((layer.num_channels,), -1, device=strengths.device)
         top = structure.top_priority(structure.normalized_strength(strengths[rows]), tie=tie)
@@ -410,7 +396,7 @@ class ConnectionStrength(Procedure):
         self.drawn = 0
         super().end_window()
 
-    def outside(self, losses: Tensor, indices: Indices) -> str:
+    def outside(self, losses: Tensor, indices: Sequence[int]) -> str:
         """What the second phase says in the second phase."""
         return super().outside(losses, indices) if self._now == 2 else ""
 
