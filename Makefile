@@ -66,7 +66,7 @@ coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -m "not slow" tests/battery tests/distributed tests/engine tests/fuzz \
 	    tests/methods tests/solvers tests/step tests/structure tests/test_delta_m.py
 	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report --show-missing --skip-covered
+	$(BIN)/coverage report
 
 # Without torch, whose builds differ (CPU, CUDA): `make setup` installs the one that constraints.txt names.
 lock: $(STAMP)
