@@ -60,7 +60,7 @@ def run(args: Namespace) -> int:
     began = time.monotonic()
     with reported(this_command()):
         result = compare(
-            chosen_config(args).data.name or "digits",
+            chosen_config(args).data.reference,
             DEFAULT_METHODS if args.methods is None else args.methods,
             config=args.settings,
             **{name: args[name] for name in _OPTIONS},

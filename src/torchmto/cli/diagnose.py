@@ -35,7 +35,7 @@ def run(args: Namespace) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     with reported():
         config = chosen_config(args)
-        report = diagnose(config.data.name or "digits", batches=args.batches, say=print, config=config)
+        report = diagnose(config.data.reference, batches=args.batches, say=print, config=config)
     print(as_text(report.measurements, report.diagnosis, make_console().width))
     content = json.dumps(report.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_bytes(args.out / "diagnose.json", content.encode() + b"\n")

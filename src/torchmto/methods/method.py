@@ -641,10 +641,15 @@ class GramianWeighting(Method):
     def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
         """One optimizer step along the weighted sum of these gradients; returns the weights, if tasks have one each."""
         self.num_fallbacks = 0
-        weights = self.step_weights(context, gradients)
-        context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
+        weights = self._combine(context, gradients)
         context.apply()
         self.after_step(gradients.reduced, context)
+        return weights
+
+    def _combine(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """Set the gradient of this step; returns the weights, if tasks have one each."""
+        weights = self.step_weights(context, gradients)
+        context.combine(gradients, weights, heads=self.heads, head_weights=self.head_weights)
         return weights
 
     def step(self, context: StepContext) -> StepInfo:

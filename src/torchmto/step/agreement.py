@@ -44,6 +44,7 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
     edges = branches(chunk.losses.values())
     if not edges:
         return
+    parts.num_backward += len(chunk.losses)
     pulls = {
         task: torch.autograd.grad(
             loss, edges, parts.network.seed(loss, chunk.counts[task]), create_graph=True, allow_unused=True
@@ -60,9 +61,9 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
         heads = [parameter for parameter, held in gradients.heads.values() if task in held]
         products = [(part.conj() * common[i]).real.sum() for i, part in enumerate(pull) if part is not None]
         product = sum(products[1:], products[0]) if products else torch.zeros(())
-        parts.num_backward += 2
         if not heads or not product.requires_grad:
             continue
+        parts.num_backward += 1
         derivatives = torch.autograd.grad(product, heads, retain_graph=True, allow_unused=True)
         for parameter, derivative in zip(heads, derivatives, strict=True):
             if derivative is not None:

@@ -158,7 +158,7 @@ def test_what_taskonomy_leaves_out_is_counted_once(tmp_path):
     with pytest.warns(UserWarning, match="3 images that lack a file of a task") as caught:
         bundle = load_data(f"taskonomy:{tmp_path}", size=(4, 4))
     assert len(caught) == 1
-    assert "(of wiconisco, muleshoe) and buildings without files (woodbine)." in str(caught[0].message)
+    assert "(of wiconisco, muleshoe) and buildings without files: 1 (woodbine)." in str(caught[0].message)
     assert caught[0].filename == __file__
     assert (len(bundle.train), len(bundle.validation), len(bundle.test)) == (24, 5, 6)
     for split in (bundle.validation, bundle.test):

@@ -124,7 +124,7 @@ def load(
     if missing or incomplete:
         warnings.warn(
             f"Taskonomy: left out {sum(incomplete.values())} images that lack a file of a task (of "
-            f"{', '.join(incomplete) or 'none'}) and buildings without files ({', '.join(missing) or 'none'}).",
+            f"{', '.join(incomplete) or 'none'}) and buildings without files: {len(missing)} ({', '.join(missing) or 'none'}).",
             stacklevel=3,  # where `load_data` was called
         )
     return image_bundle(parts, augment=JointAugment(), citation=CITATION)

@@ -11,7 +11,7 @@ from torchmto.lab.diagnosis.probe import probe, probe_priorities
 from torchmto.lab.diagnosis.text import as_json, as_text
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Parts, build, problem_of
-from torchmto.lab.run.config import MethodConfig, RunConfig, check_used, config_of, others_than
+from torchmto.lab.run.config import MethodConfig, RunConfig, check_used, config_for, others_than
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.loop import threads
 from torchmto.lab.run.random_state import seed_everything
@@ -79,14 +79,13 @@ def diagnose(
         ConfigError: If a setting makes no sense, or has no effect.
         ProblemError: If a part of the problem isn't what it should be.
     """
-    base = config if isinstance(config, RunConfig) else config_of(config or {})
-    config = config_of(({"data.name": problem} if isinstance(problem, str) else {}) | settings, base)
+    config, own = config_for(problem, config, settings)
     config.validate()
     idle = others_than(_USED, "a probing is a few plain steps in one process, of which no state is kept")
     if config.precision == "16-mixed":
         idle["precision"] = "fp16 needs a gradient scaler, which adds nothing to what is measured"
     check_used(config, idle)
-    problem, config = problem_of(config, None if isinstance(problem, str) else problem)
+    problem, config = problem_of(config, own)
     check_first_batch(problem, dataclasses.replace(config, evaluate_test=False))
     method, model = config.method, config.model
     plain = dataclasses.replace(

@@ -143,7 +143,7 @@ def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
 def loaded(config: RunConfig) -> Problem:
     """The problem that a Run's reference leads to; the last ones are kept."""
     data = config.data
-    return _loaded(data.name or "digits", canonical(data.options), data.split_seed, config.source)
+    return _loaded(data.reference, canonical(data.options), data.split_seed, config.source)
 
 
 @functools.lru_cache(maxsize=2)

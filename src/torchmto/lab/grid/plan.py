@@ -20,7 +20,7 @@ from torchmto.lab.grid.tuning import SPACE, Sampled, check_tunable
 from torchmto.lab.grid.tuning import tune as tune_all
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import problem_of
-from torchmto.lab.run.config import ConfigError, RunConfig, check_used, config_of
+from torchmto.lab.run.config import ConfigError, RunConfig, check_used, config_for
 from torchmto.lab.specs import parse_method, parse_methods
 
 __all__ = ["compare"]
@@ -118,9 +118,7 @@ def compare(
         raise ConfigError(
             "`jobs` and `ray_address` have no effect beside an `executor` that is an object. Leave them out."
         )
-    base = config if isinstance(config, RunConfig) else config_of(config or {})
-    named = {"data.name": problem} if isinstance(problem, str) else {}
-    wanted = config_of(named | settings, base)
+    wanted, own = config_for(problem, config, settings)
     wanted = replace(wanted, threads=wanted.threads or 1)
     wanted.validate()
     if isinstance(executor, str):  # says what is missing first
@@ -128,7 +126,7 @@ def compare(
     needed("A comparison", "matplotlib.figure")  # its plots come last, and hours later
     check_settings(wanted, baselines=baselines, tuned=SPACE if tune else ())
     plan = Sampled(tune, tune_by) if tune else None
-    learnt, run = problem_of(wanted, None if isinstance(problem, str) else problem)
+    learnt, run = problem_of(wanted, own)
     if plan is not None:
         check_tunable(learnt, wanted)
     elif tune_by != "random":

@@ -115,7 +115,6 @@ def run_grid(
 
         with executor or Here() as engine:
             for stage in stages:
-                todo = {run_key(config): config for config in by_stage[stage]}
                 jobs = [
                     Job(
                         key,
@@ -123,8 +122,8 @@ def run_grid(
                         baseline_of(config.seed) if stage == "methods" else None,
                         checkpoints=folder.checkpoints(config),
                     )
-                    for key, config in todo.items()
-                    if key not in results
+                    for config in by_stage[stage]
+                    if (key := run_key(config)) not in results
                 ]
                 engine.run(jobs, problem, lambda key, steps: watcher.advance(every[key], steps), done)
                 if failures:

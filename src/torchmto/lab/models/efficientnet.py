@@ -1,7 +1,7 @@
 """EfficientNet-Lite0, whose ImageNet weights come as a package: a pretrained trunk that downloads nothing."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,7 +113,12 @@ class EfficientNetTrunk(Trunk):
         self.channels = tuple(_STAGES[i][3] for i in _MAPS)
         if stored is not None:
             # Same layers in the same order under other names, before those of the classifier.
-            self.load_state_dict(dict(zip(self.state_dict(), stored.values(), strict=False)))
+            names, own = list(stored), list(self.state_dict())
+            if _kinds(names[: len(own)]) != _kinds(own):
+                raise ValueError(
+                    "The released weights should be of the network's layers, in their order. Found others."
+                )
+            self.load_state_dict(dict(zip(own, stored.values(), strict=False)))
             self._take_imagenet_normalised()
         if weights is not None:
             load_weights(self, weights)
@@ -155,3 +160,8 @@ def _released_weights() -> dict[str, Tensor]:
         raise ImportError(f"{PACKAGE} {version(PACKAGE)} should hold one file of weights. Found {len(files)}.")
     weights: dict[str, Tensor] = torch.load(files[0], map_location="cpu", weights_only=True)
     return weights
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    """What each of a network's tensors is in its layer: tensors of different kinds may have one shape."""
+    return [name.rpartition(".")[2] for name in names]

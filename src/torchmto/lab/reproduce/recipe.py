@@ -95,9 +95,7 @@ class Recipe:
     def run_config(self, arm: Arm, data_root: Path) -> RunConfig:
         """The runs of an arm, with ``{data}`` in its data's name and options replaced."""
         config = config_of(arm.run, config_of(self.run))
-        name, options = (
-            _filled(value, str(data_root)) for value in (config.data.name or "digits", config.data.options)
-        )
+        name, options = (_filled(value, str(data_root)) for value in (config.data.reference, config.data.options))
         return replace(config, threads=config.threads or 1, data=replace(config.data, name=name, options=options))
 
 

@@ -260,7 +260,7 @@ def problem_of(config: RunConfig, problem: Problem | None = None) -> tuple[Probl
     """
     with as_settings():
         if problem is None:
-            problem = load_problem(config.data.name or "digits", config.data.options, config.data.split_seed)
+            problem = load_problem(config.data.reference, config.data.options, config.data.split_seed)
         config = settled(config, problem)
         problem = problem.only(config.data.tasks or ())
     names = problem.task_names

@@ -88,6 +88,7 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
 def _digest(file: IO[bytes]) -> bytes:
     """The SHA-256 of what comes after the header."""
     file.seek(HEADER_SIZE)
+    # All files have `readinto`; only `IO` doesn't say so.
     return hashlib.file_digest(file, "sha256").hexdigest().encode()  # type: ignore[arg-type]
 
 

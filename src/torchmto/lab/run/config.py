@@ -53,6 +53,11 @@ class DataConfig:
     augment: bool = True
     workers: int = 0
 
+    @property
+    def reference(self) -> str:
+        """The name, or that of the built-in digits."""
+        return self.name or "digits"
+
 
 @dataclass
 class ModelConfig:
@@ -287,6 +292,22 @@ FREE = frozenset(
 """Settings that may change when a run is resumed: they don't enter the computation's definition."""
 
 
+def config_for(
+    problem: Problem | str, config: RunConfig | Mapping[str, Any] | None, settings: Mapping[str, Any]
+) -> tuple[RunConfig, Problem | None]:
+    """A Run's settings as a call gives them, and the problem where no reference among them leads to it.
+
+    Args:
+        problem: What is learnt, or its reference.
+        config: Settings.
+        settings: Some of them once more, which go over those.
+    """
+    base = config if isinstance(config, RunConfig) else config_of(config or {})
+    if isinstance(problem, str):
+        return config_of({"data.name": problem, **settings}, base), None
+    return config_of(settings, base), problem
+
+
 def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Names of the settings, outside `FREE`, that differ between two runs' plain values.
 
@@ -490,7 +511,7 @@ def _model_source(config: RunConfig) -> str | None:
 
 def source_now(config: RunConfig) -> str | None:
     """The source of what settings name, as it is now, none of it called; the recorded one where there is nothing to read."""
-    own = source_of(config.data.name or "digits", config.data.options, "data")
+    own = source_of(config.data.reference, config.data.options, "data")
     return "+".join(filter(None, (own, _model_source(config)))) or config.source
 
 

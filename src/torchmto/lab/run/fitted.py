@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import RunConfig, config_of
+from torchmto.lab.run.config import RunConfig, config_for
 from torchmto.lab.run.evaluation import Metrics
 from torchmto.lab.run.single import train
 from torchmto.lab.specs import parse_method
@@ -80,15 +80,7 @@ def fit(
     """
     spec = parse_method(method)
     chosen = {"method.name": spec.name, "method.options": dict(spec.hyperparameters)}
-    named = {"data.name": problem} if isinstance(problem, str) else {}
-    base = config if isinstance(config, RunConfig) else config_of(config or {})
-    result, trainer = train(
-        config_of({**named, **chosen, **settings}, base),
-        out,
-        resume=resume,
-        problem=None if isinstance(problem, str) else problem,
-        changed_source=changed_source,
-        say=say or print,
-    )
+    wanted, own = config_for(problem, config, {**chosen, **settings})
+    result, trainer = train(wanted, out, resume=resume, problem=own, changed_source=changed_source, say=say or print)
     metrics = result["test"] or result["validation"]
     return FittedRun(trainer.parts.model, metrics, result["history"], result, None if out is None else Path(out))

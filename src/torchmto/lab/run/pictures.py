@@ -31,7 +31,8 @@ def as_picture(task: Task, values: Tensor, valid: Tensor, limits: tuple[float, f
 
     match task.kind:
         case "segmentation":
-            picture = colormaps["tab20"](values.clamp(0, task.channels - 1).long().numpy() % 20)[..., :3]
+            colors = np.concatenate([colormaps[name](range(20)) for name in ("tab20", "tab20b", "tab20c")])
+            picture = colors[values.clamp(0, task.channels - 1).long().numpy() % len(colors), :3]
         case "normals":
             unit = functional.normalize(values.float(), dim=0)
             picture = ((unit + 1) / 2).permute(1, 2, 0).numpy()

@@ -71,12 +71,11 @@ class ConsMTL(FairGrad):
                 "Method `consmtl` is FairGrad with split norms: tasks share no representation in a forward of their own."
             )
 
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor:
-        """The fair step; the heads' gradients get their second terms before it is taken."""
-        self.num_fallbacks = 0
-        weights = self.step_weights(context, gradients)
+    def _combine(self, context: StepContext, gradients: TaskGradients) -> Tensor:
+        """The fair update, and the second terms of the heads' gradients."""
         # First, since another forward invalidates graphs that an engine has kept.
-        context.combine(gradients, weights)
+        weights = super()._combine(context, gradients)
+        assert weights is not None
         solved = weights if self.scale == "paper" else self.kept(weights) / len(weights)
         found = context.agreement(gradients, solved)
         for task in gradients.indices:
@@ -88,6 +87,4 @@ class ConsMTL(FairGrad):
             for parameter, derivative in pairs:
                 if parameter.grad is not None:
                     real(parameter.grad).sub_(factor * derivative)
-        context.apply()
-        self.after_step(gradients.reduced, context)
         return weights

@@ -102,11 +102,10 @@ class GradVac(GramianWeighting):
         targets[where] = torch.from_numpy(moved)
         return self.accept(projection, gramian), targets
 
-    def descend(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
-        """One optimizer step; returns the weights, None with several groups: there a task has no single one."""
+    def _combine(self, context: StepContext, gradients: TaskGradients) -> Tensor | None:
+        """Returns the weights, None with several groups: there a task has no single one."""
         if self.groups == "whole":
-            return super().descend(context, gradients)
-        self.num_fallbacks = 0
+            return super()._combine(context, gradients)
         self._precision = gradients.precision
         matrix, indices = gradients.matrix, gradients.indices
         orders = self._orders(len(matrix))
@@ -120,8 +119,6 @@ class GradVac(GramianWeighting):
         self.group_targets = targets
         self._precision = None
         context.combine(gradients, vector=vector)
-        context.apply()
-        self.after_step(gradients.reduced, context)
         return None
 
     def _columns(self, network: Network, gradients: TaskGradients) -> dict[str, list[slice]]:
