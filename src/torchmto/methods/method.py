@@ -329,7 +329,7 @@ class Method(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the method knows, of types that ``torch.load(weights_only=True)`` reads."""
-        return self._copies(small=False)
+        return self.snapshot(small=False)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state.
@@ -365,12 +365,8 @@ class Method(ABC):
         else:
             setattr(self, name, value)
 
-    def snapshot(self) -> dict[str, Any]:
-        """The small states, to undo a step that fails."""
-        return self._copies(small=True)
-
-    def _copies(self, *, small: bool) -> dict[str, Any]:
-        """Copies of the states, or of the ``small`` ones only."""
+    def snapshot(self, *, small: bool = True) -> dict[str, Any]:
+        """Copies of the states, of the ``small`` ones only to undo a step that fails."""
         kept: dict[str, Any] = {"generator": self.generator.get_state()}
         for name in self._states:
             value = getattr(self, name)
