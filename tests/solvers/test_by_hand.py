@@ -1,11 +1,23 @@
 """Small cases by another way, where other tests would let a wrong constant pass."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 
+import torchmto
 from torchmto import solvers
-from torchmto.structure import ProximalAffinity, normalized_affinity, scaled_strength, top_priority
+from torchmto.solvers.unit import check_precision
+from torchmto.structure import (
+    ProximalAffinity,
+    connection_strength,
+    gradient_strength,
+    normalized_affinity,
+    normalized_strength,
+    scaled_strength,
+    top_priority,
+)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -40,8 +52,75 @@ def test_modo_without_a_rate_and_regularization():
     assert solution.weights == pytest.approx([0.25, 0.75])
 
 
+def test_modo_and_sdmgrad_by_one_step():
+    solution = solvers.modo(np.diag([1.0, 3.0]), learning_rate=0.1, regularization=0.0)
+    assert solution.weights == pytest.approx([0.55, 0.45])
+    assert (solution.residual, solution.iterations) == (pytest.approx(0.05), 1)
+    # Lengths of 2 and 1: the step is in units of 1.5.
+    shift = 0.3 * 0.5 * (4 - 1) / 1.5**2 / 2
+    solution = solvers.sdmgrad(np.diag([4.0, 1.0]), regularization=0.0, steps=1, learning_rate=0.3, momentum=0.0)
+    assert solution.weights == pytest.approx([0.5 - shift, 0.5 + shift])
+    assert (solution.residual, solution.iterations) == (pytest.approx(shift), 1)
+    for cross in ([[0.0, 1.0], [-1.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0]]):  # no batch agrees with the other
+        assert np.isfinite(solvers.sdmgrad(cross).weights).all()
+
+
+def test_config_of_equal_gradients_is_their_sum():
+    assert solvers.config(np.ones((3, 3))).weights == pytest.approx([1, 1, 1])
+
+
+def test_gradvac_keeps_targets_from_the_pole_by_what_is_known_of_cosines():
+    weights = [solvers.gradvac(np.eye(2), np.ones((2, 2)), precision=p)[0].weights.max() for p in (None, 0.01)]
+    assert weights[0] > 1e5
+    assert weights[1] == pytest.approx(1 + 1 / np.sqrt(2 * 0.02**2), rel=1e-3)
+
+
+def test_cagrad_rescaled_and_with_a_zero_gradient():
+    G = np.array([[1.0, -0.3], [-0.3, 2.0]])
+    assert solvers.cagrad(G, 0.5, rescale=True).weights == pytest.approx(solvers.cagrad(G, 0.5).weights / 1.25)
+    assert solvers.cagrad(np.zeros((2, 2)), 0.5, rescale=True).weights == pytest.approx([0.4, 0.4])
+    # No direction improves a zero gradient: of those that harm none the nearest to the mean is best.
+    assert solvers.cagrad(np.diag([1.0, 1.0, 0.0]), 0.5).weights == pytest.approx([1 / 3] * 3)
+
+
+def test_cagrad_by_newton_steps_alone(monkeypatch):
+    J = np.random.default_rng(0).normal(size=(4, 6))
+    exact = solvers.cagrad(J @ J.T)
+    ball = importlib.import_module("torchmto.solvers.cagrad")._Ball
+    monkeypatch.setattr(ball, "_on_support", lambda *_: None)
+    solution = solvers.cagrad(J @ J.T)
+    assert solution.weights == pytest.approx(exact.weights, rel=1e-6)
+    assert solution.converged
+
+
+@pytest.mark.parametrize(
+    ("solve", "residual"), [(solvers.upgrad, 0.5), (lambda G: solvers.dual_cone(G, [1.0, 0.0]), 0.5)]
+)
+def test_a_projection_that_gives_up_says_how_large_a_conflict_it_leaves(monkeypatch, solve, residual):
+    module = importlib.import_module("torchmto.solvers.dual_cone")
+    monkeypatch.setattr(module, "nonnegative_least_squares", lambda *_: None)
+    solution = solve([[1.0, -1.0], [-1.0, 4.0]])
+    assert (solution.converged, solution.residual, solution.iterations) == (False, pytest.approx(residual), 0)
+
+
+def test_precision_is_that_of_the_array():
+    one = np.ones((1, 1))
+    found = [check_precision(None, one.astype(kind)) for kind in ("f2", "f4", "f8", "i8")]
+    assert found == [np.finfo("f2").eps, np.finfo("f4").eps, np.finfo("f8").eps, np.finfo("f8").eps]
+    assert check_precision(None, [[1.0]]) == np.finfo("f8").eps
+
+
+def test_pairwise_wpcgrad_draws_the_turns():
+    # Who stays in a pair is certain, so what differs is the order of the turns.
+    method = torchmto.make_method("wpcgrad", mode="pairwise", priority=[1.0, 1e-12, 1e-24, 1e-36])
+    J = np.random.default_rng(1).normal(size=(4, 2))
+    found = {tuple(method.weights(torch.from_numpy(J @ J.T)).tolist()) for _ in range(20)}
+    assert len(found) > 1
+
+
 def test_affinities_by_column():
     matrix = torch.tensor([[2.0, 1.0], [3.0, 4.0]])
+    assert torch.equal(normalized_affinity(matrix / 8), normalized_affinity(matrix))
     assert normalized_affinity(matrix).tolist() == [[1, 0.875], [0.875, 1]]
     assert normalized_affinity(matrix, "official").tolist() == [[1, 1.625], [1.625, 1]]
 
@@ -53,6 +132,29 @@ def test_a_tie_is_a_part_of_the_larger_share():
 
 def test_strengths_are_in_double_precision():
     assert scaled_strength(torch.ones(1, 2), torch.ones(1, 1)).dtype == torch.float64
+    assert gradient_strength(torch.ones(1, 2, 3)).dtype == torch.float64
+
+
+def test_strengths_by_hand():
+    found = connection_strength(torch.ones(2, 3), torch.ones(2), torch.tensor([0.0, 2.0]), eps=1.0)
+    assert found.tolist() == [3, 1]
+    assert connection_strength(torch.tensor([2.0]), torch.ones(1)).tolist() == [4]
+    kernels = torch.arange(12.0).reshape(2, 2, 3)  # of a convolution over sequences
+    expected = (kernels.square().sum(2) * torch.tensor([1.0, 4.0])).sum(1)
+    assert scaled_strength(kernels, in_scale=torch.tensor([[1.0, 2.0]])).tolist() == [pytest.approx(expected.tolist())]
+    assert normalized_strength(torch.ones(2, 1)).tolist() == [[1], [1]]
+    apart = normalized_strength(torch.tensor([[1e-300, 3e-300], [1e300, 1e300]], dtype=torch.float64))
+    assert apart.flatten().tolist() == pytest.approx([0.25, 0.75, 0.5, 0.5])
+
+
+def test_heterogeneous_groups_part_what_helps_each_other():
+    affinity = ProximalAffinity(["a", "b", "c"])
+    state = affinity.state_dict()
+    matrix = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]], dtype=torch.float64)
+    affinity.load_state_dict({**state, "matrix": matrix})
+    assert affinity.groups(cluster="correlation") == [["a", "b"], ["c"]]
+    assert sorted(map(len, affinity.heterogeneous_groups())) == [1, 2]
+    assert ["a", "b"] not in affinity.heterogeneous_groups()
 
 
 @pytest.mark.parametrize(
