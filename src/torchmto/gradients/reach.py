@@ -5,7 +5,7 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,35 +49,38 @@ Edges = Sequence[tuple[Node | None, int]]
 """Nodes of the backward graph, each with the number of its output."""
 
 
-def _key(node: Node, output: int) -> Hashable:
-    """A node, by its output where its outputs have nothing to do with each other."""
-    return (node, output) if is_sink(node) else node
+def beyond(node: Node | None, output: int) -> tuple[Node | None, int]:
+    """Where an edge leads past a node that ``DistributedDataParallel`` passes all outputs of a model through as they are."""
+    while node is not None and is_sink(node) and output < len(node.next_functions):
+        node, output = node.next_functions[output]
+    return node, output
 
 
-def _walk(roots: Edges) -> Iterator[tuple[Node, Hashable, Edges]]:
-    """Every node that ``roots`` lead to, once, with its key and where it leads."""
-    visited: set[Hashable] = set()
-    stack = list(roots)
+def edges_of(node: Node) -> list[tuple[Node | None, int]]:
+    """Where a node's results go."""
+    return [beyond(*edge) for edge in node.next_functions]
+
+
+def _walk(roots: Edges) -> Iterator[tuple[Node, Edges]]:
+    """Every node that ``roots`` lead to, once, and where it leads."""
+    visited: set[Node] = set()
+    stack = [beyond(*root) for root in roots]
     while stack:
-        node, output = stack.pop()
-        if node is None or (key := _key(node, output)) in visited:
+        node, _ = stack.pop()
+        if node is None or node in visited:
             continue
-        visited.add(key)
-        following = node.next_functions
-        if key is not node and output < len(following):
-            following = following[output : output + 1]
-        yield node, key, following
+        visited.add(node)
+        following = edges_of(node)
+        yield node, following
         stack += following
 
 
 def reach(roots: Edges) -> Reach:
     """Walk the autograd graph from nodes, each with the number of its output, down to its leaves."""
     found = Reach()
-    for node, key, following in _walk(roots):
+    for node, following in _walk(roots):
         found.note(getattr(node, "variable", None))
         name = node.name()
-        if key is not node:
-            continue
         if is_compiled(node):
             found.regions.append(node)
         elif name == reentrant():
@@ -92,17 +95,17 @@ def reach(roots: Edges) -> Reach:
 
 def branches(losses: Iterable[Tensor]) -> list[GradientEdge]:
     """The results that several losses share where the own part of one of them reads them; leaves are left out."""
-    uses: dict[Hashable, int] = {}
-    leading: dict[Hashable, Edges] = {}
+    uses: dict[Node, int] = {}
+    leading: dict[Node, Edges] = {}
     for loss in losses:
-        for _, key, following in _walk([(loss.grad_fn, loss.output_nr)]):
-            uses[key] = uses.get(key, 0) + 1
-            leading[key] = following
-    read = dict.fromkeys(edge for key, following in leading.items() if uses[key] == 1 for edge in following)
+        for node, following in _walk([(loss.grad_fn, loss.output_nr)]):
+            uses[node] = uses.get(node, 0) + 1
+            leading[node] = following
+    read = dict.fromkeys(edge for node, following in leading.items() if uses[node] == 1 for edge in following)
     return [
         GradientEdge(node, output)
         for node, output in read
-        if node is not None and uses[_key(node, output)] > 1 and not hasattr(node, "variable")
+        if node is not None and uses[node] > 1 and not hasattr(node, "variable")
     ]
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torchmto import Method, MultiTask, StepInfo, make_method
 from torchmto.checks import check_tasks, found
 from torchmto.integrations import require
-from torchmto.step.wrappers import replicas
 from torchmto.task_norms import active_task
 
 require("lightning", "lightning", "pytorch_lightning")
@@ -228,9 +227,6 @@ class MultiTaskMixin(_Base):
         if saved is not None:
             built.load_state_dict(saved["multitask"])
             self._window = saved["window"]
-        for replica in replicas(strategy.model):
-            # MultiTask alone reduces. Its own `no_sync` comes after the forward, too late.
-            replica.require_backward_grad_sync = False
         return built
 
     def _in_precision(self, batch: Any, tasks: tuple[str, ...]) -> Mapping[str, Any]:
