@@ -320,7 +320,8 @@ class MultiTask:
     def _factors(self, values: Tensor, indices: tuple[int, ...]) -> Tensor:
         # Read at every step: they are the user's to change.
         assert isinstance(self.weights, dict)
-        return values.new_tensor([self.weights[self.tasks[i]] for i in indices])
+        names = [self.tasks[i] for i in indices]
+        return values.new_tensor([check_number(f"weights[{n!r}]", self.weights.get(n), minimum=0) for n in names])
 
     def _plan(self) -> Plan:
         """What all steps have in common."""
@@ -470,9 +471,11 @@ class MultiTask:
                 compiles = first or network.compiled or may_compile()
                 with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
-            except BaseException:
+            except BaseException as error:
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
+                if isinstance(error, RuntimeError):
+                    network.check_trained(error)
                 raise
         except EndedTogether as ended:
             raise ended.error from None

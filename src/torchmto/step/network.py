@@ -139,6 +139,7 @@ class Network:
         self.differentiates = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
+        self._warned_unreached = False
         self._warned_taken = False
         self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
@@ -233,6 +234,19 @@ class Network:
             self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
+
+    def check_trained(self, error: RuntimeError) -> None:
+        """Raise if a parameter was frozen in the step, which may be the cause of an error.
+
+        Raises:
+            ValueError: If so.
+        """
+        frozen = [self.name(p) for p in self.parameters if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"Parameter `{frozen[0]}` ({len(frozen)} such in all) was frozen while mt.step trained it. Call "
+                "`requires_grad_(False)` before the step, or let the closure set it free again before it returns."
+            ) from error
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose parameters are others; the next step looks them up."""
@@ -487,7 +501,7 @@ class Network:
                 parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
 
     def warn_of_untrained(self, leaves: Collection[int] | None = None) -> None:
-        """Warn once if losses reach parameters of the model that the optimizer doesn't have.
+        """Warn once if losses reach parameters of the model that the optimizer doesn't have, or nothing that is trained.
 
         Args:
             leaves: The ``id`` of every leaf that the losses reach; any, where they reach none of the optimizer's.
@@ -505,6 +519,12 @@ class Network:
                 f"The losses reach parameter `{left[0]}` ({len(left)} such in all), which isn't in the optimizer, so mt.step "
                 "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
                 "`requires_grad_(False)` on it if it isn't to be trained.",
+            )
+        elif leaves is None and not self._warned_unreached:
+            self._warned_unreached = True
+            warn(
+                "The losses reach none of the trained parameters, so nothing is updated. Does the closure run another model "
+                "than the one that MultiTask was given, such as a copy, or one that was built anew?",
             )
 
     def warn_of_replaced(self, *, none: bool) -> None:
