@@ -169,7 +169,7 @@ class MultiTaskMixin(_Base):
                 )
             losses.update(given)
         self._losses = losses
-        values = {task: _value(loss) for task, loss in losses.items()}
+        values = {task: _value(loss) for task, loss in losses.items() if not _is_empty(loss)}
         self.log_dict({f"train/{task}": value for task, value in values.items()})
         return sum(values.values(), torch.zeros((), device=self.device))
 
@@ -238,6 +238,11 @@ def _value(loss: Any) -> Tensor:
     """A loss as a number, without its count; zero for what `mt.backward` is about to refuse."""
     value = loss[0] if isinstance(loss, tuple | list) else loss
     return value.detach() if isinstance(value, Tensor) and value.dim() == 0 else torch.zeros(())
+
+
+def _is_empty(loss: Any) -> bool:
+    """Whether a loss is the mean of nothing."""
+    return isinstance(loss, tuple) and len(loss) == 2 and bool(loss[1] == 0)
 
 
 __all__ = ["MultiTaskMixin"]
