@@ -267,7 +267,9 @@ def test_a_batch_without_labels_of_a_task_counts_for_nothing(tmp_path):
 
 def test_a_new_model_has_a_new_method(tmp_path):
     """With ``model_init=`` every ``train()`` starts afresh."""
-    run = trainer(tmp_path, "uw", kind=lambda model, **options: InOrder(model_init=lambda: Model(torch.float64), **options))
+    run = trainer(
+        tmp_path, "uw", kind=lambda model, **options: InOrder(model_init=lambda: Model(torch.float64), **options)
+    )
     results = []
     for _ in range(2):
         run.train()

@@ -190,6 +190,9 @@ class MultiTaskMixin(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the method knows goes into the checkpoint. Call ``super()`` if you override this."""
         super().on_save_checkpoint(checkpoint)
+        if self._arguments is not None and self._is_fitting:
+            # Before the first step, too: what searches a learning rate or a batch size goes back to there.
+            _ = self.multitask
         if self._state is not None:
             checkpoint[KEY] = self._state
 
