@@ -26,6 +26,12 @@ def plain(gradient: Tensor) -> Tensor:
     return real(dense(gradient))
 
 
+def like(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """Plain real numbers as a gradient of ``tensor``: in its shape and type, on its device, complex where it is."""
+    shaped = numbers.view_as(real(tensor)).to(real(tensor))
+    return torch.view_as_complex(shaped.clone()) if tensor.is_complex() else shaped
+
+
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
 
