@@ -526,7 +526,7 @@ class MultiTask:
         """Check the arguments of a step."""
         asked = self.tasks
         if tasks is not None:
-            given = check_tasks(tasks)
+            given = check_tasks(list(tasks) if isinstance(tasks, set | frozenset) else tasks)
             unknown = [name for name in given if name not in self.tasks]
             if unknown:
                 raise ValueError(unknown_task(unknown[0], self.tasks))

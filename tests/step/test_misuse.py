@@ -222,6 +222,7 @@ def test_ready_losses_given_to_a_procedure():
         (["a", 3], TypeError, "sequence of strings"),
         ("abc", TypeError, "sequence of task names"),
         (None, TypeError, "sequence of task names"),
+        ({"a", "b"}, TypeError, "sequence of task names"),
     ],
 )
 def test_tasks_are_checked(tasks, error, message):
