@@ -274,6 +274,18 @@ def test_moving_the_model_to_another_dtype_in_mid_run(method):
         torch.testing.assert_close(seen[0][1], rows, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.skipif(not hasattr(torch.empty(0), "grad_dtype"), reason="an older PyTorch")
+@pytest.mark.parametrize("options", [{"method": "gd"}, {"clip": 0.1}, {"gradients": "layerwise"}], ids=str)
+def test_gradients_of_another_type_than_their_parameters(options):
+    """bfloat16 parameters whose gradients are to be in float32."""
+    model = Toy(TASKS, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    _, _, mt = make(**{"method": "pcgrad", **options}, model=model)
+    mt.backward(closure(model, batch(TASKS, dtype=torch.bfloat16)))
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "wpcgrad", "sequential"])
 def test_bfloat16_parameters_beside_float32_ones(method):
     model = Toy(TASKS, dtype=torch.float32)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torchmto.gradients.finite import plain
 from torchmto.gradients.torch_private import converting, gives_up, is_compiled, is_sink, is_users, places, reentrant
 
 
@@ -160,6 +161,23 @@ def refuse_hidden(names: Sequence[str]) -> None:
             "`backward()`: give the parameters to the function as inputs, and return the gradients that "
             "`torch.autograd.grad` gives for them."
         )
+
+
+def gradients_below(node: Node) -> list[Tensor]:
+    """What a node makes of cotangents of ones, in copies; nothing if it can't be run by itself. Its graph is kept."""
+    outputs = [(n, place) for n, place in enumerate(places(node)) if place.dtype.is_floating_point]
+    below = [GradientEdge(after, number) for after, number in node.next_functions if after is not None]
+    try:
+        found = torch.autograd.grad(
+            [GradientEdge(node, number) for number, _ in outputs],
+            below,
+            [torch.ones(tuple(place.shape), dtype=place.dtype, device=place.device) for _, place in outputs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    except Exception:  # noqa: BLE001 - a user's; in the step it will show, if it does there
+        return []
+    return [plain(gradient).clone() for gradient in found if gradient is not None]
 
 
 def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:

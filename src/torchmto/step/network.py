@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,16 @@ from torch.nn.parameter import is_lazy
 from torchmto.checks import found, warn
 from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import FEW, dense, real
+from torchmto.gradients.finite import FEW, dense, dtype_of_gradient, real
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
-from torchmto.gradients.reach import reach_of, refuse_hidden, refuse_reentrant, run_unreached
+from torchmto.gradients.reach import gradients_below, reach_of, refuse_hidden, refuse_reentrant, run_unreached
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
+from torchmto.step.surroundings import random_state, set_random_state
 from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
 from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
@@ -49,6 +51,9 @@ class Place:
     others: list[bool]
     heads: list[Tensor]
 
+
+AGAIN = 0.05
+"""How much a function's gradient may differ, relatively, when it is computed again: what rounding doesn't explain."""
 
 TF32 = 2.0**-10
 """The machine precision of TensorFloat-32."""
@@ -78,7 +83,8 @@ class Network:
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
 
     Attributes:
-        sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        sizes: Whether tasks get a backward each, and the tasks -> the sizes of the graphs that have been looked at; forgotten
+            when other parameters are trained.
         counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
         places: Task -> where its gradients belong, as its last backward has shown.
         nodes_made: How many graph nodes there had been at the last look.
@@ -124,6 +130,7 @@ class Network:
         self.places: dict[int, Place] = {}
         self.nodes_made = 0
         self._functions = False
+        self._repeatable: set[str] = set()
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
         self.refresh()
         check_wrappers(model, optimizers, self.parameters)
@@ -430,11 +437,15 @@ class Network:
             gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
         return [real(gradient) for gradient in gradients] if self.has_complex else gradients
 
-    def look(self, chunk: Chunk) -> None:
+    def look(self, chunk: Chunk, *, again: bool = False) -> None:
         """Look at the graph of a forward for what the tasks' roles can't be read from.
 
+        Args:
+            chunk: The forward.
+            again: Whether there will be several backwards through it.
+
         Raises:
-            ValueError: If it hides parameters that are trained.
+            ValueError: If it hides parameters that are trained, or can't be gone through again.
         """
         found = reach_of(chunk.losses.values())
         refuse_reentrant(found)
@@ -444,6 +455,32 @@ class Network:
             self._functions = True
             with chunk.activated():
                 refuse_hidden(list(map(self.name, run_unreached(found, chunk.losses.values(), self.parameters))))
+                if again:
+                    self._check_again(chunk.losses.values())
+
+    def _check_again(self, losses: Collection[Tensor]) -> None:
+        """Raise if a function that several tasks go through gives another gradient the second time.
+
+        Its backward may write over what the forward has saved; a kernel's writing shows in no version counter.
+
+        Raises:
+            ValueError: If so.
+        """
+        times = Counter(node for loss in losses for node in reach_of([loss]).functions)
+        for name, node in {node.name(): node for node, number in times.items() if number > 1}.items():
+            if name in self._repeatable:
+                continue
+            random, found = random_state(), []
+            for _ in range(2):
+                found.append(gradients_below(node))
+                set_random_state(random)
+            if any(bool((one - other).norm() > AGAIN * one.norm()) for one, other in zip(*found, strict=False)):
+                raise ValueError(
+                    f"{name} gives another gradient the second time: it writes over what its forward has saved, as fused "
+                    "kernels do (Liger's, `use_liger_kernel`), so every task after the first would get garbage. Leave it out, "
+                    "or use a loss weighting, which takes one backward."
+                )
+            self._repeatable.add(name)
 
     def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
         """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.
@@ -560,8 +597,10 @@ class Network:
                 copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
                 parameter.grad = torch.view_as_complex(copy)
                 continue
-            if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
-                gradient = gradient.to(parameter.device, parameter.dtype)  # noqa: PLW2901
+            # As `dtype_of_gradient`: a call less for every parameter.
+            kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            if gradient.dtype != kind or gradient.device != parameter.device:
+                gradient = gradient.to(parameter.device, kind)  # noqa: PLW2901
             parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
@@ -657,7 +696,7 @@ class Network:
     def set_infinite(self) -> None:
         """Make every gradient infinite: what a scaler sees of a step that overflowed."""
         for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, float("inf"))
+            parameter.grad = torch.full_like(parameter, float("inf"), dtype=dtype_of_gradient(parameter))
 
     @contextlib.contextmanager
     def gradients_aside(self) -> Iterator[None]:
