@@ -327,6 +327,13 @@ def test_a_closure_of_another_model_is_warned_of_once(method):
     assert len(warned(caught, "reach none of the trained parameters")) == 2
 
 
+def test_a_sub_step_of_absent_tasks_is_no_closure_of_another_model():
+    model, _, mt = make("task_groups")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step(closure(model, batch(TASKS), only=("a", "c")))
+
+
 @pytest.mark.parametrize("method", ["gd", "pcgrad"])
 def test_a_closure_that_freezes_what_is_trained(method):
     model, _, mt = make(method)
