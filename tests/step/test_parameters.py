@@ -453,6 +453,22 @@ def test_checkpointing_with_split_norms(method):
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"gradients": "layerwise"}], ids=str)
+def test_checkpointing_moves_statistics_once(options):
+    """However many tasks run the checkpointed part again: as without checkpoints, in ready micro-batches too."""
+    runs = []
+    for checkpointed in (False, True):
+        model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+        if checkpointed:
+            inner = model.trunk.forward
+            model.trunk.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
+        _, _, mt = make("pcgrad", model=model, **options)
+        mt.step(closure(model, batch(TASKS)))
+        mt.step([closure(model, batch(TASKS, seed=seed))(TASKS) for seed in (2, 3)])
+        runs.append(model.state_dict())
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.fixture
 def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

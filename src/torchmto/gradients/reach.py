@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from torchmto.gradients.finite import plain
-from torchmto.gradients.torch_private import converting, gives_up, is_compiled, is_sink, is_users, places, reentrant
+from torchmto.gradients.torch_private import (
+    converting,
+    gives_up,
+    hooked,
+    is_compiled,
+    is_sink,
+    is_users,
+    places,
+    reentrant,
+)
 
 
 @dataclass
@@ -27,12 +36,14 @@ class Reach:
             then only an upper bound.
         reentrant: Whether there is a reentrant checkpoint.
         functions: The nodes of functions written in Python outside PyTorch.
+        recomputed: Whether something else than a tensor is saved: backwards may run parts of the forward again.
     """
 
     leaves: dict[int, float] = field(default_factory=dict)
     regions: list[Node] = field(default_factory=list)
     reentrant: bool = False
     functions: list[Node] = field(default_factory=list)
+    recomputed: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -81,6 +92,7 @@ def reach(roots: Edges) -> Reach:
     found = Reach()
     for node, following in _walk(roots):
         found.note(getattr(node, "variable", None))
+        found.recomputed = found.recomputed or hooked(node)
         name = node.name()
         if is_compiled(node):
             found.regions.append(node)

@@ -52,6 +52,9 @@ class Place:
     heads: list[Tensor]
 
 
+STATISTICS = 100_000
+"""Elements up to which a buffer may be a norm's statistics, which is kept while checkpointed parts run again."""
+
 AGAIN = 0.05
 """How much a function's gradient may differ, relatively, when it is computed again: what rounding doesn't explain."""
 
@@ -90,6 +93,7 @@ class Network:
         nodes_made: How many graph nodes there had been at the last look.
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
+        recomputes: Whether backwards may run parts of the forward again (checkpointing).
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
 
@@ -142,6 +146,7 @@ class Network:
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
+        self.recomputes = False
         self.warned_unasked = False
         self.differentiates = False
         self.sparse = sparse and ranks.size == 1
@@ -451,12 +456,25 @@ class Network:
         refuse_reentrant(found)
         self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
+        self.recomputes = self.recomputes or found.recomputed
         if found.functions:
             self._functions = True
             with chunk.activated():
                 refuse_hidden(list(map(self.name, run_unreached(found, chunk.losses.values(), self.parameters))))
                 if again:
                     self._check_again(chunk.losses.values())
+
+    @contextlib.contextmanager
+    def buffers_as_before(self) -> Iterator[None]:
+        """For backwards that run checkpointed parts of the forward again, once per task: norms see a batch once."""
+        buffers = (b for b in self.model.buffers() if not is_lazy(b) and b.numel() <= STATISTICS)
+        kept = [(buffer, buffer.detach().clone()) for buffer in buffers] if self.recomputes else []
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                # Past the version counter, as the norm's own kernel writes: graphs that are still to be walked check it.
+                buffer.data.copy_(value)
 
     def _check_again(self, losses: Collection[Tensor]) -> None:
         """Raise if a function that several tasks go through gives another gradient the second time.
