@@ -95,7 +95,7 @@ class MultiTask:
         tasks: The names of the tasks.
         method: A method's name, or a method from :func:`torchmto.make_method`.
         shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
-            once a second task has reached it.
+            once a second task has reached it, as all do where the tasks' outputs lie in one tensor.
         weights: Factors of the losses before any method sees them: task -> float (missing ones are 1), or a loss weighting
             (a name or a method), whose weights are then used; "si" gives the gradients of the log-losses, which some code
             calls the LOG variant of a method.
@@ -378,7 +378,8 @@ class MultiTask:
         """Fill ``.grad`` of every trained parameter with what :meth:`step` would hand to the optimizer, and take no step.
 
         For trainers that own the step, in place of ``loss.backward()``. Gradients that are there are replaced; ``clip`` is left
-        to the trainer. With ``scaler`` the gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
+        to the trainer. ``.grad`` may lie in memory that the next call writes over: clone what you keep. With ``scaler`` the
+        gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
         ``scaler.step`` leaves the step out. What the method learns, it learns here.
 
         Args:

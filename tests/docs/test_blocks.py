@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from torchmto import cli
+from torchmto.lab.reproduce.recipe import load_recipe
 from torchmto.lab.run.config import config_of
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,8 @@ def test_every_block_is_a_test(page, monkeypatch, tmp_path):
         if language == "python":
             assert ">>> " in body or page in RUN_ELSEWHERE, f"no test runs this block:\n{body}"
         elif language == "yaml":
-            config_of(yaml.safe_load(body))
+            Path("block.yaml").write_text(body)
+            load_recipe("block.yaml") if "\narms:" in body else config_of(yaml.safe_load(body))
         elif language == "toml":
             tomllib.loads(body)
         elif language in {"sh", "bash"}:
