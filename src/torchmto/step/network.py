@@ -488,7 +488,8 @@ class Network:
         for name, node in {node.name(): node for node, number in times.items() if number > 1}.items():
             if name in self._repeatable:
                 continue
-            random, found = random_state(), []
+            random = random_state()
+            found: list[list[Tensor]] = []
             for _ in range(2):
                 found.append(gradients_below(node))
                 set_random_state(random)
