@@ -159,13 +159,15 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
 def check_tasks(tasks: Iterable[str], parameter: str = "tasks") -> tuple[str, ...]:
     """Return the names of the tasks, the argument ``parameter``, as a tuple: at least one, no name twice.
 
+    Names of other types of strings (numpy's, members of an enum) become plain ones, which saved states can hold.
+
     Raises:
-        TypeError: If a name isn't a string, or ``tasks`` is a single string.
+        TypeError: If a name isn't a string, or ``tasks`` is a single string or a set, whose order differs between processes.
         ValueError: If there is no task, an empty name or a name twice.
     """
-    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+    if isinstance(tasks, str | set | frozenset) or not isinstance(tasks, Iterable):
         raise TypeError(found(parameter, "a sequence of task names", tasks))
-    names = tuple(tasks)
+    names = tuple(str.__str__(name) if isinstance(name, str) else name for name in tasks)
     if not names:
         raise ValueError(found(parameter, "a sequence of at least one task name", list(names)))
     for name in names:

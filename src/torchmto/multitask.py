@@ -95,7 +95,7 @@ class MultiTask:
         tasks: The names of the tasks.
         method: A method's name, or a method from :func:`torchmto.make_method`.
         shared: The shared parameters. Default: found by walking the autograd graph of the losses; a parameter is shared
-            once a second task has reached it.
+            once a second task has reached it, as all do where the tasks' outputs lie in one tensor.
         weights: Factors of the losses before any method sees them: task -> float (missing ones are 1), or a loss weighting
             (a name or a method), whose weights are then used; "si" gives the gradients of the log-losses, which some code
             calls the LOG variant of a method.
@@ -320,7 +320,8 @@ class MultiTask:
     def _factors(self, values: Tensor, indices: tuple[int, ...]) -> Tensor:
         # Read at every step: they are the user's to change.
         assert isinstance(self.weights, dict)
-        return values.new_tensor([self.weights[self.tasks[i]] for i in indices])
+        names = [self.tasks[i] for i in indices]
+        return values.new_tensor([check_number(f"weights[{n!r}]", self.weights.get(n), minimum=0) for n in names])
 
     def _plan(self) -> Plan:
         """What all steps have in common."""
@@ -377,7 +378,8 @@ class MultiTask:
         """Fill ``.grad`` of every trained parameter with what :meth:`step` would hand to the optimizer, and take no step.
 
         For trainers that own the step, in place of ``loss.backward()``. Gradients that are there are replaced; ``clip`` is left
-        to the trainer. With ``scaler`` the gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
+        to the trainer. ``.grad`` may lie in memory that the next call writes over: clone what you keep. With ``scaler`` the
+        gradient stays times its scale, and one that isn't finite stays in ``.grad``: then
         ``scaler.step`` leaves the step out. What the method learns, it learns here.
 
         Args:
@@ -470,9 +472,11 @@ class MultiTask:
                 compiles = first or network.compiled or may_compile()
                 with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
-            except BaseException:
+            except BaseException as error:
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
+                if isinstance(error, RuntimeError):
+                    network.check_trained(error)
                 raise
         except EndedTogether as ended:
             raise ended.error from None
@@ -523,7 +527,7 @@ class MultiTask:
         """Check the arguments of a step."""
         asked = self.tasks
         if tasks is not None:
-            given = check_tasks(tasks)
+            given = check_tasks(list(tasks) if isinstance(tasks, set | frozenset) else tasks)
             unknown = [name for name in given if name not in self.tasks]
             if unknown:
                 raise ValueError(unknown_task(unknown[0], self.tasks))

@@ -795,6 +795,31 @@ def drive(rank: int, size: int, group: Any, kinds: Sequence[str], method: str):
     return results
 
 
+def ready(rank: int, size: int, group: Any, method: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters after steps on ready losses, of some tasks on some ranks; and after the user's own backward."""
+    results = {}
+    for kind in ("plain", "unused", "bucket view"):
+        model, optimizer, _ = _wrapped(kind, group)
+        mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, process_group=group, seed=0, **options)
+
+        def losses(step, tasks, model=model):
+            x, y, _ = data(2 * step + rank, 4, "all")
+            outputs = model(x, tasks)
+            return {t: (outputs[t][:, 0] - y[:, TASKS.index(t)]).square().mean() for t in tasks}
+
+        for step in range(3):
+            mt.step(losses(step, TASKS if rank + step < 2 else TASKS[:1]))
+        for step in range(3, 5):
+            mt.backward(losses(step, TASKS), final=step == 4)
+        optimizer.step()
+        if kind != "plain":
+            optimizer.zero_grad()
+            sum(losses(5, TASKS).values()).backward()
+            results[f"{kind}, own"] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results[kind] = flat(model)
+    return results
+
+
 def _place(pair: tuple[str, Tensor]) -> str:
     names = ("module.", "_orig_mod.", "parametrizations.", ".original")
     return functools.reduce(lambda name, part: name.replace(part, ""), names, pair[0])

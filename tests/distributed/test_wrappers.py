@@ -51,6 +51,18 @@ def test_driven_as_without(pool, method):
             torch.testing.assert_close(result[kind], result["plain"], msg=lambda text, kind=kind: f"{kind}: {text}")
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("gd", {}), ("pcgrad", {}), ("pcgrad", {"gradients": "layerwise"})], ids=str
+)
+def test_ready_losses_of_a_wrapped_model(pool, method, options):
+    """The wrapper, which the forward outside has prepared to reduce, keeps out; of the user's own backward it doesn't."""
+    one, other = pool.run(2, cases.ready, method, options)
+    for kind in ("unused", "bucket view"):
+        torch.testing.assert_close(one[kind], one["plain"])
+        assert torch.equal(one[kind], other[kind])
+        assert torch.equal(one[f"{kind}, own"], other[f"{kind}, own"])
+
+
 def test_join_is_refused_in_the_step(pool):
     for message in pool.run(2, cases.join):
         assert message.startswith("ValueError: `join()`")

@@ -71,6 +71,28 @@ def test_a_wide_network_takes_the_mix_and_the_same_steps(
     _equal(nets)
 
 
+def test_complex_parameters() -> None:
+    """As in Fourier neural operators."""
+
+    class Spectral(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modes = nn.Parameter(torch.randn(257, dtype=torch.cfloat))
+
+        def losses(self, x: Tensor, tasks: tuple[str, ...]) -> dict[str, Tensor]:
+            return self.spread(torch.fft.irfft(torch.fft.rfft(self.trunk(x)) * self.modes, 512), tasks)
+
+    nets = []
+    for gradients in ("auto", "parameters"):
+        nets.append(Spectral())
+        mt, x = _made(nets[-1], gradients), torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            info = mt.step(lambda tasks, x=x, net=nets[-1]: net.losses(x, tasks))
+        assert info.engine == ("mixed" if gradients == "auto" else "parameters")
+    for first, second in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("scaled", [False, True])
 def test_half_precision_and_a_scaler(scaled: bool) -> None:
     nets = []

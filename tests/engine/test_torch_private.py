@@ -78,6 +78,7 @@ def test_distributed_data_parallel(process_group):
     assert not torch_private.delayed_by(replica)
     assert not torch_private.hooks_of(replica)
     assert not torch_private.is_joining(replica)
+    torch_private.forgetting(replica)()
     replica.register_comm_hook(None, default_hooks.allreduce_hook)
     assert torch_private.hooks_of(replica)
     with replica.join():

@@ -56,3 +56,24 @@ def test_a_whole_step_inside_accumulate_is_refused():
     mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method="gd")
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match=r"mt\.backward"):
         mt.step(closure(model, batch(TASKS)))
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_a_prepared_optimizer_s_own_scaler(method):
+    """It divides gradients by a scale that MultiTask has to know, and steps through it, which mt.step can't follow."""
+    accelerate.Accelerator(cpu=True)
+    model, (twin, _, mt_twin) = Toy(TASKS), make(method, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler)
+    for other in (None, torch.amp.GradScaler("cpu")):
+        with pytest.raises(ValueError, match=r"Parameter `scaler` should be.*`accelerator\.scaler`"):
+            torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, scaler=other)
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, scaler=scaler)
+    before = flat(model)
+    with pytest.raises(RuntimeError, match=r"by itself.*mt\.backward"):
+        mt.step(closure(model, batch(TASKS)))
+    assert torch.equal(flat(model), before)
+    mt.backward(closure(model, batch(TASKS)))
+    optimizer.step()
+    mt_twin.step(closure(twin, batch(TASKS)))
+    torch.testing.assert_close(flat(model), flat(twin))

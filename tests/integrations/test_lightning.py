@@ -14,7 +14,7 @@ import torchmto
 from toy import Toy, batch, closure, flat, same
 
 L = pytest.importorskip("lightning.pytorch")
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import Callback, LearningRateFinder, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.plugins.precision import MixedPrecision  # noqa: E402
 
 from torchmto.integrations.lightning import MultiTaskMixin  # noqa: E402
@@ -178,6 +178,29 @@ def test_a_second_fit_keeps_what_the_method_knows(tmp_path):
     seen = []
     run.fit(net, loader(data))
     assert same(seen[0]["method_state"], before["method_state"])
+
+
+def test_a_search_of_the_learning_rate_leaves_the_method_as_it_was(tmp_path):
+    """Its steps are undone by a checkpoint from before the first one."""
+    nets = [Net("gradvac"), Net("gradvac")]
+    for net, callbacks in zip(nets, ([], [LearningRateFinder(num_training_steps=3, update_attr=False)]), strict=True):
+        net.lr = 0.02
+        trainer(tmp_path, callbacks=callbacks).fit(net, loader(batches(4)))
+    assert same(*(net.multitask.state_dict() for net in nets))
+    assert same(*(flat(net.toy) for net in nets))
+
+
+def test_a_mean_of_nothing_is_not_logged(tmp_path):
+    class Empty(Net):
+        def task_losses(self, data, tasks):
+            losses = super().task_losses(data, tasks)
+            return {**losses, "a": (losses["a"] * torch.nan, 0)}
+
+    net = Empty("pcgrad")
+    run = trainer(tmp_path)
+    run.fit(net, loader(batches(2)))
+    assert "train/a" not in run.callback_metrics
+    assert run.callback_metrics["train/b"].isfinite()
 
 
 def test_bf16_is_the_forward_s_own(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,40 @@ def test_partial_labels():
     assert collate.filled({}, 2, torch.device("cpu"))["box"].shape == (2, 4)
     with pytest.raises(ValueError, match="`labels` should be about the tasks kind, box, size"):
         collate([{"x": torch.ones(2), "labels": {"king": 1}}])
+    for labels in (1, torch.ones(2)):
+        with pytest.raises(TypeError, match="`labels` should be a mapping of task names to labels in every sample"):
+            collate([{"x": torch.ones(2), "labels": labels}])
+
+
+def test_partial_labels_of_ints_and_floats():
+    stars = [{"x": 0.0, "labels": {"stars": star}} for star in (2, None, 3.5)]
+    assert PartialLabels({"stars": -1})(stars)["labels"]["stars"].tolist() == [2.0, -1.0, 3.5]
+
+
+def test_a_batch_without_labels_of_a_task_counts_for_nothing(tmp_path):
+    """Its mean is NaN, and its count 0."""
+    run, collate = trainer(tmp_path), PartialLabels(MISSING)
+
+    def filled(features):
+        batch = collate(features)
+        return {**batch, "labels": collate.filled(batch["labels"], len(features), torch.device("cpu"))}
+
+    run.eval_dataset = [{**entry, "labels": entry["labels"] if i > 3 else {}} for i, entry in enumerate(samples(8))]
+    expected = {key: value for key, value in run.evaluate().items() if key.endswith("loss")}
+    run.data_collator = filled
+    assert {key: value for key, value in run.evaluate().items() if key.endswith("loss")} == pytest.approx(expected)
+
+
+def test_a_new_model_has_a_new_method(tmp_path):
+    """With ``model_init=`` every ``train()`` starts afresh."""
+    run = trainer(
+        tmp_path, "uw", kind=lambda model, **options: InOrder(model_init=lambda: Model(torch.float64), **options)
+    )
+    results = []
+    for _ in range(2):
+        run.train()
+        results.append((flat(run.model), run.multitask.state_dict()["method_state"]))
+    assert same(*results)
 
 
 def test_misuse(tmp_path):
@@ -249,6 +284,12 @@ def test_misuse(tmp_path):
         trainer(tmp_path, options={"clip": 1.0})
     with pytest.raises(RuntimeError, match="once training has begun"):
         _ = trainer(tmp_path).multitask
+    model = Model()
+    model.config = types.SimpleNamespace(problem_type=None)
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor` is about the Trainer's own loss.*`task_losses`"):
+        trainer(tmp_path, model=model, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"`compute_loss_func` is about the Trainer's own loss"):
+        trainer(tmp_path, kind=lambda **options: InOrder(compute_loss_func=print, **options))
 
     class Single(Model):
         def forward(self, x, labels=None):

@@ -327,6 +327,17 @@ def test_random_weights_come_from_the_generator() -> None:
     assert not torch.equal(method.weights(torch.eye(3)), first)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_orders_are_drawn_alike_whatever_the_default_type(dtype: torch.dtype) -> None:
+    expected = torchmto.make_method("pcgrad").weights(-torch.ones(5, 5) + 6 * torch.eye(5))
+    torch.set_default_dtype(dtype)
+    try:
+        found = torchmto.make_method("pcgrad").weights((-torch.ones(5, 5) + 6 * torch.eye(5)).float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 def test_constant() -> None:
     method = made("constant", weights={"a": 1.0, "b": 2.0, "c": 0.0})
     method.bind(("c", "b", "a"))

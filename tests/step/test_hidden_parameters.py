@@ -205,3 +205,65 @@ def test_graphs_are_looked_at_once(monkeypatch):
         for _ in range(3):
             mt.step(model)
         assert not walks
+
+
+class Overwriting(torch.autograd.Function):
+    """Its backward writes its results where its forward has saved its inputs, past their version counters."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, y = ctx.saved_tensors
+        results = gradient * y, gradient * x
+        x.data.copy_(results[0])
+        y.data.copy_(results[1])
+        return x, y
+
+
+class Rounded(torch.autograd.Function):
+    """Its backward rounds at random."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + torch.rand_like(gradient)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "layerwise"}], ids=str)
+def test_a_backward_that_ruins_what_the_next_one_needs(options):
+    """A fused kernel's: refused where several tasks go through it; one backward, or one task's own head, is fine."""
+
+    def fused(module, x):
+        module = module[0] if isinstance(module, nn.Sequential) else module
+        return Overwriting.apply(module(x), module(x) + 1)
+
+    model, mt = made("pcgrad", options, second=fused)
+    before = state(mt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"OverwritingBackward gives another gradient the second time.*Liger"):
+            mt.step(model)
+        assert same(state(mt), before)
+    model, mt = made("gd", second=fused)
+    mt.backward(model)
+    twin, own = made("gd", second=lambda module, x: module[0](x) * (module[0](x) + 1))
+    own.backward(twin)
+    torch.testing.assert_close([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+    model, mt = made("pcgrad", head=fused)
+    assert mt.step(model).num_optimizer_steps == 1
+
+
+def test_a_backward_that_draws_random_numbers_is_no_such_thing():
+    model, mt = made("pcgrad", second=lambda module, x: Rounded.apply(module(x)))
+    state_before = torch.get_rng_state()
+    mt.backward(model)
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(state_before)
+    mt.backward(model)
+    assert torch.equal(torch.get_rng_state(), drawn)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import torchmto
-from toy import Toy, batch, closure, make, same, state
+from toy import Toy, batch, closure, flat, make, same, state
 
 TASKS = ("a", "b", "c")
 
@@ -222,6 +222,7 @@ def test_ready_losses_given_to_a_procedure():
         (["a", 3], TypeError, "sequence of strings"),
         ("abc", TypeError, "sequence of task names"),
         (None, TypeError, "sequence of task names"),
+        ({"a", "b"}, TypeError, "sequence of task names"),
     ],
 )
 def test_tasks_are_checked(tasks, error, message):
@@ -311,6 +312,48 @@ def test_parameters_outside_the_optimizer_are_warned_of_once(method):
     (message,) = warned(caught, "isn't in the optimizer")
     assert "`heads.a.weight` (6 such in all)" in message
     assert "requires_grad_(False)" in message
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
+def test_a_closure_of_another_model_is_warned_of_once(method):
+    """As where the cell of a notebook that makes the model is run again, or a copy trains and the closure has the original."""
+    model, _, mt = make(method)
+    mt.step(closure(model, batch(TASKS)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for other in (copy.deepcopy(mt), make(method)[2]):
+            for _ in range(2):
+                assert other.step(closure(model, batch(TASKS))).num_optimizer_steps == 0
+    assert len(warned(caught, "reach none of the trained parameters")) == 2
+
+
+def test_a_sub_step_of_absent_tasks_is_no_closure_of_another_model():
+    model, _, mt = make("task_groups")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step(closure(model, batch(TASKS), only=("a", "c")))
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_a_closure_that_freezes_what_is_trained(method):
+    model, _, mt = make(method)
+    before = flat(model)
+
+    def freezing(tasks):
+        model.trunk.requires_grad_(False)
+        return closure(model, batch(TASKS))(tasks)
+
+    with pytest.raises(ValueError, match=r"`trunk.0.weight` \(2 such in all\) was frozen"):
+        mt.step(freezing)
+    assert same(flat(model), before)
+
+
+@pytest.mark.parametrize("value", [-1.0, "1", None, float("nan")])
+def test_weights_that_are_changed_are_checked(value):
+    model, _, mt = make("gd", weights={"a": 2.0})
+    mt.weights["a"] = value
+    with pytest.raises((TypeError, ValueError), match=r"Parameter `weights\['a'\]` should be a non-negative float"):
+        mt.step(closure(model, batch(TASKS)))
 
 
 def test_gradients_set_before_the_first_step_are_warned_of_once():

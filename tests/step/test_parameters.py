@@ -274,6 +274,18 @@ def test_moving_the_model_to_another_dtype_in_mid_run(method):
         torch.testing.assert_close(seen[0][1], rows, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.skipif(not hasattr(torch.empty(0), "grad_dtype"), reason="an older PyTorch")
+@pytest.mark.parametrize("options", [{"method": "gd"}, {"clip": 0.1}, {"gradients": "layerwise"}], ids=str)
+def test_gradients_of_another_type_than_their_parameters(options):
+    """bfloat16 parameters whose gradients are to be in float32."""
+    model = Toy(TASKS, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    _, _, mt = make(**{"method": "pcgrad", **options}, model=model)
+    mt.backward(closure(model, batch(TASKS, dtype=torch.bfloat16)))
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "wpcgrad", "sequential"])
 def test_bfloat16_parameters_beside_float32_ones(method):
     model = Toy(TASKS, dtype=torch.float32)
@@ -439,6 +451,22 @@ def test_checkpointing_with_split_norms(method):
                 mt.step([closure(model, (data[0][:4].clone(), {t: y[:4] for t, y in data[1].items()}))] * 2)
         runs.append(flat(model))
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "layerwise"}], ids=str)
+def test_checkpointing_moves_statistics_once(options):
+    """However many tasks run the checkpointed part again: as without checkpoints, in ready micro-batches too."""
+    runs = []
+    for checkpointed in (False, True):
+        model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+        if checkpointed:
+            inner = model.trunk.forward
+            model.trunk.forward = lambda x, inner=inner: checkpoint(inner, x, use_reentrant=False)
+        _, _, mt = make("pcgrad", model=model, **options)
+        mt.step(closure(model, batch(TASKS)))
+        mt.step([closure(model, batch(TASKS, seed=seed))(TASKS) for seed in (2, 3)])
+        runs.append(model.state_dict())
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Saving and loading: what doesn't fit is refused with a clear message and changes nothing."""
 
 import copy
+import enum
 import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,24 @@ def test_a_state_loads_with_weights_only():
         torch.save(mt.state_dict(), file)
         file.seek(0)
         assert same(torch.load(file, weights_only=True), mt.state_dict())
+
+
+def test_names_of_other_types_of_strings_are_plain_in_a_state():
+    class Name(enum.StrEnum):
+        A, B, C = TASKS
+
+    for names in (np.array(TASKS), list(Name)):
+        model = Toy(TASKS)
+        mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=names, method="wpcgrad")
+        mt.step(
+            lambda _, model=model, names=names: dict(
+                zip(names, closure(model, batch(TASKS))(TASKS).values(), strict=True)
+            )
+        )
+        file = io.BytesIO()
+        torch.save(mt.state_dict(), file)
+        file.seek(0)
+        make("wpcgrad")[2].load_state_dict(torch.load(file, weights_only=True))
 
 
 CHANGES = {

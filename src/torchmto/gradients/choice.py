@@ -10,6 +10,7 @@ from torch.autograd.graph import Node
 
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.factors import Factor, find_factors
+from torchmto.gradients.finite import like
 from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
 from torchmto.gradients.stack import Stack
@@ -113,7 +114,7 @@ class Auto(Engine):
         weights = [float(ratio(weighted, self._seeds[task])) for task, weighted in pieces[0].seeds.items()]
         with torch.no_grad():
             for leaf, stack in self._formed.items():
-                leaf.grad = _weighted(stack, weights).to(leaf)
+                leaf.grad = like(_weighted(stack, weights), leaf)
             for factor, stack in self._cotangents:
                 factor.leaf.grad = factor.combined(_weighted(stack.wide, weights))
         self.forget()

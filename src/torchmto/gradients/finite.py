@@ -26,6 +26,18 @@ def plain(gradient: Tensor) -> Tensor:
     return real(dense(gradient))
 
 
+def dtype_of_gradient(tensor: Tensor) -> torch.dtype:
+    """The type of a tensor's gradients: its own, unless newer versions of PyTorch were told of another (``grad_dtype``)."""
+    own: torch.dtype | None = getattr(tensor, "grad_dtype", None) if tensor.is_leaf else None
+    return own or tensor.dtype
+
+
+def like(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """Plain real numbers as a gradient of ``tensor``: in its shape and type, on its device, complex where it is."""
+    shaped = numbers.view_as(real(tensor)).to(tensor.device, dtype_of_gradient(tensor).to_real())
+    return torch.view_as_complex(shaped.clone()) if tensor.is_complex() else shaped
+
+
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:
     """A scalar tensor that is finite only if all entries of ``gradients`` are; 0 for none.
 

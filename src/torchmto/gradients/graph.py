@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
+from torchmto.gradients.reach import beyond, edges_of
 from torchmto.gradients.torch_private import has_hooks, native, number_of
 
 Edge = tuple[Node, int]
@@ -46,14 +47,15 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
     """Walk the graph of ``losses``, task -> loss, from the last operation to the first, as far as the nodes ``stop``."""
     masks: dict[Node, int] = {}
     for task, loss in losses.items():
-        if loss.grad_fn is not None:
-            masks[loss.grad_fn] = masks.get(loss.grad_fn, 0) | 1 << task
+        root, _ = beyond(loss.grad_fn, loss.output_nr)
+        if root is not None:
+            masks[root] = masks.get(root, 0) | 1 << task
     waiting: dict[Node, int] = dict.fromkeys(masks, 0)
     following: dict[Node, list[Node]] = {}
     stack = list(waiting)
     while stack:
         node = stack.pop()
-        followers = [] if node in stop else [other for other, _ in node.next_functions if other is not None]
+        followers = [] if node in stop else [other for other, _ in edges_of(node) if other is not None]
         following[node] = followers
         for other in followers:
             if other not in waiting:
@@ -145,7 +147,7 @@ class _Cut:
                 self._needed.add(node)
 
     def _needs(self, node: Node) -> tuple[bool, ...]:
-        return tuple(other in self._needed for other, _ in node.next_functions)
+        return tuple(other in self._needed for other, _ in edges_of(node))
 
     def whole(self) -> list[Run]:
         """All that is needed as one run."""
@@ -171,7 +173,7 @@ class _Cut:
         return segments
 
     def _size(self, run: Run) -> int:
-        leaves = {other for node in run.nodes for other, _ in node.next_functions if other in self._sizes}
+        leaves = {other for node in run.nodes for other, _ in edges_of(node) if other in self._sizes}
         return sum(self._sizes[leaf] for leaf in leaves) + (0 if run.factor is None else run.factor.size)
 
     def _heads(self) -> list[Run]:
@@ -186,7 +188,7 @@ class _Cut:
             shared = {
                 other
                 for node in nodes
-                for other, _ in node.next_functions
+                for other, _ in edges_of(node)
                 if other in self._sizes and self._graph.masks[other].bit_count() > 1
             }
             if sum(self._sizes[leaf] for leaf in shared) <= self._enough:
@@ -210,7 +212,7 @@ class _Cut:
             size = 0
 
         for node in nodes:
-            following = [other for other, _ in node.next_functions if other in self._needed]
+            following = [other for other, _ in edges_of(node) if other in self._needed]
             # Parameters' own hooks are called by backwards.
             leaves = [self._graph.leaves[other] for other in following if other in self._sizes]
             if self._direct and native(node) and not any(map(has_hooks, leaves)):
@@ -234,7 +236,7 @@ class _Cut:
         leaves: dict[Node, None] = {}
         below: dict[Edge, None] = {}
         for node in nodes:
-            for other, number in node.next_functions:
+            for other, number in edges_of(node):
                 if other in self._sizes:
                     leaves[other] = None
                 elif other in self._needed and other not in inside:

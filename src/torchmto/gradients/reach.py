@@ -5,14 +5,24 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from torchmto.gradients.torch_private import converting, gives_up, is_compiled, is_sink, is_users, places, reentrant
+from torchmto.gradients.finite import plain
+from torchmto.gradients.torch_private import (
+    converting,
+    gives_up,
+    hooked,
+    is_compiled,
+    is_sink,
+    is_users,
+    places,
+    reentrant,
+)
 
 
 @dataclass
@@ -26,12 +36,14 @@ class Reach:
             then only an upper bound.
         reentrant: Whether there is a reentrant checkpoint.
         functions: The nodes of functions written in Python outside PyTorch.
+        recomputed: Whether something else than a tensor is saved: backwards may run parts of the forward again.
     """
 
     leaves: dict[int, float] = field(default_factory=dict)
     regions: list[Node] = field(default_factory=list)
     reentrant: bool = False
     functions: list[Node] = field(default_factory=list)
+    recomputed: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -49,35 +61,39 @@ Edges = Sequence[tuple[Node | None, int]]
 """Nodes of the backward graph, each with the number of its output."""
 
 
-def _key(node: Node, output: int) -> Hashable:
-    """A node, by its output where its outputs have nothing to do with each other."""
-    return (node, output) if is_sink(node) else node
+def beyond(node: Node | None, output: int) -> tuple[Node | None, int]:
+    """Where an edge leads past a node that ``DistributedDataParallel`` passes all outputs of a model through as they are."""
+    while node is not None and is_sink(node) and output < len(node.next_functions):
+        node, output = node.next_functions[output]
+    return node, output
 
 
-def _walk(roots: Edges) -> Iterator[tuple[Node, Hashable, Edges]]:
-    """Every node that ``roots`` lead to, once, with its key and where it leads."""
-    visited: set[Hashable] = set()
-    stack = list(roots)
+def edges_of(node: Node) -> list[tuple[Node | None, int]]:
+    """Where a node's results go."""
+    return [beyond(*edge) for edge in node.next_functions]
+
+
+def _walk(roots: Edges) -> Iterator[tuple[Node, Edges]]:
+    """Every node that ``roots`` lead to, once, and where it leads."""
+    visited: set[Node] = set()
+    stack = [beyond(*root) for root in roots]
     while stack:
-        node, output = stack.pop()
-        if node is None or (key := _key(node, output)) in visited:
+        node, _ = stack.pop()
+        if node is None or node in visited:
             continue
-        visited.add(key)
-        following = node.next_functions
-        if key is not node and output < len(following):
-            following = following[output : output + 1]
-        yield node, key, following
+        visited.add(node)
+        following = edges_of(node)
+        yield node, following
         stack += following
 
 
 def reach(roots: Edges) -> Reach:
     """Walk the autograd graph from nodes, each with the number of its output, down to its leaves."""
     found = Reach()
-    for node, key, following in _walk(roots):
+    for node, following in _walk(roots):
         found.note(getattr(node, "variable", None))
+        found.recomputed = found.recomputed or hooked(node)
         name = node.name()
-        if key is not node:
-            continue
         if is_compiled(node):
             found.regions.append(node)
         elif name == reentrant():
@@ -92,17 +108,17 @@ def reach(roots: Edges) -> Reach:
 
 def branches(losses: Iterable[Tensor]) -> list[GradientEdge]:
     """The results that several losses share where the own part of one of them reads them; leaves are left out."""
-    uses: dict[Hashable, int] = {}
-    leading: dict[Hashable, Edges] = {}
+    uses: dict[Node, int] = {}
+    leading: dict[Node, Edges] = {}
     for loss in losses:
-        for _, key, following in _walk([(loss.grad_fn, loss.output_nr)]):
-            uses[key] = uses.get(key, 0) + 1
-            leading[key] = following
-    read = dict.fromkeys(edge for key, following in leading.items() if uses[key] == 1 for edge in following)
+        for node, following in _walk([(loss.grad_fn, loss.output_nr)]):
+            uses[node] = uses.get(node, 0) + 1
+            leading[node] = following
+    read = dict.fromkeys(edge for node, following in leading.items() if uses[node] == 1 for edge in following)
     return [
         GradientEdge(node, output)
         for node, output in read
-        if node is not None and uses[_key(node, output)] > 1 and not hasattr(node, "variable")
+        if node is not None and uses[node] > 1 and not hasattr(node, "variable")
     ]
 
 
@@ -157,6 +173,23 @@ def refuse_hidden(names: Sequence[str]) -> None:
             "`backward()`: give the parameters to the function as inputs, and return the gradients that "
             "`torch.autograd.grad` gives for them."
         )
+
+
+def gradients_below(node: Node) -> list[Tensor]:
+    """What a node makes of cotangents of ones, in copies; nothing if it can't be run by itself. Its graph is kept."""
+    outputs = [(n, place) for n, place in enumerate(places(node)) if place.dtype.is_floating_point]
+    below = [GradientEdge(after, number) for after, number in node.next_functions if after is not None]
+    try:
+        found = torch.autograd.grad(
+            [GradientEdge(node, number) for number, _ in outputs],
+            below,
+            [torch.ones(tuple(place.shape), dtype=place.dtype, device=place.device) for _, place in outputs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    except Exception:  # noqa: BLE001 - a user's; in the step it will show, if it does there
+        return []
+    return [plain(gradient).clone() for gradient in found if gradient is not None]
 
 
 def run_unreached(found: Reach, losses: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from torchmto.gradients.backwards import quiet
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
-from torchmto.gradients.finite import plain, real
+from torchmto.gradients.finite import like, plain, real
 from torchmto.gradients.graph import read_graph
 from torchmto.gradients.rows import gramian
 from torchmto.gradients.torch_private import tree_leaves
@@ -118,13 +118,7 @@ class Representation(Engine):
         with quiet(shared):
             torch.autograd.backward(
                 outputs,
-                [_like(output, part) for part, output in zip(combined, outputs, strict=True)],
+                [like(part, output) for part, output in zip(combined, outputs, strict=True)],
                 inputs=list(shared),
             )
         return 1
-
-
-def _like(output: Tensor, part: Tensor) -> Tensor:
-    """A part of the combined rows as a cotangent of ``output``."""
-    shaped = part.view_as(real(output)).to(real(output))
-    return torch.view_as_complex(shaped.clone()) if output.is_complex() else shaped

@@ -156,6 +156,9 @@ hooks_of: Callable[[Any], Any] = _of("DistributedDataParallel", "_comm_hooks")
 is_joining: Callable[[Any], bool] = _of("DistributedDataParallel", "_join_config.enable")
 """Whether ``DistributedDataParallel`` is inside ``join()``."""
 
+forgetting: Callable[[Any], Callable[[], None]] = _of("DistributedDataParallel", "reducer._reset_state")
+"""What makes ``DistributedDataParallel`` forget that a forward has prepared it to reduce in the next backward."""
+
 
 # ------------------------------------------------------------------ nodes of the backward graph
 

@@ -11,6 +11,7 @@ from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
+from torchmto.gradients.reach import beyond, edges_of
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import places
@@ -32,9 +33,10 @@ class Walk:
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
-            if loss.grad_fn is not None:  # a leaf reaches no parameter but itself
+            root, number = beyond(loss.grad_fn, loss.output_nr)
+            if root is not None:  # a leaf reaches no parameter but itself
                 stack = Stack((tasks.index(task),), [torch.ones_like(loss) if seed is None else seed])
-                self._wait((loss.grad_fn, loss.output_nr), stack)
+                self._wait((root, number), stack)
 
     def _wait(self, edge: Edge, stack: Stack) -> None:
         self._waiting.setdefault(edge, []).append(stack)
@@ -64,9 +66,10 @@ class Walk:
         results = self._by_rule(run, given[0]) if arrived[0] is not None and len(given) == 1 else None
         if results is None:
             results = self._one_by_one(node, arrived)
-        for (following, number), need, result in zip(node.next_functions, run.needs, results, strict=True):
+        for (following, number), need, result in zip(edges_of(node), run.needs, results, strict=True):
             if not need or result is None:
                 continue
+            assert following is not None, "what needs a cotangent is there"
             leaf = getattr(following, "variable", None)
             if leaf is None:
                 self._wait((following, number), result.like(places(following)[number]))

@@ -15,7 +15,6 @@ from torch import Tensor
 from torchmto import Method, MultiTask, StepInfo, make_method
 from torchmto.checks import check_tasks, found
 from torchmto.integrations import require
-from torchmto.step.wrappers import replicas
 from torchmto.task_norms import active_task
 
 require("lightning", "lightning", "pytorch_lightning")
@@ -170,7 +169,7 @@ class MultiTaskMixin(_Base):
                 )
             losses.update(given)
         self._losses = losses
-        values = {task: _value(loss) for task, loss in losses.items()}
+        values = {task: _value(loss) for task, loss in losses.items() if not _is_empty(loss)}
         self.log_dict({f"train/{task}": value for task, value in values.items()})
         return sum(values.values(), torch.zeros((), device=self.device))
 
@@ -191,6 +190,9 @@ class MultiTaskMixin(_Base):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the method knows goes into the checkpoint. Call ``super()`` if you override this."""
         super().on_save_checkpoint(checkpoint)
+        if self._arguments is not None and self._is_fitting:
+            # Before the first step, too: what searches a learning rate or a batch size goes back to there.
+            _ = self.multitask
         if self._state is not None:
             checkpoint[KEY] = self._state
 
@@ -228,9 +230,6 @@ class MultiTaskMixin(_Base):
         if saved is not None:
             built.load_state_dict(saved["multitask"])
             self._window = saved["window"]
-        for replica in replicas(strategy.model):
-            # MultiTask alone reduces. Its own `no_sync` comes after the forward, too late.
-            replica.require_backward_grad_sync = False
         return built
 
     def _in_precision(self, batch: Any, tasks: tuple[str, ...]) -> Mapping[str, Any]:
@@ -242,6 +241,11 @@ def _value(loss: Any) -> Tensor:
     """A loss as a number, without its count; zero for what `mt.backward` is about to refuse."""
     value = loss[0] if isinstance(loss, tuple | list) else loss
     return value.detach() if isinstance(value, Tensor) and value.dim() == 0 else torch.zeros(())
+
+
+def _is_empty(loss: Any) -> bool:
+    """Whether a loss is the mean of nothing."""
+    return isinstance(loss, tuple) and len(loss) == 2 and bool(loss[1] == 0)
 
 
 __all__ = ["MultiTaskMixin"]

@@ -4,7 +4,9 @@
 and the one optimizer step per effective batch stay the Trainer's.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +61,13 @@ class PartialLabels:
         """A batch of the samples ``features``.
 
         Raises:
+            TypeError: If a sample's labels aren't by task.
             ValueError: If a sample has a label of an unknown task.
         """
-        given = [dict(feature.get("labels") or {}) for feature in features]
+        given = [{} if feature.get("labels") is None else feature["labels"] for feature in features]
         for labels in given:
+            if not isinstance(labels, Mapping):
+                raise TypeError(found("labels", "a mapping of task names to labels in every sample", labels))
             for task in labels.keys() - self.missing.keys():
                 raise ValueError(found("labels", f"about the tasks {', '.join(self.missing)}", task))
         batch = dict(self.collate([{k: v for k, v in feature.items() if k != "labels"} for feature in features]))
@@ -75,9 +80,9 @@ class PartialLabels:
         known = [tensor for tensor in tensors if tensor is not None]
         if not known:
             return None
-        blank = (
-            self.missing[task].to(torch.promote_types(known[0].dtype, self.missing[task].dtype)).expand(known[0].shape)
-        )
+        kinds = (tensor.dtype for tensor in known)
+        blank = self.missing[task].to(reduce(torch.promote_types, kinds, self.missing[task].dtype))
+        blank = blank.expand(known[0].shape)
         return torch.stack([blank if tensor is None else tensor.to(blank.dtype) for tensor in tensors])
 
     def filled(self, labels: Mapping[str, Tensor], size: int, device: torch.device) -> dict[str, Tensor]:
@@ -106,7 +111,8 @@ class MultiTaskTrainer(Trainer):
         step_info: What the last call of ``mt.backward`` did; None before the first.
 
     Raises:
-        ValueError: If the method takes several optimizer steps or forwards per batch, or an option is the Trainer's.
+        ValueError: If the method takes several optimizer steps or forwards per batch, an option is the Trainer's, or a setting
+            is about the Trainer's own loss.
     """
 
     def __init__(
@@ -133,7 +139,7 @@ class MultiTaskTrainer(Trainer):
                     f"Method `{part.name}` {reason}, and the Trainer takes one step per batch: call mt.step(closure) in a "
                     "loop of your own, or use torchmto.integrations.lightning."
                 )
-        self._options = {"method": method, **options}
+        self._options = self._fresh = {"method": method, **options}
         self._multitask: MultiTask | None = None
         self._wrapped: nn.Module | None = None
         self._saved: dict[str, Any] | None = None
@@ -142,6 +148,16 @@ class MultiTaskTrainer(Trainer):
         self._evaluated: dict[str, list[float]] | None = None
         self.step_info: StepInfo | None = None
         super().__init__(*args, **kwargs)
+        own = {
+            "label_smoothing_factor": self.args.label_smoothing_factor,
+            "compute_loss_func": self.compute_loss_func,
+        }
+        for name, value in own.items():
+            if value:
+                raise ValueError(
+                    f"Parameter `{name}` is about the Trainer's own loss, which isn't trained here. Leave it out, and compute "
+                    "the tasks' losses in the model or in `task_losses`."
+                )
 
     @property
     def multitask(self) -> MultiTask:
@@ -199,6 +215,14 @@ class MultiTaskTrainer(Trainer):
 
     # ------------------------------------------------------------------ training
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new model (``model_init=``), of which the method knows nothing yet."""
+        parts = {name: copy.deepcopy(self._fresh.get(name)) for name in ("method", "weights")}
+        self._options = {**self._fresh, **parts}
+        self._multitask, self._saved, self._window, self._trained = None, None, None, {}
+        model: nn.Module = super().call_model_init(trial)
+        return model
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """``mt.backward`` on one micro-batch; what is returned adds up to the loss of the effective batch."""
         model.train()
@@ -250,6 +274,8 @@ class MultiTaskTrainer(Trainer):
         counted: dict[str, Any] = {
             task: loss if isinstance(loss, tuple | list) else (loss, size) for task, loss in losses.items()
         }
+        # Without a label a mean has no value.
+        counted = {task: pair for task, pair in counted.items() if float(pair[1]) > 0}
         if self._evaluated is not None:
             _add(self._evaluated, counted)
         total = sum((loss for loss, _ in counted.values()), torch.zeros((), device=self.args.device))

@@ -58,9 +58,10 @@ class StepContext:
         self.num_optimizer_steps = 0
         self.skipped = False
         self.reason = ""
-        # What `.grad` holds before `apply`: the losses it comes from, whether these are still to be checked, and whether the
-        # scaler's scale is in it.
+        # What `.grad` holds before `apply`: the losses it comes from, whether one of them is of the tasks that are to move,
+        # whether they are still to be checked, and whether the scaler's scale is in it.
         self._losses: Losses | None = None
+        self._moving = True
         self._unchecked = False
         self._scaled = False
 
@@ -232,7 +233,7 @@ class StepContext:
         else:
             combine_graphs(self._parts, gradients, weights)
         set_heads(network, gradients, None if heads == "unit" else weights if head_weights is None else head_weights)
-        self._losses, self._unchecked, self._scaled = gradients.reduced, False, False
+        self._losses, self._moving, self._unchecked, self._scaled = gradients.reduced, True, False, False
 
     def fail(self, gradients: TaskGradients, message: str) -> NoReturn:
         """Give up a step whose gradients a method can't take, as if they weren't finite (see ``on_nonfinite``)."""
@@ -279,7 +280,8 @@ class StepContext:
         else:
             losses = weighted_backward(parts, request, weigh, fixed=fixed, heads=heads)
         self.network.warn_of_unshared()
-        self._losses, self._unchecked, self._scaled = losses, True, self.network.scaler is not None
+        self._losses, self._moving = losses, not request.wanted.isdisjoint(losses.indices)
+        self._unchecked, self._scaled = True, self.network.scaler is not None
         return losses
 
     def check(self, losses: Losses) -> None:
@@ -356,7 +358,7 @@ class StepContext:
         parts = self._parts
         with network.optimizers.scaling() if network.scaler is not None else contextlib.nullcontext():
             gradients = self._final_gradients()
-            if losses is not None and losses.indices and (losses.indices, len(gradients)) not in network.counts:
+            if losses is not None and self._moving and (losses.indices, len(gradients)) not in network.counts:
                 network.counts.add((losses.indices, len(gradients)))
                 network.warn_of_replaced(none=not gradients)
             if not gradients:

@@ -54,7 +54,7 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
                 chunk.counts = dict.fromkeys(chunk.counts, 1.0)
             if grad:
                 network.nodes_made = nodes_made()
-                _observe(parts, chunk, closure, group, size=network.nodes_made - start)
+                _observe(parts, chunk, closure, group, size=network.nodes_made - start, apart=apart)
                 if apart and (network.compiled or network.sharded):
                     check_keeps(loss for index, loss in chunk.losses.items() if index in request.wanted)
             if network.sharded:
@@ -194,18 +194,18 @@ def _refusal(task: str, loss: object) -> Exception:
     )
 
 
-def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, size: int) -> None:
+def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, size: int, apart: bool) -> None:
     """Look at graphs of a size not seen before, and find the parameters that tasks seen for the first time reach.
 
     What hides parameters from the graph may be switched on at any time, and changes the number of its nodes.
     """
     network = parts.network
     new = [index for index in chunk.losses if index not in network.roles.walked]
-    sizes = network.sizes.setdefault(tuple(chunk.losses), set())
+    sizes = network.sizes.setdefault((apart, *chunk.losses), set())
     if network.sharded or (not new and size in sizes):
         # FSDP gives the graph other tensors than the optimizer's: roles then come from the gradients.
         return
-    network.look(chunk)
+    network.look(chunk, again=apart)
     if new:
         _learn(parts, chunk, closure, names, new)
     sizes.add(size)

@@ -36,7 +36,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from torchmto.gradients.finite import real
+from torchmto.gradients.finite import dtype_of_gradient, real
 from torchmto.gradients.ranks import Ranks, all_equal, fingerprint, is_sharded, local
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
@@ -289,7 +289,7 @@ def sum_gradients(network: Network, failure: BaseException | None = None) -> Non
     reached = [p for p, mark in zip(parameters, needed, strict=True) if mark]
     for parameter in reached:
         if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter, dtype=dtype_of_gradient(parameter))
     gradients = [p.grad for p in reached if p.grad is not None]
     ranks.sum_all_(gradients)
     if network.sharded and gradients:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,16 @@ from torch.nn.parameter import is_lazy
 from torchmto.checks import found, warn
 from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import FEW, dense, real
+from torchmto.gradients.finite import FEW, dense, dtype_of_gradient, real
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
-from torchmto.gradients.reach import reach_of, refuse_hidden, refuse_reentrant, run_unreached
+from torchmto.gradients.reach import gradients_below, reach_of, refuse_hidden, refuse_reentrant, run_unreached
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompiled
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
+from torchmto.step.surroundings import random_state, set_random_state
 from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
 from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
@@ -49,6 +51,12 @@ class Place:
     others: list[bool]
     heads: list[Tensor]
 
+
+STATISTICS = 100_000
+"""Elements up to which a buffer may be a norm's statistics, which is kept while checkpointed parts run again."""
+
+AGAIN = 0.05
+"""How much a function's gradient may differ, relatively, when it is computed again: what rounding doesn't explain."""
 
 TF32 = 2.0**-10
 """The machine precision of TensorFloat-32."""
@@ -78,12 +86,14 @@ class Network:
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
 
     Attributes:
-        sizes: Tasks -> the sizes of the graphs that have been looked at; forgotten when other parameters are trained.
+        sizes: Whether tasks get a backward each, and the tasks -> the sizes of the graphs that have been looked at; forgotten
+            when other parameters are trained.
         counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
         places: Task -> where its gradients belong, as its last backward has shown.
         nodes_made: How many graph nodes there had been at the last look.
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
+        recomputes: Whether backwards may run parts of the forward again (checkpointing).
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
 
@@ -124,6 +134,7 @@ class Network:
         self.places: dict[int, Place] = {}
         self.nodes_made = 0
         self._functions = False
+        self._repeatable: set[str] = set()
         self._beyond: tuple[int, dict[tuple[int, ...], list[Tensor]]] = (-1, {})
         self.refresh()
         check_wrappers(model, optimizers, self.parameters)
@@ -135,10 +146,12 @@ class Network:
         self.room = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
+        self.recomputes = False
         self.warned_unasked = False
         self.differentiates = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False
+        self._warned_unreached = False
         self._warned_taken = False
         self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
@@ -233,6 +246,19 @@ class Network:
             self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
+
+    def check_trained(self, error: RuntimeError) -> None:
+        """Raise if a parameter was frozen in the step, which may be the cause of an error.
+
+        Raises:
+            ValueError: If so.
+        """
+        frozen = [self.name(p) for p in self.parameters if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"Parameter `{frozen[0]}` ({len(frozen)} such in all) was frozen while mt.step trained it. Call "
+                "`requires_grad_(False)` before the step, or let the closure set it free again before it returns."
+            ) from error
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Of a copy, whose parameters are others; the next step looks them up."""
@@ -416,20 +442,64 @@ class Network:
             gradients = [gradient.values() if gradient.is_sparse else gradient for gradient in set_now]
         return [real(gradient) for gradient in gradients] if self.has_complex else gradients
 
-    def look(self, chunk: Chunk) -> None:
+    def look(self, chunk: Chunk, *, again: bool = False) -> None:
         """Look at the graph of a forward for what the tasks' roles can't be read from.
 
+        Args:
+            chunk: The forward.
+            again: Whether there will be several backwards through it.
+
         Raises:
-            ValueError: If it hides parameters that are trained.
+            ValueError: If it hides parameters that are trained, or can't be gone through again.
         """
         found = reach_of(chunk.losses.values())
         refuse_reentrant(found)
         self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
+        self.recomputes = self.recomputes or found.recomputed
         if found.functions:
             self._functions = True
             with chunk.activated():
                 refuse_hidden(list(map(self.name, run_unreached(found, chunk.losses.values(), self.parameters))))
+                if again:
+                    self._check_again(chunk.losses.values())
+
+    @contextlib.contextmanager
+    def buffers_as_before(self) -> Iterator[None]:
+        """For backwards that run checkpointed parts of the forward again, once per task: norms see a batch once."""
+        buffers = (b for b in self.model.buffers() if not is_lazy(b) and b.numel() <= STATISTICS)
+        kept = [(buffer, buffer.detach().clone()) for buffer in buffers] if self.recomputes else []
+        try:
+            yield
+        finally:
+            for buffer, value in kept:
+                # Past the version counter, as the norm's own kernel writes: graphs that are still to be walked check it.
+                buffer.data.copy_(value)
+
+    def _check_again(self, losses: Collection[Tensor]) -> None:
+        """Raise if a function that several tasks go through gives another gradient the second time.
+
+        Its backward may write over what the forward has saved; a kernel's writing shows in no version counter.
+
+        Raises:
+            ValueError: If so.
+        """
+        times = Counter(node for loss in losses for node in reach_of([loss]).functions)
+        for name, node in {node.name(): node for node, number in times.items() if number > 1}.items():
+            if name in self._repeatable:
+                continue
+            random = random_state()
+            found: list[list[Tensor]] = []
+            for _ in range(2):
+                found.append(gradients_below(node))
+                set_random_state(random)
+            if any(bool((one - other).norm() > AGAIN * one.norm()) for one, other in zip(*found, strict=False)):
+                raise ValueError(
+                    f"{name} gives another gradient the second time: it writes over what its forward has saved, as fused "
+                    "kernels do (Liger's, `use_liger_kernel`), so every task after the first would get garbage. Leave it out, "
+                    "or use a loss weighting, which takes one backward."
+                )
+            self._repeatable.add(name)
 
     def without_gradient(self, tasks: tuple[int, ...]) -> list[Tensor]:
         """The parameters without a gradient, as far as a backward of ``tasks`` may set one that has to be explained.
@@ -487,7 +557,7 @@ class Network:
                 parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
 
     def warn_of_untrained(self, leaves: Collection[int] | None = None) -> None:
-        """Warn once if losses reach parameters of the model that the optimizer doesn't have.
+        """Warn once if losses reach parameters of the model that the optimizer doesn't have, or nothing that is trained.
 
         Args:
             leaves: The ``id`` of every leaf that the losses reach; any, where they reach none of the optimizer's.
@@ -505,6 +575,12 @@ class Network:
                 f"The losses reach parameter `{left[0]}` ({len(left)} such in all), which isn't in the optimizer, so mt.step "
                 "computes no gradient for it. Add it to the optimizer, in a group of its own if need be; or call "
                 "`requires_grad_(False)` on it if it isn't to be trained.",
+            )
+        elif leaves is None and not self._warned_unreached:
+            self._warned_unreached = True
+            warn(
+                "The losses reach none of the trained parameters, so nothing is updated. Does the closure run another model "
+                "than the one that MultiTask was given, such as a copy, or one that was built anew?",
             )
 
     def warn_of_replaced(self, *, none: bool) -> None:
@@ -540,8 +616,10 @@ class Network:
                 copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
                 parameter.grad = torch.view_as_complex(copy)
                 continue
-            if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
-                gradient = gradient.to(parameter.device, parameter.dtype)  # noqa: PLW2901
+            # As `dtype_of_gradient`: a call less for every parameter.
+            kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            if gradient.dtype != kind or gradient.device != parameter.device:
+                gradient = gradient.to(parameter.device, kind)  # noqa: PLW2901
             parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
@@ -637,7 +715,7 @@ class Network:
     def set_infinite(self) -> None:
         """Make every gradient infinite: what a scaler sees of a step that overflowed."""
         for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, float("inf"))
+            parameter.grad = torch.full_like(parameter, float("inf"), dtype=dtype_of_gradient(parameter))
 
     @contextlib.contextmanager
     def gradients_aside(self) -> Iterator[None]:

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchmto.checks import shown
 from torchmto.gradients.torch_private import scaler_states, version_of
+
+_LEAVE_THE_STEP = (
+    "Use `mt.backward(closure)` in place of `loss.backward()`, and leave the step to the trainer; or give mt.step the "
+    "optimizer itself."
+)
 
 
 class Optimizers:
@@ -21,7 +27,7 @@ class Optimizers:
         num_stepped: How many of them have stepped since the caller of :meth:`step` set it to 0.
 
     Raises:
-        ValueError: If two have a parameter in common.
+        ValueError: If two have a parameter in common, or the wrapper of one has another scaler.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler | None) -> None:
@@ -29,6 +35,11 @@ class Optimizers:
         self.num_stepped = 0
         self._scaler = scaler
         self._wrapped = any(map(_wraps, self.all))
+        if any(own is not None and own is not scaler for own in map(_scaler_of, self.all)):
+            raise ValueError(
+                "Parameter `scaler` should be the one of the optimizer's wrapper, which divides every gradient by its scale "
+                f"(accelerate's is `accelerator.scaler`). Found `scaler = {shown(scaler)}`."
+            )
         parameters = self.parameters()
         if len(set(map(id, parameters))) < len(parameters) and len(self.all) > 1:
             raise ValueError(
@@ -43,8 +54,10 @@ class Optimizers:
         """Every optimizer's step, one after the other; the scaler then updates its scale.
 
         Raises:
-            RuntimeError: If a wrapper of an optimizer swallows the step.
+            RuntimeError: If a wrapper of an optimizer swallows the step, or takes it through a scaler itself.
         """
+        if self._scaler is not None and any(map(_scaler_of, self.all)):
+            raise RuntimeError(f"The optimizer's wrapper steps through the scaler by itself. {_LEAVE_THE_STEP}")
         for optimizer in self.all:
             first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
             before = 0 if first is None else version_of(first)
@@ -79,8 +92,7 @@ class Optimizers:
         if not fired and self._scaler is None and not getattr(optimizer, "step_was_skipped", False):
             raise RuntimeError(
                 f"`{type(optimizer).__name__}.step()` didn't step the optimizer it wraps, as wrappers do while they accumulate "
-                "gradients, so nothing was updated. Use `mt.backward(closure)` in place of `loss.backward()`, and leave the "
-                "step to the trainer; or give mt.step the optimizer itself."
+                f"gradients, so nothing was updated. {_LEAVE_THE_STEP}"
             )
 
     # ------------------------------------------------------------------ the scaler
@@ -133,3 +145,9 @@ class Optimizers:
 def _wraps(optimizer: Any) -> bool:
     """Whether an optimizer hands its work to another, as those that accelerate prepares do."""
     return isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer)
+
+
+def _scaler_of(optimizer: Any) -> torch.amp.GradScaler | None:
+    """The scaler that an optimizer's wrapper steps through; None where there is none."""
+    own = getattr(optimizer, "scaler", None) if _wraps(optimizer) else None
+    return own if isinstance(own, torch.amp.GradScaler) and own.is_enabled() else None

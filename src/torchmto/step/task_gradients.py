@@ -1,5 +1,6 @@
 """The gradients of the tasks of one batch, as rows or, by an engine, their Gramian alone; and their combination."""
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from itertools import compress
 
@@ -268,7 +269,8 @@ def _backwards(
         What failed, here or before, where the other ranks wait for rows all the same.
     """
     own = [index for index in turn if index in chunk.losses]
-    with chunk.activated():
+    again = parts.network.buffers_as_before() if parts.network.recomputes else contextlib.nullcontext()
+    with chunk.activated(), again:
         for index in turn:
             if index in own and failure is None:
                 try:
@@ -417,7 +419,8 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
     failure: BaseException | None = None
     product = torch.zeros(0)
     try:
-        product = engine.gramian(Wanted(pieces, losses.indices, shared, others, take))
+        with network.buffers_as_before():
+            product = engine.gramian(Wanted(pieces, losses.indices, shared, others, take))
         network.refuse_hidden()
     except BaseException as error:
         if not network.ranks.owing:
@@ -475,7 +478,8 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
     shared, _ = network.by_role()
     failure: BaseException | None = None
     try:
-        parts.num_backward += network.engine.backward(pieces, shared)
+        with network.buffers_as_before():
+            parts.num_backward += network.engine.backward(pieces, shared)
         network.refuse_hidden(shared, [loss for chunk in chunks for loss in chunk.losses.values()])
     except BaseException as error:
         if not network.ranks.owing:

@@ -10,6 +10,7 @@ from torchmto.gradients.ranks import is_sharded
 from torchmto.gradients.torch_private import (
     compiled_inside,
     delayed_by,
+    forgetting,
     hooks_of,
     is_flattened,
     is_joining,
@@ -115,5 +116,7 @@ def unreduced(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
                 )
             # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
             wrapper.require_forward_param_sync = False
+            # A forward outside of the step, as that of ready losses, has prepared it for a backward of its own.
+            forgetting(wrapper)()
             stack.enter_context(wrapper.no_sync())
         yield

@@ -11,8 +11,9 @@ from torchmto.solvers.projection import Order
 
 def random_orders(num_tasks: int, generator: torch.Generator) -> Order:
     """For every task the others in a random order, [K, K - 1]."""
-    # In NumPy, whose calls are shorter: a few numbers are no work.
-    order = torch.rand(num_tasks, num_tasks, generator=generator).numpy().argsort(axis=1, kind="stable")
+    # In NumPy, whose calls are shorter: a few numbers are no work. Of one type, whatever PyTorch makes by default.
+    drawn = torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float32)
+    order = drawn.numpy().argsort(axis=1, kind="stable")
     others: Order = order[order != np.arange(num_tasks)[:, None]]
     return others.reshape(num_tasks, num_tasks - 1)
 
