@@ -24,6 +24,8 @@ _SHORT = {
     "--problem": "--data.name",
     "--problem.use": "--data.name",
 }
+_LISTS = {"--loggers", "--data.tasks"}
+"""Flags whose value is a list, with or without brackets."""
 _METHOD = {"--method": "--method.name"}
 
 
@@ -151,9 +153,9 @@ def _translated(args: Sequence[str], short: Mapping[str, str]) -> list[str]:
         full = short.get(flag, flag)
         if flag.startswith("--problem.") and flag not in short:
             full = f"--data.options.{flag.removeprefix('--problem.')}"
-        if flag == "--loggers" and equals and not value.startswith("["):
+        if full in _LISTS and equals and not value.startswith("["):
             value = f"[{value}]"
-        elif words and words[-1] == "--loggers" and not word.startswith("["):
+        elif words and words[-1] in _LISTS and not word.startswith("["):
             full, equals, value = f"[{word}]", "", ""
         words.append(f"{full}{equals}{value}")
     return words

@@ -66,6 +66,8 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callab
     if head.partition(".")[0] in _STANDARD:
         raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
+        if not {"", str(Path.cwd())} & set(sys.path):
+            sys.path.insert(0, str(Path.cwd()))  # as `python -m torchmto` has it
         there = head in sys.modules  # as __main__ is, which has no spec
         if not there:
             with contextlib.suppress(ImportError):  # of a parent package that isn't there

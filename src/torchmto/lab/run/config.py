@@ -228,9 +228,11 @@ class RunConfig:
             ("optimizer.step_epochs", optimizer.step_epochs, 1),
             ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
         ):
-            if value is not None and check_integer(name, value, minimum=minimum) >= LARGEST:
+            if value is None and name in {"epochs", "checkpoint_every", "threads", "data.batch_size"}:
+                continue
+            if check_integer(name, value, minimum=minimum) >= LARGEST:
                 raise ValueError(found(name, f"below {LARGEST:.0e}", value))
-            if name in {"data.workers", "devices", "threads"} and value is not None and value > MOST:
+            if name in {"data.workers", "devices", "threads"} and value > MOST:
                 raise ValueError(found(name, f"at most {MOST}", value))
         if self.data.tasks is not None:
             check_tasks(self.data.tasks)
@@ -302,6 +304,9 @@ def config_for(
         config: Settings.
         settings: Some of them once more, which go over those.
     """
+    if not isinstance(problem, str | Problem):
+        should = "a lab.Problem (what a function that makes one returns), or its reference"
+        raise ConfigError(found("problem", should, problem))
     base = config if isinstance(config, RunConfig) else config_of(config or {})
     if isinstance(problem, str):
         return config_of({"data.name": problem, **settings}, base), None
