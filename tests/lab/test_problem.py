@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection, PearsonCorrCoef, R2Score
+from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection, PearsonCorrCoef, R2Score
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from torchmto import lab
@@ -459,39 +459,23 @@ def test_labels_of_every_batch_are_checked(split, label):
         list(batches)
 
 
-def test_a_task_of_its_own_kind_may_have_outputs_of_any_kind():
-    """A distribution, say: its parameters reach the loss and the metric as the network gives them."""
-
-    class Spread(MeanSquaredError):
-        def update(self, output, target):
-            super().update(output["mean"] if isinstance(output, dict) else output[0], target)
-
-    class Network(Outputs):
-        def __init__(self, named):
-            super().__init__(kind=3, sum=1, spread=1)
-            self.named, self.trunk = named, nn.Linear(4, 4)
-
-        def forward(self, x):
-            made = super().forward(self.trunk(x))
-            mean, spread = made["sum"], made["spread"].exp()
-            return {**made, "sum": {"mean": mean, "spread": spread} if self.named else (mean, spread)}
-
-    def likelihood(output, target):
-        mean, spread = output.values() if isinstance(output, dict) else output
-        return ((mean - target) ** 2 / spread + spread.log()).mean()
-
-    data = samples(kind=CLASS, sum=NUMBER)
+def test_a_task_of_its_own_kind_may_have_outputs_of_any_kind(tmp_path):
+    """A distribution, say: its parameters reach loss, metric and predictions as the network gives them."""
     found = []
-    for named in (True, False):
-        own = lab.Problem(
-            [KIND, lab.Task("sum", "own")],
-            *(data, data, data),
-            model=lambda named=named: Network(named),
-            losses={"sum": likelihood},
-            metrics={"sum": {"mse": Spread()}},
+    for named in ("true", "false"):
+        out = tmp_path / named
+        command = ["--problem", f"{FARM}:spread", f"--problem.named={named}", "--epochs", "1", "--out", str(out)]
+        assert main(["train", *command, "--batch-size", "4"]) == 0
+        assert main(["predict", "--run", str(out), "--count", "2"]) == 0
+        predicted = json.loads((out / "predictions-test.json").read_text())["tasks"]["yield"]["prediction"]
+        found.append(
+            (
+                json.loads((out / "results.json").read_text())["test"],
+                list(predicted.values()) if named == "true" else predicted,
+            )
         )
-        found.append(lab.fit(own, epochs=1, batch_size=3, say=lambda line: None).metrics)
     assert found[0] == found[1]
+    assert len(found[0][1]) == 2
 
 
 def test_a_metric_that_doesnt_say_which_way_is_better_warns():
