@@ -53,7 +53,9 @@ def test_the_values_are_those_of_the_json(tmp_path: Path) -> None:
     assert study["method_names"] == list(METHODS)
     assert len(text.encode()) < MAX_BYTES
     run = next(r for r in study["runs"] if r["method"] == "task_groups" and r["task"] is None)
-    saved = json.loads((tmp_path / "run" / "runs" / "run3-seed0-0000000300000000.json").read_text())["content"]["result"]
+    saved = json.loads((tmp_path / "run" / "runs" / "run3-seed0-0000000300000000.json").read_text())["content"][
+        "result"
+    ]
     assert [p["records"]["affinity"] for p in run["trace"]] == [p["records"]["affinity"] for p in saved["trace"]]
     assert [h["losses"] for h in run["history"]] == [h["losses"] for h in saved["history"]]
 
