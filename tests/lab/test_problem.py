@@ -655,3 +655,19 @@ def test_a_problem_of_python_knows_who_made_it():
     own = replace(lab.Problem(**GOOD))
     assert own.origin.name.endswith("test_a_problem_of_python_knows_who_made_it")
     assert own.origin.source
+
+
+def test_what_only_python_has_is_told_apart_but_called_by_nobody():
+    """A folder knows the data again by a short text, which isn't taken for an argument when its settings are read."""
+
+    def made(data, width):
+        return lab.Problem(**{**GOOD, "train": data})
+
+    data = samples(kind=CLASS, sum=NUMBER) * 100
+    origins = [made(rows, 3).origin for rows in (data, [*data], data[:-1])]
+    assert [origin.arguments["width"] for origin in origins] == [3, 3, 3]
+    told = [origin.arguments["data"] for origin in origins]
+    assert told[0] == told[1] != told[2]
+    assert len(json.dumps(told)) < 10_000
+    with pytest.raises(UnknownReferenceError, match="called from Python"):
+        load_problem(origins[0].name, origins[0].arguments)

@@ -7,6 +7,7 @@ have any shape: then nothing but these two looks at model and batches.
 
 import hashlib
 import inspect
+import json
 import linecache
 import pickle
 import re
@@ -72,10 +73,37 @@ class Origin:
         code = frame.f_code
         starred = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
-        plain = {name: _told_apart(frame.f_locals[name]) for name in names if name in frame.f_locals}
+        given = {name: frame.f_locals[name] for name in names if name in frame.f_locals}
         function = code.co_qualname.replace(".<locals>", "")
+        # A file of settings can't hold other arguments, so its reference must lead nobody to a call with what stands for them.
+        function += "" if not starred and all(map(_is_plain, given.values())) else NO_CALL
         source = source_hash(Path(code.co_filename))
-        return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", plain, source)
+        told = {name: _told(value) for name, value in given.items()}
+        return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", told, source)
+
+
+NO_CALL = "()"
+"""Ends the name of a function that was called with what only Python has."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file of settings can hold the value."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | Path)
+
+
+def _told(value: Any) -> Any:
+    """An argument as a file of settings holds it: what isn't plain in one short text that tells it from others."""
+    told = _told_apart(value)
+    text = "" if _is_plain(value) else json.dumps(told)
+    return told if len(text) <= _PRINTED else _cut(text)
+
+
+def _cut(text: str) -> str:
+    return f"{text[:_PRINTED]} {_hash(text.encode())}"
 
 
 def _told_apart(value: Any) -> Any:
@@ -100,7 +128,7 @@ def _told_apart(value: Any) -> Any:
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
         return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    return printed if len(printed) <= _PRINTED else f"{printed[:_PRINTED]} {_hash(printed.encode())}"
+    return printed if len(printed) <= _PRINTED else _cut(printed)
 
 
 _PRINTED = 1000

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_json
 from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
 from torchmto.lab.grid.experiment import Experiment, is_single_task, method_label
@@ -192,5 +193,5 @@ def _differences(saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: 
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             found += _differences(there, here, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key} is {there!r} there and {here!r} here")
+            found.append(f"{prefix}{key} is {shown(there)} there and {shown(here)} here")
     return found
