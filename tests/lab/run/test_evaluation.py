@@ -118,7 +118,7 @@ def test_mistakes_are_named(problem, change, error, message):
 
 def test_an_own_optimizer_is_one(problem):
     with pytest.raises(ProblemError, match=r"`optimizer`.* one torch.optim.Optimizer. Found list"):
-        parts_of(replace(problem, optimizer=lambda model: [torch.optim.SGD(model.parameters(), lr=0.1)]))
+        parts_of(replace(problem, optimizer=lambda model: [torch.optim.SGD(model.parameters(), lr=0.1)]), lr=None)
 
 
 def test_devices_are_checked():
