@@ -404,7 +404,11 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ({"train": samples(kind=CLASS + 0.5, sum=NUMBER)}, ["`train, task `kind``", "whole class numbers", "0.5"]),
         ({"train": samples(kind=CLASS * torch.nan, sum=NUMBER)}, ["`train, task `kind``", "-1 where missing", "nan"]),
         ({"train": samples(kind=["cat"] * 6, sum=NUMBER)}, ["`train, task `kind``", "numbers or tensors", "'cat'"]),
-        ({"train": [(x.double(), y) for x, y in GOOD["train"]]}, ["`model`", "takes the inputs", "Double and Float"]),
+        (
+            {"train": [(x.double(), y) for x, y in GOOD["train"]]},
+            ["`model` or `losses`", "made for the inputs", "Double and Float"],
+        ),
+        ({"model": lambda: Overwritten(kind=3, sum=1)}, ["`model`", "inplace operation"]),
         ({"model": lambda: Always({"kind": None, "sum": X})}, ["`model`", "`kind`", "(2, 3)", "NoneType"]),
         (
             {"model": lambda: Always({"kind": (torch.zeros(2, 3),), "sum": torch.zeros(2, 1)})},
@@ -515,6 +519,13 @@ def test_an_endless_stream_says_that_it_is_counted(monkeypatch):
     monkeypatch.setattr(loading, "PATIENCE", 0.0)
     with pytest.warns(UserWarning, match=r"has to end.*`__len__`"):
         assert len(streamed(Stream()).loader("train", 2)) == 5
+
+
+class Overwritten(Outputs):
+    """What the backward needs is gone by then."""
+
+    def forward(self, x):
+        return {name: value.sigmoid().mul_(2) for name, value in super().forward(x).items()}
 
 
 def test_labels_may_be_plain_numbers_of_any_precision():

@@ -138,7 +138,15 @@ def _type(text: str) -> str:
     if choices := re.search(r"Literal\[(.+?)\]", text):
         return f"one of {choices[1]}"
     name = re.sub(r"<class '(\w+)'>", r"\1", text)
-    known = {"NoneType": "", "int": "an int", "float": "a float", "bool": "a bool", "str": "a text"}
+    known = {
+        "NoneType": "",
+        "int": "an int",
+        "float": "a float",
+        "bool": "a bool",
+        "str": "a text",
+        "list": "a list",
+        "dict": "a mapping",
+    }
     return known.get(name, name)
 
 

@@ -121,6 +121,9 @@ def _check_losses(problem: Problem, config: RunConfig, network: Network, step: A
         with _fitting():
             values = closure(group)
         _check_values(problem, values, group)
+        losses = [value[0] if isinstance(value, tuple) else value for value in values.values()]
+        with _fitting():
+            torch.autograd.backward([loss.sum() for loss in losses if loss.requires_grad])
 
 
 def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None:
@@ -144,8 +147,8 @@ def _fitting() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ProblemError) or user_frames(error):
             raise
-        should = "a network that takes the inputs, and whose outputs fit targets and losses"
-        raise part_error("model", should, " ".join(str(error).split()).rstrip(".")) from error
+        said = " ".join(str(error).split()).rstrip(".")
+        raise part_error("model` or `losses", "made for the inputs and targets", said) from error
 
 
 def _check_metrics(problem: Problem, network: Network, split: Split, step: Any) -> None:
