@@ -1,8 +1,5 @@
 """Settings are checked before anything is loaded."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,11 +14,8 @@ from torchmto.lab.run.config import (
     changed_settings,
     config_of,
 )
-from torchmto.lab.run.folder import read_yaml
 from torchmto.lab.run.single import train
 from torchmto.methods import registry
-
-PAGES = sorted(Path(__file__).parents[3].glob("docs/**/*.md"))
 
 
 @pytest.fixture(autouse=True)
@@ -132,12 +126,3 @@ def test_no_machine_is_asked_for_billions_of_processes(name, number):
     config_of({name: 1024}).validate()
     with pytest.raises(ConfigError, match=f"Parameter `{name}` should be at most 1024"):
         config_of({name: number}).validate()
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if "```yaml" in page.read_text(encoding="utf-8")])
-def test_settings_of_the_pages_are_settings(page, tmp_path):
-    """As someone copies them, 2e-3 being a number."""
-    for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)):
-        file = tmp_path / f"{number}.yaml"
-        file.write_text(block)
-        config_of(read_yaml(file)).validate()
