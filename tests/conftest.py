@@ -1,5 +1,6 @@
 """Common test set-up: one thread, so that results and timings don't depend on the machine's load."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -24,3 +25,10 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/distributed" if file.startswith("tests/distributed/") else file
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _only_young_garbage():
+    """Every Run collects garbage, which takes long beside everything that tests import and keep."""
+    gc.collect()
+    gc.freeze()

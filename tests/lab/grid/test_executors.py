@@ -19,7 +19,7 @@ from torchmto.lab.grid.executors import Job, Outcome, execute, make_executor
 from torchmto.lab.references import load_problem
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.checkpoint import CheckpointFolder, read_checkpoint
-from torchmto.lab.run.config import ConfigError, config_of
+from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.scores import Measure
 
@@ -258,6 +258,21 @@ def test_outcomes_of_jobs_that_cannot_be_done():
             lab.compare("digits", **too_many)
     with pytest.raises(ConfigError, match="no effect beside an `executor`"):
         lab.compare("digits", executor=executors.Here(), jobs=2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_array_job_asks_slurm_for_what_its_runs_need(tmp_path, monkeypatch, device):
+    pytest.importorskip("submitit")
+    for program in ("sbatch", "srun"):  # a cluster that takes jobs and never runs them
+        (tmp_path / program).write_text(f'#!/bin/sh\ncat "$1" > "{tmp_path}/script"\necho Submitted batch job 7\n')
+        (tmp_path / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    jobs = [Job(str(number), RunConfig(device=device, threads=2), None) for number in range(3)]
+    with make_executor("slurm", 2, tmp_path) as slurm:
+        assert len(slurm._submit(jobs)) == 3
+    asked = [line for line in (tmp_path / "script").read_text().splitlines() if line.startswith("#SBATCH")]
+    assert {"#SBATCH --array=0-2%2", "#SBATCH --cpus-per-task=2", "#SBATCH --time=1440"} <= set(asked)
+    assert ("#SBATCH --gpus-per-node=1" in asked) == (device == "cuda")
 
 
 class Cluster:

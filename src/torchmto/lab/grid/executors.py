@@ -317,6 +317,11 @@ def _without_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
+def _gpus(job: Job) -> int:
+    """What a scheduler is asked for: jobs see no others."""
+    return int(job.config.device.startswith("cuda"))
+
+
 class _Scheduled(Executor):
     """Runs in the hands of a scheduler.
 
@@ -384,9 +389,8 @@ class Ray(_Scheduled):
 
     def _submit(self, jobs: Sequence[Job]) -> Any:
         for job in jobs:
-            gpus = 1 if job.config.device.startswith("cuda") else 0
             cpus = 1 if self._address is None else job.config.threads or 1
-            yield self._ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=_ATTEMPTS)(execute).remote(job)
+            yield self._ray.remote(num_cpus=cpus, num_gpus=_gpus(job), max_retries=_ATTEMPTS)(execute).remote(job)
 
     def _finished(self) -> Sequence[tuple[Any, Callable[[], Outcome]]]:
         finished, _ = self._ray.wait(list(self._running), num_returns=1, timeout=1.0)
@@ -419,7 +423,8 @@ class Slurm(_Scheduled):
 
     def _submit(self, jobs: Sequence[Job]) -> Any:
         cpus = max(job.config.threads or 1 for job in jobs)
-        self._executor.update_parameters(timeout_min=_MINUTES, cpus_per_task=cpus)
+        gpus = max(map(_gpus, jobs)) or None
+        self._executor.update_parameters(timeout_min=_MINUTES, cpus_per_task=cpus, gpus_per_node=gpus)
         return self._executor.map_array(execute, jobs)
 
     def _finished(self) -> Sequence[tuple[Any, Callable[[], Outcome]]]:
