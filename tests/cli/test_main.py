@@ -48,6 +48,7 @@ def test_every_verb_has_help(verb, capsys):
         (RuntimeError("broke"), 1, "RuntimeError: broke"),
         (ImportError("pip install 'torchmto[lab]'"), 1, "pip install"),
         (SystemExit(2), 2, ""),
+        (SystemExit("not today"), 1, "not today"),
     ],
 )
 def test_exit_codes(error, code, text, monkeypatch, capsys):
@@ -83,6 +84,8 @@ def test_only_the_users_mistakes_are_wrong_usage():
         (["datasets", "--he"], "no option `--he`"),
         (["bench", "--model", "mlp"], "Did you mean `--models`?"),
         (["bench", "--clock", "sun"], "clock"),
+        (["train", "--tasks", "left,middle", "--out", "run"], "tasks left, right, offset. Found 'middle'"),
+        (["train", "--data.tasks=middle", "--out", "run"], "Found 'middle'"),
         (["reproduce", "groups", "--seeds", "0"], "`seeds` should be an int > 0. Found 0."),
         (["reproduce", "groups", "--executor", "rai"], "Did you mean `ray`?"),
         (["reproduce", "groups", "--ray-address", "here"], "belongs to the executor `ray`"),

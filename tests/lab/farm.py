@@ -101,6 +101,47 @@ def disjoint():
     )
 
 
+class OfMean(MeanAbsoluteError):
+    """The error of a distribution's mean."""
+
+    def update(self, output, target):
+        super().update(output["mean"] if isinstance(output, dict) else output[0], target)
+
+
+class SpreadNet(FarmNet):
+    """Says of a yield how sure it is, too: by name, or as a pair."""
+
+    def __init__(self, named):
+        super().__init__(8)
+        self.named, self.spread = named, nn.Linear(1, 1)
+
+    def forward(self, x, tasks):
+        outputs = super().forward(x, ["crop", "yield"])
+        mean, spread = outputs["yield"], self.spread(outputs["yield"]).exp()
+        return {**outputs, "yield": {"mean": mean, "spread": spread} if self.named else (mean, spread)}
+
+
+def spread(named=True):
+    """A task of its own kind, whose output is no tensor."""
+
+    def likelihood(output, target):
+        mean, spread = output.values() if named else output
+        return ((mean - target) ** 2 / spread + spread.log()).mean()
+
+    def rows(seed):
+        return [(x, {"crop": int(x.sum(0).argmax()), "yield": x.mean().reshape(1)}) for x in Fields(12, seed).x]
+
+    return lab.Problem(
+        tasks=[lab.Task("crop", "classification", 3), lab.Task("yield", "own")],
+        train=[*rows(0)],
+        validation=[*rows(1)],
+        test=[*rows(2)],
+        model=lambda: SpreadNet(named),
+        losses={"yield": likelihood},
+        metrics={"yield": {"mae": OfMean()}},
+    )
+
+
 def breaks():
     """A user's mistake in a user's code."""
     raise ValueError("the farm is flooded")

@@ -55,6 +55,21 @@ def sample(kind):
     return prediction, torch.where(drop, torch.tensor(task.missing, dtype=target.dtype), target)
 
 
+@pytest.mark.parametrize("kind", ["binary", "edges", "saliency"])
+def test_softened_answers_are_still_answers(kind):
+    """Labels between 0 and 1, as interpolation leaves them, are a yes from a half on: never dropped, never cut to a no."""
+    prediction, hard = sample(kind)
+    task = task_of(kind)
+    soft = torch.where(task.valid(hard), 0.2 + 0.7 * hard, hard)
+    for name, metric in task_metrics(task).items():
+        figures = []
+        for target in (hard, soft):
+            metric.reset()
+            metric.update(prediction, target)
+            figures.append(float(metric.compute()))
+        assert figures[0] == figures[1], name
+
+
 def class_counts(p, t):
     p = p.argmax(1)
     keep = (t >= 0) & (t < 255)

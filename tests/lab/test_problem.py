@@ -2,24 +2,29 @@
 
 import json
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torchmetrics import MeanAbsoluteError, PearsonCorrCoef, R2Score
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection, PearsonCorrCoef, R2Score
+from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.data import loading
 from torchmto.lab.data.base import KINDS
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import ProblemError
-from torchmto.lab.references import UnknownReferenceError, load_problem
+from torchmto.lab.references import UnknownReferenceError, load_problem, resolve
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, config_of
-from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states
+from torchmto.lab.run.evaluation import Network, evaluate, measure, merged_values, metric_states, own_figures, placed
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.loop import Trainer
 from torchmto.lab.run.processes import Processes
@@ -348,6 +353,11 @@ GOOD |= {"validation": GOOD["train"], "test": GOOD["train"]}
         ({"metrics": {"sum": {"mae": nn.functional.l1_loss}}}, ["`metrics['sum']`", "l1_loss"]),
         ({"model": nn.Linear(1, 1)}, ["`model`", "anew", "built already"]),
         ({"collate": 3}, ["`collate`", "callable"]),
+        ({"losses": {"sum": nn.MSELoss}}, ["`losses['sum']`", "loss(output, target)", "MSELoss"]),
+        ({"losses": {"sum": "huber"}}, ["`losses['sum']`", "huber"]),
+        ({"optimizer": torch.optim.Adam}, ["`optimizer`", "callable", "Adam"]),
+        ({"train": pd.DataFrame({"x": [1], "sum": [2]})}, ["`train`", "data set", "DataFrame"]),
+        ({"train": DataLoader(TensorDataset(X))}, ["`train`", "makes batches itself", "DataLoader"]),
     ],
 )
 def test_parts_are_checked_when_a_problem_is_made(change, words):
@@ -387,6 +397,31 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ({"closure": lambda m, b, t: {"sun": X.sum()}, "model": lambda: Outputs(kind=3)}, ["`closure`", "`sun`"]),
         ({"evaluate": lambda m: {"sum": {"rmse": 1.0}}}, ["`evaluate`", "`kind`"]),
         ({"evaluate": lambda m: 3}, ["`evaluate`", "int"]),
+        (
+            {"evaluate": lambda m: {"kind": {"accuracy": 1.0}, "sum": {"b": 1.0}}, "primary": {"sum": ("c", True)}},
+            ["`evaluate`", "`c`", "`sum`", "b"],
+        ),
+        ({"train": samples(kind=CLASS + 0.5, sum=NUMBER)}, ["`train, task `kind``", "whole class numbers", "0.5"]),
+        ({"train": samples(kind=CLASS * torch.nan, sum=NUMBER)}, ["`train, task `kind``", "-1 where missing", "nan"]),
+        ({"train": samples(kind=["cat"] * 6, sum=NUMBER)}, ["`train, task `kind``", "numbers or tensors", "'cat'"]),
+        (
+            {"train": [(x.double(), y) for x, y in GOOD["train"]]},
+            ["`model` or `losses`", "made for the inputs", "Double and Float"],
+        ),
+        ({"model": lambda: Overwritten(kind=3, sum=1)}, ["`model`", "inplace operation"]),
+        ({"model": lambda: Always({"kind": None, "sum": X})}, ["`model`", "`kind`", "(2, 3)", "NoneType"]),
+        (
+            {"model": lambda: Always({"kind": (torch.zeros(2, 3),), "sum": torch.zeros(2, 1)})},
+            ["`model`", "`kind`", "a tensor", "tuple"],
+        ),
+        ({"losses": {"sum": nn.CrossEntropyLoss()}, "tasks": [KIND, lab.Task("sum", "own")]}, ["`primary['sum']`"]),
+        ({"losses": {"kind": nn.L1Loss()}}, ["`model`", "losses", "must match"]),
+        ({"metrics": {"kind": {"acc": BinaryAccuracy()}}}, ["`metrics['kind']['acc']`", "(4, 3)", "same shape"]),
+        (
+            {"metrics": {"kind": {"acc": MulticlassAccuracy(3, average=None)}}},
+            ["`metrics['kind']['acc']`", "one number"],
+        ),
+        ({"metrics": {"sum": {"all": MetricCollection([R2Score()])}}}, ["`metrics['sum']['all']`", "one number"]),
     ],
 )
 def test_the_first_batch_is_checked_before_anything_trains(change, words):
@@ -397,6 +432,17 @@ def test_the_first_batch_is_checked_before_anything_trains(change, words):
     assert all(word in str(raised.value) for word in words), raised.value
 
 
+class Always(nn.Module):
+    """The same outputs for any input."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x):
+        return self.output
+
+
 class Outputs(nn.Module):
     def __init__(self, **channels):
         super().__init__()
@@ -404,6 +450,82 @@ class Outputs(nn.Module):
 
     def forward(self, x):
         return {name: head(x) for name, head in self.heads.items()}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize("label", [3, -2, 0.5, float("nan")])
+def test_labels_of_every_batch_are_checked(split, label):
+    """Not of the first one alone: a class that isn't there would be torch's error, or a wrong figure."""
+    data = samples(kind=[0, 1, 2, 0, 1, label], sum=NUMBER)
+    own = lab.Problem(**{**GOOD, split: data})
+    batches = own.loader(split, 1).epoch(0)
+    with pytest.raises(ProblemError, match=rf"`{split}, task `kind``.*Found {label}\."):
+        list(batches)
+
+
+def test_a_task_of_its_own_kind_may_have_outputs_of_any_kind(tmp_path):
+    """A distribution, say: its parameters reach loss, metric and predictions as the network gives them."""
+    found = []
+    for named in ("true", "false"):
+        out = tmp_path / named
+        command = ["--problem", f"{FARM}:spread", f"--problem.named={named}", "--epochs", "1", "--out", str(out)]
+        assert main(["train", *command, "--batch-size", "4"]) == 0
+        assert main(["predict", "--run", str(out), "--count", "2"]) == 0
+        predicted = json.loads((out / "predictions-test.json").read_text())["tasks"]["yield"]["prediction"]
+        found.append(
+            (
+                json.loads((out / "results.json").read_text())["test"],
+                list(predicted.values()) if named == "true" else predicted,
+            )
+        )
+    assert found[0] == found[1]
+    assert len(found[0][1]) == 2
+
+
+def test_a_metric_that_doesnt_say_which_way_is_better_warns():
+    class Share(MeanMetric):
+        def update(self, output, target):
+            super().update(output.argmax(1) == target)
+
+    with pytest.warns(UserWarning, match=r"`kind` is judged by `share`, lower is better; `primary=` says otherwise"):
+        lab.Problem(**{**GOOD, "metrics": {"kind": {"share": Share()}}})
+    with warnings.catch_warnings(action="error"):
+        lab.Problem(**{**GOOD, "metrics": {"kind": {"share": Share()}}, "primary": {"kind": ("share", True)}})
+
+
+def test_figures_of_a_problems_own_keep_their_names():
+    names = iter(("first", "second"))
+    own = lab.Problem(
+        ["a"],
+        2,
+        model=lambda: nn.Linear(1, 1),
+        closure=lambda m, b, t: {},
+        evaluate=lambda m: {"a": {next(names): 1.0}},
+    )
+    with pytest.warns(UserWarning, match="`first`"):
+        own_figures(nn.Linear(1, 1), own)
+    with pytest.raises(ProblemError, match=r"`first` of the task `a`.*second"):
+        own_figures(nn.Linear(1, 1), own)
+
+
+@pytest.mark.parametrize("call", [lab.fit, lab.compare, lab.diagnose])
+@pytest.mark.parametrize("wrong", [lambda: None, nn.Linear(1, 1), None])
+def test_something_else_than_a_problem_is_named(call, wrong):
+    with pytest.raises(ConfigError, match=r"Parameter `problem` should be a lab.Problem \(.*\), or its reference"):
+        call(wrong)
+
+
+def test_an_endless_stream_says_that_it_is_counted(monkeypatch):
+    monkeypatch.setattr(loading, "PATIENCE", 0.0)
+    with pytest.warns(UserWarning, match=r"has to end.*`__len__`"):
+        assert len(streamed(Stream()).loader("train", 2)) == 5
+
+
+class Overwritten(Outputs):
+    """What the backward needs is gone by then."""
+
+    def forward(self, x):
+        return {name: value.sigmoid().mul_(2) for name, value in super().forward(x).items()}
 
 
 def test_labels_may_be_plain_numbers_of_any_precision():
@@ -511,7 +633,52 @@ def test_a_mistake_in_the_users_code_shows_the_users_frames(tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"), [("import nothere", "No module named 'nothere'"), ("def f(:", "SyntaxError")]
+)
+def test_a_file_that_cant_be_run_shows_the_users_line(tmp_path, capsys, text, words):
+    (tmp_path / "unrunnable.py").write_text(text)
+    assert main(["train", "--problem", f"{tmp_path}/unrunnable.py:f", "--out", str(tmp_path / "x")]) == 1
+    error = capsys.readouterr().err
+    assert 'unrunnable.py", line 1' in error
+    assert words in error
+    assert "torchmto/lab" not in error
+    assert "torchmto[lab]" not in error
+
+
+def test_modules_are_found_in_the_folder_one_is_in(tmp_path, monkeypatch):
+    """As `python -m torchmto` finds them, so does `torchmto`, which has its own folder to import from."""
+    (tmp_path / "farm_of_this_folder.py").write_text("def made(): return 1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert resolve("farm_of_this_folder:made")() == 1
+
+
+def test_what_knows_how_to_move_moves_itself():
+    """A packed sequence keeps its lengths on the CPU, a graph its nodes together."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(2), torch.ones(1)])
+    moved = placed([packed, {"a": X}], "meta")
+    assert moved[0].data.device.type == moved[1]["a"].device.type == "meta"
+    assert moved[0].batch_sizes.device.type == "cpu"
+
+
 def test_a_problem_of_python_knows_who_made_it():
     own = replace(lab.Problem(**GOOD))
     assert own.origin.name.endswith("test_a_problem_of_python_knows_who_made_it")
     assert own.origin.source
+
+
+def test_what_only_python_has_is_told_apart_but_called_by_nobody():
+    """A folder knows the data again by a short text, which isn't taken for an argument when its settings are read."""
+
+    def made(data, width):
+        return lab.Problem(**{**GOOD, "train": data})
+
+    data = samples(kind=CLASS, sum=NUMBER) * 100
+    origins = [made(rows, 3).origin for rows in (data, [*data], data[:-1])]
+    assert [origin.arguments["width"] for origin in origins] == [3, 3, 3]
+    told = [origin.arguments["data"] for origin in origins]
+    assert told[0] == told[1] != told[2]
+    assert len(json.dumps(told)) < 10_000
+    with pytest.raises(UnknownReferenceError, match="called from Python"):
+        load_problem(origins[0].name, origins[0].arguments)

@@ -99,7 +99,10 @@ def _run(verb: str, arguments: list[str]) -> int:
         parser: argparse.ArgumentParser = module.make_parser(f"torchmto {verb}")
         code: int = module.run(parser.parse_args(arguments))
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else FAILED
+        if isinstance(stop.code, int):
+            return stop.code
+        print(f"torchmto {verb}: {stop.code or '`sys.exit` was called.'}", file=sys.stderr)
+        return FAILED
     except UsageError as error:
         print(f"torchmto {verb}: {error}", file=sys.stderr)
         return WRONG_USAGE
@@ -111,6 +114,9 @@ def _run(verb: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except ImportError as error:
+        if frames := _frames(error):
+            print(frames, end="", file=sys.stderr)
+            return FAILED
         own = error.name is None or error.name.partition(".")[0] == "torchmto"
         hint = "" if own else ". The lab needs more packages: pip install 'torchmto[lab]'"
         print(f"torchmto {verb}: {error}{hint}", file=sys.stderr)

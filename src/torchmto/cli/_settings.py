@@ -24,6 +24,8 @@ _SHORT = {
     "--problem": "--data.name",
     "--problem.use": "--data.name",
 }
+_LISTS = {"--loggers", "--data.tasks"}
+"""Flags whose value is a list, with or without brackets."""
 _METHOD = {"--method": "--method.name"}
 
 
@@ -136,7 +138,15 @@ def _type(text: str) -> str:
     if choices := re.search(r"Literal\[(.+?)\]", text):
         return f"one of {choices[1]}"
     name = re.sub(r"<class '(\w+)'>", r"\1", text)
-    known = {"NoneType": "", "int": "an int", "float": "a float", "bool": "a bool", "str": "a text"}
+    known = {
+        "NoneType": "",
+        "int": "an int",
+        "float": "a float",
+        "bool": "a bool",
+        "str": "a text",
+        "list": "a list",
+        "dict": "a mapping",
+    }
     return known.get(name, name)
 
 
@@ -151,9 +161,9 @@ def _translated(args: Sequence[str], short: Mapping[str, str]) -> list[str]:
         full = short.get(flag, flag)
         if flag.startswith("--problem.") and flag not in short:
             full = f"--data.options.{flag.removeprefix('--problem.')}"
-        if flag == "--loggers" and equals and not value.startswith("["):
+        if full in _LISTS and equals and not value.startswith("["):
             value = f"[{value}]"
-        elif words and words[-1] == "--loggers" and not word.startswith("["):
+        elif words and words[-1] in _LISTS and not word.startswith("["):
             full, equals, value = f"[{word}]", "", ""
         words.append(f"{full}{equals}{value}")
     return words

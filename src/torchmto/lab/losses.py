@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from torchmto.checks import nearest
-from torchmto.lab.data.base import Task
+from torchmto.lab.data.base import Task, positive
 
 Loss = tuple[Tensor, Tensor]
 LossFunction = Callable[..., Loss]
@@ -69,7 +69,7 @@ def balanced_cross_entropy(prediction: Tensor, target: Tensor, valid: Tensor, *,
     Source: Xie and Tu, Holistically-Nested Edge Detection, ICCV 2015, equation 2. Deviation: a fixed weight
     instead of each image's share of negatives, as the multi-task papers use it.
     """
-    weight = torch.where(target == 1, positive_weight, 1 - positive_weight)
+    weight = torch.where(positive(target), positive_weight, 1 - positive_weight)
     return _weighted_binary(prediction, target, valid, weight)
 
 
@@ -92,8 +92,8 @@ def class_balanced(prediction: Tensor, target: Tensor, valid: Tensor) -> Loss:
     >>> torch.isclose(loss, (0.75 * 1 + 0.25 * 3) / 4 * torch.tensor(2.0).log())
     tensor(True)
     """
-    negatives = ((target == 0) & valid).sum() / valid.sum().clamp(min=1)
-    return _weighted_binary(prediction, target, valid, torch.where(target == 1, negatives, 1 - negatives))
+    negatives = (~positive(target) & valid).sum() / valid.sum().clamp(min=1)
+    return _weighted_binary(prediction, target, valid, torch.where(positive(target), negatives, 1 - negatives))
 
 
 def focal(prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2.0, alpha: float | None = None) -> Loss:
@@ -113,11 +113,11 @@ def focal(prediction: Tensor, target: Tensor, valid: Tensor, *, gamma: float = 2
     the number of entries, not of positives, and no class weight by default.
     """
     logits = _full(prediction)
-    positive = target == 1
-    log_p = functional.logsigmoid(torch.where(positive, logits, -logits))
+    yes = positive(target)
+    log_p = functional.logsigmoid(torch.where(yes, logits, -logits))
     weight = (-torch.expm1(log_p)).clamp(min=0) ** gamma
     if alpha is not None:
-        weight = weight * torch.where(positive, alpha, 1 - alpha)
+        weight = weight * torch.where(yes, alpha, 1 - alpha)
     return _masked_mean(-weight * log_p, valid)
 
 
@@ -215,10 +215,11 @@ class TaskLoss:
             return _added(self, prediction, target, labelled)
         labels = self.task.kind in {"classification", "segmentation"}
         expected = (len(target), self.task.channels, *target.shape[1:]) if labels else tuple(target.shape)
-        if tuple(prediction.shape) != expected:
+        shape = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+        if shape != expected:
             raise ValueError(
                 f"Parameter `prediction` of task `{self.task.name}` ({self.task.kind}) should have the shape "
-                f"{expected}. Found {tuple(prediction.shape)}."
+                f"{expected}. Found {shape}."
             )
         valid = self.task.valid(target)
         if labelled is None:
@@ -242,17 +243,20 @@ class OwnLoss:
         except ValueError:  # some built-in functions don't tell
             self._masked = False
 
-    def __call__(
-        self, prediction: Tensor | tuple[Tensor, ...], target: Tensor, *, labelled: bool | None = None
-    ) -> Loss | None:
-        """The loss and the number of labels behind it, or None where there is no label; of several predictions the sum."""
-        if isinstance(prediction, tuple):
+    def __call__(self, prediction: Any, target: Tensor, *, labelled: bool | None = None) -> Loss | None:
+        """The loss and the number of labels behind it, or None where there is no label.
+
+        Of several predictions, a tuple, it is the sum; but a task of its own kind may have any output, which goes to its loss
+        as it is.
+        """
+        own = self.task.kind == "own"
+        if isinstance(prediction, tuple) and not own:
             return _added(self, prediction, target, labelled)
         valid, rows = labelled_rows(self.task, target)
         if not (bool(rows.any()) if labelled is None else labelled):
             return None
         more = {"mask": valid[rows]} if self._masked else {}
-        value = self._function(prediction[rows], target[rows], **more)
+        value = self._function(prediction if own else prediction[rows], target[rows], **more)
         return value if isinstance(value, tuple) else (value, valid.sum())
 
 

@@ -7,11 +7,11 @@ have any shape: then nothing but these two looks at model and batches.
 
 import hashlib
 import inspect
+import json
 import linecache
 import pickle
 import re
 import sys
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -21,10 +21,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from torchmto.checks import shown
+from torchmto.checks import shown, warn
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
 from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
 from torchmto.lab.metrics import metric_names
@@ -73,10 +73,37 @@ class Origin:
         code = frame.f_code
         starred = sum(bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS))
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + starred]
-        plain = {name: _told_apart(frame.f_locals[name]) for name in names if name in frame.f_locals}
+        given = {name: frame.f_locals[name] for name in names if name in frame.f_locals}
         function = code.co_qualname.replace(".<locals>", "")
+        # A file of settings can't hold other arguments, so its reference must lead nobody to a call with what stands for them.
+        function += "" if not starred and all(map(_is_plain, given.values())) else NO_CALL
         source = source_hash(Path(code.co_filename))
-        return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", plain, source)
+        told = {name: _told(value) for name, value in given.items()}
+        return cls(f"{frame.f_globals.get('__name__', '?')}:{function}", told, source)
+
+
+NO_CALL = "()"
+"""Ends the name of a function that was called with what only Python has."""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a file of settings can hold the value."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | Path)
+
+
+def _told(value: Any) -> Any:
+    """An argument as a file of settings holds it: what isn't plain in one short text that tells it from others."""
+    told = _told_apart(value)
+    text = "" if _is_plain(value) else json.dumps(told)
+    return told if len(text) <= _PRINTED else _cut(text)
+
+
+def _cut(text: str) -> str:
+    return f"{text[:_PRINTED]} {_hash(text.encode())}"
 
 
 def _told_apart(value: Any) -> Any:
@@ -93,7 +120,7 @@ def _told_apart(value: Any) -> Any:
         return {entry.name: _told_apart(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, TensorDataset):
         return _told_apart(value.tensors)
-    if isinstance(value, Tensor) and value.layout is torch.strided:
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
         data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         return f"{value.dtype} {list(value.shape)} {_hash(data.tobytes())}"
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -101,7 +128,7 @@ def _told_apart(value: Any) -> Any:
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
         return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    return printed if len(printed) <= _PRINTED else f"{printed[:_PRINTED]} {_hash(printed.encode())}"
+    return printed if len(printed) <= _PRINTED else _cut(printed)
 
 
 _PRINTED = 1000
@@ -190,18 +217,24 @@ class Problem:
                     self._check_data(f"{part}[{task!r}]", entry)
             elif data is not None or part == "train" or self.evaluate is None:
                 self._check_data(part, data)
+        self._check_functions()
+        if self.origin is None:
+            self.origin = Origin.of_caller()
+
+    def _check_functions(self) -> None:
+        for task, loss in self.losses.items():
+            if not _is_function(loss):
+                raise part_error(f"losses[{task!r}]", "a callable `loss(output, target)`", loss)
         for part in ("collate", "optimizer", "closure", "evaluate"):
             value = getattr(self, part)
-            if value is not None and not callable(value):
-                raise part_error(part, "a callable, or left out", value)
+            if value is not None and not _is_function(value):
+                raise part_error(part, "a callable that isn't a class, or left out", value)
         if self.model is not None and not isinstance(self.model, str) and not callable(self.model):
             raise part_error("model", "a function that builds the network, or a ready model's name", self.model)
         if isinstance(self.model, nn.Module):
             raise part_error(
                 "model", "a function that builds the network anew (`model=lambda: Net()`)", "one that is built already"
             )
-        if self.origin is None:
-            self.origin = Origin.of_caller()
 
     def _checked_tasks(self) -> tuple[Task, ...]:
         if isinstance(self.tasks, str | Task) or not isinstance(self.tasks, Iterable):
@@ -234,7 +267,9 @@ class Problem:
             directions = {name: getattr(metric, "higher_is_better", None) for name, metric in own.items()}
             ways = {name: name in _HIGHER if said is None else said for name, said in directions.items()}
             extra |= {"metrics": dict(own), "directions": ways}
-            extra["primary_metric"] = next(iter(own))
+            extra["primary_metric"] = first = next(iter(own))
+            if not primary and directions[first] is None:
+                _warn_of_direction(task.name, first)
         if primary:
             if not isinstance(primary, Sequence) or len(primary) != 2 or not isinstance(primary[1], bool):
                 raise part_error(f"primary[{task.name!r}]", "(metric, whether higher is better)", primary)
@@ -259,10 +294,13 @@ class Problem:
             if data < 1:
                 raise part_error(part, "a positive number of steps per epoch", data)
             return
+        if self.closure is None and isinstance(data, DataLoader):
+            raise part_error(part, "a data set, as the lab makes batches itself", "a DataLoader; give its `dataset`")
         sized = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-        if data is None or isinstance(data, str | bytes) or not (sized or isinstance(data, Iterable)):
+        frame = type(data).__name__ == "DataFrame"  # by number it has columns, not samples
+        if data is None or frame or isinstance(data, str | bytes) or not (sized or isinstance(data, Iterable)):
             hint = "" if part == "train" else " (it may be left out where `evaluate` is given)"
-            raise part_error(part, f"a map-style or iterable data set{hint}", data)
+            raise part_error(part, f"a map-style or iterable data set{hint}", "a DataFrame" if frame else data)
         if not sized and iter(data) is iter(data):
             raise part_error(part, "something that can be gone through every epoch", "a one-shot generator")
         if sized and len(data) == 0:
@@ -445,13 +483,19 @@ class Problem:
             if task.kind != "own" or "primary_metric" in task.extra or not values.get(task.name):
                 continue
             metric = next(iter(values[task.name]))
-            if metric not in _HIGHER:
-                warnings.warn(
-                    f"The task `{task.name}` is judged by `{metric}`, lower is better; `primary=` says otherwise.",
-                    stacklevel=2,
-                )
+            _warn_of_direction(task.name, metric)
             assert isinstance(task.extra, dict)
             task.extra.update({"primary_metric": metric, "directions": {metric: metric in _HIGHER}})
+
+
+def _warn_of_direction(task: str, metric: str) -> None:
+    """Of a metric nobody says it of, lower values are better unless its name is known."""
+    if metric not in _HIGHER:
+        warn(f"The task `{task}` is judged by `{metric}`, lower is better; `primary=` says otherwise.")
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _normalized(inputs: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
@@ -517,13 +561,16 @@ class _Collate:
 
     def __call__(self, samples: list[Any]) -> Batch:
         if self.own is not None:
-            x, targets = self._pair(self.own(samples), "collate")
+            x, given = self._pair(self.own(samples), "collate")
+            targets = {t.name: self._target(t, given[t.name]) for t in self.tasks if t.name in given}
         else:
             pairs = [self._pair(sample, self.split) for sample in samples]
             x = _stacked([x for x, _ in pairs], self.split)
             targets = self._targets([targets for _, targets in pairs])
-            return Batch(input=x, targets=targets)
-        return Batch(input=x, targets={t.name: as_target(t, targets[t.name]) for t in self.tasks if t.name in targets})
+        for task in self.tasks:
+            if task.name in targets:
+                check_labels(task, targets[task.name], self.split)
+        return Batch(input=x, targets=targets)
 
     def _pair(self, sample: Any, part: str) -> tuple[Any, Mapping[str, Any]]:
         should = "samples (x, {task: target})" if part != "collate" else "a function that gives (x, {task: targets})"
@@ -543,10 +590,7 @@ class _Collate:
         columns: dict[str, Tensor] = {}
         for task in self.tasks:
             # In the kind's type before anything is filled in: a bool or a byte holds no missing value.
-            values = [
-                None if (v := row.get(task.name)) is None else as_target(task, torch.as_tensor(v)[None])[0]
-                for row in rows
-            ]
+            values = [None if (v := row.get(task.name)) is None else self._target(task, v, one=True)[0] for row in rows]
             example = next((value for value in values if value is not None), None)
             if example is None:
                 continue
@@ -565,6 +609,32 @@ class _Collate:
                 [torch.full_like(example, task.missing) if v is None else v for v in values]
             )
         return columns
+
+    def _target(self, task: Task, value: Any, *, one: bool = False) -> Tensor:
+        """A batch of targets, or one, in the type the task's kind asks for."""
+        where = f"{self.split}, task `{task.name}`"
+        try:
+            stored = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise part_error(where, "targets that are numbers or tensors", _described(value)) from error
+        target = as_target(task, stored[None] if one else stored)
+        if stored.is_floating_point() and target.dtype == torch.int64 and (cut := target != stored).any():
+            should = f"whole class numbers, or {int(task.missing)} where missing"
+            raise part_error(where, should, f"{stored.expand_as(target)[cut][0]:g}")
+        return target
+
+
+def check_labels(task: Task, target: Tensor, split: str) -> None:
+    """Raise a ProblemError if a batch of targets holds a class that isn't there, or an answer that is neither yes nor no."""
+    classes = task.kind in {"classification", "segmentation"}
+    if not classes and task.kind not in {"binary", "edges", "saliency"}:
+        return
+    labels = target[task.valid(target)]
+    wrong = labels[(labels < 0) | (labels >= task.channels if classes else labels > 1)]
+    if len(wrong):
+        missing = "NaN" if task.kind == "binary" else int(task.missing)
+        should = f"class numbers 0 to {task.channels - 1}" if classes else "numbers in [0, 1]"
+        raise part_error(f"{split}, task `{task.name}`", f"{should}, or {missing} where missing", f"{wrong[0]:g}")
 
 
 def _stacked(inputs: list[Any], split: str) -> Any:

@@ -23,7 +23,7 @@ from torchmto.lab.arguments import fitted
 from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, models
 from torchmto.lab.models.registry import check_options
-from torchmto.lab.problem import Origin, Problem, part_error, source_hash
+from torchmto.lab.problem import NO_CALL, Origin, Problem, part_error, source_hash
 
 GROUP = "torchmto.problems"
 
@@ -51,6 +51,10 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callab
             library's functions, which a received file of settings could name to run a command.
     """
     head, _, tail = reference.partition(":")
+    if tail.endswith(NO_CALL):
+        raise UnknownReferenceError(
+            f"`{reference}` was called from Python, with arguments that settings can't hold: they don't lead to it again."
+        )
     if what == "data":
         if head in datasets():
             return dataset_info(head).load
@@ -66,6 +70,8 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callab
     if head.partition(".")[0] in _STANDARD:
         raise _refused(reference, head)
     if tail and all(part.isidentifier() for part in head.split(".")):
+        if not {"", str(Path.cwd())} & set(sys.path):
+            sys.path.insert(0, str(Path.cwd()))  # as `python -m torchmto` has it
         there = head in sys.modules  # as __main__ is, which has no spec
         if not there:
             with contextlib.suppress(ImportError):  # of a parent package that isn't there

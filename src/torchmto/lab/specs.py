@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchmto.checks import found
 from torchmto.methods import Method, make_method, method_class
 
 
@@ -81,12 +82,15 @@ def parse_methods(text: str) -> tuple[MethodSpec, ...]:
         text: Such as ``gd,pcgrad,wpcgrad(priority=uw)``.
 
     Raises:
+        TypeError: If it isn't text.
         ValueError: If the text has another form, or a method is there twice.
 
     Example:
         >>> [spec.label for spec in parse_methods("gd,wpcgrad(priority=[0.5, 0.25, 0.25])")]
         ['gd', 'wpcgrad(priority=[0.5, 0.25, 0.25])']
     """
+    if not isinstance(text, str):
+        raise TypeError(found("method", "a text such as `wpcgrad(mode=pairwise)`", text))
     try:
         body = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:

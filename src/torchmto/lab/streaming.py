@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.lab.data.base import Task
+from torchmto.lab.data.base import Task, positive
 
 try:
     from torchmetrics import Metric
@@ -190,7 +190,7 @@ class _Answers(Metric):
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch of ``[B, C]``."""
         valid = torch.isfinite(target)
-        scores, labels = prediction[valid].float().sigmoid(), target[valid].long()
+        scores, labels = prediction[valid].float().sigmoid(), positive(target[valid]).long()
         if len(labels) > 0:
             super().update(scores, labels)  # type: ignore[safe-super]
 
@@ -247,8 +247,9 @@ class MaxF(_ScoreCounts):
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
         scores = self._bins(prediction)
-        self.positives += torch.bincount(scores[target == 1], minlength=self.bins)
-        self.negatives += torch.bincount(scores[target == 0], minlength=self.bins)
+        valid, salient = self.task.valid(target), positive(target)
+        self.positives += torch.bincount(scores[valid & salient], minlength=self.bins)
+        self.negatives += torch.bincount(scores[valid & ~salient], minlength=self.bins)
 
     def compute(self) -> Tensor:
         """The F-measure at the best threshold."""
@@ -281,10 +282,11 @@ class SaliencyIoU(_ScoreCounts):
         number = torch.arange(images, device=target.device).view(-1, 1, 1, 1)
         scores = self._bins(prediction) + self.bins * number
 
-        def counts(label: int) -> Tensor:
-            return torch.bincount(scores[target == label], minlength=self.bins * images).view(images, -1)
+        def counts(where: Tensor) -> Tensor:
+            return torch.bincount(scores[valid & where], minlength=self.bins * images).view(images, -1)
 
-        positives, negatives = counts(1), counts(0)
+        valid, salient = self.task.valid(target), positive(target)
+        positives, negatives = counts(salient), counts(~salient)
         hits = self._at_least(positives).double()
         union = self._at_least(negatives) + positives.sum(dim=1, keepdim=True)
         labelled = (positives + negatives).sum(dim=1) > 0
@@ -322,7 +324,8 @@ class OdsF(_ScoreCounts):
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch."""
-        valid, edges = self.task.valid(target), target == 1
+        valid = self.task.valid(target)
+        edges = valid & positive(target)
         scores = torch.where(valid, self._bins(prediction), 0)
         height, width = target.shape[-2:]
         radius = self.tolerance * (height**2 + width**2) ** 0.5

@@ -17,6 +17,8 @@ _OURS = (
 def user_frames(error: BaseException) -> str:
     """The traceback from the user's first frame on; empty if the error isn't of the user's code."""
     frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError) and error.filename and _is_users(error.filename):
+        return "".join(traceback.format_exception_only(error))
     own = [number for number, frame in enumerate(frames) if _is_users(frame.filename)]
     if not own:
         return ""

@@ -187,7 +187,7 @@ def test_many_tasks_have_a_table_of_their_own(finished, problem, monkeypatch):
 
 def test_plots_show_what_the_methods_record(finished, problem):
     experiment, _, results = finished
-    images = plots(experiment, summarize(experiment, problem, results), results)
+    images = plots(summarize(experiment, problem, results), results)
     assert set(images) == {
         "learning_curves.png",
         "priority_shares-connection_strength.png",

@@ -1,9 +1,12 @@
 """What a Run is built of: fair starts, norms, evaluation, what a method is told."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from torchmto.lab.data import load_data
+from torchmto.lab.problem import ProblemError
 from torchmto.lab.run.build import Computer, build, problem_of
 from torchmto.lab.run.config import ConfigError, config_of
 from torchmto.lab.run.evaluation import evaluate, primary_values, tell_method
@@ -111,6 +114,11 @@ def test_workers_change_nothing(problem):
 def test_mistakes_are_named(problem, change, error, message):
     with pytest.raises(error, match=message):
         parts_of(problem, **change)
+
+
+def test_an_own_optimizer_is_one(problem):
+    with pytest.raises(ProblemError, match=r"`optimizer`.* one torch.optim.Optimizer. Found list"):
+        parts_of(replace(problem, optimizer=lambda model: [torch.optim.SGD(model.parameters(), lr=0.1)]), lr=None)
 
 
 def test_devices_are_checked():

@@ -122,6 +122,11 @@ class Task:
                 return target != int(self.missing)
 
 
+def positive(target: Tensor) -> Tensor:
+    """Which answers of yes/no kinds are a yes: 1, or what interpolation or smoothing has left of it."""
+    return target >= 0.5
+
+
 def labelled_tasks(batch: Batch, tasks: Sequence[Task]) -> tuple[str, ...]:
     """Names of the tasks with a label for at least one sample of the batch, in the order of ``tasks``."""
     targets = batch["targets"]

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from torchmto.checks import check_integer
+from torchmto.checks import check_integer, warn
 
+PATIENCE = 20.0
+"""Seconds after which one is told what takes so long about an iterable."""
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64
 
 
@@ -234,10 +236,20 @@ class StreamLoader:
                 size = len(self.stream)  # type: ignore[arg-type]
             except TypeError:
                 with own_random_state(self._key(0, -1)):  # counting disturbs nothing
-                    size = sum(1 for _ in self.stream)
+                    size = self._counted()
             whole, rest = divmod(size, self.batch_size or 1)
             self._length = whole + int(rest > 0 and (not self.drop_last or not whole))
         return self._length
+
+    def _counted(self) -> int:
+        size, patience = 0, time.monotonic() + PATIENCE
+        for size, _ in enumerate(self.stream, 1):
+            if time.monotonic() > patience:
+                warn(
+                    f"An iterable data set is counted first: it has to end, or to have `__len__`. {size} elements so far."
+                )
+                patience = float("inf")
+        return size
 
     def _key(self, epoch: int, place: int) -> int:
         """What the random state is seeded from at a place; -1 is where an epoch begins."""

@@ -37,7 +37,7 @@ class Experiment:
     baselines: bool = True
 
     def __post_init__(self) -> None:
-        check_tasks(self.methods)
+        check_tasks(self.methods, "methods")
         check_integer("seeds", self.seeds, minimum=1, maximum=MOST)
 
     @property

@@ -19,16 +19,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_json
 from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
 from torchmto.lab.grid.experiment import Experiment, is_single_task, method_label
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import ConfigError, RunConfig, check_source
-from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key", "run_name"]
+__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key"]
 
 SCHEMA_VERSION = 2
 _OWNER = _EXPERIMENT = "torchmto compare"
@@ -36,26 +36,15 @@ _RUN = "torchmto compare run"
 _LEFTOVER = re.compile(r"\..+\.tmp")
 
 
-def run_files(path: Path, results: Mapping[str, Any]) -> list[tuple[str | None, Path]]:
+def run_files(path: Path, results: Mapping[str, Any]) -> list[tuple[str, Path]]:
     """The files of a comparison's finished runs, each with what its rows are called: a method's text, or ``single:<task>``.
 
     Args:
         path: The comparison's folder.
-        results: Its results.json. Where that doesn't list the runs, as once it didn't, the names are None.
+        results: Its results.json.
     """
-    files = sorted((path / "runs").glob("*.json"))
-    if "runs" not in results:
-        return [(None, file) for file in files]
-    by_key = {file.stem.rpartition("-")[2]: file for file in files}
+    by_key = {file.stem.rpartition("-")[2]: file for file in sorted((path / "runs").glob("*.json"))}
     return [(name, by_key[key]) for name, keys in results["runs"].items() for key in keys if key in by_key]
-
-
-def run_name(config: Mapping[str, Any]) -> str:
-    """What the rows of a run are called, as far as its settings tell."""
-    tasks = config["data"]["tasks"] or ()
-    method = config["method"]
-    label = MethodSpec(method["name"], method["options"]).label
-    return f"single:{next(iter(tasks))}" if len(tasks) == 1 and label == "gd" else label
 
 
 class GridFolder:
@@ -204,5 +193,5 @@ def _differences(saved: Mapping[str, Any], settings: Mapping[str, Any], prefix: 
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             found += _differences(there, here, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key} is {there!r} there and {here!r} here")
+            found.append(f"{prefix}{key} is {shown(there)} there and {shown(here)} here")
     return found

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchmto.lab.atomic import plain, write_bytes
-from torchmto.lab.grid.experiment import Experiment
 from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.plots import plots
 from torchmto.lab.grid.tables import csv_text, markdown
@@ -13,18 +12,15 @@ from torchmto.lab.grid.tables import csv_text, markdown
 __all__ = ["write_outputs"]
 
 
-def write_outputs(
-    experiment: Experiment, folder: GridFolder, summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
-) -> None:
+def write_outputs(folder: GridFolder, summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write tables and plots into the folder.
 
     Args:
-        experiment: What was compared.
         folder: Where to.
         summary: The figures, from `summarize`.
         results: Every run by its key.
     """
-    images = plots(experiment, plain(summary), results)
+    images = plots(plain(summary), results)
     (folder.path / "plots").mkdir(exist_ok=True)
     for name, image in images.items():
         write_bytes(folder.path / "plots" / name, image)

@@ -150,7 +150,7 @@ def compare(
             tuning = tune_all(experiment, learnt, plan, round_of, executor=executor, watcher=watcher)
             experiment, found = replace(experiment, chosen=tuning.chosen), {"tuning": plain(tuning.as_dict())}
         results = run_grid(experiment, folder, learnt, executor=executor, watcher=watcher)
-    write_outputs(experiment, folder, {**summarize(experiment, learnt, results), **found}, results)
+    write_outputs(folder, {**summarize(experiment, learnt, results), **found}, results)
     if found:
         write_bytes(folder.path / "tuning.json", (json.dumps(found["tuning"], indent=1) + "\n").encode())
     return Result(folder.path)

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchmto.lab.grid.experiment import Experiment
-from torchmto.lab.grid.folder import run_key
 from torchmto.lab.grid.noise import noise_floor
 
 if TYPE_CHECKING:
@@ -21,28 +19,21 @@ _COLUMN = 3.6
 """Width of one panel in inches."""
 
 
-def plots(experiment: Experiment, summary: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, bytes]:
+def plots(summary: Mapping[str, Any], results: Mapping[str, Result]) -> dict[str, bytes]:
     """The plots there is something to show in, as file name -> PNG.
 
     Args:
-        experiment: What was compared.
-        summary: Its figures.
+        summary: The figures of a comparison.
         results: Every run by its key.
     """
     tasks = list(summary["tasks"])
-    runs = {
-        method: [results[run_key(config)] for config in experiment.method_runs(method)] for method in experiment.methods
-    }
-    baselines: dict[str, list[Result]] = {task: [] for task in tasks}
-    for config in experiment.single_task_runs(tasks):
-        baselines[(config.data.tasks or [""])[0]].append(results[run_key(config)])
-
-    figures = {"learning_curves": _learning_curves(summary, runs, baselines)}
-    for method, seeds in runs.items():
+    runs = {name: [results[key] for key in keys] for name, keys in summary["runs"].items()}
+    figures = {"learning_curves": _learning_curves(summary, runs)}
+    for method in summary["methods"]:
         slug = "".join(letter if letter.isalnum() else "_" for letter in method)[:60].strip("_")
         for name, draw in (("priority_shares", _priority_shares), ("affinity", _affinity), ("groups", _groups)):
-            if list(_traced(seeds[0], name)):
-                figures[f"{name}-{slug}"] = draw(method, tasks, seeds)
+            if list(_traced(runs[method][0], name)):
+                figures[f"{name}-{slug}"] = draw(method, tasks, runs[method])
     return {f"{name}.png": picture(figure) for name, figure in figures.items()}
 
 
@@ -91,14 +82,13 @@ def _traced(run: Result, name: str) -> Iterator[tuple[int, Any]]:
             yield point["step"], point["records"][name]
 
 
-def _learning_curves(
-    summary: Mapping[str, Any], runs: Mapping[str, Sequence[Result]], baselines: Mapping[str, Sequence[Result]]
-) -> "Figure":
+def _learning_curves(summary: Mapping[str, Any], runs: Mapping[str, Sequence[Result]]) -> "Figure":
     tasks = summary["tasks"]
     figure, axes = _figure(len(tasks), 3.4)
     for axis, (task, about) in zip(axes, tasks.items(), strict=True):
         metric = about["primary_metric"]
-        for label, seeds in {"single-task": baselines[task], **runs}.items():
+        singles = runs.get(f"single:{task}", ())
+        for label, seeds in {"single-task": singles, **{name: runs[name] for name in summary["methods"]}}.items():
             values = [[epoch["validation"][task][metric] for epoch in run["history"]] for run in seeds]
             style: dict[str, Any] = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
             if values:

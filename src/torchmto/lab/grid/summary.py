@@ -43,20 +43,17 @@ def summarize(
     """
     tasks = problem.task_list
     names = [task.name for task in tasks]
-    singles: list[list[Result]] = [[] for _ in range(experiment.seeds)]
-    files: dict[str, list[str]] = {f"single:{name}": [] for name in names if experiment.baselines}
+    files: dict[str, list[str]] = {}
     for config in experiment.single_task_runs(names):
-        key = run_key(config)
-        singles[config.seed].append(results[key])
-        files[f"single:{(config.data.tasks or [''])[0]}"].append(key)
+        files.setdefault(f"single:{(config.data.tasks or [''])[0]}", []).append(run_key(config))
+    files |= {method: [run_key(config) for config in experiment.method_runs(method)] for method in experiment.methods}
+    every = {name: [results[key] for key in keys] for name, keys in files.items()}
+    by_method = {method: every[method] for method in experiment.methods}
+    singles = list(zip(*(every[f"single:{name}"] for name in names), strict=True)) if experiment.baselines else []
     tests = [{name: values for run in runs for name, values in run["test"].items()} for runs in singles]
 
     methods: dict[str, Any] = {}
-    by_method: dict[str, list[Result]] = {}
-    for method in experiment.methods:
-        files[method] = [run_key(config) for config in experiment.method_runs(method)]
-        runs = [results[key] for key in files[method]]
-        by_method[method] = runs
+    for method, runs in by_method.items():
         measured = [run["test"] for run in runs]
         alone = {"delta_m": None, "reason": "no single-task models were trained"}
         methods[method] = {

@@ -161,7 +161,7 @@ def _run(
         return None
     finished = replace(experiment, seeds=seeds)
     summary = summarize(finished, grid.problem, results, arm.reference)
-    write_outputs(finished, grid.folder, summary, results)
+    write_outputs(grid.folder, summary, results)
     return ArmResult(arm, finished, grid.problem, results, summary, seeds == experiment.seeds, failed)
 
 

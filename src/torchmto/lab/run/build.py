@@ -378,6 +378,10 @@ def build(
             optimizer = optimizer_of(config.optimizer, model, config.method.name)
         else:
             optimizer = problem.optimizer(model)
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise part_error(
+                    "optimizer", "a function that returns one torch.optim.Optimizer", type(optimizer).__name__
+                )
         method = make(
             MethodSpec(config.method.name, config.method.options),
             total_steps=total_steps,

@@ -55,12 +55,11 @@ def _reason(error: BaseException | None) -> str | None:
     return None
 
 
-def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read what :func:`write_checkpoint` wrote, once its checksum is right. Nothing in the file can run code.
 
     Args:
         path: The checkpoint.
-        device: Where its tensors go.
 
     Raises:
         CheckpointError: If there is no such file, it is something else, or it is damaged.
@@ -77,7 +76,7 @@ def read_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str,
             )
         file.seek(HEADER_SIZE)
         try:
-            state = torch.load(file, map_location=device, weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # what isn't a pickle of plain data can raise anything
             raise CheckpointError(f"The checkpoint `{path}` holds something other than plain data.") from error
     if not isinstance(state, dict):

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
@@ -29,6 +30,23 @@ class ConfigError(ValueError):
     """Settings that can't work, or that don't belong to the run they should continue."""
 
 
+def _whole(default: int | None, minimum: int = 1, most: int | None = None) -> Any:
+    """A field for a whole number; None is only for one that is left open."""
+
+    def check(name: str, value: Any) -> None:
+        if check_integer(name, value, minimum=minimum) >= LARGEST:
+            raise ValueError(found(name, f"below {LARGEST:.0e}", value))
+        if most is not None and value > most:
+            raise ValueError(found(name, f"at most {most}", value))
+
+    return field(default=default, metadata={"check": check})
+
+
+def _real(default: float | None, **bounds: float) -> Any:
+    """A field for a number within the bounds of `check_number`."""
+    return field(default=default, metadata={"check": partial(check_number, **bounds)})
+
+
 @dataclass
 class DataConfig:
     """Which problem, and in which batches.
@@ -48,10 +66,10 @@ class DataConfig:
     name: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     tasks: list[str] | None = None
-    batch_size: int | None = None
-    split_seed: int = 0
+    batch_size: int | None = _whole(None)
+    split_seed: int = _whole(0, 0)
     augment: bool = True
-    workers: int = 0
+    workers: int = _whole(0, 0, MOST)
 
     @property
     def reference(self) -> str:
@@ -124,16 +142,16 @@ class OptimizerConfig:
     """
 
     name: OptimizerName = "adamw"
-    lr: float | None = None
-    weight_decay: float = 0.0
-    momentum: float = 0.9
-    head_rate: float = 1.0
+    lr: float | None = _real(None, above=0)
+    weight_decay: float = _real(0.0, minimum=0)
+    momentum: float = _real(0.9, minimum=0, below=1)
+    head_rate: float = _real(1.0, above=0)
     schedule: Schedule = "cosine"
-    power: float = 0.9
-    step_epochs: int = 10
-    gamma: float = 0.5
-    warmup_steps: int = 0
-    clip: float | None = None
+    power: float = _real(0.9, above=0)
+    step_epochs: int = _whole(10)
+    gamma: float = _real(0.5, above=0)
+    warmup_steps: int = _whole(0, 0)
+    clip: float | None = _real(None, above=0)
 
 
 @dataclass
@@ -173,23 +191,23 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: dict[str, dict[str, Any]] = field(default_factory=dict)
-    epochs: int | None = None
-    accumulate: int = 1
+    epochs: int | None = _whole(None)
+    accumulate: int = _whole(1)
     precision: Precision = "32"
     device: str = "auto"
-    devices: int = 1
-    nodes: int = 1
-    seed: int = 0
-    threads: int | None = None
-    ema: float | None = None
+    devices: int = _whole(1, 1, MOST)
+    nodes: int = _whole(1)
+    seed: int = _whole(0, 0)
+    threads: int | None = _whole(None, 1, MOST)
+    ema: float | None = _real(None, above=0, below=1)
     deterministic: bool = False
     baseline: dict[str, float] | None = None
-    evaluate_every: int = 1
+    evaluate_every: int = _whole(1)
     evaluate_test: bool = True
-    checkpoint_every: int | None = None
-    keep: int = 2
+    checkpoint_every: int | None = _whole(None)
+    keep: int = _whole(2)
     loggers: list[LoggerName] | None = None
-    log_every: int = 10
+    log_every: int = _whole(10)
     source: str | None = None
 
     def validate(self) -> None:
@@ -203,51 +221,24 @@ class RunConfig:
         if self.data.name and not named <= {*methods()}:
             resolve(self.data.name)  # a problem's file may register methods
         try:
-            self._check_numbers()
+            self._check_values()
             _check_model(self.model)
             _check_method(self.method, self.baseline)
         except (ValueError, TypeError) as error:
             raise ConfigError(str(error)) from error
 
-    def _check_numbers(self) -> None:
-        optimizer = self.optimizer
-        for name, value, minimum in (
-            ("epochs", self.epochs, 1),
-            ("accumulate", self.accumulate, 1),
-            ("evaluate_every", self.evaluate_every, 1),
-            ("checkpoint_every", self.checkpoint_every, 1),
-            ("keep", self.keep, 1),
-            ("devices", self.devices, 1),
-            ("nodes", self.nodes, 1),
-            ("log_every", self.log_every, 1),
-            ("threads", self.threads, 1),
-            ("seed", self.seed, 0),
-            ("data.split_seed", self.data.split_seed, 0),
-            ("data.batch_size", self.data.batch_size, 1),
-            ("data.workers", self.data.workers, 0),
-            ("optimizer.step_epochs", optimizer.step_epochs, 1),
-            ("optimizer.warmup_steps", optimizer.warmup_steps, 0),
-        ):
-            if value is not None and check_integer(name, value, minimum=minimum) >= LARGEST:
-                raise ValueError(found(name, f"below {LARGEST:.0e}", value))
-            if name in {"data.workers", "devices", "threads"} and value is not None and value > MOST:
-                raise ValueError(found(name, f"at most {MOST}", value))
+    def _check_values(self) -> None:
+        """What the fields say of themselves."""
+        for section in ("", *SECTIONS):
+            part = getattr(self, section) if section else self
+            for entry in fields(part):
+                name, value = f"{section}.{entry.name}".lstrip("."), getattr(part, entry.name)
+                if get_origin(entry.type) is Literal:
+                    check_choice(name, value, get_args(entry.type))
+                elif "check" in entry.metadata and not (value is None and entry.default is None):
+                    entry.metadata["check"](name, value)
         if self.data.tasks is not None:
             check_tasks(self.data.tasks)
-        check_choice("precision", self.precision, ("32", "bf16-mixed", "16-mixed"))
-        check_choice("optimizer.name", optimizer.name, get_args(OptimizerName))
-        check_choice("optimizer.schedule", optimizer.schedule, get_args(Schedule))
-        if optimizer.lr is not None:
-            check_number("optimizer.lr", optimizer.lr, above=0)
-        check_number("optimizer.weight_decay", optimizer.weight_decay, minimum=0)
-        check_number("optimizer.momentum", optimizer.momentum, minimum=0, below=1)
-        check_number("optimizer.head_rate", optimizer.head_rate, above=0)
-        check_number("optimizer.power", optimizer.power, above=0)
-        check_number("optimizer.gamma", optimizer.gamma, above=0)
-        if optimizer.clip is not None:
-            check_number("optimizer.clip", optimizer.clip, above=0)
-        if self.ema is not None:
-            check_number("ema", self.ema, above=0, below=1)
         for logger in self.loggers or ():
             check_choice("loggers", logger, get_args(LoggerName))
         for task, single in (self.baseline or {}).items():
@@ -302,6 +293,9 @@ def config_for(
         config: Settings.
         settings: Some of them once more, which go over those.
     """
+    if not isinstance(problem, str | Problem):
+        should = "a lab.Problem (what a function that makes one returns), or its reference"
+        raise ConfigError(found("problem", should, problem))
     base = config if isinstance(config, RunConfig) else config_of(config or {})
     if isinstance(problem, str):
         return config_of({"data.name": problem, **settings}, base), None

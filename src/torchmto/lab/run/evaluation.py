@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,6 +14,7 @@ from torchmto.lab.data.base import Split, Task
 from torchmto.lab.losses import labelled_rows
 from torchmto.lab.metrics import primary_metric, task_metrics
 from torchmto.lab.problem import Problem, part_error
+from torchmto.lab.user_code import user_frames
 from torchmto.structure import active_task, has_split_norms
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def placed(value: Any, device: str | torch.device) -> Any:
     match value:
         case Tensor():
             return value.to(device, non_blocking=True)
+        case _ if callable(getattr(value, "to", None)):  # a packed sequence, a graph, a tokenizer's batch
+            return value.to(device)
         case Mapping():
             return {key: placed(entry, device) for key, entry in value.items()}
         case tuple() if hasattr(value, "_fields"):
@@ -97,6 +100,7 @@ def measure(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    steps: "Iterable[tuple[tuple[str, ...], Any]] | None" = None,
 ) -> Measured:
     """Metrics of every task that have seen a split, or this process' share of its batches.
 
@@ -112,6 +116,7 @@ def measure(
         rank: This process' number.
         world_size: Number of processes.
         workers: Processes that prepare batches.
+        steps: Batches in place of the split's.
 
     Returns:
         Task -> metric's name -> metric, on the CPU. `merged_values` makes figures of them.
@@ -122,7 +127,9 @@ def measure(
     training = network.training
     network.eval()
     try:
-        for names, batch in problem.once(split, batch_size, workers=workers, rank=rank, world_size=world_size):
+        if steps is None:
+            steps = problem.once(split, batch_size, workers=workers, rank=rank, world_size=world_size)
+        for names, batch in steps:
             batch = placed(batch, device)  # noqa: PLW2901
             known = [name for name in names if name in batch["targets"]]
             for group in [[name] for name in known] if split_norms else [known] if known else []:
@@ -135,14 +142,25 @@ def measure(
     return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}
 
 
-def _update(metrics: "Mapping[str, Metric]", task: Task, output: Tensor, target: Tensor) -> None:
-    if "metrics" in task.extra:
-        _, rows = labelled_rows(task, target)
-        if not bool(rows.any()):
-            return
-        output, target = output[rows], target[rows]
-    for metric in metrics.values():
-        metric.update(output, target)
+def _update(metrics: "Mapping[str, Metric]", task: Task, output: Any, target: Tensor) -> None:
+    if task.kind != "own":
+        if not isinstance(output, Tensor):
+            should = f"a network whose output for `{task.name}` is a tensor in evaluation"
+            raise part_error("model", should, type(output).__name__)
+        if "metrics" in task.extra:
+            _, rows = labelled_rows(task, target)
+            if not bool(rows.any()):
+                return
+            output, target = output[rows], target[rows]
+    for name, metric in metrics.items():
+        try:
+            metric.update(output, target)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if "metrics" not in task.extra or user_frames(error):
+                raise
+            came = f"outputs of shape {tuple(output.shape)} and " if isinstance(output, Tensor) else ""
+            should = f"a metric that takes {came}targets of shape {tuple(target.shape)}"
+            raise part_error(f"metrics[{task.name!r}][{name!r}]", should, " ".join(str(error).split())) from error
 
 
 def metric_states(measured: Measured) -> MetricStates:
@@ -216,6 +234,11 @@ def own_figures(model: nn.Module, problem: Problem) -> Metrics:
         except (TypeError, ValueError) as error:
             raise part_error("evaluate", should, f"{dict(own)!r} for the task `{task}`") from error
     problem.settle(figures)
+    for task in problem.task_list:
+        metric, _ = primary_metric(task)
+        if metric not in figures[task.name]:
+            should = f"a function that gives `{metric}` of the task `{task.name}` (or what `primary` says) every time"
+            raise part_error("evaluate", should, ", ".join(figures[task.name]))
     return figures
 
 

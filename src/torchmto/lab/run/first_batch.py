@@ -1,8 +1,10 @@
 """What a problem's first batch shows before anything trains: keys, shapes, labels, outputs, losses, metrics."""
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from torch import Tensor
 
 from torchmto.lab.data.base import Split, Task, labelled_tasks
 from torchmto.lab.metrics import primary_metric
-from torchmto.lab.problem import Problem, ProblemError, part_error
+from torchmto.lab.problem import Problem, ProblemError, check_labels, part_error
 from torchmto.lab.run.build import Computer, closure_of, losses_of, network_of
 from torchmto.lab.run.config import RunConfig
-from torchmto.lab.run.evaluation import Network, own_figures, placed
+from torchmto.lab.run.evaluation import Network, measure, own_figures, placed
 from torchmto.lab.run.loop import threads
+from torchmto.lab.user_code import user_frames
 from torchmto.structure import has_split_norms
 
 _CHANNELS = {"depth": 1, "edges": 1, "saliency": 1, "normals": 3}
@@ -47,7 +50,9 @@ def check_first_batch(problem: Problem, config: RunConfig) -> None:
         if problem.evaluate is not None:
             own_figures(copy.deepcopy(network.model), problem)
         else:
-            _check_validation(problem, size, ("validation", "test") if config.evaluate_test else ("validation",))
+            _check_validation(
+                problem, size, network, ("validation", "test") if config.evaluate_test else ("validation",)
+            )
     for task in problem.task_list:
         try:
             primary_metric(task)
@@ -65,8 +70,7 @@ def _check_targets(problem: Problem, names: tuple[str, ...], batch: Mapping[str,
         if len(shape) != len(should) or not all(fits):
             wanted = f"[{', '.join(map(str, should))}]"
             raise part_error(where, f"{task.kind} targets of shape {wanted}", f"targets of shape {shape}")
-        labels = target[task.valid(target)] if task.kind != "normals" else target.new_empty(0)
-        _check_labels(task, labels, where)
+        check_labels(task, target, part)
 
 
 def _shape(task: Task) -> list[int | str]:
@@ -80,20 +84,6 @@ def _shape(task: Task) -> list[int | str]:
             return ["B", task.channels]
         case _:
             return ["B", _CHANNELS.get(task.kind, task.channels), "H", "W"]
-
-
-def _check_labels(task: Task, labels: Tensor, where: str) -> None:
-    if not len(labels):
-        return
-    low, high = float(labels.min()), float(labels.max())
-    if task.kind in {"classification", "segmentation"} and (low < 0 or high >= task.channels):
-        wrong = int(low if low < 0 else high)
-        raise part_error(
-            where, f"class numbers 0 to {task.channels - 1}, or {int(task.missing)} where missing", str(wrong)
-        )
-    if task.kind in {"binary", "edges", "saliency"} and (low < 0 or high > 1):
-        missing = "NaN" if task.kind == "binary" else "255"
-        raise part_error(where, f"numbers in [0, 1], or {missing} where missing", f"{low if low < 0 else high:g}")
 
 
 def _check_all_are_labelled(problem: Problem, split: Split, steps: Iterable[Any]) -> None:
@@ -127,14 +117,13 @@ def _check_losses(problem: Problem, config: RunConfig, network: Network, step: A
     )
     groups = [(name,) for name in names] if has_split_norms(network) else [names]
     network.eval()  # so that a batch of one passes through batch norms, too
-    try:
-        for group in groups:
-            _check_values(problem, closure(group), group)
-    except ValueError as error:
-        if str(error).startswith("Parameter `prediction`"):
-            message = f"Part `model` of the problem should be a network whose outputs fit the targets. {error}"
-            raise ProblemError(message) from error
-        raise
+    for group in groups:
+        with _fitting():
+            values = closure(group)
+        _check_values(problem, values, group)
+        losses = [value[0] if isinstance(value, tuple) else value for value in values.values()]
+        with _fitting():
+            torch.autograd.backward([loss.sum() for loss in losses if loss.requires_grad])
 
 
 def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None:
@@ -150,7 +139,36 @@ def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None
             raise part_error(f"{part}, task `{name}`", "a scalar tensor, or (scalar, count)", came)
 
 
-def _check_validation(problem: Problem, size: int, labelled: tuple[Split, ...]) -> None:
+@contextlib.contextmanager
+def _fitting() -> Iterator[None]:
+    """What torch or this package says inside the block, none of it in the user's own code, is an error of the parts."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ProblemError) or user_frames(error):
+            raise
+        said = " ".join(str(error).split()).rstrip(".")
+        raise part_error("model` or `losses", "made for the inputs and targets", said) from error
+
+
+def _check_metrics(problem: Problem, network: Network, split: Split, step: Any) -> None:
+    """Measure a batch; of too few samples a metric may give nothing, but what it gives has to be one number."""
+    with warnings.catch_warnings(action="ignore"):
+        with _fitting():
+            measured = measure(network, problem, split, steps=problem.parts(step, split))
+        for task, metrics in measured.items():
+            for name, metric in metrics.items():
+                value: Any = 0
+                with contextlib.suppress(Exception):
+                    value = metric.compute()
+                try:
+                    float(value)
+                except (TypeError, ValueError, RuntimeError) as error:
+                    part = f"metrics[{task!r}][{name!r}]"
+                    raise part_error(part, "a metric that gives one number", value) from error
+
+
+def _check_validation(problem: Problem, size: int, network: Network, labelled: tuple[Split, ...]) -> None:
     splits: tuple[Split, ...] = ("validation", "test")
     for split in splits:
         loader = problem.loader(split, min(size, 4), augment=False)
@@ -161,5 +179,6 @@ def _check_validation(problem: Problem, size: int, labelled: tuple[Split, ...]) 
             if not isinstance(batch, Mapping) or "targets" not in batch:
                 raise part_error(split, "samples (x, {task: target}), or `evaluate` given", type(batch).__name__)
             _check_targets(problem, names, placed(batch, "cpu"), split)
+        _check_metrics(problem, network, split, step)
         if split in labelled:
             _check_all_are_labelled(problem, split, itertools.chain([step], loader.epoch(0, 1)))

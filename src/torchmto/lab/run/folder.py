@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,13 @@ class RunFolder:
         return results
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML 1.2 reads numbers: 1e-3 is one, too."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 LARGEST_SETTINGS = 100_000
 """Values that a file of settings may have, aliases written out."""
 
@@ -144,10 +152,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader=_Loader)
         if node is not None and _size(node, {}, set()) > LARGEST_SETTINGS:
             raise ConfigError(f"`{path}` should hold settings. Found more than {LARGEST_SETTINGS} values.")
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  a safe one
     except OSError as error:
         raise ConfigError(f"Can't read `{path}`: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -9,6 +9,7 @@ import torch
 
 from torchmto.checks import check_integer
 from torchmto.lab.data.base import Split, labelled_tasks
+from torchmto.lab.data.loading import Loader
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.models.weights import load_weights
 from torchmto.lab.run.build import Parts, build, problem_of
@@ -140,19 +141,20 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
         raise ConfigError(str(error)) from error
     parts, description = load_run(config, folder, weights)
     problem, network = parts.problem, parts.network.eval()
-    data = problem.split(split)
-    if problem.closure is not None or isinstance(data, Mapping) or not hasattr(data, "__getitem__"):
+    plain = replace(problem, mean=None, std=None, augment=None)
+    loader = plain.loader(split, 1) if problem.closure is None and problem.split(split) is not None else None
+    if not isinstance(loader, Loader):
         raise ConfigError("Predictions are of map-style data sets of samples (x, {task: target}).")
     # In the stored order, as training batches come shuffled, and these should be the same ones after every run.
-    numbers = torch.arange(min(count, len(data)))
-    plain = replace(problem, mean=None, std=None, augment=None)
-    batch = plain.loader(split, 1).fetch(numbers, numbers)  # type: ignore[union-attr]
+    numbers = torch.arange(min(count, loader.plan.size))
+    batch = loader.fetch(numbers, numbers)
     x = placed(problem.normalize(batch["input"]), parts.computer.device)
     # One task after the other: with split norms each has features of its own.
     outputs = {}
     for task in problem.task_list:
         with threads(config.threads), active_task(task.name):
-            outputs[task.name] = network(x, [task.name])[task.name].float().cpu()
+            output = placed(network(x, [task.name])[task.name], "cpu")
+            outputs[task.name] = output.float() if isinstance(output, torch.Tensor) else output
     written = []
     if isinstance(x, torch.Tensor) and x.dim() == 4:
         path = folder.path / f"predictions-{split}.png"

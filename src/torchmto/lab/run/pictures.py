@@ -123,9 +123,10 @@ def _caption(row: int, batch: Batch, outputs: Mapping[str, Tensor], tasks: Seque
     said = []
     for task in tasks:
         target = batch["targets"].get(task.name)
-        if task.dense or target is None or not bool(task.valid(target)[row].all()):
+        output = outputs[task.name]
+        if task.dense or target is None or not isinstance(output, Tensor) or not bool(task.valid(target)[row].all()):
             continue
-        prediction = readable(outputs[task.name][row : row + 1], task.kind)
+        prediction = readable(output[row : row + 1], task.kind)
         said.append(f"{task.name} {_numbers(prediction)} ({_numbers(target[row])})")
     lines = said[:4] + (["..."] if len(said) > 4 else [])
     return "\n".join(["input: prediction (label)", *lines]) if said else "input"
