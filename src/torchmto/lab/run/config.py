@@ -42,7 +42,7 @@ def _whole(default: int | None, minimum: int = 1, most: int | None = None) -> An
     return field(default=default, metadata={"check": check})
 
 
-def _real(default: float | None, **bounds: float) -> Any:
+def _real(default: float | None, **bounds: Any) -> Any:
     """A field for a number within the bounds of `check_number`."""
     return field(default=default, metadata={"check": partial(check_number, **bounds)})
 

@@ -234,11 +234,11 @@ def own_figures(model: nn.Module, problem: Problem) -> Metrics:
         except (TypeError, ValueError) as error:
             raise part_error("evaluate", should, f"{dict(own)!r} for the task `{task}`") from error
     problem.settle(figures)
-    for task in problem.task_list:
-        metric, _ = primary_metric(task)
-        if metric not in figures[task.name]:
-            should = f"a function that gives `{metric}` of the task `{task.name}` (or what `primary` says) every time"
-            raise part_error("evaluate", should, ", ".join(figures[task.name]))
+    for learnt in problem.task_list:
+        metric, _ = primary_metric(learnt)
+        if metric not in figures[learnt.name]:
+            should = f"a function that gives `{metric}` of the task `{learnt.name}` (or what `primary` says) every time"
+            raise part_error("evaluate", should, ", ".join(figures[learnt.name]))
     return figures
 
 
