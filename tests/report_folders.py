@@ -10,10 +10,7 @@ from typing import Any
 import yaml
 
 from torchmto.lab.atomic import write_json
-from torchmto.lab.grid.folder import SCHEMA_VERSION
 from torchmto.lab.grid.versus import versus
-from torchmto.lab.run.loop import RUN_VERSION
-from torchmto.lab.versions import RESULTS_VERSION
 
 METHODS = ("gd", "pcgrad", "connection_strength", "task_groups")
 TASKS = ("left", "right", "offset")
@@ -32,7 +29,7 @@ def comparison(
     points: int = 6,
     made: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """A finished comparison, whose runs say where they were made if ``made`` does; returns its results.json."""
+    """A finished comparison, of today's runs if ``made`` says where; returns its results.json."""
     draw = random.Random(0)
     (folder / "runs").mkdir(parents=True)
     cost = {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "peak_memory_bytes": None}
@@ -47,8 +44,7 @@ def comparison(
         return {**cost, "seconds_per_batch": draw.random()}
 
     results = {
-        "schema_version": SCHEMA_VERSION,
-        "runs": {},
+        "schema_version": 1,
         "tasks": {
             t: {
                 "kind": "any",
@@ -78,31 +74,44 @@ def comparison(
         "config": {
             "methods": list(methods),
             "seeds": seeds,
-            "data": {"name": "digits", "options": {}, "split_seed": 0, "batch_size": 8},
-            "model": {"name": "convnet"},
+            "data": "digits",
+            "model": "convnet",
             "epochs": 2,
+            "batch_size": 8,
         },
     }
     # One method without an average change, as where a single-task value is 0.
     results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model"}
-    write_json(folder / "config.json", "torchmto compare", SCHEMA_VERSION, results["config"])
+    results["config"] |= {"data_options": {}, "data_seed": 0}
+    write_json(folder / "config.json", "torchmto compare", 1, results["config"])
     by_method: dict[str, list[Any]] = {name: [] for name in methods}
     for seed in range(seeds):
         for number, name in enumerate([*methods, *tasks]):
             single = number >= len(methods)
             here = [name] if single else list(tasks)
             trace = [_point(name, step + 1, tasks, draw) for step in range(points)]
-            history = _history(here, tasks, draw, points=points, number=number, conflicts=not single and name != "gd")
+            history = [
+                {
+                    "epoch": epoch,
+                    "losses": {t: draw.random() for t in here},
+                    "num_conflicts": None if single or name == "gd" else draw.random(),
+                    "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
+                    "score": draw.uniform(-20, 20),
+                    "batches": points * (epoch + 1) // 2,
+                    "optimizer_steps": (number + 1) * points * (epoch + 1) // 2,
+                    "seconds": draw.random() + epoch,
+                }
+                for epoch in range(2)
+            ]
+            config = {"method": "gd" if single else name, "seed": seed, "tasks": here if single else []}
             test = {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here}
             result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
             if made is not None:
                 result |= {"made": made, "seconds": 30.0}
             if not single:
                 by_method[name].append(result)
-            key = f"{number:08x}{seed:08x}"
-            results["runs"].setdefault(f"single:{name}" if single else name, []).append(key)
-            content = {"results_version": RESULTS_VERSION, "config": {"seed": seed}, "result": result}
-            write_json(folder / "runs" / f"run{number}-seed{seed}-{key}.json", _RUN, SCHEMA_VERSION, content)
+            content = {"results_version": 2, "config": config, "result": result}
+            write_json(folder / "runs" / f"run{number}-seed{seed}.json", "torchmto compare run", 1, content)
     results["versus"] = versus(
         by_method,
         {name: entry["delta_m"] and entry["delta_m"]["per_seed"] for name, entry in results["methods"].items()},
@@ -110,27 +119,6 @@ def comparison(
     )
     (folder / "results.json").write_text(json.dumps(results))
     return results
-
-
-_RUN = "torchmto compare run"
-
-
-def _history(
-    here: Sequence[str], tasks: Sequence[str], draw: random.Random, *, points: int, number: int, conflicts: bool
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "epoch": epoch,
-            "losses": {t: draw.random() for t in here},
-            "num_conflicts": draw.random() if conflicts else None,
-            "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
-            "score": draw.uniform(-20, 20),
-            "batches": points * (epoch + 1) // 2,
-            "optimizer_steps": (number + 1) * points * (epoch + 1) // 2,
-            "seconds": draw.random() + epoch,
-        }
-        for epoch in range(2)
-    ]
 
 
 def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> dict[str, Any]:
@@ -159,26 +147,34 @@ def training(
     """A finished training run; returns its results.json."""
     folder.mkdir(parents=True)
     measured = {t: {_metric(t, TASKS): value} for t in tasks}
-    draw = random.Random(0)
     results = {
-        "version": RUN_VERSION,
+        "version": 1,
         "measure": "mean validation score",
         "score": 0.4,
         "best_step": 20,
         "primary": {t: _metric(t, TASKS) for t in tasks},
-        "higher_is_better": {t: {_metric(t, TASKS): t != TASKS[-1]} for t in tasks},
         "validation": measured,
         "test": measured,
-        "cost": {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "seconds_per_batch": 0.1},
-        "history": _history(tasks, TASKS, draw, points=20, number=0, conflicts=True),
-        "trace": [_point(method, step, tasks, draw) for step in (10, 20)],
-        "seconds": 3.0,
-        "made": {"date": "2026-03-04T05:06:07+00:00"},
-        "versions": {"torch": "2.6"},
+        "cost": {
+            "num_forward": 20,
+            "num_backward": 60,
+            "num_optimizer_steps": 20,
+            "steps": 20,
+            "seconds_per_step": 0.1,
+        },
     }
     (folder / "results.json").write_text(json.dumps(results))
     settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "environment.json").write_text(json.dumps([{"versions": {"torch": "2.6"}}]))
+    rows = ["step,name,value"]
+    for step in (10, 20):
+        rows += [f"{step},loss/{t},{1 / step}" for t in tasks]
+        rows += [f"{step},validation/{t}/{_metric(t, TASKS)},{step / 100}" for t in tasks]
+        rows += [f"{step},conflicts/pairs,1", f"{step},conflicts/mean_cosine,0.1"]
+    (folder / "metrics.csv").write_text("\n".join([*rows, "20,loss/le"]))
+    records = [{"step": 20, "groups": [list(tasks)], "affinity": [[0.1] * len(tasks)] * len(tasks)}]
+    (folder / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 3')
     return results
 
 

@@ -53,9 +53,7 @@ def test_the_values_are_those_of_the_json(tmp_path: Path) -> None:
     assert study["method_names"] == list(METHODS)
     assert len(text.encode()) < MAX_BYTES
     run = next(r for r in study["runs"] if r["method"] == "task_groups" and r["task"] is None)
-    saved = json.loads((tmp_path / "run" / "runs" / "run3-seed0-0000000300000000.json").read_text())["content"][
-        "result"
-    ]
+    saved = json.loads((tmp_path / "run" / "runs" / "run3-seed0.json").read_text())["content"]["result"]
     assert [p["records"]["affinity"] for p in run["trace"]] == [p["records"]["affinity"] for p in saved["trace"]]
     assert [h["losses"] for h in run["history"]] == [h["losses"] for h in saved["history"]]
 
@@ -85,19 +83,10 @@ def test_training_runs_on_the_same_data_share_a_table(tmp_path: Path) -> None:
     assert study["results"]["methods"]["pcgrad"]["tasks"]["left"]["accuracy"]["mean"] == 0.5
     assert study["results"]["methods"]["pcgrad"]["cost"]["num_backward"] == 3
     assert study["results"]["tasks"]["offset"]["metrics"]["rmse"]["higher_is_better"] is False
-    first, results = study["runs"][0], json.loads((tmp_path / "a" / "results.json").read_text())
-    assert [(entry["at"], entry["losses"]) for entry in first["history"]] == [
-        (entry["epoch"] + 1, entry["losses"]) for entry in results["history"]
-    ]
-    assert list(first["history"][1]["validation"]["left"]) == ["accuracy"]
-    assert [point["cosines"] for point in first["trace"]] == [point["cosines"] for point in results["trace"]]
-
-
-def test_a_training_of_another_version_is_named(tmp_path: Path) -> None:
-    results = training(tmp_path / "run")
-    (tmp_path / "run" / "results.json").write_text(json.dumps({**results, "version": 2}))
-    with pytest.raises(ReportError, match="has version 2; this torchmto reads version 3"):
-        read_studies([tmp_path / "run"])
+    first = study["runs"][0]
+    assert [entry["at"] for entry in first["history"]] == [10, 20]
+    assert first["history"][1]["validation"]["left"] == {"accuracy": 0.2}
+    assert first["trace"][-1]["records"]["groups"] == [["left", "right", "offset"]]
 
 
 def test_single_task_runs_are_the_baselines_of_the_others(tmp_path: Path) -> None:
@@ -117,7 +106,7 @@ def test_single_task_runs_are_the_baselines_of_the_others(tmp_path: Path) -> Non
     assert "the run left0" in study["baseline"]
     assert [run["task"] for run in study["runs"]].count("left") == 2
     joint = study["runs"][0]["history"][-1]
-    assert (joint["at"], joint["batches"], joint["optimizer_steps"], joint["score"]) == (2, 20, 20, None)
+    assert (joint["at"], joint["optimizer_steps"], joint["seconds"]) == (20, 20, 2.0)
 
 
 def test_without_baselines_the_page_says_which_are_missing(tmp_path: Path) -> None:
@@ -143,7 +132,7 @@ def test_a_comparisons_single_task_values_serve_training_runs_on_the_same_data(t
 
 def test_missing_runs_are_said(tmp_path: Path) -> None:
     comparison(tmp_path / "run")
-    (tmp_path / "run" / "runs" / "run0-seed0-0000000000000000.json").unlink()
+    (tmp_path / "run" / "runs" / "run0-seed0.json").unlink()
     (study,) = read_studies([tmp_path / "run"])
     assert "1 runs have no file" in study["notes"][0]
 
@@ -199,13 +188,13 @@ def _break(folder: Path, what: str) -> None:
             (folder / "results.json").unlink()
         case "another version":
             text = (folder / "results.json").read_text()
-            (folder / "results.json").write_text(text.replace('"schema_version": 2', '"schema_version": 3'))
+            (folder / "results.json").write_text(text.replace('"schema_version": 1', '"schema_version": 3'))
         case "no figures":
             (folder / "results.json").write_text(
-                '{"schema_version": 2, "methods": {"gd": {}}, "tasks": {}, "config": {}}'
+                '{"schema_version": 1, "methods": {"gd": {}}, "tasks": {}, "config": {}}'
             )
         case "broken run":
-            path = folder / "runs" / "run0-seed0-0000000000000000.json"
+            path = folder / "runs" / "run0-seed0.json"
             path.write_text(path.read_text().replace('"epoch": 0', '"epoch": 7'))
 
 
@@ -215,7 +204,7 @@ def _break(folder: Path, what: str) -> None:
         ("not JSON", "is broken: it isn't JSON"),
         ("foreign", "holds neither a comparison nor a training run nor an experiment"),
         ("unfinished", "has no results.json: it isn't finished"),
-        ("another version", "has version 3; this torchmto reads version 2"),
+        ("another version", "has version 3; this torchmto reads versions 1 and 2"),
         ("no figures", "doesn't hold what it should: KeyError"),
         ("broken run", "its checksum doesn't match"),
     ],

@@ -26,9 +26,10 @@ from torchmto.lab.grid.experiment import Experiment, is_single_task, method_labe
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import ConfigError, RunConfig, check_source
+from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key"]
+__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key", "run_name"]
 
 SCHEMA_VERSION = 2
 _OWNER = _EXPERIMENT = "torchmto compare"
@@ -36,15 +37,26 @@ _RUN = "torchmto compare run"
 _LEFTOVER = re.compile(r"\..+\.tmp")
 
 
-def run_files(path: Path, results: Mapping[str, Any]) -> list[tuple[str, Path]]:
+def run_files(path: Path, results: Mapping[str, Any]) -> list[tuple[str | None, Path]]:
     """The files of a comparison's finished runs, each with what its rows are called: a method's text, or ``single:<task>``.
 
     Args:
         path: The comparison's folder.
-        results: Its results.json.
+        results: Its results.json. Where that doesn't list the runs, as once it didn't, the names are None.
     """
-    by_key = {file.stem.rpartition("-")[2]: file for file in sorted((path / "runs").glob("*.json"))}
+    files = sorted((path / "runs").glob("*.json"))
+    if "runs" not in results:
+        return [(None, file) for file in files]
+    by_key = {file.stem.rpartition("-")[2]: file for file in files}
     return [(name, by_key[key]) for name, keys in results["runs"].items() for key in keys if key in by_key]
+
+
+def run_name(config: Mapping[str, Any]) -> str:
+    """What the rows of a run are called, as far as its settings tell."""
+    tasks = config["data"]["tasks"] or ()
+    method = config["method"]
+    label = MethodSpec(method["name"], method["options"]).label
+    return f"single:{next(iter(tasks))}" if len(tasks) == 1 and label == "gd" else label
 
 
 class GridFolder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchmto.checks import check_choice, needed, shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.folders import FolderError
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.plots import delta_m_figure
 from torchmto.lab.run.scores import is_finite
 
@@ -47,7 +47,7 @@ class Result:
             self._runs: list[tuple[str, dict[str, Any]]] = []
             for name, run_file in run_files(self.path, self.results):
                 run = read_json(run_file, "torchmto compare run", SCHEMA_VERSION)
-                self._runs.append((name, run))
+                self._runs.append((name or run_name(run["config"]), run))
         except (ValueError, AttributeError, BrokenFileError) as error:
             raise FolderError(str(error)) from error
 

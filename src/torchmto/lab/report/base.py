@@ -3,9 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchmto.lab.grid.noise import noise_floor
-from torchmto.lab.grid.versus import UNITS
-
 Study = dict[str, Any]
 _RECORDS = ("phase", "priority_shares", "affinity", "groups")
 """What the page shows of a method's records, besides the shares by layer and the noise floor."""
@@ -18,49 +15,21 @@ class ReportError(ValueError):
 def study(**parts: Any) -> Study:
     """A study of these parts, see `torchmto.lab.report.studies`; the others are empty."""
     empty: Study = {name: [] for name in ("warnings", "notes", "task_names", "metric_names", "method_names", "runs")}
-    return {**empty, "alone": False, "baseline": None, **parts}
+    return {**empty, "history_unit": "epoch", "steps_estimated": False, "baseline": None, **parts}
 
 
-def shown_run(
-    result: Mapping[str, Any], primary: Mapping[str, str], *, method: str, seed: int, task: str | None = None
-) -> dict[str, Any]:
-    """A run as the page shows it.
+def traced_point(point: Mapping[str, Any], names: Any, records: Mapping[str, Any]) -> dict[str, Any]:
+    """A single step as the page shows it.
 
     Args:
-        result: What `torchmto.lab.run.loop.Trainer.fit` gives.
-        primary: The primary metrics of the study's tasks.
-        method: What its curves are called.
-        seed: Its seed.
-        task: Of a single-task run.
+        point: The step.
+        names: Of the tasks that its cosines are of.
+        records: What the method recorded.
     """
-    pairs = max(len(primary) * (len(primary) - 1) / 2, 1)
-    history = [
-        {
-            "at": entry["epoch"] + 1,
-            **{unit: entry[unit] for unit in UNITS},
-            "losses": entry["losses"],
-            "validation": {t: {primary[t]: own.get(primary[t])} for t, own in entry["validation"].items()},
-            "score": None if task else entry["score"],
-            "conflict_share": None if entry["num_conflicts"] is None else entry["num_conflicts"] / pairs,
-        }
-        for entry in result["history"]
-    ]
-    return {
-        "method": method,
-        "seed": seed,
-        "task": task,
-        "history": history,
-        "trace": [] if task else [_traced_point(point) for point in result["trace"]],
-        "noise_floor": noise_floor(point["records"] for point in result["trace"]),
-    }
-
-
-def _traced_point(point: Mapping[str, Any]) -> dict[str, Any]:
-    """A single step as the page shows it."""
-    records, kept = point["records"], {"step": point["step"]}
+    kept: dict[str, Any] = {"step": point["step"]}
     if point.get("cosines") is not None:
-        kept["names"] = list(point["losses"])
-    kept |= {key: point[key] for key in ("weights", "cosines") if point.get(key) is not None}
+        kept["names"] = list(names)
+    kept |= {key: point[key] for key in ("weights", "cosines", "mean_cosine") if point.get(key) is not None}
     kept["records"] = {key: records[key] for key in _RECORDS if records.get(key) is not None}
     if layers := records.get("layer_priority_shares"):
         kept["layers"] = [[name, shares] for name, shares in layers.items()]

@@ -6,12 +6,14 @@ from typing import Any
 
 from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files
-from torchmto.lab.report.base import ReportError, Study, provenance, shown_run, study
+from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.versus import UNITS
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 Content = Mapping[str, Any]
-"""Of a run's file."""
+"""Of a run's file, see `_read_run`."""
 
 
 def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
@@ -24,23 +26,26 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     Raises:
         ReportError: If a file is broken or of another version.
     """
-    if (found := results["schema_version"]) != SCHEMA_VERSION:
-        raise ReportError(
-            f"{folder}/results.json has version {shown(found)}; this torchmto reads version {SCHEMA_VERSION}."
-        )
+    schema = results["schema_version"]
+    if schema not in _READABLE:
+        known = " and ".join(map(str, _READABLE))
+        raise ReportError(f"{folder}/results.json has version {shown(schema)}; this torchmto reads versions {known}.")
     tasks, config = list(results["tasks"]), results["config"]
     for method in results["methods"].values():
         _check_method(method, tasks)
-    runs = [(name, _read_run(path)) for name, path in run_files(folder, results)]
-    made = [content["result"] for _, content in runs]
-    primary = {task: about["primary_metric"] for task, about in results["tasks"].items()}
-    data, model = config["data"], config["model"]["name"] or "its own"
-    about = f"Data: {data['name']}; model: {model}; {config['epochs']} epochs, batches of {data['batch_size']}."
+    contents = [_read_run(path, schema, name) for name, path in run_files(folder, results)]
+    data, model, size = config["data"], config["model"], config.get("batch_size")
+    if schema == SCHEMA_VERSION:
+        data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
+    about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, batches of {size}."
     return study(
         title=folder.resolve().name,
         about=f"{about} Figures are of the test split, at the epoch that the validation split chose.",
-        made=provenance([run.get("made") or {} for run in made], [run["seconds"] for run in made if "seconds" in run]),
-        notes=_notes(folder, results, runs),
+        made=provenance(
+            [content["result"].get("made") or {} for content in contents],
+            [content["result"]["seconds"] for content in contents if "seconds" in content["result"]],
+        ),
+        notes=_notes(folder, results, contents),
         task_names=tasks,
         metric_names=[list(results["tasks"][task]["metrics"]) for task in tasks],
         method_names=list(results["methods"]),
@@ -48,16 +53,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
         baseline="single-task models of the same seed" if results.get("single_task") else None,
         warnings=warnings(results),
         results=results,
-        runs=[
-            shown_run(
-                content["result"],
-                primary,
-                method=name,
-                seed=content["config"]["seed"],
-                task=name.removeprefix("single:") if name.startswith("single:") else None,
-            )
-            for name, content in runs
-        ],
+        runs=[_run(content, results) for content in contents],
         settings=[["Configuration", config]],
     )
 
@@ -70,26 +66,38 @@ def _check_method(method: Mapping[str, Any], tasks: Sequence[str]) -> None:
     _ = method["cost"]["num_forward"], [method["tasks"][task] for task in tasks]
 
 
-def _read_run(path: Path) -> Content:
+def _read_run(path: Path, schema: int, name: str | None = None) -> Content:
+    """A run's file: its ``result``, ``method`` (None for a baseline), ``task`` (None for others) and ``seed``."""
     try:
-        content = read_json(path, "torchmto compare run", SCHEMA_VERSION)
+        content = read_json(path, "torchmto compare run", schema)
     except BrokenFileError as error:
         raise ReportError(str(error)) from error
-    if (found := results_version(content)) != RESULTS_VERSION:
+    if (found := results_version(content)) != _READABLE[schema]:
         raise ReportError(
             f"{path} was made by code whose results mean something else (version {found!r}; this torchmto reads version "
-            f"{RESULTS_VERSION})."
+            f"{_READABLE[schema]} of such a file)."
         )
-    return content
+    config = content["config"]
+    if name is None and schema == SCHEMA_VERSION:
+        name = run_name(config)
+    elif name is None:  # flat settings
+        (*more, task) = config["tasks"] or [""]
+        name = f"single:{task}" if config["tasks"] and not more else config["method"]
+    task = name.removeprefix("single:") if name.startswith("single:") else None
+    return {"result": content["result"], "method": name, "task": task, "seed": config["seed"]}
 
 
-def _notes(folder: Path, results: Mapping[str, Any], runs: Sequence[tuple[str, Content]]) -> list[str]:
+_READABLE = {1: 2, SCHEMA_VERSION: RESULTS_VERSION}
+"""Versions of files that a page can be made of, and what their results mean."""
+
+
+def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]) -> list[str]:
     notes = []
     expected = len(results["methods"]) * int(results["config"]["seeds"])
-    missing = expected - sum(name in results["methods"] for name, _ in runs)
+    missing = expected - sum(content["task"] is None for content in contents)
     if missing > 0:
         notes.append(f"{missing} runs have no file in {folder.name}/runs; their curves are missing.")
-    made_with = {content["result"].get("versions", {}).get("torchmto") for _, content in runs} - {None}
+    made_with = {content["result"].get("versions", {}).get("torchmto") for content in contents} - {None}
     if len(made_with) > 1:
         notes.append(
             f"The runs were made with different versions of torchmto: {', '.join(sorted(map(str, made_with)))}."
@@ -145,3 +153,33 @@ def _at_chance(task: str, about: Mapping[str, Any], entries: Iterable[Mapping[st
     figures = [entry["tasks"][task][metric] for entry in entries]
     least, most = 0.02 * (1 - chance), 0.1 * (1 - chance)
     return all(f["mean"] is not None and f["mean"] <= chance + min(max(f["std"] or 0.0, least), most) for f in figures)
+
+
+def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
+    result, single = content["result"], content["task"] is not None
+    pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
+    history = [
+        {
+            "at": entry["epoch"] + 1,
+            **{unit: entry[unit] for unit in UNITS},
+            "losses": entry["losses"],
+            "validation": _primary_only(entry["validation"], results["tasks"]),
+            "score": None if single else entry["score"],
+            "conflict_share": None if entry["num_conflicts"] is None else entry["num_conflicts"] / pairs,
+        }
+        for entry in result["history"]
+    ]
+    trace = [] if single else [traced_point(point, point["losses"], point["records"]) for point in result["trace"]]
+    return {
+        "method": content["method"],
+        "seed": content["seed"],
+        "task": content["task"],
+        "history": history,
+        "trace": trace,
+        "noise_floor": noise_floor(point["records"] for point in result["trace"]),
+    }
+
+
+def _primary_only(metrics: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:
+    names = {task: tasks[task]["primary_metric"] for task in metrics}
+    return {task: {names[task]: values.get(names[task])} for task, values in metrics.items()}

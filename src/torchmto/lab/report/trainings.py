@@ -1,20 +1,25 @@
 """Folders of `torchmto train`: those on the same data and tasks share a table; single-task runs are their baselines."""
 
+import csv
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from torchmto.checks import shown
+import numpy as np
+
 from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.data.base import Kind, Task
+from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
-from torchmto.lab.report.base import ReportError, Study, provenance, shown_run, study
+from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.run.folder import read_yaml
-from torchmto.lab.run.loop import RUN_VERSION
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
 
-COSTS = ("num_forward", "num_backward", "num_optimizer_steps", "seconds_per_batch")
 Metrics = Mapping[str, float | None]
 
 
@@ -24,37 +29,35 @@ class Training:
 
     Attributes:
         name: Its folder's.
-        config: Its settings.
-        results: Its results.json.
-        split: The test split if it has figures, else the validation split.
+        method: Its method's.
+        seed: Its seed.
         data: What has to be equal for two runs to be comparable, as text.
+        primary: Each task's primary metric.
+        measured: Metrics by task, of the test split if there are any, else of the validation split.
+        directions: Whether higher is better, by metric, where the run says it.
+        about: What the figures are of.
+        cost: Passes and seconds per batch.
+        run: Its curves, as the page shows them.
+        settings: Its configuration and outcome.
+        versions: What it was made with.
+        made: When and where, for each start.
+        seconds: Its wall time.
     """
 
     name: str
-    config: Mapping[str, Any]
-    results: Mapping[str, Any]
-    split: str
+    method: str
+    seed: int
     data: str
-
-    @property
-    def method(self) -> str:
-        """Its method's name."""
-        return str(self.config["method"]["name"])
-
-    @property
-    def primary(self) -> Mapping[str, str]:
-        """Each task's primary metric."""
-        return dict(self.results["primary"])
-
-    @property
-    def measured(self) -> Mapping[str, Metrics]:
-        """Metrics by task."""
-        return dict(self.results[self.split])
-
-    @property
-    def higher(self) -> Mapping[str, bool]:
-        """Whether a higher primary metric is better."""
-        return {task: self.results["higher_is_better"][task][metric] for task, metric in self.primary.items()}
+    primary: Mapping[str, str]
+    measured: Mapping[str, Metrics]
+    directions: Mapping[str, bool]
+    about: str
+    cost: Mapping[str, float]
+    run: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    made: Sequence[Mapping[str, Any]]
+    seconds: float
 
     @property
     def is_single(self) -> bool:
@@ -65,11 +68,6 @@ class Training:
     def task(self) -> str:
         """Its only task, or the first."""
         return next(iter(self.primary))
-
-    def shown(self, label: str, primary: Mapping[str, str], task: str | None = None) -> dict[str, Any]:
-        """Its curves. Scores aren't drawn: only with a `baseline` they would be a Δm."""
-        run = shown_run(self.results, primary, method=label, seed=self.config["seed"], task=task)
-        return {**run, "history": [{**entry, "score": None} for entry in run["history"]]}
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,16 @@ class Baseline:
 
 def comparison_baselines(folder: Path, results: Mapping[str, Any]) -> list[Baseline]:
     """The single-task values of a comparison, which also serve training runs on the same data."""
-    own = results["config"]["data"]
+    config = results["config"]
     if not results.get("single_task"):
         return []
-    data = _data_key(own["name"], own["options"], own["split_seed"], "test")
+    if isinstance(config["data"], Mapping):
+        own = config["data"]
+        data = _data_key(own["name"], own["options"], own["split_seed"], "test")
+    elif "data_options" in config:  # version 1: flat settings
+        data = _data_key(config["data"], config["data_options"], config.get("data_seed", 0), "test")
+    else:
+        return []
     source = f"the comparison {folder.resolve().name}"
     return [
         Baseline(source, data, task, None, {metric: figure["mean"] for metric, figure in metrics.items()})
@@ -115,7 +119,7 @@ def training_studies(trainings: Sequence[Training], baselines: Sequence[Baseline
     for training in trainings:
         several.setdefault((training.data, tuple(training.primary)), []).append(training)
     singles = [training for training in trainings if training.is_single]
-    own = [Baseline(f"the run {t.name}", t.data, t.task, t.config["seed"], t.measured[t.task]) for t in singles]
+    own = [Baseline(f"the run {t.name}", t.data, t.task, t.seed, t.measured[t.task]) for t in singles]
     together = {(data, task) for data, tasks in several if len(tasks) > 1 for task in tasks}
     studies = []
     for (data, tasks), members in several.items():
@@ -154,21 +158,22 @@ def _study(
     complete = bool(known) and all(known.values())
     return study(
         title=first.name if len(members) == 1 else f"{len(members)} training runs",
-        about=f"Data: {first.config['data']['name']}. Figures are of the {first.split} split, with the best weights.",
-        made=provenance([t.results["made"] for t in everyone], [t.results["seconds"] for t in everyone]),
+        about=first.about,
+        made=provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
         warnings=["One seed: nothing here is settled, whatever the differences look like."] if len(members) > 1 else [],
         task_names=tasks,
         metric_names=[list(first.measured[task]) for task in tasks],
         method_names=labels,
         seeds=1,
-        alone=True,
+        history_unit="step",
+        steps_estimated=True,
         baseline=", ".join(sources) if complete else None,
         results={
             "tasks": {
                 task: {
                     "primary_metric": first.primary[task],
                     "metrics": {
-                        metric: {"higher_is_better": first.results["higher_is_better"][task][metric]}
+                        metric: {"higher_is_better": _direction(metric, first.directions)}
                         for metric in first.measured[task]
                     },
                 }
@@ -183,22 +188,19 @@ def _study(
                         }
                         for task in tasks
                     },
-                    "cost": {name: training.results["cost"][name] for name in COSTS},
+                    "cost": training.cost,
                 }
                 for label, training in zip(labels, members, strict=True)
             },
             "single_task": {"tasks": {t: _mean_metrics(known[t]) for t in tasks}, "cost": {}} if complete else None,
             "versus": None,
-            "versions": first.results["versions"],
+            "versions": first.versions,
         },
         runs=[
-            *(training.shown(label, first.primary) for label, training in zip(labels, members, strict=True)),
-            *(training.shown("", first.primary, training.task) for training in helpers),
+            *({**training.run, "method": label} for label, training in zip(labels, members, strict=True)),
+            *({**training.run, "task": training.task} for training in helpers),
         ],
-        settings=[
-            [f"Run {t.name}", {**{key: t.results[key] for key in ("measure", "score", "best_step")}, **t.config}]
-            for t in everyone
-        ],
+        settings=[[f"Run {training.name}", training.settings] for training in everyone],
     )
 
 
@@ -210,18 +212,18 @@ def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, fl
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         return {"delta_m": None, "reason": f"no single-task run of {shown} on this data is among the folders"}
-    seed = training.config["seed"]
-    same_seed = all(any(baseline.seed == seed for baseline, _ in values) for values in known.values())
+    same_seed = all(any(baseline.seed == training.seed for baseline, _ in values) for values in known.values())
     references = {}
     for task, found in known.items():
-        numbers = [value for baseline, value in found if not same_seed or baseline.seed == seed]
+        numbers = [value for baseline, value in found if not same_seed or baseline.seed == training.seed]
         references[task] = sum(numbers) / len(numbers)
     measured = {task: training.measured[task][metric] for task, metric in training.primary.items()}
     values = {task: value for task, value in measured.items() if value is not None}
     if len(values) < len(measured):
         return {"delta_m": None, "reason": "a task has no finite figure"}
+    higher = {task: _direction(metric, training.directions) for task, metric in training.primary.items()}
     try:
-        change = delta_m(values, references, training.higher)
+        change = delta_m(values, references, higher)
     except ValueError as error:
         return {"delta_m": None, "reason": str(error)}
     return {"delta_m": {"mean": change, "ci95": None, "per_seed": [change]}}
@@ -248,22 +250,151 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         results: Its results.json.
 
     Raises:
-        ReportError: If it is of another version.
+        ReportError: If a metric is unknown.
     """
-    if (found := results.get("version")) != RUN_VERSION:
-        raise ReportError(
-            f"{folder}/results.json has version {shown(found)}; this torchmto reads version {RUN_VERSION}."
-        )
     config = plain(read_yaml(folder / "config.yaml"))
-    split, data = "test" if results["test"] else "validation", config["data"]
+    cost = _cost(results)
+    per_batch = {name: cost[name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
+    starts = _read_list(folder / "environment.json")
+    outcome = {key: results.get(key) for key in ("measure", "score", "best_step")}
+    split = "test" if results["test"] else "validation"
+    data = config["data"]
     return Training(
-        folder.resolve().name,
-        config,
-        results,
-        split,
-        _data_key(data["name"], data["options"], data["split_seed"], split),
+        name=folder.resolve().name,
+        method=config["method"]["name"],
+        seed=config["seed"],
+        data=_data_key(data["name"], data.get("options") or {}, data.get("split_seed", 0), split),
+        primary=results["primary"],
+        measured=results["test"] or results["validation"],
+        directions={m: higher for own in results.get("higher_is_better", {}).values() for m, higher in own.items()},
+        about=f"Data: {data['name']}. Figures are of the {split} split, with the best weights.",
+        cost={**per_batch, "seconds_per_batch": cost["seconds_per_batch"]},
+        run=_run(folder, config["seed"], results["primary"], cost),
+        settings={**outcome, **config},
+        versions=starts[-1].get("versions", {}) if starts else {},
+        made=[{"revision": start.get("git"), **start} for start in starts],
+        seconds=results.get("seconds", cost["steps"] * cost["seconds_per_batch"]),
     )
+
+
+def _cost(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's costs per batch, and its ``steps``."""
+    cost = dict(results["cost"])
+    if results["version"] == 1:  # passes of all steps together
+        for name in ("num_forward", "num_backward", "num_optimizer_steps"):
+            cost[name] /= cost["steps"]
+        cost["seconds_per_batch"] = cost["seconds_per_step"]
+    return cost
 
 
 def _data_key(name: str, options: Mapping[str, Any], seed: int, split: str) -> str:
     return canonical([without_place(name), options, seed, split])
+
+
+def _direction(metric: str, said: Mapping[str, bool]) -> bool:
+    """Whether higher is better: older results don't say it, but no metric of the lab's kinds has both."""
+    if metric in said:
+        return said[metric]
+    for kind in get_args(Kind):
+        if metric in metric_names(kind):
+            return higher_is_better(Task("any", kind, 1), metric)
+    raise ReportError(f"No task has a metric `{metric}`.")
+
+
+def _read_list(path: Path) -> list[Any]:
+    if not path.is_file():
+        return []
+    content = plain(json.loads(path.read_text(encoding="utf-8")))
+    return content if isinstance(content, list) else []
+
+
+def _run(folder: Path, seed: int, primary: Mapping[str, str], cost: Mapping[str, Any]) -> dict[str, Any]:
+    figures = _figures(folder / "metrics.csv")
+    records = _records(folder / "records.jsonl")
+    pairs = max(len(primary) * (len(primary) - 1) / 2, 1)
+    history: list[dict[str, Any]] = []
+    trace: list[dict[str, Any]] = []
+    for step in sorted({*figures, *records}):
+        row = figures.get(step, {})
+        validation = {
+            task: {metric: row[key]}
+            for task, metric in primary.items()
+            if (key := f"validation/{task}/{metric}") in row
+        }
+        losses = _by_task(row, "loss", primary)
+        conflicts = row.get("conflicts/pairs")
+        if validation or losses:
+            share = None if conflicts is None else conflicts / pairs
+            history.append({"at": step, "losses": losses, "validation": validation or None, "conflict_share": share})
+        shares = _by_task(row, "priority_shares", primary)
+        found = {**({"priority_shares": shares} if shares else {}), **records.get(step, {})}
+        weights = _by_task(row, "weight", primary)
+        point = {"step": step, "weights": weights or None, "mean_cosine": row.get("conflicts/mean_cosine")}
+        if found or weights or point["mean_cosine"] is not None:
+            trace.append(traced_point(point, losses, found))
+    counted = [
+        (step, row["cost/num_optimizer_steps"]) for step, row in figures.items() if "cost/num_optimizer_steps" in row
+    ]
+    ends = [point["at"] for point in history]
+    total = cost["num_optimizer_steps"] * cost["steps"]
+    taken = _steps_until(ends, sorted(counted) or [(cost["steps"], 1)], total)
+    for point, steps in zip(history, taken, strict=True):
+        point |= {"optimizer_steps": steps, "seconds": point["at"] * cost["seconds_per_batch"]}
+    floor = noise_floor(records.values())
+    return {"method": "", "seed": seed, "task": None, "history": history, "trace": trace, "noise_floor": floor}
+
+
+def _steps_until(batches: Sequence[int], per_batch: Sequence[tuple[int, float]], total: float) -> list[float]:
+    """Optimizer steps taken up to some batches, where only some were looked at.
+
+    A batch that wasn't looked at is taken to be like the next one that was, and the sum is scaled to what was counted.
+
+    Args:
+        batches: Up to which batches.
+        per_batch: Numbers of batches, ascending, and how many steps were taken in them, up to a common factor.
+        total: Optimizer steps of the whole run, which ends with the last of these batches.
+
+    Returns:
+        One number for each of ``batches``.
+
+    Example:
+        >>> _steps_until([2, 3, 4], [(2, 3), (4, 1)], 8)
+        [6.0, 7.0, 8.0]
+    """
+    at = [0, *(batch for batch, _ in per_batch)]
+    sums = np.concatenate([[0.0], np.cumsum(np.diff(at) * [steps for _, steps in per_batch])])
+    found: list[float] = (np.interp(batches, at, sums) * total / sums[-1]).tolist()
+    return found
+
+
+def _by_task(row: Mapping[str, float], prefix: str, tasks: Mapping[str, str]) -> dict[str, float]:
+    return {task: row[key] for task in tasks if (key := f"{prefix}/{task}") in row}
+
+
+def _figures(path: Path) -> dict[int, dict[str, float]]:
+    """The table as step -> name -> value; lines that a killed run left half written are passed over."""
+    figures: dict[int, dict[str, float]] = {}
+    if not path.is_file():
+        return figures
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.reader(file):
+            if len(row) == 3 and row[0].isdecimal():
+                try:
+                    value = float(row[2])
+                except ValueError:
+                    continue
+                if math.isfinite(value):
+                    figures.setdefault(int(row[0]), {})[row[1]] = value
+    return figures
+
+
+def _records(path: Path) -> dict[int, dict[str, Any]]:
+    records: dict[int, dict[str, Any]] = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = plain(json.loads(line))
+                records[int(entry.pop("step"))] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+    return records

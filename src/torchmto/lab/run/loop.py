@@ -44,8 +44,6 @@ from torchmto.lab.run.scores import Measure, is_better, measure_of, needs_untrai
 from torchmto.lab.versions import versions
 
 STATE_VERSION = 3
-RUN_VERSION = 3
-"""Of what a Run gives; it stands in ``results.json`` of a single one."""
 TRACE_POINTS = 60
 """About how many steps of a Run are kept with everything the method records."""
 Say = Callable[[str], None]
@@ -514,7 +512,7 @@ class Trainer:
             for name in ("num_forward", "num_backward", "num_optimizer_steps")
         }
         result: dict[str, Any] = {
-            "version": RUN_VERSION,
+            "version": 2,
             "measure": self._measure.description,
             "score": progress.best_score,
             "best_step": progress.best_step,
@@ -545,7 +543,8 @@ class Trainer:
         folder = self.folder
         if folder is None:
             return result
-        self.processes.first(lambda: folder.write_results(result, self.parts.model))
+        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions", "made"}}
+        self.processes.first(lambda: folder.write_results(kept, self.parts.model))
         return result
 
 
