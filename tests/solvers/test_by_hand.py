@@ -103,6 +103,21 @@ def test_a_projection_that_gives_up_says_how_large_a_conflict_it_leaves(monkeypa
     assert (solution.converged, solution.residual, solution.iterations) == (False, pytest.approx(residual), 0)
 
 
+@pytest.mark.parametrize(
+    "solve",
+    [solvers.aligned, solvers.cagrad, solvers.config, solvers.dual_cone, solvers.fair, solvers.gradvac, solvers.imtl_g]
+    + [solvers.krum, solvers.min_norm, solvers.nash, solvers.pcd, solvers.pcgrad, solvers.upgrad],
+)
+def test_of_zero_gradients_there_is_nothing_to_solve(solve):
+    solution = solve(np.zeros((3, 3)))
+    solution = solution[0] if isinstance(solution, tuple) else solution
+    assert (solution.converged, solution.residual, solution.iterations) == (True, 0.0, 0)
+
+
+def test_upgrad_counts_the_multipliers():
+    assert solvers.upgrad([[1.0, -1.0], [-1.0, 4.0]]).iterations == 2
+
+
 def test_precision_is_that_of_the_array():
     one = np.ones((1, 1))
     found = [check_precision(None, one.astype(kind)) for kind in ("f2", "f4", "f8", "i8")]
