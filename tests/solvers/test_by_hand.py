@@ -105,7 +105,21 @@ def test_a_projection_that_gives_up_says_how_large_a_conflict_it_leaves(monkeypa
 
 @pytest.mark.parametrize(
     "name",
-    "aligned cagrad config dual_cone fair gradvac imtl_g krum min_norm nash pcd pcgrad upgrad".split(),
+    [
+        "aligned",
+        "cagrad",
+        "config",
+        "dual_cone",
+        "fair",
+        "gradvac",
+        "imtl_g",
+        "krum",
+        "min_norm",
+        "nash",
+        "pcd",
+        "pcgrad",
+        "upgrad",
+    ],
 )
 def test_of_zero_gradients_there_is_nothing_to_solve(name):
     solution = getattr(solvers, name)(np.zeros((3, 3)))
