@@ -18,6 +18,7 @@ from torchmto.structure import (
     scaled_strength,
     top_priority,
 )
+from torchmto.structure.strength import channels_first
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -61,12 +62,29 @@ def test_modo_and_sdmgrad_by_one_step():
     solution = solvers.sdmgrad(np.diag([4.0, 1.0]), regularization=0.0, steps=1, learning_rate=0.3, momentum=0.0)
     assert solution.weights == pytest.approx([0.5 - shift, 0.5 + shift])
     assert (solution.residual, solution.iterations) == (pytest.approx(shift), 1)
+    # A negative entry is of length 0: the step is in units of 1 / 2 of the largest length.
+    solution = solvers.sdmgrad(np.diag([4.0, -1.0]), regularization=0.0, steps=1, learning_rate=0.1, momentum=0.0)
+    assert solution.weights == pytest.approx([0.5 - 0.125, 0.5 + 0.125])
     for cross in ([[0.0, 1.0], [-1.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0]]):  # no batch agrees with the other
         assert np.isfinite(solvers.sdmgrad(cross).weights).all()
 
 
 def test_config_of_equal_gradients_is_their_sum():
     assert solvers.config(np.ones((3, 3))).weights == pytest.approx([1, 1, 1])
+
+
+def test_config_has_the_rank_that_the_gradients_precision_shows():
+    G = [[1.0, 0.99, 0.5], [0.99, 1.0, 0.4], [0.5, 0.4, 1.0]]
+    assert solvers.config(G).converged
+    assert not solvers.config(G, precision=0.1).converged
+
+
+@pytest.mark.parametrize(("solve", "most"), [(solvers.nash, 12), (solvers.fair, 18)])
+def test_bargains_take_few_steps(solve, most):
+    for seed in range(40):
+        draw = np.random.default_rng(seed)
+        J = draw.normal(size=(4, 6)) * 10 ** draw.uniform(-3, 3, size=(4, 1))
+        assert solve(J @ J.T).iterations <= most
 
 
 def test_gradvac_keeps_targets_from_the_pole_by_what_is_known_of_cosines():
@@ -131,6 +149,15 @@ def test_upgrad_counts_the_multipliers():
     assert solvers.upgrad([[1.0, -1.0], [-1.0, 4.0]]).iterations == 2
 
 
+def test_wrong_turns_are_counted():
+    with pytest.raises(ValueError, match="permutation of the other 2 tasks"):
+        solvers.pcgrad(np.eye(3), [[1, 1], [0, 2], [0, 1]])
+
+
+def test_solvers_answer_in_double_precision():
+    assert solvers.simplex_projection(np.array([0.2, 0.9], dtype=np.float32)).dtype == np.float64
+
+
 def test_precision_is_that_of_the_array():
     one = np.ones((1, 1))
     found = [check_precision(None, one.astype(kind)) for kind in ("f2", "f4", "f8", "i8")]
@@ -163,6 +190,11 @@ def test_strengths_are_in_double_precision():
     assert gradient_strength(torch.ones(1, 2, 3)).dtype == torch.float64
 
 
+def test_channels_of_transposed_weights_come_first():
+    weight = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(channels_first(weight, transposed=True), weight.T)
+
+
 def test_strengths_by_hand():
     found = connection_strength(torch.ones(2, 3), torch.ones(2), torch.tensor([0.0, 2.0]), eps=1.0)
     assert found.tolist() == [3, 1]
@@ -188,6 +220,10 @@ def test_heterogeneous_groups_part_what_helps_each_other():
 @pytest.mark.parametrize(
     ("call", "name"),
     [
+        (lambda: solvers.pcgrad(np.ones((2, 3))), "G"),
+        (lambda: solvers.sdmgrad(np.eye(2), learning_rate=-1.0), "learning_rate"),
+        (lambda: solvers.sdmgrad(np.eye(2), [1.0]), "weights"),
+        (lambda: solvers.modo(np.eye(2), [1.0]), "weights"),
         (lambda: solvers.sdmgrad(np.ones((2, 3))), "cross_gramian"),
         (lambda: solvers.sdmgrad(np.eye(2), momentum=-1.0), "momentum"),
         (lambda: ProximalAffinity(["a", "b"], decay=1.5), "decay"),
