@@ -183,10 +183,14 @@ def merged_values(measured: Measured, others: Sequence[MetricStates] = ()) -> Me
         for key, metric in entries.items():
             for states in others:
                 metric.merge_state(states[name][key])
-            # The states are here; torchmetrics would ask the other processes for them again.
-            metric.distributed_available_fn = _never
-            values.setdefault(name, {})[key] = float(metric.compute())
+            values.setdefault(name, {})[key] = float(computed(metric))
     return values
+
+
+def computed(metric: "Metric") -> Any:
+    """A metric's value of the states that are here; torchmetrics by itself would ask the other processes for theirs."""
+    metric.distributed_available_fn = _never
+    return metric.compute()
 
 
 def _never() -> bool:

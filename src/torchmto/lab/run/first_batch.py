@@ -15,7 +15,7 @@ from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem, ProblemError, check_labels, part_error
 from torchmto.lab.run.build import Computer, closure_of, losses_of, network_of
 from torchmto.lab.run.config import RunConfig
-from torchmto.lab.run.evaluation import Network, measure, own_figures, placed
+from torchmto.lab.run.evaluation import Network, computed, measure, own_figures, placed
 from torchmto.lab.run.loop import threads
 from torchmto.lab.user_code import user_frames
 from torchmto.structure import has_split_norms
@@ -160,7 +160,7 @@ def _check_metrics(problem: Problem, network: Network, split: Split, step: Any) 
             for name, metric in metrics.items():
                 value: Any = 0
                 with contextlib.suppress(Exception):
-                    value = metric.compute()
+                    value = computed(metric)
                 try:
                     float(value)
                 except (TypeError, ValueError, RuntimeError) as error:
