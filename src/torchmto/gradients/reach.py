@@ -36,14 +36,12 @@ class Reach:
             then only an upper bound.
         reentrant: Whether there is a reentrant checkpoint.
         functions: The nodes of functions written in Python outside PyTorch.
-        recomputed: Whether something else than a tensor is saved: backwards may run parts of the forward again.
     """
 
     leaves: dict[int, float] = field(default_factory=dict)
     regions: list[Node] = field(default_factory=list)
     reentrant: bool = False
     functions: list[Node] = field(default_factory=list)
-    recomputed: bool = False
 
     @property
     def compiled(self) -> bool:
@@ -92,7 +90,6 @@ def reach(roots: Edges) -> Reach:
     found = Reach()
     for node, following in _walk(roots):
         found.note(getattr(node, "variable", None))
-        found.recomputed = found.recomputed or hooked(node)
         name = node.name()
         if is_compiled(node):
             found.regions.append(node)
@@ -104,6 +101,11 @@ def reach(roots: Edges) -> Reach:
         elif is_users(node):
             found.functions.append(node)
     return found
+
+
+def is_recomputed(losses: Iterable[Tensor]) -> bool:
+    """Whether something else than a tensor is saved: backwards may run parts of the forward again. To be asked before any."""
+    return any(hooked(node) for node, _ in _walk([(loss.grad_fn, loss.output_nr) for loss in losses]))
 
 
 def branches(losses: Iterable[Tensor]) -> list[GradientEdge]:

@@ -17,7 +17,14 @@ from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import FEW, dense, dtype_of_gradient, real
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
-from torchmto.gradients.reach import gradients_below, reach_of, refuse_hidden, refuse_reentrant, run_unreached
+from torchmto.gradients.reach import (
+    gradients_below,
+    is_recomputed,
+    reach_of,
+    refuse_hidden,
+    refuse_reentrant,
+    run_unreached,
+)
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
@@ -456,7 +463,7 @@ class Network:
         refuse_reentrant(found)
         self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
-        self.recomputes = self.recomputes or found.recomputed
+        self.recomputes = self.recomputes or is_recomputed(chunk.losses.values())
         if found.functions:
             self._functions = True
             with chunk.activated():
