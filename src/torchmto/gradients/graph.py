@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.reach import beyond, edges_of
+from torchmto.gradients.reach import Edges, beyond, edges_of
 from torchmto.gradients.torch_private import has_hooks, native, number_of
 
 Edge = tuple[Node, int]
@@ -29,6 +29,7 @@ class Graph:
         leaves: The nodes of the leaves, and the leaves.
         reached: ``id`` of a leaf -> the tasks whose losses reach it, as a bit mask.
         uses: How many edges lead to each node, leaves included.
+        edges: Where each node's results go, leaves included; nowhere from where the walk was to stop.
     """
 
     order: list[Node] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Graph:
     leaves: dict[Node, Tensor] = field(default_factory=dict)
     reached: dict[int, int] = field(default_factory=dict)
     uses: dict[Node, int] = field(default_factory=dict)
+    edges: dict[Node, Edges] = field(default_factory=dict)
 
     @functools.cached_property
     def common(self) -> list[Node]:
@@ -51,18 +53,19 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
         if root is not None:
             masks[root] = masks.get(root, 0) | 1 << task
     waiting: dict[Node, int] = dict.fromkeys(masks, 0)
+    edges: dict[Node, Edges] = {}
     following: dict[Node, list[Node]] = {}
     stack = list(waiting)
     while stack:
         node = stack.pop()
-        followers = [] if node in stop else [other for other, _ in edges_of(node) if other is not None]
-        following[node] = followers
+        edges[node] = () if node in stop else edges_of(node)
+        followers = following[node] = [other for other, _ in edges[node] if other is not None]
         for other in followers:
             if other not in waiting:
                 waiting[other] = 0
                 stack.append(other)
             waiting[other] += 1
-    graph = Graph(masks=masks, uses=dict(waiting))
+    graph = Graph(masks=masks, uses=dict(waiting), edges=edges)
     # Of the operations whose gradient is complete the one that ran last comes first, as in the autograd engine itself.
     ready = [(-number_of(node), place, node) for place, node in enumerate(waiting) if waiting[node] == 0]
     heapq.heapify(ready)
@@ -92,6 +95,7 @@ class Run:
     Attributes:
         nodes: The nodes.
         direct: Whether the node is called.
+        edges: Of a called node: where its results go.
         needs: Of a called node: which of its inputs need cotangents.
         factor: Of a called node: the parameter that it multiplies, if that one's gradients aren't formed.
         leaves: Parameters that the nodes use, each once, and whose gradients are wanted.
@@ -101,6 +105,7 @@ class Run:
 
     nodes: list[Node]
     direct: bool = False
+    edges: Edges = ()
     needs: tuple[bool, ...] = ()
     factor: Factor | None = None
     leaves: list[Tensor] = field(default_factory=list)
@@ -147,7 +152,7 @@ class _Cut:
                 self._needed.add(node)
 
     def _needs(self, node: Node) -> tuple[bool, ...]:
-        return tuple(other in self._needed for other, _ in edges_of(node))
+        return tuple(other in self._needed for other, _ in self._graph.edges[node])
 
     def whole(self) -> list[Run]:
         """All that is needed as one run."""
@@ -173,7 +178,7 @@ class _Cut:
         return segments
 
     def _size(self, run: Run) -> int:
-        leaves = {other for node in run.nodes for other, _ in edges_of(node) if other in self._sizes}
+        leaves = {other for node in run.nodes for other, _ in self._graph.edges[node] if other in self._sizes}
         return sum(self._sizes[leaf] for leaf in leaves) + (0 if run.factor is None else run.factor.size)
 
     def _heads(self) -> list[Run]:
@@ -188,7 +193,7 @@ class _Cut:
             shared = {
                 other
                 for node in nodes
-                for other, _ in edges_of(node)
+                for other, _ in self._graph.edges[node]
                 if other in self._sizes and self._graph.masks[other].bit_count() > 1
             }
             if sum(self._sizes[leaf] for leaf in shared) <= self._enough:
@@ -212,13 +217,14 @@ class _Cut:
             size = 0
 
         for node in nodes:
-            following = [other for other, _ in edges_of(node) if other in self._needed]
+            following = [other for other, _ in self._graph.edges[node] if other in self._needed]
             # Parameters' own hooks are called by backwards.
             leaves = [self._graph.leaves[other] for other in following if other in self._sizes]
             if self._direct and native(node) and not any(map(has_hooks, leaves)):
                 close()
                 run = self._run([node])
                 run.direct, run.needs, run.factor = True, self._needs(node), self._factors.get(node)
+                run.edges = self._graph.edges[node]
                 runs.append(run)
                 continue
             boundary.discard(node)
@@ -236,7 +242,7 @@ class _Cut:
         leaves: dict[Node, None] = {}
         below: dict[Edge, None] = {}
         for node in nodes:
-            for other, number in edges_of(node):
+            for other, number in self._graph.edges[node]:
                 if other in self._sizes:
                     leaves[other] = None
                 elif other in self._needed and other not in inside:

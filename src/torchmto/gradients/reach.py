@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node
 
 from torchmto.gradients.finite import plain
@@ -68,7 +69,8 @@ def beyond(node: Node | None, output: int) -> tuple[Node | None, int]:
 
 def edges_of(node: Node) -> list[tuple[Node | None, int]]:
     """Where a node's results go."""
-    return [beyond(*edge) for edge in node.next_functions]
+    # Nearly all nodes are PyTorch's own, and this is asked of every one of them in every step of some engines.
+    return [beyond(*edge) if isinstance(edge[0], BackwardCFunction) else edge for edge in node.next_functions]
 
 
 def _walk(roots: Edges) -> Iterator[tuple[Node, Edges]]:

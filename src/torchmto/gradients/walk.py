@@ -11,7 +11,7 @@ from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
-from torchmto.gradients.reach import beyond, edges_of
+from torchmto.gradients.reach import beyond
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import places
@@ -66,7 +66,7 @@ class Walk:
         results = self._by_rule(run, given[0]) if arrived[0] is not None and len(given) == 1 else None
         if results is None:
             results = self._one_by_one(node, arrived)
-        for (following, number), need, result in zip(edges_of(node), run.needs, results, strict=True):
+        for (following, number), need, result in zip(run.edges, run.needs, results, strict=True):
             if not need or result is None:
                 continue
             assert following is not None, "what needs a cotangent is there"

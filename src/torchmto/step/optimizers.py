@@ -35,7 +35,9 @@ class Optimizers:
         self.num_stepped = 0
         self._scaler = scaler
         self._wrapped = any(map(_wraps, self.all))
-        if any(own is not None and own is not scaler for own in map(_scaler_of, self.all)):
+        theirs = [own for own in map(_scaler_of, self.all) if own is not None]
+        self._scaled = bool(theirs)
+        if any(own is not scaler for own in theirs):
             raise ValueError(
                 "Parameter `scaler` should be the one of the optimizer's wrapper, which divides every gradient by its scale "
                 f"(accelerate's is `accelerator.scaler`). Found `scaler = {shown(scaler)}`."
@@ -56,7 +58,7 @@ class Optimizers:
         Raises:
             RuntimeError: If a wrapper of an optimizer swallows the step, or takes it through a scaler itself.
         """
-        if self._scaler is not None and any(map(_scaler_of, self.all)):
+        if self._scaled:
             raise RuntimeError(f"The optimizer's wrapper steps through the scaler by itself. {_LEAVE_THE_STEP}")
         for optimizer in self.all:
             first = next((p for group in optimizer.param_groups for p in group["params"] if p.grad is not None), None)
