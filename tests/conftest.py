@@ -14,6 +14,26 @@ settings.register_profile("torchmto", deadline=None, suppress_health_check=[Heal
 settings.load_profile("torchmto")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tests of the core make their models and data")
+
+
+def pytest_configure(config):
+    """Before any file is read: files make tensors, too."""
+    device = config.getoption("--device")
+    if device != "cpu":
+        from on_device import put_everything_on  # noqa: PLC0415  it changes PyTorch
+
+        put_everything_on(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") != "cpu":
+        for item in items:
+            if item.get_closest_marker("cpu"):
+                item.add_marker(pytest.mark.skip(reason="only on the CPU"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file stays in one worker, for the fixtures of its module; so does the folder that shares a pool of processes."""

@@ -106,11 +106,12 @@ def _distinct(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Buffers of the model (norm statistics) and the random states of torch, numpy and Python are afterwards as before.
 
     Args:
-        model: The module whose buffers are kept.
+        model: The module whose buffers are kept, with its devices' random states.
+        seed: What all of them begin with inside, so that the model's code draws the same whenever it runs.
     """
     kept = BufferSnapshot(model)
     kept.take()
@@ -119,6 +120,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models draw from it
     with torch.random.fork_rng(devices=devices):
         try:
+            if seed is not None:
+                for generator in (
+                    torch.default_generator,
+                    *(torch.cuda.default_generators[index] for index in devices),
+                ):
+                    generator.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002
             yield
         finally:
             random.setstate(python)

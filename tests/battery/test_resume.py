@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.cpu  # as the other process
 @pytest.mark.parametrize("key", list(VARIANTS))
 def test_resume(key, folder):
     whole = torch.load(folder / f"{key}.whole.pt", weights_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
+from torchmto.gradients import choice
 from toy import same
 
 TASKS = ("a", "b", "c", "d")
@@ -17,6 +18,12 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _one_rule_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the mix computes is tested at sizes where it pays on a processor."""
+    monkeypatch.setattr(choice, "GPU", choice.CPU)
 
 
 class Net(nn.Module):
@@ -201,6 +208,27 @@ def test_rows_for_ready_losses_micro_batches_small_networks_and_many_samples() -
     assert _made(net, "layerwise").step(closure).engine == "layerwise"
     small = Net(20)
     assert _made(small).step(lambda tasks: small.losses(torch.randn(64, 20), tasks)).engine == "parameters"
+
+
+@pytest.mark.parametrize(("num_tasks", "engine"), [(4, "parameters"), (20, "mixed")])
+def test_where_launches_cost_more_than_arithmetic_the_mix_is_for_many_tasks(
+    num_tasks: int, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rule for GPUs, here on any device; measured on one (docs/speed.md)."""
+    monkeypatch.undo()
+    monkeypatch.setattr(choice, "CPU", choice.GPU)
+    trunk = nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(512, 512), nn.ReLU())])
+    tasks = tuple(f"t{i}" for i in range(num_tasks))
+    heads = nn.ModuleDict({task: nn.Linear(512, 2) for task in tasks})
+    x = torch.randn(16, 512)
+
+    def losses(wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        features = trunk(x)
+        return {task: heads[task](features).square().mean() for task in wanted}
+
+    net = nn.ModuleList([trunk, heads])
+    mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), 0.05), tasks=tasks, method="pcgrad")
+    assert mt.step(losses).engine == engine
 
 
 def test_steps_after_loading_are_the_same_to_the_bit() -> None:

@@ -91,6 +91,7 @@ def test_distributed_data_parallel(process_group):
     assert torch_private.delayed_by(delays)
 
 
+@pytest.mark.cpu  # with tensors made there
 def test_optimizers_and_first_fsdp(process_group):
     from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
     from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415
@@ -172,7 +173,7 @@ def test_what_nodes_know():
     assert torch_private.nodes_made() == before + 2
     assert torch_private.number_of(second.grad_fn) > torch_private.number_of(first.grad_fn)
     (place,) = torch_private.places(first.grad_fn)
-    assert (tuple(place.shape), place.dtype, place.device) == ((2, 3), torch.float32, torch.device("cpu"))
+    assert (tuple(place.shape), place.dtype, place.device) == ((2, 3), torch.float32, x.device)
     assert torch_private.saved(first.grad_fn, "other").tolist() == [[2.0] * 3] * 2
     assert torch_private.saved(first.grad_fn, "alpha", 1) == 1
     assert torch_private.native(first.grad_fn)

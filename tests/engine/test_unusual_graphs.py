@@ -75,7 +75,7 @@ def test_overflow_that_only_the_formed_gradient_has() -> None:
     multitask = torchmto.MultiTask(net, optimizer, tasks=["a", "b"], method="upgrad", gradients="layerwise")
 
     def closure(tasks: tuple[str, ...]) -> Losses:
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(x.device.type, torch.float16):
             features = net.first(x)
         features = features.float() * 1000
         return {"a": net.a(features).mean(), "b": net.b(features).mean()}

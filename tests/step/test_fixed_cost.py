@@ -30,6 +30,7 @@ def passed(work):
     return calls
 
 
+@pytest.mark.cpu  # where small tensors are looked at in plain numbers
 @pytest.mark.parametrize(
     ("method", "options", "limit", "distinct"),
     [

@@ -529,6 +529,7 @@ GIVEN = {
 }
 
 
+@pytest.mark.cpu  # with tensors made there
 @pytest.mark.parametrize("what", GIVEN)
 @pytest.mark.parametrize("kind", ["weights", "combine", "objective"])
 def test_what_a_method_of_ones_own_may_not_return(kind, what):

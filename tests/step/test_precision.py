@@ -108,7 +108,7 @@ def test_autocast_is_seen_in_the_graph(gradients: str, dtype: torch.dtype | None
     mt = torchmto.MultiTask(model, optimizer, tasks=["a", "b"], method=watch, gradients=gradients, **options)
 
     def closure(tasks: tuple[str, ...]) -> dict[str, Tensor]:
-        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with torch.autocast(model.trunk.weight.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             hidden = model.trunk(torch.ones(3, 4))
             losses = {task: model.heads["ab".index(task)](hidden) for task in tasks}
         return {task: loss.float().square().mean() for task, loss in losses.items()}

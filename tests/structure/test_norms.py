@@ -235,6 +235,7 @@ def test_every_thread_has_its_own_active_task():
     assert seen == [(), ("depth",)]
 
 
+@pytest.mark.cpu  # a thread has a default device of its own
 def test_two_threads_train_two_models_as_one_after_the_other():
     def build(seed):
         with torch.random.fork_rng():

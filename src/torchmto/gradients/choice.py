@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +20,28 @@ from torchmto.gradients.walk import Walk
 FEW = 2**14
 """Elements of all parameters up to which rows are always cheaper: what could be saved is less than reading the graph takes."""
 
-NODE = 500_000
-"""What it takes to read a node of the graph, in multiplications."""
 
-CALL = 2_000_000
-"""What it takes to go through a node with all tasks in Python, in multiplications."""
+class Costs(NamedTuple):
+    """What the walk costs besides arithmetic, in multiplications: fits to measured times (docs/speed.md).
 
-BACKWARD = 4_000_000
-"""What it takes to begin one task's backward, in multiplications."""
+    Attributes:
+        node: What it takes to read a node of the graph.
+        call: What it takes to go through a node with all tasks in Python.
+        task: What it takes to begin one task's backward.
+        formed: What it takes to launch one task's gradient of one parameter, its copy and its products: what the walk saves.
+    """
+
+    node: float
+    call: float
+    task: float
+    formed: float
+
+
+CPU = Costs(node=500_000, call=2_000_000, task=4_000_000, formed=0)
+"""Of a processor, which multiplies while the same thread could run Python."""
+
+GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9)
+"""Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers."""
 
 LIVE = 3
 """How many cotangents as large as the largest there may be at a time."""
@@ -39,9 +53,9 @@ class Auto(Engine):
     What the walk keeps combines the gradients without another backward: gradients where they are small, cotangents of layers
     with few samples.
 
-    The decision depends on the graph, its shapes and K alone, never on timing: so a step that is repeated, in another process
-    or after loading a state, is repeated to the bit. It compares, in multiplications, what the rows needn't do (reading the
-    graph, calling its nodes from Python) with what gradients that aren't formed save
+    The decision depends on the graph, its shapes, K and the kind of device alone, never on timing: so a step that is
+    repeated, in another process or after loading a state, is repeated to the bit. It compares, in multiplications, what the
+    rows needn't do (reading the graph, calling its nodes from Python) with what gradients that aren't formed save
     (:attr:`~torchmto.gradients.factors.Factor.gain`).
 
     Rows wherever else could cost memory or surprise: several forwards, independent batches, ready losses (which hide whether
@@ -86,8 +100,9 @@ class Auto(Engine):
         nodes = graph.common
         wanted = {id(parameter): parameter for parameter in shared}
         factors = find_factors(nodes, graph.uses, wanted, num_tasks)
-        cost = NODE * len(graph.order) + CALL * len(nodes) + BACKWARD * num_tasks
-        if sum(factor.gain for factor in factors.values()) <= cost:
+        costs = CPU if shared[0].device.type == "cpu" else GPU
+        walk = costs.node * len(graph.order) + costs.call * len(nodes) + costs.task * num_tasks
+        if sum(factor.gain + costs.formed * num_tasks for factor in factors.values()) <= walk:
             return False
         if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
             return False
@@ -111,7 +126,8 @@ class Auto(Engine):
 
     def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """Weighted sums of what was kept, and products with them."""
-        weights = [float(ratio(weighted, self._seeds[task])) for task, weighted in pieces[0].seeds.items()]
+        ratios = [ratio(weighted, self._seeds[task]) for task, weighted in pieces[0].seeds.items()]
+        weights = torch.stack([one.to(ratios[0].device) for one in ratios]).tolist()  # waits for the device once
         with torch.no_grad():
             for leaf, stack in self._formed.items():
                 leaf.grad = like(_weighted(stack, weights), leaf)

@@ -22,6 +22,9 @@ from torchmto.gradients.torch_private import has_hooks, hooked, places, saved
 AT_ONCE = 2**20
 """Elements of the cotangents that are multiplied at a time: as much as stays in a processor's cache."""
 
+AT_ONCE_ELSEWHERE = 2**25
+"""The same on other devices, whose launches cost more than what memory they take."""
+
 TRAFFIC = 60
 """What an element of a gradient costs that is written, copied to its row, read for the Gramian and again for the combination,
 in multiplications: a fit to processors, where memory is slow in about the same way."""
@@ -79,7 +82,8 @@ class Linear(Factor):
         given = _wide(self._given())
         inner = given @ given.T
         cotangents = self._samples(cotangents)
-        step = max(1, AT_ONCE // (len(cotangents) * len(given)))
+        elements = AT_ONCE if cotangents.is_cpu else AT_ONCE_ELSEWHERE
+        step = max(1, elements // (len(cotangents) * len(given)))
         total: Tensor | None = None
         for start in range(0, cotangents.shape[2], step):
             # One long product instead of k short ones, then inner products sample by sample.

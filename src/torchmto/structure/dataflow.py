@@ -1,13 +1,11 @@
 """Which operations feed which: the graph in which conv, linear and norm layers are paired."""
 
 import inspect
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -108,10 +106,7 @@ def trace_subtrees(model: nn.Module) -> list[tuple[nn.Module, list[Node]]]:
     Returns:
         Each traced module with its operations in order.
     """
-    with undisturbed(model):
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)  # noqa: NPY002 - models draw from it
+    with undisturbed(model, seed=0):
         return list(_traced_subtrees(model))
 
 

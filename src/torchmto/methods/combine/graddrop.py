@@ -28,6 +28,8 @@ class GradDrop(GradientCombiner):
         leak: One number in [0, 1] for all tasks, or one per task.
         **options: ``heads``.
 
+    The signs are drawn where the gradients are: a GPU draws other ones from the same seed than a CPU.
+
     Source: Chen et al., Just Pick a Sign, NeurIPS 2020, Algorithm 1.
     """
 
