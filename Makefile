@@ -1,6 +1,7 @@
 # make demo   compare six methods with single-task models on the built-in digits
 # make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
 # make test-all   the same with the slow tests: clusters, launchers, kills of real processes
+# make test-cuda   the tests of the steps, methods' and engines' and of a run, on a GPU
 # make docs   the generated pages, then the documentation site in site/, which opens without a server
 # make coverage   how much of the core's lines the tests run (those for CUDA apart)
 # make lock   the exact versions and hashes of all that continuous integration installs, in constraints-hashed.txt
@@ -12,7 +13,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help setup demo test test-all docs coverage lock audit clean
+.PHONY: help setup demo test test-all test-cuda docs coverage lock audit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +22,7 @@ DEMO_OUT ?= runs/demo
 WORKERS ?= 2
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup: $(STAMP)
 
@@ -46,7 +47,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	@$(BIN)/torchmto compare --out $(DEMO_OUT)
+	@$(BIN)/torchmto compare --device cpu --out $(DEMO_OUT)
 
 test: CHOSEN := -m "not slow"
 test test-all: $(STAMP)
@@ -54,6 +55,11 @@ test test-all: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder $(CHOSEN)
+
+test-cuda: $(STAMP)
+	@OMP_NUM_THREADS=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest -n $(WORKERS) --no-loadscope-reorder -m "not slow" \
+	    --device cuda tests/battery tests/engine tests/step tests/structure
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(BIN)/pytest --device auto tests/lab/run/test_trainer.py -k gpu
 
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP)

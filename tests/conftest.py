@@ -1,6 +1,7 @@
 """Common test set-up: one thread, so that results and timings don't depend on the machine's load."""
 
 import gc
+import os
 import sys
 from pathlib import Path
 
@@ -15,13 +16,17 @@ settings.load_profile("torchmto")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where the tests of the core make their models and data")
+    about = "cuda: the tests of the core make their models and data there; auto: a GPU is there for the tests that want one"
+    parser.addoption("--device", default="cpu", help=about)
 
 
 def pytest_configure(config):
     """Before any file is read: files make tensors, too."""
     device = config.getoption("--device")
-    if device != "cpu":
+    if device == "cpu":
+        # Runs would choose a GPU by themselves, and CUDA doesn't survive the forks of these tests.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif device != "auto":
         from on_device import put_everything_on  # noqa: PLC0415  it changes PyTorch
 
         put_everything_on(device)

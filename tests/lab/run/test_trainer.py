@@ -86,6 +86,31 @@ def test_resuming_in_a_new_process_equals_never_stopping(tmp_path, monkeypatch, 
     assert results[0]["test"] == results[1]["test"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("uw", {"precision": "16-mixed"}),
+        ("wpcgrad", {"precision": "bf16-mixed"}),
+        ("connection_strength", {"model": ModelConfig("convnet", {"widths": [4, 8]})}),
+    ],
+)
+def test_resuming_on_a_gpu_equals_never_stopping(tmp_path, monkeypatch, method, more):
+    settings = config(method, device="cuda", deterministic=True, **more)
+    straight, halted = tmp_path / "straight", tmp_path / "halted"
+    train(settings, straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log_step", interrupt_at(7))
+        with pytest.raises(Interrupted, match="SIGTERM after 7 steps"):
+            train(settings, halted)
+    _, trainer = train(None, halted, resume=True)
+    assert {parameter.device.type for parameter in trainer.parts.model.parameters()} == {"cuda"}
+    assert kill.same(kill.final_state(straight), kill.final_state(halted))
+    assert kill.logged(straight) == kill.logged(halted)
+    results = [json.loads((path / "results.json").read_text()) for path in (straight, halted)]
+    assert results[0]["test"] == results[1]["test"]
+
+
 def test_five_kills(tmp_path):
     assert kill.stress(tmp_path, kills=5, seed=0)["kills"] == 5
 
