@@ -16,7 +16,9 @@ settings.load_profile("torchmto")
 
 
 def pytest_addoption(parser):
-    about = "cuda: the tests of the core make their models and data there; auto: a GPU is there for the tests that want one"
+    about = (
+        "cuda: the tests of the core make their models and data there; auto: a GPU is there for the tests that want one"
+    )
     parser.addoption("--device", default="cpu", help=about)
 
 

@@ -473,6 +473,7 @@ class MultiTask:
                 with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
                     return work(context)
             except BaseException as error:
+                parts.surroundings.end()
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
                 if isinstance(error, RuntimeError):

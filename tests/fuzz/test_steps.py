@@ -1,5 +1,6 @@
 """A sample of `benchmarks/fuzz_steps.py`, and what it has found."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 
 import torchmto
 from scripts import load_script
-from toy import make, same, state
+from toy import batch, closure, make, same, state
 
 fuzz = load_script("benchmarks/fuzz_steps.py")
 
@@ -135,3 +136,25 @@ def test_gradients_stay_on_where_an_interrupt_has_lost_the_end_of_a_with():
         assert torch.is_grad_enabled()
     finally:
         torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("name", ["gd", "pcgrad", "sequential"])
+def test_an_interrupt_leaves_the_modes_around_a_step(name):
+    """At any line; each begins and ends modes of its own."""
+    model, _, mt = make(name)
+    losses = closure(model, batch("abc"))
+
+    def step(line):
+        with fuzz.raising_at(line, KeyboardInterrupt()) as count:
+            mt.step(losses)
+        return count[0]
+
+    for line in range(1, step(-1) + 100, 3):
+        with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            with contextlib.suppress(KeyboardInterrupt):
+                step(line)
+            assert torch.empty(0).device.type == "meta", line
+            assert torch.is_autocast_enabled("cpu"), line
+            assert not torch.is_grad_enabled(), line
+        assert torch.empty(0).device.type == "cpu", line
+        assert not torch.is_autocast_enabled("cpu"), line

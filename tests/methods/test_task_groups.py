@@ -325,3 +325,19 @@ def test_ready_losses_are_refused():
     model, mt, losses = setup()
     with pytest.raises(ValueError, match="needs a closure"):
         mt.step(losses(model, TASKS))
+
+
+@pytest.mark.parametrize("weights", ["uw", "si", "rlw", {"a": 0.5}])
+def test_groups_without_a_present_task_have_no_weights(weights):
+    """In micro-batches, where fixed weights are asked for before the first forward."""
+    ends = []
+    for parts in (1, 2):
+        model, mt, losses = setup()
+        mt = torchmto.MultiTask(
+            model, mt.network.optimizers.all[0], tasks=TASKS, method="task_groups", weights=weights, seed=0
+        )
+        for asked in (TASKS, ("a",), ("b", "d")):
+            info = mt.step([lambda tasks, model=model, losses=losses: losses(model, tasks)] * parts, tasks=asked)
+            assert tuple(info.losses) == asked
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

@@ -104,7 +104,7 @@ def test_forms_of_an_optimizer(device, options):
     made = [
         train(device, optimizer=lambda m, o=o: torch.optim.Adam(m.parameters(), lr=0.01, **o)) for o in ({}, options)
     ]
-    torch.testing.assert_close(flat(made[0][0]), flat(made[1][0]), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(flat(made[0][0]), flat(made[1][0]), rtol=1e-4, atol=1e-7)
 
 
 class Rebuilt(Toy):
@@ -144,10 +144,10 @@ def test_split_norms_in_checkpointed_parts(device, name):
 @pytest.mark.parametrize("engine", ["auto", "parameters", "layerwise"])
 def test_parts_on_two_devices(device, engine):
     """The trunk on one device, a head on the CPU."""
-    model = Toy(TASKS)
+    model = Toy(TASKS).to("cpu")
     model.trunk.to(device)
     model.heads["a"].to(device)
-    x, targets = batch(TASKS)
+    x, targets = moved("cpu", batch(TASKS))
 
     def losses(tasks):
         features = model.trunk(x.to(device))

@@ -11,6 +11,7 @@ import torchmto
 from torchmto.methods.gramian.pcgrad import random_orders
 
 few = settings(max_examples=25, deadline=None)
+pytestmark = pytest.mark.cpu  # where NumPy's matrices are
 
 
 @st.composite

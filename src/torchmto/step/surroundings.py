@@ -36,28 +36,39 @@ class Surroundings:
         self._casts = [(kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind)]
         self._device = torch.empty(0).device
         self.neutral = not self._casts and self._device.type == "cpu" and torch.is_grad_enabled()
+        self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
 
     @contextlib.contextmanager
     def kept_out(self) -> Iterator[None]:
         """Inside none of them has an effect."""
-        with self._modes(enabled=False), torch.enable_grad():
+        try:
+            self._enter(self._outer, enabled=False)
+            self._outer.enter_context(torch.enable_grad())
             yield
+        finally:
+            self.end()
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Inside they are as the caller has them, the mode of gradients apart."""
-        with self._modes(enabled=True):
+        try:
+            self._enter(self._inner, enabled=True)
             yield
+        finally:
+            self._inner.close()
 
-    def _modes(self, *, enabled: bool) -> contextlib.ExitStack:
-        stack = contextlib.ExitStack()
+    def end(self) -> None:
+        """End what an interrupt on the way in or out has left begun."""
+        self._inner.close()
+        self._outer.close()
+
+    def _enter(self, stack: contextlib.ExitStack, *, enabled: bool) -> None:
         for kind, dtype in self._casts:
             stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             # What it has kept of parameters would be old after an optimizer step.
             stack.callback(torch.clear_autocast_cache)
         if self._device.type != "cpu":
             stack.enter_context(self._device if enabled else torch.device("cpu"))
-        return stack
 
 
 @functools.cache

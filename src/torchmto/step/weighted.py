@@ -180,7 +180,7 @@ def _known_weights(parts: Parts, request: Request, weigh: Weigh) -> _Weights:
     """Fixed weights don't depend on the losses: those of all tasks are known before the first forward."""
     indices = tuple(sorted(request.wanted))
     ones = torch.ones(len(indices), dtype=torch.float64, device=parts.network.device)
-    factors = None if parts.weigh is None else parts.weigh(ones, indices)
+    factors = None if parts.weigh is None or not indices else parts.weigh(ones, indices)
     return _weights(parts, weigh, Losses(indices, ones, ones, {}, factors))
 
 
