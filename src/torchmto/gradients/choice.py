@@ -1,7 +1,7 @@
 """The engine of ``gradients="auto"``: the rows, or what needs no rows, whichever a rule says is cheaper."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,18 +29,22 @@ class Costs(NamedTuple):
         call: What it takes to go through a node with all tasks in Python.
         task: What it takes to begin one task's backward.
         formed: What it takes to launch one task's gradient of one parameter, its copy and its products: what the walk saves.
+        launch: What it takes autograd to launch one node for one task: what a batched backward saves for all tasks but one.
+        batch: What a batched backward takes besides.
     """
 
     node: float
     call: float
     task: float
     formed: float
+    launch: float
+    batch: float
 
 
-CPU = Costs(node=500_000, call=2_000_000, task=4_000_000, formed=0)
-"""Of a processor, which multiplies while the same thread could run Python."""
+CPU = Costs(node=5e5, call=2e6, task=4e6, formed=0, launch=0, batch=0)
+"""Of a processor, which multiplies while the same thread could run Python: there is little to save by fewer, larger calls."""
 
-GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9)
+GPU = Costs(node=5e8, call=1e10, task=2.5e9, formed=2.5e9, launch=1.5e9, batch=1.2e10)
 """Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers."""
 
 LIVE = 3
@@ -51,22 +55,24 @@ class Auto(Engine):
     """Decides at every step between the rows and a walk down the graph.
 
     What the walk keeps combines the gradients without another backward: gradients where they are small, cotangents of layers
-    with few samples.
+    with few samples. On a GPU, where launching operations takes longer than most of them do, it may be one backward whose
+    every operation takes the cotangents of all tasks.
 
     The decision depends on the graph, its shapes, K and the kind of device alone, never on timing: so a step that is
     repeated, in another process or after loading a state, is repeated to the bit. It compares, in multiplications, what the
     rows needn't do (reading the graph, calling its nodes from Python) with what gradients that aren't formed save
-    (:attr:`~torchmto.gradients.factors.Factor.gain`).
+    (:attr:`~torchmto.gradients.factors.Factor.gain`), and what launches for all tasks at once do.
 
     Rows wherever else could cost memory or surprise: several forwards, independent batches, ready losses (which hide whether
     there are hooks on activations), hooks, checkpointing, offloading, compiled regions, and where K cotangents of the
-    largest activation take more room than the rows that they save.
+    largest activation take more room than the rows that they save, or for one batched backward, than all rows.
     """
 
     name: ClassVar[str] = "mixed"
     optional: ClassVar[bool] = True
 
     def __init__(self) -> None:
+        self._unbatchable = False  # from the first attempt on that failed
         self.forget()
 
     def suits(self, sources: Sequence[Sequence[Any]], parameters: Sequence[Tensor]) -> bool:
@@ -91,35 +97,48 @@ class Auto(Engine):
         self._cotangents: list[tuple[Factor, Stack]] = []
         self._formed: Formed = {}
         self._seeds: dict[int, Tensor | None] = {}
+        self._batched = False
 
     def pays(self, shared: Sequence[Tensor], num_tasks: int) -> bool:
-        """Whether gradients that needn't be formed save more time than the walk takes in Python, and room besides."""
+        """Whether a walk takes less time than the rows, and where it needs room finds it."""
         graph = self.graph
-        if hooks_made() != self._hooks or not graph.reached:
+        if hooks_made() != self._hooks or not graph.reached or not shared:
             return False
         nodes = graph.common
         wanted = {id(parameter): parameter for parameter in shared}
         factors = find_factors(nodes, graph.uses, wanted, num_tasks)
-        costs = CPU if shared[0].device.type == "cpu" else GPU
-        walk = costs.node * len(graph.order) + costs.call * len(nodes) + costs.task * num_tasks
-        if sum(factor.gain + costs.formed * num_tasks for factor in factors.values()) <= walk:
+        costs = CPU if shared[0].is_cpu else GPU
+        read = costs.node * len(graph.order) + costs.task * num_tasks
+        # What each takes more than the rows.
+        called = read + costs.call * len(nodes) - sum(f.gain + costs.formed * num_tasks for f in factors.values())
+        batched = read + costs.batch - costs.launch * (num_tasks - 1) * len(nodes)
+        if min(called, batched) >= 0:
             return False
         if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
             return False
-        passed = {node for factor in factors.values() for node in factor.between}
-        largest = max(math.prod(place.shape) for node in nodes if node not in passed for place in places(node))
-        room = LIVE * largest + sum(factor.size for factor in factors.values())
-        if room > sum(factor.leaf.numel() for factor in factors.values()):
-            return False
-        self.factors = factors
-        return True
+        if called < batched:
+            passed = {node for factor in factors.values() for node in factor.between}
+            room = _room(node for node in nodes if node not in passed) + sum(factor.size for factor in factors.values())
+            if room <= sum(factor.leaf.numel() for factor in factors.values()):
+                self.factors = factors
+                return True
+        if batched < 0 and all(map(native, nodes)):
+            parameters = _parameters(graph)
+            room = _room(node for node in nodes if node not in parameters)
+            self._batched = room <= sum(parameter.numel() for parameter in shared)
+        return self._batched
 
     def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
         product = no_products(wanted)
         walk = Walk(wanted.pieces[0], wanted.tasks)
-        for segment in cut(self.graph, sizes(wanted, self.factors), self.factors):
+        segments = cut(self.graph, sizes(wanted, self.factors), self.factors, batched=self._batched)
+        batched = [run for segment in segments for run in segment if run.batched]
+        for run in batched:
+            run.batched = not self._unbatchable
+        for segment in segments:
             self._cotangents += advance(walk, segment, wanted, product, self._formed)
+        self._unbatchable |= not all(run.batched for run in batched)
         add_products(product, self._formed.values())
         self._seeds, self.graph = dict(wanted.pieces[0].seeds), Graph()
         return product
@@ -128,17 +147,34 @@ class Auto(Engine):
         """Weighted sums of what was kept, and products with them."""
         ratios = [ratio(weighted, self._seeds[task]) for task, weighted in pieces[0].seeds.items()]
         weights = torch.stack([one.to(ratios[0].device) for one in ratios]).tolist()  # waits for the device once
+        chosen: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
+
+        def weighted(stack: Stack) -> Tensor:
+            values = stack.values
+            kind = stack.rows, values.dtype, values.device
+            if kind not in chosen:
+                chosen[kind] = values.new_tensor([weights[row] for row in stack.rows])
+            total: Tensor = torch.tensordot(chosen[kind], values, 1)
+            return total
+
         with torch.no_grad():
             for leaf, stack in self._formed.items():
-                leaf.grad = like(_weighted(stack, weights), leaf)
+                leaf.grad = like(weighted(stack), leaf)
             for factor, stack in self._cotangents:
-                factor.leaf.grad = factor.combined(_weighted(stack.wide, weights))
+                factor.leaf.grad = factor.combined(weighted(stack.wide))
         self.forget()
         return 0
 
 
-def _weighted(stack: Stack, weights: Sequence[float]) -> Tensor:
-    """The weighted sum of a stack."""
-    values = stack.values
-    total: Tensor = torch.tensordot(values.new_tensor([weights[row] for row in stack.rows]), values, 1)
-    return total
+def _room(nodes: Iterable[Node]) -> int:
+    """What cotangents of one task are there at a time at most, in elements."""
+    return LIVE * max((math.prod(place.shape) for node in nodes for place in places(node)), default=0)
+
+
+def _parameters(graph: Graph) -> set[Node]:
+    """The leaves, and the nodes that do no more than transpose or convert one: their cotangents are its gradients."""
+    found = set(graph.leaves)
+    for node in reversed(graph.order):
+        if node.name() in {"TBackward0", "ToCopyBackward0"} and all(other in found for other, _ in graph.edges[node]):
+            found.add(node)
+    return found

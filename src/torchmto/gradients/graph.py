@@ -101,6 +101,7 @@ class Run:
         leaves: Parameters that the nodes use, each once, and whose gradients are wanted.
         below: Inputs of later nodes that the nodes give gradients to.
         stop: Whether a backward has to be stopped there: else it stops by itself.
+        batched: Whether one backward takes the cotangents of all tasks.
     """
 
     nodes: list[Node]
@@ -111,6 +112,7 @@ class Run:
     leaves: list[Tensor] = field(default_factory=list)
     below: list[Edge] = field(default_factory=list)
     stop: bool = True
+    batched: bool = False
 
 
 def cut(
@@ -120,6 +122,7 @@ def cut(
     *,
     direct: bool = True,
     whole: bool = False,
+    batched: bool = False,
 ) -> list[list[Run]]:
     """Cut a graph into runs, and these into segments: consecutive runs, whose parameters' gradients are reduced together.
 
@@ -129,15 +132,23 @@ def cut(
         factors: The nodes whose parameters' gradients aren't formed; these parameters have no size.
         direct: Whether nodes may be called outside of a backward.
         whole: Don't cut: one run has everything.
+        batched: One run for each task's own nodes, and one batched run for all the others.
     """
-    parts = _Cut(graph, sizes, factors, direct=direct)
-    return [parts.whole()] if whole else parts.segments()
+    parts = _Cut(graph, sizes, factors, direct=direct and not batched, segments=1 if batched else SEGMENTS)
+    segments = [parts.whole()] if whole else parts.segments()
+    if batched:
+        own = set(graph.order).difference(graph.common)
+        for run in (run for segment in segments for run in segment):
+            run.batched = own.isdisjoint(run.nodes)
+    return segments
 
 
 class _Cut:
     """A graph that is being cut."""
 
-    def __init__(self, graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor], *, direct: bool) -> None:
+    def __init__(
+        self, graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor], *, direct: bool, segments: int
+    ) -> None:
         self._graph = graph
         self._factors = factors
         self._direct = direct
@@ -145,7 +156,7 @@ class _Cut:
         # What lies between a factor's node and its parameter is gone through by nobody.
         self._passed = {node for factor in factors.values() for node in factor.between}
         total = sum(self._sizes.values()) + sum(factor.size for factor in factors.values())
-        self._enough = max(1, total // SEGMENTS)
+        self._enough = max(1, total // segments)
         self._needed: set[Node] = set(self._sizes)
         for node in reversed(graph.order):
             if node not in self._passed and (node in factors or any(self._needs(node))):

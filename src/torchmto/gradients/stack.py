@@ -40,6 +40,14 @@ class Stack:
         """One tensor [*shape] for each of the rows."""
         return self._content if isinstance(self._content, list) else self._content.unbind()
 
+    def filled(self, rows: tuple[int, ...]) -> Tensor:
+        """[len(rows), *shape], zeros for the rows that have no tensor here."""
+        if rows == self.rows:
+            return self.values
+        parts = dict(zip(self.rows, self.parts, strict=True))
+        missing = torch.zeros_like(self.parts[0])
+        return torch.stack([parts.get(row, missing) for row in rows])
+
     @property
     def wide(self) -> "Stack":
         """In float32 at least."""

@@ -1,6 +1,7 @@
 """The K backwards through one forward's graph, side by side."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Walk:
         return [_stack(rows, results) for results in zip(*calls, strict=True)]
 
     def _backwards(self, run: Run) -> Iterator[Found]:
-        """One backward of autograd for each task."""
+        """One backward of autograd for each task, or one for all."""
         arrived = {
             (node, number): stack
             for node in run.nodes
@@ -109,31 +110,66 @@ class Walk:
         inputs: list[Any] = [*run.leaves, *(GradientEdge(*edge) for edge in run.below)]
         if not arrived or not inputs:
             return
-        by_edge = {edge: dict(zip(stack.rows, stack.parts, strict=True)) for edge, stack in arrived.items()}
-        rows = tuple(dict.fromkeys(row for parts in by_edge.values() for row in parts))
         stops = [node.register_prehook(_stop) for node in {node for node, _ in run.below}] if run.stop else []
         try:
             with torch.enable_grad():
-                found = [
-                    torch.autograd.grad(
-                        [GradientEdge(*edge) for edge, parts in by_edge.items() if row in parts],
-                        inputs,
-                        grad_outputs=[parts[row] for parts in by_edge.values() if row in parts],
-                        retain_graph=True,
-                        allow_unused=True,
-                    )
-                    for row in rows
-                ]
+                stacks = _together(arrived, inputs) if run.batched else None
+                if stacks is None:
+                    run.batched = False
+                    stacks = _one_after_the_other(arrived, inputs)
         finally:
             for stop in stops:
                 stop.remove()
-        stacks = [_stack(rows, results) for results in zip(*found, strict=True)]
         for edge, stack in zip(run.below, stacks[len(run.leaves) :], strict=True):
             if stack is not None:
                 self._wait(edge, stack)
         for leaf, stack in zip(run.leaves, stacks, strict=False):
             if stack is not None:
                 yield leaf, stack.real
+
+
+def _rows(stacks: Collection[Stack]) -> tuple[int, ...]:
+    """The rows of all stacks, each once."""
+    return tuple(dict.fromkeys(row for stack in stacks for row in stack.rows))
+
+
+def _one_after_the_other(arrived: Mapping[Edge, Stack], inputs: Sequence[Any]) -> list[Stack | None]:
+    """What comes to ``inputs`` in one backward for each task."""
+    by_edge = {edge: dict(zip(stack.rows, stack.parts, strict=True)) for edge, stack in arrived.items()}
+    rows = _rows(arrived.values())
+    found = [
+        torch.autograd.grad(
+            [GradientEdge(*edge) for edge, parts in by_edge.items() if row in parts],
+            inputs,
+            grad_outputs=[parts[row] for parts in by_edge.values() if row in parts],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for row in rows
+    ]
+    return [_stack(rows, results) for results in zip(*found, strict=True)]
+
+
+def _together(arrived: Mapping[Edge, Stack], inputs: Sequence[Any]) -> list[Stack | None] | None:
+    """The same in one backward whose every operation takes the cotangents of all tasks; None where one can't."""
+    rows = _rows(arrived.values())
+    given = [stack.filled(rows) for stack in arrived.values()]
+    with warnings.catch_warnings():
+        # An operation without a batched form is called once for each task, as it would be anyway.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        try:
+            found = torch.autograd.grad(
+                [GradientEdge(*edge) for edge in arrived],
+                inputs,
+                grad_outputs=given,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        except RuntimeError:
+            # Sparse gradients, say, or no room. What is wrong with the graph itself shows again.
+            return None
+    return [None if values is None else Stack(rows, values) for values in found]
 
 
 def _stack(rows: Sequence[int], results: Sequence[Tensor | None]) -> Stack | None:
