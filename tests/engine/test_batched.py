@@ -155,3 +155,20 @@ def test_under_autocast() -> None:
             mt.step(torch.autocast(kind, torch.bfloat16)(closure(model, batch(TASKS, seed=step, dtype=torch.float32))))
         ends.append(flat(model))
     torch.testing.assert_close(*ends, rtol=0.02, atol=0.005)
+
+
+@pytest.mark.usefixtures("always")
+def test_operations_without_a_batched_form_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(4, 8), nn.ModuleDict({task: nn.Linear(8, 1) for task in TASKS})
+    net = nn.ModuleList([trunk, heads])
+    x = torch.randn(2, 6, 4)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        given = trunk(x).unsqueeze(1)
+        features = nn.functional.scaled_dot_product_attention(given, given, given)
+        return {task: heads[task](features).square().mean() for task in tasks}
+
+    mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), 0.1), tasks=TASKS, method="pcgrad")
+    assert mt.step(losses).engine == "mixed"
+    assert not [warning for warning in recwarn if "performance" in str(warning.message)]

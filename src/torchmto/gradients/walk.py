@@ -1,6 +1,5 @@
 """The K backwards through one forward's graph, side by side."""
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,21 +153,18 @@ def _together(arrived: Mapping[Edge, Stack], inputs: Sequence[Any]) -> list[Stac
     """The same in one backward whose every operation takes the cotangents of all tasks; None where one can't."""
     rows = _rows(arrived.values())
     given = [stack.filled(rows) for stack in arrived.values()]
-    with warnings.catch_warnings():
-        # An operation without a batched form is called once for each task, as it would be anyway.
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        try:
-            found = torch.autograd.grad(
-                [GradientEdge(*edge) for edge in arrived],
-                inputs,
-                grad_outputs=given,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=True,
-            )
-        except RuntimeError:
-            # Sparse gradients, say, or no room. What is wrong with the graph itself shows again.
-            return None
+    try:
+        found = torch.autograd.grad(
+            [GradientEdge(*edge) for edge in arrived],
+            inputs,
+            grad_outputs=given,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except RuntimeError:
+        # Sparse gradients, say, or no room. What is wrong with the graph itself shows again.
+        return None
     return [None if values is None else Stack(rows, values) for values in found]
 
 
