@@ -27,10 +27,10 @@ class Costs(NamedTuple):
     Attributes:
         node: What it takes to read a node of the graph.
         call: What it takes to go through a node with all tasks in Python.
-        task: What it takes to begin one task's backward.
+        task: What it takes to begin one task's backward, where nodes are called.
         formed: What it takes to launch one task's gradient of one parameter, its copy and its products: what the walk saves.
         launch: What it takes autograd to launch one node for one task: what a batched backward saves for all tasks but one.
-        batch: What a batched backward takes besides.
+        batch: What it takes to go through one task's own nodes before a batched backward.
     """
 
     node: float
@@ -44,7 +44,7 @@ class Costs(NamedTuple):
 CPU = Costs(node=5e5, call=2e6, task=4e6, formed=0, launch=0, batch=0)
 """Of a processor, which multiplies while the same thread could run Python: there is little to save by fewer, larger calls."""
 
-GPU = Costs(node=5e8, call=1e10, task=2.5e9, formed=2.5e9, launch=1.5e9, batch=1.2e10)
+GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9, launch=9e8, batch=1.2e10)
 """Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers."""
 
 LIVE = 3
@@ -108,10 +108,11 @@ class Auto(Engine):
         wanted = {id(parameter): parameter for parameter in shared}
         factors = find_factors(nodes, graph.uses, wanted, num_tasks)
         costs = CPU if shared[0].is_cpu else GPU
-        read = costs.node * len(graph.order) + costs.task * num_tasks
+        read = costs.node * len(graph.order)
         # What each takes more than the rows.
-        called = read + costs.call * len(nodes) - sum(f.gain + costs.formed * num_tasks for f in factors.values())
-        batched = read + costs.batch - costs.launch * (num_tasks - 1) * len(nodes)
+        called = read + costs.call * len(nodes) + costs.task * num_tasks
+        called -= sum(factor.gain + costs.formed * num_tasks for factor in factors.values())
+        batched = read + costs.batch * num_tasks - costs.launch * (num_tasks - 1) * len(nodes)
         if min(called, batched) >= 0:
             return False
         if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
