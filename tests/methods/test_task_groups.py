@@ -327,17 +327,21 @@ def test_ready_losses_are_refused():
         mt.step(losses(model, TASKS))
 
 
-@pytest.mark.parametrize("weights", ["uw", "si", "rlw", {"a": 0.5}])
-def test_groups_without_a_present_task_have_no_weights(weights):
+@pytest.mark.parametrize("counts", [None, (3, 5)])
+@pytest.mark.parametrize("weights", [None, "uw", "si", "rlw", {"a": 0.5}])
+def test_groups_without_a_present_task_have_no_weights_and_no_gradients(weights, counts):
     """In micro-batches, where fixed weights are asked for before the first forward."""
     ends = []
     for parts in (1, 2):
         model, mt, losses = setup()
-        mt = torchmto.MultiTask(
-            model, mt.network.optimizers.all[0], tasks=TASKS, method="task_groups", weights=weights, seed=0
-        )
+        optimizer = mt.network.optimizers.all[0]
+        mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method="task_groups", weights=weights, seed=0)
+
+        def counted(count, model=model, losses=losses):
+            return lambda tasks: {t: (loss, count) if counts else loss for t, loss in losses(model, tasks).items()}
+
         for asked in (TASKS, ("a",), ("b", "d")):
-            info = mt.step([lambda tasks, model=model, losses=losses: losses(model, tasks)] * parts, tasks=asked)
+            info = mt.step([counted(count) for count in (counts or (1, 1))[:parts]], tasks=asked)
             assert tuple(info.losses) == asked
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)

@@ -647,7 +647,8 @@ class Network:
     @staticmethod
     def multiply(gradients: Sequence[Tensor], factor: float) -> None:
         """Multiply gradients, of which some may be sharded, in place."""
-        torch._foreach_mul_([local(g) for g in gradients], factor)
+        if gradients:
+            torch._foreach_mul_([local(g) for g in gradients], factor)
 
     @torch.no_grad()
     def exact_norm(self, gradients: Sequence[Tensor]) -> Tensor:
