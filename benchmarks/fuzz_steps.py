@@ -599,6 +599,8 @@ def live(seed: int, length: int, method: str | None = None) -> tuple[int, Counte
             comparable = False
             break
         failed = error is not None
+        if failed and world.mt._carried is not None:
+            continue  # interrupted before the step began: it has lost nothing
         done.append((None if action.kind in ("step", "backward", "keep") else action) if failed else action)
         if action.kind in ("step", "backward", "keep"):
             ends["steps"] += 1

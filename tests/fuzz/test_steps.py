@@ -158,3 +158,13 @@ def test_an_interrupt_leaves_the_modes_around_a_step(name):
             assert not torch.is_grad_enabled(), line
         assert torch.empty(0).device.type == "cpu", line
         assert not torch.is_autocast_enabled("cpu"), line
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("seed", "method"),
+    [(5232, "task_groups"), (100488, "task_groups"), (200137, "excess_mtl"), (200389, "tchebycheff")],
+)
+def test_worlds_that_were_findings(seed, method):
+    """Groups without a present task, twice; an empty state in another type; an interrupt before the step began."""
+    assert fuzz.live(seed, 8, method)[0]

@@ -380,10 +380,13 @@ class Method(ABC):
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Undo changes since :meth:`snapshot`."""
         for name, value in kept.items():
+            current = getattr(self, name)
             if name == "generator":
                 self.generator.set_state(value)
-            elif isinstance(getattr(self, name), Method):
-                getattr(self, name).restore(value)
+            elif isinstance(current, Method):
+                current.restore(value)
+            elif isinstance(current, Tensor) and isinstance(value, Tensor) and current.dtype != value.dtype:
+                setattr(self, name, value)
             else:
                 self._put(name, value)
 
