@@ -16,7 +16,7 @@ from torchmto.gradients.engine import Engine
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.representation import Representation
-from torchmto.gradients.torch_private import compiled_inside, keeping_buffers, may_compile
+from torchmto.gradients.torch_private import compiled_inside, keep_buffers, may_compile
 from torchmto.methods import GramianWeighting, LossWeighting, Method, make_method
 from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
@@ -25,7 +25,7 @@ from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
 from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
-from torchmto.step.wrappers import replicas
+from torchmto.step.wrappers import leave_unreduced, replicas
 
 STATE_VERSION = 1
 
@@ -464,16 +464,22 @@ class MultiTask:
             context = StepContext(parts)
             network.mark()
             self._kept = [(part, part.snapshot()) for part in self._methods]
+            around = contextlib.ExitStack()
             try:
                 if network.untold:
                     network.tell_trained()
-                modes = parts.surroundings
-                around = contextlib.nullcontext() if modes.neutral else modes.kept_out()
-                compiles = first or network.compiled or may_compile()
-                with around, network.no_sync(), keeping_buffers() if compiles else contextlib.nullcontext():
+                with around:
+                    if not parts.surroundings.neutral:
+                        around.enter_context(parts.surroundings.kept_out())
+                    if network.replicas:
+                        leave_unreduced(network.replicas, around)
+                    if first or network.compiled or may_compile():
+                        keep_buffers(around)
                     return work(context)
             except BaseException as error:
+                # An interrupt on the way into or out of a `with` has lost its end.
                 parts.surroundings.end()
+                around.close()
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)
                 if isinstance(error, RuntimeError):
@@ -482,7 +488,6 @@ class MultiTask:
         except EndedTogether as ended:
             raise ended.error from None
         except BaseException as error:
-            # An interrupt on the way out of a `with torch.no_grad()` has lost its end.
             torch.set_grad_enabled(grad)
             tell(ranks, len(self.tasks), network.device, error)
             raise

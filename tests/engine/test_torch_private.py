@@ -1,6 +1,7 @@
 """Every private name of PyTorch is in one module, is there in this PyTorch, and is missed with a clear error."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import subprocess
@@ -110,7 +111,8 @@ def test_compiled_regions():
     assert torch_private.compiled_inside(compiled) is model
     assert torch_private.compiled_inside(model) is model
     inside, outside = [], graph(model(torch.ones(1, 2)).sum())
-    with torch_private.keeping_buffers():
+    with contextlib.ExitStack() as stack:
+        torch_private.keep_buffers(stack)
         inside = graph(compiled(torch.ones(1, 2)).sum())
     regions = [node for node in inside if torch_private.is_compiled(node)]
     assert len(regions) == 1
@@ -125,7 +127,8 @@ def test_settings_of_the_compiler():
     donating, caches, tagged = torch_private._settings()
     name = "cache_key_tag" if tagged else "fx_graph_cache"
     before = donating.donated_buffer, getattr(caches, name)
-    with torch_private.keeping_buffers():
+    with contextlib.ExitStack() as stack:
+        torch_private.keep_buffers(stack)
         assert not donating.donated_buffer
         assert getattr(caches, name) != before[1]
     assert (donating.donated_buffer, getattr(caches, name)) == before

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 import torchmto
 from scripts import load_script
@@ -139,8 +140,9 @@ def test_gradients_stay_on_where_an_interrupt_has_lost_the_end_of_a_with():
 
 
 @pytest.mark.parametrize("name", ["gd", "pcgrad", "sequential"])
-def test_an_interrupt_leaves_the_modes_around_a_step(name):
-    """At any line; each begins and ends modes of its own."""
+def test_an_interrupt_leaves_the_modes_around_a_step(name, monkeypatch):
+    """And the compiler's settings: at any line, each begins and ends modes of its own."""
+    monkeypatch.setattr("torchmto.multitask.may_compile", lambda: True)
     model, _, mt = make(name)
     losses = closure(model, batch("abc"))
 
@@ -149,6 +151,7 @@ def test_an_interrupt_leaves_the_modes_around_a_step(name):
             mt.step(losses)
         return count[0]
 
+    settings = functorch_config.donated_buffer, torch.compiler.config.cache_key_tag
     for line in range(1, step(-1) + 100, 3):
         with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             with contextlib.suppress(KeyboardInterrupt):
@@ -158,6 +161,7 @@ def test_an_interrupt_leaves_the_modes_around_a_step(name):
             assert not torch.is_grad_enabled(), line
         assert torch.empty(0).device.type == "cpu", line
         assert not torch.is_autocast_enabled("cpu"), line
+        assert (functorch_config.donated_buffer, torch.compiler.config.cache_key_tag) == settings, line
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,7 +12,7 @@ import inspect
 import operator
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -324,9 +324,8 @@ def may_compile() -> bool:
     return _compiling
 
 
-@contextlib.contextmanager
-def keeping_buffers() -> Iterator[None]:
-    """Whatever is compiled in this context keeps what its forward has saved, however many backwards there are.
+def keep_buffers(stack: contextlib.ExitStack) -> None:
+    """Until ``stack`` ends, whatever is compiled keeps what its forward has saved, however many backwards there are.
 
     A compiled backward may write over what the forward has saved for it (PyTorch's "donated buffers"). That is fine for one
     backward, and garbage for those after it. Whether it does so is decided when it is compiled; PyTorch's own check is off
@@ -334,11 +333,8 @@ def keeping_buffers() -> Iterator[None]:
     """
     donating, caches, tagged = _settings()
     cache = "cache_key_tag" if tagged else "fx_graph_cache"
-    before, kept = donating.donated_buffer, getattr(caches, cache)
+    kept = getattr(caches, cache)
+    stack.callback(setattr, donating, "donated_buffer", donating.donated_buffer)
+    stack.callback(setattr, caches, cache, kept)
     donating.donated_buffer = False
     setattr(caches, cache, kept + TAG if tagged else False)
-    try:
-        yield
-    finally:
-        donating.donated_buffer = before
-        setattr(caches, cache, kept)

@@ -32,7 +32,7 @@ from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompi
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
 from torchmto.step.surroundings import random_state, set_random_state
-from torchmto.step.wrappers import check_wrappers, replicas, unreduced, unwrapped
+from torchmto.step.wrappers import check_wrappers, replicas, unwrapped
 from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
 
@@ -411,10 +411,6 @@ class Network:
         if self.sharded:
             # Their backwards can't be restricted to the parameters that are trained.
             self.model.zero_grad(set_to_none=True)
-
-    def no_sync(self) -> contextlib.AbstractContextManager[Any]:
-        """Keep a DDP wrapper from reducing gradients: the step reduces them itself."""
-        return unreduced(self.replicas) if self.replicas else contextlib.nullcontext()
 
     def scale(self, device: torch.device) -> Tensor | None:
         """The scaler's factor as a scalar tensor, None without a scaler."""

@@ -100,23 +100,20 @@ def _refusal(what: str, instead: str) -> ValueError:
     )
 
 
-@contextlib.contextmanager
-def unreduced(wrappers: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """Keep DistributedDataParallel from reducing gradients: the step reduces them itself.
+def leave_unreduced(wrappers: Sequence[DistributedDataParallel], stack: contextlib.ExitStack) -> None:
+    """Until ``stack`` ends, keep DistributedDataParallel from reducing gradients: the step reduces them itself.
 
     Raises:
         ValueError: Inside ``join()``, whose collectives would meet the step's.
     """
-    with contextlib.ExitStack() as stack:
-        for wrapper in wrappers:
-            if is_joining(wrapper):
-                raise _refusal(
-                    "`join()` of DistributedDataParallel",
-                    "on a rank that has no batch left return no losses, `{}`, from the closure",
-                )
-            # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
-            wrapper.require_forward_param_sync = False
-            # A forward outside of the step, as that of ready losses, has prepared it for a backward of its own.
-            forgetting(wrapper)()
-            stack.enter_context(wrapper.no_sync())
-        yield
+    for wrapper in wrappers:
+        if is_joining(wrapper):
+            raise _refusal(
+                "`join()` of DistributedDataParallel",
+                "on a rank that has no batch left return no losses, `{}`, from the closure",
+            )
+        # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
+        wrapper.require_forward_param_sync = False
+        # A forward outside of the step, as that of ready losses, has prepared it for a backward of its own.
+        forgetting(wrapper)()
+        stack.enter_context(wrapper.no_sync())
