@@ -444,8 +444,8 @@ def test_layerwise_with_a_scaler() -> None:
         model, _, mt = make("random", gradients=engine, features=features, scaler=scaler)
         mt.step(closure(model, data))
         ends.append(flat(model))
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-12, atol=1e-15)
 
 
 def test_representation_uses_the_features_gradients() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmto.gradients.backwards import gradients_of, quiet
 from torchmto.gradients.engine import Piece, Wanted
 from torchmto.gradients.finite import plain
-from torchmto.gradients.rows import Rows, gramian
+from torchmto.gradients.rows import Rows, gramian, wide_dtype
 from torchmto.gradients.sharded import ShardedRows
 from torchmto.step.finite import SkippedError, check_losses, check_task_gradients
 from torchmto.step.forwards import forwards
@@ -462,7 +462,7 @@ def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | Non
         weights = weights * losses.factors.to(weights)
     scale = network.scale(network.device)
     if scale is not None:
-        weights = weights.to(scale) * scale
+        weights = weights.to(scale.device, wide_dtype(scale.device)) * scale  # the scale is float32
     by_task = dict(zip(losses.indices, weights.unbind(), strict=True))
     pieces = [
         Piece(
