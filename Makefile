@@ -1,7 +1,7 @@
 # make demo   compare six methods with single-task models on the built-in digits
 # make test   style, types, tests and the examples in the documentation (in two processes, or WORKERS=8)
 # make test-all   the same with the slow tests: clusters, launchers, kills of real processes
-# make test-cuda   the tests of the steps, methods' and engines' and of a run, on a GPU
+# make test-cuda   the tests of steps, methods, engines and runs that want a GPU
 # make docs   the generated pages, then the documentation site in site/, which opens without a server
 # make coverage   how much of the core's lines the tests run (those for CUDA apart)
 # make lock   the exact versions and hashes of all that continuous integration installs, in constraints-hashed.txt

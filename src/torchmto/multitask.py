@@ -200,7 +200,9 @@ class MultiTask:
         self._carried_tasks: tuple[str, ...] = ()
         self._check_engine()
         self._check_methods()
-        with Surroundings().kept_out(), as_before(parts):
+        with contextlib.ExitStack() as stack:
+            Surroundings().keep_out(stack)
+            stack.enter_context(as_before(parts))
             for part in self._methods:
                 part.bind(self.tasks)
                 part.attach(self.network)
@@ -470,7 +472,7 @@ class MultiTask:
                     network.tell_trained()
                 with around:
                     if not parts.surroundings.neutral:
-                        around.enter_context(parts.surroundings.kept_out())
+                        parts.surroundings.keep_out(around)
                     if network.replicas:
                         leave_unreduced(network.replicas, around)
                     if first or network.compiled or may_compile():
@@ -478,7 +480,6 @@ class MultiTask:
                     return work(context)
             except BaseException as error:
                 # An interrupt on the way into or out of a `with` has lost its end.
-                parts.surroundings.end()
                 around.close()
                 if context.num_optimizer_steps == 0:
                     self._undo(keep_buffers=False)

@@ -127,7 +127,7 @@ def undisturbed(model: nn.Module, seed: int | None = None) -> Iterator[None]:
                 ):
                     generator.manual_seed(seed)
                 random.seed(seed)
-                np.random.seed(seed)  # noqa: NPY002
+                np.random.seed(seed)  # noqa: NPY002 - models draw from it
             yield
         finally:
             random.setstate(python)

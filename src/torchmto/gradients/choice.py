@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
-from torchmto.gradients.factors import Factor, find_factors
+from torchmto.gradients.factors import TURNING, Factor, find_factors
 from torchmto.gradients.finite import like
 from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
@@ -45,7 +45,8 @@ CPU = Costs(node=5e5, call=2e6, task=4e6, formed=0, launch=0, batch=0)
 """Of a processor, which multiplies while the same thread could run Python: there is little to save by fewer, larger calls."""
 
 GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9, launch=9e8, batch=1.2e10)
-"""Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers."""
+"""Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers.
+`launch` and `batch` are estimates from another library's batched backward and from times on a processor."""
 
 LIVE = 3
 """How many cotangents as large as the largest there may be at a time."""
@@ -72,7 +73,7 @@ class Auto(Engine):
     optional: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        self._unbatchable = False  # from the first attempt on that failed
+        self._apart = False
         self.forget()
 
     def suits(self, sources: Sequence[Sequence[Any]], parameters: Sequence[Tensor]) -> bool:
@@ -132,14 +133,10 @@ class Auto(Engine):
     def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
         product = no_products(wanted)
-        walk = Walk(wanted.pieces[0], wanted.tasks)
-        segments = cut(self.graph, sizes(wanted, self.factors), self.factors, batched=self._batched)
-        batched = [run for segment in segments for run in segment if run.batched]
-        for run in batched:
-            run.batched = not self._unbatchable
-        for segment in segments:
+        walk = Walk(wanted.pieces[0], wanted.tasks, apart=self._apart)
+        for segment in cut(self.graph, sizes(wanted, self.factors), self.factors, batched=self._batched):
             self._cotangents += advance(walk, segment, wanted, product, self._formed)
-        self._unbatchable |= not all(run.batched for run in batched)
+        self._apart = walk.apart
         add_products(product, self._formed.values())
         self._seeds, self.graph = dict(wanted.pieces[0].seeds), Graph()
         return product
@@ -176,6 +173,6 @@ def _parameters(graph: Graph) -> set[Node]:
     """The leaves, and the nodes that do no more than transpose or convert one: their cotangents are its gradients."""
     found = set(graph.leaves)
     for node in reversed(graph.order):
-        if node.name() in {"TBackward0", "ToCopyBackward0"} and all(other in found for other, _ in graph.edges[node]):
+        if node.name() in TURNING and all(other in found for other, _ in graph.edges[node]):
             found.add(node)
     return found

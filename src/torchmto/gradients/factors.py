@@ -29,6 +29,9 @@ TRAFFIC = 60
 """What an element of a gradient costs that is written, copied to its row, read for the Gramian and again for the combination,
 in multiplications: a fit to processors, where memory is slow in about the same way."""
 
+TURNING = frozenset(("TBackward0", "ToCopyBackward0"))
+"""Nodes that do no more than transpose or convert."""
+
 _INPUTS = {"AddmmBackward0": "mat1", "MmBackward0": "self"}
 """Nodes of products with a matrix -> what they call the other one."""
 
@@ -245,7 +248,7 @@ def _parameter(
         if leaf is not None:
             # Hooks change gradients, and factors never form any.
             return None if has_hooks(leaf) else wanted.get(id(leaf)), between
-        if node.name() not in {"TBackward0", "ToCopyBackward0"}:
+        if node.name() not in TURNING:
             break
         between.append(node)
         node = node.next_functions[0][0]

@@ -134,29 +134,25 @@ def cut(
         whole: Don't cut: one run has everything.
         batched: One run for each task's own nodes, and one batched run for all the others.
     """
-    parts = _Cut(graph, sizes, factors, direct=direct and not batched, segments=1 if batched else SEGMENTS)
-    segments = [parts.whole()] if whole else parts.segments()
-    if batched:
-        own = set(graph.order).difference(graph.common)
-        for run in (run for segment in segments for run in segment):
-            run.batched = own.isdisjoint(run.nodes)
-    return segments
+    parts = _Cut(graph, sizes, factors, direct=direct, batched=batched)
+    return [parts.whole()] if whole else parts.segments()
 
 
 class _Cut:
     """A graph that is being cut."""
 
     def __init__(
-        self, graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor], *, direct: bool, segments: int
+        self, graph: Graph, sizes: Mapping[int, int], factors: Mapping[Node, Factor], *, direct: bool, batched: bool
     ) -> None:
         self._graph = graph
         self._factors = factors
-        self._direct = direct
+        self._direct = direct and not batched
+        self._batched = batched
         self._sizes = {node: sizes[id(leaf)] for node, leaf in graph.leaves.items() if id(leaf) in sizes}
         # What lies between a factor's node and its parameter is gone through by nobody.
         self._passed = {node for factor in factors.values() for node in factor.between}
         total = sum(self._sizes.values()) + sum(factor.size for factor in factors.values())
-        self._enough = max(1, total // segments)
+        self._enough = max(1, total if batched else total // SEGMENTS)
         self._needed: set[Node] = set(self._sizes)
         for node in reversed(graph.order):
             if node not in self._passed and (node in factors or any(self._needs(node))):
@@ -224,6 +220,7 @@ class _Cut:
             nonlocal size
             if waiting:
                 runs.append(self._run(list(waiting)))
+                runs[-1].batched = self._batched
             waiting.clear()
             size = 0
 

@@ -26,9 +26,11 @@ class Walk:
     Args:
         piece: The losses and the tasks' cotangents.
         tasks: The tasks in the order of the Gramian's rows.
+        apart: Whether batched runs are gone through task by task: from the first one on that can't be batched.
     """
 
-    def __init__(self, piece: Piece, tasks: Sequence[int]) -> None:
+    def __init__(self, piece: Piece, tasks: Sequence[int], *, apart: bool = False) -> None:
+        self.apart = apart
         self._context = piece.context
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
@@ -112,10 +114,9 @@ class Walk:
         stops = [node.register_prehook(_stop) for node in {node for node, _ in run.below}] if run.stop else []
         try:
             with torch.enable_grad():
-                stacks = _together(arrived, inputs) if run.batched else None
-                if stacks is None:
-                    run.batched = False
-                    stacks = _one_after_the_other(arrived, inputs)
+                together = _together(arrived, inputs) if run.batched and not self.apart else None
+                self.apart |= run.batched and together is None
+                stacks = _one_after_the_other(arrived, inputs) if together is None else together
         finally:
             for stop in stops:
                 stop.remove()

@@ -36,31 +36,23 @@ class Surroundings:
         self._casts = [(kind, torch.get_autocast_dtype(kind)) for kind in _kinds() if torch.is_autocast_enabled(kind)]
         self._device = torch.empty(0).device
         self.neutral = not self._casts and self._device.type == "cpu" and torch.is_grad_enabled()
-        self._outer, self._inner = contextlib.ExitStack(), contextlib.ExitStack()
+        self._restored = contextlib.ExitStack()
 
-    @contextlib.contextmanager
-    def kept_out(self) -> Iterator[None]:
-        """Inside none of them has an effect."""
-        try:
-            self._enter(self._outer, enabled=False)
-            self._outer.enter_context(torch.enable_grad())
-            yield
-        finally:
-            self.end()
+    def keep_out(self, stack: contextlib.ExitStack) -> None:
+        """Until ``stack`` ends none of them has an effect."""
+        self._enter(stack, enabled=False)
+        stack.enter_context(torch.enable_grad())
+        # What an interrupt on its way out has left restored ends before what was around it.
+        stack.callback(self._restored.close)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Inside they are as the caller has them, the mode of gradients apart."""
         try:
-            self._enter(self._inner, enabled=True)
+            self._enter(self._restored, enabled=True)
             yield
         finally:
-            self._inner.close()
-
-    def end(self) -> None:
-        """End what an interrupt on the way in or out has left begun."""
-        self._inner.close()
-        self._outer.close()
+            self._restored.close()
 
     def _enter(self, stack: contextlib.ExitStack, *, enabled: bool) -> None:
         for kind, dtype in self._casts:
