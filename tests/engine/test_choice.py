@@ -11,13 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import torchmto
 from torchmto.gradients import choice
-from toy import same
+from toy import DEVICES, same
 
 TASKS = ("a", "b", "c", "d")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
 
 
 @pytest.fixture(autouse=True)

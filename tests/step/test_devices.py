@@ -11,13 +11,9 @@ from torch.utils.checkpoint import checkpoint
 import torchmto
 from battery.table import ROWS, build
 from torchmto.structure import active_task, split_norms
-from toy import Toy, batch, closure, flat, same, state
+from toy import DEVICES, Toy, batch, closure, flat, same, state
 
 TASKS = ("a", "b", "c")
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
 pytestmark = [pytest.mark.parametrize("device", DEVICES), pytest.mark.filterwarnings("ignore::UserWarning")]
 
 

@@ -46,7 +46,6 @@ def norm(matrix):
     return float(matrix.norm(dim=1).max()) + 1e-300
 
 
-@pytest.mark.cpu  # with tensors made there
 @few
 @given(rows(), st.integers(0, 100))
 def test_the_first_task_stays_untouched_and_no_conflict_is_left(matrix, seed):
