@@ -349,7 +349,7 @@ arms:
     baselines: false
     run: &run
       data: torchmto.lab.reproduce.oracle:probed
-      data.options: &data {train: 32, validation: 16, test: 16, channels: 2, probe: 8, num_tasks: 4}
+      data.options: &data {train: 32, validation: 16, test: 16, channels: 2, probe: 8, tasks: [left, offset], num_tasks: 4}
   b:
     <<: *arm
     run:

@@ -65,6 +65,7 @@ def probed(
     channels: int = 8,
     probe: int = 128,
     step_size: float = 1e-3,
+    tasks: Sequence[str] = (),
     num_tasks: int = 0,
     order: int = 0,
     seed: int = 0,
@@ -77,12 +78,13 @@ def probed(
         channels: Channels probed in each layer.
         probe: Samples of the probing batch.
         step_size: Of the oracle's steps.
+        tasks: Those of the problem's tasks that are meant; default all.
         num_tasks: So many tasks by copies; 0 for the problem's own.
         order: Another order of the samples than with 0, from the same initial weights.
         seed: Of the problem.
         **options: The problem's own.
     """
-    problem = load_problem(of, options, seed)
+    problem = load_problem(of, options, seed).only(tasks)
     if num_tasks:
         problem = with_copies(problem, num_tasks)
     if order:
