@@ -277,15 +277,10 @@ class MultiTask:
                 where = where if network.engine is None else f'gradients="{network.engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
         weights = self.weights
-        if (
-            isinstance(weights, LossWeighting)
-            and not weights.fixed
-            and weights.properties.identity
-            and self._method.one_by_one
-        ):
+        if isinstance(weights, LossWeighting) and not (weights.fixed or weights.separable) and self._method.one_by_one:
             warn(
-                f"Method `{self._method.name}` runs one task at a time, where weighting `{weights.name}`, which weighs tasks "
-                "against each other, gives it weight 1: it has no effect there. Weights by task have: `weights={'task': 0.5}`."
+                f"Method `{self._method.name}` runs one task at a time, where weighting `{weights.name}` can't weigh it "
+                "against the others: that has no effect there. Weights by task have: `weights={'task': 0.5}`."
             )
         if not network.sparse and any(isinstance(o, torch.optim.SparseAdam) for o in network.optimizers.all):
             raise ValueError(

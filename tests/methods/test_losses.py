@@ -108,6 +108,16 @@ def test_formula_at_the_start(name, losses):
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
+def test_separable_weightings_weigh_a_task_alone_as_among_others(name):
+    method, losses = make(name), torch.tensor([0.5, 2.0, 7.0], dtype=torch.float64)
+    if not (method.fixed or method.separable):
+        pytest.skip("it weighs tasks against each other")
+    method.ensure_setup(3)
+    alone = [method.loss_weights(losses[[task]], (task,)) for task in range(3)]
+    torch.testing.assert_close(torch.cat(alone), method.loss_weights(losses), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept_and_nothing_is_needed_before(name, dtype):
     losses = torch.tensor([0.5, 2.0, 3.0], dtype=dtype)
@@ -575,6 +585,18 @@ def test_excess_mtl_against_a_hand_computation():
         grad = torch.cat([p.grad.flatten() for p in shared])
         torch.testing.assert_close(grad, weights.double() @ rows)
     assert (info.num_forward, info.num_backward) == (1, 3)
+
+
+def test_excess_mtl_a_first_gradient_of_zero_sets_no_scale():
+    """It is as if the task had come later."""
+    feed, later = (Feed(make("excess_mtl", step_size=0.05)) for _ in range(2))
+    feed(a=1.0, b=0.0, c=1.0)
+    later(a=1.0, c=1.0)
+    assert feed.mt.method.first.isnan().tolist() == [False, True, False]
+    for _ in range(3):
+        assert feed(a=2.0, b=1.0, c=1.0).weights == later(a=2.0, b=1.0, c=1.0).weights
+    assert same(feed.mt.method.state_dict(), later.mt.method.state_dict())
+    assert not feed.mt.method.first.isnan().any()
 
 
 def test_excess_mtl_ignores_the_scale_of_the_losses():

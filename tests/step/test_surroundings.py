@@ -194,13 +194,15 @@ def test_a_method_inside_another_that_looks_at_losses_after_the_step_needs_the_s
             mt.backward(closure(model, batch(TASKS)))
 
 
-@pytest.mark.parametrize(("name", "weights"), [("sequential", "dwa"), ("f_mtl", "rlw")])
+@pytest.mark.parametrize("name", ["sequential", "m_config"])
+@pytest.mark.parametrize("weights", ["dwa", "rlw", "gls", "famo", "cosmos", "stch", "igb"])
 def test_weightings_that_compare_tasks_are_named_where_tasks_come_alone(name, weights):
-    with pytest.warns(UserWarning, match="has no effect there"):
+    with pytest.warns(UserWarning, match="can't weigh it against"):
         make(name, weights=weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make(name, weights="uw")
+        for other in ("uw", "si", "imtl_l"):
+            make(name, weights=other)
         make("pcgrad", weights=weights)
 
 

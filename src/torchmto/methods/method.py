@@ -497,10 +497,12 @@ class LossWeighting(Method):
     Attributes:
         fixed: Whether the weights depend neither on the losses nor on which tasks are present, so that micro-batches can
             be done one after the other.
+        separable: Whether no task's weight depends on another task's loss or presence, as where they are ``fixed``.
     """
 
     family = "loss weighting"
     fixed: ClassVar[bool] = False
+    separable: ClassVar[bool] = False
 
     @abstractmethod
     def objective(self, losses: Tensor, indices: Indices | None = None) -> Tensor:
@@ -602,6 +604,11 @@ class GramianWeighting(Method):
         Returns:
             Weights [k], of the Gramian's dtype and device.
         """
+
+    @property
+    def only_weighs(self) -> bool:
+        """Whether its weights are all that it does, so that another method may take them and leave the rest."""
+        return True
 
     @staticmethod
     def as_array(tensor: Tensor) -> Array:

@@ -154,3 +154,16 @@ def gramian_method(parameter: str, given: object) -> GramianWeighting:
     if not isinstance(made, GramianWeighting):
         raise TypeError(found(parameter, "a Gramian method", given))
     return made
+
+
+def weighing_method(parameter: str, given: object) -> GramianWeighting:
+    """The same for an argument whose weights alone are used.
+
+    Raises:
+        TypeError: If it is no Gramian method.
+        ValueError: If it does more than weigh.
+    """
+    made = gramian_method(parameter, given)
+    if not made.only_weighs:
+        raise ValueError(found(parameter, "a Gramian method whose weights are all that it does", given))
+    return made

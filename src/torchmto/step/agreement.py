@@ -41,15 +41,16 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
     """Add what one forward brings."""
     if parts.network.compiled:
         raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
-    edges = branches(chunk.losses.values())
+    losses = {task: loss for task, loss in chunk.losses.items() if task in weights}
+    edges = branches(losses.values())
     if not edges:
         return
-    parts.num_backward += len(chunk.losses)
+    parts.num_backward += len(losses)
     pulls = {
         task: torch.autograd.grad(
             loss, edges, parts.network.seed(loss, chunk.counts[task]), create_graph=True, allow_unused=True
         )
-        for task, loss in chunk.losses.items()
+        for task, loss in losses.items()
     }
     common: dict[int, Tensor] = {}
     for task, pull in pulls.items():

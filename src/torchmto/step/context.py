@@ -151,19 +151,25 @@ class StepContext:
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
 
-        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on).
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on), and keep the user's loss
+        weights of the step's first losses: the tasks that a weighting weighs against each other may come one by one there.
 
         Args:
             shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
         """
+        parts, weigh = self._parts, self._parts.weigh
         self.network.moved = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
         try:
-            with self._parts.noise.extra(replay=False):
+            if parts.first is not None and parts.first.factors is not None:
+                known = dict(zip(parts.first.indices, parts.first.factors.tolist(), strict=True))
+                parts.weigh = lambda values, indices: values.new_tensor([known[index] for index in indices])
+            with parts.noise.extra(replay=False):
                 with torch.no_grad():
                     for parameter, shift in shifts:
                         real(parameter.detach()).add_(shift)
                 yield
         finally:
+            parts.weigh = weigh
             self.network.put_back()
 
     def inner_products(self, first: TaskGradients, second: TaskGradients) -> Tensor:
@@ -193,7 +199,8 @@ class StepContext:
         Raises:
             ValueError: If the model is compiled.
         """
-        return agreement(self._parts, self._request(None, None, 0), gradients, weights)
+        tasks = [self.tasks[index] for index in gradients.indices]
+        return agreement(self._parts, self._request(tasks, self.asked, 0), gradients, weights)
 
     def combine(
         self,

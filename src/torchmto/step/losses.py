@@ -36,10 +36,11 @@ def needs_closure(who: str) -> ValueError:
     )
 
 
-def empty_batch(asked: Sequence[str]) -> ValueError:
-    """The error of a batch without any loss for the tasks ``asked``."""
+def empty_batch(asked: Sequence[str], source: int = 0) -> ValueError:
+    """The error of a batch, the step's own or an independent one, without any loss for the tasks ``asked``."""
+    which = f"independent batch {source}" if source else "batch"
     return ValueError(
-        f"Empty batch: no loss was returned for any of the tasks {', '.join(asked)}. A step needs the loss of at least "
+        f"Empty {which}: no loss was returned for any of the tasks {', '.join(asked)}. A step needs the loss of at least "
         "one task."
     )
 

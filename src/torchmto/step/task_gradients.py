@@ -83,8 +83,8 @@ class TaskGradients:
 def present(parts: Parts, everything: Losses, request: Request) -> Losses:
     """The losses of the tasks whose gradients are wanted; there has to be one, and a parameter that tasks share."""
     losses = everything.only(request.wanted)
-    if not everything.indices:
-        raise empty_batch(parts.asked)
+    if not everything.indices and request.asked == parts.asked:
+        raise empty_batch(parts.asked, request.source)
     if not losses.indices:
         raise SkippedError("None of the tasks of this sub-step is present.", absent=True)
     if parts.network.roles.unshared and request.combined:

@@ -16,7 +16,7 @@ class ExcessMTL(Method):
     r"""Tasks far from their optimum weigh more; label noise, which no training removes, doesn't count.
 
     The distance of a task to its optimum (its excess risk) is estimated as :math:`e_i = g_i^\top
-    \mathrm{diag}(\sum_{steps} g_i^2)^{-1/2} g_i`, relative to its first value. In every step after a task's first its
+    \mathrm{diag}(\sum_{steps} g_i^2)^{-1/2} g_i`, relative to its first positive value. In every step after that one its
     weight is multiplied by :math:`\exp(\eta\, e_i / e_i(0))`, and the weights are rescaled to sum K; then the step uses
     them. Entries of absent tasks stay, and the present tasks' weights keep their sum.
 
@@ -39,7 +39,7 @@ class ExcessMTL(Method):
     domain = Domain(corners="No weight falls below 1e-6 of the sum, from where a task can come back.")
     step_size: float = hyper.number(1e-2, minimum=0, search=("log", 1e-3, 1e-1))
     heads: str = hyper.choice("weighted", "unit")
-    # Weights, first excess risks (NaN: not seen yet), and sums of squared gradients (sized in the first step).
+    # Weights, first positive excess risks (NaN: none yet), and sums of squared gradients (sized in the first step).
     weights: Tensor = states.each(1.0)
     first: Tensor = states.each(torch.nan)
     squares: Tensor = states.rows()
@@ -60,9 +60,9 @@ class ExcessMTL(Method):
         """Multiply the weights; the present tasks' weights in the update, [k], summing to k."""
         where = list(chosen)
         relative = excess / self.first[where]
-        # A task's first step only sets its scale; one that started without a gradient has none.
-        relative = torch.where(relative.isfinite(), relative, 0.0)
-        self.first[where] = torch.where(self.first[where].isnan(), excess, self.first[where])
+        # A task's first step with a gradient only sets its scale.
+        relative = torch.where(relative.isnan(), 0.0, relative)
+        self.first[where] = torch.where(self.first[where].isnan() & (excess > 0), excess, self.first[where])
         before = self.weights[where]
         moved = (before.log() + self.step_size * relative).softmax(0).clamp_min(LEAST)
         moved = moved / moved.sum()

@@ -10,6 +10,7 @@ from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import averaged, fitted, pieces
 from torchmto.step import StepContext, TaskGradients
 from torchmto.step.finite import SkippedError
+from torchmto.step.losses import empty_batch
 
 EPS = 1e-8
 """Added to the root of the second moment, as in the paper."""
@@ -77,9 +78,9 @@ class MConFIG(AdamRule):
             try:
                 return context.gradients([context.tasks[task] for task in chosen])
             except SkippedError as skipped:
-                if not skipped.absent or start + number >= len(queue):
+                if not skipped.absent:
                     raise
-        raise AssertionError("the queue isn't empty")
+        raise empty_batch(context.asked)
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:

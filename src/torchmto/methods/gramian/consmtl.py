@@ -59,6 +59,11 @@ class ConsMTL(FairGrad):
         """A pass for the gradients, another one for the heads."""
         return Cost(2, 3 * num_tasks, 1)
 
+    @property
+    def only_weighs(self) -> bool:
+        """It changes the heads' gradients, too."""
+        return False
+
     def no_backward(self, num_sources: int) -> str:
         """Micro-batches of earlier calls are gone by then."""
         return "runs the model again for second derivatives"

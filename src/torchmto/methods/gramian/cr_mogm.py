@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchmto.methods import Domain, GramianWeighting, Indices, hyper, register_method, states
-from torchmto.methods.registry import gramian_method
+from torchmto.methods.registry import weighing_method
 from torchmto.step import StepContext, TaskGradients
 
 
@@ -44,7 +44,7 @@ class CRMOGM(GramianWeighting):
 
     use = "Any weighting whose weights jump from batch to batch: smooths them."
     domain = Domain(corners="Those of the other method; its domain holds.")
-    inner: GramianWeighting = hyper.called("method", hyper.given("mgda", gramian_method, str | GramianWeighting))
+    inner: GramianWeighting = hyper.called("method", hyper.given("mgda", weighing_method, str | GramianWeighting))
     alpha: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.0, 0.99))
     # The smoothed weights [K] and which tasks have some.
     smoothed: Tensor = states.each(0.0)

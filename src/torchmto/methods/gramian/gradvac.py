@@ -57,6 +57,11 @@ class GradVac(GramianWeighting):
             needed = "'whole' with heads='weighted' or refresh_every > 1, as a task has a weight per group"
             raise ValueError(found("groups", needed, self.groups))
 
+    @property
+    def only_weighs(self) -> bool:
+        """With several groups no task has a single weight."""
+        return self.groups == "whole"
+
     def setup(self, num_tasks: int) -> None:
         """Cosine targets [K, K], 0 at first; per group where there are several."""
         if self.groups == "whole":

@@ -27,6 +27,7 @@ class ScaleInvariant(LossWeighting):
         tensor([2.0000, 0.2500])
     """
 
+    separable = True
     use = "Positive losses on different scales: scale-invariant and free."
     properties = Properties(homogeneity=0.0, identity=False, pareto=False)
     domain = Domain("0", corners="The weight of a loss near 0 grows like 1 / l.")

@@ -10,7 +10,7 @@ from torchmto.checks import found
 from torchmto.gradients.finite import real
 from torchmto.gradients.rows import gramian
 from torchmto.methods import GramianWeighting, Procedure, hyper
-from torchmto.methods.registry import gramian_method
+from torchmto.methods.registry import weighing_method
 from torchmto.step import Losses, StepContext, TaskGradients
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -21,7 +21,7 @@ def inner_method(default: str) -> Any:
     """A hyper-parameter: what combines the gradients."""
 
     def check(name: str, given: Any) -> GramianWeighting:
-        made = gramian_method(name, given)
+        made = weighing_method(name, given)
         if made.refresh_every > 1 or made.heads != "unit":
             raise ValueError(found(name, "a Gramian method with refresh_every=1 and heads='unit'", given))
         return made
@@ -49,11 +49,6 @@ class SharpnessAware(Procedure):
     def __post_init__(self) -> None:
         """The inner method is a state."""
         self.add_state("inner", self.inner)
-
-    @property
-    def one_by_one(self) -> bool:
-        """At the places that are each task's own."""
-        return True
 
     def records(self) -> Mapping[str, Any]:
         """What the inner method records."""
