@@ -386,7 +386,7 @@ class MultiTask:
             final: Whether this is the whole batch, or the last micro-batch of one that is accumulated over several calls. With
                 False the tasks' gradients of this micro-batch are kept, K backwards, and nothing is set; the call with True
                 combines those of all. A loss weighting whose weights don't depend on these losses keeps their weighted sum, one
-                backward. An error, :meth:`step` or :meth:`load_state_dict` drops what is kept.
+                backward. An error, :meth:`step`, :meth:`zero_grad` or :meth:`load_state_dict` drops what is kept.
 
         Returns:
             What was done, with 0 optimizer steps; of a micro-batch that isn't the last, its losses.
@@ -411,6 +411,11 @@ class MultiTask:
         info = self._run(self._keep, losses, tasks, independent, stepping=False, carried=carried)
         self._carried = carried
         return info
+
+    def zero_grad(self) -> None:
+        """Drop every gradient, and what calls of :meth:`backward` that weren't ``final`` have kept."""
+        self._carried = None
+        self.network.zero_grad()
 
     def _check_backward(self, num_sources: int, *, accumulated: bool) -> None:
         """Raise if a method, or an engine, can't do with one backward and no step."""

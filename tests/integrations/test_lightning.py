@@ -1,5 +1,6 @@
 """Lightning's settings mean what they say, whatever the method: the same parameters as MultiTask on the same batches."""
 
+import copy
 import logging
 import subprocess
 import sys
@@ -78,8 +79,10 @@ def trainer(tmp_path, **options):
     )
 
 
-def by_hand(method, data, *, accumulate=1, epochs=1, gamma=0.9, context=None, dtype=torch.float64, **options):
-    """The same training by ``mt.step`` on lists of micro-batches."""
+def by_hand(
+    method, data, *, accumulate=1, groups=None, epochs=1, gamma=0.9, context=None, dtype=torch.float64, **options
+):
+    """The same training by ``mt.step`` on lists of micro-batches: so many of ``data`` in a row, or these ``groups``."""
     model = Toy(TASKS, dtype=dtype)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=method, **options)
@@ -97,11 +100,13 @@ def by_hand(method, data, *, accumulate=1, epochs=1, gamma=0.9, context=None, dt
 
         return within
 
+    if groups is None:
+        groups = [data[start : start + accumulate] for start in range(0, len(data), accumulate)]
     for epoch in range(epochs):
         if epoch:
             mt.end_window()
-        for start in range(0, len(data), accumulate):
-            mt.step([source(entry) for entry in data[start : start + accumulate]])
+        for group in groups:
+            mt.step([source(entry) for entry in group])
             scheduler.step()
     return model, mt
 
@@ -178,6 +183,77 @@ def test_a_second_fit_keeps_what_the_method_knows(tmp_path):
     seen = []
     run.fit(net, loader(data))
     assert same(seen[0]["method_state"], before["method_state"])
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_of_an_accumulation_that_is_broken_off_nothing_is_left(method, tmp_path):
+    class Cut(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 and batch_idx == 3 else None
+
+        def configure_optimizers(self):
+            # Without a schedule, which Lightning steps once more at the end of an epoch that was cut.
+            return self.make(self.parameters(), lr=0.02)
+
+    data, net = [(x, y, 1) for x, y, _ in batches(4)], Cut(method)
+    trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2).fit(net, loader(data))
+    close(net.toy, by_hand(method, data, groups=[data[:2], data[:2], data[2:]], gamma=1.0)[0])
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_whose_last_batch_has_no_loss_is_that_of_the_others(method, late, tmp_path):
+    class Skipping(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx != 1 or late:
+                loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    data, net = [(x, y, 1) for x, y, _ in batches(4)], Skipping(method)
+    trainer(tmp_path, accumulate_grad_batches=2).fit(net, loader(data))
+    assert net.steps == 2
+    close(net.toy, by_hand(method, data, groups=[data[:1], data[2:]])[0])
+
+
+def test_every_epoch_of_every_fit_ends_a_window(tmp_path, monkeypatch):
+    ends = []
+    monkeypatch.setattr(torchmto.MultiTask, "end_window", lambda mt: ends.append(net.steps))
+    net = Net("dwa")
+    for _ in range(2):
+        trainer(tmp_path, max_epochs=2).fit(net, loader(batches(3)))
+    assert ends == [3, 6, 9]
+
+
+def test_a_copy_may_be_taken_at_any_time(tmp_path):
+    """Of the module in mid-accumulation; it goes on as the original would."""
+
+    class Copying(Callback):
+        def on_train_batch_end(self, run, module, *_):
+            self.copy = copy.deepcopy(module)
+            assert same(flat(self.copy.toy), flat(module.toy))
+
+    copying, net = Copying(), Net("uw")
+    trainer(tmp_path, accumulate_grad_batches=2, callbacks=[copying]).fit(
+        net, loader([(x, y, 1) for x, y, _ in batches(3)])
+    )
+    for module in (net, copying.copy):
+        trainer(tmp_path, limit_train_batches=1).fit(module, loader(batches(1)))
+    assert same(*(module.multitask.state_dict() for module in (net, copying.copy)))
+
+
+def test_the_weights_of_a_checkpoint_serve_another_method(tmp_path):
+    """``load_from_checkpoint`` begins a run of its own: neither optimizer nor method goes on."""
+    data, run = batches(3), trainer(tmp_path)
+    run.fit(Net("uw"), loader(data))
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    for method in ("uw", "pcgrad"):
+        net = Net.load_from_checkpoint(tmp_path / "first.ckpt", method=method)
+        known = []
+        net.on_train_start = lambda net=net, known=known: known.append(net.multitask.method.state_dict())
+        trainer(tmp_path).fit(net, loader(data))
+        fresh = Net(method)._arguments["method"]
+        fresh.ensure_setup(3)
+        assert same(known[0].get("scales"), fresh.state_dict().get("scales"))
 
 
 def test_a_search_of_the_learning_rate_leaves_the_method_as_it_was(tmp_path):
@@ -266,7 +342,7 @@ def test_procedures_by_manual_optimization(method, per_batch, tmp_path):
 def test_several_optimizers_by_manual_optimization(tmp_path):
     class Two(Net):
         def __init__(self):
-            super().__init__("pcgrad")
+            super().__init__("pcgrad", clip=1e3)
             self.automatic_optimization = False
 
         def configure_optimizers(self):
@@ -314,7 +390,7 @@ def test_misuse(tmp_path):
     with pytest.raises(TypeError, match="before LightningModule"):
         Backwards()
     with pytest.raises(ValueError, match=r"`clip`.*gradient_clip_val"):
-        Net("gd", clip=1.0)
+        trainer(tmp_path).fit(Net("gd", clip=1.0), loader(batches(1)))
     with pytest.raises(ValueError, match="`optimizer` is Lightning's"):
         Net().set_multitask(TASKS, "gd", optimizer=None)
     with pytest.raises(RuntimeError, match=r"while `trainer\.fit` runs"):

@@ -277,6 +277,50 @@ def test_a_new_model_has_a_new_method(tmp_path):
     assert same(*results)
 
 
+@pytest.mark.parametrize("method", ["rlw", "pcgrad"])
+def test_of_a_training_that_was_stopped_in_mid_accumulation_nothing_is_left(method, tmp_path):
+    class Stop(transformers.TrainerCallback):
+        stopped = False
+
+        def on_substep_end(self, args, state, control, **_):
+            control.should_training_stop, self.stopped = not self.stopped, True
+
+    run = trainer(tmp_path, method, data=full(), callbacks=[Stop()], gradient_accumulation_steps=2)
+    run.train()
+    assert run.state.global_step == 0
+    generator = run.multitask.method.state_dict()["generator"].clone()
+    run.train()
+    wanted = trainer(tmp_path, method, data=full(), gradient_accumulation_steps=2)
+    wanted.add_callback(Seeded(wanted, generator))
+    wanted.train()
+    assert same(flat(run.model), flat(wanted.model))
+
+
+class Seeded(transformers.TrainerCallback):
+    """Begins with a method's generator where another training has left it."""
+
+    def __init__(self, run, generator):
+        self.run, self.generator = run, generator
+
+    def on_train_begin(self, *_, **__):
+        self.run.multitask.method.generator.set_state(self.generator)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_every_epoch_of_every_training_ends_a_window(sized, tmp_path, monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(full())
+
+    ends = []
+    monkeypatch.setattr(torchmto.MultiTask, "end_window", lambda mt: ends.append(run.state.global_step))
+    settings = {"num_train_epochs": 2} if sized else {"max_steps": 12}
+    run = trainer(tmp_path, "dwa", data=full() if sized else Stream(), **settings)
+    run.train()
+    run.train()
+    assert ends == [6, 0, 6]
+
+
 def test_misuse(tmp_path):
     with pytest.raises(ValueError, match=r"`sequential` takes several.*one step per batch"):
         trainer(tmp_path, "sequential")
@@ -297,6 +341,15 @@ def test_misuse(tmp_path):
 
     with pytest.raises(ValueError, match="entry `losses`"):
         trainer(tmp_path, model=Single()).train()
+
+    class WithoutOutputs(InOrder):
+        def task_losses(self, model, inputs, tasks, return_outputs=False):
+            return super().task_losses(model, inputs, tasks)
+
+    with pytest.raises(
+        TypeError, match=r"return_outputs=True\)` should return the losses by task and the model's outputs"
+    ):
+        trainer(tmp_path, kind=WithoutOutputs).evaluate()
 
     class Wrong(Model):
         def forward(self, x, labels=None):

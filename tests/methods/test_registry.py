@@ -1,6 +1,7 @@
 """Methods of users: known by name everywhere, from any file and from other packages."""
 
 import importlib.metadata
+import pickle
 import subprocess
 import sys
 import warnings
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 import torchmto
+from battery.table import build
 from torchmto.methods import registry
-from toy import batch, closure, make
+from toy import batch, closure, make, same
 
 OWN = '''
 import torchmto
@@ -120,3 +122,16 @@ def test_a_script_registers_its_own_method(tmp_path):
     script.write_text(OWN + "\nprint(torchmto.make_method('tripled', factor=4).factor)\n")
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "4"
+
+
+@pytest.mark.parametrize("name", torchmto.methods())
+def test_a_method_goes_to_another_process(name):
+    """A generator by itself can't be sent to one that is spawned: its state goes, and draws the same there."""
+    method = build(name, 3)
+    method.ensure_setup(3)
+    torch.rand(5, generator=method.generator)
+    there = pickle.loads(pickle.dumps(method))
+    assert b"Generator" not in pickle.dumps(method)
+    assert same(there.state_dict(), method.state_dict())
+    assert there.generator.initial_seed() == method.generator.initial_seed()
+    assert torch.equal(torch.rand(5, generator=there.generator), torch.rand(5, generator=method.generator))

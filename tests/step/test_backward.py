@@ -376,3 +376,35 @@ def test_loss_weightings_accumulate_where_nothing_is_shared(method):
     for task, weight in info.weights.items():
         (wanted,) = torch.autograd.grad(losses([task])[task] * weight, [model[task].weight])
         torch.testing.assert_close(model[task].weight.grad, wanted)
+
+
+@pytest.mark.parametrize("weights", [None, "uw"])
+def test_constant_weights_keep_apart_what_a_weighted_sum_cannot(weights):
+    """What the error of gd and uw with partial labels in an accumulated batch advises."""
+    parts = [(batch(TASKS, seed=seed), only) for seed, only in enumerate((("a", "b"), ("c",), ("a", "c"), ("b",)))]
+    _, _, refused = make(weights or "gd")
+    first, second = (closure(refused.network.model, data, only=only) for data, only in parts[:2])
+    refused.backward(first, final=False)
+    with pytest.raises(ValueError, match="method `constant` with weights of 1"):
+        refused.backward(second, final=False)
+    model, optimizer, mt = make(torchmto.make_method("constant", weights=[1, 1, 1]), weights=weights)
+    twin, _, plain = make(weights or "gd")
+    for _ in range(3):
+        for number, (data, only) in enumerate(parts):
+            mt.backward(closure(model, data, only=only), final=number == len(parts) - 1)
+        optimizer.step()
+        plain.step([closure(twin, data, only=only) for data, only in parts])
+    torch.testing.assert_close(flat(model), flat(twin), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_zero_grad_drops_what_was_kept(method):
+    mt, twin = pair(method)
+    for way in (mt, twin):
+        model, data = way.network.model, [batch(TASKS, seed=seed) for seed in range(2)]
+        if way is mt:
+            way.backward(closure(model, data[0]), final=False)
+            way.zero_grad()
+            assert all(p.grad is None for p in model.parameters())
+        way.backward(closure(model, data[1]))
+    assert same(gradients(mt.network.model), gradients(twin.network.model))

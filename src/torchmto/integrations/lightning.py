@@ -36,8 +36,7 @@ class MultiTaskMixin(_Base):
 
     Where ``mt.backward`` serves the method, optimization is automatic. Else it is manual, with Lightning's rules for that:
     ``clip=`` here instead of ``gradient_clip_val``, no ``accumulate_grad_batches``, schedulers are stepped by you, and
-    ``global_step`` counts every optimizer step. Set ``automatic_optimization = False`` after :meth:`set_multitask` for several
-    optimizers.
+    ``global_step`` counts every optimizer step. Set ``automatic_optimization = False`` yourself for several optimizers.
 
     Attributes:
         step_info: What the last batch did, a :class:`~torchmto.StepInfo`; None before the first.
@@ -68,6 +67,7 @@ class MultiTaskMixin(_Base):
     _window: int | None = None
     _losses: Mapping[str, Any] | None = None
     _final: bool = True
+    _keeps: bool = False
 
     # ------------------------------------------------------------------ what a user calls and writes
 
@@ -82,7 +82,8 @@ class MultiTaskMixin(_Base):
 
         Raises:
             TypeError: If this isn't a ``LightningModule``, or the mixin isn't named before it.
-            ValueError: If a name is unknown, or an option belongs to Lightning.
+            ValueError: If a name is unknown, or an option belongs to Lightning; of ``clip`` with automatic optimization it says
+                so when the fit begins.
         """
         kinds = type(self).__mro__
         base = next((i for i, kind in enumerate(kinds) if kind.__name__ == "LightningModule"), -1)
@@ -101,10 +102,6 @@ class MultiTaskMixin(_Base):
         for part in (method, weights):
             if isinstance(part, Method) and part.no_backward(1):
                 self.automatic_optimization = False
-        if self.automatic_optimization and options.get("clip") is not None:
-            raise ValueError(
-                f"{found('clip', 'None', options['clip'])} Clipping is `Trainer(gradient_clip_val=)`'s here."
-            )
         self._arguments = {"tasks": check_tasks(tasks), "method": method, **options}
 
     def task_losses(self, batch: Any, tasks: tuple[str, ...]) -> Mapping[str, Any]:
@@ -185,7 +182,23 @@ class MultiTaskMixin(_Base):
                 "return what MultiTaskMixin's returns, and add further terms to the tasks' losses."
             )
         losses, self._losses = self._losses, None
+        self._keeps = False
         self.step_info = self.multitask.backward(losses, final=self._final)
+        self._keeps = not self._final
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Before the first micro-batch of a step: of an accumulation that was broken off nothing is left."""
+        super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+        if self._multitask is not None:
+            self._multitask.zero_grad()
+        self._keeps = False
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Where the last micro-batch had no loss, those before it make the step. Call ``super()`` if you override this."""
+        super().on_before_optimizer_step(optimizer)
+        if self._keeps:
+            self._keeps = False
+            self.step_info = self.multitask.backward({})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the method knows goes into the checkpoint. Call ``super()`` if you override this."""
@@ -197,9 +210,19 @@ class MultiTaskMixin(_Base):
             checkpoint[KEY] = self._state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """And comes back from it."""
+        """And comes back from it, if a trainer goes on with its run.
+
+        ``load_from_checkpoint`` takes the weights: like the optimizer the method, which may be another one, starts afresh.
+        """
         super().on_load_checkpoint(checkpoint)
-        self._multitask, self._saved = None, checkpoint.get(KEY)
+        self._multitask = None
+        self._saved = None if getattr(self, "_trainer", None) is None else checkpoint.get(KEY)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, which needs nothing of the step that the original may be in."""
+        kept: dict[str, Any] = super().__getstate__()
+        left = {"_multitask": None, "_losses": None, "_keeps": False, "_saved": self._state}
+        return {**kept, **left}
 
     # ------------------------------------------------------------------ behind them
 
@@ -224,12 +247,15 @@ class MultiTaskMixin(_Base):
                 f"Method `{self._arguments['method'].name}` takes its optimizer steps itself, which Lightning's gradient "
                 'scaler can\'t follow: use precision="bf16-mixed" instead of "16-mixed".'
             )
+        if self.automatic_optimization and (clip := self._arguments.get("clip")) is not None:
+            raise ValueError(f"{found('clip', 'None', clip)} Clipping is `Trainer(gradient_clip_val=)`'s here.")
         assert strategy.model is not None
-        saved = self._state
+        saved, again = self._state, self._multitask is not None
         built = MultiTask(strategy.model, optimizers, scaler=scaler, **self._arguments)
         if saved is not None:
             built.load_state_dict(saved["multitask"])
-            self._window = saved["window"]
+            # The epochs of another fit are over, whatever their numbers.
+            self._window = -1 if again and saved["window"] is not None else saved["window"]
         return built
 
     def _in_precision(self, batch: Any, tasks: tuple[str, ...]) -> Mapping[str, Any]:

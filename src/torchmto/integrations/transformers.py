@@ -21,7 +21,7 @@ from torchmto.task_norms import active_task, has_split_norms
 require("transformers", "transformers")
 require("transformers", "accelerate")
 
-from transformers import Trainer, default_data_collator  # noqa: E402  its absence is said above
+from transformers import Trainer, TrainerCallback, default_data_collator  # noqa: E402  its absence is said above
 
 STATE = "multitask.pt"
 """The file of a checkpoint with what the method knows."""
@@ -144,10 +144,12 @@ class MultiTaskTrainer(Trainer):
         self._wrapped: nn.Module | None = None
         self._saved: dict[str, Any] | None = None
         self._window: int | None = None
+        self._epoch: int | None = None
         self._trained: dict[str, list[float]] = {}
         self._evaluated: dict[str, list[float]] | None = None
         self.step_info: StepInfo | None = None
         super().__init__(*args, **kwargs)
+        self.add_callback(_Beginnings(self))
         own = {
             "label_smoothing_factor": self.args.label_smoothing_factor,
             "compute_loss_func": self.compute_loss_func,
@@ -223,6 +225,17 @@ class MultiTaskTrainer(Trainer):
         model: nn.Module = super().call_model_init(trial)
         return model
 
+    def begin_training(self) -> None:
+        """Of one that was broken off nothing is left, and its epochs are over; one that goes on has loaded what it needs."""
+        self._epoch = None
+        if self._multitask is not None:
+            self._multitask.zero_grad()
+            self._window = -1
+
+    def begin_epoch(self) -> None:
+        """Count it: ``state.epoch`` is a step late where a data set doesn't know its length."""
+        self._epoch = int(self.state.epoch or 0) if self._epoch is None else self._epoch + 1
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """``mt.backward`` on one micro-batch; what is returned adds up to the loss of the effective batch."""
         model.train()
@@ -231,10 +244,9 @@ class MultiTaskTrainer(Trainer):
             switch()
         inputs = self._prepare_inputs(inputs)
         mt = self.multitask
-        epoch = int(self.state.epoch or 0)
-        if self._window is not None and self._window != epoch:
+        if self._window is not None and self._window != self._epoch:
             mt.end_window()
-        self._window = epoch
+        self._window = self._epoch
 
         def closure(tasks: tuple[str, ...]) -> Any:
             with self.compute_loss_context_manager():
@@ -269,7 +281,13 @@ class MultiTaskTrainer(Trainer):
                 with active_task(task):
                     losses.update(self.task_losses(model, inputs, (task,)))
         else:
-            losses, outputs = self.task_losses(model, inputs, self.tasks, return_outputs=True)
+            given = self.task_losses(model, inputs, self.tasks, return_outputs=True)
+            if not isinstance(given, tuple | list) or len(given) != 2 or not isinstance(given[0], Mapping):
+                raise TypeError(
+                    "`task_losses(..., return_outputs=True)` should return the losses by task and the model's outputs. Found "
+                    f"{type(given).__name__}."
+                )
+            losses, outputs = given
         size = _batch_size(inputs)
         counted: dict[str, Any] = {
             task: loss if isinstance(loss, tuple | list) else (loss, size) for task, loss in losses.items()
@@ -340,6 +358,21 @@ class MultiTaskTrainer(Trainer):
             self._saved = torch.load(path, map_location="cpu", weights_only=True)
         else:
             warn(f"The checkpoint {checkpoint} has no {STATE}: method `{self._options['method'].name}` starts afresh.")
+
+
+class _Beginnings(TrainerCallback):
+    """Tells a trainer that a training or an epoch begins."""
+
+    def __init__(self, trainer: MultiTaskTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A training begins, or goes on."""
+        self._trainer.begin_training()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An epoch begins, or goes on."""
+        self._trainer.begin_epoch()
 
 
 def _add(sums: dict[str, list[float]], losses: Mapping[str, tuple[Any, Any]]) -> None:

@@ -187,6 +187,15 @@ class Method(ABC):
     def __post_init__(self) -> None:
         """What there is to do once the hyper-parameters have been checked one by one; overridden."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, for another process too: PyTorch can't send a generator to one that is spawned."""
+        return {**vars(self), "generator": self.generator.get_state().numpy().tobytes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.generator = torch.Generator()
+        self.generator.set_state(torch.frombuffer(bytearray(state["generator"]), dtype=torch.uint8))
+
     # ------------------------------------------------------------------ state
 
     def add_state(self, name: str, value: Any) -> None:

@@ -149,7 +149,8 @@ def accumulate(parts: Parts, request: Request, weigh: Weigh, *, heads: str) -> N
         raise ValueError(
             "With fixed weights every micro-batch of an accumulated batch should bring the same tasks, their counts in the "
             "same proportions: one backward serves all of its tasks, so their shares can't be told apart later. Pass the list "
-            "of all micro-batches to one call instead."
+            "of all micro-batches to one call; or, where a trainer makes the calls, take what keeps the tasks apart by K "
+            'backwards: method `constant` with weights of 1 for gd, and `weights="uw"` besides for uw.'
         )
     for parameter in network.parameters:
         if parameter.grad is not None:
