@@ -17,8 +17,11 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.atomic import read_json, write_json
 from torchmto.lab.data import loading
 from torchmto.lab.data.base import KINDS
+from torchmto.lab.folders import FolderError
+from torchmto.lab.grid.folder import SCHEMA_VERSION
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem, resolve
@@ -144,6 +147,33 @@ def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
             for task in step:
                 assert torch.equal(step[task]["input"], expected[task]["input"])
     assert not torch.equal(steps[0]["sum"]["input"], steps[2]["sum"]["input"])
+
+
+@pytest.mark.parametrize("alone", ["sign", "sum"])
+def test_a_task_of_disjoint_sets_sees_the_same_batches_alone(alone):
+    whole = problem("disjoint")
+    restricted = whole.only([alone])
+    for own in (restricted, restricted.only([alone]), replace(restricted, name="renamed")):
+        loader = own.loader("train", 4, seed=1)
+        assert len(loader) == 6
+        for step, expected in zip(loader.epoch(1), whole.loader("train", 4, seed=1).epoch(1), strict=True):
+            assert list(step) == [alone]
+            assert torch.equal(step[alone]["input"], expected[alone]["input"])
+        assert len(list(own.once("train", 4))) == {"sign": 6, "sum": 3}[alone]  # measuring sees each sample once
+
+
+def test_single_task_models_of_disjoint_sets_take_as_many_steps(tmp_path):
+    settings = {**QUICK, "batch_size": 4, "seeds": 1, "jobs": 1}
+    lab.compare(f"{FARM}:disjoint", ["gd"], out=tmp_path / "x", **settings)
+    runs = [json.loads(path.read_text())["content"] for path in (tmp_path / "x" / "runs").iterdir()]
+    assert {run["result"]["cost"]["steps"] for run in runs} == {12}
+    assert len(runs) == 3
+    file = tmp_path / "x" / "config.json"
+    saved = read_json(file, "torchmto compare", SCHEMA_VERSION)
+    assert saved.pop("epoch") == "the longest set"  # as before single-task models took as many
+    write_json(file, "torchmto compare", SCHEMA_VERSION, saved)
+    with pytest.raises(FolderError, match="epoch is None there and 'the longest set' here"):
+        lab.compare(f"{FARM}:disjoint", ["gd"], out=tmp_path / "x", **settings)
 
 
 class Echo(nn.Module):

@@ -173,6 +173,8 @@ class Problem:
         augment: Augmentation of training batches, ``(batch, tasks, sample keys) -> batch``.
         citation: Whom to cite.
         origin: Where it comes from; found by itself.
+        beside: Of disjoint data sets those of tasks that aren't trained, by which an epoch is as long as with them; set by
+            `only`.
 
     Raises:
         ProblemError: If a part isn't what it should be.
@@ -204,6 +206,7 @@ class Problem:
     augment: Augment | None = None
     citation: str = ""
     origin: Origin | None = field(default=None, compare=False)
+    beside: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.tasks = self._checked_tasks()
@@ -321,6 +324,8 @@ class Problem:
     def only(self, names: Sequence[str]) -> "Problem":
         """The same problem with some of its tasks, in its own order; all of them if there are no names.
 
+        An epoch stays as long as it is: of disjoint data sets it is the longest one's, be its task among the names or not.
+
         Raises:
             ValueError: If there is no such task, or one is named twice.
         """
@@ -339,7 +344,9 @@ class Problem:
 
         parts = ("train", "validation", "test", "losses", "metrics", "primary")
         chosen = tuple(task for task in self.task_list if task.name in names)
-        return replace(self, tasks=chosen, **{part: kept(getattr(self, part)) for part in parts})
+        train = self.train if isinstance(self.train, Mapping) else {}
+        beside = {**self.beside, **{name: data for name, data in train.items() if name not in names}}
+        return replace(self, tasks=chosen, beside=beside, **{part: kept(getattr(self, part)) for part in parts})
 
     def split(self, name: Split) -> Any:
         """The data of a split."""
@@ -438,7 +445,9 @@ class Problem:
             return Loader(fetch, plan, workers=workers)
 
         if isinstance(data, Mapping):
-            return JointLoader({task: one(source, task) for task, source in data.items()})
+            beside = self.beside if split == "train" else {}
+            joint = {task: one(source, task) for task, source in data.items()}
+            return JointLoader(joint, [one(source, task) for task, source in beside.items()])
         return one(data, None)
 
     def _collate(self, split: str, task: str | None, augmented: bool) -> Callable[[list[Any]], Any]:

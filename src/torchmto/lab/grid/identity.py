@@ -116,4 +116,6 @@ def contents(problem: Problem) -> dict[str, Any]:
     except ProblemError:  # not tensors
         shape = None
     samples = {split: size(getattr(problem, split)) for split in ("train", "validation", "test")}
-    return {"samples": samples, "input_shape": shape}
+    # Before that was so, a single-task model's epoch was its own set: such results aren't gone on with.
+    epoch = {"epoch": "the longest set"} if isinstance(problem.train, Mapping) else {}
+    return {"samples": samples, "input_shape": shape, **epoch}
