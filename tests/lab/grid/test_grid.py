@@ -88,6 +88,31 @@ def test_without_a_score_the_last_epoch_counts(problem, monkeypatch):
     assert trained(problem, epochs=2)["selected_epoch"] == 1
 
 
+@pytest.mark.parametrize(
+    ("scores", "epoch"),
+    [([0.0] * 3, 2), ([None] * 3, 2), ([0.0, 0.5, 0.5], 1), ([0.5, 0.5, 0.0], 1), ([None, 0.0, None], 1)],
+)
+def test_where_no_score_tells_epochs_apart_the_last_one_counts(problem, monkeypatch, scores, epoch):
+    scripted = Scripted(iter(scores))
+    monkeypatch.setattr(Trainer, "_measure", property(lambda self: scripted))
+    assert trained(problem, epochs=3)["selected_epoch"] == epoch
+
+
+def test_runs_whose_epoch_couldnt_be_chosen_are_named(finished, problem):
+    experiment, _, results = finished
+    assert summarize(experiment, problem, results)["undecided"] == {}  # one epoch is no choice
+    scores = dict.fromkeys(results, (0.1, 0.2))
+    scores |= {run_key(config): (0.0, 0.0) for config in experiment.single_task_runs(["left"])}
+    scores[run_key(experiment.method_runs("gd")[1])] = (None, None)
+    changed = {
+        key: {**result, "history": [{**result["history"][0], "score": score} for score in scores[key]]}
+        for key, result in results.items()
+    }
+    summary = summarize(experiment, problem, changed)
+    assert summary["undecided"] == {"single:left": [0, 1], "gd": [1]}
+    assert "so the last one counts: single-task left (seeds 0, 1), gd (seed 1)." in markdown(summary)
+
+
 def test_scores(problem):
     left, right, offset = problem.task_list
     assert measure_of((left,), None)({"left": 0.25}) == 0.25

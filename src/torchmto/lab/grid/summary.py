@@ -11,7 +11,7 @@ from torchmto.lab.grid.versus import versus
 from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.evaluation import primary_values
-from torchmto.lab.run.scores import is_finite
+from torchmto.lab.run.scores import is_finite, tells_apart
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
@@ -38,8 +38,9 @@ def summarize(
         reference: The method that the others are compared with, if it is among them, else the first.
 
     Returns:
-        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``single_task``, ``versus``
-        (see `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
+        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``undecided`` (the seeds of
+        those whose epoch no validation score could choose), ``single_task``, ``versus`` (see
+        `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
     """
     tasks = problem.task_list
     names = [task.name for task in tasks]
@@ -77,6 +78,7 @@ def summarize(
         },
         "methods": methods,
         "runs": files,
+        "undecided": {name: seeds for name, runs in every.items() if (seeds := _undecided(runs, problem))},
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
             "cost": _mean_cost([_cost([run["cost"] for run in runs], max) for runs in singles]),
@@ -92,6 +94,12 @@ def summarize(
         "versions": versions(),
         "config": {**experiment.settings, "data": experiment.run.as_dict()["data"]},  # with the path of the data here
     }
+
+
+def _undecided(runs: Sequence[Result], problem: Problem) -> list[int]:
+    """The seeds of runs whose validation scores don't say which epoch is best; an own `evaluate` chooses none."""
+    scores = [[epoch["score"] for epoch in run["history"]] for run in runs if problem.evaluate is None]
+    return [seed for seed, own in enumerate(scores) if len(own) > 1 and not tells_apart(own)]
 
 
 def _delta_m(

@@ -124,7 +124,17 @@ def notes(summary: Summary) -> list[str]:
         for name, method in summary["methods"].items()
         if method["delta_m"] is None
     ]
-    return lines
+    return lines + undecided(summary)
+
+
+def undecided(summary: Summary) -> list[str]:
+    """Names the Runs whose epoch couldn't be chosen, in a line, if there are any."""
+    runs = [
+        f"{name.replace('single:', 'single-task ', 1)} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+        for name, seeds in summary.get("undecided", {}).items()
+    ]
+    told = "No score on the validation split tells the epochs of these Runs apart, so the last one counts"
+    return [f"{told}: {', '.join(runs)}."] if runs else []
 
 
 def rich_tables(summary: Summary) -> list[FramedTable]:
