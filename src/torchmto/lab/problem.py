@@ -5,6 +5,8 @@ label. Targets and outputs by kind are listed in `torchmto.lab.data.base`. With 
 have any shape: then nothing but these two looks at model and batches.
 """
 
+import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -12,6 +14,7 @@ import linecache
 import pickle
 import re
 import sys
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -60,6 +63,26 @@ class Origin:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     loadable: bool = False
+    _taken: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def take(self) -> bool:
+        """Whether a problem is the first one that comes from here; another has it from `dataclasses.replace`."""
+        first = not self._taken
+        self._taken[:] = [True]
+        return first
+
+    def replaced(self, caller: "Origin", parts: Mapping[str, Any]) -> "Origin":
+        """Of a problem that a caller made by `dataclasses.replace` of the one from here: no name leads another process to it.
+
+        Args:
+            caller: Who changed it.
+            parts: What it is made of now, without the data.
+        """
+        told = {part: _told(value) for part, value in parts.items()}
+        of = {"name": self.name, "arguments": dict(self.arguments), "parts": told}
+        source = "+".join(filter(None, (self.source, caller.source))) or None
+        name = f"{caller.name.removesuffix(NO_CALL)}{NO_CALL}"
+        return Origin(name, {**caller.arguments, "replaced": of}, source)
 
     @classmethod
     def of_caller(cls) -> "Origin":
@@ -67,7 +90,7 @@ class Origin:
         frame = sys._getframe(1)  # noqa: SLF001  the only way to the caller
         inside = (str(Path(__file__).parent), "<string>")
         while frame.f_back is not None and (
-            frame.f_code.co_filename.startswith(inside) or frame.f_code.co_filename.endswith("dataclasses.py")
+            frame.f_code.co_filename.startswith(inside) or frame.f_globals.get("__name__") in {"dataclasses", "copy"}
         ):
             frame = frame.f_back
         code = frame.f_code
@@ -83,7 +106,7 @@ class Origin:
 
 
 NO_CALL = "()"
-"""Ends the name of a function that was called with what only Python has."""
+"""Ends the name of a function that was called with what only Python has, or has changed a problem that it got."""
 
 
 def _is_plain(value: Any) -> bool:
@@ -127,8 +150,25 @@ def _told_apart(value: Any) -> Any:
         return f"{value.dtype} {list(value.shape)} {_hash(value.tobytes())}"
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
         return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
+    if isinstance(value, types.FunctionType):
+        return _told_function(value)
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return printed if len(printed) <= _PRINTED else _cut(printed)
+
+
+def _told_function(function: types.FunctionType) -> str:
+    """A function as its text and the values it goes by, so that ``lambda: Net(4)`` isn't ``lambda: Net(width)``."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter
+        text = ""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    values: dict[str, Any] = {"defaults": [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]}
+    for name, cell in cells.items():
+        with contextlib.suppress(ValueError):  # not set yet
+            values[name] = cell.cell_contents
+    known = {name: _told_apart(value) if _is_plain(value) else type(value).__name__ for name, value in values.items()}
+    return f"{function.__qualname__} {_hash(json.dumps([text, known]).encode())}"
 
 
 _PRINTED = 1000
@@ -223,6 +263,10 @@ class Problem:
         self._check_functions()
         if self.origin is None:
             self.origin = Origin.of_caller()
+        elif not self.origin.take():
+            parts = {name: getattr(self, name) for name in _TOLD if getattr(self, name)}
+            self.origin = self.origin.replaced(Origin.of_caller(), parts)
+        self.origin.take()
 
     def _check_functions(self) -> None:
         for task, loss in self.losses.items():
@@ -346,7 +390,9 @@ class Problem:
         chosen = tuple(task for task in self.task_list if task.name in names)
         train = self.train if isinstance(self.train, Mapping) else {}
         beside = {**self.beside, **{name: data for name, data in train.items() if name not in names}}
-        return replace(self, tasks=chosen, beside=beside, **{part: kept(getattr(self, part)) for part in parts})
+        same = copy.copy(self)  # with its origin, and without checks of what has passed them
+        vars(same).update({part: kept(getattr(self, part)) for part in parts}, tasks=chosen, beside=beside)
+        return same
 
     def split(self, name: Split) -> Any:
         """The data of a split."""
@@ -495,6 +541,13 @@ class Problem:
             _warn_of_direction(task.name, metric)
             assert isinstance(task.extra, dict)
             task.extra.update({"primary_metric": metric, "directions": {metric: metric in _HIGHER}})
+
+
+_TOLD = (
+    *("model", "losses", "metrics", "primary", "collate", "optimizer", "closure", "evaluate"),
+    *("input_shape", "mean", "std", "augment"),
+)
+"""Parts by which a problem that was changed is told from others of its caller; data are known by their number and shape."""
 
 
 def _warn_of_direction(task: str, metric: str) -> None:
