@@ -172,7 +172,8 @@ def test_a_single_task_value_of_zero_gives_a_reason(finished, problem):
     zero = {**results[key], "test": {"left": {"accuracy": 0.0, "f1": 0.0}}}
     summary = summarize(experiment, problem, {**results, key: zero})
     assert summary["methods"]["gd"]["delta_m"] is None
-    assert "non-zero" in summary["methods"]["gd"]["reason"]
+    reason = "left's accuracy is 0 in the single-task run of seed 0: no change is relative to that."
+    assert summary["methods"]["gd"]["reason"] == reason
     assert "No Δm for gd" in markdown(summary)
     assert main_table(summary).rows[1][1] == "-"
 

@@ -112,14 +112,17 @@ def _delta_m(
                 if not is_finite(run[task.name][metric]):
                     reason = f"{task.name}'s {metric} isn't a finite number in the {kind} of seed {seed}."
                     return {"delta_m": None, "reason": reason}
+        for seed, run in enumerate(singles):
+            if run[task.name][metric] == 0:
+                reason = (
+                    f"{task.name}'s {metric} is 0 in the single-task run of seed {seed}: no change is relative to that."
+                )
+                return {"delta_m": None, "reason": reason}
     higher = {task.name: primary_metric(task)[1] for task in tasks}
-    try:
-        per_seed = [
-            delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
-            for test, single in zip(tests, singles, strict=True)
-        ]
-    except ValueError as error:  # a single-task value of 0
-        return {"delta_m": None, "reason": str(error)}
+    per_seed = [
+        delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
+        for test, single in zip(tests, singles, strict=True)
+    ]
     mean = sum(per_seed) / len(per_seed)
     return {"delta_m": {"mean": mean, "ci95": confidence95(per_seed), "per_seed": per_seed}}
 
