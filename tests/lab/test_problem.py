@@ -59,6 +59,9 @@ def test_any_shape_of_problem_is_compared_with_single_tasks(tmp_path, name):
     assert again.summary()["method"].tolist() == ["single_task", "gd", "pcgrad", "sequential"]
     assert "<table" in result._repr_html_()
     assert result.report().name == "report.html"
+    told = (tmp_path / "x" / "results.md").read_text()
+    assert ("batches of its own" in told) == ("after the last epoch" in told) == (name == "pinn")
+    assert ("batches of 16" in told) == ("validation split." in told) == (name != "pinn")
     assert result.figure("delta_m").axes
     assert result.figure(next(iter(tasks))).axes
 

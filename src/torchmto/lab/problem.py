@@ -419,6 +419,14 @@ class Problem:
         return self.input_shape
 
     @property
+    def ready_batches(self) -> bool:
+        """Whether training batches come ready-made, so that no batch size is asked for."""
+        return all(map(self._is_ready, self.train.values() if isinstance(self.train, Mapping) else [self.train]))
+
+    def _is_ready(self, source: Any) -> bool:
+        return self.closure is not None and not isinstance(source, TorchDataset)
+
+    @property
     def is_image(self) -> bool:
         """Whether inputs are images."""
         return len(self.shape) == 3
@@ -463,7 +471,7 @@ class Problem:
         def one(source: Any, task: str | None) -> Loader | StreamLoader:
             # Sets of equal size shuffled alike would pair the same samples in every epoch.
             own = seed if task is None else zlib.crc32(task.encode(), seed % 2**32)
-            ready = self.closure is not None and not isinstance(source, TorchDataset)
+            ready = self._is_ready(source)
             if ready and world_size > 1:
                 raise part_error(split, "a data set whose batches can be divided among processes", "ready-made batches")
             if isinstance(source, int):

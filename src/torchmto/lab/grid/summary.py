@@ -38,9 +38,9 @@ def summarize(
         reference: The method that the others are compared with, if it is among them, else the first.
 
     Returns:
-        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``undecided`` (the seeds of
-        those whose epoch no validation score could choose), ``single_task``, ``versus`` (see
-        `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
+        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``problem`` (whether it has
+        an ``evaluate`` or batches of its own), ``undecided`` (the seeds of those whose epoch no validation score could choose),
+        ``single_task``, ``versus`` (see `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
     """
     tasks = problem.task_list
     names = [task.name for task in tasks]
@@ -78,6 +78,7 @@ def summarize(
         },
         "methods": methods,
         "runs": files,
+        "problem": {"evaluate": problem.evaluate is not None, "ready_batches": problem.ready_batches},
         "undecided": {name: seeds for name, runs in every.items() if (seeds := _undecided(runs, problem))},
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
