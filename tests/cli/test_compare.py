@@ -55,6 +55,25 @@ def test_the_same_command_again_does_nothing_twice(folder, capsys):
     assert "single-task" in capsys.readouterr().out
 
 
+def test_a_file_has_the_verbs_own_options_too(tmp_path, capsys):
+    file, out = tmp_path / "c.yaml", tmp_path / "out"
+    options = ["methods: [gd, 'wpcgrad(mode=pairwise, priority=uw)']", "seeds: 7", "jobs: 1", f"out: {out}"]
+    settings = ["data: {name: digits, options: {train: 64}}", "epochs: 1", "lr: 0.01"]
+    file.write_text("\n".join([*options, *settings]))
+    assert cli.main(["compare", "--config", str(file), "--seeds", "1"]) == 0
+    config = json.loads((out / "results.json").read_text())["config"]
+    assert config["methods"] == ["gd", "wpcgrad(mode=pairwise, priority=uw)"]
+    assert (config["seeds"], config["epochs"], config["optimizer"]["lr"]) == (1, 1, 0.01)
+    for line, words in (
+        ("sedes: 2", "no setting `sedes`"),
+        ("config: c.yaml", "no setting `config`"),
+        ("seeds: x", "seeds"),
+    ):
+        file.write_text(line)
+        assert cli.main(["compare", "--config", str(file)]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_one_seed_has_no_interval(tmp_path):
     assert compare(tmp_path / "x", "--methods", "gd", "--seeds", "1") == 0
     results = json.loads((tmp_path / "x" / "results.json").read_text())

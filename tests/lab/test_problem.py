@@ -17,10 +17,13 @@ from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
 from torchmto import lab
 from torchmto.cli import main
+from torchmto.lab.atomic import read_json, write_json
 from torchmto.lab.data import loading
 from torchmto.lab.data.base import KINDS
+from torchmto.lab.folders import FolderError
+from torchmto.lab.grid.folder import SCHEMA_VERSION
 from torchmto.lab.metrics import primary_metric
-from torchmto.lab.problem import ProblemError
+from torchmto.lab.problem import Origin, ProblemError
 from torchmto.lab.references import UnknownReferenceError, load_problem, resolve
 from torchmto.lab.run.build import build, problem_of
 from torchmto.lab.run.config import ConfigError, config_of
@@ -56,6 +59,9 @@ def test_any_shape_of_problem_is_compared_with_single_tasks(tmp_path, name):
     assert again.summary()["method"].tolist() == ["single_task", "gd", "pcgrad", "sequential"]
     assert "<table" in result._repr_html_()
     assert result.report().name == "report.html"
+    told = (tmp_path / "x" / "results.md").read_text()
+    assert ("batches of its own" in told) == ("after the last epoch" in told) == (name == "pinn")
+    assert ("batches of 16" in told) == ("validation split." in told) == (name != "pinn")
     assert result.figure("delta_m").axes
     assert result.figure(next(iter(tasks))).axes
 
@@ -144,6 +150,33 @@ def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
             for task in step:
                 assert torch.equal(step[task]["input"], expected[task]["input"])
     assert not torch.equal(steps[0]["sum"]["input"], steps[2]["sum"]["input"])
+
+
+@pytest.mark.parametrize("alone", ["sign", "sum"])
+def test_a_task_of_disjoint_sets_sees_the_same_batches_alone(alone):
+    whole = problem("disjoint")
+    restricted = whole.only([alone])
+    for own in (restricted, restricted.only([alone]), replace(restricted, name="renamed")):
+        loader = own.loader("train", 4, seed=1)
+        assert len(loader) == 6
+        for step, expected in zip(loader.epoch(1), whole.loader("train", 4, seed=1).epoch(1), strict=True):
+            assert list(step) == [alone]
+            assert torch.equal(step[alone]["input"], expected[alone]["input"])
+        assert len(list(own.once("train", 4))) == {"sign": 6, "sum": 3}[alone]  # measuring sees each sample once
+
+
+def test_single_task_models_of_disjoint_sets_take_as_many_steps(tmp_path):
+    settings = {**QUICK, "batch_size": 4, "seeds": 1, "jobs": 1}
+    lab.compare(f"{FARM}:disjoint", ["gd"], out=tmp_path / "x", **settings)
+    runs = [json.loads(path.read_text())["content"] for path in (tmp_path / "x" / "runs").iterdir()]
+    assert {run["result"]["cost"]["steps"] for run in runs} == {12}
+    assert len(runs) == 3
+    file = tmp_path / "x" / "config.json"
+    saved = read_json(file, "torchmto compare", SCHEMA_VERSION)
+    assert saved.pop("epoch") == "the longest set"  # as before single-task models took as many
+    write_json(file, "torchmto compare", SCHEMA_VERSION, saved)
+    with pytest.raises(FolderError, match="epoch is None there and 'the longest set' here"):
+        lab.compare(f"{FARM}:disjoint", ["gd"], out=tmp_path / "x", **settings)
 
 
 class Echo(nn.Module):
@@ -663,8 +696,10 @@ def test_what_knows_how_to_move_moves_itself():
 
 
 def test_a_problem_of_python_knows_who_made_it():
-    own = replace(lab.Problem(**GOOD))
-    assert own.origin.name.endswith("test_a_problem_of_python_knows_who_made_it")
+    made = lab.Problem(**GOOD)
+    assert made.origin.name.endswith("test_a_problem_of_python_knows_who_made_it")
+    own = replace(made)
+    assert own.origin.name == f"{made.origin.name}()"
     assert own.origin.source
 
 
@@ -682,3 +717,67 @@ def test_what_only_python_has_is_told_apart_but_called_by_nobody():
     assert len(json.dumps(told)) < 10_000
     with pytest.raises(UnknownReferenceError, match="called from Python"):
         load_problem(origins[0].name, origins[0].arguments)
+
+
+class Last(nn.Module):
+    """Looks at the last week only."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.trunk = nn.Linear(3, width)
+        self.heads = nn.ModuleDict({"crop": nn.Linear(width, 3), "yield": nn.Linear(width, 1)})
+
+    def forward(self, x, tasks):
+        return {task: self.heads[task](self.trunk(x[:, -1])) for task in tasks}
+
+
+def changed(width, **parts):
+    """A problem as a user's script changes it."""
+    return replace(load_problem(f"{FARM}:farm", {}), model=lambda: Last(width), **parts)
+
+
+def test_a_replaced_problem_isnt_what_its_reference_names(tmp_path, capsys):
+    settings = {"seeds": 1, "epochs": 1, "batch_size": 16, "jobs": 2, "progress": False}
+    first = lab.compare(changed(4), ["gd"], out=tmp_path / "x", **settings)
+    again = lab.compare(changed(4), ["gd"], out=tmp_path / "x", **settings)
+    assert scores(first).equals(scores(again))
+    other = {"yield": lambda output, target: (output - target).square().mean()}
+    for problem in (changed(64), changed(4, losses=other), load_problem(f"{FARM}:farm", {})):
+        with pytest.raises(FolderError, match="other settings: data"):
+            lab.compare(problem, ["gd"], out=tmp_path / "x", **settings)
+    fresh = lab.compare(changed(64), ["gd"], out=tmp_path / "y", **settings)
+    assert not scores(first).equals(scores(fresh))  # other processes train what was changed, too
+    lab.fit(changed(4), epochs=1, batch_size=16, out=tmp_path / "one", say=lambda line: None)
+    assert main(["evaluate", "--run", str(tmp_path / "one")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "changed()` was called from Python" in said
+    assert "\n" not in said
+
+
+def test_a_replaced_problem_is_known_by_both_files(tmp_path):
+    farm = load_problem(f"{FARM}:farm", {})
+    assert farm.origin.loadable
+    own = changed(4)
+    assert own.origin.source == f"{farm.origin.source}+{Origin.of_caller().source}"
+    assert (own.origin.loadable, own.origin.arguments["replaced"]["name"]) == (False, f"{FARM}:farm")
+    assert own.only(["crop"]).origin is own.origin
+    assert farm.only(["crop"]).origin is farm.origin
+    first = replace(farm, model=lambda width=4: Last(width))  # changed twice in one place
+    second = replace(farm, model=lambda width=64: Last(width))
+    assert first.origin.name == second.origin.name
+    assert first.origin != second.origin
+    twice = replace(own, name="twice")
+    assert twice.origin.arguments["replaced"]["name"] == own.origin.name
+
+
+def test_functions_are_told_apart_by_their_text_and_what_they_hold():
+    def made(model):
+        return Origin.of_caller().arguments["model"]
+
+    def net(width, bias=True):
+        return lambda: nn.Linear(width, 1, bias)
+
+    assert made(net(4)) == made(net(4))
+    kinds = [made(net(4)), made(net(5)), made(net(4, bias=False)), made(lambda: nn.Linear(4, 1)), made(net)]
+    assert len({*kinds, made(lambda width=4: width), made(lambda width=5: width)}) == 7
+    assert all("0x" not in kind for kind in kinds)

@@ -88,11 +88,17 @@ class SettingsParser(Parser):
 
     def _parsed(self, words: list[str], from_file: dict[str, Any]) -> Namespace:
         """All arguments; in ``settings`` those of the Run that were given on the command line or in a file."""
-        parsed = super()._parsed(words, {})
+        own = {name: value for name, value in from_file.items() if self._is_own(name)}
+        from_file = {name: value for name, value in from_file.items() if name not in own}
+        parsed = super()._parsed(words, own)
         chosen = ArgumentParser.parse_args(self, words, defaults=False)
         flags = {name: value for name, value in chosen.as_dict().items() if name in _SETTINGS}
         parsed.settings = _merged(from_file, flags)
         return parsed
+
+    def _is_own(self, name: str) -> bool:
+        """Whether this names an option of the verb, not a setting of the Run, nor another file."""
+        return name not in {*_SETTINGS, "config"} and _flag(name) in self._option_string_actions
 
 
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -100,9 +106,13 @@ def _as_flags(values: Mapping[str, Any]) -> list[str]:
     flags = []
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        flag = f"--{name.replace('_', '-')}"
+        flag = _flag(name)
         flags += [] if value is False else [flag if value is True else f"{flag}={text}"]
     return flags
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def one_line(message: str) -> str:

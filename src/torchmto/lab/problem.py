@@ -5,6 +5,8 @@ label. Targets and outputs by kind are listed in `torchmto.lab.data.base`. With 
 have any shape: then nothing but these two looks at model and batches.
 """
 
+import contextlib
+import copy
 import hashlib
 import inspect
 import json
@@ -12,6 +14,7 @@ import linecache
 import pickle
 import re
 import sys
+import types
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -60,6 +63,26 @@ class Origin:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     source: str | None = None
     loadable: bool = False
+    _taken: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def take(self) -> bool:
+        """Whether a problem is the first one that comes from here; another has it from `dataclasses.replace`."""
+        first = not self._taken
+        self._taken[:] = [True]
+        return first
+
+    def replaced(self, caller: "Origin", parts: Mapping[str, Any]) -> "Origin":
+        """Of a problem that a caller made by `dataclasses.replace` of the one from here: no name leads another process to it.
+
+        Args:
+            caller: Who changed it.
+            parts: What it is made of now, without the data.
+        """
+        told = {part: _told(value) for part, value in parts.items()}
+        of = {"name": self.name, "arguments": dict(self.arguments), "parts": told}
+        source = "+".join(filter(None, (self.source, caller.source))) or None
+        name = f"{caller.name.removesuffix(NO_CALL)}{NO_CALL}"
+        return Origin(name, {**caller.arguments, "replaced": of}, source)
 
     @classmethod
     def of_caller(cls) -> "Origin":
@@ -67,7 +90,7 @@ class Origin:
         frame = sys._getframe(1)  # noqa: SLF001  the only way to the caller
         inside = (str(Path(__file__).parent), "<string>")
         while frame.f_back is not None and (
-            frame.f_code.co_filename.startswith(inside) or frame.f_code.co_filename.endswith("dataclasses.py")
+            frame.f_code.co_filename.startswith(inside) or frame.f_globals.get("__name__") in {"dataclasses", "copy"}
         ):
             frame = frame.f_back
         code = frame.f_code
@@ -83,7 +106,7 @@ class Origin:
 
 
 NO_CALL = "()"
-"""Ends the name of a function that was called with what only Python has."""
+"""Ends the name of a function that was called with what only Python has, or has changed a problem that it got."""
 
 
 def _is_plain(value: Any) -> bool:
@@ -127,8 +150,25 @@ def _told_apart(value: Any) -> Any:
         return f"{value.dtype} {list(value.shape)} {_hash(value.tobytes())}"
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
         return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
+    if isinstance(value, types.FunctionType):
+        return _told_function(value)
     printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
     return printed if len(printed) <= _PRINTED else _cut(printed)
+
+
+def _told_function(function: types.FunctionType) -> str:
+    """A function as its text and the values it goes by, so that ``lambda: Net(4)`` isn't ``lambda: Net(width)``."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter
+        text = ""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    values: dict[str, Any] = {"defaults": [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]}
+    for name, cell in cells.items():
+        with contextlib.suppress(ValueError):  # not set yet
+            values[name] = cell.cell_contents
+    known = {name: _told_apart(value) if _is_plain(value) else type(value).__name__ for name, value in values.items()}
+    return f"{function.__qualname__} {_hash(json.dumps([text, known]).encode())}"
 
 
 _PRINTED = 1000
@@ -173,6 +213,8 @@ class Problem:
         augment: Augmentation of training batches, ``(batch, tasks, sample keys) -> batch``.
         citation: Whom to cite.
         origin: Where it comes from; found by itself.
+        beside: Of disjoint data sets those of tasks that aren't trained, by which an epoch is as long as with them; set by
+            `only`.
 
     Raises:
         ProblemError: If a part isn't what it should be.
@@ -204,6 +246,7 @@ class Problem:
     augment: Augment | None = None
     citation: str = ""
     origin: Origin | None = field(default=None, compare=False)
+    beside: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         self.tasks = self._checked_tasks()
@@ -220,6 +263,10 @@ class Problem:
         self._check_functions()
         if self.origin is None:
             self.origin = Origin.of_caller()
+        elif not self.origin.take():
+            parts = {name: getattr(self, name) for name in _TOLD if getattr(self, name)}
+            self.origin = self.origin.replaced(Origin.of_caller(), parts)
+        self.origin.take()
 
     def _check_functions(self) -> None:
         for task, loss in self.losses.items():
@@ -321,6 +368,8 @@ class Problem:
     def only(self, names: Sequence[str]) -> "Problem":
         """The same problem with some of its tasks, in its own order; all of them if there are no names.
 
+        An epoch stays as long as it is: of disjoint data sets it is the longest one's, be its task among the names or not.
+
         Raises:
             ValueError: If there is no such task, or one is named twice.
         """
@@ -339,7 +388,11 @@ class Problem:
 
         parts = ("train", "validation", "test", "losses", "metrics", "primary")
         chosen = tuple(task for task in self.task_list if task.name in names)
-        return replace(self, tasks=chosen, **{part: kept(getattr(self, part)) for part in parts})
+        train = self.train if isinstance(self.train, Mapping) else {}
+        beside = {**self.beside, **{name: data for name, data in train.items() if name not in names}}
+        same = copy.copy(self)  # with its origin, and without checks of what has passed them
+        vars(same).update({part: kept(getattr(self, part)) for part in parts}, tasks=chosen, beside=beside)
+        return same
 
     def split(self, name: Split) -> Any:
         """The data of a split."""
@@ -364,6 +417,14 @@ class Problem:
                 )
             self.input_shape = tuple(batch["input"].shape[1:])
         return self.input_shape
+
+    @property
+    def ready_batches(self) -> bool:
+        """Whether training batches come ready-made, so that no batch size is asked for."""
+        return all(map(self._is_ready, self.train.values() if isinstance(self.train, Mapping) else [self.train]))
+
+    def _is_ready(self, source: Any) -> bool:
+        return self.closure is not None and not isinstance(source, TorchDataset)
 
     @property
     def is_image(self) -> bool:
@@ -410,7 +471,7 @@ class Problem:
         def one(source: Any, task: str | None) -> Loader | StreamLoader:
             # Sets of equal size shuffled alike would pair the same samples in every epoch.
             own = seed if task is None else zlib.crc32(task.encode(), seed % 2**32)
-            ready = self.closure is not None and not isinstance(source, TorchDataset)
+            ready = self._is_ready(source)
             if ready and world_size > 1:
                 raise part_error(split, "a data set whose batches can be divided among processes", "ready-made batches")
             if isinstance(source, int):
@@ -438,7 +499,9 @@ class Problem:
             return Loader(fetch, plan, workers=workers)
 
         if isinstance(data, Mapping):
-            return JointLoader({task: one(source, task) for task, source in data.items()})
+            beside = self.beside if split == "train" else {}
+            joint = {task: one(source, task) for task, source in data.items()}
+            return JointLoader(joint, [one(source, task) for task, source in beside.items()])
         return one(data, None)
 
     def _collate(self, split: str, task: str | None, augmented: bool) -> Callable[[list[Any]], Any]:
@@ -486,6 +549,13 @@ class Problem:
             _warn_of_direction(task.name, metric)
             assert isinstance(task.extra, dict)
             task.extra.update({"primary_metric": metric, "directions": {metric: metric in _HIGHER}})
+
+
+_TOLD = (
+    *("model", "losses", "metrics", "primary", "collate", "optimizer", "closure", "evaluate"),
+    *("input_shape", "mean", "std", "augment"),
+)
+"""Parts by which a problem that was changed is told from others of its caller; data are known by their number and shape."""
 
 
 def _warn_of_direction(task: str, metric: str) -> None:

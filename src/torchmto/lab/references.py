@@ -53,7 +53,8 @@ def resolve(reference: str, what: str = "data", *, anew: bool = False) -> Callab
     head, _, tail = reference.partition(":")
     if tail.endswith(NO_CALL):
         raise UnknownReferenceError(
-            f"`{reference}` was called from Python, with arguments that settings can't hold: they don't lead to it again."
+            f"`{reference}` was called from Python, with arguments that settings can't hold, or changed the problem it got "
+            "(`dataclasses.replace`): they don't lead to it again."
         )
     if what == "data":
         if head in datasets():

@@ -129,6 +129,30 @@ def test_what_a_run_is_known_by(tmp_path):
     assert key(**{"data.tasks": ["/a/x"]}) != key(**{"data.tasks": ["/b/x"]})
 
 
+def test_a_path_is_known_by_its_content_however_it_is_written(tmp_path, monkeypatch):
+    def key(value):
+        return run_key(config_of({"data.name": "rf1", "data.options": {"csv": value}}))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "t.csv"
+    written = ["data/t.csv", "./data/t.csv", "~/data/t.csv", f"../{tmp_path.name}/data/t.csv", str(file)]
+    words = ["data", "/", ".", "..", "no/such.csv", "t.csv", "~nobody/t.csv", "a\0.b"]
+    before = {}
+    for content in ("a,b", "b,a,c"):
+        file.write_text(content)
+        before[content] = [key(value) for value in written]
+        assert len(set(before[content])) == 1
+        (tmp_path / "data" / content).write_text("")  # another folder, too
+        before[f"{content} words"] = [key(value) for value in words]
+    assert before["a,b"] != before["b,a,c"]
+    assert before["a,b words"] == before["b,a,c words"]
+    assert len(set(before["a,b words"])) == len(words)
+    file.rename(tmp_path / "t.csv")
+    assert key("t.csv") == before["b,a,c"][0]
+
+
 def test_arguments_of_a_problem_from_python_count(tmp_path, trained):
     def made(*sizes, **more):
         return replace(load_problem(f"{FARM}:farm", {}), origin=Origin.of_caller())

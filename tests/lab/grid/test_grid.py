@@ -5,23 +5,27 @@ import math
 import shutil
 
 import pytest
+import torch
 from scipy import stats
 
 from torchmto.lab.atomic import plain, read_json, write_json
 from torchmto.lab.data import load_data
+from torchmto.lab.data.base import Task
 from torchmto.lab.folders import locked
-from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, run_grid, summarize
+from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFolder, outputs, run_grid, summarize
 from torchmto.lab.grid import executors as executors_module
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label, run_label
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
 from torchmto.lab.grid.plan import compare
-from torchmto.lab.grid.plots import plots
+from torchmto.lab.grid.plots import picture, plots
 from torchmto.lab.grid.tables import csv_text, main_table, markdown, task_table, versus_table
 from torchmto.lab.methods import make
+from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import config_of
 from torchmto.lab.run.loop import Trainer
+from torchmto.lab.run.pictures import draw_predictions
 from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
 from torchmto.lab.statistics import confidence95, std
@@ -88,6 +92,31 @@ def test_without_a_score_the_last_epoch_counts(problem, monkeypatch):
     assert trained(problem, epochs=2)["selected_epoch"] == 1
 
 
+@pytest.mark.parametrize(
+    ("scores", "epoch"),
+    [([0.0] * 3, 2), ([None] * 3, 2), ([0.0, 0.5, 0.5], 1), ([0.5, 0.5, 0.0], 1), ([None, 0.0, None], 1)],
+)
+def test_where_no_score_tells_epochs_apart_the_last_one_counts(problem, monkeypatch, scores, epoch):
+    scripted = Scripted(iter(scores))
+    monkeypatch.setattr(Trainer, "_measure", property(lambda self: scripted))
+    assert trained(problem, epochs=3)["selected_epoch"] == epoch
+
+
+def test_runs_whose_epoch_couldnt_be_chosen_are_named(finished, problem):
+    experiment, _, results = finished
+    assert summarize(experiment, problem, results)["undecided"] == {}  # one epoch is no choice
+    scores = dict.fromkeys(results, (0.1, 0.2))
+    scores |= {run_key(config): (0.0, 0.0) for config in experiment.single_task_runs(["left"])}
+    scores[run_key(experiment.method_runs("gd")[1])] = (None, None)
+    changed = {
+        key: {**result, "history": [{**result["history"][0], "score": score} for score in scores[key]]}
+        for key, result in results.items()
+    }
+    summary = summarize(experiment, problem, changed)
+    assert summary["undecided"] == {"single:left": [0, 1], "gd": [1]}
+    assert "so the last one counts: single-task left (seeds 0, 1), gd (seed 1)." in markdown(summary)
+
+
 def test_scores(problem):
     left, right, offset = problem.task_list
     assert measure_of((left,), None)({"left": 0.25}) == 0.25
@@ -143,7 +172,8 @@ def test_a_single_task_value_of_zero_gives_a_reason(finished, problem):
     zero = {**results[key], "test": {"left": {"accuracy": 0.0, "f1": 0.0}}}
     summary = summarize(experiment, problem, {**results, key: zero})
     assert summary["methods"]["gd"]["delta_m"] is None
-    assert "non-zero" in summary["methods"]["gd"]["reason"]
+    reason = "left's accuracy is 0 in the single-task run of seed 0: no change is relative to that."
+    assert summary["methods"]["gd"]["reason"] == reason
     assert "No Δm for gd" in markdown(summary)
     assert main_table(summary).rows[1][1] == "-"
 
@@ -195,6 +225,38 @@ def test_plots_show_what_the_methods_record(finished, problem):
         "groups-task_groups.png",
     }
     assert all(image.startswith(b"\x89PNG") for image in images.values())
+
+
+def named(names):
+    """A problem with tasks of these names."""
+
+    def samples(size):
+        return [(row, dict(zip(names, row[:2], strict=True))) for row in torch.randn(size, 4)]
+
+    tasks = [Task(name, "regression", 1) for name in names]
+    return Problem(tasks, samples(16), samples(8), samples(8), model="mlp")
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path, monkeypatch):
+    names = ["cost_$ per hour_$", r"\foo ($) x^{ ($)"]
+    problem = named(names)
+    settings = {"seeds": 1, "epochs": 1, "batch_size": 8, "jobs": 1, "progress": False}
+    methods = ["gd", "connection_strength", "task_groups"]
+    monkeypatch.setattr(outputs, "plots", lambda *_: {}["no picture"])
+    with pytest.raises(KeyError, match="no picture"):
+        compare(problem, methods, out=tmp_path, **settings)
+    assert {path.suffix for path in tmp_path.glob("results.*")} == {".json", ".csv", ".md"}
+    monkeypatch.undo()
+    result = compare(problem, methods, out=tmp_path, **settings)
+    pictures = {path.stem.partition("-")[0] for path in (tmp_path / "plots").iterdir()}
+    assert pictures == {"learning_curves", "priority_shares", "affinity", "groups"}
+    assert picture(result.figure(names[0]), "svg")
+    draw_predictions(
+        tmp_path / "p.png",
+        {"input": torch.rand(1, 3, 4, 4), "targets": {names[0]: torch.rand(1, 1)}},
+        {names[0]: torch.rand(1, 1)},
+        [Task(names[0], "regression", 1)],
+    )
 
 
 def test_a_second_call_finds_everything_finished(finished, problem, monkeypatch):

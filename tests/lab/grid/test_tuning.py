@@ -71,6 +71,39 @@ def test_each_runs_at_its_best_settings_and_goes_on(tmp_path, monkeypatch):
     assert again.table().equals(result.table())
 
 
+def rare(size, seed):
+    """A regression of larger numbers beside what validation has no example of, so that its f1 is 0."""
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+    return [(row, {"fraud": float(row[0] > (1 if seed == 0 else 9)), "price": 10 * row.sum()}) for row in x]
+
+
+@pytest.mark.parametrize("baselines", [False, True])
+def test_settings_are_compared_by_the_runs_own_score(tmp_path, baselines):
+    problem = lab.Problem(
+        tasks=[lab.Task("fraud", "binary", 1), lab.Task("price", "regression", 1)],
+        train=rare(64, 0),
+        validation=rare(32, 1),
+        test=rare(32, 2),
+        model="mlp",
+        primary={"fraud": ("f1", True)},
+    )
+    out = tmp_path / "x"
+    result = lab.compare(problem, ["gd"], tune=2, baselines=baselines, out=out, **{**SETTINGS, "seeds": 1})
+    tuning = result.results["tuning"]
+    assert tuning["measure"].startswith("mean validation score")  # single-task f1 is 0 where there is one
+    files = sorted((out / "tuning").glob("methods-*/runs/gd-*.json"))
+    own = [json.loads(path.read_text())["content"]["result"]["score"] for path in files]
+    assert [entry["score"] for entry in tuning["tried"]["gd"]] == own
+    assert all(-1 < score < 1 for score in own)  # relative to the untrained network's error
+    assert len(set(own)) == 2
+
+
+def test_a_method_without_a_score_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_measure", property(lambda self: None))
+    with pytest.raises(lab.grid.FailedRunsError, match=r"(?s)single-task crop: no setting .*'NoneType' object"):
+        lab.compare(f"{FARM}:farm", ["gd"], tune=1, out=tmp_path / "x", **SETTINGS)
+
+
 def test_tuning_needs_a_validation_split(tmp_path):
     with pytest.raises(ValueError, match="has none"):
         lab.compare(f"{FARM}:pinn", ["gd"], tune=2, out=tmp_path / "x", **SETTINGS)

@@ -233,6 +233,7 @@ def trained(config, tasks, asked, *, wrong):
         "history": [{**epoch, "batches": 1, "optimizer_steps": 1, "seconds": 1.0}],
         "trace": [],
         "selected_epoch": 0,
+        "score": rate if found is None else None,
         "validation": values,
         "test": values,
         "cost": {**cost, "peak_memory_bytes": None},

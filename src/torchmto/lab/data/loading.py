@@ -3,7 +3,7 @@
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from itertools import count, islice
 from typing import Any
@@ -297,10 +297,14 @@ class JointLoader:
 
     Args:
         loaders: Task -> its batches.
+        beside: Others that an epoch is as long as, too, but whose batches aren't taken.
     """
 
-    def __init__(self, loaders: "Mapping[str, Loader | StreamLoader]") -> None:
+    def __init__(
+        self, loaders: "Mapping[str, Loader | StreamLoader]", beside: "Sequence[Loader | StreamLoader]" = ()
+    ) -> None:
         self.loaders = dict(loaders)
+        self._beside = tuple(beside)
 
     @property
     def wait_seconds(self) -> float:
@@ -309,7 +313,7 @@ class JointLoader:
 
     def __len__(self) -> int:
         """Steps per epoch."""
-        return max(map(len, self.loaders.values()))
+        return max(map(len, (*self.loaders.values(), *self._beside)))
 
     def epoch(self, epoch: int, start: int = 0, stride: int = 1) -> Iterator[dict[str, Any]]:
         """Every ``stride``-th step of an epoch from ``start`` on: task -> batch."""

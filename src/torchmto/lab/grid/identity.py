@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from torchmto.lab.references import without_place
 from torchmto.lab.run.config import FREE, RunConfig
 
 __all__ = ["contents", "decided", "identity", "run_key"]
-
-_PATH = re.compile(r"(~|\.{1,2}|[A-Za-z]:)?[/\\].*", re.DOTALL)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -50,11 +47,16 @@ def _by_content(value: Any) -> Any:
         return {key: _by_content(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_by_content(entry) for entry in value]
-    if isinstance(value, str) and _PATH.fullmatch(value):
-        path = Path(value).expanduser()
-        with contextlib.suppress(OSError, ValueError):
+    if isinstance(value, str) and _looks_like_path(Path(value)):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nothing there, no such home
+            path = Path(value).expanduser()
             return f"{path.name} {_fingerprint(path, path.stat().st_mtime_ns)}"
     return value
+
+
+def _looks_like_path(path: Path) -> bool:
+    """Whether a text may name a file: a word like "train" doesn't, though there may be such a folder, nor a sign like "/"."""
+    return bool(path.name.strip(".")) and (len(path.parts) > 1 or bool(path.suffix))
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,4 +118,6 @@ def contents(problem: Problem) -> dict[str, Any]:
     except ProblemError:  # not tensors
         shape = None
     samples = {split: size(getattr(problem, split)) for split in ("train", "validation", "test")}
-    return {"samples": samples, "input_shape": shape}
+    # Before that was so, a single-task model's epoch was its own set: such results aren't gone on with.
+    epoch = {"epoch": "the longest set"} if isinstance(problem.train, Mapping) else {}
+    return {"samples": samples, "input_shape": shape, **epoch}

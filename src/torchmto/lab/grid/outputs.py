@@ -20,11 +20,11 @@ def write_outputs(folder: GridFolder, summary: Mapping[str, Any], results: Mappi
         summary: The figures, from `summarize`.
         results: Every run by its key.
     """
-    images = plots(plain(summary), results)
-    (folder.path / "plots").mkdir(exist_ok=True)
-    for name, image in images.items():
-        write_bytes(folder.path / "plots" / name, image)
     write_bytes(folder.path / "results.csv", csv_text(summary).encode())
     write_bytes(folder.path / "results.md", markdown(summary).encode())
     text = json.dumps(plain(summary), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(folder.path / "results.json", text.encode())
+    # Last: whatever becomes of a picture, the figures are there.
+    (folder.path / "plots").mkdir(exist_ok=True)
+    for name, image in plots(plain(summary), results).items():
+        write_bytes(folder.path / "plots" / name, image)

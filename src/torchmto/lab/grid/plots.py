@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.run.pictures import literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +54,11 @@ def delta_m_figure(summary: Mapping[str, Any], task: str | None = None) -> "Figu
             axis.errorbar(value["mean"], place, xerr=value["std"] or 0.0, fmt="o", color="C0", capsize=3)
     if task is None:
         axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(methods)), [name if len(name) < 44 else f"{name[:41]}..." for name in methods])
+    shown = [name if len(name) < 44 else f"{name[:41]}..." for name in methods]
+    axis.set_yticks(range(len(methods)), list(map(literal, shown)))
     axis.invert_yaxis()
     label = "Δm %, mean, 95 % interval, seeds" if task is None else f"{task} {summary['tasks'][task]['primary_metric']}"
-    axis.set(xlabel=label)
+    axis.set(xlabel=literal(label))
     axis.grid(alpha=0.3)
     return figure
 
@@ -93,8 +95,8 @@ def _learning_curves(summary: Mapping[str, Any], runs: Mapping[str, Sequence[Res
             style: dict[str, Any] = {"color": "black", "linestyle": "--"} if label == "single-task" else {}
             if values:
                 mean = np.array(values, dtype=float).mean(axis=0)
-                axis.plot(np.arange(1, len(mean) + 1), mean, marker=".", label=label, **style)
-        axis.set(title=task, xlabel="epoch", ylabel=f"validation {metric}")
+                axis.plot(np.arange(1, len(mean) + 1), mean, marker=".", label=literal(label), **style)
+        axis.set(title=literal(task), xlabel="epoch", ylabel=literal(f"validation {metric}"))
         axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -109,9 +111,9 @@ def _priority_shares(method: str, tasks: Sequence[str], seeds: Sequence[Result])
         steps = [step for step, _ in _traced(seeds[0], "priority_shares")]
         length = min(len(values) for values in series)
         array = np.array([values[:length] for values in series], dtype=float)
-        axis.plot(steps[:length], array.mean(axis=0), label=task)
+        axis.plot(steps[:length], array.mean(axis=0), label=literal(task))
         axis.fill_between(steps[:length], array.min(axis=0), array.max(axis=0), alpha=0.2)
-    axis.set(title=method, xlabel="step", ylabel="share of channels led", ylim=(0, 1))
+    axis.set(title=literal(method), xlabel="step", ylabel="share of channels led", ylim=(0, 1))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure
@@ -129,10 +131,11 @@ def _affinity(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Fi
         text = f"{matrix[row, column]:.1e}"
         text = f"({text})" if abs(matrix[row, column]) < (floor or {}).get(tasks[column], 0.0) else text
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=shade)
-    axis.set_xticks(range(len(tasks)), tasks, rotation=30, ha="right")
-    axis.set_yticks(range(len(tasks)), tasks)
+    names = list(map(literal, tasks))
+    axis.set_xticks(range(len(tasks)), names, rotation=30, ha="right")
+    axis.set_yticks(range(len(tasks)), names)
     about = "no noise floor was measured" if floor is None else "(…): below the noise floor of one batch"
-    axis.set(title=f"{method}: affinity at the end", xlabel=f"effect on\n{about}", ylabel="step of")
+    axis.set(title=literal(f"{method}: affinity at the end"), xlabel=f"effect on\n{about}", ylabel="step of")
     figure.colorbar(image, ax=axis, shrink=0.8)
     return figure
 
@@ -148,8 +151,8 @@ def _groups(method: str, tasks: Sequence[str], seeds: Sequence[Result]) -> "Figu
                     picture[tasks.index(member), column] = number
         edges = [0, *(step for step, _ in points)]
         axis.pcolormesh(edges, range(len(tasks) + 1), picture, cmap="tab10", vmin=-0.5, vmax=9.5)
-        axis.set_yticks([row + 0.5 for row in range(len(tasks))], tasks)
+        axis.set_yticks([row + 0.5 for row in range(len(tasks))], list(map(literal, tasks)))
         axis.invert_yaxis()
         axis.set(title=f"seed {seed}", xlabel="step")
-    figure.suptitle(f"{method}: tasks of one colour are one group")
+    figure.suptitle(literal(f"{method}: tasks of one colour are one group"))
     return figure

@@ -70,7 +70,7 @@ def run_grid(
         watcher: Is told how far the grid is.
         stages: Which of the two to run.
         baseline: Single-task validation values by which methods choose their epoch; by default those of the baselines of the
-            same seed, which then have to be finished.
+            same seed, which then have to be finished. If empty, by the score of Runs without.
 
     Returns:
         The result of every run by `run_key`.
@@ -93,7 +93,7 @@ def run_grid(
 
         def baseline_of(seed: int) -> Mapping[str, float | None] | None:
             if baseline is not None or not singles:
-                return baseline
+                return baseline or None
             values: dict[str, float | None] = {}
             for config in singles:
                 if config.seed == seed and run_key(config) in results:

@@ -11,7 +11,7 @@ from torchmto.lab.grid.versus import versus
 from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.evaluation import primary_values
-from torchmto.lab.run.scores import is_finite
+from torchmto.lab.run.scores import is_finite, tells_apart
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
@@ -38,8 +38,9 @@ def summarize(
         reference: The method that the others are compared with, if it is among them, else the first.
 
     Returns:
-        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``single_task``, ``versus``
-        (see `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
+        ``schema_version``, ``tasks``, ``methods``, ``runs`` (the keys of each one's runs by seed), ``problem`` (whether it has
+        an ``evaluate`` or batches of its own), ``undecided`` (the seeds of those whose epoch no validation score could choose),
+        ``single_task``, ``versus`` (see `torchmto.lab.grid.versus.versus`), ``versions`` and ``config``.
     """
     tasks = problem.task_list
     names = [task.name for task in tasks]
@@ -77,6 +78,8 @@ def summarize(
         },
         "methods": methods,
         "runs": files,
+        "problem": {"evaluate": problem.evaluate is not None, "ready_batches": problem.ready_batches},
+        "undecided": {name: seeds for name, runs in every.items() if (seeds := _undecided(runs, problem))},
         "single_task": {
             "tasks": _over_seeds(tests, tasks),
             "cost": _mean_cost([_cost([run["cost"] for run in runs], max) for runs in singles]),
@@ -94,6 +97,12 @@ def summarize(
     }
 
 
+def _undecided(runs: Sequence[Result], problem: Problem) -> list[int]:
+    """The seeds of runs whose validation scores don't say which epoch is best; an own `evaluate` chooses none."""
+    scores = [[epoch["score"] for epoch in run["history"]] for run in runs if problem.evaluate is None]
+    return [seed for seed, own in enumerate(scores) if len(own) > 1 and not tells_apart(own)]
+
+
 def _delta_m(
     tests: Sequence[Mapping[str, Any]], singles: Sequence[Mapping[str, Any]], tasks: Sequence[Task]
 ) -> dict[str, Any]:
@@ -104,14 +113,17 @@ def _delta_m(
                 if not is_finite(run[task.name][metric]):
                     reason = f"{task.name}'s {metric} isn't a finite number in the {kind} of seed {seed}."
                     return {"delta_m": None, "reason": reason}
+        for seed, run in enumerate(singles):
+            if run[task.name][metric] == 0:
+                reason = (
+                    f"{task.name}'s {metric} is 0 in the single-task run of seed {seed}: no change is relative to that."
+                )
+                return {"delta_m": None, "reason": reason}
     higher = {task.name: primary_metric(task)[1] for task in tasks}
-    try:
-        per_seed = [
-            delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
-            for test, single in zip(tests, singles, strict=True)
-        ]
-    except ValueError as error:  # a single-task value of 0
-        return {"delta_m": None, "reason": str(error)}
+    per_seed = [
+        delta_m(primary_values(dict(test), tasks), primary_values(dict(single), tasks), higher)
+        for test, single in zip(tests, singles, strict=True)
+    ]
     mean = sum(per_seed) / len(per_seed)
     return {"delta_m": {"mean": mean, "ci95": confidence95(per_seed), "per_seed": per_seed}}
 

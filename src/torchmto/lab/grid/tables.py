@@ -110,9 +110,8 @@ def notes(summary: Summary) -> list[str]:
     config = summary["config"]
     data, model = config["data"], config["model"]
     settings = (
-        f"{data['name']}, model {model['name'] or 'its own'}, {config['epochs']} epochs, batches of {data['batch_size']}, "
-        f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}. Test split; the epoch is chosen on the "
-        "validation split."
+        f"{data['name']}, model {model['name'] or 'its own'}, {config['epochs']} epochs, {batches(summary)}, "
+        f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}. {selection(summary)}"
     )
     legend = (
         "Δm: mean relative change to single-task models of the same seed, ± 95 % confidence interval; task metrics "
@@ -124,7 +123,30 @@ def notes(summary: Summary) -> list[str]:
         for name, method in summary["methods"].items()
         if method["delta_m"] is None
     ]
-    return lines
+    return lines + undecided(summary)
+
+
+def batches(summary: Summary) -> str:
+    """What batches are made of: those of some problems come ready-made."""
+    ready = summary.get("problem", {}).get("ready_batches", False)
+    return "batches of its own" if ready else f"batches of {summary['config']['data']['batch_size']}"
+
+
+def selection(summary: Summary) -> str:
+    """What the figures are of, and at which epoch."""
+    if summary.get("problem", {}).get("evaluate", False):
+        return "Figures are what the problem's own `evaluate` gives after the last epoch."
+    return "Test split; the epoch is chosen on the validation split."
+
+
+def undecided(summary: Summary) -> list[str]:
+    """Names the Runs whose epoch couldn't be chosen, in a line, if there are any."""
+    runs = [
+        f"{name.replace('single:', 'single-task ', 1)} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+        for name, seeds in summary.get("undecided", {}).items()
+    ]
+    told = "No score on the validation split tells the epochs of these Runs apart, so the last one counts"
+    return [f"{told}: {', '.join(runs)}."] if runs else []
 
 
 def rich_tables(summary: Summary) -> list[FramedTable]:

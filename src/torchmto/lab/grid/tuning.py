@@ -2,7 +2,7 @@
 
 By default the settings are drawn beforehand, the same for all. With ``sampler="tpe"`` each method draws its own, one after
 the other, from what the ones before gave. Single-task models are tuned first: their best values are what methods are
-measured by.
+measured by. Settings are compared by the score that chooses a Run's epoch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,16 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchmto.checks import check_choice, check_integer, needed
-from torchmto.lab.data.base import Task
 from torchmto.lab.grid.executors import Executor
-from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
+from torchmto.lab.grid.experiment import Experiment, run_label
 from torchmto.lab.grid.folder import GridFolder, run_key
 from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, try_grid
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
-from torchmto.lab.run.evaluation import primary_values
-from torchmto.lab.run.scores import measure_of
 from torchmto.lab.specs import parse_method
 from torchmto.methods import method_class
 
@@ -119,12 +116,14 @@ class Tuning:
     Attributes:
         chosen: Settings by method, and by ``single-task <task>``.
         tried: Each one's settings and scores, in the order of the rounds.
+        measure: What methods were scored by.
         failed: What went wrong, a line for each run.
         complete: Whether all runs are there; otherwise nothing is chosen.
     """
 
     chosen: dict[str, Settings] = field(default_factory=dict)
     tried: dict[str, list[tuple[Settings, float | None]]] = field(default_factory=dict)
+    measure: str = ""
     failed: list[str] = field(default_factory=list)
     complete: bool = True
 
@@ -134,6 +133,7 @@ class Tuning:
             "chosen": self.chosen,
             "tried": {who: [{"settings": s, "score": score} for s, score in rows] for who, rows in self.tried.items()},
             "edges": {who: edges(own, [s for s, _ in self.tried[who]]) for who, own in self.chosen.items()},
+            "measure": self.measure,
             "failed": self.failed,
         }
 
@@ -179,6 +179,7 @@ def tune(
     check_tunable(problem)
     found = Tuning()
     baseline: dict[str, float] = {}
+    said: dict[str, str] = {}
     singles = [f"single-task {name}" for name in problem.task_names] if experiment.baselines else []
     stages: dict[Stage, list[str]] = {"single-task": singles, "methods": list(experiment.methods)}
     for stage, names in stages.items():
@@ -192,7 +193,7 @@ def tune(
                 executor=executor,
                 watcher=watcher,
                 stages=[stage],
-                baseline=baseline or None,
+                baseline=baseline,
             )
             failures = {run_key(run): text for run, text in error.failures} if error else {}
             runs = trial.single_task_runs(problem.task_names) if stage == "single-task" else trial.method_runs()
@@ -201,13 +202,15 @@ def tune(
                 if key not in results and key not in failures:
                     found.complete = False
                     continue
-                score = None
-                if key in results:
-                    score = _score(results[key], run, problem, baseline)
+                result = results.get(key, {})
+                score = result.get("score")
                 why = failures.get(key, "no finite score on the validation split")
+                if stage == "methods":
+                    found.measure = result.get("measure", found.measure)
                 if score is None:
                     shown = ", ".join(f"{name} {value}" for name, value in offers[who].items())
-                    found.failed.append(f"{run_label(run)}, {shown}: {why.partition(chr(10))[0]}")
+                    said[who] = f"{run_label(run)}, {shown}: {why.partition(chr(10))[0]}"
+                    found.failed.append(said[who])
                 found.tried.setdefault(who, []).append((offers[who], score))
                 plan.tell(who, number, score)
         if not found.complete:
@@ -215,19 +218,17 @@ def tune(
         for who in names:
             scores = [(score, settings) for settings, score in found.tried[who] if score is not None]
             if not scores:
-                raise FailedRunsError(f"{who}: no setting in tuning gave a finite score on the validation split.")
+                raise FailedRunsError(
+                    f"{who}: no setting in tuning gave a finite score on the validation split.\n{said[who]}"
+                )
             best, settings = max(scores, key=lambda entry: entry[0])
             found.chosen[who] = {**settings, **experiment.chosen.get(who, {})}
             if stage == "single-task":
                 task = problem.only([who.removeprefix("single-task ")]).task_list[0]
                 baseline[task.name] = best if primary_metric(task)[1] else -best
+        if 0.0 in baseline.values():  # no Δm to it: methods are scored as without single-task values
+            baseline = {}
     return found
-
-
-def _score(result: Mapping[str, Any], run: RunConfig, problem: Problem, baseline: Mapping[str, float]) -> float | None:
-    tasks: Sequence[Task] = problem.only(run.data.tasks or ()).task_list
-    values = primary_values(result["validation"], tasks)
-    return measure_of(tasks, None if is_single_task(run) else baseline or None)(values)
 
 
 def edges(settings: Settings, offers: Sequence[Settings]) -> list[str]:

@@ -8,6 +8,7 @@ from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
+from torchmto.lab.grid.tables import batches, selection, undecided
 from torchmto.lab.grid.versus import UNITS
 from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
@@ -34,13 +35,13 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
     for method in results["methods"].values():
         _check_method(method, tasks)
     contents = [_read_run(path, schema, name) for name, path in run_files(folder, results)]
-    data, model, size = config["data"], config["model"], config.get("batch_size")
+    data, model, made_of = config["data"], config["model"], f"batches of {config.get('batch_size')}"
     if schema == SCHEMA_VERSION:
-        data, model, size = data["name"], model["name"] or "its own", data["batch_size"]
-    about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, batches of {size}."
+        data, model, made_of = data["name"], model["name"] or "its own", batches(results)
+    about = f"Data: {data}; model: {model or 'the default of the data'}; {config['epochs']} epochs, {made_of}."
     return study(
         title=folder.resolve().name,
-        about=f"{about} Figures are of the test split, at the epoch that the validation split chose.",
+        about=f"{about} {selection(results)}",
         made=provenance(
             [content["result"].get("made") or {} for content in contents],
             [content["result"]["seconds"] for content in contents if "seconds" in content["result"]],
@@ -92,7 +93,7 @@ _READABLE = {1: 2, SCHEMA_VERSION: RESULTS_VERSION}
 
 
 def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]) -> list[str]:
-    notes = []
+    notes = undecided(results)
     expected = len(results["methods"]) * int(results["config"]["seeds"])
     missing = expected - sum(content["task"] is None for content in contents)
     if missing > 0:

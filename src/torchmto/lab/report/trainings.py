@@ -221,6 +221,9 @@ def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, fl
     values = {task: value for task, value in measured.items() if value is not None}
     if len(values) < len(measured):
         return {"delta_m": None, "reason": "a task has no finite figure"}
+    for task, metric in training.primary.items():
+        if references[task] == 0:
+            return {"delta_m": None, "reason": f"{task}'s {metric} is 0 in its single-task run"}
     higher = {task: _direction(metric, training.directions) for task, metric in training.primary.items()}
     try:
         change = delta_m(values, references, higher)

@@ -430,7 +430,8 @@ class Trainer:
             primary = primary_values(validation, tasks)
             progress.validation, progress.score = validation, self._measure(primary)
             # An own `evaluate` has no split to choose by: the last epoch is what is reported.
-            best = self.problem.evaluate is not None or is_better(progress.score, progress.best_score)
+            earlier = [entry["score"] for entry in progress.history]
+            best = self.problem.evaluate is not None or is_better(progress.score, earlier)
             if best:
                 progress.best_score, progress.best_step, progress.best_epoch = progress.score, progress.step, epoch - 1
                 progress.best_validation = validation

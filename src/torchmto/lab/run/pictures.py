@@ -95,11 +95,21 @@ def draw_predictions(path: Path, batch: Batch, outputs: Mapping[str, Tensor], ta
             pictures += _label_and_prediction(task, batch["targets"].get(task.name), outputs[task.name], row)
         for axis, (title, picture) in zip(axes[row], pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
-            axis.set_title(title, fontsize=8)
+            axis.set_title(literal(title), fontsize=8)
             axis.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_bytes(path, buffer.getvalue())
+
+
+def literal(text: str) -> str:
+    r"""A text with the user's names as matplotlib draws it letter by letter: between two dollar signs it reads a formula.
+
+    Example:
+        >>> literal("cost ($), margin ($)")
+        'cost (\\$), margin (\\$)'
+    """
+    return text.replace("$", r"\$")
 
 
 def _label_and_prediction(task: Task, target: Tensor | None, output: Tensor, row: int) -> list[tuple[str, Image]]:

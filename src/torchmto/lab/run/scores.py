@@ -47,14 +47,34 @@ def is_finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
-def is_better(score: float | None, best: float | None) -> bool:
-    """Whether an epoch takes the place of the best one so far: a later one does where nothing tells them apart.
+def is_better(score: float | None, earlier: Sequence[float | None]) -> bool:
+    """Whether an epoch takes the place of the best one so far: by a higher score, or the last where none tells them apart.
+
+    A missing score is less than any, and tells epochs apart no more than equal ones do: of a metric that stays at 0 the same
+    epoch counts as where a Δm to it isn't defined.
+
+    Args:
+        score: The epoch's.
+        earlier: Those of the epochs before it.
 
     Example:
-        >>> is_better(None, None), is_better(1.0, None), is_better(None, 1.0), is_better(1.0, 1.0)
-        (True, True, False, False)
+        >>> is_better(2.0, [0.5, 1.0]), is_better(1.0, [0.5, 1.0]), is_better(None, [None, 1.0])
+        (True, False, False)
+        >>> is_better(0.0, [0.0, 0.0]), is_better(None, [None])
+        (True, True)
     """
-    return best is None or (score is not None and score > best)
+    best = max((known for known in earlier if known is not None), default=None)
+    return not tells_apart([*earlier, score]) or (score is not None and (best is None or score > best))
+
+
+def tells_apart(scores: Sequence[float | None]) -> bool:
+    """Whether the scores of a Run's epochs say which one is best.
+
+    Example:
+        >>> tells_apart([0.5, 0.6]), tells_apart([0.0, 0.0]), tells_apart([None, None])
+        (True, False, False)
+    """
+    return len(set(scores)) > 1
 
 
 def needs_untrained(tasks: Sequence[Task], baseline: Values | None) -> bool:
