@@ -26,6 +26,7 @@ from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, 
 from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import leave_unreduced, replicas
+from torchmto.task_norms import OWN, activate
 
 STATE_VERSION = 1
 
@@ -450,7 +451,7 @@ class MultiTask:
     ) -> StepInfo:
         """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
         network = self.network
-        ranks, grad = network.ranks, torch.is_grad_enabled()
+        ranks, grad, active = network.ranks, torch.is_grad_enabled(), OWN.tasks
         if ranks.lost:
             raise RankFailedError(
                 "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
@@ -490,6 +491,7 @@ class MultiTask:
             raise ended.error from None
         except BaseException as error:
             torch.set_grad_enabled(grad)
+            activate(active)
             tell(ranks, len(self.tasks), network.device, error)
             raise
 

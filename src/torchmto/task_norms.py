@@ -23,7 +23,9 @@ class _Own(threading.local):
     tasks: tuple[str, ...] = ()
 
 
-_OWN = _Own()
+OWN = _Own()
+"""This thread's."""
+
 _TRAINING: dict[int, tuple[str, ...]] = {}
 """The same of every thread that has some, for autograd's workers."""
 
@@ -37,8 +39,8 @@ def current_tasks() -> tuple[str, ...]:
     Raises:
         RuntimeError: If a worker of autograd asks while several threads train different tasks.
     """
-    if _OWN.tasks or not _TRAINING:
-        return _OWN.tasks
+    if OWN.tasks or not _TRAINING:
+        return OWN.tasks
     if type(threading.current_thread()).__name__ != "_DummyThread":  # what Python makes of threads that others started
         return ()
     training = set(list(_TRAINING.values()))  # noqa: C414 - in one go, while other threads come and go
@@ -58,16 +60,26 @@ class _Activated(ContextDecorator):
         self._former: list[tuple[str, ...]] = []  # a block may be entered again inside itself
 
     def __enter__(self) -> None:
-        self._former.append(_OWN.tasks)
-        _OWN.tasks = self.tasks
+        self._former.append(OWN.tasks)
+        OWN.tasks = self.tasks
         _TRAINING[threading.get_ident()] = self.tasks
 
     def __exit__(self, *_: object) -> None:
-        _OWN.tasks = former = self._former.pop()
+        # As `activate` does: a call less in every forward.
+        OWN.tasks = former = self._former.pop()
         if former:
             _TRAINING[threading.get_ident()] = former
         else:
             del _TRAINING[threading.get_ident()]
+
+
+def activate(tasks: tuple[str, ...]) -> None:
+    """Make these this thread's tasks, where an interrupt has lost the end of a block."""
+    OWN.tasks = tasks
+    if tasks:
+        _TRAINING[threading.get_ident()] = tasks
+    else:
+        _TRAINING.pop(threading.get_ident(), None)
 
 
 def active_task(name: str) -> AbstractContextManager[None]:

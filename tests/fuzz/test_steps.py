@@ -10,6 +10,7 @@ from torch._functorch import config as functorch_config
 
 import torchmto
 from scripts import load_script
+from torchmto.task_norms import current_tasks
 from toy import batch, closure, make, same, state
 
 fuzz = load_script("benchmarks/fuzz_steps.py")
@@ -159,6 +160,7 @@ def test_an_interrupt_leaves_the_modes_around_a_step(name, monkeypatch):
             assert torch.empty(0).device.type == "meta", line
             assert torch.is_autocast_enabled("cpu"), line
             assert not torch.is_grad_enabled(), line
+        assert current_tasks() == (), line
         assert torch.empty(0).device.type == "cpu", line
         assert not torch.is_autocast_enabled("cpu"), line
         assert (functorch_config.donated_buffer, torch.compiler.config.cache_key_tag) == settings, line
