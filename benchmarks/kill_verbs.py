@@ -12,6 +12,7 @@ times apart. With torchrun: `kill_training.py --processes 2`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -107,7 +108,7 @@ def end(process: int, log: Path) -> int:
 
 def alone(process: int) -> None:
     """Wait until nothing of a command's group is left."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150  # Ray's agents notice the end of their node after a minute
     while time.monotonic() < until:
         try:
             os.killpg(process, 0)
@@ -115,7 +116,7 @@ def alone(process: int) -> None:
             return
         time.sleep(0.05)
     os.killpg(process, signal.SIGKILL)
-    raise FindingError("processes are left a minute after the command has ended")
+    raise FindingError("processes are left long after the command has ended")
 
 
 def tail(log: Path) -> str:
@@ -131,10 +132,14 @@ def below(process: int) -> Iterator[int]:
 
 
 def workers(process: int) -> list[int]:
-    """Those that do the Runs."""
-    marks = ("spawn_main", "ray::")
-    lines = {child: Path(f"/proc/{child}/cmdline") for child in below(process)}
-    return [child for child, line in lines.items() if line.exists() and any(mark in line.read_text() for mark in marks)]
+    """Those that do the Runs: without one of Ray's agents its node goes, and all workers with it."""
+    found = []
+    for child in below(process):
+        with contextlib.suppress(OSError):  # it has ended by now
+            line = Path(f"/proc/{child}/cmdline").read_text()
+            if "spawn_main" in line or ("ray::" in line and "Agent" not in line):
+                found.append(child)
+    return found
 
 
 def figures(value: Any) -> Any:
