@@ -239,7 +239,7 @@ class MultiTask:
         Raises:
             RuntimeError: In the middle of an accumulated batch, whose gradients belong to the original's parameters.
         """
-        if self._carried is not None:
+        if self.accumulating:
             raise RuntimeError(
                 "A MultiTask can't be copied in the middle of an accumulated batch. Call `mt.backward(losses)` for the last "
                 "micro-batch first."
@@ -412,6 +412,11 @@ class MultiTask:
         info = self._run(self._keep, losses, tasks, independent, stepping=False, carried=carried)
         self._carried = carried
         return info
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether a call of :meth:`backward` that wasn't ``final`` has kept something for the next one."""
+        return self._carried is not None
 
     def zero_grad(self) -> None:
         """Drop every gradient, and what calls of :meth:`backward` that weren't ``final`` have kept."""

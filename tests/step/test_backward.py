@@ -404,7 +404,9 @@ def test_zero_grad_drops_what_was_kept(method):
         model, data = way.network.model, [batch(TASKS, seed=seed) for seed in range(2)]
         if way is mt:
             way.backward(closure(model, data[0]), final=False)
+            assert way.accumulating
             way.zero_grad()
+            assert not way.accumulating
             assert all(p.grad is None for p in model.parameters())
         way.backward(closure(model, data[1]))
     assert same(gradients(mt.network.model), gradients(twin.network.model))

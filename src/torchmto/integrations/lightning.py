@@ -67,7 +67,6 @@ class MultiTaskMixin(_Base):
     _window: int | None = None
     _losses: Mapping[str, Any] | None = None
     _final: bool = True
-    _keeps: bool = False
 
     # ------------------------------------------------------------------ what a user calls and writes
 
@@ -182,23 +181,19 @@ class MultiTaskMixin(_Base):
                 "return what MultiTaskMixin's returns, and add further terms to the tasks' losses."
             )
         losses, self._losses = self._losses, None
-        self._keeps = False
         self.step_info = self.multitask.backward(losses, final=self._final)
-        self._keeps = not self._final
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Before the first micro-batch of a step: of an accumulation that was broken off nothing is left."""
         super().optimizer_zero_grad(epoch, batch_idx, optimizer)
         if self._multitask is not None:
             self._multitask.zero_grad()
-        self._keeps = False
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Where the last micro-batch had no loss, those before it make the step. Call ``super()`` if you override this."""
         super().on_before_optimizer_step(optimizer)
-        if self._keeps:
-            self._keeps = False
-            self.step_info = self.multitask.backward({})
+        if self._multitask is not None and self._multitask.accumulating:
+            self.step_info = self._multitask.backward({})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the method knows goes into the checkpoint. Call ``super()`` if you override this."""
@@ -221,7 +216,7 @@ class MultiTaskMixin(_Base):
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which needs nothing of the step that the original may be in."""
         kept: dict[str, Any] = super().__getstate__()
-        left = {"_multitask": None, "_losses": None, "_keeps": False, "_saved": self._state}
+        left = {"_multitask": None, "_losses": None, "_saved": self._state}
         return {**kept, **left}
 
     # ------------------------------------------------------------------ behind them
