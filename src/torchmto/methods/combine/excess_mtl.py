@@ -60,8 +60,8 @@ class ExcessMTL(Method):
         """Multiply the weights; the present tasks' weights in the update, [k], summing to k."""
         where = list(chosen)
         relative = excess / self.first[where]
-        # A task's first step with a gradient only sets its scale.
-        relative = torch.where(relative.isnan(), 0.0, relative)
+        # A task's first step with a gradient only sets its scale; to one next to nothing there is no ratio.
+        relative = torch.where(relative.isfinite(), relative, 0.0)
         self.first[where] = torch.where(self.first[where].isnan() & (excess > 0), excess, self.first[where])
         before = self.weights[where]
         moved = (before.log() + self.step_size * relative).softmax(0).clamp_min(LEAST)
