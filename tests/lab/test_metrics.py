@@ -285,6 +285,25 @@ def test_two_processes(tmp_path):
         check(kind, values)
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 60.0, 1e30])
+def test_sure_answers_are_told_apart(scale):
+    random = np.random.default_rng(0)
+    label = random.integers(0, 2, 200).astype(np.float32)
+    logits = (random.normal(size=200) + label).astype(np.float32)
+    metrics = metrics_of("binary")
+    for metric in metrics.values():
+        metric.update(torch.tensor(scale * logits)[:, None], torch.tensor(label)[:, None])
+    for name, metric in metrics.items():
+        assert float(metric.compute()) == pytest.approx(REFERENCES["binary", name](logits, label), rel=1e-6), name
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.5, torch.nan])
+def test_the_order_of_equal_answers_says_nothing(label):
+    metric = metrics_of("binary")["auroc"]
+    metric.update(torch.randn(5, 1), torch.full((5, 1), label))
+    assert metric.compute().isnan()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_perfect_prediction_is_best(kind):
     task = task_of(kind)

@@ -781,3 +781,25 @@ def test_functions_are_told_apart_by_their_text_and_what_they_hold():
     kinds = [made(net(4)), made(net(5)), made(net(4, bias=False)), made(lambda: nn.Linear(4, 1)), made(net)]
     assert len({*kinds, made(lambda width=4: width), made(lambda width=5: width)}) == 7
     assert all("0x" not in kind for kind in kinds)
+
+
+def test_labels_that_are_missing_are_null_in_predictions(tmp_path):
+    (tmp_path / "gaps.py").write_text(
+        "import torch\n"
+        "from torchmto import lab\n"
+        "def gaps():\n"
+        "    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))\n"
+        "    kinds = [0, 1, None, 2] * 2\n"
+        "    samples = [\n"
+        "        (x[n], {k: v for k, v in {'kind': kinds[n], 'sum': [[1.0], None][n % 2]}.items() if v is not None})\n"
+        "        for n in range(8)\n"
+        "    ]\n"
+        "    tasks = [lab.Task('kind', 'classification', 3), lab.Task('sum', 'regression', 1)]\n"
+        "    return lab.Problem(tasks=tasks, train=samples, validation=samples, test=samples, model='mlp')\n"
+    )
+    out = str(tmp_path / "run")
+    assert main(["train", "--problem", f"{tmp_path / 'gaps.py'}:gaps", "--epochs", "1", "--out", out]) == 0
+    assert main(["predict", "--run", out, "--count", "4"]) == 0
+    predicted = json.loads((tmp_path / "run" / "predictions-test.json").read_text())["tasks"]
+    assert predicted["kind"]["label"] == [0, 1, None, 2]
+    assert predicted["sum"]["label"] == [[1.0], [None], [1.0], [None]]

@@ -13,6 +13,8 @@ from torchmto.lab.data.base import Task, positive
 try:
     from torchmetrics import Metric
     from torchmetrics import classification as tm
+    from torchmetrics.functional.classification import binary_auroc
+    from torchmetrics.utilities import dim_zero_cat
 except ImportError as error:  # pragma: no cover
     raise ImportError("The lab's metrics need torchmetrics: pip install 'torchmto[lab]'") from error
 
@@ -190,9 +192,9 @@ class _Answers(Metric):
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add a batch of ``[B, C]``."""
         valid = torch.isfinite(target)
-        scores, labels = prediction[valid].float().sigmoid(), positive(target[valid]).long()
+        answers, labels = (prediction[valid] > 0).long(), positive(target[valid]).long()
         if len(labels) > 0:
-            super().update(scores, labels)  # type: ignore[safe-super]
+            super().update(answers, labels)  # type: ignore[safe-super]
 
 
 class BinaryAccuracy(_Answers, tm.BinaryAccuracy):
@@ -203,8 +205,23 @@ class BinaryF1(_Answers, tm.BinaryF1Score):
     """F1 of the answer "yes"."""
 
 
-class BinaryAuroc(_Answers, tm.BinaryAUROC):
-    """Area under the ROC curve, exact (keeps all scores)."""
+class BinaryAuroc(tm.BinaryAUROC):
+    """Area under the ROC curve, exact (keeps all scores); labels may be missing. NaN where all answers are the same."""
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add a batch of ``[B, C]`` logits."""
+        valid = torch.isfinite(target)
+        self.preds.append(prediction[valid])
+        self.target.append(positive(target[valid]).long())
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The area."""
+        scores, labels = dim_zero_cat(self.preds), dim_zero_cat(self.target)
+        if scores.isnan().any() or not 0 < labels.sum() < len(labels):
+            return scores.new_tensor(torch.nan)
+        # Probabilities of sure answers would all be 1: their order tells, not their values.
+        _, order = torch.unique(scores, return_inverse=True)
+        return binary_auroc(order / len(order), labels)
 
 
 class _ScoreCounts(_Counting):

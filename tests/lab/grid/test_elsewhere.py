@@ -15,21 +15,21 @@ from torch.utils.data import TensorDataset
 
 from torchmto import lab
 from torchmto.lab import memory
-from torchmto.lab.grid import FolderError, outputs
+from torchmto.lab.grid import FailedRunsError, FolderError, executors, outputs
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Origin
 from torchmto.lab.references import load_problem
-from torchmto.lab.run.config import RunConfig, config_of
+from torchmto.lab.run.config import ConfigError, RunConfig, config_of
 from torchmto.lab.run.loop import Trainer
 
 FARM = Path(__file__).parents[1] / "farm.py"
 SETTINGS = {"seeds": 1, "epochs": 1, "batch_size": 16, "jobs": 1, "progress": False}
 
 
-def river(path: Path, rows: int = 64) -> Path:
+def river(path: Path, rows: int = 64, seed: int = 0) -> Path:
     """A small file of the data set ``rf1``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = np.random.default_rng(0).normal(size=(rows, 5)).round(3)
+    values = np.random.default_rng(seed).normal(size=(rows, 5)).round(3)
     lines = ["@relation r", *(f"@attribute a{n} numeric" for n in range(5)), "@data"]
     path.write_text("\n".join([*lines, *(",".join(map(str, row)) for row in values)]) + "\n")
     return path
@@ -79,6 +79,44 @@ def test_a_comparison_goes_on_elsewhere(tmp_path, trained):
     with pytest.raises(FolderError, match=r"samples\.train is \d+ there and \d+ here"):
         lab.compare(f"rf1:{short}", ["gd", "pcgrad"], out=folder, **data, **{**SETTINGS, "seeds": 2})
     assert trained == []
+
+
+def test_other_data_in_a_file_of_the_same_name_is_noticed(tmp_path, trained):
+    file, other = river(tmp_path / "a" / "rf1.arff"), river(tmp_path / "b" / "rf1.arff", seed=1)
+    data = {"data.options": {"targets": 2}, "model.options": {"widths": [4]}}
+    common = {**data, "epochs": 1, "batch_size": 16, "loggers": ["csv"], "out": tmp_path / "run"}
+    lab.compare(f"rf1:{file}", ["gd"], out=tmp_path / "x", **data, **SETTINGS)
+    lab.fit(f"rf1:{file}", **common)
+    for changed in (other, river(file, seed=2)):
+        with pytest.raises(FolderError, match=r"begun with other data.*--changed-source"):
+            lab.compare(f"rf1:{changed}", ["gd"], out=tmp_path / "x", **data, **SETTINGS)
+    with pytest.raises(ConfigError, match=r"begun with other data.*--changed-source"):
+        lab.fit(f"rf1:{file}", resume=True, **common)
+    assert len(trained) == 4
+    lab.compare(f"rf1:{file}", ["gd", "pcgrad"], out=tmp_path / "x", changed_source=True, **data, **SETTINGS)
+    assert len(trained) == 5
+
+
+def test_a_method_that_fails_leaves_the_table_of_the_others(tmp_path, trained, monkeypatch):
+    execute = executors.execute
+
+    def sometimes(job, *arguments):
+        if job.config.method.name == "pcgrad":
+            return executors.Outcome(None, "out of memory")
+        return execute(job, *arguments)
+
+    monkeypatch.setattr(executors, "execute", sometimes)
+    methods = ["pcgrad", "gd", "uw"]
+    with pytest.raises(FailedRunsError, match="pcgrad, seed 0: out of memory"):
+        lab.compare(f"{FARM}:farm", methods, out=tmp_path / "x", **SETTINGS)
+    assert list(lab.load_result(tmp_path / "x").table()["method"])[-2:] == ["gd", "uw"]
+    told = "Left out, as Runs of theirs failed: pcgrad."
+    assert told in (tmp_path / "x" / "results.md").read_text()
+    assert told in lab.load_result(tmp_path / "x").report().read_text()
+    monkeypatch.setattr(executors, "execute", execute)
+    whole = lab.compare(f"{FARM}:farm", methods, out=tmp_path / "x", **SETTINGS)
+    assert list(whole.table()["method"])[-3:] == methods
+    assert told not in (tmp_path / "x" / "results.md").read_text()
 
 
 def test_tuned_comparisons_and_own_files_go_on_elsewhere(tmp_path, trained):

@@ -43,6 +43,7 @@ OTHER = {
     "baseline": {"crop": 0.5, "yield": 0.5},
     "loggers": ["csv"],
     "source": None,  # found by itself
+    "content": None,
 }
 ON_THE_WAY = {"data.workers", "device", "checkpoint_every", "model.compile"}
 """Settings of how a Run is done, not of what comes out."""
@@ -67,7 +68,7 @@ def test_a_comparison_ignores_no_setting(name, tmp_path, monkeypatch):
     def stop(experiment, *_, **__):
         raise Planned(experiment)
 
-    monkeypatch.setattr(plan, "run_grid", stop)
+    monkeypatch.setattr(plan, "try_grid", stop)
 
     def runs(more):
         with pytest.raises(Planned) as planned:

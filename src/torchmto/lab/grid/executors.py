@@ -143,11 +143,11 @@ def _is_of(job: Job, state: Mapping[str, Any]) -> bool:
 def loaded(config: RunConfig) -> Problem:
     """The problem that a Run's reference leads to; the last ones are kept."""
     data = config.data
-    return _loaded(data.reference, canonical(data.options), data.split_seed, config.source)
+    return _loaded(data.reference, canonical(data.options), data.split_seed, (config.source, config.content))
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(reference: str, options: str, seed: int, source: str | None) -> Problem:  # noqa: ARG001  another file, another problem
+def _loaded(reference: str, options: str, seed: int, files: tuple[str | None, ...]) -> Problem:  # noqa: ARG001  other files, another problem
     return load_problem(reference, json.loads(options), seed)
 
 

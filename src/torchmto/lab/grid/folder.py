@@ -25,7 +25,7 @@ from torchmto.lab.folders import FolderError, check_folder, is_ignored, locked
 from torchmto.lab.grid.experiment import Experiment, is_single_task, method_label
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Problem
-from torchmto.lab.run.config import ConfigError, RunConfig, check_source
+from torchmto.lab.run.config import ConfigError, RunConfig, check_content, check_source
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
@@ -116,9 +116,11 @@ class GridFolder:
                 "It was left as it is; choose another one (--out, `out=`)."
             )
         if not self.changed_source:
-            there, here = (values.get("free", {}).get("source") for values in (saved, settings))
+            there, here = (values.get("free", {}) for values in (saved, settings))
+            what = f"The comparison in {self.path}"
             try:
-                check_source(there, here, f"The comparison in {self.path}")
+                check_source(there.get("source"), here.get("source"), what)
+                check_content(there.get("content"), here.get("content"), what)
             except ConfigError as error:
                 raise FolderError(str(error)) from error
         if more:

@@ -1,13 +1,12 @@
 """What makes a Run the same one on another machine, under another path, and for later versions of this package."""
 
-import contextlib
 import functools
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torchmto.lab.atomic import canonical, plain
+from torchmto.lab.fingerprints import by_content
 from torchmto.lab.problem import Problem, ProblemError
 from torchmto.lab.references import without_place
 from torchmto.lab.run.config import FREE, RunConfig
@@ -33,43 +32,12 @@ def identity(config: RunConfig) -> dict[str, Any]:
     for section in ("data", "model"):
         if values[section]["name"] is not None:
             values[section]["name"] = without_place(values[section]["name"])
-        values[section]["options"] = _by_content(values[section]["options"])
+        values[section]["options"] = by_content(values[section]["options"])
     return values
 
 
 _COUNTED = {"devices", "nodes"}
 """Free when a run is resumed; but each process has norm statistics and dropout of its own."""
-
-
-def _by_content(value: Any) -> Any:
-    """The value with a path of something that is there as its last name and what it holds."""
-    if isinstance(value, Mapping):
-        return {key: _by_content(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_by_content(entry) for entry in value]
-    if isinstance(value, str) and _looks_like_path(Path(value)):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # nothing there, no such home
-            path = Path(value).expanduser()
-            return f"{path.name} {_fingerprint(path, path.stat().st_mtime_ns)}"
-    return value
-
-
-def _looks_like_path(path: Path) -> bool:
-    """Whether a text may name a file: a word like "train" doesn't, though there may be such a folder, nor a sign like "/"."""
-    return bool(path.name.strip(".")) and (len(path.parts) > 1 or bool(path.suffix))
-
-
-@functools.lru_cache(maxsize=256)
-def _fingerprint(path: Path, _changed: int) -> str:
-    """A hash of a file's content, or of a folder's names and sizes; of a large file, its size."""
-    if path.is_dir():
-        told: Any = sorted((entry.name, entry.stat().st_size if entry.is_file() else None) for entry in path.iterdir())
-        return hashlib.sha256(canonical(told).encode()).hexdigest()[:16]
-    size = path.stat().st_size
-    return f"{size} bytes" if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
-_LARGE = 2**28
 
 
 @functools.cache

@@ -11,10 +11,10 @@ from torchmto.checks import needed
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
-from torchmto.lab.grid.folder import GridFolder
+from torchmto.lab.grid.folder import GridFolder, run_key
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
-from torchmto.lab.grid.runner import Watcher, run_grid
+from torchmto.lab.grid.runner import Watcher, try_grid
 from torchmto.lab.grid.summary import summarize
 from torchmto.lab.grid.tuning import SPACE, Sampled, check_tunable
 from torchmto.lab.grid.tuning import tune as tune_all
@@ -109,7 +109,7 @@ def compare(
         ConfigError: If a setting makes no sense.
         ProblemError: If a part of the problem isn't what it should be.
         FolderError: If the folder belongs to something else.
-        FailedRunsError: If runs failed; the others are kept.
+        FailedRunsError: If runs failed; the others are kept, and the results are those of the methods that have all of theirs.
     """
     for given in (settings, config):
         if isinstance(given, Mapping):
@@ -149,8 +149,27 @@ def compare(
 
             tuning = tune_all(experiment, learnt, plan, round_of, executor=executor, watcher=watcher)
             experiment, found = replace(experiment, chosen=tuning.chosen), {"tuning": plain(tuning.as_dict())}
-        results = run_grid(experiment, folder, learnt, executor=executor, watcher=watcher)
-    write_outputs(folder, {**summarize(experiment, learnt, results), **found}, results)
+        results, failed = try_grid(experiment, folder, learnt, executor=executor, watcher=watcher)
+    _write(experiment, folder, learnt, results, found)
+    if failed is not None:
+        raise failed
+    return Result(folder.path)
+
+
+def _write(
+    experiment: Experiment, folder: GridFolder, problem: Problem, results: Mapping[str, Any], found: Mapping[str, Any]
+) -> None:
+    """Write the results of the methods of which all Runs are finished, if those of the single-task models are."""
+    singles = experiment.single_task_runs(problem.task_names)
+
+    def is_whole(method: str) -> bool:
+        return all(run_key(run) in results for run in (*singles, *experiment.method_runs(method)))
+
+    whole = tuple(filter(is_whole, experiment.methods))
+    if not whole:
+        return
+    unfinished = [method for method in experiment.methods if method not in whole]
+    summary = summarize(replace(experiment, methods=whole), problem, results)
+    write_outputs(folder, {**summary, "unfinished": unfinished, **found}, results)
     if found:
         write_bytes(folder.path / "tuning.json", (json.dumps(found["tuning"], indent=1) + "\n").encode())
-    return Result(folder.path)

@@ -123,7 +123,7 @@ def notes(summary: Summary) -> list[str]:
         for name, method in summary["methods"].items()
         if method["delta_m"] is None
     ]
-    return lines + undecided(summary)
+    return lines + caveats(summary)
 
 
 def batches(summary: Summary) -> str:
@@ -139,14 +139,16 @@ def selection(summary: Summary) -> str:
     return "Test split; the epoch is chosen on the validation split."
 
 
-def undecided(summary: Summary) -> list[str]:
-    """Names the Runs whose epoch couldn't be chosen, in a line, if there are any."""
+def caveats(summary: Summary) -> list[str]:
+    """Names the methods that are left out, and the Runs whose epoch couldn't be chosen, in a line each, if there are any."""
+    left_out = summary.get("unfinished", ())
+    lines = [f"Left out, as Runs of theirs failed: {', '.join(left_out)}."] if left_out else []
     runs = [
         f"{name.replace('single:', 'single-task ', 1)} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
         for name, seeds in summary.get("undecided", {}).items()
     ]
     told = "No score on the validation split tells the epochs of these Runs apart, so the last one counts"
-    return [f"{told}: {', '.join(runs)}."] if runs else []
+    return [*lines, *([f"{told}: {', '.join(runs)}."] if runs else [])]
 
 
 def rich_tables(summary: Summary) -> list[FramedTable]:

@@ -8,7 +8,7 @@ from torchmto.checks import shown
 from torchmto.lab.atomic import BrokenFileError, read_json
 from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
-from torchmto.lab.grid.tables import batches, selection, undecided
+from torchmto.lab.grid.tables import batches, caveats, selection
 from torchmto.lab.grid.versus import UNITS
 from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
 from torchmto.lab.versions import RESULTS_VERSION, results_version
@@ -93,7 +93,7 @@ _READABLE = {1: 2, SCHEMA_VERSION: RESULTS_VERSION}
 
 
 def _notes(folder: Path, results: Mapping[str, Any], contents: Sequence[Content]) -> list[str]:
-    notes = undecided(results)
+    notes = caveats(results)
     expected = len(results["methods"]) * int(results["config"]["seeds"])
     missing = expected - sum(content["task"] is None for content in contents)
     if missing > 0:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from torchmto.checks import check_choice, check_integer, check_number, check_tasks, found, nearest
+from torchmto.lab.fingerprints import content_of
 from torchmto.lab.methods import check_weighting, make
 from torchmto.lab.problem import Problem
 from torchmto.lab.references import model_named, resolve, source_of
@@ -184,6 +185,7 @@ class RunConfig:
         loggers: Where figures go: csv, tensorboard, wandb, mlflow; by default csv, tensorboard in a single run, none in a grid.
         log_every: Steps between logged steps.
         source: Hash of the file that defines an own problem; found by itself.
+        content: Hash of the file that a built-in data set is read from; found by itself.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -209,6 +211,7 @@ class RunConfig:
     loggers: list[LoggerName] | None = None
     log_every: int = _whole(10)
     source: str | None = None
+    content: str | None = None
 
     def validate(self) -> None:
         """Check everything that can be checked without loading data.
@@ -278,6 +281,7 @@ FREE = frozenset(
         "log_every",
         "model.compile",
         "source",
+        "content",
     }
 )
 """Settings that may change when a run is resumed: they don't enter the computation's definition."""
@@ -496,6 +500,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
         optimizer=replace(config.optimizer, lr=lr if config.optimizer.lr is None else config.optimizer.lr),
         epochs=epochs if config.epochs is None else config.epochs,
         source="+".join(filter(None, sources)) or None,
+        content=content_of(data.reference),
     )
 
 
@@ -518,5 +523,18 @@ def check_source(recorded: str | None, now: str | None, what: str) -> None:
     if recorded != now:
         raise ConfigError(
             f"{what} was begun with another version of the file that defines its problem or model. Add --changed-source "
+            "(`changed_source=True`) to go on all the same, or choose another folder."
+        )
+
+
+def check_content(recorded: str | None, now: str | None, what: str) -> None:
+    """Whether the data are those that something was begun with, as far as that is known.
+
+    Raises:
+        ConfigError: If the data set's file holds something else.
+    """
+    if recorded and now and recorded != now:
+        raise ConfigError(
+            f"{what} was begun with other data: the data set's file holds something else. Add --changed-source "
             "(`changed_source=True`) to go on all the same, or choose another folder."
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from torchmto.checks import check_integer
-from torchmto.lab.data.base import Split, labelled_tasks
+from torchmto.lab.data.base import Split, Task, labelled_tasks
 from torchmto.lab.data.loading import Loader
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.models.weights import load_weights
@@ -166,10 +166,17 @@ def predict_run(config: RunConfig, folder: RunFolder, weights: str, split: Split
         entries = {
             task.name: {
                 "prediction": readable(outputs[task.name], task.kind),
-                "label": batch["targets"][task.name] if task.name in labelled else None,
+                "label": _labels(task, batch["targets"][task.name]) if task.name in labelled else None,
             }
             for task in flat
         }
         content = {"weights": description, "split": split, "tasks": entries}
         written.append(folder.write_json(f"predictions-{split}.json", content))
     return written
+
+
+def _labels(task: Task, target: Any) -> Any:
+    """A task's labels; None for a class that isn't known, as numbers that aren't are written, too."""
+    if task.kind != "classification":
+        return target
+    return [int(label) if known else None for label, known in zip(target, task.valid(target), strict=True)]

@@ -10,7 +10,15 @@ from typing import Any
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import Computer, problem_of
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
-from torchmto.lab.run.config import ConfigError, LoggerName, RunConfig, changed_settings, check_source, check_used
+from torchmto.lab.run.config import (
+    ConfigError,
+    LoggerName,
+    RunConfig,
+    changed_settings,
+    check_content,
+    check_source,
+    check_used,
+)
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import check_loggers
@@ -156,7 +164,7 @@ def check_same(saved: Mapping[str, Any], config: RunConfig, what: str, *, change
     """Whether these are the settings that something was begun with.
 
     Raises:
-        ConfigError: If others than `torchmto.lab.run.config.FREE` differ, or the file that defines the problem does.
+        ConfigError: If others than `torchmto.lab.run.config.FREE` differ, or a file of the problem or of data does.
     """
     if changed := changed_settings(saved, config.as_dict()):
         raise ConfigError(
@@ -165,3 +173,4 @@ def check_same(saved: Mapping[str, Any], config: RunConfig, what: str, *, change
         )
     if not changed_source:
         check_source(saved.get("source"), config.source, what)
+        check_content(saved.get("content"), config.content, what)

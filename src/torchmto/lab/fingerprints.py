@@ -1,0 +1,55 @@
+"""What files hold, in a word: data are known again wherever they are, and others of their name aren't taken for them."""
+
+import contextlib
+import functools
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchmto.lab.atomic import canonical
+from torchmto.lab.data.registry import datasets
+
+
+def by_content(value: Any) -> Any:
+    """A value with each path of something that is there replaced by its last name and what it holds."""
+    if isinstance(value, Mapping):
+        return {key: by_content(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [by_content(entry) for entry in value]
+    if isinstance(value, str) and _looks_like_path(Path(value)):
+        held = _held(value)
+        return value if held is None else f"{Path(value).name} {held}"
+    return value
+
+
+def content_of(reference: str) -> str | None:
+    """What the file or folder of a built-in data set holds, such as that of ``rf1:/data/rf1.arff``; None without one."""
+    head, _, place = reference.partition(":")
+    return _held(place) if place and head in datasets() else None
+
+
+def _held(place: str) -> str | None:
+    """What the file or folder at a place holds; None if nothing is there."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # nothing there, no such home
+        path = Path(place).expanduser()
+        return _fingerprint(path, path.stat().st_mtime_ns)
+    return None
+
+
+def _looks_like_path(path: Path) -> bool:
+    """Whether a text may name a file: a word like "train" doesn't, though there may be such a folder, nor a sign like "/"."""
+    return bool(path.name.strip(".")) and (len(path.parts) > 1 or bool(path.suffix))
+
+
+@functools.lru_cache(maxsize=256)
+def _fingerprint(path: Path, _changed: int) -> str:
+    """A hash of a file's content, or of a folder's names and sizes; of a large file, its size."""
+    if path.is_dir():
+        told: Any = sorted((entry.name, entry.stat().st_size if entry.is_file() else None) for entry in path.iterdir())
+        return hashlib.sha256(canonical(told).encode()).hexdigest()[:16]
+    size = path.stat().st_size
+    return f"{size} bytes" if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+_LARGE = 2**28
