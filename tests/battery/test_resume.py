@@ -1,5 +1,6 @@
 """N steps, save, load in a new process and N more steps equal 2N steps bit for bit, for every method."""
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from battery.resume import HALF, VARIANTS, build_run, everything, steps
+from battery.resume import HALF, TASKS, VARIANTS, build_run, everything, steps
+from torchmto import MultiTask
+from torchmto.methods import Method
 from toy import same
 
 
@@ -41,3 +44,19 @@ def test_resume(key, folder):
     resumed = torch.load(folder / f"{key}.resumed.pt", weights_only=True)
     for part in whole:
         assert same(whole[part], resumed[part]), part
+
+
+@pytest.mark.parametrize("key", list(VARIANTS))
+def test_another_multitask_goes_on_with_what_a_method_has_learnt(key):
+    model, optimizer, _, mt = build_run(key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        steps(model, mt, 0, HALF)
+
+    def learnt(owner):
+        states = [part.state_dict() for part in (owner.method, owner.weights) if isinstance(part, Method)]
+        # What connection strength knows of a network is found anew in each.
+        return [{name: value for name, value in state.items() if name != "priorities"} for state in states]
+
+    before = copy.deepcopy(learnt(mt))
+    assert same(before, learnt(MultiTask(model, optimizer, tasks=TASKS, method=mt.method, weights=mt.weights)))

@@ -130,9 +130,11 @@ class TaskGroups(Procedure):
                 raise ValueError(found("groups", f"a partition of all tasks {list(tasks)}", self.grouping))
         if self.num_groups is not None and self.num_groups > len(tasks):
             raise ValueError(found("num_groups", f"at most the number of tasks, {len(tasks)}", self.num_groups))
+        known = bool(self.tasks)
         super().bind(tasks)
-        self.add_state("affinity", ProximalAffinity(tasks, self.decay, self.attribution, self.normalization))
-        self.add_state("current", self._first_groups(tasks))
+        if not known:
+            self.add_state("affinity", ProximalAffinity(tasks, self.decay, self.attribution, self.normalization))
+            self.add_state("current", self._first_groups(tasks))
 
     def _first_groups(self, tasks: tuple[str, ...]) -> list[list[str]]:
         if self.grouping == "joint":
