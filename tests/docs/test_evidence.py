@@ -15,6 +15,8 @@ from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(path.parent.name for path in (ROOT / "results").glob("*/results.json"))
+UNCOMMITTED = {"wpcgrad-many": {"sider"}}
+"""Arms of which only figures and tables are in the repository: a Run of 27 tasks traces 351 cosines at each of 60 steps."""
 
 
 @pytest.mark.slow
@@ -34,14 +36,22 @@ def test_results_follow_from_the_runs(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["torchmto.lab.reproduce.reproduce"], "write_report", lambda *_: None)
     folder = shutil.copytree(ROOT / "results" / name, tmp_path / name)
     committed = json.loads((folder / "results.json").read_text())
+    # Of some arms the Runs are too large to be committed.
+    left = {arm for arm in committed["numbers"]["arms"] if not (folder / "arms" / arm / "runs").is_dir()}
+    assert left <= UNCOMMITTED.get(name, set())
     # What isn't finished stays so, for want of time.
     minutes = None if committed["complete"] else 1e-9
     root = SHARED / "data" if needed else None
     reproduce(recipe, folder, data_root=root, seeds=committed["seeds"], minutes=minutes, say=lambda _: None)
     assert not any(outcome.result for outcome in outcomes), "only what diverged is tried again"
     again = json.loads((folder / "results.json").read_text())
-    for part in ("complete", "numbers", "tables", "notes"):
-        assert again[part] == committed[part], part
+    assert again["notes"] == committed["notes"]
+    assert again["complete"] == (committed["complete"] and not left)
+    for part, numbers in committed["numbers"].items():
+        for arm in left:
+            del numbers[arm]
+        assert again["numbers"][part] == numbers, part
+    assert again["tables"] == [t for t in committed["tables"] if t["title"].split()[-1] not in left]
 
 
 def test_experiments_are_named_as_their_recipes():

@@ -16,7 +16,8 @@ from torchmto.lab.grid import Experiment, FailedRunsError, FolderError, GridFold
 from torchmto.lab.grid import executors as executors_module
 from torchmto.lab.grid.executors import Outcome
 from torchmto.lab.grid.experiment import is_single_task, method_label, run_label
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.grid.folder import SCHEMA_VERSION
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.plan import compare
 from torchmto.lab.grid.plots import picture, plots
 from torchmto.lab.grid.tables import csv_text, main_table, markdown, task_table, versus_table

@@ -4,8 +4,9 @@
 `write_outputs` turns the finished runs into tables and plots.
 """
 
+from torchmto.lab.folders import FolderError
 from torchmto.lab.grid.experiment import Experiment
-from torchmto.lab.grid.folder import FolderError, GridFolder
+from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.runner import FailedRunsError, run_grid
 from torchmto.lab.grid.summary import summarize

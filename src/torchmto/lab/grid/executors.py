@@ -31,18 +31,6 @@ from torchmto.lab.run.config import MOST, ConfigError, RunConfig
 from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.user_code import user_frames
 
-__all__ = [
-    "EXECUTORS",
-    "Executor",
-    "Here",
-    "Job",
-    "Local",
-    "Outcome",
-    "default_jobs",
-    "execute",
-    "make_executor",
-]
-
 EXECUTORS = ("local", "ray", "slurm")
 Advance = Callable[[str, int], None]
 Done = Callable[[str, "Outcome"], None]

@@ -13,8 +13,6 @@ from torchmto.lab.run.config import FREE, MOST, MethodConfig, RunConfig, config_
 from torchmto.lab.run.first_batch import check_first_batch
 from torchmto.lab.specs import MethodSpec, parse_method
 
-__all__ = ["DEFAULT_METHODS", "Experiment", "is_single_task", "method_label", "run_label"]
-
 DEFAULT_METHODS = ("gd", "pcgrad", "wpcgrad", "sequential", "connection_strength", "task_groups")
 
 

@@ -29,8 +29,6 @@ from torchmto.lab.run.config import ConfigError, RunConfig, check_content, check
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
-__all__ = ["SCHEMA_VERSION", "FolderError", "GridFolder", "run_files", "run_key", "run_name"]
-
 SCHEMA_VERSION = 2
 _OWNER = _EXPERIMENT = "torchmto compare"
 _RUN = "torchmto compare run"

@@ -11,8 +11,6 @@ from torchmto.lab.problem import Problem, ProblemError
 from torchmto.lab.references import without_place
 from torchmto.lab.run.config import FREE, RunConfig
 
-__all__ = ["contents", "decided", "identity", "run_key"]
-
 
 def identity(config: RunConfig) -> dict[str, Any]:
     """The settings of a run that decide its outcome: without `FREE`, and without where files are on this machine.

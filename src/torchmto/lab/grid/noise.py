@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["noise_floor"]
-
 
 def noise_floor(records: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
     """Mean absolute affinity of a step that changes nothing, by the task whose loss is looked at.

@@ -9,8 +9,6 @@ from torchmto.lab.grid.folder import GridFolder
 from torchmto.lab.grid.plots import plots
 from torchmto.lab.grid.tables import csv_text, markdown
 
-__all__ = ["write_outputs"]
-
 
 def write_outputs(folder: GridFolder, summary: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write tables and plots into the folder.

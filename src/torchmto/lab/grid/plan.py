@@ -11,7 +11,8 @@ from torchmto.checks import needed
 from torchmto.lab.atomic import plain, write_bytes
 from torchmto.lab.grid.executors import Executor, default_jobs, make_executor
 from torchmto.lab.grid.experiment import DEFAULT_METHODS, Experiment
-from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.folder import GridFolder
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.outputs import write_outputs
 from torchmto.lab.grid.result import Result
 from torchmto.lab.grid.runner import Watcher, try_grid
@@ -22,9 +23,6 @@ from torchmto.lab.problem import Problem
 from torchmto.lab.run.build import problem_of
 from torchmto.lab.run.config import ConfigError, RunConfig, check_used, config_for
 from torchmto.lab.specs import parse_method, parse_methods
-
-__all__ = ["compare"]
-
 
 _UNUSED = {
     "seed": "the seeds are 0, 1, ..., as many as `seeds` says",

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plots"]
-
 Result = Mapping[str, Any]
 _COLUMN = 3.6
 """Width of one panel in inches."""

@@ -8,14 +8,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
-from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.runner import Watcher
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.specs import MethodSpec
 from torchmto.lab.terminal import make_console
-
-__all__ = ["ProgressBars", "progress_bars"]
 
 
 def work(config: RunConfig, num_tasks: int) -> float:

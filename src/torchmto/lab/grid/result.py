@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-__all__ = ["Result", "load_result"]
-
 _COSTS = ("num_forward", "num_backward", "num_optimizer_steps", "seconds_per_batch")
 
 

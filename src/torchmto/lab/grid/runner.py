@@ -6,12 +6,11 @@ from typing import Any, Literal
 from torchmto.lab.atomic import plain
 from torchmto.lab.grid.executors import Executor, Here, Job, Outcome
 from torchmto.lab.grid.experiment import Experiment, run_label
-from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.folder import GridFolder
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import primary_values
-
-__all__ = ["FailedRunsError", "StoppedError", "Watcher", "run_grid", "try_grid"]
 
 Result = dict[str, Any]
 Stage = Literal["single-task", "methods"]

@@ -6,7 +6,8 @@ from typing import Any
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.grid.experiment import Experiment
-from torchmto.lab.grid.folder import SCHEMA_VERSION, run_key
+from torchmto.lab.grid.folder import SCHEMA_VERSION
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.versus import versus
 from torchmto.lab.metrics import chance_level, higher_is_better, primary_metric
 from torchmto.lab.problem import Problem
@@ -15,8 +16,6 @@ from torchmto.lab.run.scores import is_finite, tells_apart
 from torchmto.lab.statistics import confidence95, std
 from torchmto.lab.versions import versions
 from torchmto.metrics import delta_m
-
-__all__ = ["summarize"]
 
 Result = Mapping[str, Any]
 _PASSES = ("num_forward", "num_backward", "num_optimizer_steps")

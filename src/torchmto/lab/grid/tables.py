@@ -8,8 +8,6 @@ from typing import Any
 
 from torchmto.lab.terminal import FramedTable, Table
 
-__all__ = ["csv_text", "main_table", "markdown", "rich_tables", "rows", "task_rows", "task_table", "versus_table"]
-
 Summary = Mapping[str, Any]
 MOST_COLUMNS = 6
 

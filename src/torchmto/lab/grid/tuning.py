@@ -12,15 +12,14 @@ from typing import Any
 from torchmto.checks import check_choice, check_integer, needed
 from torchmto.lab.grid.executors import Executor
 from torchmto.lab.grid.experiment import Experiment, run_label
-from torchmto.lab.grid.folder import GridFolder, run_key
+from torchmto.lab.grid.folder import GridFolder
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.runner import FailedRunsError, Stage, Watcher, try_grid
 from torchmto.lab.metrics import primary_metric
 from torchmto.lab.problem import Problem
 from torchmto.lab.run.config import MOST, ConfigError, RunConfig, check_used
 from torchmto.lab.specs import parse_method
 from torchmto.methods import method_class
-
-__all__ = ["SPACE", "Plan", "Sampled", "Tuning", "check_tunable", "edges", "tune"]
 
 Settings = Mapping[str, Any]
 SPACE: dict[str, tuple[Any, ...]] = {

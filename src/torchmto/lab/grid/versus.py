@@ -18,8 +18,6 @@ from torchmto.lab.statistics import (
     wins,
 )
 
-__all__ = ["UNITS", "paired_changes", "versus"]
-
 Result = Mapping[str, Any]
 UNITS = ("batches", "optimizer_steps", "seconds")
 """What progress is counted in, since a method that takes several optimizer steps per batch gets more updates out of the same

@@ -8,7 +8,7 @@ from typing import Any
 from torchmto.lab.atomic import write_bytes
 from torchmto.lab.grid import Experiment, GridFolder, summarize, write_outputs
 from torchmto.lab.grid.executors import Executor, loaded
-from torchmto.lab.grid.folder import run_key
+from torchmto.lab.grid.identity import run_key
 from torchmto.lab.grid.plan import check_settings
 from torchmto.lab.grid.runner import try_grid
 from torchmto.lab.grid.tuning import SPACE, Plan, tune
