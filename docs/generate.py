@@ -39,6 +39,10 @@ Methods whose formula could be confirmed neither in the paper nor in released co
   within a cone around the mean gradient; which length it gets, and how the weights are found from step to step, isn't known.
 - **GradOPS** (Zhu et al., WSDM 2025, arXiv 2503.03438). Each gradient is projected off the span of the others; which ones are,
   and the weights of its trade-offs, aren't known.
+
+What changes the model is no method, and goes with any: RotoGrad's rotations between trunk and heads are
+`torchmto.lab.models.rotograd.RotoGrad`, a cross-stitch network is the lab's model `cross_stitch`, and Recon's task-specific layers
+are chosen by [`structure.conflict_scores`](../api/structure.md).
 """
 
 
