@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchmto.checks import check_tasks, found
 from torchmto.gradients.torch_private import InstanceNorm, NormBase, children_of, is_single
@@ -146,9 +147,9 @@ class SplitNorm(PerTask):
     Settings such as ``eps`` or ``normalized_shape`` are read from the
     copies; tensors such as ``weight`` from the active task's copy.
 
-    A GroupNorm and an InstanceNorm without running statistics keep no scale of what they normalise. Their
-    copies get a buffer ``running_group_var``, a moving average (momentum 0.1, training mode only) of the
-    variance of each group, which connection strength needs; it doesn't change what the norm computes.
+    A GroupNorm, and a BatchNorm or InstanceNorm without running statistics, keep no scale of what they normalise.
+    Their copies get a buffer ``running_group_var``, a moving average (momentum 0.1, training mode only) of the
+    variance of each group or channel, which connection strength needs; it doesn't change what the norm computes.
     """
 
     def __init__(self, norm: nn.Module, copies: dict[str, nn.Module]) -> None:
@@ -253,7 +254,7 @@ def split_norms(
     Raises:
         TypeError: tasks that aren't strings, or a string instead of a sequence of them.
         ValueError: no task, a task twice, a name that can't be part of a state key, a model that is itself a
-            norm, norms already split for other tasks, or a path that doesn't exist.
+            norm, a lazy norm that hasn't run yet, norms already split for other tasks, or a path that doesn't exist.
 
     Source: task-specific normalisation in "Quantifying Task Priority for Multi-Task Optimization"
     (arXiv 2406.02996); the paper splits BatchNorm, other norms are our generalisation.
@@ -282,6 +283,10 @@ def split_norms(
                         f"The norm {child_name!r} is already split for the tasks {list(child.task_names)}."
                     )
             elif not isinstance(module, SplitNorm) and is_norm(child) and _has_state(child):
+                if any(map(is_lazy, (*child.parameters(), *child.buffers()))):
+                    raise ValueError(
+                        f"The norm {child_name!r} has parameters without a shape (a lazy module). Run the model once before."
+                    )
                 check_key_parts(names, child)
                 places.append((module, child_name, child))
     check_key_parts(names, nn.Module())
@@ -325,7 +330,7 @@ def is_norm(module: nn.Module) -> bool:
 def _groups_without_scale(norm: nn.Module) -> int:
     if isinstance(norm, nn.GroupNorm):
         return norm.num_groups
-    if isinstance(norm, InstanceNorm) and norm.running_var is None:
+    if isinstance(norm, NormBase) and norm.running_var is None:
         return norm.num_features
     return 0
 
@@ -335,7 +340,10 @@ def _track_group_var(norm: nn.Module, x: Tensor, momentum: float = 0.1) -> None:
     tracked = norm.get_buffer("running_group_var")
     if is_single(norm, x):
         x = x.unsqueeze(0)
-    var = x.detach().reshape(x.shape[0], tracked.shape[0], -1).var(dim=-1, unbiased=False).mean(dim=0)
+    groups = x.detach().reshape(x.shape[0], tracked.shape[0], -1)
+    if isinstance(norm, NormBase) and not isinstance(norm, InstanceNorm):
+        groups = groups.transpose(0, 1).reshape(1, tracked.shape[0], -1)  # a BatchNorm's is that of the batch
+    var = groups.var(dim=-1, unbiased=False).mean(dim=0)
     tracked.lerp_(var.to(tracked.dtype), momentum)
 
 

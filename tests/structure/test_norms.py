@@ -16,6 +16,7 @@ from torchmto.structure import (
     active_task,
     active_tasks,
     current_tasks,
+    find_norm_pairs,
     has_split_norms,
     is_norm,
     split_norms,
@@ -444,3 +445,28 @@ def test_a_block_may_be_entered_within_itself_and_decorates():
         assert current_tasks() == ("depth",)
     assert current_tasks() == ()
     assert active_task("seg")(current_tasks)() == ("seg",)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
+def test_without_running_statistics_the_variance_is_tracked_beside(norm):
+    """A BatchNorm's is what it would track itself, but for the bias."""
+    model = split_norms(nn.Sequential(nn.Conv1d(2, 2, 1), norm(2, affine=True, track_running_stats=False)), TASKS)
+    plain = copy.deepcopy(model[1].seg)
+    x = torch.randn(64, 2, 8) * torch.tensor([1.0, 3.0])[:, None] + torch.randn(64, 1, 1)
+    with active_task("seg"):
+        for _ in range(60):
+            assert torch.equal(model[1](x), plain(x))
+    variance = x.transpose(0, 1).flatten(1).var(1) if norm is nn.BatchNorm1d else x.var(2, unbiased=False).mean(0)
+    torch.testing.assert_close(model[1].seg.running_group_var, variance, rtol=1e-2, atol=0)
+    assert torch.equal(model[1].depth.running_group_var, torch.ones(2))
+    (layer,) = find_norm_pairs(model)
+    expected = model[0].weight.detach().square().sum((1, 2)) / (model[1].seg.running_group_var + 1e-5)
+    torch.testing.assert_close(layer.strengths(TASKS)[0].float(), expected)
+
+
+def test_lazy_norms_want_a_run_first():
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d())
+    with pytest.raises(ValueError, match="'1' has parameters without a shape"):
+        split_norms(model, TASKS)
+    model(torch.ones(2, 3, 4, 4))
+    assert has_split_norms(split_norms(model, TASKS))

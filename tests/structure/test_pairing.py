@@ -3,6 +3,7 @@
 import copy
 import logging
 import random
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import torchmto
 from torchmto.structure import active_task, find_norm_pairs, make_task_specific, record_dataflow, split_norms
+from torchmto.structure.dataflow import Node
 from torchmto.structure.pairing import PairSearch
 
 TASKS = ("a", "b")
@@ -582,3 +584,233 @@ def test_names_do_not_depend_on_compilation(part):
             torchmto.MultiTask(run, torch.optim.SGD(model.parameters(), lr=0.1), tasks=("a", "b"), **options)
     assert runs[0] == runs[1]
     assert "trunk.0" in runs[0]
+
+
+# ---------------------------------------------------------------------- where the channels are
+
+
+class Wired(nn.Module):
+    """Modules, and a function of them and the input."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.wired = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.wired(self, x)
+
+
+MAPS = {
+    "view": (lambda m, x: m.norm(m.layer(x).view(-1, 2, 2, 2)), nn.BatchNorm2d(2), "out"),
+    "unflatten": (lambda m, x: m.norm(nn.Unflatten(1, (2, 2, 2))(m.layer(x))), nn.BatchNorm2d(2), "out"),
+    "sequences": (lambda m, x: m.norm(m.layer(x).view(-1, 2, 4)), nn.BatchNorm1d(2), "out"),
+    "groups": (lambda m, x: m.norm(m.layer(x).view(-1, 2, 4)), nn.GroupNorm(2, 2), "out"),
+    "heads": (lambda m, x: m.norm(m.layer(x).view(-1, 4, 2)), nn.LayerNorm(2), "last"),
+    "columns": (lambda m, x: m.norm(m.layer(x).view(-1, 2)), nn.BatchNorm1d(2), None),
+}
+
+
+@pytest.mark.parametrize("case", MAPS)
+def test_outputs_that_become_maps_go_with_their_map_and_heads_with_their_place(case):
+    forward, norm, kind = MAPS[case]
+    model = Wired(forward, layer=nn.Linear(3, 8), norm=norm)
+    nn.init.ones_(model.layer.weight)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0]))
+    found = find_norm_pairs(model.eval(), forward=lambda: model(torch.randn(4, 3)))
+    assert len(found) == (kind is not None)
+    expected = torch.tensor([1.0, 4.0]).repeat_interleave(4) if kind == "out" else torch.tensor([1.0, 4.0]).repeat(4)
+    for layer in [*found, *(find_norm_pairs(model, pairs=[("layer", "norm")]) if kind else [])]:
+        strengths = layer.strengths(["a"])[0]
+        torch.testing.assert_close(strengths / strengths[0], expected.double())
+
+
+OTHER_AXES = {
+    "tokens": (lambda m, x: m.b(m.a(x)), nn.Linear(3, 4), nn.BatchNorm1d(4), (2, 4, 3)),
+    "grouped tokens": (lambda m, x: m.b(m.a(x)), nn.Linear(3, 4), nn.GroupNorm(2, 4), (2, 4, 3)),
+    "width": (lambda m, x: m.b(m.a(x)), nn.Conv2d(3, 4, 1), nn.LayerNorm(4), (2, 3, 4, 4)),
+    "height": (lambda m, x: m.b(m.a(x).transpose(1, 2)), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), (2, 3, 4, 4)),
+    "pixels": (lambda m, x: m.b(m.a(x).flatten(2)), nn.Conv2d(3, 4, 1), nn.LayerNorm(4), (2, 3, 2, 2)),
+    "mixer": (lambda m, x: m.b(m.a(x).transpose(1, 2)), nn.LayerNorm(4), nn.Linear(4, 3), (2, 4, 4)),
+    "linear over width": (lambda m, x: m.b(m.a(x)), nn.BatchNorm2d(4), nn.Linear(4, 3), (2, 4, 4, 4)),
+    "linear over tokens": (lambda m, x: m.b(m.a(x)), nn.BatchNorm1d(4), nn.Linear(4, 3), (2, 4, 4)),
+    "conv over tokens": (lambda m, x: m.b(m.a(x)), nn.LayerNorm(4), nn.Conv1d(4, 3, 1), (2, 4, 4)),
+    "flip": (lambda m, x: m.b(m.a(x).flip(1)), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), (2, 3, 4, 4)),
+    "chunk": (lambda m, x: m.b(m.a(x).chunk(2, -1)[0]), nn.Linear(3, 8), nn.LayerNorm(4), (2, 3)),
+    "largest of some": (lambda m, x: m.b(m.a(x).view(-1, 4, 2).amax(2)), nn.Linear(3, 8), nn.BatchNorm1d(4), (2, 3)),
+    "packed": (
+        lambda m, x: m.b(m.a(x).reshape(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)[0]),
+        *(nn.Linear(3, 24), nn.LayerNorm(4), (2, 5, 3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_AXES)
+def test_norms_of_another_axis_or_of_a_part_are_no_pair(case):
+    forward, first, second, shape = OTHER_AXES[case]
+    model = Wired(forward, a=first, b=second)
+    assert find_norm_pairs(model, forward=lambda: model(torch.randn(shape))) == []
+    if case in ("chunk", "largest of some", "packed", "width"):
+        assert find_norm_pairs(model) == [], "the names of the operations tell, too"
+
+
+def test_permuted_pooled_and_joined_channels_are_still_pairs():
+    conv, linear = nn.Conv2d(3, 4, 1), nn.Linear(3, 4)
+    for forward, layer, norm, shape in [
+        (lambda m, x: m.norm(m.layer(x).permute(0, 2, 3, 1)), conv, nn.LayerNorm(4), (2, 3, 4, 4)),
+        (lambda m, x: m.norm(m.layer(x).flatten(2).transpose(1, 2)), conv, nn.LayerNorm(4), (2, 3, 2, 2)),
+        (lambda m, x: m.norm(m.layer(x).transpose(1, 2)), linear, nn.BatchNorm1d(4), (2, 4, 3)),
+        (lambda m, x: m.norm(F.max_pool2d(m.layer(x), 2).relu_()), conv, nn.BatchNorm2d(4), (2, 3, 4, 4)),
+        (
+            lambda m, x: m.norm(torch.cat([m.layer(x), x.repeat(1, 2, 1, 1)[:, :4]], 2)),
+            conv,
+            nn.BatchNorm2d(4),
+            (2, 3, 4, 4),
+        ),
+        (lambda m, x: m.norm(m.layer(x).roll(1, 2)), conv, nn.BatchNorm2d(4), (2, 3, 4, 4)),
+    ]:
+        model = Wired(forward, layer=layer, norm=norm)
+        state = torch.get_rng_state()
+        assert pairs_of(model, forward=lambda model=model, shape=shape: model(torch.ones(shape))) == {
+            "layer": "out norm"
+        }
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+ACTIVATIONS = [
+    *(
+        nn.ReLU(),
+        nn.ReLU6(),
+        nn.LeakyReLU(),
+        nn.GELU(),
+        nn.SiLU(),
+        nn.Mish(),
+        nn.ELU(),
+        nn.SELU(),
+        nn.CELU(),
+        nn.Tanh(),
+    ),
+    *(nn.Sigmoid(), nn.Hardtanh(), nn.Hardswish(), nn.Hardsigmoid(), nn.Softplus(), nn.Softsign(), nn.LogSigmoid()),
+    *(nn.PReLU(), nn.RReLU(), nn.Softshrink(), nn.Hardshrink(), nn.Tanhshrink(), nn.Threshold(0.1, 0.0)),
+    *(nn.Dropout(), nn.AlphaDropout(), nn.FeatureAlphaDropout(), nn.Identity()),
+]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda module: type(module).__name__)
+def test_activations_and_dropout_keep_channels_apart(activation):
+    model = Wired(lambda m, x: m.norm(m.act(m.layer(x))), layer=nn.Linear(3, 4), norm=nn.LayerNorm(4), act=activation)
+    assert pairs_of(model, forward=lambda: model(torch.randn(5, 3))) == {"layer": "out norm"}
+
+
+CELLS = nn.GRUCell(4, 4), nn.LSTMCell(4, 4), nn.RNNCell(4, 4), nn.RNNCell(4, 4, nonlinearity="relu")
+MIXING = {
+    **{f"RNN {kind}": nn.RNN(4, 4, nonlinearity=kind, batch_first=True) for kind in ("tanh", "relu")},
+    **{kind.__name__: kind(4, 4) for kind in (nn.GRU, nn.LSTM)},
+    "GRUCell": lambda x: CELLS[0](x[0]),
+    "LSTMCell": lambda x: CELLS[1](x[0])[0],
+    "RNNCell tanh": lambda x: CELLS[2](x[0]),
+    "RNNCell relu": lambda x: CELLS[3](x[0]),
+    "inner": lambda x: torch.inner(x, torch.ones(4, 4)),
+    "addbmm": lambda x: torch.addbmm(torch.ones(3, 4), x, torch.ones(len(x), 4, 4)),
+    "fft": lambda x: torch.fft.fft(x).real,
+    "sort": lambda x: x.sort(-1).values,
+    "softmin": lambda x: F.softmin(x, -1),
+    "difference": lambda x: x - x.mean(-1, keepdim=True),
+    "matrix": lambda x: x @ torch.ones(4, 4),
+    **{name: lambda x, name=name: getattr(torch, name)(x, -1) for name in ("cumsum", "cumprod", "logcumsumexp")},
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_mixes_channels_ends_the_search(name):
+    def forward(model, x):
+        y = MIXING[name](model.layer(x))
+        return model.norm(y[0] if isinstance(y, tuple) else y)
+
+    model = Wired(forward, layer=nn.Linear(3, 4), norm=nn.LayerNorm(4))
+    assert find_norm_pairs(model, forward=lambda: model(torch.randn(2, 3, 3))) == []
+    if name != "difference":
+        assert record_mixes(model), "its name tells, too, where there are no numbers"
+
+
+def record_mixes(model):
+    with record_dataflow(model) as recording:
+        model(torch.randn(2, 3, 3))
+    return any(node.mixes for node in recording.nodes if node.module is None)
+
+
+def fields(result):
+    leaves = result if isinstance(result, (tuple, list)) else [result]
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore")
+def test_operations_that_mix_channels_are_known_by_name():
+    """Of all of torch's, by what NaN in one channel reaches; but for those that move or join channels, or reduce them."""
+    other = {
+        *(
+            "adjoint",
+            "flip",
+            "fliplr",
+            "roll",
+            "rot90",
+            "t",
+            "t_copy",
+            "transpose",
+            "swapaxes",
+            "swapdims",
+            "movedim",
+            "moveaxis",
+        ),
+        *(
+            "select",
+            "select_copy",
+            "unbind",
+            "unbind_copy",
+            "split",
+            "stack",
+            "logit",
+            "amax",
+            "amin",
+            "aminmax",
+            "max",
+            "min",
+        ),
+        *(
+            "mean",
+            "median",
+            "mode",
+            "prod",
+            "std",
+            "std_mean",
+            "sum",
+            "var",
+            "var_mean",
+            "logsumexp",
+            "trapezoid",
+            "trapz",
+        ),
+        "transpose_copy",
+    }
+    schemas = {schema.name.removeprefix("aten::") for schema in torch._C._jit_get_all_schemas()}
+    unsafe = re.compile("eig|svd|qr|lu|cholesky|solve|det|inv|rm|rand|poisson|binomial|quant|cudnn")
+    named = [name for name in dir(torch) if name in schemas and name.strip("_") == name]
+    names = [name for name in named if name not in other and not unsafe.search(name)]
+    assert len(names) > 200
+    x, missing = torch.rand(4, 4), []
+    poisoned = x.clone()
+    poisoned[:, 1] = torch.nan
+    for name in names:
+        for rest in ((), (1,), (x,)):
+            try:
+                clean, found = (list(fields(getattr(torch, name)(y.clone(), *rest))) for y in (x, poisoned))
+            except Exception:  # noqa: BLE001 - it takes something else
+                continue
+            spoilt = [
+                a.isfinite() & b.isnan() for a, b in zip(clean, found, strict=True) if a.shape == b.shape == x.shape
+            ]
+            missing += [name for entries in spoilt if entries[:, [0, 2, 3]].any() and not Node(name).mixes]
+    assert sorted(set(missing)) == []

@@ -1,7 +1,7 @@
 """Which operations feed which: the graph in which conv, linear and norm layers are paired."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from torchmto.gradients.torch_private import tree_leaves
+from torchmto.gradients.torch_private import tree_leaves, tree_map
 from torchmto.task_norms import SplitNorm, is_norm
 from torchmto.undo import undisturbed
 
@@ -25,7 +25,19 @@ _MIXING = frozenset(
         *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
         *("scaled_dot_product_attention", "multi_head_attention_forward", "lstm", "gru", "embedding"),
         *("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "local_response_norm"),
-        *("normalize", "softmax", "log_softmax", "cross_entropy", "nll_loss", "channel_shuffle"),
+        *("normalize", "softmax", "log_softmax", "softmin", "gumbel_softmax", "safe_softmax", "renorm"),
+        *("addbmm", "addmv", "addr", "mv", "inner", "outer", "kron", "chain_matmul", "matrix_exp", "matrix_power"),
+        *("rnn_tanh", "rnn_relu", "rnn_tanh_cell", "rnn_relu_cell", "gru_cell", "lstm_cell", "cov", "corrcoef"),
+        *("cross_entropy", "nll_loss", "cdist", "cosine_similarity", "addmm_activation", "channel_shuffle"),
+        *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "cumulative_trapezoid", "gradient", "diff"),
+        *("sort", "msort", "unique"),
+    ]
+)
+# Operations that give a part of the channels, or one for several.
+PARTING = frozenset(
+    [
+        *("chunk", "split", "tensor_split", "unbind", "getitem", "select", "narrow", "index_select", "gather"),
+        *("mean", "sum", "max", "min", "amax", "amin", "glu"),
     ]
 )
 _JOINING = frozenset(("cat", "concat", "concatenate", "hstack"))
@@ -40,6 +52,10 @@ class Node:
     module: nn.Module | None = None
     inputs: list["Node"] = field(default_factory=list)
     users: list["Node"] = field(default_factory=list)
+    # Of a recorded operation: how to run it again, and what it took and put out.
+    run: Callable[..., Any] | None = None
+    arguments: Any = ()
+    outputs: list["Value"] = field(default_factory=list)
 
     @property
     def is_norm(self) -> bool:
@@ -51,7 +67,7 @@ class Node:
         """Whether channels are mixed here, so that a search ends."""
         if self.module is not None:
             return not is_any_norm(self.module) and _mixes_channels(self.module)
-        return self.op in _MIXING
+        return self.op in _MIXING or self.op.startswith(("fft_", "linalg_"))
 
     @property
     def concatenates(self) -> bool:
@@ -63,6 +79,21 @@ class Node:
         self.inputs = inputs
         for node in dict.fromkeys(inputs):
             node.users.append(self)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of a recorded forward pass: what it looked like, and of which operation it was which output."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    node: Node | None = None
+    place: int = 0
+
+    def ones(self) -> Tensor:
+        """A tensor that looks like it."""
+        return torch.ones(self.shape, dtype=self.dtype, device=self.device)
 
 
 def is_any_norm(module: nn.Module) -> bool:
@@ -83,8 +114,10 @@ def _is_opaque(module: nn.Module) -> bool:
 
 
 def _mixes_channels(module: nn.Module) -> bool:
-    by_name = isinstance(module, (nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.ChannelShuffle))
-    return by_name or is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
+    by_name = (nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.LocalResponseNorm, nn.ChannelShuffle)
+    return (
+        isinstance(module, by_name) or is_layer(module) or any(parameter.dim() > 1 for parameter in module.parameters())
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -171,15 +204,82 @@ def _data_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return tree_leaves((args, kwargs))
 
 
+def keeps_apart(
+    sources: Collection[Node], ends: Sequence[Value], places: Tensor, axes: tuple[int, int], width: int
+) -> bool:
+    """Whether channel c of what recorded operations put out is channel ``places[c]`` of other tensors, and nothing else is.
+
+    The operations in between run again on ones, with some channels NaN: these arrive where they belong, and only there.
+
+    Args:
+        sources: The operations.
+        ends: The other tensors.
+        places: int64, where each channel belongs.
+        axes: The dimensions of the channels of both.
+        width: How many channels the others have.
+    """
+    starts = [source.outputs[0] for source in sources]
+    axis, end_axis = axes
+    seen = [(start, axis, len(places)) for start in starts] + [(end, end_axis, width) for end in ends]
+    if not ends or any(not -len(v.shape) <= a < len(v.shape) or v.shape[a] != size for v, a, size in seen):
+        return False
+    if len(places) > width and any(end.shape.numel() != starts[0].shape.numel() for end in ends):
+        return False  # a part of the channels, or the largest of several
+    if all(end in starts for end in ends):
+        return (axis - end_axis) % len(ends[0].shape) == 0
+    between, waiting = set(sources), list(sources)
+    while waiting:
+        new = {user for user in waiting.pop().users if user.run is not None} - between
+        between |= new
+        waiting.extend(new)
+    code = torch.randperm(width, generator=torch.Generator().manual_seed(0), device="cpu")
+    ours = torch.zeros(width, dtype=torch.bool, device="cpu").index_fill(0, places, value=True)
+    # Of large layers some bits of a random code tell enough: what mixes channels mixes many.
+    for chosen in (code >> power & 1 == bit for power in range(2) for bit in range(2)):
+        marked = chosen[places].nonzero().flatten()
+        done = {
+            source: [start.ones().index_fill(axis, marked.to(start.device), torch.nan)]
+            for source, start in zip(sources, starts, strict=True)
+        }
+        for end in ends:
+            found = _again(end, between, done).isnan().movedim(end_axis, 0).flatten(1).any(1)
+            if not torch.equal(found.cpu(), chosen & ours):
+                return False
+    return True
+
+
+def _again(value: Value, between: Collection[Node], done: dict[Node, list[Tensor]]) -> Tensor:
+    """What a tensor is now, where operations have put out what is ``done``; ones where it isn't from ``between``."""
+    node = value.node
+    if node is None or node not in between:
+        return value.ones()
+    if node not in done:
+        args, kwargs = tree_map(lambda v: _again(v, between, done) if isinstance(v, Value) else v, node.arguments)
+        assert node.run is not None
+        done[node] = _tensors(node.run(*args, **kwargs))
+    outputs = done[node]
+    return outputs[value.place] if value.place < len(outputs) else value.ones()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 class Recording(TorchFunctionMode):
     """The dataflow of the forward passes made while :func:`record_dataflow` was active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.nodes: list[Node] = []
+        self._nodes: list[Node] = []
         self._producers = WeakIdKeyDictionary()
         self._depth = 0
         self._open: list[Node] = []
+
+    @property
+    def nodes(self) -> list[Node]:
+        """What was recorded. Who asks for it has seen enough: the recording ends."""
+        self._depth += 1
+        return self._nodes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -189,9 +289,10 @@ class Recording(TorchFunctionMode):
             return func(*args, **kwargs)
         # Before the call: an in-place operation returns its own input.
         inputs = self._inputs(tree_leaves((args, kwargs)))
+        arguments = tree_map(self._seen, (args, kwargs)) if inputs else ()
         result = func(*args, **kwargs)
         if inputs:
-            node = Node(getattr(func, "__name__", "").strip("_"))
+            node = Node(getattr(func, "__name__", "").strip("_"), run=func, arguments=arguments)
             if self._register(node, result):
                 node.connect(inputs)
         return result
@@ -202,23 +303,32 @@ class Recording(TorchFunctionMode):
         for value in values:
             if isinstance(value, Tensor):
                 if value in self._producers:
-                    inputs.append(self._producers[value])
+                    inputs.append(self._producers[value].node)
                 elif value.dim() > 1 and not isinstance(value, nn.Parameter):
                     inputs.append(Node("input"))
         return inputs
 
+    def _seen(self, leaf: Any) -> Any:
+        """What to keep of an argument: of numbers that may depend on channels only what they look like."""
+        if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+            return leaf
+        seen: Value = self._producers.get(leaf, Value(leaf.shape, leaf.dtype, leaf.device))  # type: ignore[no-untyped-call]
+        return seen
+
     def _register(self, node: Node, result: Any) -> bool:
-        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in outputs:
-            self._producers[tensor] = node
+        outputs = _tensors(result)
+        for place, tensor in enumerate(outputs):
+            self._producers[tensor] = Value(tensor.shape, tensor.dtype, tensor.device, node, place)
+            node.outputs.append(self._producers[tensor])
         if outputs:
-            self.nodes.append(node)
+            self._nodes.append(node)
         return bool(outputs)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._depth:
-            node = Node("module", module)
-            node.connect(self._inputs(_data_inputs(module, args, kwargs)))
+            data = _data_inputs(module, args, kwargs)
+            node = Node("module", module, arguments=tree_map(self._seen, data))
+            node.connect(self._inputs(data))
             self._open.append(node)
         self._depth += 1
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torchmto.checks import check_choice
 from torchmto.gradients.ranks import whole
 from torchmto.gradients.rows import wide_dtype
-from torchmto.gradients.torch_private import NormBase
+from torchmto.gradients.torch_private import InstanceNorm, NormBase
 from torchmto.structure.priority import Degenerate, channel_dots, group_coefficients, sum_of_products, weighted_channels
 from torchmto.structure.strength import MEASURES, Measure, channels_first, gradient_strength, scaled_strength
 from torchmto.task_norms import SplitNorm
@@ -138,19 +138,16 @@ class StructuredLayer:
         scales = [
             norm_scale(norm, self.weight.device, spatial=self.spatial, with_variance=not incoming) for norm in copies
         ]
-        if not incoming and self.out_start is not None:
-            return torch.stack([scale[self.out_start : self.out_start + channels] for scale in scales])
-        # A norm over the heads' width (as on queries and keys) serves every head.
-        return torch.stack([scale.repeat(channels // scale.shape[0]) for scale in scales])
+        places = norm_places(norm, channels, None if incoming else self.out_start, spatial=self.spatial)
+        return torch.stack(scales)[:, places.to(scales[0].device)]
 
 
 def norm_scale(norm: nn.Module, device: torch.device, *, spatial: bool = True, with_variance: bool = True) -> Tensor:
     """What a norm multiplies each channel by, as far as it differs between channels.
 
-    BatchNorm: ``gamma / sqrt(running_var + eps)``; GroupNorm and InstanceNorm the same with the tracked
-        variance of
-    the channel's group; LayerNorm, RMSNorm and others: ``gamma``, the scale per token or example being common
-    to all channels. Where a norm scales by ``1 + weight`` (Gemma's RMSNorm), ``gamma`` is that.
+    BatchNorm: ``gamma / sqrt(running_var + eps)``; GroupNorm, and what has no running statistics, the same with the
+    tracked variance of the channel's group; LayerNorm, RMSNorm and others: ``gamma``, the scale per token or example
+    being common to all channels. Where a norm scales by ``1 + weight`` (Gemma's RMSNorm), ``gamma`` is that.
 
     Args:
         norm: One norm, not a split one.
@@ -194,6 +191,30 @@ def norm_channels(norm: nn.Module, *, spatial: bool = True) -> int:
         return shape[0] if spatial and len(shape) > 1 else shape[-1]
     gamma = _gamma(norm)
     return 0 if gamma is None else gamma.shape[0]
+
+
+def norm_places(norm: nn.Module, channels: int, start: int | None = None, *, spatial: bool) -> Tensor:
+    """Which of a norm's channels each of a layer's is, int64; ``start`` is that of the first in a concatenation.
+
+    A norm over the width of a head serves every head; one over maps that a linear layer put out as one vector each channel's.
+    """
+    places, width = torch.arange(channels, device="cpu"), norm_channels(norm, spatial=spatial)
+    if start is not None or channels == width:
+        return places + (start or 0)
+    if isinstance(norm, SplitNorm):
+        norm = norm.copy_for(norm.task_names[0])
+    return places // (channels // width) if isinstance(norm, (NormBase, nn.GroupNorm)) else places % width
+
+
+def norm_axes(norm: nn.Module, *, spatial: bool) -> tuple[int, ...]:
+    """The dimensions that a norm's channels may be in its input; of another library's it is the second or the last."""
+    if isinstance(norm, SplitNorm):
+        norm = norm.copy_for(norm.task_names[0])
+    if isinstance(norm, (NormBase, nn.GroupNorm)):
+        return (1, 0) if isinstance(norm, InstanceNorm) else (1,)  # a single sample has no dimension of samples
+    if type(norm) in (nn.LayerNorm, nn.RMSNorm):
+        return (-len(norm.normalized_shape) if spatial else -1,)  # type: ignore[arg-type]
+    return (1, -1)
 
 
 def _gamma(norm: nn.Module) -> Tensor | None:

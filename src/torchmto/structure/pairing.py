@@ -2,7 +2,8 @@
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from torchmto.gradients.torch_private import modules_of
+from torchmto.structure import dataflow
 from torchmto.structure.dataflow import CONVS, Node, Recording, is_any_norm, is_layer, record_dataflow, trace_subtrees
-from torchmto.structure.layers import StructuredLayer, norm_channels
+from torchmto.structure.layers import StructuredLayer, norm_axes, norm_channels, norm_places
 from torchmto.task_norms import SplitNorm
 from torchmto.undo import undisturbed
 
@@ -37,21 +39,27 @@ def find_norm_pairs(
     """Pair the conv and linear layers of a model with the norms that scale their channels.
 
     A layer is paired with the norm its output reaches through operations that keep channels apart
-    (activations, dropout, residual sums, reshapes); this is the paper's conv -> BatchNorm. A norm after a
+    (activations, dropout, residual sums, products, reshapes); this is the paper's conv -> BatchNorm. So is the last layer
+    of a gate that scales channels, as in squeeze-and-excitation, with the norm after the product. A norm after a
     concatenation is paired with each layer by the layer's own channels of it. It is also paired with the norm
     its input comes from, as in pre-norm transformer blocks; not where a norm that tracks a variance follows,
     so that there the strength is the paper's. ``nn.MultiheadAttention`` counts as two layers, ``in_proj``
     (rows of the packed weight; only where query, key and value come from one norm) and ``out_proj``. Where a
     sum of branches feeds a layer, no single norm precedes it.
 
-    Channels that change places on the way aren't told from those that stay, unless by ``channel_shuffle``, which ends the
-    search: where a flip, an index or reshapes reorder them, give ``pairs``.
+    A linear layer may have several times the norm's channels: a norm over the last dimension (the width of a head) then
+    serves every head, a BatchNorm, GroupNorm or InstanceNorm the outputs that become its maps, ``c * h * w`` to
+    ``(c + 1) * h * w - 1``. A norm of a part of the outputs (q of a packed qkv, a chunk) is no pair.
+
+    A recorded forward pass shows where channels go: what is in between runs again on ones, with some channels NaN. Where
+    they get mixed or change places, or the norm scales another dimension, there is no pair. Without one, the kinds and sizes of
+    layer and norm and the names of the operations between decide: a transposition or a flip isn't noticed, give ``pairs``.
 
     Of a layer that is used several times the first use with a norm counts: one weight has one set of strengths.
     A norm that is used several times goes with every layer that runs into it.
 
-    Found in this order: ``torch.fx`` on the largest subtrees that trace; the dataflow of a recorded forward
-    pass, which also finds the norm after the last layer of a subtree; the order of the modules (a norm right
+    Found in this order: the dataflow of a recorded forward pass; ``torch.fx`` on the largest subtrees that trace, for what it
+    doesn't show, without the norm after the last layer of a subtree; the order of the modules (a norm right
     after a layer, or right before a linear one), only for layers that neither of the former saw whole. What was
     used is logged, with the layers left without a norm. Layers whose weight is computed (parametrizations) are
     left out; of layers that share a weight the first counts.
@@ -84,13 +92,13 @@ def find_norm_pairs(
     if pairs is not None:
         search.take(pairs)
         return search.result()
-    search.trace()
     if forward is not None:
         with undisturbed(model), torch.no_grad(), record_dataflow(model) as recorded:
             forward()
         recording = recorded
     if recording is not None:
         search.read(recording.nodes, "recorded")
+    search.trace()
     search.guess_by_order()
     return search.result()
 
@@ -124,6 +132,7 @@ class PairSearch:
         self.layers = {key: layer for key, layer in alone.items() if layer is not None}
         self.found: dict[_Key, StructuredLayer] = {}
         self.settled: set[nn.Module] = set()
+        self.refuted: set[tuple[_Key, nn.Module, bool]] = set()
 
     def result(self) -> list[StructuredLayer]:
         """The paired layers, in the order of the model's modules."""
@@ -187,11 +196,12 @@ class PairSearch:
         """Pair the layers of a graph. ``whole``: it is the whole model's, so what it lacks doesn't exist."""
         used = [(node, node.module) for node in nodes if node.module is not None]
         seen: set[_Key] = set()
-        for node, module in used:
-            for part in _parts(module):
-                key = module, part
-                if key in self.layers and key not in seen and self._complete(node, key, source):
-                    seen.add(key)
+        with undisturbed(self.model) if source == "recorded" else nullcontext(), torch.no_grad():
+            for node, module in used:
+                for part in _parts(module):
+                    key = module, part
+                    if key in self.layers and key not in seen and self._complete(node, key, source):
+                        seen.add(key)
         if whole:
             self.settled.update(module for _, module in used)
 
@@ -260,34 +270,64 @@ class PairSearch:
 
         The latter is None unless the norm takes a concatenation.
         """
-        queue: deque[tuple[Node, Node, int]] = deque((node, user, 0) for user in node.users)
+        queue: deque[tuple[Node, Node, int, set[str]]] = deque((node, user, 0, set()) for user in node.users)
         seen = {node}
         while queue:
-            source, user, start = queue.popleft()
+            source, user, start, path = queue.popleft()
             if user in seen or user.mixes:
                 continue
             seen.add(user)
             if user.module is not None and user.is_norm:
-                if self._suits(key, user.module, incoming=False):
-                    return user.module, None
-                whole = norm_channels(user.module, spatial=self.layers[key].spatial)
-                if _width(source) == whole and self._suits(key, user.module, incoming=False, start=start):
-                    return user.module, start
+                norm = user.module
+                whole = norm_channels(norm, spatial=self.layers[key].spatial)
+                if self._suits(key, norm, incoming=False, ends=(node, user), path=path):
+                    return norm, None
+                if _width(source) == whole and self._suits(key, norm, incoming=False, start=start, ends=(node, user)):
+                    return norm, start
             else:
                 if user.concatenates:
                     before = [_width(entry) for entry in user.inputs[: user.inputs.index(source)]]
                     start = start + sum(before) if all(before) else -1
-                queue.extend((user, following, start) for following in user.users)
+                path = path | {user.op if user.module is None else type(user.module).__name__.lower()}
+                queue.extend((user, following, start, path) for following in user.users)
         return None, None
 
     def _preceding(self, node: Node, key: _Key) -> nn.Module | None:
         """The one norm that all of the input comes from."""
-        norms = {origin.module if origin.is_norm else None for origin in _origins(node.inputs, joins=True)}
+        origins = _origins(node.inputs, joins=True)
+        norms = {origin.module if origin.is_norm else None for origin in origins}
         norm = norms.pop() if len(norms) == 1 else None
-        return norm if norm is not None and self._suits(key, norm, incoming=True) else None
+        return norm if norm is not None and self._suits(key, norm, incoming=True, ends=(*origins, node)) else None
 
-    def _suits(self, key: _Key, norm: nn.Module, *, incoming: bool, start: int | None = None) -> bool:
-        return self._fits(key, norm, incoming=incoming, start=start) and self._serve(key, norm)
+    def _suits(
+        self,
+        key: _Key,
+        norm: nn.Module,
+        *,
+        incoming: bool,
+        start: int | None = None,
+        ends: Sequence[Node] = (),
+        path: Collection[str] = (),
+    ) -> bool:
+        """Whether a norm goes with a layer, by the channels they have, and where these get from the first ``ends``."""
+        if not (self._fits(key, norm, incoming=incoming, start=start) and self._serve(key, norm)):
+            return False
+        use, layer = (key, norm, incoming), self.layers[key]
+        axes, width = norm_axes(norm, spatial=layer.spatial), norm_channels(norm, spatial=layer.spatial)
+        if ends and ends[-1].arguments:
+            own, channels = 1 - layer.weight.dim(), layer.num_inputs if incoming else layer.num_channels
+            places = norm_places(norm, channels, start, spatial=layer.spatial)
+            tried = [(axis, own) if incoming else (own, axis) for axis in axes]
+            with suppress(Exception):  # an operation that doesn't run again says nothing
+                if not any(dataflow.keeps_apart(ends[:-1], ends[-1].arguments, places, both, width) for both in tried):
+                    self.refuted.add(use)
+                    return False
+            return True
+        if not incoming:  # No numbers: what the operations are called has to do.
+            parts = start is None and layer.num_channels != width and dataflow.PARTING.intersection(path)
+            if parts or (layer.spatial and axes == (-1,) and ends and not path):
+                return False
+        return use not in self.refuted
 
     def _serve(self, key: _Key, norm: nn.Module | None) -> bool:
         return norm is None or self.serves is None or self.serves(self.layers[key].weight, norm)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchmto import solvers
 from torchmto.gradients.rows import gramian
-from torchmto.methods import Cost, Domain, hyper, register_method, states
+from torchmto.methods import Cost, Domain, Properties, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
 from torchmto.methods.combine.columns import averaged, fitted, pieces
 from torchmto.step import StepContext, TaskGradients
@@ -29,7 +29,8 @@ class MConFIG(AdamRule):
     The optimizer: this method is one, so the optimizer given to ``MultiTask`` should be ``torch.optim.SGD`` without momentum,
     as in the released code; its learning rate is Adam's. Any other is warned of.
 
-    Scale: Adam's, entries of about 1. Order: tasks take turns in their given order; a task whose turn it is and that the batch
+    Scale: Adam's, entries of about 1. Order: tasks take turns in their given order, so that another order gives another
+    training unless all have their turn in every step; a task whose turn it is and that the batch
     hasn't is passed over, by a further call of the closure. Heads: their own task's gradient, in the task's turn (the released
     multi-task code gives all heads theirs in every step, by one more backward). Deviation: the first step takes all tasks, so
     that every momentum has begun; the released code doesn't move before every task has had a turn. A task that hasn't been
@@ -46,6 +47,7 @@ class MConFIG(AdamRule):
 
     use = "ConFIG where K backwards per step are too many: one task's backward per step, on momenta of all."
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
+    properties = Properties(homogeneity=None, equivariant=False, identity=False, pareto=False)
     num_updates: int | None = hyper.integer(1, minimum=1, none=True)
     # The momenta, the second moment, the direction's last momentum, counts, and whose turn it is.
     momenta: Tensor = states.rows()

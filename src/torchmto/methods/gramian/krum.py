@@ -13,7 +13,8 @@ class Krum(GramianWeighting):
     Made for distributed learning with faulty workers; as a multi-task method it ignores outlying tasks.
 
     Scale: mean of the selected gradients. With fewer than f + 3 tasks one neighbour counts, where the paper's
-    guarantee doesn't hold. Ties, up to rounding errors, go to the first task. Heads: their own task's gradient. Not random.
+    guarantee doesn't hold. Ties, up to rounding errors, go to the first task: with fewer than f + 3 tasks the two nearest
+    always tie, and the order of the tasks decides between them. Heads: their own task's gradient. Not random.
 
     Args:
         num_outliers: The number f of gradients not to be trusted.
@@ -30,7 +31,7 @@ class Krum(GramianWeighting):
     """
 
     use = "Gradients of some tasks or batches may be outliers."
-    properties = Properties(pareto=False)
+    properties = Properties(equivariant=False, pareto=False)
     domain = Domain(
         corners="Fewer than `num_outliers` + 3 tasks: one neighbour counts, and nothing is guaranteed. A zero gradient may be "
         "the one that is selected."

@@ -106,9 +106,9 @@ class ChannelPriorities:
         search = PairSearch(self.network.model, serves)
         # The order of the modules is for layers that no graph holds yet.
         search.recall({name: pair for name, pair in self._pairs.items() if pair[-1] != "module order"})
+        search.read(self._recording.nodes, "recorded")
         if not self._seen:
             search.trace()
-        search.read(self._recording.nodes, "recorded")
         ranks = self.network.ranks
         if ranks.size > 1:
             found = ranks.objects(search.pairs())
