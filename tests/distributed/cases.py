@@ -651,6 +651,7 @@ class Wide(Toy):
 
 
 def _wide(group: Any, name: str, **more: Any):
+    torch.manual_seed(0)
     net = Wide()
     torch.manual_seed(dist.get_rank(group))
     x = torch.randn(2, 300)
