@@ -62,7 +62,7 @@ def wrappers_around(parameters: Iterable[Tensor]) -> list[DistributedDataParalle
     """
     ours = set(map(id, parameters))
     # By their types: asking things themselves may load what they stand for. One without a reducer was never finished.
-    every = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    every = [thing for thing in gc.get_objects() if DistributedDataParallel in type(thing).__mro__]
     found = [r for r in every if hasattr(r, "reducer") and not ours.isdisjoint(map(id, r.parameters()))]
     for replica in found:
         _check_options(replica)
