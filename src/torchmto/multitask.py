@@ -22,10 +22,10 @@ from torchmto.methods.method import as_before, derived_seed
 from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
-from torchmto.step.messages import EndedTogether, RankFailedError, check_alike, tell
+from torchmto.step.messages import EndedTogether, RankFailedError, meet, tell
 from torchmto.step.parts import Carried, Parts, Plan
 from torchmto.step.surroundings import Surroundings
-from torchmto.step.wrappers import leave_unreduced, replicas
+from torchmto.step.wrappers import replicas, take_over
 from torchmto.task_norms import OWN, activate
 
 STATE_VERSION = 1
@@ -196,6 +196,7 @@ class MultiTask:
             sparse=isinstance(method, LossWeighting),
         )
         self._met = False
+        self._stepping = False
         self._driven = False
         self._carried: dict[int, Carried] | None = None
         self._carried_tasks: tuple[str, ...] = ()
@@ -244,7 +245,7 @@ class MultiTask:
                 "A MultiTask can't be copied in the middle of an accumulated batch. Call `mt.backward(losses)` for the last "
                 "micro-batch first."
             )
-        return self.__dict__
+        return {**self.__dict__, "_stepping": False}
 
     def _check_engine(self) -> None:
         """Raise if the engine without rows can't serve the method or the network."""
@@ -344,6 +345,7 @@ class MultiTask:
         """Take one step on one batch.
 
         Gradients that are set already are dropped: add a term to the losses instead of calling its ``backward()`` before.
+        ``.grad`` may lie in memory that the next step writes over: an optimizer or a hook that keeps it has to clone it.
 
         Args:
             losses: A forward-only closure ``closure(tasks) -> {task: loss}``; or ready losses, for methods that need one
@@ -457,16 +459,10 @@ class MultiTask:
         """Do the work of one call. An error ends it on all ranks, and before the first optimizer step undoes everything."""
         network = self.network
         ranks, grad, active = network.ranks, torch.is_grad_enabled(), OWN.tasks
-        if ranks.lost:
-            raise RankFailedError(
-                "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
-                "processes again, from a checkpoint."
-            )
-        if ranks.size > 1 and not self._met:
-            # Before anything is told: messages of ranks with different tasks don't fit.
-            check_alike(ranks, self.tasks)
-            self._met = True
+        if ranks.lost or self._stepping or not self._met:
+            self._prepare()
         try:
+            self._stepping = True
             first = not self._driven
             parts = self._begin(losses, tasks, independent, stepping=stepping, carried=carried)
             context = StepContext(parts)
@@ -479,8 +475,8 @@ class MultiTask:
                 with around:
                     if not parts.surroundings.neutral:
                         parts.surroundings.keep_out(around)
-                    if network.replicas:
-                        leave_unreduced(network.replicas, around)
+                    if network.replicas or network.shards:
+                        take_over(network.replicas, network.shards, around)
                     if first or network.compiled or may_compile():
                         keep_buffers(around)
                     return work(context)
@@ -499,6 +495,24 @@ class MultiTask:
             activate(active)
             tell(ranks, len(self.tasks), network.device, error)
             raise
+        finally:
+            self._stepping = False
+
+    def _prepare(self) -> None:
+        """Before the first step, or one that can't be taken now."""
+        if self.network.ranks.lost:
+            raise RankFailedError(
+                "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
+                "processes again, from a checkpoint."
+            )
+        if self._stepping:
+            raise RuntimeError(
+                "mt.step was called inside its own step: by the closure, by a hook or by another thread. A closure runs "
+                "forwards and returns losses."
+            )
+        # Before anything is told: messages of ranks with different tasks don't fit.
+        meet(self.network, self.tasks)
+        self._met = True
 
     def _undo(self, *, keep_buffers: bool) -> None:
         self.network.undo(keep_buffers=keep_buffers)

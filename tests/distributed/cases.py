@@ -152,7 +152,7 @@ def _load(net: nn.Module, optimizer: torch.optim.Optimizer, mt: torchmto.MultiTa
     mt.load_state_dict(torch.load(Path(folder) / "method.pt", weights_only=True))
 
 
-def train(
+def train(  # noqa: C901 - a branch per situation
     rank: int,
     size: int,
     group: Any,
@@ -167,6 +167,7 @@ def train(
     micro: Sequence[Sequence[int]] | None = None,
     ddp: bool = False,
     fsdp: str = "",
+    unsynced: bool = False,
     independent: bool = False,
     optimizer: str = "adam",
     mt_options: Mapping[str, Any] | None = None,
@@ -187,6 +188,9 @@ def train(
                 fully_shard(layer, mesh=mesh)
         if fsdp == "all":
             assert isinstance(net.heads["a"].weight, DTensor)
+        if unsynced:
+            net.set_requires_gradient_sync(False)
+            net.set_is_last_backward(False)
     made = (
         torch.optim.Adam(net.parameters(), lr=0.01)
         if optimizer == "adam"
@@ -221,6 +225,10 @@ def train(
         grads.append([p.grad is not None for p in made.param_groups[0]["params"]])
     if save:
         _save(net, made, mt, save, group)
+    if unsynced and size > 1:
+        state = net._get_fsdp_state()
+        assert not state._state_ctx.is_last_backward
+        assert not any(part.reduce_grads for part in state._fsdp_param_groups)
     return {
         "parameters": flat(net),
         "infos": infos,
@@ -449,6 +457,18 @@ def other_tasks(rank: int, size: int, group: Any) -> tuple[str, str]:
     return "", ""
 
 
+def other_parameters(rank: int, size: int, group: Any) -> str:
+    """The last rank has drawn another weight."""
+    net = build("toy")
+    if rank == size - 1:
+        with torch.no_grad():
+            net.heads["b"].weight += 1
+    mt = torchmto.MultiTask(
+        net, torch.optim.SGD(net.parameters(), lr=0.1), tasks=TASKS, method="gd", process_group=group
+    )
+    return _message(lambda: mt.step(closure(net, data(rank, 4, "all"), count=False)))
+
+
 def unlabelled(rank: int, size: int, group: Any, name: str) -> dict[str, Any]:
     """A model with batch norm; the last rank's second micro-batch has no labels, and another task than the others first."""
     torch.manual_seed(0)
@@ -589,11 +609,19 @@ def refuse_fsdp(rank: int, size: int, group: Any):
         losses = full(tasks)
         return {t: losses[t] for t in losses if t != "c" or rank == 0}
 
+    def divided() -> None:
+        other = _fully_sharded(group)
+        made = torch.optim.SGD(other.parameters(), lr=0.1)
+        mt = torchmto.MultiTask(other, made, tasks=TASKS, method="gd", process_group=group)
+        other.set_gradient_divide_factor(3.0)
+        mt.step(closure(other, part, count=False))
+
     return {
         "scaler": _message(lambda: make(scaler=torch.amp.GradScaler("cpu"))),
         "shard_gradients": _message(lambda: make(shard_gradients=True)),
         "reused weights": _message(lambda: make(torchmto.make_method("pcgrad", refresh_every=3))),
         "missing task": _message(lambda: make().step(fewer)),
+        "divide factor": _message(divided),
     }
 
 
@@ -623,6 +651,7 @@ class Wide(Toy):
 
 
 def _wide(group: Any, name: str, **more: Any):
+    torch.manual_seed(0)
     net = Wide()
     torch.manual_seed(dist.get_rank(group))
     x = torch.randn(2, 300)
@@ -823,6 +852,58 @@ def ready(rank: int, size: int, group: Any, method: str, options: Mapping[str, A
 def _place(pair: tuple[str, Tensor]) -> str:
     names = ("module.", "_orig_mod.", "parametrizations.", ".original")
     return functools.reduce(lambda name, part: name.replace(part, ""), names, pair[0])
+
+
+def outside(rank: int, size: int, group: Any, method: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters after steps through a wrapper that MultiTask wasn't given; a rank lacks a task, or all of them."""
+    results = {}
+    for kind in ("given", "around", "around a part", "around, unused"):
+        torch.manual_seed(0)
+        model = Toy(TASKS, norm=nn.BatchNorm1d(5))
+        net: nn.Module = model
+        if kind == "around a part":
+            net.trunk = DistributedDataParallel(trunk := model.trunk, process_group=group)
+            model = nn.ModuleDict({"trunk": trunk, "heads": model.heads})
+        else:
+            net = DistributedDataParallel(model, process_group=group, find_unused_parameters=kind == "around, unused")
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        mt = torchmto.MultiTask(
+            net if kind == "given" else model, optimizer, tasks=TASKS, method=method, process_group=group, **options
+        )
+        for step in range(3):
+            part = data(2 * step + rank, 4, "all")
+            part[2][:, 1 + step % 2 :] = rank == 0
+            part[2][:] &= (rank, step) != (1, 0)
+            mt.step(closure(net, part, count=True))
+        results[kind] = torch.cat([p.detach().flatten() for p in (*net.parameters(), *net.buffers())])
+    return results
+
+
+def late(rank: int, size: int, group: Any) -> dict[str, Any]:
+    """What comes of wrappers that turn up after MultiTask is built, and how a step leaves one."""
+    part = data(rank, 4, "all")
+
+    def made(change: Any, **options: Any) -> str:
+        net = Toy(TASKS)
+        mt = torchmto.MultiTask(
+            net, torch.optim.SGD(net.parameters(), lr=0.1), tasks=TASKS, method="gd", process_group=group
+        )
+        wrapper = DistributedDataParallel(net, **{"process_group": group, **options})
+        for _ in range(2):
+            mt.step(closure(wrapper, part, count=False))
+            found.append((wrapper.require_forward_param_sync, wrapper.require_backward_grad_sync))
+            change(wrapper)
+        return "nothing"
+
+    found: list[Any] = []
+    own = dist.new_group(list(range(size)))
+    return {
+        "plain": _message(lambda: made(lambda wrapper: None)),
+        "static": _message(lambda: made(lambda wrapper: None, static_graph=True)),
+        "group": _message(lambda: made(lambda wrapper: None, process_group=own)),
+        "hook": _message(lambda: made(lambda wrapper: wrapper.register_comm_hook(None, default_hooks.allreduce_hook))),
+        "found": found,
+    }
 
 
 def join(rank: int, size: int, group: Any):

@@ -8,6 +8,7 @@ import torch
 
 import torchmto
 from torchmto.methods import method_class
+from toy import batch, closure, make
 
 OPTIONS = {
     "static": {"weights": {"a": 1.0, "b": 0.5, "c": 2.0}},
@@ -218,6 +219,22 @@ def test_different_tasks_are_an_error_on_all_ranks(pool):
     for kind, message in pool.run(2, cases.other_tasks):
         assert kind == "ValueError"
         assert message.startswith("The ranks don't have the same tasks.")
+
+
+def test_different_parameters_are_an_error_on_all_ranks(pool):
+    for message in pool.run(3, cases.other_parameters):
+        assert message.startswith("ValueError: Parameter `heads.b.weight` should be the same on all ranks")
+        assert "Found other values on rank 2 than on rank 0" in message
+
+
+def test_a_process_group_that_comes_after_the_multitask(monkeypatch):
+    model, _, mt = make("gd")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match="initialised after MultiTask was built"):
+        mt.step(closure(model, batch(("a", "b", "c"))))
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group=None: 1)
+    mt.step(closure(model, batch(("a", "b", "c"))))
 
 
 @pytest.mark.parametrize("name", ["gd", "rlw", "pcgrad", "sequential"])

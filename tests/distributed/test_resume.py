@@ -35,6 +35,7 @@ SCRIPT = """
 import os, signal, sys
 import torch, torch.distributed as dist, torchmto
 dist.init_process_group("gloo")
+torch.manual_seed(0)
 rank = dist.get_rank()
 model = torch.nn.ModuleDict({k: torch.nn.Linear(3, 3 if k == "trunk" else 1) for k in ("trunk", "a", "b")})
 mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=["a", "b"], method="pcgrad")

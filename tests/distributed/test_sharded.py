@@ -31,6 +31,11 @@ def test_fully_shard(pool, name, where):
     check(pool, name, options, 2, fsdp=where, model=model, mt_options={"clip": 0.5})
 
 
+@pytest.mark.parametrize("name", ["gd", "mgda"])
+def test_gradients_are_summed_whatever_is_set_for_other_backwards(pool, name):
+    check(pool, name, {}, 2, fsdp="all", unsynced=True)
+
+
 @pytest.mark.parametrize("name", ["rlw", "mgda", "connection_strength"])
 def test_micro_batches(pool, name):
     check(pool, name, OPTIONS.get(name, {}), 2, fsdp="all", micro=((2, 2), (2, 2)))
@@ -46,6 +51,7 @@ def test_what_is_refused(pool):
     assert "`shard_gradients` should be False" in messages["shard_gradients"]
     assert 'needs heads="weighted"' in messages["reused weights"]
     assert "every rank should return losses for the same tasks" in messages["missing task"]
+    assert messages["divide factor"].startswith("ValueError: `set_gradient_divide_factor`")
 
 
 @pytest.mark.parametrize("name", ["sdmgrad", "modo"])

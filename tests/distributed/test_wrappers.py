@@ -63,6 +63,25 @@ def test_ready_losses_of_a_wrapped_model(pool, method, options):
         assert torch.equal(one[f"{kind}, own"], other[f"{kind}, own"])
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("gd", {}), ("pcgrad", {}), ("pcgrad", {"gradients": "layerwise"})], ids=str
+)
+def test_a_wrapper_that_was_not_given_is_driven_as_one_that_was(pool, method, options):
+    one, other = pool.run(2, cases.outside, method, options)
+    for kind, result in one.items():
+        torch.testing.assert_close(result, one["given"], msg=lambda text, kind=kind: f"{kind}: {text}")
+        assert torch.equal(result, other[kind])
+
+
+def test_wrappers_that_turn_up_later(pool):
+    for result in pool.run(2, cases.late):
+        assert result["plain"] == "nothing"
+        assert result["static"].startswith("ValueError: DistributedDataParallel with static_graph=True")
+        assert result["group"].startswith("ValueError: Parameter `process_group` should be")
+        assert result["hook"].startswith("ValueError: DistributedDataParallel with a communication hook")
+        assert result["found"] == [(True, True)] * 3
+
+
 def test_join_is_refused_in_the_step(pool):
     for message in pool.run(2, cases.join):
         assert message.startswith("ValueError: `join()`")

@@ -16,7 +16,7 @@ import torchmto
 from torchmto.gradients.choice import Auto
 from torchmto.gradients.engine import Piece, Wanted
 from torchmto.gradients.factors import find_factors
-from torchmto.gradients.graph import read_graph
+from torchmto.gradients.graph import cut, read_graph
 from torchmto.gradients.layerwise import Layerwise
 from torchmto.gradients.ranks import Ranks
 from torchmto.gradients.torch_private import hooked
@@ -233,6 +233,21 @@ def deep_convolutions() -> Sample:
     return _sample(model, lambda: [model(images)])
 
 
+def _hooked(sample: Sample) -> Sample:
+    for name, parameter in sample.model.named_parameters():
+        if name.endswith("bias"):
+            parameter.register_hook(lambda gradient: 2 * gradient)
+    return sample
+
+
+def hooked_linear() -> Sample:
+    return _hooked(wide())
+
+
+def hooked_convolutions() -> Sample:
+    return _hooked(deep_convolutions())
+
+
 def attention() -> Sample:
     """Two blocks of attention over tokens with packed projections, and a head on their mean."""
     layer = nn.TransformerEncoderLayer(12, 3, 20, dropout=0.0, activation="gelu", batch_first=True)
@@ -268,6 +283,8 @@ def shapes() -> Sample:
 ZOO = [
     chain,
     deep_convolutions,
+    hooked_linear,
+    hooked_convolutions,
     attention,
     shapes,
     residual,
@@ -354,8 +371,8 @@ def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
 
 
-FACTORED = {chain: 0, deep_convolutions: 3, residual: 4, checkpointed: 0, lookups: 1, wide: 4}
-"""Samples -> how many parameters' gradients aren't formed: few samples, no other use, no checkpointing."""
+FACTORED = {chain: 0, deep_convolutions: 3, residual: 4, checkpointed: 0, lookups: 1, wide: 4, hooked_linear: 1}
+"""Samples -> how many parameters' gradients aren't formed: few samples, no other use, no hooks next to it, no checkpointing."""
 
 
 @pytest.mark.parametrize("make_sample", FACTORED, ids=lambda f: f.__name__)
@@ -364,7 +381,11 @@ def test_gradients_that_need_not_be_formed_are_found(make_sample: Callable[[], S
     sample = make_sample()
     graph = read_graph(dict(enumerate(sample.losses(tuple(f"t{i}" for i in range(K))).values())))
     wanted = {id(p): p for p in sample.model.parameters()}
-    assert len(find_factors(graph.order, graph.uses, wanted, K)) == FACTORED[make_sample]
+    factors = find_factors(graph.order, graph.uses, wanted, K)
+    assert len(factors) == FACTORED[make_sample]
+    if factors:
+        with pytest.raises(RuntimeError, match="weren't placed"):
+            cut(graph, dict.fromkeys(wanted, 1), factors, direct=False)
 
 
 @settings(max_examples=25, deadline=None)

@@ -94,12 +94,25 @@ def test_distributed_data_parallel(process_group):
 
 @pytest.mark.cpu  # with tensors made there
 def test_optimizers_and_first_fsdp(process_group):
-    from torch.distributed.fsdp import FullyShardedDataParallel  # noqa: PLC0415
+    from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard  # noqa: PLC0415
     from torch.distributed.optim import ZeroRedundancyOptimizer  # noqa: PLC0415
 
     parameters = nn.Linear(2, 2).parameters()
     assert not torch_private.overlaps(ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=0.1))
     assert not torch_private.overlaps(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    module = fully_shard(nn.Linear(2, 2), mesh=DeviceMesh("cpu", [0]))
+    assert torch_private.divided_by(module) is None
+    module.set_gradient_divide_factor(2.0)
+    assert torch_private.divided_by(module) == 2
+    module.set_requires_gradient_sync(False)
+    module.set_is_last_backward(False)
+    switches = torch_private.reducing(module)
+    assert len(switches) == 2
+    assert not any(getattr(owner, name) for owner, name in switches)
+    module.set_requires_gradient_sync(True)
+    module.set_is_last_backward(True)
+    assert all(getattr(owner, name) for owner, name in switches)
     wrapped = FullyShardedDataParallel(nn.Linear(2, 2), use_orig_params=True, device_id=torch.device("cpu"))
     assert all(torch_private.is_flattened(parameter) for parameter in wrapped.parameters())
     assert not torch_private.is_flattened(nn.Linear(2, 2).weight)

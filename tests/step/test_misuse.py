@@ -586,6 +586,33 @@ def test_parameters_that_leave_the_optimizer_later_are_warned_of(method, case):
         mt.step(closure(model, batch(TASKS)))
 
 
+def test_a_step_inside_a_step_is_refused():
+    model, mt = started()
+    before = state(mt)
+
+    def nested(tasks):
+        mt.step(closure(model, batch(TASKS)))
+
+    with pytest.raises(RuntimeError, match="inside its own step"):
+        mt.step(nested)
+    assert same(state(mt), before)
+    copy.deepcopy(mt)
+    mt.step(closure(model, batch(TASKS)))
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_inference_mode_is_named(method):
+    model, mt = started(method)
+    before = state(mt)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.inference_mode\(\)"):
+        mt.step(closure(model, batch(TASKS)))
+    assert same(state(mt), before)
+    with pytest.raises(ValueError, match=r"torch\.inference_mode\(\)"):
+        mt.step(torch.inference_mode()(closure(model, batch(TASKS))))
+    assert same(state(mt), before)
+    mt.step(closure(model, batch(TASKS)))
+
+
 def test_ready_losses_serve_one_micro_batch():
     model, _, mt = make("gd", TASKS)
     losses = closure(model, batch(TASKS))(TASKS)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from torchmto.gradients.torch_private import gradient_hooks, run_backward
 
-_PLAIN = {Tensor, nn.Parameter}
+PLAIN = {Tensor, nn.Parameter}
+"""The classes of tensors that have nothing to say of their own."""
 
 
 def _overridden(root: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether subclasses of tensors may have something to say about a backward."""
-    return run_backward is None or type(root) is not Tensor or not _PLAIN.issuperset(map(type, inputs))
+    return run_backward is None or type(root) is not Tensor or not PLAIN.issuperset(map(type, inputs))
 
 
 def backward(root: Tensor, seed: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from torchmto.gradients.reach import can_be_called
 from torchmto.gradients.rows import products, wide_dtype
 from torchmto.gradients.torch_private import has_hooks, hooked, places, saved
 
@@ -170,7 +171,7 @@ def find_factors(
     for node in order:
         find = _FINDERS.get(node.name())
         factor = None if find is None else find(node, uses, wanted, num_tasks)
-        if factor is not None:
+        if factor is not None and can_be_called(node):
             factors[node] = factor
     return factors
 

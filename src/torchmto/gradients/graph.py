@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.reach import Edges, beyond, edges_of
-from torchmto.gradients.torch_private import has_hooks, native, number_of
+from torchmto.gradients.reach import Edges, beyond, can_be_called, edges_of
+from torchmto.gradients.torch_private import number_of
 
 Edge = tuple[Node, int]
 """A node of the backward graph and which of its inputs: the gradient of one output of a forward operation."""
@@ -133,9 +133,16 @@ def cut(
         direct: Whether nodes may be called outside of a backward.
         whole: Don't cut: one run has everything.
         batched: One run for each task's own nodes, and one batched run for all the others.
+
+    Raises:
+        RuntimeError: If a factor's node isn't called, so that its parameter would be left out.
     """
     parts = _Cut(graph, sizes, factors, direct=direct, batched=batched)
-    return [parts.whole()] if whole else parts.segments()
+    segments = [parts.whole()] if whole else parts.segments()
+    placed = sum(run.factor is not None for segment in segments for run in segment)
+    if placed != len(factors):
+        raise RuntimeError(f"{len(factors) - placed} factors of the Gramian weren't placed: an error of torchmto.")
+    return segments
 
 
 class _Cut:
@@ -226,9 +233,7 @@ class _Cut:
 
         for node in nodes:
             following = [other for other, _ in self._graph.edges[node] if other in self._needed]
-            # Parameters' own hooks are called by backwards.
-            leaves = [self._graph.leaves[other] for other in following if other in self._sizes]
-            if self._direct and native(node) and not any(map(has_hooks, leaves)):
+            if self._direct and can_be_called(node):
                 close()
                 run = self._run([node])
                 run.direct, run.needs, run.factor = True, self._needs(node), self._factors.get(node)

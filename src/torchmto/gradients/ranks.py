@@ -40,6 +40,18 @@ class Ranks:
         self.bytes_sent = 0.0
         self.lost = False
 
+    def check_alone(self) -> None:
+        """Raise if there were no other processes when this was made, and now there are.
+
+        Raises:
+            ValueError: If so.
+        """
+        if not self.active and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                "torch.distributed was initialised after MultiTask was built, so each of the "
+                f"{dist.get_world_size()} processes would train by itself. Build MultiTask after `init_process_group`."
+            )
+
     @property
     def owing(self) -> bool:
         """Whether others wait for this rank's next message, and it can be told which one that is."""
@@ -121,6 +133,11 @@ class Ranks:
                 flat = self.sum_(torch.cat([tensor.reshape(-1) for tensor in alike]))
                 parts = torch.split(flat, [tensor.numel() for tensor in alike])
                 torch._foreach_copy_(alike, [part.view_as(tensor) for part, tensor in zip(parts, alike, strict=True)])
+
+
+def checksum(tensor: Tensor) -> int:
+    """A number made from the bits of a tensor."""
+    return zlib.crc32(tensor.detach().resolve_conj().cpu().flatten().view(torch.uint8).numpy().data)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -17,10 +17,12 @@ from torchmto.gradients.finite import plain
 from torchmto.gradients.torch_private import (
     converting,
     gives_up,
+    has_hooks,
     hooked,
     is_compiled,
     is_sink,
     is_users,
+    native,
     places,
     reentrant,
 )
@@ -103,6 +105,12 @@ def reach(roots: Edges) -> Reach:
         elif is_users(node):
             found.functions.append(node)
     return found
+
+
+def can_be_called(node: Node) -> bool:
+    """Whether a node may be called outside of a backward: it is PyTorch's own, and no leaf that it leads to has hooks."""
+    leaves = (getattr(other, "variable", None) for other, _ in node.next_functions)
+    return native(node) and not any(leaf is not None and has_hooks(leaf) for leaf in leaves)
 
 
 def is_recomputed(losses: Iterable[Tensor]) -> bool:

@@ -159,6 +159,33 @@ is_joining: Callable[[Any], bool] = _of("DistributedDataParallel", "_join_config
 forgetting: Callable[[Any], Callable[[], None]] = _of("DistributedDataParallel", "reducer._reset_state")
 """What makes ``DistributedDataParallel`` forget that a forward has prepared it to reduce in the next backward."""
 
+_sharding_of = _of("FSDPModule", "_get_fsdp_state")
+_group_of = _of("FSDPState", "_fsdp_param_group")
+_shared_by = _of("FSDPState", "_state_ctx")
+
+
+def _groups(module: Any) -> list[Any]:
+    """The groups of parameters that FSDP2 shards together in one module."""
+    state = _sharding_of(module)()
+    # Older versions of PyTorch know of one at most.
+    several = getattr(state, "_fsdp_param_groups", None)
+    return list(filter(None, [_group_of(state)] if several is None else several))
+
+
+def reducing(module: Any) -> list[tuple[Any, str]]:
+    """The switches of a module sharded by FSDP2 that are on where each backward sums gradients and waits: owners and names."""
+    found = [*((group, "reduce_grads") for group in _groups(module))]
+    found.append((_shared_by(_sharding_of(module)()), "is_last_backward"))
+    for owner, name in found:
+        if not hasattr(owner, name):
+            raise _gone(f"{type(owner).__name__}.{name}")
+    return found
+
+
+def divided_by(module: Any) -> float | None:
+    """What FSDP2 was told to divide the gradients of a module by; None for the number of ranks."""
+    return next((factor for group in _groups(module) if (factor := group.gradient_divide_factor) is not None), None)
+
 
 # ------------------------------------------------------------------ nodes of the backward graph
 

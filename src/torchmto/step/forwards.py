@@ -188,9 +188,10 @@ def _refusal(task: str, loss: object) -> Exception:
         return ValueError(f"The loss of task `{task}` should be a scalar tensor. Found shape {list(loss.shape)}.")
     if not loss.is_floating_point():
         return TypeError(f"The loss of task `{task}` should be a floating-point tensor. Found dtype {loss.dtype}.")
+    mode = "inference_mode" if loss.is_inference() else "no_grad"
     return ValueError(
         f"The loss of task `{task}` has no autograd graph, so it has no gradient. Was it computed under "
-        f"torch.no_grad(), detached, or from frozen parameters only? {_WITHOUT_LABELS}"
+        f"torch.{mode}(), detached, or from frozen parameters only? {_WITHOUT_LABELS}"
     )
 
 

@@ -34,14 +34,17 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchmto.gradients.backwards import PLAIN
 from torchmto.gradients.finite import dtype_of_gradient, real
-from torchmto.gradients.ranks import Ranks, all_equal, fingerprint, is_sharded, local
+from torchmto.gradients.ranks import Ranks, all_equal, checksum, fingerprint, is_sharded, local
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import NormBase
 from torchmto.step.network import Heads, Network
+from torchmto.step.wrappers import wrappers_around
 
 
 class RankFailedError(RuntimeError):
@@ -77,16 +80,37 @@ def tell(ranks: Ranks, num_tasks: int, device: torch.device, failure: BaseExcept
             Exchange(ranks, num_tasks, "")({}, {}, doing="", device=device, disagree=False, failure=failure)
 
 
-def check_alike(ranks: Ranks, tasks: tuple[str, ...]) -> None:
-    """Raise if the ranks don't have the same tasks: their messages would have different sizes.
+def meet(network: Network, tasks: tuple[str, ...]) -> None:
+    """Before the first step: find wrappers that the model doesn't know of, and compare what the ranks begin with.
 
     Raises:
-        ValueError: If so.
+        ValueError: If there is a wrapper that can't be driven, or the ranks don't have the same tasks (their messages would
+            have different sizes) or parameters.
     """
-    everywhere = ranks.objects(tasks)
-    for rank, others in enumerate(everywhere):
-        if others != everywhere[0]:
-            raise ValueError(f"The ranks don't have the same tasks. Rank 0: {everywhere[0]}. Rank {rank}: {others}.")
+    ranks = network.ranks
+    ranks.check_alone()
+    if ranks.size == 1:
+        return
+    if not network.replicas:
+        network.replicas = wrappers_around(network.parameters)
+        if any(replica.process_group is not (ranks.group or dist.group.WORLD) for replica in network.replicas):
+            raise ValueError(
+                "Parameter `process_group` should be that of the DistributedDataParallel around the model. Found another one."
+            )
+    # Of sharded parameters, and others of classes of their own, every rank may hold something else.
+    own = {network.name(p): checksum(p) for p in network.parameters if type(p) in PLAIN}
+    everywhere = ranks.objects((tasks, own))
+    for rank, (others, sums) in enumerate(everywhere):
+        first, expected = everywhere[0]
+        if others != first:
+            raise ValueError(f"The ranks don't have the same tasks. Rank 0: {first}. Rank {rank}: {others}.")
+        differing = [name for name in expected if sums.get(name) != expected[name]]
+        if differing:
+            raise ValueError(
+                f"Parameter `{differing[0]}` should be the same on all ranks before the first step. Found other values on rank "
+                f"{rank} than on rank 0 ({len(differing)} such in all). Wrap the model in DistributedDataParallel, which makes "
+                "them equal, or call `torch.manual_seed` with the same seed before it is built."
+            )
 
 
 @dataclass(frozen=True)

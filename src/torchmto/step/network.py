@@ -32,7 +32,7 @@ from torchmto.gradients.torch_private import gradient_hooks, hooks_made, uncompi
 from torchmto.step.losses import Chunk
 from torchmto.step.optimizers import Optimizers
 from torchmto.step.surroundings import random_state, set_random_state
-from torchmto.step.wrappers import check_wrappers, replicas, unwrapped
+from torchmto.step.wrappers import check_wrappers, replicas, shards_of, unwrapped
 from torchmto.task_norms import has_split_norms
 from torchmto.undo import BufferSnapshot
 
@@ -101,6 +101,8 @@ class Network:
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         recomputes: Whether backwards may run parts of the forward again (checkpointing).
+        replicas: The ``DistributedDataParallel`` wrappers; one that isn't in the model is found before the first step.
+        shards: The modules that FSDP2 shards.
         untold: Whether other parameters may be trained than those that the roles were told of.
     """
 
@@ -163,6 +165,7 @@ class Network:
         self._warned_unshared = False
         self.shard_gradients = shard_gradients and ranks.size > 1
         self.sharded = self._check_sharding()
+        self.shards = shards_of(model) if self.sharded else []
         self.engine = engine
         self.agreement = Agreement(ranks, self.roles)
 

@@ -37,6 +37,10 @@ class Surroundings:
         self._device = torch.empty(0).device
         self.neutral = not self._casts and self._device.type == "cpu" and torch.is_grad_enabled()
         self._restored = contextlib.ExitStack()
+        if not self.neutral and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "A multi-task step can't be taken inside `torch.inference_mode()`, where nothing has a gradient."
+            )
 
     def keep_out(self, stack: contextlib.ExitStack) -> None:
         """Until ``stack`` ends none of them has an effect."""

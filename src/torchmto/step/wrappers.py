@@ -1,7 +1,8 @@
 """Modules around a model that train it in their own way: those a step can drive, and those it refuses."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import gc
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -10,11 +11,13 @@ from torchmto.gradients.ranks import is_sharded
 from torchmto.gradients.torch_private import (
     compiled_inside,
     delayed_by,
+    divided_by,
     forgetting,
     hooks_of,
     is_flattened,
     is_joining,
     overlaps,
+    reducing,
 )
 
 _REPLICATE = "use DistributedDataParallel, or `torch.distributed.fsdp.fully_shard` (FSDP2)"
@@ -29,6 +32,8 @@ _FOREIGN = {
     "`torch.distributed.fsdp.fully_shard` (FSDP2)",
 }
 """Wrappers that own backward and step, by name, so that none has to be imported; and what to use instead."""
+
+_HOOK = "a communication hook (`register_comm_hook`)"
 
 _LIBRARIES = ("torch", "fairscale", "deepspeed")
 
@@ -49,13 +54,32 @@ def replicas(model: nn.Module) -> list[DistributedDataParallel]:
     return [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
 
 
+def wrappers_around(parameters: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """The DistributedDataParallel wrappers of this process that hold some of ``parameters``, which know of no wrapper.
+
+    Raises:
+        ValueError: If one has an option that a step can't drive.
+    """
+    ours = set(map(id, parameters))
+    # By their types: asking things themselves may load what they stand for. One without a reducer was never finished.
+    every = [thing for thing in gc.get_objects() if DistributedDataParallel in type(thing).__mro__]
+    found = [r for r in every if hasattr(r, "reducer") and not ours.isdisjoint(map(id, r.parameters()))]
+    for replica in found:
+        _check_options(replica)
+    return found
+
+
+def shards_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model whose parameters FSDP2 shards."""
+    return [module for module in model.modules() if "FSDPModule" in _kinds(module)]
+
+
 def check_wrappers(model: nn.Module, optimizers: Iterable[object], parameters: Iterable[Tensor]) -> None:
     """Raise if something around a model, or a part of it, trains it in a way that a step can't drive.
 
     Raises:
         ValueError: If there is such a wrapper, or an option of one.
     """
-    sharded: set[int] = set()
     for module in model.modules():
         kinds = _kinds(module)
         for name in kinds & _FOREIGN.keys():
@@ -66,10 +90,8 @@ def check_wrappers(model: nn.Module, optimizers: Iterable[object], parameters: I
                 "one node of its graph gets all parameters, whatever a task reaches. Use DistributedDataParallel",
             )
         if isinstance(module, DistributedDataParallel):
-            for option in _options(module):
-                raise _refusal(f"DistributedDataParallel with {option}", "wrap the model without it")
-        if "FSDPModule" in kinds:
-            sharded.update(map(id, module.parameters()))
+            _check_options(module)
+    sharded = {id(parameter) for module in shards_of(model) for parameter in module.parameters()}
     for parameter in parameters:
         if is_flattened(parameter):
             raise _refusal("FullyShardedDataParallel", _FOREIGN["FullyShardedDataParallel"])
@@ -77,6 +99,11 @@ def check_wrappers(model: nn.Module, optimizers: Iterable[object], parameters: I
             raise _refusal("Tensor parallelism", "use `fully_shard` over a one-dimensional mesh of all ranks")
     if any(map(overlaps, optimizers)):
         raise _refusal("ZeroRedundancyOptimizer with overlap_with_ddp=True", "leave that out")
+
+
+def _check_options(replica: DistributedDataParallel) -> None:
+    for option in _options(replica):
+        raise _refusal(f"DistributedDataParallel with {option}", "wrap the model without it")
 
 
 def _options(replica: DistributedDataParallel) -> Iterator[str]:
@@ -91,7 +118,7 @@ def _options(replica: DistributedDataParallel) -> Iterator[str]:
         yield "trained parameters that it is told to ignore"
     # Last, as mixed precision is one of its hooks.
     if hooks_of(replica):
-        yield "a communication hook (`register_comm_hook`)"
+        yield _HOOK
 
 
 def _refusal(what: str, instead: str) -> ValueError:
@@ -100,20 +127,37 @@ def _refusal(what: str, instead: str) -> ValueError:
     )
 
 
-def leave_unreduced(wrappers: Sequence[DistributedDataParallel], stack: contextlib.ExitStack) -> None:
-    """Until ``stack`` ends, keep DistributedDataParallel from reducing gradients: the step reduces them itself.
+def take_over(
+    wrappers: Iterable[DistributedDataParallel], shards: Iterable[nn.Module], stack: contextlib.ExitStack
+) -> None:
+    """Until ``stack`` ends, let the step reduce gradients itself, and FSDP2 reduce those it shards in each task's backward.
+
+    Args:
+        wrappers: Wrappers that are kept from reducing.
+        shards: Modules sharded by FSDP2.
+        stack: Ends with the step.
 
     Raises:
-        ValueError: Inside ``join()``, whose collectives would meet the step's.
+        ValueError: Inside ``join()``, whose collectives would meet the step's; for a communication hook that was set later;
+            if FSDP2 would divide gradients by another number than that of the ranks.
     """
     for wrapper in wrappers:
+        if hooks_of(wrapper):
+            raise _refusal(f"DistributedDataParallel with {_HOOK}", "wrap the model without it")
         if is_joining(wrapper):
             raise _refusal(
                 "`join()` of DistributedDataParallel",
                 "on a rank that has no batch left return no losses, `{}`, from the closure",
             )
         # Its first forward would broadcast the buffers, but a rank without labels may not run the model at all.
+        stack.callback(setattr, wrapper, "require_forward_param_sync", wrapper.require_forward_param_sync)
         wrapper.require_forward_param_sync = False
         # A forward outside of the step, as that of ready losses, has prepared it for a backward of its own.
         forgetting(wrapper)()
         stack.enter_context(wrapper.no_sync())
+    for module in shards:
+        if divided_by(module) is not None:
+            raise _refusal("`set_gradient_divide_factor` of FSDP", "leave it at its default, the number of ranks")
+        for owner, name in reducing(module):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, True)
