@@ -23,7 +23,7 @@ from torchmto.step import Network, StepContext, StepInfo
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import Source, Weigh, needs_closure
 from torchmto.step.messages import EndedTogether, RankFailedError, meet, tell
-from torchmto.step.parts import Carried, Parts, Plan
+from torchmto.step.parts import Carried, Parts
 from torchmto.step.surroundings import Surroundings
 from torchmto.step.wrappers import replicas, take_over
 from torchmto.task_norms import OWN, activate
@@ -217,7 +217,9 @@ class MultiTask:
             first = method.generator.initial_seed()
             if seed is not None or self.weights.generator.initial_seed() == first:
                 self.weights.seed(derived_seed(first, "weights"))
-        self._steps = self._plan()
+        self._weighing = self._weigh()
+        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
+        self._outside = [part.outside for part in self._methods] if bounded else []
 
     @property
     def method(self) -> Method:
@@ -321,17 +323,6 @@ class MultiTask:
         assert isinstance(self.weights, dict)
         names = [self.tasks[i] for i in indices]
         return values.new_tensor([check_number(f"weights[{n!r}]", self.weights.get(n), minimum=0) for n in names])
-
-    def _plan(self) -> Plan:
-        """What all steps have in common."""
-        weigh, weigh_fixed = self._weigh()
-        bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
-        return Plan(
-            self.tasks,
-            weigh=weigh,
-            weigh_fixed=weigh_fixed,
-            outside=[part.outside for part in self._methods] if bounded else (),
-        )
 
     # ------------------------------------------------------------------ the step
 
@@ -599,21 +590,23 @@ class MultiTask:
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
-        plan = self._steps
-        # What may be changed between steps.
-        plan.on_nonfinite, plan.same_noise = self.on_nonfinite, self.same_noise
-        plan.repeats = any(part.needs_closure or part.needs_losses_after for part in self._every)
+        weigh, weigh_fixed = self._weighing
         return Parts(
-            plan,
-            network,
-            sources,
+            self.tasks,
+            on_nonfinite=self.on_nonfinite,
+            weigh=weigh,
+            weigh_fixed=weigh_fixed,
+            outside=self._outside,
+            repeats=any(part.needs_closure or part.needs_losses_after for part in self._every),
+            same_noise=self.same_noise,
+            network=network,
+            sources=sources,
             asked=asked,
             about=about,
             stepping=stepping,
             carried=carried,
             summed=carried is not None and self._summed,
             several=network.ranks.size > 1,
-            weigh=plan.weigh,
         )
 
     def _warn_of_another_model(self, parts: Sequence[Method]) -> None:

@@ -37,7 +37,7 @@ def test_a_resumed_run_learns_no_role_anew(monkeypatch, method, first):
     original = forwards._learn
 
     def learn(parts, chunk, closure, names, new):
-        learnt.extend(parts.plan.tasks[index] for index in new)
+        learnt.extend(parts.tasks[index] for index in new)
         original(parts, chunk, closure, names, new)
 
     monkeypatch.setattr(forwards, "_learn", learn)

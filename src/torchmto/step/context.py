@@ -52,7 +52,7 @@ class StepContext:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self.network = parts.network
-        self.tasks = parts.plan.tasks
+        self.tasks = parts.tasks
         self.asked = parts.asked
         self.stepping = parts.stepping
         self.num_optimizer_steps = 0

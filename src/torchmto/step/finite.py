@@ -34,8 +34,8 @@ def check_losses(parts: Parts, losses: Losses, values: Sequence[float], *, sourc
     """Check the losses of an independent batch, ``values`` as plain numbers; record those of the step's own."""
     for index, value in zip(losses.indices, values, strict=True):
         if value - value != 0:
-            fail(parts, f"The loss of task `{parts.plan.tasks[index]}` is {value}.")
-    if parts.plan.outside:
+            fail(parts, f"The loss of task `{parts.tasks[index]}` is {value}.")
+    if parts.outside:
         _domains(parts, losses, values)
     if source == 0:
         for index, value in zip(losses.indices, values, strict=True):
@@ -45,7 +45,7 @@ def check_losses(parts: Parts, losses: Losses, values: Sequence[float], *, sourc
 def _domains(parts: Parts, losses: Losses, values: Sequence[float]) -> None:
     """Check that the methods can take the losses: a loss weighting in front the raw ones, the method weighted ones."""
     raw = torch.tensor(values, dtype=losses.raw.dtype)
-    method, *weighting = parts.plan.outside
+    method, *weighting = parts.outside
     reason = weighting[0](raw, losses.indices) if weighting else ""
     if not reason:
         seen = raw if losses.factors is None else losses.values.cpu()
@@ -59,7 +59,7 @@ def check_task_gradients(parts: Parts, losses: Losses, gramian: Tensor) -> None:
     """Check the tasks' gradients on the shared parameters, by the Gramian's diagonal."""
     for index, square in zip(losses.indices, gramian.diagonal().tolist(), strict=True):
         if square - square != 0:
-            fail_with_gradient(parts, losses, f"The gradient of task `{parts.plan.tasks[index]}` isn't finite.")
+            fail_with_gradient(parts, losses, f"The gradient of task `{parts.tasks[index]}` isn't finite.")
 
 
 def is_finite(parts: Parts, gradients: Sequence[Tensor], mark: float) -> bool:
@@ -84,14 +84,14 @@ def check_weights(parts: Parts, losses: Losses, values: Sequence[float]) -> None
     """Check the losses' weights, ``values`` as plain numbers: times a gradient of zero they may leave no trace."""
     if any(value - value != 0 for value in values):
         raw = zip(losses.indices, losses.raw.tolist(), strict=True)
-        named = ", ".join(f"`{parts.plan.tasks[index]}` {value:g}" for index, value in raw)
+        named = ", ".join(f"`{parts.tasks[index]}` {value:g}" for index, value in raw)
         fail(parts, f"The method's loss weights aren't finite. The losses are {named}.")
 
 
 def fail(parts: Parts, message: str) -> NoReturn:
     """Leave the step out, or raise."""
     parts.network.zero_grad()
-    if parts.plan.on_nonfinite == "skip":
+    if parts.on_nonfinite == "skip":
         raise SkippedError(message)
     raise NonFiniteError(f"{message} Nothing was updated; pass `on_nonfinite='skip'` to leave such steps out.")
 

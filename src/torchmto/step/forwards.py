@@ -43,7 +43,7 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
     averaged = parts.several or len(micro_batches) > 1 or parts.carried is not None
     for number, closure in enumerate(micro_batches):
         for group in groups(parts, closure, request.asked):
-            if parts.plan.repeats or parts.plan.same_noise:
+            if parts.repeats or parts.same_noise:
                 parts.noise.before((request.source, number), group)
             # The graph of ready losses was made since the last look.
             start = network.nodes_made if isinstance(closure, Mapping) else nodes_made()
@@ -117,7 +117,7 @@ def _parse(
         raise TypeError(
             f"A closure should return a mapping of task names to scalar losses. Found {type(result).__name__}."
         )
-    taken = [(index, name) for index, name in enumerate(parts.plan.tasks) if name in result and name in asked]
+    taken = [(index, name) for index, name in enumerate(parts.tasks) if name in result and name in asked]
     if len(taken) < len(result):
         _check_others(parts, result, asked, ready=ready)
     losses: dict[int, Tensor] = {}
@@ -139,9 +139,9 @@ def _parse(
 
 def _check_others(parts: Parts, result: Mapping[str, Any], asked: tuple[str, ...], *, ready: bool) -> None:
     """Raise if there are losses of unknown tasks; warn once of losses that nobody asked for."""
-    unknown = [name for name in result if name not in parts.plan.tasks]
+    unknown = [name for name in result if name not in parts.tasks]
     if unknown:
-        raise ValueError(unknown_task(unknown[0], parts.plan.tasks, "among the losses"))
+        raise ValueError(unknown_task(unknown[0], parts.tasks, "among the losses"))
     if not ready and not parts.network.warned_unasked:
         parts.network.warned_unasked = True
         unasked = next(name for name in result if name not in asked)
@@ -169,7 +169,7 @@ def _round_counts(parts: Parts, chunk: Chunk) -> None:
             count = float(torch.tensor(chunk.counts[index], dtype=loss.dtype))
             if not 0 < count < float("inf"):
                 raise ValueError(
-                    f"The count {chunk.counts[index]:g} of task `{parts.plan.tasks[index]}` doesn't fit the type of its loss, "
+                    f"The count {chunk.counts[index]:g} of task `{parts.tasks[index]}` doesn't fit the type of its loss, "
                     f"{loss.dtype}. Return the loss as float32: `(loss.float(), count)`."
                 )
             chunk.counts[index] = count

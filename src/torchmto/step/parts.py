@@ -13,30 +13,6 @@ from torchmto.step.surroundings import Noise, Surroundings
 
 
 @dataclass
-class Plan:
-    """What all steps of a training have in common.
-
-    Attributes:
-        tasks: The names of all tasks.
-        on_nonfinite: "raise" or "skip".
-        weigh: The user's loss weights: a callable from losses and indices to factors [k]; None for 1.
-        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
-        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it. Empty
-            if they take any.
-        repeats: Whether a step may run the model more than once, so that random states are kept.
-        same_noise: Whether all forwards of a batch get the same random state.
-    """
-
-    tasks: tuple[str, ...]
-    on_nonfinite: str = "raise"
-    weigh: Weigh | None = None
-    weigh_fixed: bool = True
-    outside: Sequence[Outside] = ()
-    repeats: bool = False
-    same_noise: bool = False
-
-
-@dataclass
 class Request:
     """What a method wants of one batch.
 
@@ -75,7 +51,15 @@ class Parts:
     """The parts of one step, which its functions hand on.
 
     Attributes:
-        plan: What all steps have in common.
+        tasks: The names of all tasks.
+        on_nonfinite: "raise" or "skip".
+        weigh: The user's loss weights, until they have been told of the step: a callable from losses and indices to factors
+            [k]; None for 1.
+        weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
+        outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it. Empty
+            if they take any.
+        repeats: Whether a step may run the model more than once, so that random states are kept.
+        same_noise: Whether all forwards of a batch get the same random state.
         network: The model, its optimizer and everything that lives longer than a step.
         sources: For every independent batch the list of its micro-batches, each a closure or ready losses.
         asked: The tasks this step is about.
@@ -84,7 +68,6 @@ class Parts:
         carried: Where a batch is accumulated over several calls: what earlier ones have left, by independent batch.
         summed: Then: whether weighted sums are kept, and not rows.
         several: Whether several processes train together.
-        weigh: The user's loss weights, until they have been told of the step; see :class:`Plan`.
         surroundings: The caller's modes, for closures.
         doing: What the next exchange is for; the same on all ranks.
         first: The first losses of the step that aren't empty; the first ones at all until there are any.
@@ -98,7 +81,13 @@ class Parts:
         held: Forwards that have been run already: an engine has left their gradients to the rows.
     """
 
-    plan: Plan
+    tasks: tuple[str, ...]
+    on_nonfinite: str
+    weigh: Weigh | None
+    weigh_fixed: bool
+    outside: Sequence[Outside]
+    repeats: bool
+    same_noise: bool
     network: Network
     sources: Sequence[Sequence[Source]]
     asked: tuple[str, ...]
@@ -107,7 +96,6 @@ class Parts:
     carried: dict[int, Carried] | None
     summed: bool
     several: bool
-    weigh: Weigh | None
     surroundings: Surroundings = field(default_factory=Surroundings)
     doing: str = ""
     first: Losses | None = None
@@ -123,12 +111,12 @@ class Parts:
     @functools.cached_property
     def noise(self) -> Noise:
         """Random states of the forwards, for those that are repeated."""
-        return Noise(self.network.room, same=self.plan.same_noise, keep=self.plan.repeats)
+        return Noise(self.network.room, same=self.same_noise, keep=self.repeats)
 
     @functools.cached_property
     def exchange(self) -> Exchange:
         """What the ranks tell each other."""
-        return Exchange(self.network.ranks, len(self.plan.tasks), self.about)
+        return Exchange(self.network.ranks, len(self.tasks), self.about)
 
     def left_by_earlier_calls(self, source: int) -> Carried:
         """What earlier calls have left for an accumulated batch."""

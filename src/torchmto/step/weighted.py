@@ -61,7 +61,7 @@ def weighted_backward(parts: Parts, request: Request, weigh: Weigh, *, fixed: bo
     held = len(micro_batches) == 1 or all(isinstance(entry, Mapping) for entry in micro_batches)
     parts.doing = f"one gradient {sorted(request.wanted)} of batch {request.source}"
     losses: Losses | None = None
-    if not held and fixed and parts.plan.weigh_fixed:
+    if not held and fixed and parts.weigh_fixed:
         losses, done = _in_one_pass(parts, request, weigh, apart)
         if losses is not None and done:
             return losses
