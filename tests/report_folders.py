@@ -90,19 +90,9 @@ def comparison(
             single = number >= len(methods)
             here = [name] if single else list(tasks)
             trace = [_point(name, step + 1, tasks, draw) for step in range(points)]
-            history = [
-                {
-                    "epoch": epoch,
-                    "losses": {t: draw.random() for t in here},
-                    "num_conflicts": None if single or name == "gd" else draw.random(),
-                    "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
-                    "score": draw.uniform(-20, 20),
-                    "batches": points * (epoch + 1) // 2,
-                    "optimizer_steps": (number + 1) * points * (epoch + 1) // 2,
-                    "seconds": draw.random() + epoch,
-                }
-                for epoch in range(2)
-            ]
+            history = _history(
+                here, tasks, draw, points=points, steps=number + 1, conflicts=not single and name != "gd"
+            )
             config = {"method": "gd" if single else name, "seed": seed, "tasks": here if single else []}
             test = {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here}
             result = {"history": history, "trace": [] if single else trace, "test": test, "cost": cost}
@@ -119,6 +109,24 @@ def comparison(
     )
     (folder / "results.json").write_text(json.dumps(results))
     return results
+
+
+def _history(
+    here: Sequence[str], tasks: Sequence[str], draw: random.Random, *, points: int, steps: int, conflicts: bool
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "epoch": epoch,
+            "losses": {t: draw.random() for t in here},
+            "num_conflicts": draw.random() if conflicts else None,
+            "validation": {t: {_metric(t, tasks): draw.random(), "extra": 0.5} for t in here},
+            "score": draw.uniform(-20, 20),
+            "batches": points * (epoch + 1) // 2,
+            "optimizer_steps": steps * points * (epoch + 1) // 2,
+            "seconds": draw.random() + epoch,
+        }
+        for epoch in range(2)
+    ]
 
 
 def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> dict[str, Any]:
@@ -147,34 +155,26 @@ def training(
     """A finished training run; returns its results.json."""
     folder.mkdir(parents=True)
     measured = {t: {_metric(t, TASKS): value} for t in tasks}
+    draw = random.Random(0)
     results = {
-        "version": 1,
+        "version": 2,
         "measure": "mean validation score",
         "score": 0.4,
         "best_step": 20,
         "primary": {t: _metric(t, TASKS) for t in tasks},
+        "higher_is_better": {t: {_metric(t, TASKS): t != TASKS[-1]} for t in tasks},
         "validation": measured,
         "test": measured,
-        "cost": {
-            "num_forward": 20,
-            "num_backward": 60,
-            "num_optimizer_steps": 20,
-            "steps": 20,
-            "seconds_per_step": 0.1,
-        },
+        "cost": {"num_forward": 1.0, "num_backward": 3.0, "num_optimizer_steps": 1.0, "seconds_per_batch": 0.1},
+        "seconds": 2.5,
+        "versions": {"torch": "2.6"},
+        "made": {"date": "2026-03-04T05:06:07+00:00", "machine": "Linux x86_64, 2 cores", "revision": None},
+        "history": _history(tasks, TASKS, draw, points=20, steps=1, conflicts=True),
+        "trace": [_point(method, step, tasks, draw) for step in (1, 10, 20)],
     }
     (folder / "results.json").write_text(json.dumps(results))
     settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": seed}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    (folder / "environment.json").write_text(json.dumps([{"versions": {"torch": "2.6"}}]))
-    rows = ["step,name,value"]
-    for step in (10, 20):
-        rows += [f"{step},loss/{t},{1 / step}" for t in tasks]
-        rows += [f"{step},validation/{t}/{_metric(t, TASKS)},{step / 100}" for t in tasks]
-        rows += [f"{step},conflicts/pairs,1", f"{step},conflicts/mean_cosine,0.1"]
-    (folder / "metrics.csv").write_text("\n".join([*rows, "20,loss/le"]))
-    records = [{"step": 20, "groups": [list(tasks)], "affinity": [[0.1] * len(tasks)] * len(tasks)}]
-    (folder / "records.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + '{"step": 3')
     return results
 
 

@@ -106,6 +106,26 @@ def test_nothing_is_left_behind() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("calls", [1, 10, 22])
+def test_nothing_is_left_behind_by_an_error(calls: int) -> None:
+    model = Toy(["a", "b"])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    data = closure(model, batch(["a", "b"]))
+    torchmto.MultiTask(model, optimizer, tasks=["a", "b"], method="gd").step(data)
+    left = iter(range(calls))
+
+    def failing(tasks: Any) -> Any:
+        if next(left, None) is None:
+            raise RuntimeError("no more")
+        return data(tasks)
+
+    with pytest.raises(RuntimeError, match="no more"):
+        probe(model, optimizer, ["a", "b"], [failing], num_batches=5)
+    data(("a",))["a"].backward()
+    optimizer.step()
+    assert len(optimizer.state) == len(list(model.parameters())), "the moments are kept"
+
+
 def test_tasks_that_are_missing_in_some_batches() -> None:
     tasks = ["a", "b", "c"]
     model = Toy(tasks)

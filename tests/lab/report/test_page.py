@@ -77,16 +77,47 @@ def test_nothing_is_loaded_and_no_text_becomes_markup(tmp_path: Path) -> None:
 
 def test_training_runs_on_the_same_data_share_a_table(tmp_path: Path) -> None:
     for name, method in (("a", "pcgrad"), ("b", "gd"), ("c", "gd")):
-        training(tmp_path / name, method=method)
+        results = training(tmp_path / name, method=method)
     (study,) = read_studies([tmp_path / "a", tmp_path / "b", tmp_path / "c"])
     assert study["method_names"] == ["pcgrad", "gd", "gd (c)"]
     assert study["results"]["methods"]["pcgrad"]["tasks"]["left"]["accuracy"]["mean"] == 0.5
     assert study["results"]["methods"]["pcgrad"]["cost"]["num_backward"] == 3
     assert study["results"]["tasks"]["offset"]["metrics"]["rmse"]["higher_is_better"] is False
-    first = study["runs"][0]
-    assert [entry["at"] for entry in first["history"]] == [10, 20]
-    assert first["history"][1]["validation"]["left"] == {"accuracy": 0.2}
-    assert first["trace"][-1]["records"]["groups"] == [["left", "right", "offset"]]
+    first, last = study["runs"][0], study["runs"][-1]
+    for ours, theirs in zip(last["history"], results["history"], strict=True):
+        assert ours["at"] == theirs["epoch"] + 1
+        assert {key: ours[key] for key in ("losses", "optimizer_steps")} == {
+            key: theirs[key] for key in ("losses", "optimizer_steps")
+        }
+        assert ours["validation"]["left"] == {"accuracy": theirs["validation"]["left"]["accuracy"]}
+    assert [point["step"] for point in first["trace"]] == [1, 10, 20]
+    assert first["trace"][0]["cosines"]
+    assert study["made"][0] == ["Date", "2026-03-04"]
+    assert study["made"][3] == ["Wall time", "7.5 s in 3 runs"]
+    assert study["notes"] == []
+
+
+def test_a_training_of_an_older_version_has_no_curves_or_is_named(tmp_path: Path) -> None:
+    results = training(tmp_path / "run")
+    older = {key: results[key] for key in results if key not in {"history", "trace", "versions", "made"}}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(older))
+    (study,) = embedded(page(read_studies([tmp_path / "run"])))
+    assert study["results"]["methods"]["pcgrad"]["tasks"]["left"]["accuracy"]["mean"] == 0.5
+    assert study["runs"][0]["history"] == study["runs"][0]["trace"] == []
+    assert study["notes"] == ["The curves of run are missing: its results.json has none."]
+    (tmp_path / "run" / "results.json").write_text(json.dumps({**older, "version": 1}))
+    with pytest.raises(ReportError, match="has version 1; this torchmto reads version 2"):
+        read_studies([tmp_path / "run"])
+
+
+def test_only_a_score_that_is_delta_m_is_drawn_as_one(tmp_path: Path) -> None:
+    results = training(tmp_path / "run")
+    (study,) = read_studies([tmp_path / "run"])
+    assert [entry["score"] for entry in study["runs"][0]["history"]] == [None, None]
+    results["measure"] = "delta_m: mean relative improvement over the given single-task values"
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    (study,) = read_studies([tmp_path / "run"])
+    assert [entry["score"] for entry in study["runs"][0]["history"]] == [h["score"] for h in results["history"]]
 
 
 def test_single_task_runs_are_the_baselines_of_the_others(tmp_path: Path) -> None:
@@ -106,7 +137,8 @@ def test_single_task_runs_are_the_baselines_of_the_others(tmp_path: Path) -> Non
     assert "the run left0" in study["baseline"]
     assert [run["task"] for run in study["runs"]].count("left") == 2
     joint = study["runs"][0]["history"][-1]
-    assert (joint["at"], joint["optimizer_steps"], joint["seconds"]) == (20, 20, 2.0)
+    assert (joint["at"], joint["batches"], joint["optimizer_steps"]) == (2, 20, 20)
+    assert [run["trace"] for run in study["runs"] if run["task"]] == [[]] * 6
 
 
 def test_without_baselines_the_page_says_which_are_missing(tmp_path: Path) -> None:

@@ -431,6 +431,16 @@ def test_theory(tmp_path, monkeypatch):
     )
 
 
+def test_theory_of_one_problem_has_no_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "MARKS", (1, 4))
+    one = replace(load_recipe("theory"), options={"problems": 1, "batches": 4, "long": 6})
+    findings = reproduce(one, tmp_path, say=lambda _: None)
+    assert findings.complete
+    cells = [cell for table in findings.tables if "equal batches" in table.title for row in table.rows for cell in row]
+    assert cells
+    assert not [cell for cell in cells if "±" in str(cell)]
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "why"),
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from torchmto.lab.run.evaluation import merged_values, metric_states
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import CsvLog, RecordLog
 from torchmto.lab.run.loop import Trainer
-from torchmto.lab.run.processes import attempt_name
+from torchmto.lab.run.processes import _launch, attempt_name
 from torchmto.lab.run.single import train
 
 kill = load_script("benchmarks/kill_training.py")
@@ -350,6 +352,16 @@ def test_torchrun_restarts_after_a_kill_and_saves_when_asked_to_stop(tmp_path):
             entry["seconds"] = 0
     assert kill.same(calm, stopped)
     assert kill.logged(straight) == kill.logged(out)
+
+
+def test_messages_come_again_after_a_launch_that_fails():
+    def launch():
+        raise RuntimeError("no port")
+
+    before = logging.root.manager.disable
+    with pytest.raises(RuntimeError, match="no port"):
+        _launch(SimpleNamespace(launch=launch))
+    assert logging.root.manager.disable == before
 
 
 @pytest.mark.slow

@@ -84,6 +84,11 @@ def test_resuming_in_a_new_process_equals_never_stopping(tmp_path, monkeypatch, 
     assert kill.logged(straight) == kill.logged(halted)
     results = [json.loads((path / "results.json").read_text()) for path in (straight, halted)]
     assert results[0]["test"] == results[1]["test"]
+    assert results[0]["trace"] == results[1]["trace"]
+    for result in results:
+        assert [entry["epoch"] for entry in result["history"]] == [0, 1]
+        assert result["history"][-1].pop("seconds") > result["history"][0].pop("seconds")
+    assert results[0]["history"] == results[1]["history"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -311,6 +316,69 @@ def test_ways_to_compute_a_model_train_alike(tmp_path, option):
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], rtol=1e-4, atol=1e-5)
+
+
+class Told:
+    """A logger that keeps what it was told at the end."""
+
+    def __init__(self):
+        self.statuses = []
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def finalize(self, status):
+        self.statuses.append(status)
+
+
+def test_loggers_are_told_how_a_run_ended(tmp_path, monkeypatch):
+    logger = Told()
+    monkeypatch.setattr("torchmto.lab.run.loop.make_loggers", lambda *_, **__: [logger])
+
+    def fail(*_):
+        raise ValueError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log_step", interrupt_at(2))
+        with pytest.raises(Interrupted):
+            train(config(), tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log_step", fail)
+        with pytest.raises(ValueError, match="full"):
+            train(None, tmp_path / "run", resume=True)
+    train(None, tmp_path / "run", resume=True)
+    assert logger.statuses == ["killed", "failed", "finished"]
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, False), (True, True)])
+def test_deterministic_is_put_back(monkeypatch, before):
+    def now():
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def fail(*_, **__):
+        raise ValueError("no model")
+
+    seen = []
+
+    def look(*_):
+        seen.append(now())
+        if len(seen) > 2:
+            raise ValueError("enough")
+
+    monkeypatch.setattr(Trainer, "_log_step", look)
+    settings = config(deterministic=True, loggers=None, log_every=10)
+    try:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        with pytest.raises(ValueError, match="enough"):
+            train(settings, None)
+        assert seen == [(True, True)] * 3
+        assert now() == before
+        monkeypatch.setattr("torchmto.lab.run.loop.build", fail)
+        with pytest.raises(ValueError, match="no model"):
+            train(settings, None)
+        assert now() == before
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
 
 
 def test_what_a_run_leaves_behind(tmp_path):

@@ -279,18 +279,22 @@ def _affinities(
     # Momentum would carry the gradients of other tasks into a task's step: every step starts with an empty memory.
     forgetting = optimizer.register_step_post_hook(lambda stepped, *_: stepped.state.clear())
     optimizer.state.clear()
-    for index in range(number):
-        # Nothing is averaged over time (decay 1), and a fresh method holds nothing of the batch before.
-        method = make_method("task_groups", groups="per_task", measure_last=True, noise_floor=True, decay=1.0)
-        info = MultiTask(model, optimizer, tasks=names, method=method, seed=seed + index, **options).step(next(batches))
-        matrix = np.full((len(names), len(names)), np.nan)
-        present = [names.index(name) for name in info.losses]
-        measured = info.records["affinity"].numpy()
-        matrix[np.ix_(present, present)] = measured[np.ix_(present, present)]
-        matrices.append(matrix)
-        floor = info.records.get("noise_floor", {})
-        floors.append({name: abs(value) for name, value in floor.items()})
-    forgetting.remove()
+    try:
+        for index in range(number):
+            # Nothing is averaged over time (decay 1), and a fresh method holds nothing of the batch before.
+            method = make_method("task_groups", groups="per_task", measure_last=True, noise_floor=True, decay=1.0)
+            info = MultiTask(model, optimizer, tasks=names, method=method, seed=seed + index, **options).step(
+                next(batches)
+            )
+            matrix = np.full((len(names), len(names)), np.nan)
+            present = [names.index(name) for name in info.losses]
+            measured = info.records["affinity"].numpy()
+            matrix[np.ix_(present, present)] = measured[np.ix_(present, present)]
+            matrices.append(matrix)
+            floor = info.records.get("noise_floor", {})
+            floors.append({name: abs(value) for name, value in floor.items()})
+    finally:
+        forgetting.remove()
     mean, error = mean_and_error(np.array(matrices))
     return {"affinity": matrix_of(mean), "affinity_errors": matrix_of(error), "noise_floor": _means(floors, names)}
 

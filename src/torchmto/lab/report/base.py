@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Study = dict[str, Any]
-_RECORDS = ("phase", "priority_shares", "affinity", "groups")
-"""What the page shows of a method's records, besides the shares by layer and the noise floor."""
 
 
 class ReportError(ValueError):
@@ -15,25 +13,7 @@ class ReportError(ValueError):
 def study(**parts: Any) -> Study:
     """A study of these parts, see `torchmto.lab.report.studies`; the others are empty."""
     empty: Study = {name: [] for name in ("warnings", "notes", "task_names", "metric_names", "method_names", "runs")}
-    return {**empty, "history_unit": "epoch", "steps_estimated": False, "baseline": None, **parts}
-
-
-def traced_point(point: Mapping[str, Any], names: Any, records: Mapping[str, Any]) -> dict[str, Any]:
-    """A single step as the page shows it.
-
-    Args:
-        point: The step.
-        names: Of the tasks that its cosines are of.
-        records: What the method recorded.
-    """
-    kept: dict[str, Any] = {"step": point["step"]}
-    if point.get("cosines") is not None:
-        kept["names"] = list(names)
-    kept |= {key: point[key] for key in ("weights", "cosines", "mean_cosine") if point.get(key) is not None}
-    kept["records"] = {key: records[key] for key in _RECORDS if records.get(key) is not None}
-    if layers := records.get("layer_priority_shares"):
-        kept["layers"] = [[name, shares] for name, shares in layers.items()]
-    return kept
+    return {**empty, "baseline": None, **parts}
 
 
 def provenance(made: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> list[list[str]]:

@@ -10,11 +10,13 @@ from torchmto.lab.grid.folder import SCHEMA_VERSION, run_files, run_name
 from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.tables import batches, caveats, selection
 from torchmto.lab.grid.versus import UNITS
-from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, study
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 Content = Mapping[str, Any]
 """Of a run's file, see `_read_run`."""
+_RECORDS = ("phase", "priority_shares", "affinity", "groups")
+"""What the page shows of a method's records, besides the shares by layer and the noise floor."""
 
 
 def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
@@ -54,7 +56,7 @@ def comparison_study(folder: Path, results: dict[str, Any]) -> Study:
         baseline="single-task models of the same seed" if results.get("single_task") else None,
         warnings=warnings(results),
         results=results,
-        runs=[_run(content, results) for content in contents],
+        runs=[shown_run(content, results) for content in contents],
         settings=[["Configuration", config]],
     )
 
@@ -156,8 +158,15 @@ def _at_chance(task: str, about: Mapping[str, Any], entries: Iterable[Mapping[st
     return all(f["mean"] is not None and f["mean"] <= chance + min(max(f["std"] or 0.0, least), most) for f in figures)
 
 
-def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
+def shown_run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
+    """A run as the page shows it.
+
+    Args:
+        content: Its ``result``, as `torchmto.lab.run.loop.Trainer.fit` gives it, and as `_read_run` says.
+        results: Of the study.
+    """
     result, single = content["result"], content["task"] is not None
+    scored = not single and result.get("measure", "delta_m").startswith("delta_m")
     pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
     history = [
         {
@@ -165,12 +174,12 @@ def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
             **{unit: entry[unit] for unit in UNITS},
             "losses": entry["losses"],
             "validation": _primary_only(entry["validation"], results["tasks"]),
-            "score": None if single else entry["score"],
+            "score": entry["score"] if scored else None,
             "conflict_share": None if entry["num_conflicts"] is None else entry["num_conflicts"] / pairs,
         }
         for entry in result["history"]
     ]
-    trace = [] if single else [traced_point(point, point["losses"], point["records"]) for point in result["trace"]]
+    trace = [] if single else [_traced_point(point) for point in result["trace"]]
     return {
         "method": content["method"],
         "seed": content["seed"],
@@ -179,6 +188,18 @@ def _run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
         "trace": trace,
         "noise_floor": noise_floor(point["records"] for point in result["trace"]),
     }
+
+
+def _traced_point(point: Mapping[str, Any]) -> dict[str, Any]:
+    """A single step as the page shows it."""
+    records, kept = point["records"], {"step": point["step"]}
+    if point.get("cosines") is not None:
+        kept["names"] = list(point["losses"])
+    kept |= {key: point[key] for key in ("weights", "cosines") if point.get(key) is not None}
+    kept["records"] = {key: records[key] for key in _RECORDS if records.get(key) is not None}
+    if layers := records.get("layer_priority_shares"):
+        kept["layers"] = [[name, shares] for name, shares in layers.items()]
+    return kept
 
 
 def _primary_only(metrics: Mapping[str, Any], tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -376,7 +376,7 @@ function whyNoDelta(names) {
     reasons.set(reason, [...(reasons.get(reason) ?? []), name]);
   }
   const text = [...reasons].map(([reason, list]) => `No Δm for ${list.join(", ")}: ${reason}.`).join(" ");
-  const advice = study.history_unit === "step" && tasksOf().length > 1
+  const advice = text.includes("among the folders")
     ? " Δm needs a single-task run of every task on the same data (torchmto train with one task in data.tasks), or a comparison on it: give their folders to torchmto report, too." : "";
   return text + advice;
 }
@@ -473,7 +473,6 @@ function rankText(view, { blocks, friedman, critical_difference: critical }) {
 }
 
 const UNITS = [["batches", "batches", "batches"], ["optimizer_steps", "optimizer steps", "steps"], ["seconds", "training time", "s"]];
-const ESTIMATED = "Runs of this version recorded their optimizer steps in all; how many they were up to an epoch is estimated from the steps that were looked at.";
 
 function budgetsSection(card) {
   const { budgets } = versus();
@@ -484,7 +483,6 @@ function budgetsSection(card) {
     if (!isNumber(value)) return cell(null, "–", { small: [el("span", { class: "reason" }, "no epoch within it")] });
     return cell(value, signed(value), { spread: dig(budgets, column.key, "methods", name, "ci95"), mark: value === best.get(column) ? "best" : null });
   } }));
-  if (study.steps_estimated) card.append(note(ESTIMATED));
 }
 
 function tradeoff([first, second]) {
@@ -539,16 +537,15 @@ function curvesSection(card) {
     ...(points.some((entry) => isNumber(entry.score)) ? [["score", "validation Δm"]] : []),
     ["loss", "training loss"],
   ];
-  const axes = [["at", study.history_unit], ["batches", "batches"], ["optimizer_steps", "optimizer steps"], ["seconds", "training time, s"]].filter(([name]) => points.some((entry) => isNumber(entry[name])));
+  const axes = [["at", "epoch"], ["batches", "batches"], ["optimizer_steps", "optimizer steps"], ["seconds", "training time, s"]].filter(([name]) => points.some((entry) => isNumber(entry[name])));
   const pages = tasksOf().flatMap((_, start) => (start % 6 ? [] : [[start, tasksOf().slice(start, start + 6).map((task) => short(task, 14)).join(", ")]]));
   const chosen = { kind: kinds[0][0], axis: axes[0]?.[0] ?? "at", first: 0 };
   const grid = el("div", { class: "grid" });
-  const estimated = el("p", { class: "note", hidden: true }, ESTIMATED);
   const oneChart = (task) => {
     const metric = task === null ? null : primary(task);
     const picks = { loss: (entry) => dig(entry.losses, task), primary: (entry) => dig(entry.validation, task, metric), score: (entry) => entry.score };
     const abouts = { loss: "training loss ↓", primary: task === null ? "" : `validation ${metric} ${direction(task, metric)}`, score: "validation Δm, % ↑" };
-    const unit = axes.find(([name]) => name === chosen.axis)?.[1] ?? study.history_unit;
+    const unit = axes.find(([name]) => name === chosen.axis)?.[1] ?? "epoch";
     const [pick, axis] = [picks[chosen.kind], chosen.axis];
     return lineChart({ caption: task ?? "all tasks", about: abouts[chosen.kind], height: task === null ? 380 : 270, label: `Learning curves of ${task ?? "Δm"}`, unit,
       xaxis: axis === "at" ? timeAxis(unit) : { ...title(unit), rangemode: "tozero" }, yaxis: { zeroline: chosen.kind === "score" },
@@ -560,14 +557,13 @@ function curvesSection(card) {
   const build = (change = {}) => {
     Object.assign(chosen, change);
     grid.replaceChildren(...(chosen.kind === "score" ? [null] : tasksOf().slice(chosen.first, chosen.first + 6)).map(oneChart));
-    estimated.hidden = !(chosen.axis === "optimizer_steps" && study.steps_estimated);
     redraw(grid);
   };
   card.append(controls(
     select("curves", kinds, chosen.kind, (kind) => build({ kind })),
     axes.length > 1 ? select("over", axes, chosen.axis, (axis) => build({ axis })) : null,
     pages.length > 1 ? select("tasks", pages, 0, (first) => build({ first })) : null),
-  methodLegend(study.runs.some((run) => run.task !== null) ? () => variable("--soft") : null), grid, estimated);
+  methodLegend(study.runs.some((run) => run.task !== null) ? () => variable("--soft") : null), grid);
   build();
 }
 
@@ -701,12 +697,12 @@ function groupsSection(card) {
 }
 
 const conflictShares = () => study.runs.some((run) => run.task === null && run.history.some((entry) => isNumber(entry.conflict_share)));
-const hasCosines = (step) => Boolean(step.cosines || step.pairs || isNumber(step.mean_cosine));
+const hasCosines = (step) => Boolean(step.cosines || step.pairs);
 
 function conflictsSection(card) {
   if (conflictShares()) {
-    card.append(methodLegend(), lineChart({ caption: "share of pairs in conflict", about: "mean over each epoch, of methods that compare gradients", height: 260, label: "Share of task pairs with conflicting gradients", unit: study.history_unit,
-      xaxis: timeAxis(study.history_unit), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" }, series: () => methodCurves((entry) => entry.conflict_share) }));
+    card.append(methodLegend(), lineChart({ caption: "share of pairs in conflict", about: "mean over each epoch, of methods that compare gradients", height: 260, label: "Share of task pairs with conflicting gradients", unit: "epoch",
+      xaxis: timeAxis("epoch"), yaxis: { range: [-0.02, 1.02], tickformat: ".0%" }, series: () => methodCurves((entry) => entry.conflict_share) }));
   }
   if (!study.runs.some((run) => run.task === null && run.trace.some(hasCosines))) return;
   card.append(el("h3", {}, "Cosines between the tasks' gradients"));
@@ -714,9 +710,8 @@ function conflictsSection(card) {
     const pairs = pairsOf(tasksOf()).map((pair) => pair.join(" / "));
     const every = steps.map((step) => (step.pairs ?? []).filter(isNumber));
     const over = (fold) => every.map((list) => (list.length ? fold(list) : null));
-    const series = !steps.some((step) => step.pairs) ? [["mean of all pairs", steps.map((step) => step.mean_cosine ?? null)]]
-      : pairs.length <= 10 ? pairs.map((name, index) => [name, steps.map((step) => step.pairs?.[index] ?? null)])
-        : [["mean", over(mean)], ["lowest", over((list) => Math.min(...list))], ["highest", over((list) => Math.max(...list))]];
+    const series = pairs.length <= 10 ? pairs.map((name, index) => [name, steps.map((step) => step.pairs?.[index] ?? null)])
+      : [["mean", over(mean)], ["lowest", over((list) => Math.min(...list))], ["highest", over((list) => Math.max(...list))]];
     holder.append(taskLegend(series.map(([name]) => name)), lineChart({ label: "Cosines between gradients over time", format: ".3f", xaxis: title("step"), yaxis: { ...title("cosine"), range: [-1.05, 1.05] },
       series: () => series.map(([name, y], index) => ({ name, y, x: steps.map(({ step }) => step), shade: colour(TASK_COLOURS, index) })) }));
   });

@@ -2,11 +2,10 @@
 
 A *study* is one comparison, or several training runs on the same data and tasks, or an experiment: ``title``, ``about``,
 ``made`` (pairs of heading and text), ``warnings``, ``notes``, ``task_names``, ``metric_names`` (per task), ``method_names``,
-``seeds``, ``history_unit``, ``steps_estimated``
-(whether optimizer steps up to a point are estimates), ``baseline`` (what Δm is relative to, in words, or None), ``results`` (as
-in a comparison's results.json), ``runs`` and ``settings`` (pairs of heading and mapping). A run has ``method``, ``seed``,
-``task`` (of a single-task run, else None), ``history`` (one entry per validation), ``trace`` (single steps) and
-``noise_floor``. An experiment has no tasks, methods and runs, but ``tables`` and ``plots`` (name and data URIs as PNG and SVG).
+``seeds``, ``baseline`` (what Δm is relative to, in words, or None), ``results`` (as in a comparison's results.json), ``runs``
+and ``settings`` (pairs of heading and mapping). A run has ``method``, ``seed``, ``task`` (of a single-task run, else None),
+``history`` (one entry per validation), ``trace`` (single steps) and ``noise_floor``. An experiment has no tasks, methods and
+runs, but ``tables`` and ``plots`` (name and data URIs as PNG and SVG).
 
 Lists of names come beside the mappings because JavaScript sorts keys that look like numbers.
 """

@@ -1,22 +1,17 @@
 """Folders of `torchmto train`: those on the same data and tasks share a table; single-task runs are their baselines."""
 
-import csv
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
-
+from torchmto.checks import shown
 from torchmto.lab.atomic import canonical, plain
-from torchmto.lab.data.base import Kind, Task
-from torchmto.lab.grid.noise import noise_floor
-from torchmto.lab.metrics import higher_is_better, metric_names
 from torchmto.lab.references import without_place
-from torchmto.lab.report.base import ReportError, Study, provenance, study, traced_point
+from torchmto.lab.report.base import ReportError, Study, provenance, study
+from torchmto.lab.report.comparisons import shown_run
 from torchmto.lab.run.folder import read_yaml
+from torchmto.lab.run.loop import RUN_VERSION
 from torchmto.lab.statistics import std
 from torchmto.metrics import delta_m
 
@@ -34,14 +29,9 @@ class Training:
         data: What has to be equal for two runs to be comparable, as text.
         primary: Each task's primary metric.
         measured: Metrics by task, of the test split if there are any, else of the validation split.
-        directions: Whether higher is better, by metric, where the run says it.
         about: What the figures are of.
-        cost: Passes and seconds per batch.
-        run: Its curves, as the page shows them.
+        result: What `torchmto.lab.run.loop.Trainer.fit` gave.
         settings: Its configuration and outcome.
-        versions: What it was made with.
-        made: When and where, for each start.
-        seconds: Its wall time.
     """
 
     name: str
@@ -50,14 +40,9 @@ class Training:
     data: str
     primary: Mapping[str, str]
     measured: Mapping[str, Metrics]
-    directions: Mapping[str, bool]
     about: str
-    cost: Mapping[str, float]
-    run: Mapping[str, Any]
+    result: Mapping[str, Any]
     settings: Mapping[str, Any]
-    versions: Mapping[str, str]
-    made: Sequence[Mapping[str, Any]]
-    seconds: float
 
     @property
     def is_single(self) -> bool:
@@ -156,49 +141,55 @@ def _study(
         labels.append(label)
     sources = dict.fromkeys(baseline.source for values in known.values() for baseline, _ in values)
     complete = bool(known) and all(known.values())
+    results = {
+        "tasks": {
+            task: {
+                "primary_metric": metric,
+                "metrics": {
+                    name: {"higher_is_better": better}
+                    for name, better in first.result["higher_is_better"][task].items()
+                },
+            }
+            for task, metric in first.primary.items()
+        },
+        "methods": {
+            label: {
+                **_delta_m(training, known),
+                "tasks": {
+                    task: {metric: {"mean": value, "std": None} for metric, value in training.measured[task].items()}
+                    for task in tasks
+                },
+                "cost": training.result["cost"],
+            }
+            for label, training in zip(labels, members, strict=True)
+        },
+        "single_task": {"tasks": {t: _mean_metrics(known[t]) for t in tasks}, "cost": {}} if complete else None,
+        "versus": None,
+        "versions": first.result["versions"],
+    }
+    drawn = [
+        *((label, training, None) for label, training in zip(labels, members, strict=True)),
+        *((f"single:{training.task}", training, training.task) for training in helpers),
+    ]
     return study(
         title=first.name if len(members) == 1 else f"{len(members)} training runs",
         about=first.about,
-        made=provenance([start for t in everyone for start in t.made], [t.seconds for t in everyone]),
+        made=provenance([t.result["made"] for t in everyone], [t.result["seconds"] for t in everyone]),
         warnings=["One seed: nothing here is settled, whatever the differences look like."] if len(members) > 1 else [],
+        notes=[
+            f"The curves of {t.name} are missing: its results.json has none."
+            for t in everyone
+            if not t.result["history"]
+        ],
         task_names=tasks,
         metric_names=[list(first.measured[task]) for task in tasks],
         method_names=labels,
         seeds=1,
-        history_unit="step",
-        steps_estimated=True,
         baseline=", ".join(sources) if complete else None,
-        results={
-            "tasks": {
-                task: {
-                    "primary_metric": first.primary[task],
-                    "metrics": {
-                        metric: {"higher_is_better": _direction(metric, first.directions)}
-                        for metric in first.measured[task]
-                    },
-                }
-                for task in tasks
-            },
-            "methods": {
-                label: {
-                    **_delta_m(training, known),
-                    "tasks": {
-                        task: {
-                            metric: {"mean": value, "std": None} for metric, value in training.measured[task].items()
-                        }
-                        for task in tasks
-                    },
-                    "cost": training.cost,
-                }
-                for label, training in zip(labels, members, strict=True)
-            },
-            "single_task": {"tasks": {t: _mean_metrics(known[t]) for t in tasks}, "cost": {}} if complete else None,
-            "versus": None,
-            "versions": first.versions,
-        },
+        results=results,
         runs=[
-            *({**training.run, "method": label} for label, training in zip(labels, members, strict=True)),
-            *({**training.run, "task": training.task} for training in helpers),
+            shown_run({"result": t.result, "method": label, "task": task, "seed": t.seed}, results)
+            for label, t, task in drawn
         ],
         settings=[[f"Run {training.name}", training.settings] for training in everyone],
     )
@@ -224,7 +215,7 @@ def _delta_m(training: Training, known: Mapping[str, Sequence[tuple[Baseline, fl
     for task, metric in training.primary.items():
         if references[task] == 0:
             return {"delta_m": None, "reason": f"{task}'s {metric} is 0 in its single-task run"}
-    higher = {task: _direction(metric, training.directions) for task, metric in training.primary.items()}
+    higher = {task: training.result["higher_is_better"][task][metric] for task, metric in training.primary.items()}
     try:
         change = delta_m(values, references, higher)
     except ValueError as error:
@@ -253,13 +244,13 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         results: Its results.json.
 
     Raises:
-        ReportError: If a metric is unknown.
+        ReportError: If it is of another version.
     """
+    if (found := results["version"]) != RUN_VERSION:
+        raise ReportError(
+            f"{folder}/results.json has version {shown(found)}; this torchmto reads version {RUN_VERSION}."
+        )
     config = plain(read_yaml(folder / "config.yaml"))
-    cost = _cost(results)
-    per_batch = {name: cost[name] for name in ("num_forward", "num_backward", "num_optimizer_steps")}
-    starts = _read_list(folder / "environment.json")
-    outcome = {key: results.get(key) for key in ("measure", "score", "best_step")}
     split = "test" if results["test"] else "validation"
     data = config["data"]
     return Training(
@@ -268,136 +259,12 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         seed=config["seed"],
         data=_data_key(data["name"], data.get("options") or {}, data.get("split_seed", 0), split),
         primary=results["primary"],
-        measured=results["test"] or results["validation"],
-        directions={m: higher for own in results.get("higher_is_better", {}).values() for m, higher in own.items()},
+        measured=results[split],
         about=f"Data: {data['name']}. Figures are of the {split} split, with the best weights.",
-        cost={**per_batch, "seconds_per_batch": cost["seconds_per_batch"]},
-        run=_run(folder, config["seed"], results["primary"], cost),
-        settings={**outcome, **config},
-        versions=starts[-1].get("versions", {}) if starts else {},
-        made=[{"revision": start.get("git"), **start} for start in starts],
-        seconds=results.get("seconds", cost["steps"] * cost["seconds_per_batch"]),
+        result={"history": [], "trace": [], "versions": {}, "made": {}, **results},
+        settings={**{key: results.get(key) for key in ("measure", "score", "best_step")}, **config},
     )
-
-
-def _cost(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's costs per batch, and its ``steps``."""
-    cost = dict(results["cost"])
-    if results["version"] == 1:  # passes of all steps together
-        for name in ("num_forward", "num_backward", "num_optimizer_steps"):
-            cost[name] /= cost["steps"]
-        cost["seconds_per_batch"] = cost["seconds_per_step"]
-    return cost
 
 
 def _data_key(name: str, options: Mapping[str, Any], seed: int, split: str) -> str:
     return canonical([without_place(name), options, seed, split])
-
-
-def _direction(metric: str, said: Mapping[str, bool]) -> bool:
-    """Whether higher is better: older results don't say it, but no metric of the lab's kinds has both."""
-    if metric in said:
-        return said[metric]
-    for kind in get_args(Kind):
-        if metric in metric_names(kind):
-            return higher_is_better(Task("any", kind, 1), metric)
-    raise ReportError(f"No task has a metric `{metric}`.")
-
-
-def _read_list(path: Path) -> list[Any]:
-    if not path.is_file():
-        return []
-    content = plain(json.loads(path.read_text(encoding="utf-8")))
-    return content if isinstance(content, list) else []
-
-
-def _run(folder: Path, seed: int, primary: Mapping[str, str], cost: Mapping[str, Any]) -> dict[str, Any]:
-    figures = _figures(folder / "metrics.csv")
-    records = _records(folder / "records.jsonl")
-    pairs = max(len(primary) * (len(primary) - 1) / 2, 1)
-    history: list[dict[str, Any]] = []
-    trace: list[dict[str, Any]] = []
-    for step in sorted({*figures, *records}):
-        row = figures.get(step, {})
-        validation = {
-            task: {metric: row[key]}
-            for task, metric in primary.items()
-            if (key := f"validation/{task}/{metric}") in row
-        }
-        losses = _by_task(row, "loss", primary)
-        conflicts = row.get("conflicts/pairs")
-        if validation or losses:
-            share = None if conflicts is None else conflicts / pairs
-            history.append({"at": step, "losses": losses, "validation": validation or None, "conflict_share": share})
-        shares = _by_task(row, "priority_shares", primary)
-        found = {**({"priority_shares": shares} if shares else {}), **records.get(step, {})}
-        weights = _by_task(row, "weight", primary)
-        point = {"step": step, "weights": weights or None, "mean_cosine": row.get("conflicts/mean_cosine")}
-        if found or weights or point["mean_cosine"] is not None:
-            trace.append(traced_point(point, losses, found))
-    counted = [
-        (step, row["cost/num_optimizer_steps"]) for step, row in figures.items() if "cost/num_optimizer_steps" in row
-    ]
-    ends = [point["at"] for point in history]
-    total = cost["num_optimizer_steps"] * cost["steps"]
-    taken = _steps_until(ends, sorted(counted) or [(cost["steps"], 1)], total)
-    for point, steps in zip(history, taken, strict=True):
-        point |= {"optimizer_steps": steps, "seconds": point["at"] * cost["seconds_per_batch"]}
-    floor = noise_floor(records.values())
-    return {"method": "", "seed": seed, "task": None, "history": history, "trace": trace, "noise_floor": floor}
-
-
-def _steps_until(batches: Sequence[int], per_batch: Sequence[tuple[int, float]], total: float) -> list[float]:
-    """Optimizer steps taken up to some batches, where only some were looked at.
-
-    A batch that wasn't looked at is taken to be like the next one that was, and the sum is scaled to what was counted.
-
-    Args:
-        batches: Up to which batches.
-        per_batch: Numbers of batches, ascending, and how many steps were taken in them, up to a common factor.
-        total: Optimizer steps of the whole run, which ends with the last of these batches.
-
-    Returns:
-        One number for each of ``batches``.
-
-    Example:
-        >>> _steps_until([2, 3, 4], [(2, 3), (4, 1)], 8)
-        [6.0, 7.0, 8.0]
-    """
-    at = [0, *(batch for batch, _ in per_batch)]
-    sums = np.concatenate([[0.0], np.cumsum(np.diff(at) * [steps for _, steps in per_batch])])
-    found: list[float] = (np.interp(batches, at, sums) * total / sums[-1]).tolist()
-    return found
-
-
-def _by_task(row: Mapping[str, float], prefix: str, tasks: Mapping[str, str]) -> dict[str, float]:
-    return {task: row[key] for task in tasks if (key := f"{prefix}/{task}") in row}
-
-
-def _figures(path: Path) -> dict[int, dict[str, float]]:
-    """The table as step -> name -> value; lines that a killed run left half written are passed over."""
-    figures: dict[int, dict[str, float]] = {}
-    if not path.is_file():
-        return figures
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.reader(file):
-            if len(row) == 3 and row[0].isdecimal():
-                try:
-                    value = float(row[2])
-                except ValueError:
-                    continue
-                if math.isfinite(value):
-                    figures.setdefault(int(row[0]), {})[row[1]] = value
-    return figures
-
-
-def _records(path: Path) -> dict[int, dict[str, Any]]:
-    records: dict[int, dict[str, Any]] = {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = plain(json.loads(line))
-                records[int(entry.pop("step"))] = entry
-            except (ValueError, KeyError, TypeError, AttributeError):
-                continue
-    return records

@@ -177,9 +177,9 @@ def _versus_joint(title: str, ends: Mapping[str, Ends], joint: Mapping[str, Ends
     return numbers, Table(title, ["updates", *(f"after {mark} batches" for mark in marks)], rows, [note])
 
 
-def _decades(mean: float, interval: float) -> str:
+def _decades(mean: float, interval: float | None) -> str:
     form = "+.2f" if abs(mean) >= 0.01 else "+.0e"
-    return f"{mean:{form}} ± {interval:{form.replace('+', '')}}"
+    return f"{mean:{form}}" + ("" if interval is None else f" ± {interval:{form.replace('+', '')}}")
 
 
 def groups(options: Options) -> Found:

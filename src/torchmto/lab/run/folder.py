@@ -27,7 +27,7 @@ class RunFolder:
     ``metrics.csv``           figures over steps: ``step,name,value``
     ``records.jsonl``         groups, affinities, priority shares by layer, at the end of each epoch
     ``tensorboard/``          the same figures for TensorBoard
-    ``results.json``          validation and test metrics of the best weights, costs
+    ``results.json``          validation and test metrics of the best weights, costs; what each epoch and some single steps gave
     ``model.safetensors``     the best weights
     ========================  ====================================================================
 

@@ -26,7 +26,7 @@ class Logger(Protocol):
         """Log numbers of one step."""
 
     def finalize(self, status: str) -> None:
-        """The run ends."""
+        """The run ends: it is ``finished``, ``failed`` or ``killed`` (interrupted; it may go on)."""
 
 
 class CsvLog:
@@ -104,7 +104,7 @@ class WandbLog:
 
     def finalize(self, status: str) -> None:
         """The run ends."""
-        self._run.finish()
+        self._run.finish(exit_code=int(status != "finished"))
 
 
 class MlflowLog:
@@ -126,6 +126,7 @@ class MlflowLog:
         note = folder / ".mlflow-run"  # a run that goes on writes where it was
         if note.is_file():
             self._run = note.read_text()
+            self._client.update_run(self._run, "RUNNING")
         else:
             self._run = self._client.create_run(number, run_name=folder.name).info.run_id
             note.write_text(self._run)
@@ -139,7 +140,7 @@ class MlflowLog:
 
     def finalize(self, status: str) -> None:
         """The run ends."""
-        self._client.set_terminated(self._run, "FINISHED")
+        self._client.set_terminated(self._run, status.upper())
 
 
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")

@@ -44,6 +44,8 @@ from torchmto.lab.run.scores import Measure, is_better, measure_of, needs_untrai
 from torchmto.lab.versions import versions
 
 STATE_VERSION = 3
+RUN_VERSION = 2
+"""Of what a Run gives; stands in a single one's ``results.json``."""
 TRACE_POINTS = 60
 """About how many steps of a Run are kept with everything the method records."""
 Say = Callable[[str], None]
@@ -187,9 +189,7 @@ class Trainer:
         self._began = time.perf_counter()
         self._memory = PeakMemory(computer.device if computer else "cpu")
         seed_everything(config.seed)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(mode=True, warn_only=True)
-        with self.processes.together():
+        with deterministic(config.deterministic), self.processes.together():
             known = {name: value for name, value in (self.baseline or {}).items() if value is not None}
             self.parts: Parts = build(
                 config,
@@ -322,8 +322,8 @@ class Trainer:
         Returns:
             ``history`` (per validated epoch: mean losses, validation metrics, score, and the batches, optimizer steps and
             seconds so far), ``trace`` (single steps, with what the method records), ``selected_epoch``, ``validation`` and
-            ``test`` (task -> metric -> value at that epoch), ``cost`` per batch, ``seconds``, ``versions``; and what
-            ``results.json`` of a single Run has besides.
+            ``test`` (task -> metric -> value at that epoch), ``cost`` per batch, ``seconds``, ``versions``; and more, all of
+            which is in ``results.json`` of a single Run, too.
 
         Raises:
             Interrupted: If a signal came; the state is saved.
@@ -331,6 +331,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(threads(self.config.threads))
+            stack.enter_context(deterministic(self.config.deterministic))
             if self.folder is not None:
                 stack.enter_context(self._signals())
             resume_step = self.progress.step if self.resumed else None
@@ -350,7 +351,7 @@ class Trainer:
             return
         self._loggers = make_loggers(config.loggers or (), self.folder.path, config.as_dict(), resume_step=resume_step)
         for logger in self._loggers:
-            stack.callback(_finish, logger)
+            stack.push(functools.partial(_finish, logger))
         self._records = RecordLog(self.folder.path / "records.jsonl", resume_step=resume_step)
         stack.callback(self._records.close)
 
@@ -513,7 +514,7 @@ class Trainer:
             for name in ("num_forward", "num_backward", "num_optimizer_steps")
         }
         result: dict[str, Any] = {
-            "version": 2,
+            "version": RUN_VERSION,
             "measure": self._measure.description,
             "score": progress.best_score,
             "best_step": progress.best_step,
@@ -535,23 +536,36 @@ class Trainer:
                 "seconds_per_epoch": progress.seconds / progress.epoch,
                 "data_wait": self.data_wait,
             },
-            "history": progress.history,
-            "trace": progress.trace,
             "seconds": time.perf_counter() - self._began,
             "versions": versions(),
             "made": made(),
+            "history": progress.history,
+            "trace": progress.trace,
         }
         folder = self.folder
-        if folder is None:
-            return result
-        kept = {name: value for name, value in result.items() if name not in {"history", "trace", "versions", "made"}}
-        self.processes.first(lambda: folder.write_results(kept, self.parts.model))
+        if folder is not None:
+            self.processes.first(lambda: folder.write_results(result, self.parts.model))
         return result
 
 
-def _finish(logger: Logger) -> None:
+def _finish(logger: Logger, kind: type[BaseException] | None, *_: object) -> None:
     with told_by(logger):
-        logger.finalize("finished")
+        interrupted = kind is not None and issubclass(kind, Interrupted | KeyboardInterrupt)
+        logger.finalize("finished" if kind is None else "killed" if interrupted else "failed")
+
+
+@contextlib.contextmanager
+def deterministic(asked: bool) -> Iterator[None]:
+    """If asked for, torch's deterministic kernels inside the block, as far as it has them; afterwards as before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    if asked:
+        torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    try:
+        yield
+    finally:
+        if asked:
+            torch.use_deterministic_algorithms(before, warn_only=only_warned)
 
 
 @contextlib.contextmanager

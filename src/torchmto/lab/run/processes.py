@@ -174,8 +174,10 @@ def _launch(fabric: Any) -> None:
         _join_attempt("nccl" if fabric.device.type == "cuda" else "gloo")
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # else Fabric announces every process in a frame of dashes
-    fabric.launch()
-    logging.disable(disabled)
+    try:
+        fabric.launch()
+    finally:
+        logging.disable(disabled)
 
 
 def _join_attempt(backend: str) -> None:

@@ -50,7 +50,7 @@ def train(
         say: Prints a line.
 
     Returns:
-        What `Trainer.fit` gives, most of which is in ``out/results.json``; and the trainer, with the model.
+        What `Trainer.fit` gives, which is in ``out/results.json``, too; and the trainer, with the model.
 
     Raises:
         ConfigError: If settings make no sense, the folder holds another run, or a resumed run's settings changed.
