@@ -150,9 +150,15 @@ def _point(name: str, step: int, tasks: Sequence[str], draw: random.Random) -> d
 
 
 def training(
-    folder: Path, *, method: str = "pcgrad", tasks: Sequence[str] = TASKS, value: float = 0.5, seed: int = 0
+    folder: Path,
+    *,
+    method: str = "pcgrad",
+    tasks: Sequence[str] = TASKS,
+    value: float = 0.5,
+    seed: int = 0,
+    **files: str,
 ) -> dict[str, Any]:
-    """A finished training run; returns its results.json."""
+    """A finished training run, whose settings know of ``files``; returns its results.json."""
     folder.mkdir(parents=True)
     measured = {t: {_metric(t, TASKS): value} for t in tasks}
     draw = random.Random(0)
@@ -174,6 +180,7 @@ def training(
     }
     (folder / "results.json").write_text(json.dumps(results))
     settings = {"data": {"name": "digits", "options": {}, "split_seed": 0}, "method": {"name": method}, "seed": seed}
+    settings |= files
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     return results
 

@@ -152,6 +152,27 @@ def test_without_baselines_the_page_says_which_are_missing(tmp_path: Path) -> No
     assert alone["results"]["methods"]["pcgrad"]["reason"] == "it is a single-task run itself"
 
 
+@pytest.mark.parametrize("kind", ["content", "source"])
+def test_other_files_are_other_data(tmp_path: Path, kind: str) -> None:
+    training(tmp_path / "joint", value=0.6, **{kind: "one"})
+    for task in TASKS:
+        training(tmp_path / task, tasks=[task], **{kind: "other" if task == "right" else "one"})
+    joint, _ = read_studies([tmp_path / "joint", *(tmp_path / task for task in TASKS)])
+    reason = joint["results"]["methods"]["pcgrad"]["reason"]
+    assert reason == "no single-task run of right on this data is among the folders"
+
+
+def test_a_metrics_direction_is_its_tasks(tmp_path: Path) -> None:
+    for name, tasks, value in (("joint", ["left", "right"], 0.6), ("l", ["left"], 0.5), ("r", ["right"], 0.5)):
+        results = training(tmp_path / name, tasks=tasks, value=value)
+        results["higher_is_better"] = {task: {"accuracy": task == "left"} for task in tasks}
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+    (study,) = read_studies([tmp_path / name for name in ("joint", "l", "r")])
+    assert study["results"]["methods"]["pcgrad"]["delta_m"]["mean"] == pytest.approx(0)
+    better = [study["results"]["tasks"][task]["metrics"]["accuracy"]["higher_is_better"] for task in ("left", "right")]
+    assert better == [True, False]
+
+
 def test_a_comparisons_single_task_values_serve_training_runs_on_the_same_data(tmp_path: Path) -> None:
     results = comparison(tmp_path / "compared")
     training(tmp_path / "run", method="gd")

@@ -80,10 +80,10 @@ def comparison_baselines(folder: Path, results: Mapping[str, Any]) -> list[Basel
     if not results.get("single_task"):
         return []
     if isinstance(config["data"], Mapping):
-        own = config["data"]
-        data = _data_key(own["name"], own["options"], own["split_seed"], "test")
+        data = _data_key(config["data"], config.get("free", {}), "test")
     elif "data_options" in config:  # version 1: flat settings
-        data = _data_key(config["data"], config["data_options"], config.get("data_seed", 0), "test")
+        flat = {"name": config["data"], "options": config["data_options"], "split_seed": config.get("data_seed", 0)}
+        data = _data_key(flat, {}, "test")
     else:
         return []
     source = f"the comparison {folder.resolve().name}"
@@ -252,19 +252,20 @@ def read_training(folder: Path, results: Mapping[str, Any]) -> Training:
         )
     config = plain(read_yaml(folder / "config.yaml"))
     split = "test" if results["test"] else "validation"
-    data = config["data"]
     return Training(
         name=folder.resolve().name,
         method=config["method"]["name"],
         seed=config["seed"],
-        data=_data_key(data["name"], data.get("options") or {}, data.get("split_seed", 0), split),
+        data=_data_key(config["data"], config, split),
         primary=results["primary"],
         measured=results[split],
-        about=f"Data: {data['name']}. Figures are of the {split} split, with the best weights.",
+        about=f"Data: {config['data']['name']}. Figures are of the {split} split, with the best weights.",
         result={"history": [], "trace": [], "versions": {}, "made": {}, **results},
         settings={**{key: results.get(key) for key in ("measure", "score", "best_step")}, **config},
     )
 
 
-def _data_key(name: str, options: Mapping[str, Any], seed: int, split: str) -> str:
-    return canonical([without_place(name), options, seed, split])
+def _data_key(data: Mapping[str, Any], files: Mapping[str, Any], split: str) -> str:
+    """What has to be equal for data to be the same: what they are called, wherever they are, and what their files hold."""
+    name, options, seed = without_place(data["name"]), data.get("options") or {}, data.get("split_seed", 0)
+    return canonical([name, options, seed, split, files.get("content"), files.get("source")])
