@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import operator
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -496,14 +497,16 @@ class MultiTask:
                 "A message between the ranks has failed before, and nobody knows which one the others wait for now. Start the "
                 "processes again, from a checkpoint."
             )
-        if self._stepping:
+        # An interrupt may have kept the last step from saying that it has ended.
+        outer = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code is MultiTask._run.__code__)
+        if self._stepping and sum(frame.f_locals["self"] is self for frame in outer) > 1:
             raise RuntimeError(
-                "mt.step was called inside its own step: by the closure, by a hook or by another thread. A closure runs "
-                "forwards and returns losses."
+                "mt.step was called inside its own step, by the closure or a hook. A closure runs forwards and returns losses."
             )
-        # Before anything is told: messages of ranks with different tasks don't fit.
-        meet(self.network, self.tasks)
-        self._met = True
+        if not self._met:
+            # Before anything is told: messages of ranks with different tasks don't fit.
+            meet(self.network, self.tasks)
+            self._met = True
 
     def _undo(self, *, keep_buffers: bool) -> None:
         self.network.undo(keep_buffers=keep_buffers)
