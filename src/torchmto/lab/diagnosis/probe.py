@@ -117,12 +117,12 @@ def probe(
         seconds = {}
         for kind in ("gd", "sequential"):
             mt = MultiTask(model, optimizer, tasks=names, method=kind, seed=seed, **options)
-            seconds[kind] = _median_seconds(mt, following, _TIMED)
+            seconds[kind] = _least_seconds(mt, following, _TIMED)
     with _restored(model, optimizer, seed):
         watch = _Watch(model)
         mt = MultiTask(model, optimizer, tasks=names, method=watch, seed=seed, **options)
         losses: list[Mapping[str, float]] = []
-        seconds["gramian"] = _median_seconds(mt, following, num_batches, losses)
+        seconds["gramian"] = _least_seconds(mt, following, num_batches, losses)
         found = (
             _affinities(model, optimizer, names, following, number=num_batches, seed=seed, options=options)
             if affinity
@@ -243,10 +243,10 @@ def _restored(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> 
             parameter.grad = gradient
 
 
-def _median_seconds(
+def _least_seconds(
     mt: MultiTask, batches: Iterator[Closure], number: int, losses: list[Mapping[str, float]] | None = None
 ) -> float:
-    """Take steps; the first one's time doesn't count if there are others."""
+    """Take steps and time the quickest, as what else a machine does only adds; the first counts if there is no other."""
     times = []
     for _ in range(number):
         closure = next(batches)
@@ -257,7 +257,7 @@ def _median_seconds(
         times.append(time.perf_counter() - began)
         if losses is not None:
             losses.append(info.losses)
-    return float(np.median(times[1:] or times))
+    return min(times[1:] or times)
 
 
 def _synchronize() -> None:
