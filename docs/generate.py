@@ -41,8 +41,8 @@ Methods whose formula could be confirmed neither in the paper nor in released co
   and the weights of its trade-offs, aren't known.
 
 What changes the model is no method, and goes with any: RotoGrad's rotations between trunk and heads are
-`torchmto.lab.models.rotograd.RotoGrad`, a cross-stitch network is the lab's model `cross_stitch`, and Recon's task-specific layers
-are chosen by [`structure.conflict_scores`](../api/structure.md).
+`torchmto.lab.models.rotograd.RotoGrad`, a cross-stitch network is the lab's model `cross_stitch`, and Recon's task-specific
+layers are chosen by [`structure.conflict_scores`](../api/structure.md).
 """
 
 
