@@ -64,7 +64,7 @@ class Factor(ABC):
         gradient = self._gradient(cotangent)
         for node in self.between:
             gradient = gradient.mT if node.name() == "TBackward0" else gradient
-        return gradient.to(self.leaf)
+        return gradient
 
     @abstractmethod
     def _gradient(self, cotangent: Tensor) -> Tensor:

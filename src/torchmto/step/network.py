@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchmto.checks import found, warn
 from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import FEW, dense, dtype_of_gradient, real
+from torchmto.gradients.finite import FEW, dtype_of_gradient, like, plain, real
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
 from torchmto.gradients.reach import (
     gradients_below,
@@ -560,7 +560,7 @@ class Network:
         for parameter in self.parameters:
             gradient = parameter.grad
             if gradient is not None and gradient.is_sparse:
-                parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
+                parameter.grad = gradient.coalesce() if self.sparse else like(plain(gradient), parameter)
 
     def warn_of_untrained(self, leaves: Collection[int] | None = None) -> None:
         """Warn once if losses reach parameters of the model that the optimizer doesn't have, or nothing that is trained.
@@ -615,17 +615,13 @@ class Network:
             warn(f"{reason} Each task trains its own parameters.")
 
     def set_gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
+        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), in their type and layout, on their device."""
         for parameter, gradient in pairs:
-            if self.has_complex and parameter.is_complex():
-                # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
-                copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
-                parameter.grad = torch.view_as_complex(copy)
-                continue
             # As `dtype_of_gradient`: a call less for every parameter.
             kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
-            if gradient.dtype != kind or gradient.device != parameter.device:
-                gradient = gradient.to(parameter.device, kind)  # noqa: PLW2901
+            kept = gradient.dtype == kind and gradient.device == parameter.device
+            if self.sharded or not kept or gradient.stride() != parameter.stride():
+                gradient = like(gradient, parameter)  # noqa: PLW2901
             parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
