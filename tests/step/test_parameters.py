@@ -520,6 +520,49 @@ def test_a_compiled_model(method, shared, fresh_compiler):
         torch.testing.assert_close(buffer, runs[1][1][name])
 
 
+class Scaled(nn.Module):
+    """Tables and masks that the backward needs, and a number of calls that the forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0).cos())
+        self.register_buffer("mask", torch.tensor([True, False, True, True, True]))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.where(self.mask, x * self.table * self.calls, x)
+
+
+@pytest.mark.parametrize("kind", ["norm in evaluation mode", "tables", "norm in training mode"])
+@pytest.mark.parametrize("method", ["gd", "constant"])
+def test_buffers_that_a_compiled_backward_needs(method, kind, fresh_compiler):
+    """The one eager forward changes nothing of what the compiled one has saved: as plain PyTorch trains it."""
+    runs = []
+    for plain in (False, True):
+        norm = Scaled() if kind == "tables" else nn.BatchNorm1d(5).train(kind == "norm in training mode")
+        model = Toy(TASKS, norm=norm)
+        run = torch.compile(model, backend="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        x, targets = batch(TASKS)
+
+        def losses(tasks):
+            outputs = run(x)  # noqa: B023
+            return {t: (outputs[t] - targets[t]).square().mean() for t in tasks}  # noqa: B023
+
+        hp = {"weights": [1.0] * len(TASKS)} if method == "constant" else {}
+        mt = torchmto.MultiTask(run, optimizer, tasks=TASKS, method=torchmto.make_method(method, **hp))
+        for _ in range(2):
+            if plain:
+                optimizer.zero_grad()
+                sum(losses(TASKS).values()).backward()
+                optimizer.step()
+            else:
+                mt.step(losses)
+        runs.append((flat(model), dict(model.named_buffers())))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-10)
+
+
 def test_ready_losses_of_a_compiled_model_need_shared(fresh_compiler):
     model = Toy(TASKS)
     run = torch.compile(model, backend="aot_eager")
@@ -579,6 +622,35 @@ def test_checkpointing_moves_statistics_once(options):
         mt.step([closure(model, batch(TASKS, seed=seed))(TASKS) for seed in (2, 3)])
         runs.append(model.state_dict())
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+class Remembers(nn.Module):
+    """A buffer that every forward changes, in place or by a new one, of any size."""
+
+    def __init__(self, size, replaced):
+        super().__init__()
+        self.replaced = replaced
+        self.register_buffer("kept", torch.zeros(size))
+
+    def forward(self, x):
+        if self.replaced:
+            self.kept = self.kept + 1
+        else:
+            self.kept += 1
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "layerwise"}], ids=str)
+@pytest.mark.parametrize("size", [3, 200_000])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_checkpointing_moves_buffers_of_any_size_once(size, replaced, options):
+    model = Toy(TASKS, norm=Remembers(size, replaced))
+    inner = model.trunk.forward
+    model.trunk.forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    _, _, mt = make("pcgrad", model=model, **options)
+    for number in range(1, 4):
+        mt.step(closure(model, batch(TASKS)))
+        assert model.trunk[1].kept.eq(number).all()
 
 
 @pytest.fixture

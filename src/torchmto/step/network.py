@@ -59,9 +59,6 @@ class Place:
     heads: list[Tensor]
 
 
-STATISTICS = 100_000
-"""Elements up to which a buffer may be a norm's statistics, which is kept while checkpointed parts run again."""
-
 AGAIN = 0.05
 """How much a function's gradient may differ, relatively, when it is computed again: what rounding doesn't explain."""
 
@@ -153,6 +150,7 @@ class Network:
         self.moved: list[tuple[Tensor, Tensor]] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
+        self._after_forward = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
         self.recomputes = False
@@ -473,14 +471,14 @@ class Network:
     @contextlib.contextmanager
     def buffers_as_before(self) -> Iterator[None]:
         """For backwards that run checkpointed parts of the forward again, once per task: norms see a batch once."""
-        buffers = (b for b in self.model.buffers() if not is_lazy(b) and b.numel() <= STATISTICS)
-        kept = [(buffer, buffer.detach().clone()) for buffer in buffers] if self.recomputes else []
+        if not self.recomputes:
+            yield
+            return
+        self._after_forward.take()
         try:
             yield
         finally:
-            for buffer, value in kept:
-                # Past the version counter, as the norm's own kernel writes: graphs that are still to be walked check it.
-                buffer.data.copy_(value)
+            self._after_forward.restore()
 
     def _check_again(self, losses: Collection[Tensor]) -> None:
         """Raise if a function that several tasks go through gives another gradient the second time.
