@@ -17,6 +17,9 @@ class BufferSnapshot:
 
     Batch-norm kernels write running statistics without raising the tensors' version counters, so small buffers are copied
     every time. Large ones are copied only if their version counter says that they changed.
+
+    Copies are put back as buffers were written: past the version counters that haven't moved, since graphs that are still to
+    be walked backwards check those of what they have saved.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,11 +57,20 @@ class BufferSnapshot:
         self._kept, self._empty = current, empty
 
     @torch.no_grad()
+    def set_aside(self) -> None:
+        """Let the model go on with other copies until :meth:`restore`: what graphs have saved of its buffers isn't touched."""
+        others: dict[int, Tensor] = {}
+        for kept in self._kept.values():
+            if id(kept.buffer) not in others:
+                others[id(kept.buffer)] = kept.buffer.clone()
+            buffers_of(kept.module)[kept.name] = others[id(kept.buffer)]
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
         changed = [kept for kept in self._kept.values() if kept.may_have_changed()]
         if changed:
-            torch._foreach_copy_([kept.entries for kept in changed], [kept.copy for kept in changed])
+            torch._foreach_copy_([kept.writable for kept in changed], [kept.copy for kept in changed])
         for kept in self._kept.values():
             kept.version = version_of(kept.buffer)
             buffers = buffers_of(kept.module)
@@ -91,6 +103,11 @@ class _KeptBuffer:
             self.copy.device,
             self.entries.data_ptr(),
         )
+
+    @property
+    def writable(self) -> Tensor:
+        """The entries, to be written so that the version counter tells of it only if it has told of a change."""
+        return self.entries if version_of(self.buffer) != self.version else self.entries.data
 
     def may_have_changed(self) -> bool:
         """Whether the buffer can differ from what it was when the version was noted."""

@@ -214,6 +214,54 @@ def test_state_after_a_group_left(name):
     torch.testing.assert_close(anew, plain, rtol=1e-12, atol=0)
 
 
+# ---------------------------------------------------------------------- the layout of gradients
+
+
+class Turned(nn.Module):
+    """Parameters whose dimensions lie in memory in another order, complex and looked-up ones among them, and one with gaps."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(*shape, dtype=torch.float64):
+            return torch.randn(*shape, dtype=dtype, generator=generator) / 2
+
+        self.matrix = nn.Parameter(leaf(5, 4).T)
+        self.mask = nn.Parameter(leaf(1, 5, 3).permute(2, 0, 1))
+        self.modes = nn.Parameter(leaf(3, 5, dtype=torch.complex128).T)
+        self.table = nn.Parameter(leaf(5, 9).T)
+        self.gaps = nn.Parameter(leaf(10)[::2])
+        self.heads = nn.ParameterDict({task: nn.Parameter(leaf(2, 5).T) for task in TASKS})
+
+    def forward(self, x, tasks):
+        f = (x @ self.matrix).unsqueeze(1) * self.mask.sum(0) + (self.mask * self.gaps).sum((0, 1))
+        f = f.squeeze(1) + nn.functional.embedding(torch.arange(len(x)), self.table, sparse=True)
+        f = torch.view_as_real(f @ self.modes.real + 1j * (f @ self.modes.imag)).sum(2) @ self.modes.real.T
+        return {task: (f.tanh().unsqueeze(2) * self.heads[task]).sin().sum((1, 2)).unsqueeze(1) for task in tasks}
+
+
+@pytest.mark.parametrize(("name", "engine"), ENGINES)
+def test_layout_of_gradients(name, engine):
+    """Whatever optimizer takes them, fused ones too: as autograd lays out what it accumulates."""
+    model = Turned()
+    mt = start(name, model, gradients=engine)
+    seen = set()
+
+    def look(optimizer, *_):
+        for parameter in optimizer.param_groups[0]["params"]:
+            gradient = parameter.grad
+            if gradient is not None and not gradient.is_sparse:
+                seen.add(id(parameter))
+                expected = parameter if parameter is not model.gaps else torch.empty(5)
+                assert gradient.stride() == expected.stride()
+
+    mt.network.optimizers.all[0].register_step_pre_hook(look)
+    mt.step(closure(model, batch(TASKS)))
+    look(mt.network.optimizers.all[0])
+    assert len(seen) > 4
+
+
 # ---------------------------------------------------------------------- hooks of parameters
 
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
@@ -233,6 +234,26 @@ def deep_convolutions() -> Sample:
     return _sample(model, lambda: [model(images)])
 
 
+def one_number_for_all_dimensions() -> Sample:
+    """Convolutions of all kinds whose geometry is kept as one number."""
+    flat = nn.Sequential(
+        nn.Conv2d(8, 10, 2, padding="valid"), nn.SiLU(), nn.Conv2d(10, 12, 2, padding="valid", bias=False)
+    )
+    solid, line = nn.Conv3d(1, 3, 2, padding="valid"), nn.Conv1d(3, 4, 3, padding="valid")
+    strided, turned = nn.Parameter(torch.randn(9, 12, 2, 2)), nn.Parameter(torch.randn(9, 6, 2, 2))
+    grouped = nn.Parameter(torch.randn(6, 3, 1, 1))
+    images = torch.randn(1, 8, 4, 4)
+
+    def outputs() -> list[Tensor]:
+        h = functional.conv2d(flat(images), strided, stride=[2], padding=[1], dilation=[1])
+        h = functional.conv_transpose2d(h.tanh(), turned, stride=[2], padding=[0], output_padding=[1], dilation=[1])
+        h = functional.conv2d(h, grouped, padding=[0], groups=2)
+        h = solid(h.unsqueeze(1)).flatten(2)
+        return [line(h).sin()]
+
+    return _sample(nn.ModuleList([flat, solid, line, nn.ParameterList([strided, turned, grouped])]), outputs)
+
+
 def _hooked(sample: Sample) -> Sample:
     for name, parameter in sample.model.named_parameters():
         if name.endswith("bias"):
@@ -283,6 +304,7 @@ def shapes() -> Sample:
 ZOO = [
     chain,
     deep_convolutions,
+    one_number_for_all_dimensions,
     hooked_linear,
     hooked_convolutions,
     attention,
@@ -371,7 +393,16 @@ def test_layerwise_steps_equal_those_with_rows(method: str, heads: str) -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-12)
 
 
-FACTORED = {chain: 0, deep_convolutions: 3, residual: 4, checkpointed: 0, lookups: 1, wide: 4, hooked_linear: 1}
+FACTORED = {
+    chain: 0,
+    deep_convolutions: 3,
+    one_number_for_all_dimensions: 3,
+    residual: 4,
+    checkpointed: 0,
+    lookups: 1,
+    wide: 4,
+    hooked_linear: 1,
+}
 """Samples -> how many parameters' gradients aren't formed: few samples, no other use, no hooks next to it, no checkpointing."""
 
 

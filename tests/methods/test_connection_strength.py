@@ -4,10 +4,12 @@ import contextlib
 import copy
 import dataclasses
 import io
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import torchmto
 from torchmto import structure, task_norms
@@ -34,9 +36,12 @@ class Net(nn.Module):
         return self.heads[task](self.trunk(x))
 
 
-def setup(seed=0, tasks=TASKS, split=True, **options):
+def setup(seed=0, tasks=TASKS, split=True, convolution=None, **options):
     torch.manual_seed(seed)
     model = Net(tasks).double()
+    if convolution is not None:
+        for place in (0, 3):
+            model.trunk[place] = convolution(model.trunk[place])
     if split:
         structure.split_norms(model, tasks)
     for parameter in model.parameters():  # priorities differ only once the norms do
@@ -399,6 +404,27 @@ def test_without_split_norms_it_warns_and_sums():
     optimizer.step()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("schedule", ["phase1", "phase2"])
+@pytest.mark.parametrize("normed", [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm])
+def test_it_warns_once_where_the_weight_of_every_layer_is_computed(normed, schedule):
+    _, mt, closure = setup(schedule=schedule, convolution=normed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mt.step(lambda asked: {t: v for t, v in closure(asked).items() if t != "depth"})
+        assert not caught
+        for _ in range(3):
+            info = mt.step(closure)
+    assert ["phase 2 is the plain sum" in str(warning.message) for warning in caught] == [True]
+    assert "priority_shares" not in info.records
+    # With one layer left that has channels of its own there is a priority.
+    _, mt, closure = setup(schedule=schedule, convolution=lambda layer: normed(layer) if layer.bias is None else layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        info = mt.step(closure)
+    assert list(info.records["layer_priority_shares"]) == ["trunk.3"]
 
 
 def test_missing_tasks():

@@ -13,6 +13,7 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 
 import torchmto
+from torchmto.gradients import choice
 from torchmto.structure import split_norms
 from toy import Toy, batch, closure, flat, make, same
 
@@ -224,6 +225,116 @@ def test_channels_last_and_transposed_parameters(method, late):
     torch.testing.assert_close(*runs, rtol=1e-10, atol=1e-12)
 
 
+class Product(nn.Module):
+    """Two products with matrices [in, out], as `transformers.pytorch_utils.Conv1D` takes them."""
+
+    def __init__(self, wide, added):
+        super().__init__()
+        self.added = added
+        self.first, self.second = nn.Parameter(torch.randn(32, wide) / 6), nn.Parameter(torch.randn(wide, 32) / wide)
+        self.bias = nn.Parameter(torch.zeros(wide))
+
+    def forward(self, x):
+        h = torch.addmm(self.bias, x.flatten(1), self.first) if self.added else x.flatten(1) @ self.first + self.bias
+        return h.tanh() @ self.second
+
+
+def kernels(wide):
+    """Convolutions, channels last, and one with a kernel of a single place."""
+    layers = (
+        nn.Conv2d(2, wide, 3),
+        nn.Tanh(),
+        nn.Conv2d(wide, wide, 2),
+        nn.Tanh(),
+        nn.Conv2d(wide, 32, 1),
+        nn.Flatten(),
+    )
+    return nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+
+class Turned(nn.Module):
+    """A head whose matrix lies in memory column by column, and whose mask has its dimensions in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(6, 32).T)
+        self.mask = nn.Parameter(torch.randn(2, 3, 4).permute(2, 0, 1))
+
+    def forward(self, f):
+        return ((f @ self.matrix).view(-1, 1, 2, 3) * self.mask).tanh().mean((1, 2, 3))
+
+
+TRUNKS = {
+    "product": lambda wide: Product(wide, added=False),
+    "sum and product": lambda wide: Product(wide, added=True),
+    "convolutions": kernels,
+    "lookups": lambda wide: nn.Sequential(nn.Embedding(30 * wide, 32), Pool()),
+}
+
+
+class Pool(nn.Module):
+    def forward(self, x):
+        return x.mean(1)
+
+
+def strides(tensor):
+    """Those that matter: of dimensions with more than one place."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+ENGINES = ("parameters", "layerwise", "representation", "mixed", "batched")
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+@pytest.mark.parametrize("engine", [*ENGINES, "weighted", "accumulated"])
+def test_gradients_are_laid_out_as_fused_optimizers_take_them(engine, kind, monkeypatch):
+    """A fused kernel goes through parameter and gradient from beginning to end, whatever their strides say."""
+    if engine in ("mixed", "batched"):
+        call, launch = (0, 0) if engine == "mixed" else (1e30, 1)
+        monkeypatch.setattr(choice, "CPU", choice.Costs(0, call, 0, 0, launch, 0))
+        monkeypatch.setattr(choice, "FEW", 0)
+        monkeypatch.setattr(choice, "LIVE", 0)
+
+    def built():
+        torch.manual_seed(0)
+        trunk = TRUNKS[kind](128)
+        if kind == "lookups":
+            trunk[0].weight = nn.Parameter(trunk[0].weight.detach().T.contiguous().T)
+        return nn.ModuleDict({"trunk": trunk, **{task: Turned() for task in TASKS}}).double()
+
+    x = torch.randint(100, (2, 3)) if kind == "lookups" else torch.randn(2, 2, 4, 4, dtype=torch.float64)
+
+    def losses(model):
+        def closure(tasks):
+            f = model["trunk"](x.to(memory_format=torch.channels_last) if kind == "convolutions" else x)
+            return {t: (model[t](f) - TASKS.index(t)).square().mean() for t in tasks}
+
+        return closure
+
+    for kind_of_optimizer in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad):
+        plain, model = built(), built()
+        made, other = (kind_of_optimizer(m.parameters(), lr=0.01, fused=True) for m in (plain, model))
+        summed = engine in ("weighted", "accumulated")
+        method = "gd" if summed else torchmto.make_method("constant", weights=[1.0] * len(TASKS))
+        options = {"features": model["trunk"]} if engine == "representation" else {}
+        gradients = "auto" if engine in ("mixed", "batched") or summed else engine
+        mt = torchmto.MultiTask(model, other, tasks=TASKS, method=method, gradients=gradients, **options)
+        for _ in range(3):
+            made.zero_grad()
+            sum(losses(plain)(TASKS).values()).backward()
+            made.step()
+            if engine == "accumulated":
+                mt.backward(losses(model), final=False)
+                mt.backward(losses(model))
+                other.step()
+            else:
+                info = mt.step(losses(model))
+                assert info.engine == (None if summed else "mixed" if engine == "batched" else engine)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert strides(p.grad) == strides(q.grad) == strides(p)
+            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
 def test_parameters_of_strange_memory():
     """A transposed parameter, one of a single element, an empty one and a scalar."""
 
@@ -409,6 +520,49 @@ def test_a_compiled_model(method, shared, fresh_compiler):
         torch.testing.assert_close(buffer, runs[1][1][name])
 
 
+class Scaled(nn.Module):
+    """Tables and masks that the backward needs, and a number of calls that the forward changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(5.0).cos())
+        self.register_buffer("mask", torch.tensor([True, False, True, True, True]))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.where(self.mask, x * self.table * self.calls, x)
+
+
+@pytest.mark.parametrize("kind", ["norm in evaluation mode", "tables", "norm in training mode"])
+@pytest.mark.parametrize("method", ["gd", "constant"])
+def test_buffers_that_a_compiled_backward_needs(method, kind, fresh_compiler):
+    """The one eager forward changes nothing of what the compiled one has saved: as plain PyTorch trains it."""
+    runs = []
+    for plain in (False, True):
+        norm = Scaled() if kind == "tables" else nn.BatchNorm1d(5).train(kind == "norm in training mode")
+        model = Toy(TASKS, norm=norm)
+        run = torch.compile(model, backend="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        x, targets = batch(TASKS)
+
+        def losses(tasks):
+            outputs = run(x)  # noqa: B023
+            return {t: (outputs[t] - targets[t]).square().mean() for t in tasks}  # noqa: B023
+
+        hp = {"weights": [1.0] * len(TASKS)} if method == "constant" else {}
+        mt = torchmto.MultiTask(run, optimizer, tasks=TASKS, method=torchmto.make_method(method, **hp))
+        for _ in range(2):
+            if plain:
+                optimizer.zero_grad()
+                sum(losses(TASKS).values()).backward()
+                optimizer.step()
+            else:
+                mt.step(losses)
+        runs.append((flat(model), dict(model.named_buffers())))
+    torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-10)
+
+
 def test_ready_losses_of_a_compiled_model_need_shared(fresh_compiler):
     model = Toy(TASKS)
     run = torch.compile(model, backend="aot_eager")
@@ -468,6 +622,35 @@ def test_checkpointing_moves_statistics_once(options):
         mt.step([closure(model, batch(TASKS, seed=seed))(TASKS) for seed in (2, 3)])
         runs.append(model.state_dict())
     torch.testing.assert_close(*runs, rtol=1e-9, atol=1e-12)
+
+
+class Remembers(nn.Module):
+    """A buffer that every forward changes, in place or by a new one, of any size."""
+
+    def __init__(self, size, replaced):
+        super().__init__()
+        self.replaced = replaced
+        self.register_buffer("kept", torch.zeros(size))
+
+    def forward(self, x):
+        if self.replaced:
+            self.kept = self.kept + 1
+        else:
+            self.kept += 1
+        return x
+
+
+@pytest.mark.parametrize("options", [{}, {"gradients": "layerwise"}], ids=str)
+@pytest.mark.parametrize("size", [3, 200_000])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_checkpointing_moves_buffers_of_any_size_once(size, replaced, options):
+    model = Toy(TASKS, norm=Remembers(size, replaced))
+    inner = model.trunk.forward
+    model.trunk.forward = lambda x: checkpoint(inner, x, use_reentrant=False)
+    _, _, mt = make("pcgrad", model=model, **options)
+    for number in range(1, 4):
+        mt.step(closure(model, batch(TASKS)))
+        assert model.trunk[1].kept.eq(number).all()
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ class Auto(Engine):
             for leaf, stack in self._formed.items():
                 leaf.grad = like(weighted(stack), leaf)
             for factor, stack in self._cotangents:
-                factor.leaf.grad = factor.combined(weighted(stack.wide))
+                factor.leaf.grad = like(factor.combined(weighted(stack.wide)), factor.leaf)
         self.forget()
         return 0
 

@@ -64,7 +64,7 @@ class Factor(ABC):
         gradient = self._gradient(cotangent)
         for node in self.between:
             gradient = gradient.mT if node.name() == "TBackward0" else gradient
-        return gradient.to(self.leaf)
+        return gradient
 
     @abstractmethod
     def _gradient(self, cotangent: Tensor) -> Tensor:
@@ -105,24 +105,23 @@ class Linear(Factor):
 class Patches(Linear):
     """The kernels of a convolution in two dimensions."""
 
+    def _geometry(self, name: str) -> tuple[int, ...]:
+        """What the node has saved, for each dimension: one number may stand for both, as ``padding="valid"`` is kept."""
+        given = tuple(saved(self.node, name))
+        return given * 2 if len(given) == 1 else given
+
     def _given(self) -> Tensor:
-        node = self.node
-        patches = torch.nn.functional.unfold(
-            saved(node, "input").detach(),
-            self.leaf.shape[2:],
-            dilation=saved(node, "dilation"),
-            padding=saved(node, "padding"),
-            stride=saved(node, "stride"),
-        )
+        geometry = {name: self._geometry(name) for name in ("dilation", "padding", "stride")}
+        inputs = saved(self.node, "input").detach()
+        patches = torch.nn.functional.unfold(inputs, self.leaf.shape[2:], **geometry)
         return patches.transpose(1, 2).flatten(0, 1)
 
     def _samples(self, cotangents: Tensor) -> Tensor:
         return cotangents.flatten(3).transpose(2, 3).flatten(1, 2)
 
     def _gradient(self, cotangent: Tensor) -> Tensor:
-        node = self.node
-        given = saved(node, "input").detach().to(cotangent)
-        geometry = [saved(node, name) for name in ("stride", "padding", "dilation")]
+        given = saved(self.node, "input").detach().to(cotangent)
+        geometry = [self._geometry(name) for name in ("stride", "padding", "dilation")]
         found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
             cotangent, given, self.leaf.detach().to(cotangent), None, *geometry, False, [0, 0], 1, [False, True, False]
         )

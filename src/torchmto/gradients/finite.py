@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from torchmto.gradients.ranks import local
 from torchmto.gradients.torch_private import flattened
 
 FEW = 2048
@@ -32,10 +33,30 @@ def dtype_of_gradient(tensor: Tensor) -> torch.dtype:
     return own or tensor.dtype
 
 
+def gapless(tensor: Tensor) -> bool:
+    """Whether the elements of ``tensor`` fill one block of memory, in whatever order of dimensions."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.numel() > 0 and span == tensor.numel()
+
+
 def like(numbers: Tensor, tensor: Tensor) -> Tensor:
-    """Plain real numbers as a gradient of ``tensor``: in its shape and type, on its device, complex where it is."""
-    shaped = numbers.view_as(real(tensor)).to(tensor.device, dtype_of_gradient(tensor).to_real())
-    return torch.view_as_complex(shaped.clone()) if tensor.is_complex() else shaped
+    """Plain real numbers as a gradient of ``tensor``: in its shape, type and layout, on its device, complex where it is.
+
+    The layout is the one that autograd gives to what it accumulates: the tensor's own where that is :func:`gapless`, else
+    row by row. Fused optimizers go through both from beginning to end, without a look at the strides.
+
+    Args:
+        numbers: Pairs for a complex tensor; of a sharded one this rank's part.
+        tensor: Whose gradient it becomes.
+    """
+    place, kind = real(local(tensor)), dtype_of_gradient(tensor).to_real()
+    given, own = numbers.view_as(place), gapless(place)
+    laid_out = given.stride() == place.stride() if own else given.is_contiguous()
+    # Complex numbers are a copy: in a row pairs may begin at any place, complex numbers only at every second one.
+    if not laid_out or tensor.is_complex() or (given.dtype, given.device) != (kind, place.device):
+        form = torch.preserve_format if own else torch.contiguous_format
+        given = torch.empty_like(place, dtype=kind, memory_format=form, requires_grad=False).copy_(given)
+    return torch.view_as_complex(given) if tensor.is_complex() else given
 
 
 def finite_mark(gradients: Sequence[Tensor]) -> Tensor:

@@ -9,14 +9,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from torchmto.gradients.finite import real
+from torchmto.gradients.finite import gapless, real
 from torchmto.gradients.ranks import Ranks, Wait, local
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements of ``tensor`` fill one block of memory, in whatever order of dimensions."""
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.numel() > 0 and span == tensor.numel()
 
 
 def _kinds(parameters: Sequence[Tensor]) -> list[tuple[object, ...]]:
@@ -29,7 +23,7 @@ def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     views = []
     parts = [real(parameter) for parameter in parameters]
     for part, place in zip(parts, slices_of(parts), strict=True):
-        if _is_dense(part):
+        if gapless(part):
             views.append(flat.as_strided(part.shape, part.stride(), flat.storage_offset() + place.start))
         else:
             views.append(flat[place].view(part.shape))
@@ -215,7 +209,7 @@ class Rows(Columns):
         """The present tasks' gradients of one parameter, a view [k, *parameter.shape] of the matrix ([..., 2] if complex)."""
         columns = self.matrix[:, self.slices[self.position[id(parameter)]]]
         parameter = real(local(parameter))
-        if _is_dense(parameter):
+        if gapless(parameter):
             strides = (columns.stride(0), *parameter.stride())
             return columns.as_strided((len(columns), *parameter.shape), strides, columns.storage_offset())
         return columns.view(len(columns), *parameter.shape)

@@ -239,6 +239,7 @@ def _run_eagerly(parts: Parts, closure: Source, names: tuple[str, ...]) -> Chunk
             "that they can be found by one eager forward."
         )
     with parts.noise.extra(), torch.compiler.set_stance("force_eager"):
+        parts.network.room.set_aside()
         parts.noise.before((0, 0), names)
         chunk = _call(parts, closure, names, grad=True)
     parts.network.look(chunk)

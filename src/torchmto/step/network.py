@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchmto.checks import found, warn
 from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
-from torchmto.gradients.finite import FEW, dense, dtype_of_gradient, real
+from torchmto.gradients.finite import FEW, dtype_of_gradient, like, plain, real
 from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
 from torchmto.gradients.reach import (
     gradients_below,
@@ -58,9 +58,6 @@ class Place:
     others: list[bool]
     heads: list[Tensor]
 
-
-STATISTICS = 100_000
-"""Elements up to which a buffer may be a norm's statistics, which is kept while checkpointed parts run again."""
 
 AGAIN = 0.05
 """How much a function's gradient may differ, relatively, when it is computed again: what rounding doesn't explain."""
@@ -153,6 +150,7 @@ class Network:
         self.moved: list[tuple[Tensor, Tensor]] = []
         self.buffers = BufferSnapshot(self.model)
         self.room = BufferSnapshot(self.model)
+        self._after_forward = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
         self.recomputes = False
@@ -473,14 +471,14 @@ class Network:
     @contextlib.contextmanager
     def buffers_as_before(self) -> Iterator[None]:
         """For backwards that run checkpointed parts of the forward again, once per task: norms see a batch once."""
-        buffers = (b for b in self.model.buffers() if not is_lazy(b) and b.numel() <= STATISTICS)
-        kept = [(buffer, buffer.detach().clone()) for buffer in buffers] if self.recomputes else []
+        if not self.recomputes:
+            yield
+            return
+        self._after_forward.take()
         try:
             yield
         finally:
-            for buffer, value in kept:
-                # Past the version counter, as the norm's own kernel writes: graphs that are still to be walked check it.
-                buffer.data.copy_(value)
+            self._after_forward.restore()
 
     def _check_again(self, losses: Collection[Tensor]) -> None:
         """Raise if a function that several tasks go through gives another gradient the second time.
@@ -560,7 +558,7 @@ class Network:
         for parameter in self.parameters:
             gradient = parameter.grad
             if gradient is not None and gradient.is_sparse:
-                parameter.grad = gradient.coalesce() if self.sparse else dense(gradient)
+                parameter.grad = gradient.coalesce() if self.sparse else like(plain(gradient), parameter)
 
     def warn_of_untrained(self, leaves: Collection[int] | None = None) -> None:
         """Warn once if losses reach parameters of the model that the optimizer doesn't have, or nothing that is trained.
@@ -615,17 +613,13 @@ class Network:
             warn(f"{reason} Each task trains its own parameters.")
 
     def set_gradients(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), converted to their dtype and device."""
+        """Set ``.grad`` of parameters to real numbers (pairs for complex ones), in their type and layout, on their device."""
         for parameter, gradient in pairs:
-            if self.has_complex and parameter.is_complex():
-                # A copy: in a row pairs may begin at any place, complex numbers only at every second one.
-                copy = gradient.to(device=parameter.device, dtype=parameter.dtype.to_real(), copy=True)
-                parameter.grad = torch.view_as_complex(copy)
-                continue
             # As `dtype_of_gradient`: a call less for every parameter.
             kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
-            if gradient.dtype != kind or gradient.device != parameter.device:
-                gradient = gradient.to(parameter.device, kind)  # noqa: PLW2901
+            kept = gradient.dtype == kind and gradient.device == parameter.device
+            if self.sharded or not kept or gradient.stride() != parameter.stride():
+                gradient = like(gradient, parameter)  # noqa: PLW2901
             parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:

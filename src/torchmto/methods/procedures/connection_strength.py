@@ -118,6 +118,12 @@ class ChannelPriorities:
         search.guess_by_order()
         self._seen = [task for task in self.tasks if task in present or task in self._seen]
         self._take(search)
+        if len(self._seen) == len(self.tasks) > 1 and not self.shared_layers():
+            warn(
+                "connection_strength: no layer that tasks share goes with a task-specific norm, so no channel has a priority "
+                "and phase 2 is the plain sum. Layers whose weight is computed (`weight_norm`, `spectral_norm` and other "
+                "parametrizations) have no channels of their own; where a norm wasn't found, name it by `pairs=`.",
+            )
 
     def _take(self, search: PairSearch) -> None:
         pairs = search.pairs()
@@ -281,7 +287,8 @@ class ConnectionStrength(Procedure):
 
     Cost per batch: phase 1 K forwards, K backwards, K optimizer steps; phase 2 K forwards (one per task, since norms differ),
     K backwards, 1 step. Scale: sum. Heads: their own task's gradient. Random: the phase, from :attr:`generator`. On a model
-    without task-specific norms phase 2 is the plain sum, and a warning says so once.
+    without task-specific norms, or none of whose shared layers goes with one, phase 2 is the plain sum, and a warning says so
+    once; a layer whose weight is computed (``weight_norm``, ``spectral_norm``, other parametrizations) never does.
 
     Args:
         total_steps: Length of the training in steps, for the progress of "mix" and "sequence". A trainer that knows it sets
