@@ -185,9 +185,11 @@ class StepContext:
     def agreement(self, gradients: TaskGradients, weights: Tensor) -> Heads:
         r"""How every head can make its task's gradient agree with the weighted sum of all tasks'.
 
-        With :math:`\delta_i` the gradient of task i's loss by the results that the tasks' own parts of the model share, the
-        derivatives of :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being
-        constant. One more forward, with the noise of the first, and two backwards per task down to these results.
+        For every task i by itself, with :math:`\delta_j` the gradient of task j's loss by what i's own part of the model reads
+        of the results that tasks share (each an input of its own, whatever it is computed from): the derivatives of
+        :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being constant. One
+        more forward, with the noise of the first, and two backwards per task down to these results; one more per task for
+        each further choice of results, where the tasks' own parts read different ones.
 
         Args:
             gradients: What :meth:`gradients` returned, combined already.
