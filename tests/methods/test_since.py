@@ -306,6 +306,35 @@ def test_m_config_of_tasks_that_agree_is_adam() -> None:
     torch.testing.assert_close(toy.flat(model.trunk), toy.flat(plain.trunk), rtol=1e-7, atol=1e-9)
 
 
+def test_m_config_begins_anew_where_a_parameter_turns_shared() -> None:
+    """Of tasks that agree it is Adam, which counts the steps of every parameter by itself."""
+    model, _, mt = toy.make(made("m_config", num_updates=None), ("a", "b"))
+    plain = toy.Toy(("a", "b"))
+    plain.load_state_dict(model.state_dict())
+    late, followed = model.heads["b"], plain.heads["b"]
+    adam = torch.optim.Adam([*plain.trunk.parameters(), *followed.parameters()], lr=0.05)
+    for step in range(9):
+        x, targets = toy.batch(("a",), seed=step)
+        joined = step >= 5
+
+        def common(net: toy.Toy, x: Tensor = x, targets: dict[str, Tensor] = targets) -> Tensor:
+            return (net.trunk(x).sum(1, keepdim=True) - targets["a"]).square().mean()
+
+        def more(net: toy.Toy, step: int = step) -> Tensor:
+            return (net.heads["b"].weight.sum() - step).square() + net.heads["b"].bias.square().sum()
+
+        start = copy.deepcopy(late.state_dict())
+        mt.step({"a": common(model) + more(model), "b": common(model) + (more(model) if joined else 0.0)})
+        if not joined:
+            # As a head it isn't Adam's.
+            late.load_state_dict(start)
+        adam.zero_grad()
+        (2 * common(plain) + (2 * more(plain) if joined else 0.0)).backward()
+        adam.step()
+        torch.testing.assert_close(toy.flat(model.trunk), toy.flat(plain.trunk), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(toy.flat(late), toy.flat(followed), rtol=1e-6, atol=1e-8)
+
+
 def test_m_config_wants_plain_sgd() -> None:
     with pytest.warns(UserWarning, match="is Adam's rule itself"):
         toy.make("m_config", optimizer=torch.optim.Adam)
