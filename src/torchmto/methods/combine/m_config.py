@@ -32,9 +32,10 @@ class MConFIG(AdamRule):
     as in the released code; its learning rate is Adam's. Any other is warned of.
 
     Scale: Adam's, entries of about 1. Order: tasks take turns in their given order, so that another order gives another
-    training unless all have their turn in every step; a task whose turn it is and that the batch
-    hasn't is passed over, by a further call of the closure. Heads: their own task's gradient, in the task's turn (the released
-    multi-task code gives all heads theirs in every step, by one more backward). Deviation: the first step takes all tasks, so
+    training unless all have their turn in every step. Of the tasks whose turn it is in a step those that the batch hasn't are
+    passed over until their next turn; where it has none of them the next ones have theirs, by a further call of the closure.
+    Heads: their own task's gradient, in the task's turn (the released multi-task code gives all heads theirs in every step,
+    by one more backward). Deviation: the first step takes all tasks, so
     that every momentum has begun; the released code doesn't move before every task has had a turn. A task that hasn't been
     seen yet takes no part. Where a parameter turns shared later its momenta begin then, and are corrected for that. Memory:
     K + 2 more vectors of the shared parameters' size. Not random. Linearly dependent momenta: the least-squares direction, a
