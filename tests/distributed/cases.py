@@ -487,6 +487,21 @@ def unlabelled(rank: int, size: int, group: Any, name: str) -> dict[str, Any]:
     }
 
 
+def reuse(rank: int, size: int, group: Any, engine: str) -> tuple[list[int], Tensor]:
+    """Backwards per step with weights that are reused: only the first rank has task b, only the last c, from step 2 on."""
+    net = Toy(TASKS)
+    method = method_of("pcgrad", {"refresh_every": 4, "shuffle": False})
+    options = {"gradients": engine, "process_group": group}
+    mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), lr=0.05), tasks=TASKS, method=method, **options)
+    counts = []
+    for step in range(8):
+        x, y, mask = data(step * size + rank, 4, "all")
+        mask[:, 1] = rank == 0
+        mask[:, 2] = rank == size - 1 and step >= 2
+        counts.append(mt.step(closure(net, (x, y, mask), count=True)).num_backward)
+    return counts, flat(net)
+
+
 def _message(run) -> str:
     try:
         run()

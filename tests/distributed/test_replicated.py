@@ -104,6 +104,15 @@ def test_which_methods_take_divided_columns(pool):
         check(pool, name, OPTIONS.get(name, {}), 2, steps=2, mt_options={"shard_gradients": True})
 
 
+@pytest.mark.parametrize("engine", ["parameters", "layerwise"])
+def test_weights_are_recomputed_where_a_task_has_none_on_any_rank(pool, engine):
+    first, last = pool.run(2, cases.reuse, engine)
+    more = engine == "layerwise"
+    assert first[0] == [2 + more, 1, 2 + more, 1, 1, 1, 2 + more, 1]
+    assert last[0] == [1 + more, 1, 2 + more, 1, 1, 1, 2 + more, 1]
+    assert torch.equal(first[1], last[1])
+
+
 LAYERWISE = {name: situation for name, situation in SITUATIONS.items() if name != "wrapped in DDP"} | {
     "two processes": (2, {}),
     "norms, scaler, micro-batches": (2, {"model": "split", "micro": ((2, 2), (4,)), "mt_options": {"scaler": True}}),

@@ -525,6 +525,98 @@ def test_representation_leaves_a_plain_sum_exact() -> None:
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-14)
 
 
+class Scales(nn.Module):
+    """Features of several scales, each computed from the one before, as tensors in a dict and a list."""
+
+    def __init__(self, last: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 5)
+        self.last = last
+
+    def forward(self, x: Tensor) -> dict[str, object]:
+        one = self.first(x).tanh()
+        two = self.second(one).relu()
+        three = self.last(self.third(two + one))
+        return {"one": one, "rest": [two, three, three.view(-1, 5), two], "unread": three.exp()}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x).tanh()
+
+
+class Nested(nn.Module):
+    """Features that are computed from features, and heads that read some of them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        last = {
+            "custom": lambda x: Doubled.apply(x, 2.0),
+            "checkpoint": lambda x: checkpoint(torch.sin, x, use_reentrant=False),
+        }.get(kind, torch.sin)
+        self.kind = kind
+        self.stem = nn.Linear(4, 5)
+        self.features = Block() if kind.startswith("repeated") else Scales(last)
+        self.heads = nn.ModuleDict({task: nn.Linear(5, 1) for task in ("a", "b", "c")})
+
+    def read(self) -> dict[str, list[Tensor]]:
+        """What each head reads, for an input."""
+        x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        if isinstance(self.features, Block):
+            one = self.features(self.stem(x))
+            two = self.features(one.sin())
+            return {task: [two] if self.kind == "repeated" else [one, two][: i + 1] for i, task in enumerate("abc")}
+        found = self.features(x)
+        one, (two, three, seen, again) = found["one"], found["rest"]
+        if self.kind == "in place":
+            three.mul_(2)
+            again = again.mul(3)
+        return {"a": [one, three], "b": [two, again, seen], "c": [one, two, three]}
+
+    def losses(self, tasks: tuple[str, ...], read: dict[str, list[Tensor]] | None = None) -> dict[str, Tensor]:
+        read = self.read() if read is None else read
+        outputs = {task: sum(self.heads[task](part) for part in read[task]) for task in tasks}
+        return {task: (output - "abc".index(task)).square().mean() for task, output in outputs.items()}
+
+
+@pytest.mark.parametrize("kind", ["scales", "custom", "checkpoint", "in place", "repeated", "repeated and read"])
+def test_representation_is_exact_where_features_are_computed_from_features(kind: str) -> None:
+    """Also in a first step, in which one task alone has been seen."""
+    ends = []
+    for options in ({"gradients": "parameters"}, {"gradients": "representation", "features": "features"}):
+        torch.manual_seed(0)
+        model = Nested(kind).double()
+        method = torchmto.make_method("constant", weights=[1.0, 0.3, 2.0])
+        model, _, mt = make(method, model=model, **options)
+        mt.step(lambda tasks, model=model: model.losses(("a",)))
+        mt.step(lambda tasks, model=model: model.losses(tasks))
+        ends.append(flat(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-11, atol=1e-13)
+
+
+def test_representation_takes_each_feature_as_it_is_read() -> None:
+    """What a loss does to a scale by way of the next one is the next one's, as if the features were inputs of the heads."""
+    torch.manual_seed(0)
+    model = Nested("scales").double()
+    model, _, mt = make("pcgrad", model=model, gradients="representation", features="features")
+    leaves: dict[int, Tensor] = {}
+    read = {
+        task: [leaves.setdefault(id(part), part.detach().requires_grad_()) for part in parts]
+        for task, parts in model.read().items()
+    }
+    inputs = list(leaves.values())
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)])
+        for loss in model.losses(("a", "b", "c"), read).values()
+    ]
+    info = mt.step(model.losses)
+    torch.testing.assert_close(info.gramian, torch.stack(rows) @ torch.stack(rows).T)
+
+
 @pytest.mark.parametrize("method", ["gd", "uw", "graddrop", "moco", "sequential", "connection_strength", "sdmgrad"])
 @pytest.mark.filterwarnings("ignore")
 def test_methods_that_need_more_than_a_gramian_are_refused(method: str) -> None:

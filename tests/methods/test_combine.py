@@ -33,6 +33,14 @@ class Rows:
     def gramian(self) -> Tensor:
         return (self.matrix @ self.matrix.T).double()
 
+    @property
+    def parameters(self) -> list[int]:
+        """One for every column."""
+        return list(range(self.matrix.shape[1]))
+
+    def columns(self, parameter: int) -> slice:
+        return slice(parameter, parameter + 1)
+
 
 def rows(J: Any, losses: Any = None, indices: tuple[int, ...] | None = None) -> Rows:
     matrix = torch.as_tensor(J, dtype=torch.float64)
@@ -109,15 +117,49 @@ def test_zero_gradients_give_finite_updates(name: str) -> None:
     assert torch.equal(combined, torch.zeros(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["moco", "db_mtl", "adatask"])
-def test_memory_grows_with_the_shared_parameters(name: str) -> None:
+def test_memory_grows_with_the_shared_parameters() -> None:
     """New columns behave as if they had been there with gradients of zero."""
     first, second = random_rows(6, 3, 4), random_rows(7, 3, 6)
     padded = torch.cat([first, torch.zeros(3, 2, dtype=torch.float64)], dim=1)
-    grown, full = made(name), made(name)
+    grown, full = made("db_mtl"), made("db_mtl")
     advance(grown, rows(first))
     advance(full, rows(padded))
     assert torch.allclose(advance(grown, rows(second)), advance(full, rows(second)))
+
+
+@pytest.mark.parametrize(("name", "options"), [("moco", {"gamma": 0.0}), ("adatask", {})])
+def test_new_columns_begin_as_all_did(name: str, options: dict[str, Any]) -> None:
+    """What corrects a memory for its start, or a rate that decays from there, starts with the column."""
+    grown, old, new = (made(name, 3, **options) for _ in range(3))
+    for step in range(6):
+        present = (0, 1, 2) if step % 2 else (0, 2)
+        J = random_rows(step, len(present), 4 if step < 3 else 6)
+        expected = [advance(old, rows(J[:, :4], indices=present))]
+        if step >= 3:
+            expected.append(advance(new, rows(J[:, 4:], indices=present)))
+        found = advance(grown, rows(J, indices=present))
+        assert torch.allclose(found, torch.cat(expected), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["moco", "adatask", "m_config"])
+def test_states_that_count_per_task_alone_go_on(name: str) -> None:
+    """As states of before are."""
+    runs = []
+    for old in (False, True):
+        model, _, mt = toy.make(name)
+        for step in range(4):
+            if step == 2 and old:
+                state = copy.deepcopy(mt.state_dict())
+                method = state["method_state"]
+                method["times"] = method["times"][:, 0].clone()
+                if name == "m_config":
+                    method["num_steps"] = int(method["num_steps"][0, 0])
+                method.pop("head_tasks", None)
+                mt.load_state_dict(state)
+            mt.step(toy.closure(model, toy.batch(mt.tasks, seed=step)))
+        runs.append((toy.flat(model), mt.state_dict()))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert toy.same(runs[0][1], runs[1][1])
 
 
 @pytest.mark.parametrize("name", ["moco", "db_mtl", "adatask"])
@@ -130,14 +172,17 @@ def test_absent_tasks_keep_their_memory(name: str) -> None:
     after = method.state_dict()
     assert torch.equal(after[memory][1], before[memory][1])
     assert not torch.equal(after[memory][2], before[memory][2])
-    assert after["times"].tolist() == [2, 1, 2]
+    assert after["times"].reshape(3, -1)[:, 0].tolist() == [2, 1, 2]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_resume_bit_for_bit_with_missing_tasks(name: str) -> None:
+@pytest.mark.parametrize("first", [0, 3, 5])
+@pytest.mark.parametrize("name", [*NAMES, "m_config", "metabalance"])
+def test_resume_bit_for_bit_with_missing_tasks(name: str, first: int) -> None:
+    """Also where all but one are missing at first, so that parameters turn shared before or after the break."""
+
     def run(model: torch.nn.Module, mt: torchmto.MultiTask, steps: range) -> None:
         for step in steps:
-            only = ("a", "b", "c") if step % 3 else ("a", "c")
+            only = ("a",) if step < first else ("a", "b", "c") if step % 3 else ("a", "c")
             mt.step(toy.closure(model, toy.batch(mt.tasks, seed=step), only=only))
 
     model, _, mt = toy.make(name)
@@ -358,15 +403,19 @@ def test_adatask_with_one_task_is_adam() -> None:
     assert torch.allclose(toy.flat(model), toy.flat(plain), rtol=1e-10)
 
 
-def test_adatask_is_the_sum_of_the_tasks_own_adams() -> None:
-    """With the heads by Adam as well, and a task that is missing once."""
+@pytest.mark.parametrize("first", [("a", "b"), ("a",), ("b",)])
+def test_adatask_is_the_sum_of_the_tasks_own_adams(first: tuple[str, ...]) -> None:
+    """With the heads by Adam as well, a task that is missing once, and where parameters turn shared only when it comes."""
     tasks = ("a", "b")
-    model, _, mt = toy.make("adatask", tasks, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    model = toy.Toy(tasks)
+    # Columns follow the memory of a parameter.
+    model.trunk[0].weight = torch.nn.Parameter(model.trunk[0].weight.detach().T.contiguous().T)
+    model, _, mt = toy.make("adatask", tasks, model=model, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     plain = copy.deepcopy(model)
     trunk = list(plain.trunk.parameters())
     copies = {task: [torch.zeros_like(p, requires_grad=True) for p in trunk] for task in tasks}
     adams = {task: torch.optim.Adam([*copies[task], *plain.heads[task].parameters()], lr=0.01) for task in tasks}
-    for seed, present in enumerate((tasks, ("a",), tasks)):
+    for seed, present in enumerate((first, first, tasks, ("a",), tasks)):
         mt.step(toy.closure(model, toy.batch(tasks, seed=seed), only=present))
         start = [p.detach().clone() for p in trunk]
         losses = toy.closure(plain, toy.batch(tasks, seed=seed), only=present)(tasks)
@@ -385,10 +434,11 @@ def test_adatask_is_the_sum_of_the_tasks_own_adams() -> None:
     assert torch.allclose(toy.flat(model), toy.flat(plain), rtol=1e-10)
 
 
-def test_adatask_goes_back_when_the_optimizer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("first", [("a", "b"), ("a",)])
+def test_adatask_goes_back_when_the_optimizer_fails(first: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = ("a", "b")
     model, optimizer, mt = toy.make("adatask", tasks, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
-    mt.step(toy.closure(model, toy.batch(tasks)))
+    mt.step(toy.closure(model, toy.batch(tasks), only=first))
     before = copy.deepcopy(toy.state(mt))
 
     def fail(*_: Any, **__: Any) -> None:

@@ -306,6 +306,35 @@ def test_m_config_of_tasks_that_agree_is_adam() -> None:
     torch.testing.assert_close(toy.flat(model.trunk), toy.flat(plain.trunk), rtol=1e-7, atol=1e-9)
 
 
+def test_m_config_begins_anew_where_a_parameter_turns_shared() -> None:
+    """Of tasks that agree it is Adam, which counts the steps of every parameter by itself."""
+    model, _, mt = toy.make(made("m_config", num_updates=None), ("a", "b"))
+    plain = toy.Toy(("a", "b"))
+    plain.load_state_dict(model.state_dict())
+    late, followed = model.heads["b"], plain.heads["b"]
+    adam = torch.optim.Adam([*plain.trunk.parameters(), *followed.parameters()], lr=0.05)
+    for step in range(9):
+        x, targets = toy.batch(("a",), seed=step)
+        joined = step >= 5
+
+        def common(net: toy.Toy, x: Tensor = x, targets: dict[str, Tensor] = targets) -> Tensor:
+            return (net.trunk(x).sum(1, keepdim=True) - targets["a"]).square().mean()
+
+        def more(net: toy.Toy, step: int = step) -> Tensor:
+            return (net.heads["b"].weight.sum() - step).square() + net.heads["b"].bias.square().sum()
+
+        start = copy.deepcopy(late.state_dict())
+        mt.step({"a": common(model) + more(model), "b": common(model) + (more(model) if joined else 0.0)})
+        if not joined:
+            # As a head it isn't Adam's.
+            late.load_state_dict(start)
+        adam.zero_grad()
+        (2 * common(plain) + (2 * more(plain) if joined else 0.0)).backward()
+        adam.step()
+        torch.testing.assert_close(toy.flat(model.trunk), toy.flat(plain.trunk), rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(toy.flat(late), toy.flat(followed), rtol=1e-6, atol=1e-8)
+
+
 def test_m_config_wants_plain_sgd() -> None:
     with pytest.warns(UserWarning, match="is Adam's rule itself"):
         toy.make("m_config", optimizer=torch.optim.Adam)
@@ -600,6 +629,75 @@ def test_consmtl_bends_heads_towards_the_update(strength: float, halves: bool) -
     for task in mt.tasks:
         torch.testing.assert_close(toy.flat(model.heads[task]), expected[task], rtol=1e-9, atol=1e-12)
     assert (info.num_forward, info.num_backward) == ((4, 18) if halves else (2, 9))
+
+
+class Scales(torch.nn.Module):
+    """A trunk of three scales, each computed from the one before, and heads that read some of them."""
+
+    def __init__(self, scales: dict[str, list[int]]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.trunk = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
+            self.heads = torch.nn.ModuleDict(
+                {
+                    task: torch.nn.Sequential(torch.nn.Linear(4 * len(read), 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+                    for task, read in scales.items()
+                }
+            )
+        self.scales = scales
+        self.double()
+
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        found = []
+        for layer in self.trunk:
+            found.append(x := layer(x).tanh())
+        return found
+
+    def losses(self, found: list[torch.Tensor], data: toy.Batch) -> dict[str, torch.Tensor]:
+        read = {task: torch.cat([found[i] for i in scales], 1) for task, scales in self.scales.items()}
+        return {task: (self.heads[task](part) - data[1][task]).square().mean() for task, part in read.items()}
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"a": [0, 1, 2], "b": [0, 1, 2], "c": [0, 1, 2]},
+        {"a": [0, 2], "b": [1], "c": [0, 2]},
+        {"a": [0], "b": [2], "c": [2, 1]},
+    ],
+)
+def test_consmtl_takes_what_a_head_reads(scales: dict[str, list[int]]) -> None:
+    """By what its own head reads, whatever is computed from that: other tasks' gradients by these come from there, too."""
+    model = Scales(scales)
+    model, _, mt = toy.make(
+        made("consmtl", strength=1e-3), model=model, optimizer=lambda ps: torch.optim.SGD(ps, lr=0.0)
+    )
+    data = toy.batch(mt.tasks)
+    weights = mt.step(lambda _: model.losses(model.features(data[0]), data)).weights
+    for task, read in scales.items():
+        # The features that this head reads as inputs, the others computed from them.
+        cut: list[torch.Tensor] = []
+        found: list[torch.Tensor] = []
+        x = data[0]
+        for place, layer in enumerate(model.trunk):
+            x = layer(x).tanh()
+            if place in read:
+                # Read by heads; what comes next is computed from it, unless it is read, too.
+                cut.append(x := x.detach().requires_grad_())
+            found.append(x)
+        losses = model.losses(found, data)
+        pulls = {
+            name: torch.autograd.grad(loss, cut, create_graph=True, allow_unused=True, materialize_grads=True)
+            for name, loss in losses.items()
+        }
+        common = [sum(weights[t] * pulls[t][i].detach() for t in mt.tasks) for i in range(len(cut))]
+        product = sum((part * own).sum() for part, own in zip(pulls[task], common, strict=True))
+        parameters = list(model.heads[task].parameters())
+        own = torch.autograd.grad(losses[task], parameters, retain_graph=True)
+        second = torch.autograd.grad(product, parameters, allow_unused=True, materialize_grads=True)
+        for parameter, first, other in zip(parameters, own, second, strict=True):
+            torch.testing.assert_close(parameter.grad, first - 1e-3 * other, rtol=1e-9, atol=1e-12)
 
 
 def test_consmtl_is_fairgrad_elsewhere() -> None:

@@ -134,6 +134,58 @@ def test_reuse_with_missing_tasks_and_micro_batches():
     assert method.calls == 2
 
 
+@pytest.mark.parametrize("gradients", ["auto", "parameters", "layerwise", "representation", "ready"])
+@pytest.mark.parametrize(
+    ("absent", "counts"),
+    [
+        ({}, [3, 1, 1, 1, 3, 1, 1, 1]),
+        # A task without labels costs nothing, and comes with a weight of its own.
+        (dict.fromkeys(range(8), "c"), [2, 1, 1, 1, 2, 1, 1, 1]),
+        ({0: "c", 1: "c"}, [2, 1, 3, 1, 1, 1, 3, 1]),
+        # Absent when the others' are recomputed, it keeps its own.
+        ({4: "c"}, [3, 1, 1, 1, 2, 1, 1, 1]),
+        ({0: "a", 1: "b", 2: "c", 3: "a"}, [2, 2, 1, 1, 1, 3, 1, 1]),
+    ],
+)
+def test_weights_are_recomputed_only_where_a_task_has_none(absent, counts, gradients):
+    """In one forward. A task's weight is that of the last step that has computed one."""
+    drawn = []
+
+    class Drawn(GramianWeighting):
+        name = "drawn"
+
+        def weights(self, gramian, losses=None, indices=None):
+            drawn.append({TASKS[i]: float(len(drawn) + i + 1) for i in indices})
+            return torch.tensor(list(drawn[-1].values())).to(gramian)
+
+    options = {} if gradients == "ready" else {"gradients": gradients}
+    options |= {"features": "trunk"} if gradients == "representation" else {}
+    model, _, mt = make(Drawn(refresh_every=4), **options)
+    known = {}
+    for step, count in enumerate(counts):
+        only = [task for task in TASKS if task != absent.get(step)]
+        batches = closure(model, batch(TASKS, seed=step), only=only)
+        info = mt.step(batches(TASKS) if gradients == "ready" else batches)
+        if count > 1:
+            known |= drawn[-1]
+        extra = gradients in ("layerwise", "representation") and count > 1
+        assert (info.num_forward, info.num_backward) == (1, count + extra)
+        assert info.weights == {task: known[task] for task in only}
+        assert not model.trunk._forward_hooks
+    assert len(drawn) == sum(count > 1 for count in counts)
+
+
+def test_micro_batches_recompute_weights_while_a_task_has_none():
+    """Which tasks they have isn't known before the last of them, when the first graph is gone."""
+    method = fixed((1.0, 2.0, 3.0), refresh_every=10)
+    model, _, mt = make(method)
+    halves = [closure(model, batch(TASKS, seed=seed), only=("a", "b")) for seed in (1, 2)]
+    assert [mt.step(halves).num_backward for _ in range(2)] == [4, 4]
+    mt.step(closure(model, batch(TASKS)))
+    assert mt.step(halves).num_backward == 2
+    assert method.calls == 3
+
+
 def test_reuse_counts_survive_saving():
     """The third step after loading is the one that refreshes."""
     method = fixed((1.0, 2.0, 3.0), refresh_every=4)

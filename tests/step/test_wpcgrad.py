@@ -182,3 +182,31 @@ def test_windows_of_the_loss_priorities():
         uniform = {"a": 0.5, "b": 0.5}
         assert infos[2].records["probabilities"] == pytest.approx(uniform if relative else {"a": 1 / 3, "b": 2 / 3})
         assert infos[4].records["probabilities"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_mean_loss_that_was_never_positive_has_no_priority(relative):
+    """One that isn't known has the mean of the others'."""
+    model = nn.ParameterList([torch.zeros(3, dtype=torch.float64)])
+    method = torchmto.make_method("wpcgrad", priority="relative_loss" if relative else "loss", window=1)
+    mt = torchmto.MultiTask(
+        model, torch.optim.SGD(model.parameters(), lr=0.0), tasks=["a", "b", "c", "d"], method=method
+    )
+    values = {"a": -1.0, "b": 2.0, "c": 2.0, "d": 7.0}
+    for present in ("abc", "abc", "abcd"):
+        info = mt.step(lambda _, present=present: {t: values[t] + model[0].sum() for t in present})
+    assert info.records["probabilities"] == pytest.approx({"a": 0.0, "b": 3 / 8, "c": 3 / 8, "d": 2 / 8})
+
+
+def test_a_baseline_that_is_just_reached_leaves_no_shortfall():
+    """Not even one of -0."""
+    model = nn.ParameterList([torch.zeros(3, dtype=torch.float64)])
+    method = torchmto.make_method(
+        "wpcgrad", priority="performance", baseline={"a": 0.5, "b": 0.5}, higher_is_better={"a": True, "b": False}
+    )
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.0), tasks=["a", "b"], method=method)
+    mt.report({"a": 0.5, "b": 0.5})
+    assert [str(value) for value in method.priority.shortfall.tolist()] == ["0.0", "0.0"]
+    mt.report({"a": 0.4, "b": 0.5})
+    info = mt.step(lambda _: {t: 1 + model[0].sum() for t in "ab"})
+    assert [str(value) for value in info.records["probabilities"].values()] == ["1.0", "0.0"]

@@ -1,14 +1,16 @@
 """Backwards for chosen parameters, without what PyTorch checks of the arguments in Python: an eighth of a small one's time.
 
-And the post-accumulate-grad hooks of parameters: run once for every optimizer step, whichever backwards made the gradient.
+And backwards that end at chosen nodes, and the post-accumulate-grad hooks of parameters: run once for every optimizer step,
+whichever backwards made the gradient.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from torchmto.gradients.torch_private import gradient_hooks, run_backward
 
@@ -40,6 +42,20 @@ def gradients_of(
         (root,), (seed,), retain, False, tuple(inputs), True, accumulate_grad=False
     )
     return found
+
+
+@contextlib.contextmanager
+def ending_at(nodes: Iterable[Node]) -> Iterator[None]:
+    """No backward inside gets past ``nodes``: gradients by their results are those by paths past none of the others.
+
+    Asked for the gradients by two results of which one is computed from the other, a backward by itself goes on from the one
+    to the other, which then holds again what the first one has.
+    """
+    with contextlib.ExitStack() as handles:
+        for node in dict.fromkeys(nodes):
+            # A node's hooks run once the gradients by its results are taken. Without gradients what lies below does nothing.
+            handles.enter_context(node.register_prehook(lambda gradients: (None,) * len(gradients)))
+        yield
 
 
 def quiet(parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:

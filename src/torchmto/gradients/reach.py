@@ -5,6 +5,7 @@ A reentrant checkpoint runs its forward without graph, and its part of the backw
 parameters leaves them out without a word. Any ``torch.autograd.Function`` may do the same.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -118,20 +119,16 @@ def is_recomputed(losses: Iterable[Tensor]) -> bool:
     return any(hooked(node) for node, _ in _walk([(loss.grad_fn, loss.output_nr) for loss in losses]))
 
 
-def branches(losses: Iterable[Tensor]) -> list[GradientEdge]:
-    """The results that several losses share where the own part of one of them reads them; leaves are left out."""
-    uses: dict[Node, int] = {}
-    leading: dict[Node, Edges] = {}
-    for loss in losses:
-        for node, following in _walk([(loss.grad_fn, loss.output_nr)]):
-            uses[node] = uses.get(node, 0) + 1
-            leading[node] = following
-    read = dict.fromkeys(edge for node, following in leading.items() if uses[node] == 1 for edge in following)
-    return [
-        GradientEdge(node, output)
-        for node, output in read
-        if node is not None and uses[node] > 1 and not hasattr(node, "variable")
-    ]
+def read_by(losses: Iterable[Tensor]) -> list[list[GradientEdge]]:
+    """For every loss the results that its own part reads and other losses share; leaves are left out."""
+    walks = [dict(_walk([(loss.grad_fn, loss.output_nr)])) for loss in losses]
+    uses = Counter(node for walk in walks for node in walk)
+    every = []
+    for walk in walks:
+        read = dict.fromkeys(edge for node, following in walk.items() if uses[node] == 1 for edge in following)
+        shared = [(node, output) for node, output in read if node is not None and uses[node] > 1]
+        every.append([GradientEdge(node, output) for node, output in shared if not hasattr(node, "variable")])
+    return every
 
 
 def reach_of(losses: Iterable[Tensor]) -> Reach:

@@ -1,13 +1,15 @@
 """The Gramian of the tasks' gradients with respect to shared features instead of shared parameters."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
-from torchmto.gradients.backwards import quiet
+from torchmto.gradients.backwards import ending_at, quiet
 from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.finite import like, plain, real
 from torchmto.gradients.graph import read_graph
@@ -21,6 +23,9 @@ class Representation(Engine):
     By the chain rule a task's gradient on the shared parameters is its gradient on the features times the trunk's Jacobian.
     The Gramian of the former is an approximation: an upper bound on what the trunk can do to conflicts, at the price of one
     trunk backward. The update itself, ``weights @ J``, is exact.
+
+    Features may be computed from other features (several scales, a module that runs on its own output). A task's gradient on
+    each is that of what reads it above the features: what it does to others by way of this one is in the gradients on those.
 
     Args:
         features: The module whose output (a tensor, or tensors in lists, tuples or dicts) all tasks share. Every shared
@@ -66,9 +71,14 @@ class Representation(Engine):
                 "gradients=\"representation\": the module given as `features` wasn't run with gradients in this step's "
                 "forward, so there are no features to differentiate with respect to."
             )
-        graph = read_graph(forwards[0], stop={output.grad_fn for output in self._outputs if output.grad_fn is not None})
-        self._above = graph.reached
+        # One result may be handed out several times.
+        self._outputs = list({(output.grad_fn, output.output_nr): output for output in self._outputs}.values())
+        self._above = read_graph(forwards[0], stop=self._nodes()).reached
         return self._above
+
+    def _nodes(self) -> set[Node]:
+        """The nodes of the features."""
+        return {output.grad_fn for output in self._outputs if output.grad_fn is not None}
 
     def gramian(self, wanted: Wanted) -> Tensor:
         """Z Zᵀ of the tasks' gradients on the features, Z [k, number of elements of all features]."""
@@ -78,33 +88,50 @@ class Representation(Engine):
                 '`features`. Give a module above all shared parameters, or use gradients="layerwise".'
             )
         losses, seeds, others = wanted.pieces[0].losses, wanted.pieces[0].seeds, wanted.others
-        rows = []
-        reaching = [0] * len(self._outputs)
-        # Below the features as long as one task only has been seen: what it reaches alone isn't shared yet.
-        below = [p for p in others if id(p) not in self._above]
-        for task, loss in losses.items():
-            heads = [p for p in others if self._above.get(id(p), 0) >> task & 1] + below
-            gradients = torch.autograd.grad(
-                loss, [*self._outputs, *heads], grad_outputs=seeds[task], retain_graph=True, allow_unused=True
-            )
-            count = len(self._outputs)
-            reaching = [n + (found is not None) for n, found in zip(reaching, gradients[:count], strict=True)]
-            parts = [
-                real(torch.zeros_like(output) if gradient is None else gradient).flatten()
-                for output, gradient in zip(self._outputs, gradients[:count], strict=True)
-            ]
-            rows.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-            for parameter, gradient in zip(heads, gradients[count:], strict=True):
-                if gradient is not None:
-                    wanted.take(task, parameter, plain(gradient))
+        # Nothing is above a single one.
+        apart = ending_at(self._nodes()) if len(self._outputs) > 1 else contextlib.nullcontext()
+        by_task = {}
+        with apart:
+            for task, loss in losses.items():
+                heads = [p for p in others if self._above.get(id(p), 0) >> task & 1]
+                gradients = torch.autograd.grad(
+                    loss, [*self._outputs, *heads], grad_outputs=seeds[task], retain_graph=True, allow_unused=True
+                )
+                by_task[task] = gradients[: len(self._outputs)]
+                for parameter, gradient in zip(heads, gradients[len(self._outputs) :], strict=True):
+                    if gradient is not None:
+                        wanted.take(task, parameter, plain(gradient))
+        self._take_below(wanted, by_task)
+        reaching = [sum(gradient is not None for gradient in found) for found in zip(*by_task.values(), strict=True)]
         if len(losses) > 1 and max(reaching) < 2:
             raise ValueError(
                 'gradients="representation": no two tasks use the same output of `features`. Run the trunk once for all tasks, '
                 'or use gradients="layerwise".'
             )
+        rows = [self._row(by_task.pop(task)) for task in losses]
         self._rows = torch.stack([row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows])
         self._seeds = dict(seeds)
         return gramian(self._rows)
+
+    def _row(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """A task's gradients on the features as one vector; zeros where there are none."""
+        parts = [
+            real(torch.zeros_like(output) if gradient is None else gradient).flatten()
+            for output, gradient in zip(self._outputs, gradients, strict=True)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _take_below(self, wanted: Wanted, by_task: Mapping[int, Sequence[Tensor | None]]) -> None:
+        """What a task reaches alone isn't shared yet, below the features too, as long as one task only has been seen."""
+        below = [parameter for parameter in wanted.others if id(parameter) not in self._above]
+        for task, found in by_task.items() if below else ():
+            pairs = [(output, g) for output, g in zip(self._outputs, found, strict=True) if g is not None]
+            if pairs:
+                outputs, cotangents = zip(*pairs, strict=True)
+                gradients = torch.autograd.grad(outputs, below, cotangents, retain_graph=True, allow_unused=True)
+                for parameter, gradient in zip(below, gradients, strict=True):
+                    if gradient is not None:
+                        wanted.take(task, parameter, plain(gradient))
 
     def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """One backward of the features, from the weighted sum of their gradients."""

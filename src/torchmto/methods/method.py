@@ -570,7 +570,9 @@ class GramianWeighting(Method):
 
     Args:
         heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
-        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward.
+        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward. A task that is
+            absent then keeps the weight it has. With one that has none yet a batch recomputes them; so do all lists of
+            micro-batches as long as a task has none.
 
     Attributes:
         head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.
@@ -676,7 +678,8 @@ class GramianWeighting(Method):
         gradients = context.gradients()
         weights = self.descend(context, gradients)
         if self.refresh_every > 1 and weights is not None:
-            self._kept_weights = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
+            new = dict(zip(gradients.indices, self.kept(weights).tolist(), strict=True))
+            self._kept_weights = {**self._kept_weights, **new}
             self._age = 1
         return context.info(
             weights=weights,
@@ -687,11 +690,13 @@ class GramianWeighting(Method):
         )
 
     def _reuse(self, context: StepContext) -> StepInfo | None:
-        """A step with the weights of an earlier one: a single backward. None if a task has no weight yet."""
+        """A step with the weights of earlier ones: a single backward. None if a task has no weight yet."""
         kept: dict[int, float] = self._kept_weights
         asked = {context.tasks.index(name) for name in context.asked}
         if not asked <= set(kept):
-            return None
+            present = context.present()
+            if present is None or not present <= set(kept):
+                return None
 
         def weigh(values: Tensor, indices: tuple[int, ...]) -> Tensor:
             return values.new_tensor([kept[i] for i in indices])

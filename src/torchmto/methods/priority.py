@@ -105,7 +105,9 @@ class LossPriority(Windowed, Priority):
         self.ensure_setup(max(indices) + 1)
         chosen = list(indices)
         means = self.last[chosen].clamp_min(0)
-        means = means / self.first[chosen] if self.relative else means
+        if self.relative:
+            # Without a first positive mean there is nothing to divide: 0 stays 0, and what isn't known unknown.
+            means = torch.where(means > 0, means / self.first[chosen], means)
         largest: Tensor = means.nan_to_num(nan=0.0).max()
         return (means / largest.clamp_min(torch.finfo(torch.float64).tiny)) ** self.gamma
 
@@ -144,7 +146,8 @@ class PerformancePriority(Priority):
     def report(self, performance: Mapping[str, float]) -> None:
         """Take over validation results."""
         for name, value in performance.items():
-            self.shortfall[self.tasks.index(name)] = max(self.baseline.behind(name, value), 0.0)
+            # Of -0, where the baseline is just reached, 0.
+            self.shortfall[self.tasks.index(name)] = max(self.baseline.behind(name, value), 0.0) + 0.0
 
     def scores(self, losses: Tensor | None, indices: Indices) -> Tensor:
         """Shortfall^gamma; NaN for a task without a report."""

@@ -1,10 +1,14 @@
 """How heads can make the tasks' gradients agree: second derivatives, through what the heads read."""
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
+from torchmto.gradients.backwards import ending_at
 from torchmto.gradients.finite import plain
-from torchmto.gradients.reach import branches
+from torchmto.gradients.reach import read_by
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_heads
@@ -42,30 +46,45 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
     if parts.network.compiled:
         raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
     losses = {task: loss for task, loss in chunk.losses.items() if task in weights}
-    edges = branches(losses.values())
-    if not edges:
-        return
+    alike: dict[frozenset[GradientEdge], tuple[list[GradientEdge], list[int]]] = {}
+    for task, read in zip(losses, read_by(losses.values()), strict=True):
+        if read:
+            alike.setdefault(frozenset(read), (read, []))[1].append(task)
+    for read, tasks in alike.values():
+        with ending_at(edge.node for edge in read):
+            pulls = _pulls(parts, chunk, losses, read, tasks)
+        common: dict[int, Tensor] = {}
+        for task, pull in pulls.items():
+            for place, part in enumerate(pull):
+                if part is not None:
+                    own = weights[task] * part.detach().to(torch.promote_types(part.dtype, torch.float32))
+                    common[place] = common[place] + own if place in common else own
+        for task in tasks:
+            heads = [parameter for parameter, held in gradients.heads.values() if task in held]
+            products = [(part.conj() * common[i]).real.sum() for i, part in enumerate(pulls[task]) if part is not None]
+            product = sum(products[1:], products[0]) if products else torch.zeros(())
+            if not heads or not product.requires_grad:
+                continue
+            parts.num_backward += 1
+            derivatives = torch.autograd.grad(product, heads, retain_graph=True, allow_unused=True)
+            for parameter, derivative in zip(heads, derivatives, strict=True):
+                if derivative is not None:
+                    hold(found, task, parameter, plain(derivative))
+
+
+def _pulls(
+    parts: Parts, chunk: Chunk, losses: dict[int, Tensor], read: Sequence[GradientEdge], tasks: Collection[int]
+) -> dict[int, tuple[Tensor | None, ...]]:
+    """Every task's gradients by the results that some ``tasks`` read; those of these tasks with graph."""
     parts.num_backward += len(losses)
-    pulls = {
+    return {
         task: torch.autograd.grad(
-            loss, edges, parts.network.seed(loss, chunk.counts[task]), create_graph=True, allow_unused=True
+            loss,
+            read,
+            parts.network.seed(loss, chunk.counts[task]),
+            retain_graph=True,
+            create_graph=task in tasks,
+            allow_unused=True,
         )
         for task, loss in losses.items()
     }
-    common: dict[int, Tensor] = {}
-    for task, pull in pulls.items():
-        for place, part in enumerate(pull):
-            if part is not None:
-                own = weights[task] * part.detach().to(torch.promote_types(part.dtype, torch.float32))
-                common[place] = common[place] + own if place in common else own
-    for task, pull in pulls.items():
-        heads = [parameter for parameter, held in gradients.heads.values() if task in held]
-        products = [(part.conj() * common[i]).real.sum() for i, part in enumerate(pull) if part is not None]
-        product = sum(products[1:], products[0]) if products else torch.zeros(())
-        if not heads or not product.requires_grad:
-            continue
-        parts.num_backward += 1
-        derivatives = torch.autograd.grad(product, heads, retain_graph=True, allow_unused=True)
-        for parameter, derivative in zip(heads, derivatives, strict=True):
-            if derivative is not None:
-                hold(found, task, parameter, plain(derivative))

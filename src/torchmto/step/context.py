@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import shown
+from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import finite_mark, real
 from torchmto.gradients.torch_private import flattened
 from torchmto.step.agreement import agreement
@@ -22,10 +23,10 @@ from torchmto.step.finite import (
 )
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
-from torchmto.step.losses import Losses, Weigh, empty_batch
+from torchmto.step.losses import Losses, Sums, Weigh, empty_batch
 from torchmto.step.network import Heads
 from torchmto.step.parts import Parts, Request
-from torchmto.step.reduction import agree, over_ranks
+from torchmto.step.reduction import agree, over_ranks, tell
 from torchmto.step.task_gradients import (
     TaskGradients,
     combine_graphs,
@@ -124,6 +125,23 @@ class StepContext:
 
     # ------------------------------------------------------------------ per-task gradients
 
+    def present(self) -> frozenset[int] | None:
+        """Which tasks the batch has, on any rank; the next :meth:`gradients` or :meth:`backward` goes on from its forward.
+
+        None for several micro-batches, whose graphs would have to be kept all at once.
+        """
+        parts, engine = self._parts, self._engine()
+        if parts.carried is not None or len(parts.sources[0]) > 1:
+            return None
+        if engine is not None:
+            engine.begin()
+        parts.doing = "which tasks there are"
+        parts.held = list(forwards(parts, self._request(None, None, 0), apart=True))
+        sums = Sums()
+        for chunk in parts.held:
+            sums.add(chunk)
+        return frozenset((tell(parts, sums)[0] if parts.several else sums).totals)
+
     def gradients(
         self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0
     ) -> TaskGradients:
@@ -142,10 +160,14 @@ class StepContext:
         """
         # A gradient that is there afterwards has appeared by itself.
         self.network.zero_grad()
+        compute = gradients_with_rows if self._engine() is None else gradients_without_rows
+        return compute(self._parts, self._request(tasks, forward, source))
+
+    def _engine(self) -> Engine | None:
+        """What per-task gradients are left to; None for the rows."""
         parts, engine = self._parts, self.network.engine
         rows = engine is None or parts.carried is not None or not engine.suits(parts.sources, self.network.parameters)
-        compute = gradients_with_rows if rows else gradients_without_rows
-        return compute(parts, self._request(tasks, forward, source))
+        return None if rows else engine
 
     @contextlib.contextmanager
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
@@ -185,9 +207,11 @@ class StepContext:
     def agreement(self, gradients: TaskGradients, weights: Tensor) -> Heads:
         r"""How every head can make its task's gradient agree with the weighted sum of all tasks'.
 
-        With :math:`\delta_i` the gradient of task i's loss by the results that the tasks' own parts of the model share, the
-        derivatives of :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being
-        constant. One more forward, with the noise of the first, and two backwards per task down to these results.
+        For every task i by itself, with :math:`\delta_j` the gradient of task j's loss by what i's own part of the model reads
+        of the results that tasks share (each an input of its own, whatever it is computed from): the derivatives of
+        :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being constant. One
+        more forward, with the noise of the first, and two backwards per task down to these results; one more per task for
+        each further choice of results, where the tasks' own parts read different ones.
 
         Args:
             gradients: What :meth:`gradients` returned, combined already.
@@ -275,6 +299,8 @@ class StepContext:
         """
         self.network.zero_grad()
         parts, request = self._parts, self._request(tasks, forward, source)
+        if parts.held and (engine := self._engine()) is not None:
+            engine.forget()
         if parts.carried is not None and not parts.summed:
             request.combined = False
             gradients = gradients_with_rows(parts, request)

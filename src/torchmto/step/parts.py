@@ -78,7 +78,8 @@ class Parts:
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
         consumed: The ``id`` of ready losses that were used.
-        held: Forwards that have been run already: an engine has left their gradients to the rows.
+        held: Forwards that have been run already, for what comes next: to see which tasks there are, or by an engine that has
+            left their gradients to the rows.
     """
 
     tasks: tuple[str, ...]

@@ -393,7 +393,8 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
             'it doesn\'t keep. Use gradients="parameters" or "layerwise".'
         )
     parts.doing = f"gradients {sorted(request.wanted)} of batch {request.source}"
-    engine.begin()
+    if not parts.held:
+        engine.begin()
     chunks = list(forwards(parts, request, apart=True))
     own_losses = [{i: loss for i, loss in chunk.losses.items() if i in request.wanted} for chunk in chunks]
     _observe(network, engine.read(own_losses), {index for losses in own_losses for index in losses})

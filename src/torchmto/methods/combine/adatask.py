@@ -1,11 +1,15 @@
 """AdaTask: Adam with moments of its own for every task."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from torchmto.gradients.rows import views_of
 from torchmto.methods import hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import fitted, pieces
+from torchmto.methods.combine.columns import counted, fitted, pieces, spans
 from torchmto.step import Network, TaskGradients
 
 
@@ -13,7 +17,8 @@ from torchmto.step import Network, TaskGradients
 class AdaTask(AdamRule):
     r"""Task-wise adaptive learning rates: the shared parameters move by the sum of the tasks' own Adam steps.
 
-    With moments :math:`m_i, v_i` of every task's gradient, bias-corrected by the steps in which the task was present:
+    With moments :math:`m_i, v_i` of every task's gradient, bias-corrected by the steps in which the task was present (of a
+    parameter that turns shared later, since then; the task that it was a head of keeps its moments):
     :math:`\sum_i \hat m_i / (\sqrt{\hat v_i} + \epsilon)`, so a task with large gradients doesn't set the learning
     rate of the others.
 
@@ -39,13 +44,18 @@ class AdaTask(AdamRule):
     use = "Adam-trained models in which one task's gradients dominate the shared moments."
     eps: float = hyper.number(1e-8, minimum=0)
     adam_heads: bool = hyper.flag(True)
-    # Moments of every task's gradient, and counts of steps.
+    # Moments of every task's gradient, and counts of steps per shared parameter.
     first: Tensor = states.rows()
     second: Tensor = states.rows()
-    times: Tensor = states.each(0, torch.int64)
-    # The same of heads, by their parameters' names.
+    times: Tensor = states.rows(torch.int64)
+    # The same of heads, by their parameters' names; and whose they are.
     head_moments: dict[str, list[Tensor]] = states.made(lambda *_: {})
     head_times: dict[str, int] = states.made(lambda *_: {})
+    head_tasks: dict[str, int] = states.made(lambda *_: {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; older ones don't say whose the heads are, which the next step tells."""
+        super().load_state_dict({"head_tasks": {}, **state})
 
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
@@ -57,13 +67,16 @@ class AdaTask(AdamRule):
         self.ensure_setup(len(matrix))
         self.first = fitted(self.first, self.num_tasks, matrix)
         self.second = fitted(self.second, self.num_tasks, matrix)
-        self.times[list(task_grads.indices)] += 1
+        times = counted(self.times, [], len(task_grads.parameters))
+        if self._network is not None:
+            self._take_over_heads(task_grads, self._network, times)
+        self.times = counted(times, task_grads.indices, len(task_grads.parameters))
         combined = torch.zeros_like(matrix[0])
-        for row, task in zip(matrix, task_grads.indices, strict=True):
-            first, second, times = self.first[task], self.second[task], int(self.times[task])
-            for piece in pieces(len(combined)):
-                moments = first[piece].clone(), second[piece].clone()
-                combined[piece] += self._direction(*moments, row[piece], times)
+        for span, counts in spans(self.times, task_grads):
+            for row, task in zip(matrix, task_grads.indices, strict=True):
+                for piece in pieces(span.stop, span.start):
+                    moments = self.first[task, piece].clone(), self.second[task, piece].clone()
+                    combined[piece] += self._direction(*moments, row[piece], int(counts[task]))
         if self.adam_heads and self._network is not None:
             self._turn_heads(task_grads, self._network)
         return combined
@@ -89,6 +102,19 @@ class AdaTask(AdamRule):
         # 0/0 of an entry that never had a gradient, with eps = 0.
         return direction.div_(root).nan_to_num_(nan=0.0) if self.eps == 0 else direction.div_(root)
 
+    def _take_over_heads(self, task_grads: TaskGradients, network: Network, times: Tensor) -> None:
+        """What was the head of one task, and is shared now, has moments of that task; they and their ``times`` go on."""
+        for name in [name for name in self.head_tasks if network.roles.is_shared(name)]:
+            place = network.roles.layout.index(name)
+            if place >= len(task_grads.parameters):
+                # The ranks don't all know of it yet.
+                continue
+            parameter, task = task_grads.parameters[place], self.head_tasks.pop(name)
+            columns = task_grads.columns(parameter)
+            for memory, moment in zip((self.first, self.second), self.head_moments.pop(name), strict=True):
+                views_of(memory[task, columns], [parameter])[0].copy_(moment)
+            times[task, place] = self.head_times.pop(name)
+
     def _turn_heads(self, task_grads: TaskGradients, network: Network) -> None:
         """Replace the heads' gradients by their Adam directions."""
         for key, (parameter, held) in list(task_grads.heads.items()):
@@ -101,6 +127,7 @@ class AdaTask(AdamRule):
             before = self.head_moments.get(name, [torch.zeros_like(gradient)] * 2)
             moments = self.head_moments[name] = [moment.to(gradient, copy=True) for moment in before]
             self.head_times[name] = self.head_times.get(name, 0) + 1
+            self.head_tasks[name] = tasks[0]
             direction = self._direction(moments[0], moments[1], gradient, self.head_times[name])
             if not bool(moments[1].isfinite().all()):
                 # As for the rows: not even with eps = 0 a direction.

@@ -5,19 +5,53 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from torchmto.step import TaskGradients
+
 PIECE = 1 << 20
 """Columns per piece: temporary matrices have at most K times this many entries."""
 
 
-def pieces(num_columns: int) -> Iterator[slice]:
-    """Slices that cover the columns one after the other.
+def pieces(stop: int, start: int = 0) -> Iterator[slice]:
+    """Slices that cover the columns from ``start`` to ``stop`` one after the other.
 
     Example:
         >>> list(pieces(3))
         [slice(0, 3, None)]
     """
-    for start in range(0, num_columns, PIECE):
-        yield slice(start, min(start + PIECE, num_columns))
+    for first in range(start, stop, PIECE):
+        yield slice(first, min(first + PIECE, stop))
+
+
+def counted(times: Tensor | int, tasks: Sequence[int], number: int) -> Tensor:
+    """Counts of steps for every task and shared parameter, [K, n], after one more of ``tasks``.
+
+    A parameter that turns shared is counted from then on: its columns of a memory start at zero, so that a correction for the
+    start, or a rate that decays from there, has to start with them.
+
+    Example:
+        >>> counted(torch.tensor([[3], [2]]), [0], 2)
+        tensor([[4, 1],
+                [2, 0]])
+    """
+    known = torch.as_tensor(times)
+    if known.dim() < 2:
+        # Older states count for every task alone.
+        known = known.reshape(-1, 1).expand(-1, number)
+    grown = known.new_zeros(len(known), number)
+    shared = min(number, known.shape[1])
+    grown[:, :shared] = known[:, :shared]
+    grown[list(tasks)] += 1
+    return grown
+
+
+def spans(times: Tensor, gradients: TaskGradients) -> Iterator[tuple[slice, Tensor]]:
+    """The columns whose counts [K, n] are the same, where they lie next to each other, and these counts [K]."""
+    number = times.shape[1]
+    changes = (times[:, 1:] != times[:, :-1]).any(0).nonzero().flatten().tolist()
+    starts = [0, *(change + 1 for change in changes)] if number else []
+    for first, end in zip(starts, [*starts[1:], number], strict=False):
+        columns = gradients.columns(gradients.parameters[first]), gradients.columns(gradients.parameters[end - 1])
+        yield slice(columns[0].start, columns[1].stop), times[:, first]
 
 
 @torch.no_grad()

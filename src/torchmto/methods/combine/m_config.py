@@ -1,5 +1,7 @@
 """M-ConFIG: ConFIG on the tasks' momenta, of which only a few are renewed per step."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from torchmto import solvers
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Domain, Properties, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import averaged, fitted, pieces
+from torchmto.methods.combine.columns import averaged, counted, fitted, pieces, spans
 from torchmto.step import StepContext, TaskGradients
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import empty_batch
@@ -30,12 +32,14 @@ class MConFIG(AdamRule):
     as in the released code; its learning rate is Adam's. Any other is warned of.
 
     Scale: Adam's, entries of about 1. Order: tasks take turns in their given order, so that another order gives another
-    training unless all have their turn in every step; a task whose turn it is and that the batch
-    hasn't is passed over, by a further call of the closure. Heads: their own task's gradient, in the task's turn (the released
-    multi-task code gives all heads theirs in every step, by one more backward). Deviation: the first step takes all tasks, so
+    training unless all have their turn in every step. Of the tasks whose turn it is in a step those that the batch hasn't are
+    passed over until their next turn; where it has none of them the next ones have theirs, by a further call of the closure.
+    Heads: their own task's gradient, in the task's turn (the released multi-task code gives all heads theirs in every step,
+    by one more backward). Deviation: the first step takes all tasks, so
     that every momentum has begun; the released code doesn't move before every task has had a turn. A task that hasn't been
-    seen yet takes no part. Memory: K + 2 more vectors of the shared parameters' size. Not random. Linearly dependent momenta:
-    the least-squares direction, a fallback.
+    seen yet takes no part. Where a parameter turns shared later its momenta begin then, and are corrected for that. Memory:
+    K + 2 more vectors of the shared parameters' size. Not random. Linearly dependent momenta: the least-squares direction, a
+    fallback.
 
     Args:
         num_updates: How many tasks have their turn in a step; None: all that are present.
@@ -49,12 +53,12 @@ class MConFIG(AdamRule):
     domain = Domain(corners="Momenta that are linearly dependent: the least-squares direction, a fallback.")
     properties = Properties(homogeneity=None, equivariant=False, identity=False, pareto=False)
     num_updates: int | None = hyper.integer(1, minimum=1, none=True)
-    # The momenta, the second moment, the direction's last momentum, counts, and whose turn it is.
+    # The momenta, the second moment, the direction's last momentum, counts (per task and parameter; per parameter), whose turn.
     momenta: Tensor = states.rows()
     moment: Tensor = states.made(lambda *_: torch.zeros(1, 0))
     last: Tensor = states.made(lambda *_: torch.zeros(1, 0))
-    times: Tensor = states.each(0, torch.int64)
-    num_steps: int = states.count()
+    times: Tensor = states.rows(torch.int64)
+    num_steps: Tensor = states.made(lambda *_: torch.zeros(1, 0, dtype=torch.int64))
     turn: int = states.count()
     _direction: Tensor | None = None
 
@@ -71,7 +75,7 @@ class MConFIG(AdamRule):
         """Those of the next tasks that the batch has."""
         asked = [context.tasks.index(name) for name in context.asked]
         number = self.num_updates
-        if number is None or number >= len(asked) or self.num_steps == 0:
+        if number is None or number >= len(asked) or not bool(self.times.any()):
             return context.gradients()
         queue = sorted(asked, key=lambda task: (task - self.turn) % self.num_tasks)
         for start in range(0, len(queue), number):
@@ -91,27 +95,32 @@ class MConFIG(AdamRule):
         self.ensure_setup(len(matrix))
         self.momenta = fitted(self.momenta, self.num_tasks, matrix)
         self.moment, self.last = fitted(self.moment, 1, matrix), fitted(self.last, 1, matrix)
-        self.times[list(task_grads.indices)] += 1
-        self.num_steps += 1
-        products = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
-        for piece in pieces(matrix.shape[1]):
-            products += gramian(self._momenta(task_grads, piece))
-        seen = torch.nonzero(self.times).flatten()
-        # Corrected for their start at 0; those of tasks not seen yet are 0.
-        corrections = 1 / (1 - self.betas[0] ** self.times[seen].double())
-        own = products[seen][:, seen] * torch.outer(corrections, corrections)
+        number = len(task_grads.parameters)
+        self.times = counted(self.times, task_grads.indices, number)
+        self.num_steps = counted(self.num_steps, [0], number)
+        begun = self.times.any(1)
+        begun[list(task_grads.indices)] = True
+        seen = torch.nonzero(begun).flatten()
+        own = torch.zeros(len(seen), len(seen), dtype=torch.float64)
+        for span, counts in self._spans(task_grads):
+            products = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
+            for piece in pieces(span.stop, span.start):
+                products += gramian(self._momenta(task_grads, piece))
+            corrections = self._corrections(counts[seen])
+            own += products[seen][:, seen] * torch.outer(corrections, corrections)
         solution = solvers.config(own.numpy(), precision=task_grads.precision)
         self.num_fallbacks += not solution.converged
-        weights = torch.zeros(self.num_tasks, dtype=torch.float64)
-        weights[seen] = torch.from_numpy(solution.weights) * corrections
         direction = torch.empty_like(matrix[0])
         update = torch.empty_like(direction)
         finite = torch.ones((), dtype=torch.bool, device=matrix.device)
-        for piece in pieces(len(direction)):
-            torch.mv(self._momenta(task_grads, piece).T, weights.to(matrix), out=direction[piece])
-            second = self._moments(direction, piece)[1] / (1 - self.betas[1] ** self.num_steps)
-            finite &= second.isfinite().all()
-            torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
+        for span, counts in self._spans(task_grads):
+            weights = torch.zeros(self.num_tasks, dtype=torch.float64)
+            weights[seen] = torch.from_numpy(solution.weights) * self._corrections(counts[seen])
+            for piece in pieces(span.stop, span.start):
+                torch.mv(self._momenta(task_grads, piece).T, weights.to(matrix), out=direction[piece])
+                second = self._moments(direction, piece, counts)[1] / (1 - self.betas[1] ** int(counts[-1]))
+                finite &= second.isfinite().all()
+                torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
         self._direction = direction
         if self._network is not None:
             # The momenta of tasks whose turn it isn't move what they reach, too.
@@ -126,17 +135,26 @@ class MConFIG(AdamRule):
         """Keep the momenta and moments."""
         direction, self._direction = self._direction, None
         assert direction is not None, "combine comes first"
-        for piece in pieces(len(direction)):
-            self.momenta[:, piece] = self._momenta(task_grads, piece)
-            self.last[0, piece], self.moment[0, piece] = self._moments(direction, piece)
+        for span, counts in self._spans(task_grads):
+            for piece in pieces(span.stop, span.start):
+                self.momenta[:, piece] = self._momenta(task_grads, piece)
+                self.last[0, piece], self.moment[0, piece] = self._moments(direction, piece, counts)
+
+    def _spans(self, task_grads: TaskGradients) -> Iterator[tuple[slice, Tensor]]:
+        """Columns that lie next to each other and whose counts, [K + 1] with that of all steps, are the same."""
+        return spans(torch.cat([self.times, self.num_steps]), task_grads)
+
+    def _corrections(self, counts: Tensor) -> Tensor:
+        """What momenta are multiplied with for their start at 0, by their counts; those that haven't begun are 0."""
+        return torch.where(counts > 0, 1 / (1 - self.betas[0] ** counts.clamp_min(1).double()), 0.0)
 
     def _momenta(self, task_grads: TaskGradients, piece: slice) -> Tensor:
         """Some columns of the momenta after this step."""
         return averaged(self.momenta, task_grads.matrix, task_grads.indices, self.betas[0], piece)
 
-    def _moments(self, direction: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+    def _moments(self, direction: Tensor, piece: slice, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Some columns of the direction's momentum and of the second moment after this step."""
         first, second = self.betas
-        momentum = direction[piece] * (1 - first**self.num_steps)
+        momentum = direction[piece] * (1 - first ** int(counts[-1]))
         implied = (momentum - first * self.last[0, piece]) / (1 - first)
         return momentum, self.moment[0, piece] * second + (1 - second) * implied.square()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
+from torchmto.methods.combine.columns import counted
 from torchmto.methods.per_task import Primary
 from torchmto.step import TaskGradients
 
@@ -59,8 +60,7 @@ class MetaBalance(GradientCombiner):
         self.ensure_setup(max(present) + 1)
         new = lengths.shape[1] - self.lengths.shape[1]
         self.lengths = torch.nn.functional.pad(self.lengths, (0, new))
-        self.times = torch.nn.functional.pad(self.times, (0, new))
-        self.times[present] += 1
+        self.times = counted(self.times, present, lengths.shape[1])
         self.lengths[present] += (1 - self.beta) * (lengths.to(self.lengths) - self.lengths[present])
         means = self.lengths / (1 - self.beta ** self.times.clamp_min(1).to(self.lengths))
         leader = means[self.primary.index]

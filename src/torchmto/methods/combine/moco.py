@@ -6,7 +6,7 @@ from torch import Tensor
 from torchmto import solvers
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
-from torchmto.methods.combine.columns import fitted, remember_, track_
+from torchmto.methods.combine.columns import counted, fitted, remember_, spans, track_
 from torchmto.step import TaskGradients
 
 
@@ -17,7 +17,7 @@ class MoCo(GradientCombiner):
     Every task's gradient is tracked by :math:`y_i \leftarrow y_i - \beta_t (y_i - g_i)`, and weights move by
     :math:`\lambda \leftarrow \mathrm{softmax}(\lambda - \gamma_t (Y Y^\top + \rho I) \lambda)`; the update is
     :math:`\lambda^\top Y`. The rates decay as :math:`\beta_t = \beta / t^{\sigma_\beta}`, with t the steps in which
-    the task was present (for :math:`\gamma` all steps).
+    the task was present (for :math:`\gamma` all steps); for a parameter that turns shared later, those since then.
 
     Scale: the weights sum to 1; y starts at 0, so the first updates are short. As the softmax of weights on the
     simplex isn't far from uniform, so are the weights; the paper's algorithm has the projection on the simplex
@@ -53,10 +53,10 @@ class MoCo(GradientCombiner):
     rho: float = hyper.number(0.0, minimum=0)
     step_rule: str = hyper.called("step", hyper.choice("softmax", "projection"))
     normalize: str = hyper.choice("none", "loss")
-    # Tracked gradients, weights and counts of steps.
+    # Tracked gradients, weights and counts of steps, per task and shared parameter and in all.
     tracked: Tensor = states.rows()
     shares: Tensor = states.shares()
-    times: Tensor = states.each(0, torch.int64)
+    times: Tensor = states.rows(torch.int64)
     num_steps: int = states.count()
 
     def __post_init__(self) -> None:
@@ -67,16 +67,18 @@ class MoCo(GradientCombiner):
     @torch.no_grad()
     def combine(self, task_grads: TaskGradients) -> Tensor:
         """Track the gradients, move the weights, and combine, [P]."""
-        self.ensure_setup(len(task_grads.matrix))
+        matrix = task_grads.matrix
+        self.ensure_setup(len(matrix))
         factors = self._factors(task_grads)
         present = list(task_grads.indices)
-        self.tracked = fitted(self.tracked, self.num_tasks, task_grads.matrix)
+        self.tracked = fitted(self.tracked, self.num_tasks, matrix)
         self.num_steps += 1
-        self.times[present] += 1
-        rates = [self.beta / int(self.times[task]) ** self.beta_sigma for task in present]
-        shares_of_rows = [(1 - beta, beta * factor) for beta, factor in zip(rates, factors, strict=True)]
-        track_(task_grads.matrix, self.tracked, present, shares_of_rows)
-        own = gramian(task_grads.matrix)
+        self.times = counted(self.times, present, len(task_grads.parameters))
+        for span, counts in spans(self.times, task_grads):
+            rates = [self.beta / int(counts[task]) ** self.beta_sigma for task in present]
+            shares_of_rows = [(1 - beta, beta * factor) for beta, factor in zip(rates, factors, strict=True)]
+            track_(matrix[:, span], self.tracked[:, span], present, shares_of_rows)
+        own = gramian(matrix)
         own.diagonal().add_(self.rho)
         shares = states.shares_of(self.shares, present)
         moved = shares - self.gamma / self.num_steps**self.gamma_sigma * (own @ shares)
@@ -87,7 +89,7 @@ class MoCo(GradientCombiner):
         )
         states.set_shares(self.shares, present, moved)
         self.head_weights = moved
-        return torch.mv(task_grads.matrix.T, moved.to(task_grads.matrix))
+        return torch.mv(matrix.T, moved.to(matrix))
 
     def remember(self, task_grads: TaskGradients) -> None:
         """Keep the tracked gradients."""

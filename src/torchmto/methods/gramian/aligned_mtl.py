@@ -23,7 +23,8 @@ class AlignedMTL(PreferenceWeighting):
         scale_mode: The common squared length: the smallest eigenvalue ("min", paper), the "median" one, or the mean
             one ("rmse").
         scale: "sum" or "mean"; without effect if there is a preference.
-        preference: The weights u: task -> non-negative float, or a sequence in the order of the tasks.
+        preference: The weights u: task -> non-negative float, or a sequence in the order of the tasks. Those of absent tasks
+            are shared out among the present ones, in proportion.
         **options: ``heads``, ``refresh_every``.
 
     Source: Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023, Algorithm 1.

@@ -14,19 +14,21 @@ from torchmto.step import Network, StepContext, TaskGradients
 class ConsMTL(FairGrad):
     r"""FairGrad's update (alpha = 2) of the shared parameters; heads also learn to agree with it.
 
-    With w the fair weights and :math:`\delta_i` the gradient of task i's loss by the representation, what its head reads, the
-    head's gradient is that of :math:`l_i - \lambda \langle \delta_i, \sum_j w_j \delta_j \rangle` with the sum held fixed. The
-    second term's gradient over the head is shortened to ``limit`` times the first one's length where it is longer. So heads
+    With w the fair weights and :math:`\delta_j` the gradient of task j's loss by the representation, what i's head reads, the
+    gradient of i's head is that of :math:`l_i - \lambda \langle \delta_i, \sum_j w_j \delta_j \rangle` with the sum held fixed.
+    The second term's gradient over the head is shortened to ``limit`` times the first one's length where it is longer. So heads
     whose tasks pull the representation elsewhere are bent towards the common update: second derivatives, through the heads
     alone.
 
-    The representation is found in the graph: the results that several tasks share where a task's own part reads them. Where
-    heads are missing, or nothing but parameters is shared, it is FairGrad; so with split norms, whose tasks have a forward
-    each (a warning). Compiled models are refused, and sharded ones; what PyTorch can't differentiate twice raises its error.
+    The representation is found in the graph: the results that several tasks share where a task's own part reads them (several
+    scales are several inputs of a head, also where one is computed from another). Where heads are missing, or nothing but
+    parameters is shared, it is FairGrad; so with split norms, whose tasks have a forward each (a warning). Compiled models are
+    refused, and sharded ones; what PyTorch can't differentiate twice raises its error.
 
     Scale, fallbacks and ``scale="released"`` (times K, clipped to norm 1) as for ``fairgrad``; the representation's sum
     takes w as it is solved for. No eps (1e-6 in the released clipping). Cost: K backwards, one more forward with the same
-    noise, and 2 K backwards through the heads. Not random.
+    noise, and 2 K backwards through the heads (K more for each further choice of results, where heads read different ones).
+    Not random.
 
     Args:
         strength: :math:`\lambda`. Released: 1 for NYUv2, 50 for Cityscapes and CelebA, 1e-3 for QM9.

@@ -20,7 +20,7 @@ class DualProj(PreferenceWeighting):
     Args:
         scale: "mean" or "sum"; without effect if there is a preference.
         preference: The weights of the gradients before the projection: task -> non-negative float, or a sequence in
-            the order of the tasks.
+            the order of the tasks. Those of absent tasks are shared out among the present ones, in proportion.
         **options: ``heads``, ``refresh_every``.
 
     Source: Lopez-Paz & Ranzato, Gradient Episodic Memory, NeurIPS 2017, equation 11; as an aggregator of tasks in

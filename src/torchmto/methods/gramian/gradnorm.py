@@ -35,7 +35,8 @@ class GradNorm(GramianWeighting):
     A loss weighting, but it needs the K gradients: K backwards per step. Scale: sum, weights sum to the number of
     present tasks. Heads: times the task's weight by default, as the weighted sum of losses says. Deviations: after
     Adam's step weights below 1e-4 are set to it, before the rescaling; :math:`l_i(0)` is the task's first positive loss,
-    and until it has one :math:`r_i = 1`.
+    and until it has one :math:`r_i = 1`. Adam's eps of 1e-8 isn't relative: weights hardly learn from gradients that are all
+    shorter than that.
 
     Args:
         alpha: How strongly slow tasks are pulled up; 0 makes all norms equal.

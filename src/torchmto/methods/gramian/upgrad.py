@@ -21,7 +21,7 @@ class UPGrad(PreferenceWeighting):
     Args:
         scale: "mean" or "sum"; without effect if there is a preference.
         preference: How much each projection counts: task -> non-negative float, or a sequence in the order of the
-            tasks.
+            tasks. That of absent tasks is shared out among the present ones, in proportion.
         **options: ``heads``, ``refresh_every``.
 
     Source: Quinton & Rey, Jacobian Descent for Multi-Objective Optimization, 2024 (arXiv 2406.16232), section 3.
