@@ -68,6 +68,10 @@ class BufferSnapshot:
     @torch.no_grad()
     def restore(self) -> None:
         """Put the copies back."""
+        for kept in self._kept.values():
+            if not kept.fits(kept.module, kept.buffer):
+                # It was given other memory, `buffer.data = ...`.
+                kept.buffer.data = kept.place
         changed = [kept for kept in self._kept.values() if kept.may_have_changed()]
         if changed:
             torch._foreach_copy_([kept.writable for kept in changed], [kept.copy for kept in changed])
@@ -89,8 +93,8 @@ class _KeptBuffer:
         self.module = module
         self.name = name
         self.buffer = buffer
-        self.shape = buffer.shape
-        self.entries = _distinct(buffer.detach())
+        self.place = buffer.detach()
+        self.entries = _distinct(self.place)
         self.copy = self.entries.clone()
         self.version = version_of(buffer)
 
@@ -98,10 +102,10 @@ class _KeptBuffer:
         """Whether this is still the buffer of that place, and of the same kind."""
         same = self.module is module and self.buffer is buffer
         return same and (buffer.shape, buffer.dtype, buffer.device, buffer.data_ptr()) == (
-            self.shape,
-            self.copy.dtype,
-            self.copy.device,
-            self.entries.data_ptr(),
+            self.place.shape,
+            self.place.dtype,
+            self.place.device,
+            self.place.data_ptr(),
         )
 
     @property

@@ -262,6 +262,25 @@ def test_layout_of_gradients(name, engine):
     assert len(seen) > 4
 
 
+@pytest.mark.parametrize(("name", "engine"), ENGINES)
+def test_gradients_that_got_other_memory(name, engine):
+    """As `model.half(); model.float()` or `model.cpu(); model.cuda()` between steps leave them: a trainer may do with its
+    `.grad` what it wants, the next step takes its own."""
+    results = []
+    for moves in (False, True):
+        model = Toy(TASKS)
+        mt = start(name, model, gradients=engine)
+        losses = closure(model, batch(TASKS))
+        for _ in range(2):
+            mt.step(losses)
+            for parameter in model.parameters():
+                if moves and parameter.grad is not None:
+                    parameter.grad.data = torch.full_like(parameter.grad, 7)
+        mt.step(losses)
+        results.append(flat(model))
+    assert torch.equal(*results)
+
+
 # ---------------------------------------------------------------------- hooks of parameters
 
 

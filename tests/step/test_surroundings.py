@@ -119,6 +119,34 @@ def test_buffers_without_places_of_their_own_are_undone(name):
     assert same(before, state(mt))
 
 
+@pytest.mark.parametrize("size", [4, 200_000])
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(2, 3), torch.zeros(4, dtype=torch.float64)])
+def test_buffers_that_are_given_other_memory_are_undone(other, size):
+    model, _, mt = make("famo")
+    kept = torch.arange(float(size))
+    model.register_buffer("table", kept.clone())
+    model.register_buffer("often", torch.zeros(4))
+    losses = closure(model, batch(TASKS))
+
+    def failing(tasks):
+        model.table.add_(1)
+        model.table.data = other
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        mt.step(failing)
+    assert torch.equal(model.table, kept)
+
+    def counting(tasks):
+        model.often.data = model.often + 1
+        return losses(tasks)
+
+    for step in range(1, 3):
+        # Its second forward, after the step, leaves no trace.
+        assert mt.step(counting).num_forward == 2
+        assert torch.equal(model.often, torch.full((4,), float(step)))
+
+
 def test_a_hook_that_fails_after_the_step_says_that_it_was_taken():
     model, optimizer, mt = make("uw")
     before = mt.state_dict()

@@ -620,7 +620,10 @@ class Network:
             kept = gradient.dtype == kind and gradient.device == parameter.device
             if self.sharded or not kept or gradient.stride() != parameter.stride():
                 gradient = like(gradient, parameter)  # noqa: PLW2901
-            parameter.grad = sharded_like(gradient, parameter) if self.sharded and is_sharded(parameter) else gradient
+            # A tensor of its own: `model.half()` and the like give the very tensor in `.grad` other memory, which a view that
+            # serves the next step, too, must keep.
+            own = gradient.detach()
+            parameter.grad = sharded_like(own, parameter) if self.sharded and is_sharded(parameter) else own
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:
         """The global norm of gradients, a scalar tensor; default those that are set."""
