@@ -1,6 +1,7 @@
 """Anyone's problem: from a file, a module, an object; what is checked before anything trains."""
 
 import json
+import re
 import sys
 import warnings
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection, PearsonCorrCoef, R2Score
@@ -483,6 +485,24 @@ class Outputs(nn.Module):
 
     def forward(self, x):
         return {name: head(x) for name, head in self.heads.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The closure returned a loss")
+@pytest.mark.parametrize("shape", ["samples", "checkpointed", "disjoint", "closure"])
+@pytest.mark.parametrize("method", ["connection_strength", "gd"])
+def test_norms_of_ones_own_model_are_split_by_task(method, shape, tmp_path):
+    """Every call of a user's model or closure knows for which task it is: first batch, steps, evaluation, probing, a run's weights."""
+    own = ["--problem", f"{FARM}:normed", f"--problem.shape={shape}", "--model.task_norms", "true", "--method.name", method]
+    size = [] if shape == "closure" else ["--data.batch_size", "8"]
+    out = tmp_path / "run"
+    assert main(["train", *own, *size, "--epochs", "1", "--out", str(out)]) == 0
+    assert main(["evaluate", "--run", str(out)]) == 0
+    if shape in {"samples", "checkpointed"}:
+        assert main(["predict", "--run", str(out), "--count", "2"]) == 0
+    assert main(["diagnose", *own, *size, "--batches", "2", "--out", str(tmp_path / "diagnosis")]) == 0
+    weights = load_file(out / "model.safetensors")
+    for task in ("sum", "first"):
+        assert any(re.fullmatch(rf"trunk\.1\..*\b{task}\.weight", name) for name in weights), list(weights)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -206,6 +206,7 @@ class Problem:
         optimizer: ``model -> torch.optim.Optimizer``, in place of the settings'.
         closure: ``(model, batch, tasks) -> {task: loss or (loss, count)}``, in place of model call and losses.
         evaluate: ``model -> {task: {metric: value}}``, in place of validation and test: the last epoch is what is reported.
+            Where a method gives each task norms of its own it calls the model in `torchmto.structure.active_task`.
         name: What it is called.
         input_shape: Shape of one input, which ready models are built for; by default that of the first sample.
         mean: Per-channel mean, which normalises inputs with ``std``.
