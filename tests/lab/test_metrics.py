@@ -356,6 +356,30 @@ def test_small_angles_are_resolved():
     assert float(metric.compute()) == pytest.approx(math.degrees(1e-4), rel=1e-3)
 
 
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1.0, 1e20, 1e38])
+def test_the_length_of_a_predicted_normal_says_nothing(factor):
+    prediction, target = sample("normals")
+    metrics = metrics_of("normals")
+    prediction = torch.nn.functional.normalize(prediction, dim=1)
+    values = []
+    for size in (1.0, factor):
+        for metric in metrics.values():
+            metric.reset()
+            metric.update(size * prediction, target)
+        values.append({name: float(metric.compute()) for name, metric in metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("aimless", [0.0, -0.0, math.inf, -math.inf])
+def test_a_normal_without_direction_is_90_degrees_off(aimless):
+    """An untrained head that begins at zero isn't perfect."""
+    _, target = sample("normals")
+    expected = {"mean_angle": 90, "median_angle": 90, "within_11.25": 0, "within_22.5": 0, "within_30": 0}
+    for name, metric in metrics_of("normals").items():
+        metric.update(torch.full_like(target, aimless), target)
+        assert float(metric.compute()) == pytest.approx(expected[name], abs=0.01), name
+
+
 def test_primary_metric():
     expected = {
         "classification": ("accuracy", True),

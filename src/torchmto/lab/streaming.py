@@ -97,12 +97,16 @@ def within_ratio(prediction: Tensor, target: Tensor, *, threshold: float) -> Ten
 def angle(prediction: Tensor, target: Tensor) -> Tensor:
     """Angle in degrees between ``[B, 3, H, W]`` vectors of any length, ``[B, 1, H, W]``.
 
-    By the arc tangent: the arc cosine of a float32 can't tell angles below 0.03 degrees apart.
+    By the arc tangent: the arc cosine of a float32 can't tell angles below 0.03 degrees apart. A prediction without a
+    direction, the zero vector or an infinite one, is 90 degrees off.
     """
+    length = prediction.abs().amax(dim=1, keepdim=True)
+    aimless = (length == 0) | length.isinf()
+    prediction = prediction / torch.where(aimless, 1.0, length)  # squares of 1e-20 would be 0, those of 1e20 infinite
     # Not .norm(dim=1): on the CPU it is fifty times slower along a dimension that isn't the last.
     sine = torch.linalg.cross(prediction, target, dim=1).square().sum(dim=1, keepdim=True).sqrt()
     cosine = (prediction * target).sum(dim=1, keepdim=True)
-    return torch.rad2deg(torch.atan2(sine, cosine))
+    return torch.where(aimless, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
 
 
 def within_angle(prediction: Tensor, target: Tensor, *, threshold: float) -> Tensor:
