@@ -42,6 +42,34 @@ class _Counting(Metric):
             self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
 
 
+class Seen(_Counting):
+    """Whether outputs have met labels at all, and none of those that have was NaN."""
+
+    labels: Tensor
+    undefined: Tensor
+
+    def __init__(self, task: Task, **options: Any) -> None:
+        super().__init__(task, "labels", "undefined", **options)
+
+    def update(self, undefined: Tensor | None, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            undefined: Where the output is NaN, shaped like it; None where nobody asks.
+            target: The targets.
+        """
+        valid = self.task.valid(target)
+        self.labels += valid.sum()
+        if undefined is not None:
+            if undefined.shape != valid.shape:  # a label has a logit per class, or three components
+                undefined = undefined.any(dim=1, keepdim=undefined.dim() == valid.dim())
+            self.undefined += (undefined & valid).sum()
+
+    def compute(self) -> Tensor:
+        """Share of NaN; NaN where nothing was labelled."""
+        return self.undefined / self.labels
+
+
 class MaskedMean(_Counting):
     """Mean of an elementwise error over all labelled entries of the data set.
 

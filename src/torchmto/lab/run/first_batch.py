@@ -158,8 +158,8 @@ def _check_metrics(problem: Problem, network: Network, split: Split, step: Any) 
     with warnings.catch_warnings(action="ignore"):
         with _fitting():
             measured = measure(network, problem, split, steps=problem.parts(step, split))
-        for task, metrics in measured.items():
-            for name, metric in metrics.items():
+        for task, measures in measured.items():
+            for name, metric in measures.metrics.items():
                 value: Any = 0
                 with contextlib.suppress(Exception):
                     value = computed(metric)
