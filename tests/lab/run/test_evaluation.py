@@ -85,7 +85,9 @@ def test_a_network_that_is_nan_in_evaluation_has_no_score(problem):
         def __init__(self):
             super().__init__()
             self.trunk = torch.nn.Linear(math.prod(problem.shape), 8)
-            self.heads = torch.nn.ModuleDict({task.name: torch.nn.Linear(8, task.channels) for task in problem.task_list})
+            self.heads = torch.nn.ModuleDict(
+                {task.name: torch.nn.Linear(8, task.channels) for task in problem.task_list}
+            )
 
         def forward(self, x):
             outputs = {task: head(self.trunk(x.flatten(1))) for task, head in self.heads.items()}

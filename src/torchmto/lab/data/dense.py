@@ -63,7 +63,8 @@ def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
         if task.kind == "normals":
             squares = mean.square().sum(dim=1, keepdim=True).clamp(min=1e-12)
             length = values.square().sum(dim=1).amax().sqrt()
-            if not chunk.is_floating_point():  # rounded components make a vector longer than the type can hold along an axis
+            if not chunk.is_floating_point():
+                # Stored components were rounded, so the longest vector wouldn't fit into the type along an axis.
                 length = length.clamp(max=torch.iinfo(chunk.dtype).max)
             mean = mean * (length / squares.sqrt())
         mean = torch.where(covered >= 0.5, mean, task.missing)
