@@ -2,9 +2,11 @@
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import MeanAbsoluteError
 
 from torchmto import lab
+from torchmto.structure import active_task
 
 
 class Fields(torch.utils.data.Dataset):
@@ -145,3 +147,48 @@ def spread(named=True):
 def breaks():
     """A user's mistake in a user's code."""
     raise ValueError("the farm is flooded")
+
+
+class NormedNet(nn.Module):
+    """Norms on the way to both heads."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.trunk = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8))
+        self.heads = nn.ModuleDict({task: nn.Linear(8, 1) for task in ("sum", "first")})
+
+    def forward(self, x, tasks):
+        h = checkpoint(self.trunk, x, use_reentrant=False) if self.checkpointed else self.trunk(x)
+        return {task: self.heads[task](h) for task in tasks}
+
+
+def normed(shape="samples"):
+    """A model with norms, given as samples, as disjoint data sets or with a closure that looks at all tasks every time."""
+    tasks = [lab.Task("sum", "regression", 1), lab.Task("first", "regression", 1)]
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    targets = {"sum": x.sum(1, keepdim=True), "first": x[:, :1]}
+
+    def model():
+        return NormedNet(shape == "checkpointed")
+
+    def closure(model, rows, tasks):
+        outputs = model(x[rows], tuple(targets))
+        return {task: (outputs[task] - y[rows]).square().mean() for task, y in targets.items()}
+
+    def evaluate(model):
+        figures = {}
+        for task, y in targets.items():
+            with active_task(task), torch.no_grad():
+                figures[task] = {"mae": float((model(x, (task,))[task] - y).abs().mean())}
+        return figures
+
+    if shape == "closure":
+        primary = dict.fromkeys(targets, ("mae", False))
+        rows = list(torch.arange(32).split(8))
+        return lab.Problem(list(targets), rows, model=model, closure=closure, evaluate=evaluate, primary=primary)
+    if shape == "disjoint":
+        data = {task: [(x[i], y[i]) for i in range(32)] for task, y in targets.items()}
+    else:
+        data = [(x[i], {task: y[i] for task, y in targets.items()}) for i in range(32)]
+    return lab.Problem(tasks, data, data, data, model=model)

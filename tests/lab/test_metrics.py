@@ -3,14 +3,18 @@
 import math
 import os
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from torchmto.lab.data.base import KINDS, Task
 from torchmto.lab.metrics import higher_is_better, primary_metric, task_metrics
+from torchmto.lab.run.evaluation import Measures, merged_values, metric_states
 from torchmto.lab.streaming import OdsF
 
 BATCH, HEIGHT, WIDTH, CLASSES = 5, 12, 16, 4
@@ -354,6 +358,86 @@ def test_small_angles_are_resolved():
     target = torch.tensor([0.0, 0.6, 0.8]).view(1, 3, 1, 1)
     metric.update(target + torch.tensor([1e-4, 0.0, 0.0]).view(1, 3, 1, 1), target)
     assert float(metric.compute()) == pytest.approx(math.degrees(1e-4), rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-38, 1e-20, 1.0, 1e20, 1e38])
+def test_the_length_of_a_predicted_normal_says_nothing(factor):
+    prediction, target = sample("normals")
+    metrics = metrics_of("normals")
+    prediction = torch.nn.functional.normalize(prediction, dim=1)
+    values = []
+    for size in (1.0, factor):
+        for metric in metrics.values():
+            metric.reset()
+            metric.update(size * prediction, target)
+        values.append({name: float(metric.compute()) for name, metric in metrics.items()})
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("aimless", [0.0, -0.0, math.inf, -math.inf])
+def test_a_normal_without_direction_is_90_degrees_off(aimless):
+    """An untrained head that begins at zero isn't perfect."""
+    _, target = sample("normals")
+    expected = {"mean_angle": 90, "median_angle": 90, "within_11.25": 0, "within_22.5": 0, "within_30": 0}
+    for name, metric in metrics_of("normals").items():
+        metric.update(torch.full_like(target, aimless), target)
+        assert float(metric.compute()) == pytest.approx(expected[name], abs=0.01), name
+
+
+def measured(kind, *batches, own=None):
+    task = task_of(kind)
+    measures = Measures(replace(task, extra={"metrics": own}) if own else task)
+    for prediction, target in batches:
+        measures.update(prediction, target)
+    return {"t": measures}
+
+
+def values_of(kind, *batches, **options):
+    return merged_values(measured(kind, *batches, **options))["t"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_of_outputs_that_are_nan_are_nan(kind):
+    """An argmax takes NaN for the highest logit, no NaN is above a threshold: figures could be finite, and even perfect."""
+    task, (prediction, target) = task_of(kind), sample(kind)
+    valid = task.valid(target)
+    if valid.shape != prediction.shape:
+        valid = (valid if valid.dim() == prediction.dim() else valid[:, None]).expand_as(prediction)
+    assert 0 < valid.sum() < valid.numel()
+    place = tuple(valid.nonzero()[-1])
+    broken = prediction.clone()
+    broken[place] = torch.nan
+    plain = values_of(kind, (prediction, target))
+    for wrong in (broken, torch.where(valid, torch.nan, prediction), broken.bfloat16()):
+        values = values_of(kind, (prediction, target), (wrong, target))
+        assert values.keys() == plain.keys()
+        assert all(math.isnan(value) for value in values.values()), values
+    hidden = torch.where(valid, prediction, torch.nan)
+    assert values_of(kind, (hidden, target)) == pytest.approx(plain, nan_ok=True)
+    shares = [measured(kind, (p, target)) for p in (prediction, broken)]
+    values = merged_values(shares[0], [metric_states(shares[1])])["t"]
+    assert all(math.isnan(value) for value in values.values()), values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_without_a_label_are_nan(kind):
+    prediction, target = sample(kind)
+    missing = (prediction, torch.full_like(target, task_of(kind).missing))
+    own = {"mean": MeanMetric(), "share": MulticlassAccuracy(3)}
+    for values in (values_of(kind), values_of(kind, missing), values_of(kind, missing, own=own)):
+        assert values
+        assert all(math.isnan(value) for value in values.values()), values
+    shares = [measured(kind, missing), measured(kind, (prediction, target))]
+    assert merged_values(shares[0], [metric_states(shares[1])])["t"] == values_of(kind, (prediction, target))
+
+
+def test_own_metrics_judge_nan_themselves():
+    class Undefined(MeanMetric):
+        def update(self, output, target):
+            super().update(output.isnan().float())
+
+    batch = torch.tensor([[1.0], [torch.nan]]), torch.ones(2, 1)
+    assert values_of("regression", batch, own={"undefined": Undefined()}) == {"undefined": 0.5}
 
 
 def test_primary_metric():

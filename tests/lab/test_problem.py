@@ -1,17 +1,21 @@
 """Anyone's problem: from a file, a module, an object; what is checked before anything trains."""
 
 import json
+import random
+import re
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchmetrics import MeanAbsoluteError, MeanMetric, MetricCollection, PearsonCorrCoef, R2Score
 from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy
 
@@ -19,7 +23,7 @@ from torchmto import lab
 from torchmto.cli import main
 from torchmto.lab.atomic import read_json, write_json
 from torchmto.lab.data import loading
-from torchmto.lab.data.base import KINDS
+from torchmto.lab.data.base import KINDS, MultiTaskDataset
 from torchmto.lab.folders import FolderError
 from torchmto.lab.grid.folder import SCHEMA_VERSION
 from torchmto.lab.metrics import primary_metric
@@ -137,6 +141,86 @@ def test_a_sample_has_the_same_noise_in_any_batch_and_worker():
     assert torch.equal(next(iter(second.epoch(3)))["input"], whole[:8])
     assert not torch.equal(next(first.epoch(4))["input"], whole)
     assert bool(whole.isfinite().all())
+
+
+def mixed(samples):
+    x = torch.stack([x for x, _ in samples])
+    share = torch.rand(())
+    targets = {task: torch.stack([torch.as_tensor(y[task]) for _, y in samples]) for task in samples[0][1]}
+    return share * x + (1 - share) * x[torch.randperm(len(x))], targets
+
+
+def noisy(batch, tasks, keys):
+    noise = torch.randn_like(batch["input"]) + random.random() + float(np.random.rand())  # noqa: NPY002
+    return {"input": batch["input"] + noise, "targets": batch["targets"]}
+
+
+class Noisy(MultiTaskDataset):
+    def __len__(self):
+        return 12
+
+    def batch(self, indices):
+        return {
+            "input": torch.randn(len(indices), 4),
+            "targets": {"kind": indices % 3, "sum": torch.ones(len(indices), 1)},
+        }
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        yield from 2 * samples(kind=CLASS, sum=NUMBER)
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        {"train": lambda: 2 * samples(kind=CLASS, sum=NUMBER), "collate": mixed},
+        {"train": lambda: 2 * samples(kind=CLASS, sum=NUMBER), "augment": noisy},
+        {"train": lambda: Noisy([KIND, SUM])},
+        {"train": Streamed, "collate": mixed},
+        {"train": Streamed, "augment": noisy},
+    ],
+)
+def test_what_is_drawn_for_a_batch_depends_on_the_batch_alone(drawing):
+    """Mixup by a collate function, an augmentation by torch, a data set that draws: alike with workers and after resuming."""
+    own = lab.Problem(**{**GOOD, **drawing, "train": drawing["train"]()})
+    workers = (0,) if isinstance(own.train, Streamed) else (0, 2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    whole = [batch["input"] for batch in own.loader("train", 4, seed=1).epoch(0)]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert len(whole) == 3
+    for number in workers:
+        torch.manual_seed(number + 5)
+        loader = own.loader("train", 4, seed=1, workers=number)
+        assert all(torch.equal(batch["input"], x) for batch, x in zip(loader.epoch(0), whole, strict=True))
+        rest = [batch["input"] for batch in loader.epoch(0, 1)]
+        assert all(torch.equal(x, y) for x, y in zip(rest, whole[1:], strict=True))
+        others = [batch["input"] for batch in loader.epoch(1)]
+        assert not any(torch.equal(x, y) for x in others for y in whole)
+    plain = lab.Problem(**{**GOOD, "train": own.train})
+    assert isinstance(own.train, Noisy) or not torch.equal(
+        next(iter(plain.loader("train", 4, seed=1).epoch(0)))["input"], whole[0]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float16, torch.float32])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_inputs_of_any_type_are_normalised(dtype, streamed):
+    images = torch.randint(0, 256, (6, 3, 2, 2), generator=torch.Generator().manual_seed(0)).to(dtype)
+    data = [(x, {"kind": 0, "sum": 0.0}) for x in images]
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(data)
+
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    own = lab.Problem(**{**GOOD, "train": Stream() if streamed else data, "mean": mean, "std": std})
+    inputs = next(iter(own.loader("train", 6, whole=True).epoch(0)))["input"]
+    expected = (images.double() - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert inputs.is_floating_point()
+    assert torch.allclose(inputs.double(), expected, atol=2e-2 if dtype == torch.float16 else 1e-5)
 
 
 def test_disjoint_sets_start_again_reshuffled_and_resume_in_the_middle():
@@ -386,6 +470,11 @@ GOOD |= {"validation": GOOD["train"], "test": GOOD["train"]}
         ({"metrics": {"sum": {"mae": nn.functional.l1_loss}}}, ["`metrics['sum']`", "l1_loss"]),
         ({"model": nn.Linear(1, 1)}, ["`model`", "anew", "built already"]),
         ({"collate": 3}, ["`collate`", "callable"]),
+        ({"mean": (0.5,) * 4}, ["`std`", "with `mean`", "none"]),
+        ({"std": (0.5,) * 4}, ["`mean`", "with `std`", "none"]),
+        ({"mean": (0.5,) * 4, "std": (1.0,)}, ["`std`", "as many", "1"]),
+        ({"mean": (0.5,), "std": (0.0,)}, ["`std`", "positive"]),
+        ({"mean": 0.5, "std": (1.0,)}, ["`mean`", "one per channel", "0.5"]),
         ({"losses": {"sum": nn.MSELoss}}, ["`losses['sum']`", "loss(output, target)", "MSELoss"]),
         ({"losses": {"sum": "huber"}}, ["`losses['sum']`", "huber"]),
         ({"optimizer": torch.optim.Adam}, ["`optimizer`", "callable", "Adam"]),
@@ -418,6 +507,7 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ({"validation": samples(kind=CLASS, sum=torch.randn(6, 2))}, ["validation", "`sum`", "[B, 1]"]),
         ({"validation": samples(sum=NUMBER)}, ["`validation`", "label of the task `kind`", "targets of sum"]),
         ({"test": samples(kind=CLASS, sum=NUMBER * torch.nan)}, ["`test`", "label of the task `sum`"]),
+        ({"mean": (0.5,), "std": (1.0,)}, ["`mean`", "one number per channel", "1 for a tensor of shape (6, 4)"]),
         ({"model": lambda: nn.Linear(4, 3)}, ["`model`", "{task: output}", "Tensor"]),
         ({"model": lambda: Outputs(kind=3)}, ["`model`", "output for `sum`", "kind"]),
         ({"model": lambda: Outputs(kind=2, sum=1)}, ["`model`", "kind", "(2, 3)", "(2, 2)"]),
@@ -483,6 +573,32 @@ class Outputs(nn.Module):
 
     def forward(self, x):
         return {name: head(x) for name, head in self.heads.items()}
+
+
+@pytest.mark.filterwarnings("ignore:The closure returned a loss")
+@pytest.mark.parametrize("shape", ["samples", "checkpointed", "disjoint", "closure"])
+@pytest.mark.parametrize("method", ["connection_strength", "gd"])
+def test_norms_of_ones_own_model_are_split_by_task(method, shape, tmp_path):
+    """Every call of a user's model or closure knows for which task it is: first batch, steps, evaluation, probing."""
+    own = [
+        "--problem",
+        f"{FARM}:normed",
+        f"--problem.shape={shape}",
+        "--model.task_norms",
+        "true",
+        "--method.name",
+        method,
+    ]
+    size = [] if shape == "closure" else ["--data.batch_size", "8"]
+    out = tmp_path / "run"
+    assert main(["train", *own, *size, "--epochs", "1", "--out", str(out)]) == 0
+    assert main(["evaluate", "--run", str(out)]) == 0
+    if shape in {"samples", "checkpointed"}:
+        assert main(["predict", "--run", str(out), "--count", "2"]) == 0
+    assert main(["diagnose", *own, *size, "--batches", "2", "--out", str(tmp_path / "diagnosis")]) == 0
+    weights = load_file(out / "model.safetensors")
+    for task in ("sum", "first"):
+        assert any(re.fullmatch(rf"trunk\.1\..*\b{task}\.weight", name) for name in weights), list(weights)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

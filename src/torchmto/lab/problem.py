@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import linecache
+import math
 import pickle
 import re
 import sys
@@ -29,7 +30,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from torchmto.checks import shown, warn
 from torchmto.lab.data.base import SPLITS, Augment, Batch, MultiTaskDataset, Split, Task, as_target
-from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, own_random_state, same
+from torchmto.lab.data.loading import BatchPlan, JointLoader, Loader, StreamLoader, batch_key, own_random_state
 from torchmto.lab.metrics import metric_names
 
 Loaders: TypeAlias = Loader | StreamLoader | JointLoader
@@ -206,10 +207,11 @@ class Problem:
         optimizer: ``model -> torch.optim.Optimizer``, in place of the settings'.
         closure: ``(model, batch, tasks) -> {task: loss or (loss, count)}``, in place of model call and losses.
         evaluate: ``model -> {task: {metric: value}}``, in place of validation and test: the last epoch is what is reported.
+            Where a method gives each task norms of its own it calls the model in `torchmto.structure.active_task`.
         name: What it is called.
         input_shape: Shape of one input, which ready models are built for; by default that of the first sample.
-        mean: Per-channel mean, which normalises inputs with ``std``.
-        std: Per-channel standard deviation.
+        mean: Per-channel mean in the inputs' own scale, which normalises them with ``std``.
+        std: Per-channel standard deviation, likewise; given if ``mean`` is.
         augment: Augmentation of training batches, ``(batch, tasks, sample keys) -> batch``.
         citation: Whom to cite.
         origin: Where it comes from; found by itself.
@@ -261,12 +263,34 @@ class Problem:
             elif data is not None or part == "train" or self.evaluate is None:
                 self._check_data(part, data)
         self._check_functions()
+        self._check_statistics()
         if self.origin is None:
             self.origin = Origin.of_caller()
         elif not self.origin.take():
             parts = {name: getattr(self, name) for name in _TOLD if getattr(self, name)}
             self.origin = self.origin.replaced(Origin.of_caller(), parts)
         self.origin.take()
+
+    def _check_statistics(self) -> None:
+        """Refuse what would be no normalisation, or none of each channel."""
+        if (self.mean is None) != (self.std is None):
+            alone, other = ("mean", "std") if self.std is None else ("std", "mean")
+            raise part_error(other, f"given with `{alone}`, as inputs are normalised by both", "none")
+        if self.mean is None or self.std is None:
+            return
+        self.mean, self.std = (self._numbers(part, getattr(self, part)) for part in ("mean", "std"))
+        if len(self.mean) != len(self.std):
+            raise part_error("std", f"as many numbers as `mean` ({len(self.mean)})", f"{len(self.std)}")
+
+    @staticmethod
+    def _numbers(part: str, values: Iterable[Any]) -> tuple[float, ...]:
+        try:
+            numbers = tuple(map(float, values))
+        except (TypeError, ValueError):
+            numbers = (math.nan,)
+        if not all(math.isfinite(number) and (part == "mean" or number > 0) for number in numbers):
+            raise part_error(part, f"{'' if part == 'mean' else 'positive '}numbers, one per channel", values)
+        return numbers
 
     def _check_functions(self) -> None:
         for task, loss in self.losses.items():
@@ -484,8 +508,8 @@ class Problem:
             if isinstance(source, IterableDataset) or not (
                 hasattr(source, "__getitem__") and hasattr(source, "__len__")
             ):
-                size, merge = (None, same) if ready else (batch_size, fetch.merge)
-                return StreamLoader(source, size, merge, seed=own, drop_last=training, rank=rank, world_size=world_size)
+                size, whole = (None, _first_of) if ready else (batch_size, fetch.whole)
+                return StreamLoader(source, size, whole, seed=own, drop_last=training, rank=rank, world_size=world_size)
             size = 1 if ready or isinstance(source, range) else batch_size
             plan = BatchPlan(
                 len(source),
@@ -571,6 +595,11 @@ def _is_function(value: Any) -> bool:
 def _normalized(inputs: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
     if mean is None or std is None:
         return inputs
+    if not isinstance(inputs, Tensor) or inputs.dim() < 2 or inputs.shape[1] != len(mean):
+        should = "one number per channel of inputs [B, C, ...]"
+        raise part_error("mean", should, f"{len(mean)} for {_described(inputs)}")
+    if not inputs.is_floating_point():
+        inputs = inputs.float()  # a byte holds neither a mean of .5 nor what is below it
     shift, scale = (inputs.new_tensor(values).view(1, -1, *[1] * (inputs.dim() - 2)) for values in (mean, std))
     return (inputs - shift) / scale
 
@@ -580,6 +609,10 @@ def _nothing(_: list[Any]) -> None:
 
 
 def _first(items: list[Any]) -> Any:
+    return items[0]
+
+
+def _first_of(items: list[Any], _: Tensor) -> Any:
     return items[0]
 
 
@@ -593,14 +626,20 @@ class _Fetch:
 
     def __call__(self, indices: Tensor, keys: Tensor) -> Any:
         if isinstance(self.data, MultiTaskDataset) and isinstance(self.merge, _Collate) and self.merge.own is None:
-            batch: Any = self.data.batch(indices)
-        else:
-            samples = []
-            for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
-                with own_random_state(key):
-                    samples.append(self.data[index])
+            with own_random_state(batch_key(keys)):
+                batch: Any = self.data.batch(indices)
+                return batch if self.finish is None else self.finish(batch, keys)
+        samples = []
+        for index, key in zip(indices.tolist(), keys.tolist(), strict=True):
+            with own_random_state(key):
+                samples.append(self.data[index])
+        return self.whole(samples, keys)
+
+    def whole(self, samples: list[Any], keys: Tensor) -> Any:
+        """A batch of samples, with a random state of its own for what draws numbers for the batch as a whole."""
+        with own_random_state(batch_key(keys)):
             batch = self.merge(samples)
-        return batch if self.finish is None else self.finish(batch, keys)
+            return batch if self.finish is None else self.finish(batch, keys)
 
 
 class _Finish:

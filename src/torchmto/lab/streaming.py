@@ -42,6 +42,34 @@ class _Counting(Metric):
             self.add_state(name, torch.zeros(size, dtype=dtype), dist_reduce_fx="sum")
 
 
+class Seen(_Counting):
+    """Whether outputs have met labels at all, and none of those that have was NaN."""
+
+    labels: Tensor
+    undefined: Tensor
+
+    def __init__(self, task: Task, **options: Any) -> None:
+        super().__init__(task, "labels", "undefined", **options)
+
+    def update(self, undefined: Tensor | None, target: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            undefined: Where the output is NaN, shaped like it; None where nobody asks.
+            target: The targets.
+        """
+        valid = self.task.valid(target)
+        self.labels += valid.sum()
+        if undefined is not None:
+            if undefined.shape != valid.shape:  # a label has a logit per class, or three components
+                undefined = undefined.any(dim=1, keepdim=undefined.dim() == valid.dim())
+            self.undefined += (undefined & valid).sum()
+
+    def compute(self) -> Tensor:
+        """Share of NaN; NaN where nothing was labelled."""
+        return self.undefined / self.labels
+
+
 class MaskedMean(_Counting):
     """Mean of an elementwise error over all labelled entries of the data set.
 
@@ -97,12 +125,16 @@ def within_ratio(prediction: Tensor, target: Tensor, *, threshold: float) -> Ten
 def angle(prediction: Tensor, target: Tensor) -> Tensor:
     """Angle in degrees between ``[B, 3, H, W]`` vectors of any length, ``[B, 1, H, W]``.
 
-    By the arc tangent: the arc cosine of a float32 can't tell angles below 0.03 degrees apart.
+    By the arc tangent: the arc cosine of a float32 can't tell angles below 0.03 degrees apart. A prediction without a
+    direction, the zero vector or an infinite one, is 90 degrees off.
     """
+    length = prediction.abs().amax(dim=1, keepdim=True)
+    aimless = (length == 0) | length.isinf()
+    prediction = prediction / torch.where(aimless, 1.0, length)  # squares of 1e-20 would be 0, those of 1e20 infinite
     # Not .norm(dim=1): on the CPU it is fifty times slower along a dimension that isn't the last.
     sine = torch.linalg.cross(prediction, target, dim=1).square().sum(dim=1, keepdim=True).sqrt()
     cosine = (prediction * target).sum(dim=1, keepdim=True)
-    return torch.rad2deg(torch.atan2(sine, cosine))
+    return torch.where(aimless, 90.0, torch.rad2deg(torch.atan2(sine, cosine)))
 
 
 def within_angle(prediction: Tensor, target: Tensor, *, threshold: float) -> Tensor:

@@ -1,8 +1,10 @@
 """Resizing invents no labels; edges lie where labels change."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import adaptive_avg_pool2d
 
 from torchmto.lab.data import Task
 from torchmto.lab.data.dense import label_edges, pad_to, resize_image, resize_target
@@ -38,6 +40,25 @@ def test_compact_types_stay():
     assert resized.unique().tolist() == [0, 127]
     depth = torch.full((1, 1, 8, 8), 2.5, dtype=torch.float16)
     assert torch.equal(resize_target(DEPTH, depth, (3, 5)), torch.full((1, 1, 3, 5), 2.5, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [(3, 5), (16, 20)])
+def test_resized_normals_point_where_the_pixels_they_cover_do(dtype, size):
+    # Rounded to whole numbers a unit vector is longer than 127, and one near an axis then has no room in a byte.
+    axes = torch.cat([torch.eye(3), -torch.eye(3)])
+    generator = torch.Generator().manual_seed(0)
+    near = axes[torch.arange(60) % 6, :, None, None] + 0.08 * torch.randn(60, 3, 8, 10, generator=generator)
+    stored = (127 * torch.nn.functional.normalize(near, dim=1)).round().to(dtype)
+    stored[:, :, :2] = 0
+    resized = resize_target(NORMALS, stored, size)
+    assert resized.dtype == dtype
+    valid = (stored != 0).any(dim=1, keepdim=True).float()
+    covered = adaptive_avg_pool2d(valid, size)[:, 0] >= 0.5
+    assert torch.equal((resized != 0).any(dim=1), covered)
+    mean = adaptive_avg_pool2d(stored.float(), size)
+    cosine = torch.nn.functional.cosine_similarity(resized.float(), mean, dim=1)
+    assert cosine[covered].min() > 0.9999
 
 
 def test_edges_of_a_square():

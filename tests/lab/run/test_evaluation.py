@@ -1,10 +1,12 @@
 """What a Run is built of: fair starts, norms, evaluation, what a method is told."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from torchmto import lab
 from torchmto.lab.data import load_data
 from torchmto.lab.problem import ProblemError
 from torchmto.lab.run.build import Computer, build, problem_of
@@ -74,6 +76,27 @@ def test_evaluation_measures_every_task_and_keeps_the_mode(problem, method):
     for task, metrics in whole.items():
         assert metrics == pytest.approx(pieces[task], rel=1e-4, abs=1e-5), task
     assert primary_values(whole, problem.task_list)["offset"] == whole["offset"]["rmse"]
+
+
+def test_a_network_that_is_nan_in_evaluation_has_no_score(problem):
+    """As running statistics that overflow leave it: it trains, and nothing it is measured by may look like learning."""
+
+    class Broken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.trunk = torch.nn.Linear(math.prod(problem.shape), 8)
+            self.heads = torch.nn.ModuleDict(
+                {task.name: torch.nn.Linear(8, task.channels) for task in problem.task_list}
+            )
+
+        def forward(self, x):
+            outputs = {task: head(self.trunk(x.flatten(1))) for task, head in self.heads.items()}
+            return outputs if self.training else {**outputs, "left": outputs["left"] * torch.nan}
+
+    run = lab.fit(replace(problem, model=Broken), epochs=2, batch_size=32, say=lambda _: None)
+    assert all(math.isnan(value) for value in run.metrics["left"].values())
+    assert all(math.isfinite(value) for value in run.metrics["right"].values())
+    assert [entry["score"] for entry in run.history] == [None, None]
 
 
 @pytest.mark.parametrize("method", ["dtp", "wpcgrad(priority=dtp)"])

@@ -19,10 +19,9 @@ import torch
 
 from scripts import load_script
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.metrics import task_metrics
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder
 from torchmto.lab.run.config import DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
-from torchmto.lab.run.evaluation import merged_values, metric_states
+from torchmto.lab.run.evaluation import Measures, merged_values, metric_states
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import CsvLog, RecordLog
 from torchmto.lab.run.loop import Trainer
@@ -280,11 +279,10 @@ def test_metrics_of_several_processes_are_those_of_one(kind):
             target = (target > 1).float() if number != 1 or kind == "edges" else target * float("nan")
         batches.append((prediction, target))
     shares = [batches, batches[::2], batches[1:2], []]
-    measured = [{"t": task_metrics(task)} for _ in shares]
-    for metrics, share in zip(measured, shares, strict=True):
+    measured = [{"t": Measures(task)} for _ in shares]
+    for own, share in zip(measured, shares, strict=True):
         for prediction, target in share:
-            for metric in metrics["t"].values():
-                metric.update(prediction, target)
+            own["t"].update(prediction, target)
     whole = merged_values(measured[0])["t"]
     assert merged_values(measured[1], [metric_states(m) for m in measured[2:]])["t"] == pytest.approx(whole, rel=1e-9)
 

@@ -62,7 +62,11 @@ def resize_target(task: Task, target: Tensor, size: tuple[int, int]) -> Tensor:
         mean = functional.adaptive_avg_pool2d(torch.where(valid, values, 0.0), size) / covered.clamp(min=1e-6)
         if task.kind == "normals":
             squares = mean.square().sum(dim=1, keepdim=True).clamp(min=1e-12)
-            mean = mean * (values.square().sum(dim=1).amax() / squares).sqrt()
+            length = values.square().sum(dim=1).amax().sqrt()
+            if not chunk.is_floating_point():
+                # Stored components were rounded, so the longest vector wouldn't fit into the type along an axis.
+                length = length.clamp(max=torch.iinfo(chunk.dtype).max)
+            mean = mean * (length / squares.sqrt())
         mean = torch.where(covered >= 0.5, mean, task.missing)
         return (mean if chunk.is_floating_point() else mean.round()).to(chunk.dtype)
 

@@ -55,6 +55,12 @@ def sample_keys(seed: int, epoch: int, indices: Tensor) -> Tensor:
     return torch.from_numpy(keys.view(np.int64))
 
 
+def batch_key(keys: Tensor) -> int:
+    """The random key of a batch as a whole, which is none of its samples'; ``keys`` are theirs, int64 ``[B]``."""
+    first = keys[:1].numpy().view(np.uint64)  # no two batches of an epoch begin with the same sample
+    return int(mix(first + np.uint64(_GOLDEN)).view(np.int64).sum())
+
+
 def uniform(keys: Tensor, draw: int, low: float = 0.0, high: float = 1.0) -> Tensor:
     """The ``draw``-th random number of each sample, uniform in ``[low, high)``.
 
@@ -211,7 +217,8 @@ class StreamLoader:
         stream: Gives samples, or batches where ``batch_size`` is None. Each comes with a random state seeded from seed,
             epoch and place.
         batch_size: Samples per batch; None where each element is a batch.
-        collate: ``samples -> batch``, or what to make of an element that is one.
+        collate: ``(samples, keys) -> batch``, with a random key per sample as `sample_keys` gives them, or what to make of a
+            list of the one element that is a batch.
         seed: Decides the random states.
         drop_last: Leave out a last batch that isn't full.
         rank: This process' number.
@@ -220,7 +227,7 @@ class StreamLoader:
 
     stream: Iterable[Any]
     batch_size: int | None
-    collate: Callable[[Any], Any]
+    collate: Callable[[list[Any], Tensor], Any]
     _: KW_ONLY
     seed: int = 0
     drop_last: bool = True
@@ -277,6 +284,8 @@ class StreamLoader:
         for position in range(len(self)):
             began = time.perf_counter()
             items = list(islice(source, self.batch_size or 1))
+            first = position * (self.batch_size or 1)
+            keys = sample_keys(self.seed, epoch, torch.arange(first, first + len(items)))
             wanted = position >= start and (position - start) % stride == 0
             if not items:
                 raise ValueError(
@@ -285,8 +294,8 @@ class StreamLoader:
                 )
             if wanted and self.batch_size is not None:
                 pieces = np.array_split(np.arange(len(items)), self.world_size)
-                items = [items[i] for i in pieces[self.rank]]
-            batch = self.collate(items if self.batch_size is not None else items[0]) if wanted else None
+                items, keys = [items[i] for i in pieces[self.rank]], keys[torch.from_numpy(pieces[self.rank])]
+            batch = self.collate(items, keys) if wanted else None
             self.wait_seconds += time.perf_counter() - began
             if wanted:
                 yield batch

@@ -477,7 +477,7 @@ def settled(config: RunConfig, problem: Problem) -> RunConfig:
     """
     own = problem.model if isinstance(problem.model, str) else None
     model = config.model.name or own
-    digits = problem.name == "digits" and model == own
+    digits = problem.name == "digits" and own is not None and model == own
     if digits:
         epochs, batch_size, lr = 4, 64, 4e-3
     elif model is None or ":" in model:

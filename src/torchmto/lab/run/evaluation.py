@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 Metrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
 
-Measured: TypeAlias = "dict[str, dict[str, Metric]]"
-"""Task -> metric's name -> the metric at work."""
-
-MetricStates = dict[str, dict[str, dict[str, Any]]]
-"""Task -> metric -> its state by name: tensors, or lists of them."""
+MetricStates = dict[str, list[dict[str, Any]]]
+"""Task -> of each of its `Measures.parts` the state by name: tensors, or lists of them."""
 
 
 def placed(value: Any, device: str | torch.device) -> Any:
@@ -89,6 +86,75 @@ class Network(nn.Module):
         return {task: outputs[task] for task in tasks}
 
 
+class Measures:
+    """One task's metrics at work.
+
+    Without a label nothing is known, and of an output that is NaN where there is a label nothing can be said, whatever a
+    metric makes of it (an argmax takes NaN for the highest logit): then every figure is NaN. Own metrics get outputs as they
+    are and may judge them.
+
+    Args:
+        task: The task.
+        device: Where outputs and targets are.
+    """
+
+    def __init__(self, task: Task, device: str | torch.device = "cpu") -> None:
+        from torchmto.lab.streaming import Seen  # noqa: PLC0415  torchmetrics takes seconds to import
+
+        self.task = task
+        self.seen = Seen(task).to(device)
+        self.metrics = {name: metric.to(device) for name, metric in task_metrics(task).items()}
+
+    @property
+    def parts(self) -> "tuple[Metric, ...]":
+        """All that has a state."""
+        return self.seen, *self.metrics.values()
+
+    def update(self, output: Any, target: Tensor) -> None:
+        """Add a batch.
+
+        Raises:
+            ProblemError: If the network's output is no tensor, or own metrics don't take it.
+        """
+        task, own = self.task, "metrics" in self.task.extra
+        if task.kind != "own" and not isinstance(output, Tensor):
+            should = f"a network whose output for `{task.name}` is a tensor in evaluation"
+            raise part_error("model", should, type(output).__name__)
+        undefined = None if own or task.kind == "own" else output.isnan()
+        self.seen.update(undefined, target)
+        if undefined is not None:
+            output = torch.where(undefined, 0.0, output)  # a metric may choke on NaN
+        elif task.kind != "own":
+            _, rows = labelled_rows(task, target)
+            if not bool(rows.any()):
+                return
+            output, target = output[rows], target[rows]
+        for name, metric in self.metrics.items():
+            try:
+                metric.update(output, target)
+            except (TypeError, ValueError, RuntimeError) as error:
+                if not own or user_frames(error):
+                    raise
+                came = f"outputs of shape {tuple(output.shape)} and " if isinstance(output, Tensor) else ""
+                should = f"a metric that takes {came}targets of shape {tuple(target.shape)}"
+                raise part_error(f"metrics[{task.name!r}][{name!r}]", should, " ".join(str(error).split())) from error
+
+    def values(self) -> dict[str, float]:
+        """The figures of everything that was added."""
+        if not self.seen.labels or self.seen.undefined:
+            return dict.fromkeys(self.metrics, math.nan)
+        return {name: float(computed(metric)) for name, metric in self.metrics.items()}
+
+    def cpu(self) -> "Measures":
+        """The same, on the CPU."""
+        self.seen, self.metrics = self.seen.cpu(), {name: metric.cpu() for name, metric in self.metrics.items()}
+        return self
+
+
+Measured = dict[str, Measures]
+"""Task -> its metrics at work."""
+
+
 @torch.no_grad()
 def measure(
     network: nn.Module,
@@ -119,10 +185,9 @@ def measure(
         steps: Batches in place of the split's.
 
     Returns:
-        Task -> metric's name -> metric, on the CPU. `merged_values` makes figures of them.
+        Task -> its metrics, on the CPU. `merged_values` makes figures of them.
     """
-    tasks = {task.name: task for task in problem.task_list}
-    metrics = {name: {key: m.to(device) for key, m in task_metrics(task).items()} for name, task in tasks.items()}
+    measured = {task.name: Measures(task, device) for task in problem.task_list}
     split_norms = has_split_norms(network)
     training = network.training
     network.eval()
@@ -136,36 +201,15 @@ def measure(
                 with active_task(group[0]):  # only split norms look at it, and then a group is one task
                     outputs = network(batch["input"], group)
                 for name in group:
-                    _update(metrics[name], tasks[name], outputs[name], batch["targets"][name])
+                    measured[name].update(outputs[name], batch["targets"][name])
     finally:
         network.train(training)
-    return {name: {key: m.cpu() for key, m in entries.items()} for name, entries in metrics.items()}
-
-
-def _update(metrics: "Mapping[str, Metric]", task: Task, output: Any, target: Tensor) -> None:
-    if task.kind != "own":
-        if not isinstance(output, Tensor):
-            should = f"a network whose output for `{task.name}` is a tensor in evaluation"
-            raise part_error("model", should, type(output).__name__)
-        if "metrics" in task.extra:
-            _, rows = labelled_rows(task, target)
-            if not bool(rows.any()):
-                return
-            output, target = output[rows], target[rows]
-    for name, metric in metrics.items():
-        try:
-            metric.update(output, target)
-        except (TypeError, ValueError, RuntimeError) as error:
-            if "metrics" not in task.extra or user_frames(error):
-                raise
-            came = f"outputs of shape {tuple(output.shape)} and " if isinstance(output, Tensor) else ""
-            should = f"a metric that takes {came}targets of shape {tuple(target.shape)}"
-            raise part_error(f"metrics[{task.name!r}][{name!r}]", should, " ".join(str(error).split())) from error
+    return {name: measures.cpu() for name, measures in measured.items()}
 
 
 def metric_states(measured: Measured) -> MetricStates:
     """What metrics have seen, to be sent to the process that calls `merged_values`."""
-    return {name: {key: m.metric_state for key, m in entries.items()} for name, entries in measured.items()}
+    return {name: [metric.metric_state for metric in measures.parts] for name, measures in measured.items()}
 
 
 def merged_values(measured: Measured, others: Sequence[MetricStates] = ()) -> Metrics:
@@ -179,11 +223,12 @@ def merged_values(measured: Measured, others: Sequence[MetricStates] = ()) -> Me
         Task -> metric -> value.
     """
     values: Metrics = {}
-    for name, entries in measured.items():
-        for key, metric in entries.items():
-            for states in others:
-                metric.merge_state(states[name][key])
-            values.setdefault(name, {})[key] = float(computed(metric))
+    for name, measures in measured.items():
+        for states in others:
+            for metric, state in zip(measures.parts, states[name], strict=True):
+                metric.merge_state(state)
+        if measures.metrics:
+            values[name] = measures.values()
     return values
 
 

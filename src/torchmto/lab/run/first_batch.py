@@ -18,7 +18,7 @@ from torchmto.lab.run.config import RunConfig
 from torchmto.lab.run.evaluation import Network, computed, measure, own_figures, placed
 from torchmto.lab.run.loop import threads
 from torchmto.lab.user_code import user_frames
-from torchmto.structure import has_split_norms
+from torchmto.structure import active_task, has_split_norms
 
 _CHANNELS = {"depth": 1, "edges": 1, "saliency": 1, "normals": 3}
 
@@ -118,12 +118,14 @@ def _check_losses(problem: Problem, config: RunConfig, network: Network, step: A
     groups = [(name,) for name in names] if has_split_norms(network) else [names]
     network.eval()  # so that a batch of one passes through batch norms, too
     for group in groups:
-        with _fitting():
-            values = closure(group)
-        _check_values(problem, values, group)
-        losses = [value[0] if isinstance(value, tuple) else value for value in values.values()]
-        with _fitting():
-            torch.autograd.backward([loss.sum() for loss in losses if loss.requires_grad])
+        # Backward, too, where a checkpointed forward runs again. Only split norms look at it, and then a group is one task.
+        with active_task(group[0]):
+            with _fitting():
+                values = closure(group)
+            _check_values(problem, values, names)
+            losses = [value[0] if isinstance(value, tuple) else value for value in values.values()]
+            with _fitting():
+                torch.autograd.backward([loss.sum() for loss in losses if loss.requires_grad])
 
 
 def _check_values(problem: Problem, values: Any, names: tuple[str, ...]) -> None:
@@ -156,8 +158,8 @@ def _check_metrics(problem: Problem, network: Network, split: Split, step: Any) 
     with warnings.catch_warnings(action="ignore"):
         with _fitting():
             measured = measure(network, problem, split, steps=problem.parts(step, split))
-        for task, metrics in measured.items():
-            for name, metric in metrics.items():
+        for task, measures in measured.items():
+            for name, metric in measures.metrics.items():
                 value: Any = 0
                 with contextlib.suppress(Exception):
                     value = computed(metric)
