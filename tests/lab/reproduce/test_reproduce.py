@@ -97,6 +97,13 @@ def test_results(phases):
         assert f"plots/{image.name}" in page
 
 
+def test_without_single_task_models_there_are_no_equal_budgets(tmp_path, no_figures):
+    text = "study: comparison\nsummary: toy\narms: {a: {methods: [gd, sequential], baselines: false}}\n"
+    findings = reproduce(load_recipe(str(recipe(tmp_path, text))), tmp_path / "o", seeds=1, say=lambda _: None)
+    assert not [table.title for table in findings.tables if "budgets" in table.title], "no score of theirs is a Δm"
+    assert "budgets" not in findings.numbers
+
+
 def test_a_second_call_trains_nothing(phases, monkeypatch):
     path, out = phases
     monkeypatch.setattr(executors, "execute", None)
