@@ -1,14 +1,19 @@
 """The dispatcher: verbs, exit codes, what reaches the terminal."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from torchmto import __version__, cli
 from torchmto.cli import methods as methods_verb
 from torchmto.cli._errors import UsageError, wrong_usage
+from torchmto.lab.run import single
 
 
 def test_help_lists_every_verb_with_its_first_line(capsys):
@@ -161,3 +166,39 @@ def test_a_recipe_that_explodes_is_one_line(tmp_path, content, capsys):
     file.write_text(content)
     assert cli.main(["reproduce", str(file), "--out", str(tmp_path / "o")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "methods", "datasets", "reproduce", "train --print-config"])
+def test_a_pipe_that_nobody_reads_ends_every_verb_without_a_word(command, monkeypatch, capsys):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert cli.main(command.split()) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_whose_output_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(single, "train", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.endswith(f"Go on with: torchmto train --resume --out {tmp_path / 'run'}\n")
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a full device")
+def test_an_output_that_has_no_room_is_one_line(monkeypatch, capsys):
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["--help"]) == 1
+    assert capsys.readouterr().err == "torchmto: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_without_a_letter_shows_another_in_its_place(encoding, monkeypatch):
+    text = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", text)
+    monkeypatch.setattr(methods_verb, "run", lambda args: print("Δm é") or 0)
+    assert cli.main(["methods"]) == 0
+    assert text.buffer.getvalue() == "Δm é\n".encode(encoding, "replace")

@@ -298,6 +298,8 @@ def reported(resume: str = "") -> Iterator[None]:
         if frames := user_frames(error):
             print(frames, end="", file=sys.stderr)
             raise SystemExit(1) from error
+        if isinstance(error, BrokenPipeError) and not again:  # nothing is lost with whoever read
+            raise
         if isinstance(error, FileNotFoundError) and from_here(error):
             raise UsageError(str(error)) from error
         print(f"error: {error}{again}", file=sys.stderr)
