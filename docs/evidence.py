@@ -59,8 +59,8 @@ def leaderboard() -> str:
         "python docs/generate.py",
         "```",
         "",
-        "A method of your own is [registered from a file](how-to/own-method.md). The order is that of the means: where the",
-        "interval of a difference holds 0, nothing is decided.",
+        "Later calls keep what was added. A method of your own is [registered from a file](how-to/own-method.md). The order",
+        "is that of the means: where the interval of a difference holds 0, nothing is decided.",
         "",
     ]
     for name, found in known.items():

@@ -140,7 +140,7 @@ class KeyTwiceError(yaml.MarkedYAMLError):
 class Loader(yaml.SafeLoader):
     """As YAML 1.2 reads numbers (1e-3 is one, too) and keys (each once)."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping.
 
         Raises:
