@@ -1,14 +1,22 @@
 """The dispatcher: verbs, exit codes, what reaches the terminal."""
 
+import importlib
+import io
+import os
+import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from torchmto import __version__, cli
 from torchmto.cli import methods as methods_verb
 from torchmto.cli._errors import UsageError, wrong_usage
+from torchmto.lab.run import single
+from torchmto.lab.run.config import RunConfig
 
 
 def test_help_lists_every_verb_with_its_first_line(capsys):
@@ -114,6 +122,19 @@ def test_every_verb_reads_options_from_a_file(tmp_path, content, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("verb", [verb for verb in cli.verbs() if verb != "methods"])
+def test_null_in_a_file_is_an_option_that_isnt_given(verb, tmp_path):
+    parser = importlib.import_module(f"torchmto.cli.{verb}").make_parser(verb)
+    own = [action.dest for action in parser._actions if action.option_strings and action.dest not in NOT_IN_A_FILE]
+    given = [word for action in parser._actions if action.required for word in (*action.option_strings[:1], "run")]
+    names = [name for name in own if name not in RunConfig().as_dict() and "." not in name]
+    (tmp_path / "null.yaml").write_text("".join(f"{name}: null\n" for name in names if f"--{name}" not in given))
+    assert parser.parse_args([*given, "--config", str(tmp_path / "null.yaml")]) == parser.parse_args(given)
+
+
+NOT_IN_A_FILE = {"help", "config"}
+
+
 CORE_ONLY = """
 import sys
 class Missing:
@@ -161,3 +182,67 @@ def test_a_recipe_that_explodes_is_one_line(tmp_path, content, capsys):
     file.write_text(content)
     assert cli.main(["reproduce", str(file), "--out", str(tmp_path / "o")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["--help", "--version", "methods", "datasets", "reproduce", "train --print-config"])
+def test_a_pipe_that_nobody_reads_ends_every_verb_without_a_word(command, monkeypatch, capsys):
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert cli.main(command.split()) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_training_whose_output_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(single, "train", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1
+    assert capsys.readouterr().err.endswith(f"Go on with: torchmto train --resume --out {tmp_path / 'run'}\n")
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs a full device")
+def test_an_output_that_has_no_room_is_one_line(monkeypatch, capsys):
+    with FULL.open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["--help"]) == 1
+    assert capsys.readouterr().err == "torchmto: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_without_a_letter_shows_another_in_its_place(encoding, monkeypatch):
+    text = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", text)
+    monkeypatch.setattr(methods_verb, "run", lambda args: print("Δm é") or 0)
+    assert cli.main(["methods"]) == 0
+    assert text.buffer.getvalue() == "Δm é\n".encode(encoding, "replace")
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "where"),
+    [
+        ("train --print-config --config {file}", "epochs: 1\nepochs: 2\n", "line 2: the key `epochs`"),
+        (
+            "compare --config {file}",
+            "seeds: 1\ndata:\n  options: {train: 64, 'train': 65}\n",
+            "line 3: the key `train`",
+        ),
+        ("bench --config {file}", "repeats: 1\ntasks: '2'\nrepeats: 2\n", "line 3: the key `repeats`"),
+        (
+            "reproduce {file}",
+            "study: comparison\nsummary: x\narms: {a: {methods: [gd]}, a: {}}\n",
+            "line 3: the key `a`",
+        ),
+        ("train --print-config --method.options {file}", "{c: 1, c: 2}", "method.options.*the key `c`"),
+        ("train --print-config --losses {file}", "{left: {loss: a, loss: b}}", "losses.*the key `loss`"),
+    ],
+)
+def test_a_key_given_twice_is_refused(command, text, where, tmp_path, capsys):
+    (tmp_path / "twice.yaml").write_text(text)
+    file = str(tmp_path / "twice.yaml") if "\n" in text else text
+    assert cli.main([word.format(file=file) for word in command.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"{where} is given twice", error)
+    assert len(error.splitlines()) == 1

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 from tests.shared_data import SHARED
 
+from scripts import load_script
 from torchmto.lab.grid import executors, outputs
 from torchmto.lab.reproduce import load_recipe, recipe_names, reproduce
 
@@ -52,6 +53,18 @@ def test_results_follow_from_the_runs(name, tmp_path, monkeypatch):
             del numbers[arm]
         assert again["numbers"][part] == numbers, part
     assert again["tables"] == [t for t in committed["tables"] if t["title"].split()[-1] not in left]
+
+
+def test_the_leaderboard_names_the_arms_whose_runs_arent_kept(tmp_path, monkeypatch):
+    evidence = load_script("docs/evidence.py")
+    intro = evidence.leaderboard().partition("##")[0]
+    assert set(re.findall(r"`([\w-]+)`'s arm `(\w+)`", intro)) == {
+        (name, arm) for name, arms in UNCOMMITTED.items() for arm in arms
+    }
+    shutil.copytree(ROOT / "results" / "wpcgrad-many", tmp_path / "wpcgrad-many")
+    next((tmp_path / "wpcgrad-many" / "arms" / "rf1" / "runs").glob("gd-seed3*")).unlink()
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    assert "`wpcgrad-many`'s arm `rf1` and `wpcgrad-many`'s arm `sider`" in evidence.leaderboard()
 
 
 def test_experiments_are_named_as_their_recipes():

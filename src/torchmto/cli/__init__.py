@@ -9,6 +9,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import io
 import os
 import pkgutil
 import signal
@@ -61,7 +62,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+            stream.reconfigure(errors="replace")  # a terminal that has no Δ is no reason to fail
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except OSError:  # of an output, which is told below
+        code = FAILED
+    return _written(code)
+
+
+def _written(code: int) -> int:
+    """Write out what is buffered, since at exit Python would complain; `FAILED` if that can't be done."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            print(end="", file=stream, flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if code == DONE and not isinstance(error, BrokenPipeError):  # a pipe's reader had seen enough
+                print(f"torchmto: {error}", file=sys.stderr)
+            code = FAILED
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"-h", "--help", "help"}:
         print(_overview())
         return DONE if arguments else WRONG_USAGE
@@ -110,9 +134,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         hint = str(interrupt) or "Interrupted."
         print(f"\ntorchmto {verb}: {hint}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe had seen enough; Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        raise
     except ImportError as error:
         if frames := _frames(error):
             print(frames, end="", file=sys.stderr)

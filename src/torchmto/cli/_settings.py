@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 
 from torchmto.checks import nearest
 from torchmto.cli._errors import INTERRUPTED, UsageError, wrong_usage
 from torchmto.lab.run.config import SECTIONS, SHORT, ConfigError, RunConfig, config_of
-from torchmto.lab.run.folder import read_yaml
+from torchmto.lab.run.folder import KeyTwiceError, Loader, read_yaml
 
 _SHORT = {
     **{f"--{name.replace('_', '-')}": f"--{setting}" for name, setting in SHORT.items()},
@@ -27,6 +28,25 @@ _SHORT = {
 _LISTS = {"--loggers", "--data.tasks"}
 """Flags whose value is a list, with or without brackets."""
 _METHOD = {"--method": "--method.name"}
+_YAML = "torchmto"
+
+
+def _value(text: str) -> Any:
+    """What a flag's text stands for.
+
+    Raises:
+        ConfigError: If it is a mapping that has a key twice.
+    """
+    try:
+        yaml.compose(text, Loader=Loader)
+    except KeyTwiceError as error:
+        raise ConfigError(f"In `{text}` {error.problem}.") from error
+    except yaml.YAMLError:
+        pass  # jsonargparse says so
+    return get_loader("yaml")(text)
+
+
+set_loader(_YAML, _value, (yaml.YAMLError,))
 
 
 class Parser(ArgumentParser):
@@ -39,7 +59,7 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, *arguments: Any, short: Mapping[str, str] | None = None, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
+        super().__init__(*arguments, allow_abbrev=False, parser_mode=_YAML, **options)
         self.short = short or {}
         self.add_argument("--config", type=str, metavar="FILE", help="A YAML file of options; flags go before it.")
 
@@ -102,12 +122,12 @@ class SettingsParser(Parser):
 
 
 def _as_flags(values: Mapping[str, Any]) -> list[str]:
-    """A file's options as they would be typed."""
+    """A file's options as they would be typed; null is what isn't typed."""
     flags = []
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         flag = _flag(name)
-        flags += [] if value is False else [flag if value is True else f"{flag}={text}"]
+        flags += [] if value is False or value is None else [flag if value is True else f"{flag}={text}"]
     return flags
 
 
@@ -298,6 +318,8 @@ def reported(resume: str = "") -> Iterator[None]:
         if frames := user_frames(error):
             print(frames, end="", file=sys.stderr)
             raise SystemExit(1) from error
+        if isinstance(error, BrokenPipeError) and not again:  # nothing is lost with whoever read
+            raise
         if isinstance(error, FileNotFoundError) and from_here(error):
             raise UsageError(str(error)) from error
         print(f"error: {error}{again}", file=sys.stderr)

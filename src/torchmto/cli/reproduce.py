@@ -24,7 +24,10 @@ def make_parser(prog: str) -> Parser:
         "--data-root", type=Path | None, metavar="DIR", help="What {data} in the recipe stands for (data)."
     )
     parser.add_argument(
-        "--add", type=str | None, metavar="A,B(c=1)", help="Methods that the first arm gets besides the recipe's."
+        "--add",
+        type=str | None,
+        metavar="A,B(c=1)",
+        help="Methods that the first arm gets besides the recipe's, now and later.",
     )
     add_executor(parser, "1")
     parser.add_argument("--out", type=Path | None, metavar="DIR", help="The folder (runs/reproduce-NAME).")

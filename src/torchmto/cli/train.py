@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     from torchmto.lab.terminal import make_console  # noqa: PLC0415
 
     resume = args.resume or args.checkpoint is not None
-    with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
+    with reported():
         base = None
         if resume and args.out and not args.config:
             base = RunFolder(args.out).read_settings(args.settings, changed_source=args.changed_source)
@@ -41,6 +41,7 @@ def run(args: Namespace) -> int:
             return 0
         if args.out is None:
             raise UsageError("The option `--out DIR` is required.")
+    with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
         results, _ = train(
             config,
             args.out,

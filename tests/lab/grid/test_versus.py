@@ -102,3 +102,12 @@ def test_equal_budgets():
     assert seconds["methods"]["x"] is None
     slow = versus({**RUNS, "x": [run(0.6, 1.0, steps=3.0)] * 3}, DELTA, TASKS)["budgets"]
     assert slow["optimizer_steps"]["methods"]["x"] is None
+
+
+@pytest.mark.parametrize("measure", ["mean validation score: over tasks", "accuracy on the validation split"])
+def test_only_a_delta_m_counts_within_equal_budgets(measure):
+    other = [{**one, "measure": measure} for one in RUNS["x"]]
+    stated = [{**one, "measure": "delta_m: mean relative improvement"} for one in RUNS["gd"]]
+    for within in versus({"gd": stated, "x": other}, DELTA, TASKS)["budgets"].values():
+        assert within["methods"]["gd"]["mean"] == 2.0
+        assert within["methods"]["x"] is None

@@ -201,6 +201,16 @@ def test_one_page_for_several_folders(tmp_path: Path) -> None:
     assert len(embedded((tmp_path / "page.html").read_text())) == 1
 
 
+def test_a_folder_given_twice_counts_once(tmp_path: Path) -> None:
+    training(tmp_path / "run")
+    training(tmp_path / "single", tasks=("left",))
+    experiment(tmp_path / "found")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    once = [tmp_path / "run", tmp_path / "single", tmp_path / "found"]
+    again = [tmp_path / "single" / ".", tmp_path / "link", *(tmp_path / "found" / "arms").iterdir()]
+    assert read_studies([*once, *again]) == read_studies(once)
+
+
 def test_an_experiment_shows_its_tables_its_plots_and_its_comparisons(tmp_path: Path) -> None:
     experiment(tmp_path / "found", text=HOSTILE)
     whole, arm = embedded(page(read_studies([tmp_path / "found"])))

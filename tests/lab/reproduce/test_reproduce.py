@@ -97,6 +97,13 @@ def test_results(phases):
         assert f"plots/{image.name}" in page
 
 
+def test_without_single_task_models_there_are_no_equal_budgets(tmp_path, no_figures):
+    text = "study: comparison\nsummary: toy\narms: {a: {methods: [gd, sequential], baselines: false}}\n"
+    findings = reproduce(load_recipe(str(recipe(tmp_path, text))), tmp_path / "o", seeds=1, say=lambda _: None)
+    assert not [table.title for table in findings.tables if "budgets" in table.title], "no score of theirs is a Δm"
+    assert "budgets" not in findings.numbers
+
+
 def test_a_second_call_trains_nothing(phases, monkeypatch):
     path, out = phases
     monkeypatch.setattr(executors, "execute", None)
@@ -117,8 +124,14 @@ def test_an_added_method_is_all_that_trains(phases, tmp_path, no_figures, monkey
     arms = json.loads((tmp_path / "out" / "results.json").read_text())["numbers"]["arms"]
     assert list(arms["a"]["methods"]) == ["gd", "connection_strength(schedule=mix)", "pcgrad"]
     assert list(arms["b"]["methods"]) == ["gd"]
-    assert main([*command, "pcgrat"]) == 2
-    assert "Did you mean `pcgrad`?" in capsys.readouterr().err
+    for typo, words in (("pcgrat", "Did you mean `pcgrad`?"), ("cagrad(d=1)", "no hyper-parameter `d`")):
+        assert main([*command, typo]) == 2
+        assert words in capsys.readouterr().err
+    # Whoever comes next adds to what is there, and the recipe alone goes on with all of it.
+    assert main([*command, "imtl_g"]) == main(command[:-1]) == 0
+    assert len(trained) == 4
+    arms = json.loads((tmp_path / "out" / "results.json").read_text())["numbers"]["arms"]
+    assert set(arms["a"]["methods"]) == {"gd", "connection_strength(schedule=mix)", "pcgrad", "imtl_g"}
     with pytest.raises(RecipeError, match="no arm"):
         with_methods(load_recipe("theory"), "gd")
 
@@ -207,6 +220,31 @@ def test_every_method_is_tuned_on_the_same_grid(tmp_path, no_figures):
     assert "each at its chosen settings, seeds 0 to 0" in findings.tables[0].notes[0]
     (chosen,) = [table for table in findings.tables if table.title == "Chosen settings, arm a"]
     assert [row[0] for row in chosen.rows][-2:] == ["gd", "sequential"]
+
+
+@pytest.mark.parametrize(("tuned", "limit"), [(True, 1), (True, 3), (False, 1)], ids=["tuning", "seeds", "untuned"])
+def test_what_is_finished_stays_while_a_method_is_added(tmp_path, monkeypatch, no_figures, tuned, limit):
+    offers = "tune: [{learning_rate: 0.1}, {learning_rate: 0.3}]\n" * tuned
+    loaded = load_recipe(
+        str(recipe(tmp_path, f"study: comparison\nsummary: x\n{offers}arms: {{a: {{methods: [gd]}}}}\n"))
+    )
+    asked = []
+
+    def execute(job, problem, _):
+        return trained(job.config, job.config.data.tasks or problem.task_names, asked, wrong=lambda _: None)
+
+    monkeypatch.setattr(executors, "execute", execute)
+    more = {"seeds": 2, "say": lambda _: None}
+    before = reproduce(loaded, tmp_path / "o", **more).numbers["arms"]
+    most = len(asked) + limit
+    monkeypatch.setattr(Budget, "spent", property(lambda _: len(asked) >= most))
+    cut = reproduce(with_methods(loaded, "pcgrad"), tmp_path / "o", **more)
+    assert not cut.complete
+    assert cut.numbers["arms"] == before
+    monkeypatch.setattr(Budget, "spent", property(lambda _: False))
+    whole = reproduce(loaded, tmp_path / "o", **more)
+    assert whole.complete
+    assert list(whole.numbers["arms"]["a"]["methods"]) == ["gd", "pcgrad"]
 
 
 TUNED = """
@@ -306,10 +344,11 @@ def test_what_fails_at_every_setting_ends_the_experiment_in_words(tmp_path, monk
         ("arms: {a: {methods: [gd, pcgrat]}}", "arm a: .*pcgrad"),
         ("arms: {a: {methods: [gd], run: {seed: 3}}}", "arm a: .*`seed` has no effect"),
         ("arms: {a: {methods: [gd], method_run: {devices: 2}}}", "arm a: .*`devices` has no effect"),
+        ("arms: {a: {methods: [gd], added: [gd]}}", "no entry `added`"),
         ("arms: {a: {methods: [gd], reference: pcgrad}}", "`reference` should be one of 'gd'"),
         ("arms: {a: {methods: [gd]}}\ntune: [{optimizer: sgd}, {optimizer: lion}]", "arm a: .*lion"),
     ],
-    ids=["study", "model", "epochs", "method_run", "method", "name", "seed", "devices", "reference", "tune"],
+    ids=["study", "model", "epochs", "method_run", "method", "name", "seed", "devices", "added", "reference", "tune"],
 )
 def test_wrong_arms_are_refused_before_anything_is_trained(tmp_path, monkeypatch, capsys, text, message):
     monkeypatch.setattr(executors, "execute", None)

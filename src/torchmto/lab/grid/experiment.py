@@ -43,7 +43,7 @@ class Experiment:
         """All settings that decide the outcome, in one mapping, as they are saved with the results."""
         common, everything = identity(self.run), self.run.as_dict()
         del common["seed"], common["method"]["name"], common["method"]["options"]
-        free = {name: everything[name] for name in FREE & set(everything)}
+        free = {name: everything[name] for name in sorted(FREE & set(everything))}
         chosen = {"chosen": {name: dict(entry) for name, entry in self.chosen.items()}} if self.chosen else {}
         alone = {} if self.baselines else {"baselines": False}
         return {"methods": list(self.methods), "seeds": self.seeds, **alone, **common, **chosen, "free": free}

@@ -7,6 +7,7 @@ measured by. Settings are compared by the score that chooses a Run's epoch.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import filterfalse
 from typing import Any
 
 from torchmto.checks import check_choice, check_integer, needed
@@ -117,14 +118,14 @@ class Tuning:
         tried: Each one's settings and scores, in the order of the rounds.
         measure: What methods were scored by.
         failed: What went wrong, a line for each run.
-        complete: Whether all runs are there; otherwise nothing is chosen.
+        unfinished: Those of which runs are missing: nothing is chosen for them, nor for methods before all single-task models.
     """
 
     chosen: dict[str, Settings] = field(default_factory=dict)
     tried: dict[str, list[tuple[Settings, float | None]]] = field(default_factory=dict)
     measure: str = ""
     failed: list[str] = field(default_factory=list)
-    complete: bool = True
+    unfinished: set[str] = field(default_factory=set)
 
     def as_dict(self) -> dict[str, Any]:
         """For a file."""
@@ -199,7 +200,7 @@ def tune(
             for who, run in zip(names, runs, strict=True):
                 key = run_key(run)
                 if key not in results and key not in failures:
-                    found.complete = False
+                    found.unfinished.add(who)
                     continue
                 result = results.get(key, {})
                 score = result.get("score")
@@ -212,9 +213,9 @@ def tune(
                     found.failed.append(said[who])
                 found.tried.setdefault(who, []).append((offers[who], score))
                 plan.tell(who, number, score)
-        if not found.complete:
+        if stage == "single-task" and found.unfinished:
             return found
-        for who in names:
+        for who in filterfalse(found.unfinished.__contains__, names):
             scores = [(score, settings) for settings, score in found.tried[who] if score is not None]
             if not scores:
                 raise FailedRunsError(

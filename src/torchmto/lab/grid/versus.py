@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from torchmto.lab.run.scores import is_delta_m
 from torchmto.lab.statistics import (
     Paired,
     average_ranks,
@@ -155,7 +156,7 @@ def _budgets(runs: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
 
     Returns:
         By unit (`UNITS`): ``limit``, and by method ``per_seed``, ``mean`` and ``ci95``, or None where
-        it had no epoch within the limit or a run has no score.
+        it had no epoch within the limit or a run has no score that is a Δm.
     """
     budgets: dict[str, Any] = {}
     for unit in UNITS:
@@ -178,7 +179,7 @@ def _best_within(run: Result, ends: Sequence[float], limit: float) -> float | No
     scores = [
         epoch["score"]
         for epoch, end in zip(run["history"], ends, strict=True)
-        if end <= limit * (1 + 1e-9) and epoch["score"] is not None
+        if is_delta_m(run) and end <= limit * (1 + 1e-9) and epoch["score"] is not None
     ]
     return max(scores, default=None)
 

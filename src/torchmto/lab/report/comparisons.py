@@ -11,6 +11,7 @@ from torchmto.lab.grid.noise import noise_floor
 from torchmto.lab.grid.tables import batches, caveats, selection
 from torchmto.lab.grid.versus import UNITS
 from torchmto.lab.report.base import ReportError, Study, provenance, study
+from torchmto.lab.run.scores import is_delta_m
 from torchmto.lab.versions import RESULTS_VERSION, results_version
 
 Content = Mapping[str, Any]
@@ -166,7 +167,7 @@ def shown_run(content: Content, results: Mapping[str, Any]) -> dict[str, Any]:
         results: Of the study.
     """
     result, single = content["result"], content["task"] is not None
-    scored = not single and result.get("measure", "delta_m").startswith("delta_m")
+    scored = not single and is_delta_m(result)
     pairs = max(len(results["tasks"]) * (len(results["tasks"]) - 1) / 2, 1)
     history = [
         {

@@ -52,12 +52,13 @@ def read_studies(folders: Sequence[Path]) -> list[Study]:
 
 
 def _with_arms(folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """The folders with what the page calls them, and after each experiment the comparisons it is made of."""
-    every = []
+    """The folders, each once, with what the page calls them, and after each experiment the comparisons it is made of."""
+    every: dict[Path, tuple[Path, str]] = {}
     for folder in folders:
         name = folder.resolve().name
-        every += [(folder, name), *((arm, f"{name}: {arm.name}") for arm in arms_of(folder))]
-    return every
+        for path, title in [(folder, name), *((arm, f"{name}: {arm.name}") for arm in arms_of(folder))]:
+            every.setdefault(path.resolve(), (path, title))
+    return list(every.values())
 
 
 def _read_results(folder: Path) -> dict[str, Any]:

@@ -50,11 +50,12 @@ class ArmResult:
 
     Attributes:
         arm: What was asked for.
-        experiment: Its finished part: only seeds of which every run is there.
+        experiment: Its finished part: only seeds of which every run is there, and of the methods that were added to the
+            recipe's only those that have as many.
         problem: What is learnt.
         results: Every run by its key.
         summary: As `torchmto.lab.grid.summarize` gives it.
-        complete: Whether all seeds asked for are there.
+        complete: Whether all methods and seeds asked for are there.
         failed: What went wrong in tuning, a line for each run.
     """
 
@@ -153,16 +154,23 @@ def _run(
     results, error = try_grid(experiment, grid.folder, grid.problem, executor=context.executor, watcher=watcher)
     if error is not None:
         raise error
-    seeds = 0
-    while seeds < experiment.seeds and all(run_key(run) in results for run in grid.runs if run.seed == seeds):
-        seeds += 1
+
+    def finished_seeds(method: str) -> int:
+        runs = [*grid.singles, *experiment.method_runs(method)]
+        missing = [run.seed for run in runs if run_key(run) not in results]
+        return min(missing, default=experiment.seeds)
+
+    by_method = {method: finished_seeds(method) for method in experiment.methods}
+    seeds = min((count for method, count in by_method.items() if method not in arm.added), default=0)
     if seeds == 0:
         context.say(f"  {arm.name}: no seed is finished yet.")
         return None
-    finished = replace(experiment, seeds=seeds)
+    methods = tuple(method for method, count in by_method.items() if count >= seeds)
+    finished = replace(experiment, methods=methods, seeds=seeds)
     summary = summarize(finished, grid.problem, results, arm.reference)
     write_outputs(grid.folder, summary, results)
-    return ArmResult(arm, finished, grid.problem, results, summary, seeds == experiment.seeds, failed)
+    complete = seeds == experiment.seeds and methods == arm.methods
+    return ArmResult(arm, finished, grid.problem, results, summary, complete, failed)
 
 
 def _open(context: Context, name: str, experiment: Experiment, others: list[_Grid]) -> _Grid:
@@ -195,6 +203,7 @@ def _tune(
 ) -> tuple[Experiment, list[str]] | None:
     """Each method and each single-task model at its best settings, and what failed; None if there was no time for it.
 
+    A method that was added and isn't finished is left out, so that the others keep their figures.
     What an arm changes for its multi-task runs alone (``method_run``) isn't tuned for: they run at the settings of plain ones.
     """
     recipe = context.recipe
@@ -208,6 +217,7 @@ def _tune(
     found = tune(short, problem, Plan(recipe.tune), folder_of, executor=context.executor, watcher=watcher)
     for line in found.failed:
         context.say(f"  {line}")
-    if not found.complete:
+    finished = tuple(method for method in experiment.methods if method in found.chosen)
+    if not set(arm.methods) - set(arm.added) <= set(finished):
         return None
-    return replace(experiment, chosen=found.chosen), found.failed
+    return replace(experiment, methods=finished, chosen=found.chosen), found.failed

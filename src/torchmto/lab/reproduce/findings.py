@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchmto.lab.atomic import BrokenFileError, plain, read_json, write_bytes, write_json
 from torchmto.lab.folders import FolderError, check_folder
 from torchmto.lab.grid.plots import picture
-from torchmto.lab.reproduce.recipe import Recipe
+from torchmto.lab.reproduce.recipe import Recipe, with_methods
 from torchmto.lab.run.environment import made
 from torchmto.lab.terminal import Table
 from torchmto.lab.versions import versions
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 _KIND = "torchmto reproduce"
+_MARKER = "experiment.json"
 FEW_SEEDS = 5
 """Below so many seeds a comparison of methods is called a smoke run."""
 
@@ -64,26 +65,40 @@ def figure(entry: Mapping[str, Any] | None) -> str:
     return number(None) if entry is None else number(entry["mean"], entry["ci95"])
 
 
-def claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Take a folder for an experiment: a new one, or one in which the same was begun.
+def with_folder(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the methods that earlier calls have added to the experiment in a folder, if there is one.
 
     Raises:
         FolderError: If it may not be written to.
+        RecipeError: If there is no such method any more.
     """
-    marker = folder / "experiment.json"
-    if not check_folder(folder, "torchmto reproduce"):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(marker, _KIND, SCHEMA_VERSION, {"experiment": recipe.name})
-        return
+    if not check_folder(folder, _KIND):
+        return recipe
     try:
-        owner = read_json(marker, _KIND, SCHEMA_VERSION).get("experiment")
+        content = read_json(folder / _MARKER, _KIND, SCHEMA_VERSION)
     except BrokenFileError as error:
         raise FolderError(f"{error} The folder was left as it is; choose another one (--out, `out=`).") from error
+    owner, added = content.get("experiment"), content.get("added")
     if owner != recipe.name:
         raise FolderError(
             f"The folder {folder} holds results of the experiment {owner!r}, not of {recipe.name!r}. It was left as it is; "
             "choose another one (--out, `out=`)."
         )
+    return with_methods(recipe, ",".join(added)) if added else recipe
+
+
+def claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Take a folder for an experiment, a new one or one in which the same was begun, and keep which methods were added.
+
+    Raises:
+        FolderError: If it may not be written to.
+        RecipeError: If a method that was added there isn't known any more.
+    """
+    recipe = with_folder(recipe, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    added = [method for arm in recipe.arms for method in arm.added]
+    content = {"experiment": recipe.name, **({"added": added} if added else {})}
+    write_json(folder / _MARKER, _KIND, SCHEMA_VERSION, content)
 
 
 def write_findings(folder: Path, recipe: Recipe, findings: Findings, *, seeds: int, minutes: float) -> None:

@@ -35,6 +35,7 @@ class Arm:
         about: What the arm is there for.
         baselines: Whether single-task models are trained, too; without them there is no Δm.
         seeds: At most so many, where fewer than the recipe's do.
+        added: Those of the methods that aren't the recipe's, see `with_methods`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     about: str = ""
     baselines: bool = True
     seeds: int | None = None
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,12 @@ def with_methods(recipe: Recipe, methods: str) -> Recipe:
         raise RecipeError(f"{recipe.name} has no arm to add methods to.")
     first, *others = recipe.arms
     try:
-        labels = dict.fromkeys([*first.methods, *(spec.label for spec in parse_methods(methods))])
-        return replace(recipe, arms=(replace(first, methods=tuple(labels)), *others))
+        labels = dict.fromkeys(spec.label for spec in parse_methods(methods))
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    new = tuple(label for label in labels if label not in first.methods)
+    more = replace(first, methods=(*first.methods, *new), added=(*first.added, *new))
+    return replace(recipe, arms=(more, *others))
 
 
 def _recipe(name: str, content: Mapping[str, Any]) -> Recipe:
@@ -173,6 +177,8 @@ def _needed(method: str) -> list[str]:
 def _arm(name: str, content: Mapping[str, Any]) -> Arm:
     entries = dict(content)
     methods: Sequence[str] = entries.pop("methods")
+    if "added" in entries:
+        raise RecipeError("An arm has no entry `added`; methods are added by `--add`.")
     if methods == "all":
         methods = [method for method in all_methods() if not _needed(method)]
     labels = tuple(parse_method(method).label for method in methods)

@@ -9,7 +9,7 @@ from torchmto.lab.grid.executors import make_executor
 from torchmto.lab.report import write_report
 from torchmto.lab.reproduce.arms import Context, check_arm, run_arms
 from torchmto.lab.reproduce.budget import Budget
-from torchmto.lab.reproduce.findings import Findings, claim_folder, write_findings
+from torchmto.lab.reproduce.findings import Findings, claim_folder, with_folder, write_findings
 from torchmto.lab.reproduce.recipe import Recipe, RecipeError
 from torchmto.lab.reproduce.tables import STUDIES, add_tables
 from torchmto.lab.reproduce.theory import check_options, theory
@@ -31,7 +31,7 @@ def reproduce(
 
     Args:
         recipe: What to run.
-        folder: Where everything goes; an earlier call's runs are taken over.
+        folder: Where everything goes; an earlier call's runs are taken over, and the methods that it added.
         data_root: What ``{data}`` in the recipe's paths stands for; ``data`` by default.
         seeds: How many; the recipe's by default.
         minutes: No unit of work begins after so many; None for no limit.
@@ -61,6 +61,7 @@ def reproduce(
     for name, (value, why) in idle.items():
         if value:
             raise RecipeError(f"The setting `{name}` has no effect on {recipe.name}: {why}. Leave it out.")
+    recipe = with_folder(recipe, folder)
     budget = Budget(minutes)
     asked = seeds or recipe.seeds
     where = make_executor(executor, jobs, folder, ray_address)  # says what is missing before anything is read

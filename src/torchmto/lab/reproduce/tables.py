@@ -119,8 +119,10 @@ def _last_losses(arm: ArmResult, method: str) -> dict[str, float]:
 
 
 def budgets(arm: ArmResult) -> tuple[Any, Table | None]:
-    """Within equal budgets, where methods take different numbers of optimizer steps."""
+    """Within equal budgets, where methods take different numbers of optimizer steps; nothing where no method has a Δm."""
     found = arm.summary["versus"]["budgets"]
+    if not any(entry for within in found.values() for entry in within["methods"].values()):
+        return None, None
     if len({entry["cost"]["num_optimizer_steps"] for entry in arm.summary["methods"].values()}) == 1:
         return found, None
     columns = {

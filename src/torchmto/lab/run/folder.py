@@ -133,11 +133,30 @@ class RunFolder:
         return results
 
 
-class _Loader(yaml.SafeLoader):
-    """As YAML 1.2 reads numbers: 1e-3 is one, too."""
+class KeyTwiceError(yaml.MarkedYAMLError):
+    """A mapping has two values for a key, of which PyYAML would take the last without a word."""
 
 
-_Loader.add_implicit_resolver(
+class Loader(yaml.SafeLoader):
+    """As YAML 1.2 reads numbers (1e-3 is one, too) and keys (each once)."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """A mapping.
+
+        Raises:
+            KeyTwiceError: If a key is given twice.
+        """
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in keys:
+                    raise KeyTwiceError(problem=f"the key `{key.value}` is given twice", problem_mark=key.start_mark)
+                keys.add((key.tag, key.value))
+        return node
+
+
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 LARGEST_SETTINGS = 100_000
@@ -148,14 +167,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A file of settings, in bounded time.
 
     Raises:
-        ConfigError: If it isn't text, isn't YAML, holds something else than settings, or aliases that never end.
+        ConfigError: If it isn't text, isn't YAML, holds a key twice, something else than settings, or aliases that never end.
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=Loader)
         if node is not None and _size(node, {}, set()) > LARGEST_SETTINGS:
             raise ConfigError(f"`{path}` should hold settings. Found more than {LARGEST_SETTINGS} values.")
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506  a safe one
+        values = yaml.load(text, Loader=Loader)  # noqa: S506  a safe one
     except OSError as error:
         raise ConfigError(f"Can't read `{path}`: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.metrics import primary_metric
@@ -75,6 +75,18 @@ def tells_apart(scores: Sequence[float | None]) -> bool:
         (True, False, False)
     """
     return len(set(scores)) > 1
+
+
+def is_delta_m(result: Mapping[str, Any]) -> bool:
+    """Whether a Run's scores are Δm; results that don't say what they are come from when they always were.
+
+    Example:
+        >>> is_delta_m({"measure": measure_of([Task("a", "regression", 1)], {"a": 2.0}).description}), is_delta_m({})
+        (True, True)
+        >>> is_delta_m({"measure": measure_of([Task("a", "regression", 1)], None).description})
+        False
+    """
+    return str(result.get("measure", "delta_m")).startswith("delta_m")
 
 
 def needs_untrained(tasks: Sequence[Task], baseline: Values | None) -> bool:
