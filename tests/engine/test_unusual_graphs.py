@@ -52,8 +52,14 @@ def sparse_input() -> tuple[Net, Tensor]:
     return net, torch.mm(torch.sparse_coo_tensor(entries, torch.ones(4), (4, 200)), net.weight)
 
 
+def root_of_relu() -> tuple[Net, Tensor]:
+    """The root's derivative is infinite where ReLU lets nothing through."""
+    net = Net({"first": nn.Linear(64, 64)})
+    return net, net.first(torch.randn(4, 64)).relu().sqrt()
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize("case", [masked, idle_expert, transposed_lookup, sparse_input])
+@pytest.mark.parametrize("case", [masked, root_of_relu, idle_expert, transposed_lookup, sparse_input])
 def test_equals_the_rows(case: Callable[[], tuple[Net, Tensor]]) -> None:
     found = []
     for gradients in ("parameters", "layerwise"):
