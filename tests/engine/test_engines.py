@@ -301,8 +301,36 @@ def shapes() -> Sample:
     return _sample(nn.ModuleList([first, second, nn.ParameterList([scale, rows])]), outputs)
 
 
+def _leaves(choose: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Sample:
+    """Losses of a trunk that a slack is subtracted from, the slack, and a scale with a hook."""
+    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 1))
+    slack, scale = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.4))
+    scale.register_hook(lambda gradient: gradient * 3)
+    x = torch.randn(3, 40)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        return dict(zip(tasks, choose((model(x).abs() - slack).square().mean(), slack, scale), strict=True))
+
+    return Sample(nn.ModuleList([model, nn.ParameterList([slack, scale])]), losses)
+
+
+def losses_that_are_parameters() -> Sample:
+    return _leaves(lambda fit, slack, scale: (fit * scale, slack, scale))
+
+
+def one_parameter_for_two_losses() -> Sample:
+    return _leaves(lambda fit, slack, scale: (scale, fit * scale, scale))
+
+
+def a_parameter_that_no_other_task_reads() -> Sample:
+    return _leaves(lambda fit, slack, scale: (fit, scale, fit.exp()))
+
+
 ZOO = [
     chain,
+    losses_that_are_parameters,
+    one_parameter_for_two_losses,
+    a_parameter_that_no_other_task_reads,
     deep_convolutions,
     one_number_for_all_dimensions,
     hooked_linear,

@@ -124,7 +124,7 @@ class Auto(Engine):
             if room <= sum(factor.leaf.numel() for factor in factors.values()):
                 self.factors = factors
                 return True
-        if batched < 0 and all(map(native, nodes)):
+        if batched < 0 and all(native(node) or node in graph.leaves for node in nodes):
             parameters = _parameters(graph)
             room = _room(node for node in nodes if node not in parameters)
             self._batched = room <= sum(parameter.numel() for parameter in shared)

@@ -2,6 +2,7 @@
 
 import functools
 import heapq
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.reach import Edges, beyond, can_be_called, edges_of
+from torchmto.gradients.reach import Edges, can_be_called, edges_of, root_of
 from torchmto.gradients.torch_private import number_of
 
 Edge = tuple[Node, int]
@@ -24,11 +25,11 @@ class Graph:
     """The backward graph of several losses.
 
     Attributes:
-        order: Its nodes, every node after all nodes whose results it takes; leaves are left out.
+        order: Its nodes, every node after all nodes whose results it takes; leaves are left out, unless they are losses.
         masks: The tasks whose losses reach each of these nodes, as a bit mask.
         leaves: The nodes of the leaves, and the leaves.
         reached: ``id`` of a leaf -> the tasks whose losses reach it, as a bit mask.
-        uses: How many edges lead to each node, leaves included.
+        uses: How many edges and losses lead to each node, leaves included.
         edges: Where each node's results go, leaves included; nowhere from where the walk was to stop.
     """
 
@@ -48,10 +49,12 @@ class Graph:
 def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Graph:
     """Walk the graph of ``losses``, task -> loss, from the last operation to the first, as far as the nodes ``stop``."""
     masks: dict[Node, int] = {}
+    begun: Counter[Node] = Counter()
     for task, loss in losses.items():
-        root, _ = beyond(loss.grad_fn, loss.output_nr)
+        root, _ = root_of(loss)
         if root is not None:
             masks[root] = masks.get(root, 0) | 1 << task
+            begun[root] += 1
     waiting: dict[Node, int] = dict.fromkeys(masks, 0)
     edges: dict[Node, Edges] = {}
     following: dict[Node, list[Node]] = {}
@@ -65,7 +68,7 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
                 waiting[other] = 0
                 stack.append(other)
             waiting[other] += 1
-    graph = Graph(masks=masks, uses=dict(waiting), edges=edges)
+    graph = Graph(masks=masks, uses={node: count + begun[node] for node, count in waiting.items()}, edges=edges)
     # Of the operations whose gradient is complete the one that ran last comes first, as in the autograd engine itself.
     ready = [(-number_of(node), place, node) for place, node in enumerate(waiting) if waiting[node] == 0]
     heapq.heapify(ready)
@@ -77,7 +80,8 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
         if leaf is not None:
             graph.leaves[node] = leaf
             graph.reached[id(leaf)] = mask
-            continue
+            if node not in begun:
+                continue
         graph.order.append(node)
         for other in following[node]:
             masks[other] = masks.get(other, 0) | mask
@@ -255,6 +259,8 @@ class _Cut:
         leaves: dict[Node, None] = {}
         below: dict[Edge, None] = {}
         for node in nodes:
+            if node in self._sizes:  # a loss that is a parameter
+                leaves[node] = None
             for other, number in self._graph.edges[node]:
                 if other in self._sizes:
                     leaves[other] = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchmto.gradients.finite import plain
 from torchmto.gradients.torch_private import (
@@ -67,6 +67,12 @@ def beyond(node: Node | None, output: int) -> tuple[Node | None, int]:
     while node is not None and is_sink(node) and output < len(node.next_functions):
         node, output = node.next_functions[output]
     return node, output
+
+
+def root_of(loss: Tensor) -> tuple[Node | None, int]:
+    """Where the backward of a loss begins: of one that is a parameter itself, at that leaf's node."""
+    edge = get_gradient_edge(loss)
+    return beyond(edge.node, edge.output_nr)
 
 
 def edges_of(node: Node) -> list[tuple[Node | None, int]]:

@@ -11,7 +11,7 @@ from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
-from torchmto.gradients.reach import beyond
+from torchmto.gradients.reach import root_of
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import places
@@ -35,8 +35,8 @@ class Walk:
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
-            root, number = beyond(loss.grad_fn, loss.output_nr)
-            if root is not None:  # a leaf reaches no parameter but itself
+            root, number = root_of(loss)
+            if root is not None:
                 stack = Stack((tasks.index(task),), [torch.ones_like(loss) if seed is None else seed])
                 self._wait((root, number), stack)
 
