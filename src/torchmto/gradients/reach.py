@@ -113,6 +113,11 @@ def reach(roots: Edges) -> Reach:
     return found
 
 
+def in_python(node: Node) -> bool:
+    """Whether a node is written in Python: where nothing arrives it may make something of it, or fail, unlike PyTorch's own."""
+    return isinstance(node, BackwardCFunction)
+
+
 def can_be_called(node: Node) -> bool:
     """Whether a node may be called outside of a backward: it is PyTorch's own, and no leaf that it leads to has hooks."""
     leaves = (getattr(other, "variable", None) for other, _ in node.next_functions)

@@ -1,11 +1,12 @@
 """The K backwards through one forward's graph, side by side."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
@@ -14,7 +15,7 @@ from torchmto.gradients.graph import Edge, Run
 from torchmto.gradients.reach import root_of
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
-from torchmto.gradients.torch_private import places
+from torchmto.gradients.torch_private import has_hooks, places
 
 Found = tuple[Tensor | Factor, Stack]
 """A parameter and gradients of tasks, to be added to others; or a factor and the cotangents of tasks."""
@@ -67,7 +68,8 @@ class Walk:
                 return
         results = self._by_rule(run, given[0]) if arrived[0] is not None and len(given) == 1 else None
         if results is None:
-            results = self._one_by_one(node, arrived)
+            call = node if run.asked is None else functools.partial(_called_by_autograd, node, run.asked)
+            results = self._one_by_one(call, arrived)
         for (following, number), need, result in zip(run.edges, run.needs, results, strict=True):
             if not need or result is None:
                 continue
@@ -76,7 +78,7 @@ class Walk:
             if leaf is None:
                 self._wait((following, number), result.like(places(following)[number]))
             else:
-                yield leaf, result.like(leaf).real
+                yield leaf, _hooked(leaf, result.like(leaf)).real
 
     @staticmethod
     def _by_rule(run: Run, given: Stack) -> list[Stack | None] | None:
@@ -92,11 +94,11 @@ class Walk:
         return [None if value is None else Stack(given.rows, value) for value in results]
 
     @staticmethod
-    def _one_by_one(node: Any, arrived: Sequence[Stack | None]) -> list[Stack | None]:
+    def _one_by_one(call: Callable[..., Any], arrived: Sequence[Stack | None]) -> list[Stack | None]:
         """One call for each task."""
         rows = tuple(dict.fromkeys(row for stack in arrived if stack is not None for row in stack.rows))
         by_row = [{} if stack is None else dict(zip(stack.rows, stack.parts, strict=True)) for stack in arrived]
-        calls = [node(*(parts.get(row) for parts in by_row)) for row in rows]
+        calls = [call(*(parts.get(row) for parts in by_row)) for row in rows]
         calls = [result if isinstance(result, tuple) else (result,) for result in calls]
         return [_stack(rows, results) for results in zip(*calls, strict=True)]
 
@@ -173,6 +175,27 @@ def _stack(rows: Sequence[int], results: Sequence[Tensor | None]) -> Stack | Non
     """The results of some tasks, as far as there are any."""
     kept = [(row, dense(result)) for row, result in zip(rows, results, strict=True) if result is not None]
     return Stack(tuple(row for row, _ in kept), [result for _, result in kept]) if kept else None
+
+
+def _called_by_autograd(node: Node, asked: Edge, *cotangents: Tensor | None) -> Sequence[Tensor | None]:
+    """What a node that can't be called otherwise makes of cotangents; nothing but it is run."""
+    found: list[Sequence[Tensor | None]] = []
+    arrived = [(GradientEdge(node, number), part) for number, part in enumerate(cotangents) if part is not None]
+    edges, parts = zip(*arrived, strict=True)
+    listening = node.register_hook(lambda results, _: found.append(results))
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(edges, [GradientEdge(*asked)], parts, retain_graph=True, allow_unused=True)
+    finally:
+        listening.remove()
+    return found[0]
+
+
+def _hooked(leaf: Tensor, stack: Stack) -> Stack:
+    """Gradients as the leaf's hooks change them."""
+    if not has_hooks(leaf):
+        return stack
+    return Stack(stack.rows, [torch.autograd.grad(leaf, leaf, part)[0] for part in stack.parts])
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> Any:
