@@ -46,13 +46,11 @@ class Layerwise(Engine):
     their products are taken; their graphs are all kept. Among several ranks each segment's K gradients are summed while
     the next segment is gone through.
 
-    There is also one segment, and so the gradients of all tasks at a time, where parts of the forward are checkpointed or
-    offloaded and a function in Python lies between two things that one task's own part reads, or two layers that share a
-    parameter.
-
     Hooks that change gradients: those on parameters count. Where a forward sets hooks on activations, there is one segment,
     through which autograd goes with one task after the other, as for the rows. Ready losses hide that there are hooks, which
-    then may not run at all: use a closure, or the rows.
+    then may not run at all: use a closure, or the rows. There is one segment, too, where parts of the forward are checkpointed
+    or offloaded and a function in Python lies between two things that one task's own part reads, or two layers that share a
+    parameter.
 
     Args:
         ranks: The processes.
