@@ -13,6 +13,7 @@ from torchmto.gradients.factors import TURNING, Factor, find_factors
 from torchmto.gradients.finite import like
 from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
+from torchmto.gradients.reach import is_nested
 from torchmto.gradients.stack import Stack
 from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
 from torchmto.gradients.walk import Walk
@@ -116,7 +117,9 @@ class Auto(Engine):
         batched = read + costs.batch * num_tasks - costs.launch * (num_tasks - 1) * len(nodes)
         if min(called, batched) >= 0:
             return False
-        if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
+        if any(hooked(node) if native(node) else is_compiled(node) for node in nodes) or any(
+            map(is_nested, graph.order)
+        ):
             return False
         if called < batched:
             passed = {node for factor in factors.values() for node in factor.between}

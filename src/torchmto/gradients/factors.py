@@ -3,9 +3,10 @@
 The gradient of a linear layer's weight is D_i^T X, with the layer's input X [n, in], the same for all tasks, and task i's
 cotangent D_i [n, out]. So the inner product of two is the sum of the elements of D_i * (X X^T D_j): with few samples n that
 is much less work than K gradients [out, in], and needs less room. A convolution is the same with positions for samples and
-patches for inputs. The mean sample m is taken apart, X - 1 m^T and m being the samples of D_i and of its sum over the samples:
-behind a batch norm that sum is nearly zero, and where the mean is large all else would be lost in what cancels. An embedding's input is one-hot: only looked-up rows of its gradients differ from zero. A weighted sum of
-the gradients takes no more than one product, with the weighted sum of the cotangents.
+patches for inputs. The mean sample m is taken apart, X - 1 m^T and m being the samples of D_i and of its sum over the
+samples: behind a batch norm that sum is nearly zero, and where the mean is large all else would be lost in what cancels. An
+embedding's input is one-hot: only looked-up rows of its gradients differ from zero. A weighted sum of the gradients takes no
+more than one product, with the weighted sum of the cotangents.
 """
 
 import math

@@ -113,6 +113,11 @@ def reach(roots: Edges) -> Reach:
     return found
 
 
+def is_nested(node: Node) -> bool:
+    """Whether a node takes the gradient of a nested tensor: these can't be stacked, and jagged ones have no certain size."""
+    return any(place.is_nested_tensor for place in places(node))
+
+
 def in_python(node: Node) -> bool:
     """Whether a node is written in Python: where nothing arrives it may make something of it, or fail, unlike PyTorch's own."""
     return isinstance(node, BackwardCFunction)
