@@ -58,7 +58,7 @@ CASES: dict[str, list[Callable[[], Tensor]]] = {
     "ExpBackward0": [_unary(torch.exp)],
     "PowBackward0": [_unary(lambda x, e=e: x**e) for e in (0, 0.0, 0.5, 1, 2, 3.0, -1, -0.5)],
     "MulBackward0": [_binary(torch.mul), _unary(lambda x: x * 3), _matrix(lambda x: x * x[:, :1], 3, 4)],
-    "DivBackward0": [_binary(torch.div), _matrix(lambda x: x / x[:, 1:2], 3, 4)],
+    "DivBackward0": [_binary(torch.div), _unary(lambda x: x / 3), _matrix(lambda x: x / x[:, 1:2], 3, 4)],
     "NegBackward0": [_unary(torch.neg)],
     "NativeDropoutBackward0": [_unary(_dropped)],
     "AddBackward0": [_binary(torch.add), _binary(lambda x, y: torch.add(x, y, alpha=0.5)), _unary(lambda x: x + 1)],

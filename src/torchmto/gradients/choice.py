@@ -117,9 +117,9 @@ class Auto(Engine):
         batched = read + costs.batch * num_tasks - costs.launch * (num_tasks - 1) * len(nodes)
         if min(called, batched) >= 0:
             return False
-        if any(hooked(node) if native(node) else is_compiled(node) for node in nodes) or any(
-            map(is_nested, graph.order)
-        ):
+        if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
+            return False
+        if any(map(is_nested, graph.order)):
             return False
         if called < batched:
             passed = {node for factor in factors.values() for node in factor.between}
