@@ -48,6 +48,7 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
+        ctx.variable = x.detach()  # as leaves call their tensor
         return x * scale
 
     @staticmethod

@@ -74,7 +74,8 @@ class Walk:
             if not need or result is None:
                 continue
             assert following is not None, "what needs a cotangent is there"
-            leaf = getattr(following, "variable", None)
+            # A function of the user's own may keep something under that name, too.
+            leaf = None if following.next_functions else getattr(following, "variable", None)
             if leaf is None:
                 self._wait((following, number), result.like(places(following)[number]))
             else:
