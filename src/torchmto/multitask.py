@@ -116,9 +116,11 @@ class MultiTask:
             cheapest, the rows of "parameters", or a mix: rows for some parameters, and for layers with few samples only what
             combines their gradients, which are never formed; ``StepInfo.engine`` says which. Rows wherever else could cost
             memory or surprise: several micro-batches, ready losses, several ranks, hooks on activations or parameters,
-            checkpointing. "parameters": from the K x P matrix of the tasks' gradients, which is kept. "layerwise": the same
-            Gramian, segment by segment of the graph, never holding more than one segment's K gradients, then one weighted
-            backward: a backward more, much less memory (all micro-batches' graphs are kept, though). "representation": an
+            checkpointing, nested tensors. "parameters": from the K x P matrix of the tasks' gradients, which is kept.
+            "layerwise": the same Gramian, segment by segment of the graph, never holding more than one segment's K gradients,
+            then one weighted backward: a backward more, much less memory (all micro-batches' graphs are kept, though). That
+            backward gives the weighted sum of the gradients only as far as it is linear: what a function's own backward
+            adds (an auxiliary loss), or a hook clamps, it does once, with weight 1. "representation": an
             approximation, from the gradients with respect to the output of ``features``: K backwards through the heads and
             one through the trunk; one micro-batch, one process. "layerwise" and "representation" are for
             Gramian methods.

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 import torchmto
-from engine.test_engines import ZOO, Sample, checkpointed, one_forward_per_task, shapes, unknown
+from engine.test_engines import INTERLACED, ZOO, Sample, checkpointed, one_forward_per_task, shapes, unknown
 from torchmto.gradients import choice
 from torchmto.gradients.choice import Auto, Costs
 from torchmto.gradients.engine import Piece, Wanted
 from toy import Toy, batch, closure, flat, make
 
 TASKS = ("a", "b", "c")
-NOT_BATCHED = {checkpointed, unknown, shapes, one_forward_per_task}
+NOT_BATCHED = {checkpointed, unknown, shapes, one_forward_per_task, *INTERLACED}
 """What is recomputed, functions of others, writing into views; and nothing that tasks share."""
 ALWAYS = Costs(node=0, call=1e30, task=0, formed=0, launch=1, batch=0)
 

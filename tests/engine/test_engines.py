@@ -48,6 +48,7 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, scale: float) -> Tensor:
         ctx.scale = scale
+        ctx.variable = x.detach()  # as leaves call their tensor
         return x * scale
 
     @staticmethod
@@ -301,8 +302,136 @@ def shapes() -> Sample:
     return _sample(nn.ModuleList([first, second, nn.ParameterList([scale, rows])]), outputs)
 
 
+def _leaves(choose: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Sample:
+    """Losses of a trunk that a slack is subtracted from, the slack, and a scale with a hook."""
+    model = nn.Sequential(nn.Linear(40, 50), nn.Tanh(), nn.Linear(50, 1))
+    slack, scale = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.4))
+    scale.register_hook(lambda gradient: gradient * 3)
+    x = torch.randn(3, 40)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        return dict(zip(tasks, choose((model(x).abs() - slack).square().mean(), slack, scale), strict=True))
+
+    return Sample(nn.ModuleList([model, nn.ParameterList([slack, scale])]), losses)
+
+
+def losses_that_are_parameters() -> Sample:
+    return _leaves(lambda fit, slack, scale: (fit * scale, slack, scale))
+
+
+def one_parameter_for_two_losses() -> Sample:
+    return _leaves(lambda fit, slack, scale: (scale, fit * scale, scale))
+
+
+def a_parameter_that_no_other_task_reads() -> Sample:
+    return _leaves(lambda fit, slack, scale: (fit, scale, fit.exp()))
+
+
+class Injected(torch.autograd.Function):
+    """Adds an auxiliary loss in its backward, as mixtures of experts do, and has no gradient to take where there is none."""
+
+    runs = 0
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.like = loss.detach()
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        Injected.runs += 1
+        return gradient * 1.0, torch.ones_like(ctx.like)
+
+
+class Product(torch.autograd.Function):
+    """A linear layer of the user's own."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return x @ weight
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        Injected.runs += 1
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.T, x.T @ gradient
+
+
+def learnt_scale() -> Sample:
+    """A parameter that the trunk reads, and every task's own part: itself and transposed."""
+    scale, square = nn.Parameter(torch.tensor(1.3)), nn.Parameter(torch.randn(6, 6))
+    linear, router = nn.Linear(6, 6), nn.Linear(6, 2)
+    x = torch.randn(5, 6)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        h = (linear(x) * scale).tanh() @ square
+        h = Injected.apply(linear(h), router(h * scale).softmax(-1).square().mean()).tanh()
+        own = (h * scale, h @ square.T, scale * h.mean(0) + square)
+        return {task: (part - 0.1 * i).square().mean() for i, (task, part) in enumerate(zip(tasks, own, strict=True))}
+
+    return Sample(nn.ModuleList([linear, router, nn.ParameterList([scale, square])]), losses)
+
+
+def features_before_and_after() -> Sample:
+    """Functions of the user's own between the features that one task reads, and several between those of another."""
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    x = torch.randn(5, 6)
+
+    def outputs() -> list[Tensor]:
+        early = first(x).tanh()
+        middle = Injected.apply(second(early), early.square().mean()).tanh()
+        late = Injected.apply(Injected.apply(first(middle), middle.mean()), early.mean()).tanh()
+        return [torch.cat([early, late], 1), middle * late * early, late]
+
+    return _sample(nn.ModuleList([first, second]), outputs)
+
+
+def tied_products() -> Sample:
+    """One parameter for all layers, which functions of the user's own multiply with; for a loss, too."""
+    weight, slack = nn.Parameter(torch.randn(6, 6) / 3), nn.Parameter(torch.tensor(0.3))
+    x = torch.randn(5, 6)
+
+    def losses(tasks: tuple[str, ...]) -> dict[str, Tensor]:
+        h = Injected.apply(x @ weight, slack)
+        for _ in range(3):
+            h = Injected.apply(Product.apply(h, weight).tanh(), slack * 2)
+        values = (Product.apply(h, weight).mean() + slack, slack, h.square().sum() * slack)
+        return dict(zip(tasks, values, strict=True))
+
+    return Sample(nn.ParameterList([weight, slack]), losses)
+
+
+def hooked_products() -> Sample:
+    sample = tied_products()
+    for parameter in sample.model.parameters():
+        parameter.register_hook(lambda gradient: 2 * gradient)
+    return sample
+
+
+def checkpointed_functions() -> Sample:
+    """What nobody may call, between features that a task reads."""
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    x = torch.randn(5, 6)
+
+    def outputs() -> list[Tensor]:
+        early = checkpoint(first, x, use_reentrant=False).tanh()
+        late = Injected.apply(checkpoint(second, early, use_reentrant=False), early.mean()).tanh()
+        return [early * late, late, late.sin()]
+
+    return _sample(nn.ModuleList([first, second]), outputs)
+
+
+INTERLACED = [learnt_scale, features_before_and_after, tied_products, hooked_products, checkpointed_functions]
+"""Samples with functions of the user's own between two things that one run of nodes is asked for."""
+
 ZOO = [
     chain,
+    losses_that_are_parameters,
+    one_parameter_for_two_losses,
+    a_parameter_that_no_other_task_reads,
     deep_convolutions,
     one_number_for_all_dimensions,
     hooked_linear,
@@ -319,6 +448,7 @@ ZOO = [
     lookups,
     wide,
     one_forward_per_task,
+    *INTERLACED,
 ]
 
 
@@ -368,6 +498,26 @@ def test_layerwise_gramian_is_exact(make_sample: Callable[[], Sample]) -> None:
     kept.backward([Piece(losses, dict(enumerate(weights.unbind())))], parameters)
     combined = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     torch.testing.assert_close(combined, weights @ matrix, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("make_sample", INTERLACED, ids=lambda f: f.__name__)
+def test_functions_of_the_users_own_run_once_for_each_task(make_sample: Callable[[], Sample]) -> None:
+    torch.manual_seed(0)
+    sample = make_sample()
+    parameters = list(sample.model.parameters())
+    runs = []
+    for engine in (None, Layerwise(Ranks()), Auto()):
+        losses = dict(enumerate(sample.losses(tuple(f"t{i}" for i in range(K))).values()))
+        Injected.runs = 0
+        if engine is None:
+            for loss in losses.values():
+                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        else:
+            engine.begin()
+            engine.read([losses])
+            engine.gramian(Wanted([Piece(losses, dict.fromkeys(losses))], list(losses), parameters, [], _never))
+        runs.append(Injected.runs)
+    assert runs[0] == runs[1] == runs[2] > 0
 
 
 def _reached(loss: Tensor, parameter: Tensor) -> bool:
@@ -444,6 +594,30 @@ def test_inner_products_of_a_linear_layer(**sizes: int) -> None:
     engine.read([losses])
     found = engine.gramian(Wanted([Piece(losses, dict.fromkeys(losses))], list(losses), [weight], [], _never))
     torch.testing.assert_close(found, matrix @ matrix.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mean", [0, 1, 30, 1000])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "few samples"])
+def test_inner_products_of_inputs_that_are_not_centred(kind: str, mean: float) -> None:
+    """Behind a batch norm the gradients of float32 cancel: what is left is as exact as the rows, not its square."""
+    torch.manual_seed(0)
+    if kind == "convolution":
+        layer, norm = nn.Conv2d(64, 32, 3), nn.BatchNorm2d(32)
+        x = torch.randn(2, 64, 6, 6) + mean
+    else:
+        layer, norm = nn.Linear(2048, 64), nn.BatchNorm1d(64)
+        x = torch.randn(2 if kind == "few samples" else 32, 2048) + mean
+    out = layer(x)
+    features = norm(out).tanh() * torch.randn_like(out)
+    losses = {i: (features * torch.randn_like(out)).sin().sum() for i in range(K)}
+    graph = read_graph(losses)
+    (factor,) = find_factors(graph.order, graph.uses, {id(layer.weight): layer.weight}, K).values()
+    cotangents = [torch.autograd.grad(loss, out, retain_graph=True)[0] for loss in losses.values()]
+    found = factor.products(torch.stack(cotangents)).double()
+    layer, x = layer.double(), x.double()
+    rows = torch.stack([torch.autograd.grad(layer(x), layer.weight, part.double())[0].flatten() for part in cotangents])
+    norms = rows.norm(dim=1)
+    assert ((found - rows @ rows.T).abs() / torch.outer(norms, norms)).max() < 1e-5
 
 
 @pytest.mark.parametrize("heads", ["unit", "weighted"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchmto
+from torchmto.gradients import choice
 
 Losses = Mapping[str, Tensor]
 
@@ -52,8 +53,14 @@ def sparse_input() -> tuple[Net, Tensor]:
     return net, torch.mm(torch.sparse_coo_tensor(entries, torch.ones(4), (4, 200)), net.weight)
 
 
+def root_of_relu() -> tuple[Net, Tensor]:
+    """The root's derivative is infinite where ReLU lets nothing through."""
+    net = Net({"first": nn.Linear(64, 64)})
+    return net, net.first(torch.randn(4, 64)).relu().sqrt()
+
+
 @pytest.mark.filterwarnings("ignore:Sparse")
-@pytest.mark.parametrize("case", [masked, idle_expert, transposed_lookup, sparse_input])
+@pytest.mark.parametrize("case", [masked, root_of_relu, idle_expert, transposed_lookup, sparse_input])
 def test_equals_the_rows(case: Callable[[], tuple[Net, Tensor]]) -> None:
     found = []
     for gradients in ("parameters", "layerwise"):
@@ -103,3 +110,36 @@ def test_failed_steps_keep_no_graph(options: dict[str, Any]) -> None:
     net.first(x)
     engine = vars(multitask.network.engine)
     assert not any(engine.get(name) for name in ("_graphs", "_outputs", "_listening"))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("where", ["trunk", "head"])
+def test_nested_tensors_take_the_rows(where: str, layout: torch.layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although a walk down the graph would take less time."""
+    for name in ("CPU", "GPU"):
+        monkeypatch.setattr(choice, name, choice.Costs(node=0, call=0, task=0, formed=1, launch=0, batch=0))
+    monkeypatch.setattr(choice, "LIVE", 0)
+    found = []
+    for gradients in ("parameters", "auto", "layerwise"):
+        torch.manual_seed(0)
+        net = Net({"first": nn.Linear(64, 64), "wide": nn.Linear(64, 256), "back": nn.Linear(256, 64)})
+        sequences = [torch.randn(length, 64) for length in (2, 5, 3)]
+
+        def closure(tasks: tuple[str, ...], net: Net = net, sequences: list[Tensor] = sequences) -> Losses:
+            pooled = torch.stack([sequence.mean(0) for sequence in sequences])
+            given = torch.nested.nested_tensor(sequences, layout=layout)
+            nested = torch.nested.to_padded_tensor(net.first(given) * 2, 0.0).sum(1)
+            features = net.back(net.wide(nested if where == "trunk" else net.first(pooled)).tanh())
+            losses = net.losses(features)
+            return losses if where == "trunk" else {**losses, "b": losses["b"] + nested.square().mean()}
+
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        multitask = torchmto.MultiTask(net, optimizer, tasks=["a", "b"], method="upgrad", gradients=gradients)
+        if gradients == "layerwise":
+            with pytest.raises(ValueError, match="nested tensors"):
+                multitask.step(closure)
+            continue
+        assert multitask.step(closure).engine == "parameters"
+        found.append([parameter.detach().clone() for parameter in net.parameters()])
+    torch.testing.assert_close(found[1], found[0])

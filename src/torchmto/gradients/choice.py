@@ -13,6 +13,7 @@ from torchmto.gradients.factors import TURNING, Factor, find_factors
 from torchmto.gradients.finite import like
 from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
+from torchmto.gradients.reach import is_nested
 from torchmto.gradients.stack import Stack
 from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
 from torchmto.gradients.walk import Walk
@@ -118,13 +119,15 @@ class Auto(Engine):
             return False
         if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
             return False
+        if any(map(is_nested, graph.order)):
+            return False
         if called < batched:
             passed = {node for factor in factors.values() for node in factor.between}
             room = _room(node for node in nodes if node not in passed) + sum(factor.size for factor in factors.values())
             if room <= sum(factor.leaf.numel() for factor in factors.values()):
                 self.factors = factors
                 return True
-        if batched < 0 and all(map(native, nodes)):
+        if batched < 0 and all(native(node) or node in graph.leaves for node in nodes):
             parameters = _parameters(graph)
             room = _room(node for node in nodes if node not in parameters)
             self._batched = room <= sum(parameter.numel() for parameter in shared)

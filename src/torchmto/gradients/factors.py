@@ -3,8 +3,10 @@
 The gradient of a linear layer's weight is D_i^T X, with the layer's input X [n, in], the same for all tasks, and task i's
 cotangent D_i [n, out]. So the inner product of two is the sum of the elements of D_i * (X X^T D_j): with few samples n that
 is much less work than K gradients [out, in], and needs less room. A convolution is the same with positions for samples and
-patches for inputs. An embedding's input is one-hot: only looked-up rows of its gradients differ from zero. A weighted sum of
-the gradients takes no more than one product, with the weighted sum of the cotangents.
+patches for inputs. The mean sample m is taken apart, X - 1 m^T and m being the samples of D_i and of its sum over the
+samples: behind a batch norm that sum is nearly zero, and where the mean is large all else would be lost in what cancels. An
+embedding's input is one-hot: only looked-up rows of its gradients differ from zero. A weighted sum of the gradients takes no
+more than one product, with the weighted sum of the cotangents.
 """
 
 import math
@@ -82,8 +84,10 @@ class Linear(Factor):
         return cotangents
 
     def products(self, cotangents: Tensor) -> Tensor:
-        """Sum of D_i * (X X^T D_j), a few columns of the D at a time."""
+        """Sum of D_i * (X X^T D_j), a few columns of the D at a time; the mean sample apart."""
         given = _wide(self._given())
+        mean = given.mean(0, keepdim=True)
+        given = torch.cat([given - mean, mean])
         inner = given @ given.T
         cotangents = self._samples(cotangents)
         elements = AT_ONCE if cotangents.is_cpu else AT_ONCE_ELSEWHERE
@@ -91,7 +95,8 @@ class Linear(Factor):
         total: Tensor | None = None
         for start in range(0, cotangents.shape[2], step):
             # One long product instead of k short ones, then inner products sample by sample.
-            part = _wide(cotangents[:, :, start : start + step]).transpose(0, 1).contiguous()
+            part = _wide(cotangents[:, :, start : start + step]).transpose(0, 1)
+            part = torch.cat([part, part.sum(0, keepdim=True)])
             other = (inner @ part.flatten(1)).view(part.shape)
             found = torch.bmm(part, other.mT).sum(0, dtype=wide_dtype(part.device))
             total = found if total is None else total + found

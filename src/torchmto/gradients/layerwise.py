@@ -27,6 +27,7 @@ from torchmto.gradients.factors import Factor, find_factors
 from torchmto.gradients.finite import real
 from torchmto.gradients.graph import Graph, Run, cut, read_graph
 from torchmto.gradients.ranks import Ranks, Wait
+from torchmto.gradients.reach import is_nested
 from torchmto.gradients.rows import products, slices_of, wide_dtype, widest
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import hooked, hooks_made
@@ -48,7 +49,9 @@ class Layerwise(Engine):
 
     Hooks that change gradients: those on parameters count. Where a forward sets hooks on activations, there is one segment,
     through which autograd goes with one task after the other, as for the rows. Ready losses hide that there are hooks, which
-    then may not run at all: use a closure, or the rows.
+    then may not run at all: use a closure, or the rows. There is one segment, too, where parts of the forward are checkpointed
+    or offloaded and a function in Python lies between two things that one task's own part reads, or two layers that share a
+    parameter.
 
     Args:
         ranks: The processes.
@@ -67,8 +70,17 @@ class Layerwise(Engine):
         self._hooks = hooks_made()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
-        """Read the whole graphs."""
+        """Read the whole graphs.
+
+        Raises:
+            ValueError: If there are nested tensors.
+        """
         self._graphs = [read_graph(losses) for losses in forwards]
+        if any(is_nested(node) for graph in self._graphs for node in graph.order):
+            raise ValueError(
+                'gradients="layerwise" puts the gradients of all tasks next to each other, which nested tensors don\'t allow. '
+                'Use gradients="parameters", or "auto".'
+            )
         reached: dict[int, int] = {}
         for graph in self._graphs:
             for key, mask in graph.reached.items():

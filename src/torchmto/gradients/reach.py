@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchmto.gradients.finite import plain
 from torchmto.gradients.torch_private import (
@@ -70,6 +70,12 @@ def beyond(node: Node | None, output: int) -> tuple[Node | None, int]:
     return node, output
 
 
+def root_of(loss: Tensor) -> tuple[Node | None, int]:
+    """Where the backward of a loss begins: of one that is a parameter itself, at that leaf's node."""
+    edge = get_gradient_edge(loss)
+    return beyond(edge.node, edge.output_nr)
+
+
 def edges_of(node: Node) -> list[tuple[Node | None, int]]:
     """Where a node's results go."""
     # Nearly all nodes are PyTorch's own, and this is asked of every one of them in every step of some engines.
@@ -106,6 +112,16 @@ def reach(roots: Edges) -> Reach:
         elif is_users(node):
             found.functions.append(node)
     return found
+
+
+def is_nested(node: Node) -> bool:
+    """Whether a node takes the gradient of a nested tensor: these can't be stacked, and jagged ones have no certain size."""
+    return any(place.is_nested_tensor for place in places(node))
+
+
+def in_python(node: Node) -> bool:
+    """Whether a node is written in Python: where nothing arrives it may make something of it, or fail, unlike PyTorch's own."""
+    return isinstance(node, BackwardCFunction)
 
 
 def can_be_called(node: Node) -> bool:

@@ -50,6 +50,22 @@ def _elementwise(node: Any, given: Tensor, needs: Sequence[bool]) -> list[Tensor
     return [given * d if need and d is not None else None for d, need in zip(derivatives, needs, strict=True)]
 
 
+def _selecting(node: Any, given: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros where ReLU gave none, whatever arrives there: times zero, the infinite derivative of a root would be NaN."""
+    return [torch.ops.aten.threshold_backward(given, saved(node, "result").detach(), 0)]
+
+
+def _power(node: Any, given: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros, too, from what doesn't depend on its input."""
+    return [torch.zeros_like(given)] if saved(node, "exponent") == 0 else _elementwise(node, given, needs)
+
+
+def _divided(node: Any, given: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Really divided: the reciprocal of a tiny number is infinite."""
+    other = _elementwise(node, given, [False, True])[1] if needs[1] else None
+    return [given / saved(node, "other").detach() if needs[0] else None, other]
+
+
 def _add(node: Any, given: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     alpha = saved(node, "alpha", 1)
     return [given, given if alpha == 1 or not needs[-1] else given * alpha][: len(needs)]
@@ -131,9 +147,10 @@ def _place(dim: int) -> int:
 
 
 _ELEMENTWISE = (
-    *("Relu", "LeakyRelu", "Elu", "Gelu", "Silu", "Softplus", "Tanh", "Sigmoid", "Sin", "Cos", "Exp", "Pow"),
-    *("Mul", "Div", "Neg", "NativeDropout"),
+    *("LeakyRelu", "Elu", "Gelu", "Silu", "Softplus", "Tanh", "Sigmoid", "Sin", "Cos", "Exp"),
+    *("Mul", "Neg", "NativeDropout"),
 )
+"""Operations whose backward multiplies the cotangent, where it is zero too: so infinite times zero is NaN in both."""
 
 RULES: dict[str, Rule] = {
     "AddmmBackward0": _addmm,
@@ -147,6 +164,9 @@ RULES: dict[str, Rule] = {
     "SelectBackward0": _selected,
     "NativeLayerNormBackward0": _layer_norm,
     "ConvolutionBackward0": _convolution,
+    "ReluBackward0": _selecting,
+    "PowBackward0": _power,
+    "DivBackward0": _divided,
     **dict.fromkeys(
         ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward1", "SqueezeBackward0"),
         _reshaped,

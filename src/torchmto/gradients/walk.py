@@ -1,20 +1,21 @@
 """The K backwards through one forward's graph, side by side."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
-from torchmto.gradients.reach import beyond
+from torchmto.gradients.reach import root_of
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
-from torchmto.gradients.torch_private import places
+from torchmto.gradients.torch_private import has_hooks, places
 
 Found = tuple[Tensor | Factor, Stack]
 """A parameter and gradients of tasks, to be added to others; or a factor and the cotangents of tasks."""
@@ -35,8 +36,8 @@ class Walk:
         self._waiting: dict[Edge, list[Stack]] = {}
         for task, loss in piece.losses.items():
             seed = piece.seeds[task]
-            root, number = beyond(loss.grad_fn, loss.output_nr)
-            if root is not None:  # a leaf reaches no parameter but itself
+            root, number = root_of(loss)
+            if root is not None:
                 stack = Stack((tasks.index(task),), [torch.ones_like(loss) if seed is None else seed])
                 self._wait((root, number), stack)
 
@@ -67,16 +68,18 @@ class Walk:
                 return
         results = self._by_rule(run, given[0]) if arrived[0] is not None and len(given) == 1 else None
         if results is None:
-            results = self._one_by_one(node, arrived)
+            call = node if run.asked is None else functools.partial(_called_by_autograd, node, run.asked)
+            results = self._one_by_one(call, arrived)
         for (following, number), need, result in zip(run.edges, run.needs, results, strict=True):
             if not need or result is None:
                 continue
             assert following is not None, "what needs a cotangent is there"
-            leaf = getattr(following, "variable", None)
+            # A function of the user's own may keep something under that name, too.
+            leaf = None if following.next_functions else getattr(following, "variable", None)
             if leaf is None:
                 self._wait((following, number), result.like(places(following)[number]))
             else:
-                yield leaf, result.like(leaf).real
+                yield leaf, _hooked(leaf, result.like(leaf)).real
 
     @staticmethod
     def _by_rule(run: Run, given: Stack) -> list[Stack | None] | None:
@@ -92,11 +95,11 @@ class Walk:
         return [None if value is None else Stack(given.rows, value) for value in results]
 
     @staticmethod
-    def _one_by_one(node: Any, arrived: Sequence[Stack | None]) -> list[Stack | None]:
+    def _one_by_one(call: Callable[..., Any], arrived: Sequence[Stack | None]) -> list[Stack | None]:
         """One call for each task."""
         rows = tuple(dict.fromkeys(row for stack in arrived if stack is not None for row in stack.rows))
         by_row = [{} if stack is None else dict(zip(stack.rows, stack.parts, strict=True)) for stack in arrived]
-        calls = [node(*(parts.get(row) for parts in by_row)) for row in rows]
+        calls = [call(*(parts.get(row) for parts in by_row)) for row in rows]
         calls = [result if isinstance(result, tuple) else (result,) for result in calls]
         return [_stack(rows, results) for results in zip(*calls, strict=True)]
 
@@ -173,6 +176,27 @@ def _stack(rows: Sequence[int], results: Sequence[Tensor | None]) -> Stack | Non
     """The results of some tasks, as far as there are any."""
     kept = [(row, dense(result)) for row, result in zip(rows, results, strict=True) if result is not None]
     return Stack(tuple(row for row, _ in kept), [result for _, result in kept]) if kept else None
+
+
+def _called_by_autograd(node: Node, asked: Edge, *cotangents: Tensor | None) -> Sequence[Tensor | None]:
+    """What a node that can't be called otherwise makes of cotangents; nothing but it is run."""
+    found: list[Sequence[Tensor | None]] = []
+    arrived = [(GradientEdge(node, number), part) for number, part in enumerate(cotangents) if part is not None]
+    edges, parts = zip(*arrived, strict=True)
+    listening = node.register_hook(lambda results, _: found.append(results))
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(edges, [GradientEdge(*asked)], parts, retain_graph=True, allow_unused=True)
+    finally:
+        listening.remove()
+    return found[0]
+
+
+def _hooked(leaf: Tensor, stack: Stack) -> Stack:
+    """Gradients as the leaf's hooks change them."""
+    if not has_hooks(leaf):
+        return stack
+    return Stack(stack.rows, [torch.autograd.grad(leaf, leaf, part)[0] for part in stack.parts])
 
 
 def _stop(gradients: tuple[Tensor | None, ...]) -> Any:
