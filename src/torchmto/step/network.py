@@ -25,6 +25,7 @@ from torchmto.gradients.reach import (
     refuse_reentrant,
     run_unreached,
 )
+from torchmto.gradients.regions import Regions
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
@@ -98,6 +99,9 @@ class Network:
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         recomputes: Whether backwards may run parts of the forward again (checkpointing).
+        compiled: Whether there have been compiled regions.
+        opaque: Whether there have been some that hide which of their outputs depends on which parameter.
+        regions: What is known of what these hide.
         replicas: The ``DistributedDataParallel`` wrappers; one that isn't in the model is found before the first step.
         shards: The modules that FSDP2 shards.
         untold: Whether other parameters may be trained than those that the roles were told of.
@@ -145,6 +149,7 @@ class Network:
         self.refresh()
         check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
+        self.regions = Regions(self.roles)
         self.num_tasks = num_tasks
         self._scaler_before: dict[str, Any] | None = None
         self.moved: list[tuple[Tensor, Tensor]] = []
@@ -153,6 +158,7 @@ class Network:
         self._after_forward = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
+        self.opaque = False
         self.recomputes = False
         self.warned_unasked = False
         self.differentiates = False
@@ -341,6 +347,7 @@ class Network:
         self.roles = roles
         self.rows = []
         self.sizes, self.places = {}, {}
+        self.regions = Regions(roles)
         self.untold = True
         self.agreement = Agreement(self.ranks, roles)
 
@@ -425,8 +432,8 @@ class Network:
         return seed if scale is None else seed * scale.to(seed)
 
     def reaches(self, task: int, parameter: Tensor) -> bool:
-        """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
-        return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
+        """Whether a gradient belongs to ``task``: a compiled model gives zeros, too, for parameters it doesn't reach."""
+        return not self.regions.zeros or self.regions.reached((task,), self.name(parameter))
 
     def gradients(self, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The gradients that are set, as real numbers that can be changed in place; of sparse ones their entries.
@@ -460,6 +467,7 @@ class Network:
         refuse_reentrant(found)
         self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
+        self.opaque = self.opaque or bool(found.opaque)
         self.recomputes = self.recomputes or is_recomputed(chunk.losses.values())
         if found.functions:
             self._functions = True
@@ -534,7 +542,8 @@ class Network:
             refuse_hidden([self.name(p) for p in new if id(p) not in everything])
             if not all(self._known_to_reach(tasks, p) for p in new):
                 for index, reached in leaves.items():
-                    self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in reached])
+                    own = [p for p in self.parameters if id(p) in reached and self.reaches(index, p)]
+                    self.roles.observe(index, map(self.name, own))
 
     def refuse_hidden(self, allowed: Sequence[Tensor] = (), losses: Iterable[Tensor] = ()) -> None:
         """Raise if ``.grad`` has been set by a backward that doesn't do so.
