@@ -583,7 +583,11 @@ class MultiTask:
                 f"calls for an accumulated batch have begun. Found {len(independent)}."
             )
         network = self.network
-        network.refresh()
+        if network.refresh() and carried:
+            raise ValueError(
+                "Parameters were replaced, or left the optimizer, between two calls for an accumulated batch, whose gradients so "
+                "far are those of the former ones. Do so between batches."
+            )
         if not self._driven:
             self._warn_of_gradients()
             self._driven = True

@@ -218,9 +218,14 @@ class Network:
             raise ValueError("Parameter `shared` should hold at least one parameter. Found none: no shared parameters.")
         return names
 
-    def refresh(self) -> None:
-        """Look up which parameters are trained now: groups may have been added, parameters frozen."""
+    def refresh(self) -> bool:
+        """Look up which parameters are trained now: groups may have been added, parameters frozen.
+
+        Returns:
+            Whether there are parameters no more whose gradients would be combined with those of the others.
+        """
         everything = self.optimizers.parameters()
+        gone = False
         if len(everything) != len(self._known) or not all(map(operator.is_, everything, self._known)):
             any_complex = any(p.is_complex() for p in everything)
             if self.scaler is not None and any_complex:
@@ -246,8 +251,21 @@ class Network:
                             f"{list(by_name[name].shape)}, which what the method knows doesn't fit. Build a new MultiTask."
                         )
                     names[id(p)], by_name[name] = name, p
+            # A parameter whose name is another one now, since two were tied, has one column: its former name is nobody's, or
+            # that of the column of the one that it has taken the place of.
+            renamed = [(old, names[key]) for key, old in before.items() if names.get(key, old) != old]
+            renamed = [(old, new) for old, new in renamed if by_name[old] is by_name[new]]
+            for old, new in renamed:
+                if self.roles.rename(old, new):
+                    del by_name[old]
+                else:
+                    by_name[old] = self._by_name[new]
             # The rows have columns for parameters that were replaced.
-            rows = self.rows if all(by_name[name] is p for name, p in self._by_name.items()) else []
+            replaced = any(by_name.get(name) is not p for name, p in self._by_name.items())
+            gone = replaced or not before.keys() <= names.keys()
+            rows = [] if replaced else self.rows
+            if gone:
+                self.regions.forget()
             # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
             self.has_complex, self.rows = any_complex, rows
             self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
@@ -260,6 +278,7 @@ class Network:
             self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
+        return gone
 
     def check_trained(self, error: RuntimeError) -> None:
         """Raise if a parameter was frozen in the step, which may be the cause of an error.
@@ -338,6 +357,11 @@ class Network:
         roles = Roles(self.num_tasks, self.roles.declared)
         roles.load_state_dict(state)
         known = {**self._in_model(), **self._by_name}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            # Tied before or after the state was saved: as in `refresh`.
+            name, own = uncompiled(path), self._names.get(id(parameter))
+            if own is not None and name not in known and not roles.rename(name, own):
+                known[name] = torch.empty_like(parameter)
         missing = [name for name in roles.layout if name not in known]
         if missing:
             raise ValueError(
