@@ -184,7 +184,7 @@ def tie(model, optimizer, one, other):
 
 
 def assert_sums(model, mt, losses):
-    """Under weights of 1 ``.grad`` is the gradient of the sum, in one column per parameter, and the Gramian that of all of it."""
+    """Under weights of 1 ``.grad`` is the gradient of the sum, and the Gramian that of one column for every shared number."""
     every = list(model.parameters())
     rows = [torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True) for loss in losses(TASKS).values()]
     shared = [i for i in range(len(every)) if sum(row[i] is not None for row in rows) > 1]
