@@ -434,6 +434,27 @@ class MultiTask:
                 'gradients="representation".'
             )
 
+    def _check_carried(
+        self, carried: Mapping[int, Carried], asked: tuple[str, ...], num_independent: int, *, gone: bool
+    ) -> None:
+        """Raise if a call doesn't go on with the batch that earlier calls have begun."""
+        if asked != self._carried_tasks:
+            raise ValueError(
+                "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
+                f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
+                "closure returns instead."
+            )
+        if num_independent < max(carried):
+            raise ValueError(
+                f"Parameter `independent` should hold a part of each of the {max(carried)} independent batches that earlier "
+                f"calls for an accumulated batch have begun. Found {num_independent}."
+            )
+        if gone:
+            raise ValueError(
+                "Parameters were replaced, or left the optimizer, between two calls for an accumulated batch, whose gradients "
+                "so far are those of the former ones. Do so between batches."
+            )
+
     @property
     def _summed(self) -> bool:
         """Whether accumulated batches are kept as a weighted sum: no weights depend on the losses."""
@@ -573,19 +594,10 @@ class MultiTask:
                 raise ValueError(f"Parameter `independent` should hold {uses}. Found {len(independent)}.")
         if not stepping:
             self._check_backward(len(sources), accumulated=carried is not None)
-        if carried and asked != self._carried_tasks:
-            raise ValueError(
-                "Parameter `tasks` should be the same in all calls for an accumulated batch. Found "
-                f"{list(asked)} after {list(self._carried_tasks)}: leave tasks without labels out of what the "
-                "closure returns instead."
-            )
-        if carried and len(sources) <= max(carried):
-            raise ValueError(
-                f"Parameter `independent` should hold a part of each of the {max(carried)} independent batches that earlier "
-                f"calls for an accumulated batch have begun. Found {len(independent)}."
-            )
         network = self.network
-        network.refresh()
+        gone = network.refresh()
+        if carried:
+            self._check_carried(carried, asked, len(independent), gone=gone)
         if not self._driven:
             self._warn_of_gradients()
             self._driven = True

@@ -173,6 +173,30 @@ CAUTIOUS: dict[str, tuple[Callable[..., dict[str, Tensor]], Callable[[Net], obje
 }
 
 
+@pytest.mark.parametrize("part", ["losses", "features"])
+@pytest.mark.parametrize("hooked", [False, True])
+def test_rows_for_what_was_computed_before_the_step(part: str, hooked: bool) -> None:
+    """It hides whether there are hooks, whether a closure goes on from features or gives only the losses."""
+    nets = []
+    x = torch.randn(16, 512, dtype=torch.float64)
+    for engine in ("auto", "parameters"):
+        net = Net().double()
+        mt = _made(net, engine)
+        for _ in range(2):
+            features = net.trunk[:3](x)
+            if hooked:
+                features.register_hook(lambda gradient: gradient * 0.5)
+            features = net.trunk[3:](features)
+            losses = net.spread(features, TASKS)
+
+            def closure(tasks, net=net, features=features, losses=losses):
+                return losses if part == "losses" else net.spread(features, tasks)
+
+            assert mt.step(closure).engine == "parameters"
+        nets.append(net)
+    _equal(nets)
+
+
 @pytest.mark.parametrize("gradients", ["auto", "layerwise"])
 @pytest.mark.parametrize("case", CAUTIOUS)
 def test_rows_where_something_else_could_surprise(case: str, gradients: str) -> None:

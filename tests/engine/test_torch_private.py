@@ -134,6 +134,20 @@ def test_compiled_regions():
     region.metadata.bw_donated_idxs, region.compiled_bw = [0], print
     assert torch_private.gives_up(regions[0])
     assert not any(map(torch_private.is_compiled, outside))
+    assert not torch_private.is_opaque(regions[0])
+
+
+def test_code_of_compiled_regions():
+    run = torch.compile(lambda x, y: (x * y, x + 1), backend="aot_eager")
+
+    def code(x):
+        (region,) = [node for node in graph(run(x, torch.ones(2))[0].sum()) if torch_private.is_compiled(node)]
+        assert torch_private.is_opaque(region)
+        return torch_private.compiled_code(region)
+
+    x = torch.ones(2, requires_grad=True)
+    assert code(x) is code(x)
+    assert code(x) is not code(x.double())
 
 
 def test_settings_of_the_compiler():

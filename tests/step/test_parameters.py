@@ -579,6 +579,142 @@ def test_ready_losses_of_a_compiled_model_need_shared(fresh_compiler):
     assert mt.step(losses()).num_optimizer_steps == 1
 
 
+class Growing(nn.Module):
+    """Layers that may be left out, and adapters of which each task's head may have any, or none."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first = nn.Linear(4, 5)
+            self.layers = nn.ModuleList([nn.Linear(5, 5) for _ in range(3)])
+            self.adapters = nn.ModuleDict({t: nn.Linear(5, 5) for t in TASKS})
+            self.heads = nn.ModuleDict({t: nn.Linear(5, 1) for t in TASKS})
+        self.double()
+        self.layers_on = ()
+        self.adapter_of = {}
+
+    def trunk(self, x):
+        x = torch.tanh(self.first(x))
+        for place in self.layers_on:
+            x = x + torch.tanh(self.layers[place](x))
+        return x
+
+    def forward(self, x):
+        features = self.trunk(x)
+        outputs = {}
+        for t in TASKS:
+            own = features
+            if t in self.adapter_of:
+                own = features + self.adapters[self.adapter_of[t]](features)
+            outputs[t] = self.heads[t](own)
+        return outputs
+
+
+def squared_error(output, target):
+    return (output - target).square().mean()
+
+
+COMPILED_PARTS = ("model", "trunk", "loss", "head")
+
+
+def growing_run(part, method, *, ready=False, tasks=(TASKS,), later=None, learns=None, **options):
+    """The parameters and roles after steps that switch layers and adapters on, with a part of the model compiled or none."""
+    model = Growing()
+    x, targets = batch(TASKS)
+    run, error = model, squared_error
+    compiled = {"backend": "aot_eager"}
+    if part == "model":
+        run = torch.compile(model, **compiled)
+    elif part == "trunk":
+        model.trunk = torch.compile(model.trunk, **compiled)
+    elif part == "loss":
+        error = torch.compile(squared_error, **compiled)
+    elif part == "head":
+        model.heads["b"].forward = torch.compile(model.heads["b"].forward, **compiled)
+
+    def losses(wanted):
+        outputs = run(x)
+        return {t: error(outputs[t], targets[t]) for t in wanted if t in present}
+
+    hp = {"weights": [2.0, 1.0, 0.5]} if method == "constant" else {}
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=torchmto.make_method(method, **hp), seed=0, **options)
+    steps = [((0,), {}), ((0,), {}), ((1,), {}), ((0, 1, 2), {"a": "a"}), ((0, 2), {"a": "a", "b": "a"})]
+    steps += [((1, 2), {"a": "a", "b": "a", "c": "c"}), ((0, 1), dict.fromkeys(TASKS, "a"))]
+    for number, (on, adapters) in enumerate(steps):
+        model.layers_on, model.adapter_of = on, adapters
+        present = tasks[number % len(tasks)]
+        mt.step(losses(present) if ready and number else losses)
+    return model, mt, optimizer
+
+
+@pytest.mark.parametrize("part", COMPILED_PARTS)
+@pytest.mark.parametrize(
+    "method", ["gd", "uw", "sequential", "constant", "pcgrad parameters", "pcgrad layerwise", "pcgrad auto"]
+)
+@pytest.mark.parametrize("tasks", [(TASKS,), (("a",), ("b", "c"), TASKS)])
+def test_what_a_compiled_model_runs_only_later(part, method, tasks, fresh_compiler, monkeypatch):
+    """Layers and adapters that are switched on later are trained, and shared once a second task reads them."""
+    monkeypatch.setattr(choice, "FEW", 0)
+    method, *engine = method.split()
+    options = {"gradients": engine[0]} if engine else {}
+    eager, told, states = growing_run(None, method, tasks=tasks, **options)
+    model, mt, optimizer = growing_run(part, method, tasks=tasks, **options)
+    torch.testing.assert_close(flat(model), flat(eager), rtol=1e-9, atol=1e-10)
+    if method in ("constant", "pcgrad"):
+        # Those with one backward needn't know which tasks share what is shared.
+        assert same(mt.state_dict()["roles"]["reached"], told.state_dict()["roles"]["reached"])
+    # Nor does any parameter have momentum, or a gradient, that hasn't in eager mode.
+    assert [p in optimizer.state for p in model.parameters()] == [p in states.state for p in eager.parameters()]
+
+
+@pytest.mark.parametrize("part", ["trunk", "loss", "head"])
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_ready_losses_of_what_a_compiled_model_runs_only_later(part, method, fresh_compiler):
+    """Regions of one output hide nothing: what leads to them leads to their inputs."""
+    eager, _, _ = growing_run(None, method)
+    model, _, _ = growing_run(part, method, ready=True)
+    torch.testing.assert_close(flat(model), flat(eager), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_ready_losses_that_hide_who_reads_a_new_layer(method, fresh_compiler):
+    """Where no closure can tell, nothing is left untrained in silence."""
+    with pytest.raises(ValueError, match=r"compiled.*`shared=`"):
+        growing_run("model", method, ready=True)
+
+
+def test_a_compiled_model_is_run_again_only_for_what_is_new(fresh_compiler):
+    """Not for other batches, nor for tasks without labels in them."""
+    model = Growing()
+    run = torch.compile(model, backend="aot_eager")
+    calls = []
+
+    def losses(wanted):
+        calls.append(wanted)
+        outputs = run(x)
+        return {t: squared_error(outputs[t], targets[t]) for t in wanted}
+
+    mt = torchmto.MultiTask(model, torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, method="pcgrad")
+    for on, tasks, more in (
+        ((0,), "a", 1),
+        ((0,), "a", 0),
+        ((0,), "bc", 1),
+        ((0,), "abc", 0),
+        ((0,), "ac", 0),
+        ((1,), "abc", 1),
+        ((1,), "ab", 0),
+        ((0,), "abc", 0),
+        ((1,), "ac", 0),
+    ):
+        x, targets = batch(TASKS, seed=len(calls))
+        model.layers_on = on
+        calls.clear()
+        mt.step(losses, tasks=tuple(tasks))
+        assert len(calls) == 1 + more, (on, tasks)
+
+
 @pytest.mark.parametrize("method", ["gd", "pcgrad", "sequential"])
 def test_checkpointing_with_split_norms(method):
     """The forward that runs again inside the backward must use the same task's norms."""

@@ -176,6 +176,88 @@ def test_placeholders_say_nothing_about_roles(method):
     assert mt.network.roles.layout == ["trunk.0.weight", "trunk.0.bias"]
 
 
+def tie(model, optimizer, one, other):
+    """The head of ``one`` gets the parameters of the other's, also in the optimizer."""
+    for kind in ("weight", "bias"):
+        setattr(model.heads[one], kind, getattr(model.heads[other], kind))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def assert_sums(model, mt, losses):
+    """Under weights of 1 ``.grad`` is the gradient of the sum, and the Gramian that of one column for every shared number."""
+    every = list(model.parameters())
+    rows = [torch.autograd.grad(loss, every, retain_graph=True, allow_unused=True) for loss in losses(TASKS).values()]
+    shared = [i for i in range(len(every)) if sum(row[i] is not None for row in rows) > 1]
+    flat_rows = torch.stack(
+        [
+            torch.cat([torch.zeros_like(every[i]).flatten() if r[i] is None else r[i].flatten() for i in shared])
+            for r in rows
+        ]
+    )
+    info = mt.backward(losses)
+    torch.testing.assert_close(info.gramian, flat_rows @ flat_rows.T)
+    for place, p in enumerate(every):
+        torch.testing.assert_close(p.grad, sum(row[place] for row in rows if row[place] is not None))
+    columns = [id(mt.network._by_name[name]) for name in mt.network.roles.layout]
+    assert len(set(columns)) == len(columns)
+
+
+@pytest.mark.parametrize("gradients", ["auto", "layerwise"])
+@pytest.mark.parametrize("detour", [(), ("a", "b"), ("b", "a"), ("c", "a")])
+@pytest.mark.parametrize("ties", ["cb ab", "ab cb", "bc ab", "ba ca", "ca ba", "ab"])
+def test_tied_in_mid_run(ties, detour, gradients):
+    """Whichever head was shared before (``detour``: one is read out by the other's), a tied parameter has one column."""
+    model, optimizer, _ = make("gd")
+    constant = torchmto.make_method("constant", weights=[1.0, 1.0, 1.0])
+    mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=constant, gradients=gradients)
+    x, targets = batch(TASKS)
+    head_of = {}
+
+    def losses(tasks):
+        features = model.trunk(x)
+        return {t: (model.heads[head_of.get(t, t)](features) - targets[t]).square().mean() for t in tasks}
+
+    mt.step(losses)
+    if detour:
+        head_of[detour[0]] = detour[1]
+        mt.step(losses)
+        head_of.clear()
+        mt.step(losses)
+    before = mt.network.roles.state_dict()
+    for one, other in ties.split():
+        tie(model, optimizer, one, other)
+        for _ in range(2):
+            if detour:
+                mt.backward(losses)
+                expected = torch.autograd.grad(sum(losses(TASKS).values()), list(model.parameters()))
+                for p, gradient in zip(model.parameters(), expected, strict=True):
+                    torch.testing.assert_close(p.grad, gradient)
+            else:
+                assert_sums(model, mt, losses)
+            columns = [id(mt.network._by_name[name]) for name in mt.network.roles.layout]
+            assert len(set(columns)) == len(columns)
+            optimizer.step()
+    other, theirs = copy.deepcopy((model, optimizer))
+    loaded = torchmto.MultiTask(other, theirs, tasks=TASKS, method="gd")
+    for roles in (mt.network.roles.state_dict(), before):
+        loaded.network.load_roles(roles)
+        loaded.step(closure(other, (x, targets)))
+        columns = [id(loaded.network._by_name[name]) for name in loaded.network.roles.layout]
+        assert len(set(columns)) == len(columns)
+
+
+@pytest.mark.parametrize("method", ["gd", "pcgrad"])
+def test_nothing_is_replaced_within_an_accumulated_batch(method):
+    """Neither rows nor sums of the former parameters are lost in silence; the next batch goes on."""
+    model, optimizer, mt = make(method)
+    losses = closure(model, batch(TASKS))
+    mt.backward(losses, final=False)
+    tie(model, optimizer, "c", "b")
+    with pytest.raises(ValueError, match="Parameters were replaced, or left the optimizer, between two calls"):
+        mt.backward(losses)
+    mt.backward(losses)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_task_shares_with_nobody(method):
     """Frozen trunk or not: no warning, no error."""

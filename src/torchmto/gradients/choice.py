@@ -15,7 +15,16 @@ from torchmto.gradients.graph import Graph, cut, read_graph
 from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
 from torchmto.gradients.reach import is_nested
 from torchmto.gradients.stack import Stack
-from torchmto.gradients.torch_private import has_hooks, hooked, hooks_made, is_compiled, native, places
+from torchmto.gradients.torch_private import (
+    has_hooks,
+    hooked,
+    hooks_made,
+    is_compiled,
+    native,
+    nodes_made,
+    number_of,
+    places,
+)
 from torchmto.gradients.walk import Walk
 
 FEW = 2**14
@@ -65,9 +74,10 @@ class Auto(Engine):
     rows needn't do (reading the graph, calling its nodes from Python) with what gradients that aren't formed save
     (:attr:`~torchmto.gradients.factors.Factor.gain`), and what launches for all tasks at once do.
 
-    Rows wherever else could cost memory or surprise: several forwards, independent batches, ready losses (which hide whether
-    there are hooks on activations), hooks, checkpointing, offloading, compiled regions, and where K cotangents of the
-    largest activation take more room than the rows that they save, or for one batched backward, than all rows.
+    Rows wherever else could cost memory or surprise: several forwards, independent batches, what was computed before the step
+    (ready losses, or features that a closure only goes on from, which hide whether there are hooks on activations), hooks,
+    checkpointing, offloading, compiled regions, and where K cotangents of the largest activation take more room than the rows
+    that they save, or for one batched backward, than all rows.
     """
 
     name: ClassVar[str] = "mixed"
@@ -84,8 +94,8 @@ class Auto(Engine):
         return sum(p.numel() for p in parameters) > FEW and not any(map(has_hooks, parameters))
 
     def begin(self) -> None:
-        """Count the hooks that there are."""
-        self._hooks = hooks_made()
+        """Count the hooks and the nodes that there are."""
+        self._hooks, self._nodes = hooks_made(), nodes_made()
 
     def read(self, forwards: Sequence[Mapping[int, Tensor]]) -> dict[int, int]:
         """Read the whole graph."""
@@ -116,6 +126,8 @@ class Auto(Engine):
         called -= sum(factor.gain + costs.formed * num_tasks for factor in factors.values())
         batched = read + costs.batch * num_tasks - costs.launch * (num_tasks - 1) * len(nodes)
         if min(called, batched) >= 0:
+            return False
+        if any(number_of(node) < self._nodes for node in graph.order):
             return False
         if any(hooked(node) if native(node) else is_compiled(node) for node in nodes):
             return False

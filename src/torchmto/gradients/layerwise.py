@@ -48,10 +48,10 @@ class Layerwise(Engine):
     the next segment is gone through.
 
     Hooks that change gradients: those on parameters count. Where a forward sets hooks on activations, there is one segment,
-    through which autograd goes with one task after the other, as for the rows. Ready losses hide that there are hooks, which
-    then may not run at all: use a closure, or the rows. There is one segment, too, where parts of the forward are checkpointed
-    or offloaded and a function in Python lies between two things that one task's own part reads, or two layers that share a
-    parameter.
+    through which autograd goes with one task after the other, as for the rows. Ready losses, and what else was computed before
+    the step, hide that there are hooks, which then may not run at all: use a closure that does it all, or the rows. There is
+    one segment, too, where parts of the forward are checkpointed or offloaded and a function in Python lies between two things
+    that one task's own part reads, or two layers that share a parameter.
 
     Args:
         ranks: The processes.

@@ -6,7 +6,7 @@ parameters leaves them out without a word. Any ``torch.autograd.Function`` may d
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,11 +16,13 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from torchmto.gradients.finite import plain
 from torchmto.gradients.torch_private import (
+    compiled_code,
     converting,
     gives_up,
     has_hooks,
     hooked,
     is_compiled,
+    is_opaque,
     is_sink,
     is_users,
     native,
@@ -36,8 +38,8 @@ class Reach:
     Attributes:
         leaves: The ``id`` of every leaf that the graph reaches -> the machine precision of its gradient. Under autocast it is
             read through a copy of lower precision, whose gradient it gets.
-        regions: The nodes of compiled regions. Each hides which of its outputs depends on which parameter, so the leaves are
-            then only an upper bound.
+        regions: The nodes of compiled regions. One of several outputs hides which of them depends on which parameter, so the
+            leaves are then only an upper bound (:func:`sight_of`).
         reentrant: Whether there is a reentrant checkpoint.
         functions: The nodes of functions written in Python outside PyTorch.
     """
@@ -51,6 +53,11 @@ class Reach:
     def compiled(self) -> bool:
         """Whether there is a compiled region."""
         return bool(self.regions)
+
+    @property
+    def opaque(self) -> list[Node]:
+        """Those compiled regions that hide what their outputs depend on."""
+        return [node for node in self.regions if is_opaque(node)]
 
     def note(self, leaf: Tensor | None, dtype: torch.dtype | None = None) -> None:
         """Note a leaf, read in its own ``dtype`` or in another."""
@@ -82,8 +89,8 @@ def edges_of(node: Node) -> list[tuple[Node | None, int]]:
     return [beyond(*edge) if isinstance(edge[0], BackwardCFunction) else edge for edge in node.next_functions]
 
 
-def _walk(roots: Edges) -> Iterator[tuple[Node, Edges]]:
-    """Every node that ``roots`` lead to, once, and where it leads."""
+def _walk(roots: Edges, stop: Collection[Node] = ()) -> Iterator[tuple[Node, Edges]]:
+    """Every node that ``roots`` lead to, once, and where it leads; nowhere from the nodes ``stop``."""
     visited: set[Node] = set()
     stack = [beyond(*root) for root in roots]
     while stack:
@@ -91,7 +98,7 @@ def _walk(roots: Edges) -> Iterator[tuple[Node, Edges]]:
         if node is None or node in visited:
             continue
         visited.add(node)
-        following = edges_of(node)
+        following = [] if node in stop else edges_of(node)
         yield node, following
         stack += following
 
@@ -154,6 +161,33 @@ def reach_of(losses: Iterable[Tensor]) -> Reach:
     for loss in losses:
         found.note(loss if loss.grad_fn is None else None)
     return found
+
+
+@dataclass
+class Sight:
+    """What a graph in which there may be compiled regions shows of the leaves that a loss depends on.
+
+    Attributes:
+        clear: The ``id`` of those leaves that it depends on, as the graph without regions that hide it shows.
+        hidden: Of those that only such regions lead to: it may depend on them or not.
+        codes: What these regions run.
+    """
+
+    clear: set[int]
+    hidden: set[int]
+    codes: set[type]
+
+
+def sight_of(loss: Tensor) -> Sight:
+    """What a loss's graph shows of the leaves that the loss depends on."""
+    found = reach_of([loss])
+    opaque = found.opaque
+    every = set(found.leaves)
+    if not opaque:
+        return Sight(every, set(), set())
+    walk = _walk([(loss.grad_fn, loss.output_nr)], set(opaque))
+    clear = {id(leaf) for node, _ in walk if (leaf := getattr(node, "variable", None)) is not None}
+    return Sight(clear, every - clear, set(map(compiled_code, opaque)))
 
 
 def check_keeps(losses: Iterable[Tensor]) -> None:

@@ -71,6 +71,23 @@ class Roles:
             self.looked = self.looked.union(names)
             self.seen = self.walked = frozenset()
 
+    def rename(self, old: str, new: str) -> bool:
+        """A parameter has the name ``new`` now; return whether nothing is called ``old`` any more.
+
+        Something still is where both are shared: columns never go away.
+        """
+        self.changes += 1
+        gone = not {old, new} <= self._shared
+        if gone and old in self._shared:
+            self.layout[self.layout.index(old)] = new
+            self._shared ^= {old, new}
+            self.declared = self.declared and tuple(new if name == old else name for name in self.declared)
+        for task in sorted(self.tasks_of(old)):
+            self.observe(task, [new])
+        if gone:
+            self._reached.pop(old, None)
+        return gone
+
     def is_shared(self, name: str) -> bool:
         """Whether parameter ``name`` is shared."""
         return name in self._shared

@@ -294,6 +294,15 @@ def _compiled() -> str:
     return "CompiledFunction"
 
 
+compiled_code: Callable[[Any], type] = _forward_class
+"""What stands for the code of a compiled region: the same whenever that code runs, another one once it is compiled anew."""
+
+
+def is_opaque(node: Node) -> bool:
+    """Whether a node is a compiled region of several outputs: it gives zeros for what those with a gradient don't depend on."""
+    return is_compiled(node) and len(places(node)) > 1
+
+
 _donated = _of("CompiledFunction", "metadata.bw_donated_idxs")
 _compiled_backward = _of("CompiledFunction", "compiled_bw")
 

@@ -570,9 +570,10 @@ class GramianWeighting(Method):
 
     Args:
         heads: "unit": a head gets its own task's gradient; "weighted": times the task's weight.
-        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward. A task that is
-            absent then keeps the weight it has. With one that has none yet a batch recomputes them; so do all lists of
-            micro-batches as long as a task has none.
+        refresh_every: Recompute the weights every n steps; the steps in between are one plain weighted backward, in which a
+            head that a second task begins to use may still be taken for the first one's. A task that is absent then keeps the
+            weight it has. With one that has none yet a batch recomputes them; so do all lists of micro-batches as long as a
+            task has none.
 
     Attributes:
         head_weights: What the heads' gradients are multiplied with unless ``heads="unit"``, [k]; None for the weights.

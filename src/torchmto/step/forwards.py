@@ -1,7 +1,7 @@
 """The forwards of one step: closures are called here, and nowhere else, and what they return is checked."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from torchmto.checks import unknown_task, warn
-from torchmto.gradients.reach import check_keeps, reach_of
+from torchmto.gradients.reach import check_keeps, reach_of, sight_of
 from torchmto.gradients.torch_private import nodes_made
 from torchmto.step.losses import Chunk, Source, needs_closure
+from torchmto.step.network import Network
 from torchmto.step.parts import Parts, Request
 from torchmto.step.reduction import check_same
 from torchmto.step.surroundings import random_state, set_random_state
@@ -198,18 +199,47 @@ def _refusal(task: str, loss: object) -> Exception:
 def _observe(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, size: int, apart: bool) -> None:
     """Look at graphs of a size not seen before, and find the parameters that tasks seen for the first time reach.
 
-    What hides parameters from the graph may be switched on at any time, and changes the number of its nodes.
+    What hides parameters from the graph may be switched on at any time, and changes the number of its nodes; but inside a
+    compiled region nothing does that shows.
     """
     network = parts.network
     new = [index for index in chunk.losses if index not in network.roles.walked]
     sizes = network.sizes.setdefault((apart, *chunk.losses), set())
-    if network.sharded or (not new and size in sizes):
+    looked = not new and size in sizes
+    if network.sharded or (looked and not network.opaque):
         # FSDP gives the graph other tensors than the optimizer's: roles then come from the gradients.
         return
-    network.look(chunk, again=apart)
+    if not looked:
+        network.look(chunk, again=apart)
     if new:
-        _learn(parts, chunk, closure, names, new)
+        _learn(parts, chunk, closure, names, list(chunk.losses) if network.opaque else new)
+    if network.opaque:
+        _look_behind(parts, chunk, closure, names, learnt=bool(new))
     sizes.add(size)
+
+
+def _look_behind(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], *, learnt: bool) -> None:
+    """Learn what lies outside of compiled regions; and, where nothing tells what they hide, by a forward without compiling.
+
+    Args:
+        parts: The step's parts.
+        chunk: The forward.
+        closure: What it comes from.
+        names: The tasks that were asked for.
+        learnt: Whether there has been such a forward just now.
+    """
+    network = parts.network
+    sights = {index: sight_of(loss) for index, loss in chunk.losses.items()}
+    _tell(network, {index: sight.clear for index, sight in sights.items()})
+    # Ready losses can't be run again, so new code of theirs is taken to do what the old one did.
+    before = set(network.regions.zeros)
+    by_name = dict(zip(network.names(), network.parameters, strict=True))
+    unclear = network.regions.unclear(sights, by_name, known=isinstance(closure, Mapping) and not network.roles.given)
+    if unclear and not learnt:
+        _learn(parts, chunk, closure, names, list(chunk.losses))
+    network.regions.settle(unclear)
+    if network.regions.zeros != before:
+        network.places = {}
 
 
 def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], new: list[int]) -> None:
@@ -217,18 +247,27 @@ def _learn(parts: Parts, chunk: Chunk, closure: Source, names: tuple[str, ...], 
     network, roles = parts.network, parts.network.roles
     if network.compiled and not (roles.given and isinstance(closure, Mapping)):
         chunk = _run_eagerly(parts, closure, names)
-    found = {index: reach_of([chunk.losses[index]]).leaves for index in new}
+    found = {index: reach_of([chunk.losses[index]]).leaves for index in new if index in chunk.losses}
+    for leaves in found.values():
+        network.note_precision(leaves)
+    roles.walked |= _tell(network, found)
+
+
+def _tell(network: Network, found: Mapping[int, Collection[int]]) -> set[int]:
+    """Tell the roles which leaves, by ``id``, tasks have reached; return the tasks that have reached a parameter."""
+    roles = network.roles
     by_id = {id(p): network.name(p) for p in network.parameters}
     columns = len(roles.layout)
+    told = set()
     for index, leaves in found.items():
-        network.note_precision(leaves)
         reached = [name for key, name in by_id.items() if key in leaves]
         roles.observe(index, reached)
         if reached:
-            roles.walked |= {index}
+            told.add(index)
     if network.ranks.size == 1:
         # As several ranks do it, whose methods then draw the same random numbers for the same columns.
         roles.sort(columns, list(by_id.values()))
+    return told
 
 
 def _run_eagerly(parts: Parts, closure: Source, names: tuple[str, ...]) -> Chunk:

@@ -25,6 +25,7 @@ from torchmto.gradients.reach import (
     refuse_reentrant,
     run_unreached,
 )
+from torchmto.gradients.regions import Regions
 from torchmto.gradients.roles import Agreement, Roles
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
@@ -98,6 +99,9 @@ class Network:
         few: Whether the trained parameters are few numbers, on the CPU.
         differentiates: Whether closures differentiate by themselves, so that forwards without a backward need a graph, too.
         recomputes: Whether backwards may run parts of the forward again (checkpointing).
+        compiled: Whether there have been compiled regions.
+        opaque: Whether there have been some that hide which of their outputs depends on which parameter.
+        regions: What is known of what these hide.
         replicas: The ``DistributedDataParallel`` wrappers; one that isn't in the model is found before the first step.
         shards: The modules that FSDP2 shards.
         untold: Whether other parameters may be trained than those that the roles were told of.
@@ -145,6 +149,7 @@ class Network:
         self.refresh()
         check_wrappers(model, optimizers, self.parameters)
         self.roles = Roles(num_tasks, self._given_names(shared))
+        self.regions = Regions(self.roles)
         self.num_tasks = num_tasks
         self._scaler_before: dict[str, Any] | None = None
         self.moved: list[tuple[Tensor, Tensor]] = []
@@ -153,6 +158,7 @@ class Network:
         self._after_forward = BufferSnapshot(self.model)
         self.split = has_split_norms(self.model) and not stacked
         self.compiled = False
+        self.opaque = False
         self.recomputes = False
         self.warned_unasked = False
         self.differentiates = False
@@ -212,9 +218,14 @@ class Network:
             raise ValueError("Parameter `shared` should hold at least one parameter. Found none: no shared parameters.")
         return names
 
-    def refresh(self) -> None:
-        """Look up which parameters are trained now: groups may have been added, parameters frozen."""
+    def refresh(self) -> bool:
+        """Look up which parameters are trained now: groups may have been added, parameters frozen.
+
+        Returns:
+            Whether there are parameters no more whose gradients would be combined with those of the others.
+        """
         everything = self.optimizers.parameters()
+        gone = False
         if len(everything) != len(self._known) or not all(map(operator.is_, everything, self._known)):
             any_complex = any(p.is_complex() for p in everything)
             if self.scaler is not None and any_complex:
@@ -240,8 +251,21 @@ class Network:
                             f"{list(by_name[name].shape)}, which what the method knows doesn't fit. Build a new MultiTask."
                         )
                     names[id(p)], by_name[name] = name, p
+            # A parameter whose name is another one now, since two were tied, has one column: its former name is nobody's, or
+            # that of the column of the one that it has taken the place of.
+            renamed = [(old, names[key]) for key, old in before.items() if names.get(key, old) != old]
+            renamed = [(old, new) for old, new in renamed if by_name[old] is by_name[new]]
+            for old, new in renamed:
+                if self.roles.rename(old, new):
+                    del by_name[old]
+                else:
+                    by_name[old] = self._by_name[new]
             # The rows have columns for parameters that were replaced.
-            rows = self.rows if all(by_name[name] is p for name, p in self._by_name.items()) else []
+            replaced = any(by_name.get(name) is not p for name, p in self._by_name.items())
+            gone = replaced or not before.keys() <= names.keys()
+            rows = [] if replaced else self.rows
+            if gone:
+                self.regions.forget()
             # At once, as `_trained` comes last below: an interrupt leaves nothing half known.
             self.has_complex, self.rows = any_complex, rows
             self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
@@ -254,6 +278,7 @@ class Network:
             self._hooked = (-1, [])
             self.untold = True
             self._trained = trained
+        return gone
 
     def check_trained(self, error: RuntimeError) -> None:
         """Raise if a parameter was frozen in the step, which may be the cause of an error.
@@ -332,6 +357,11 @@ class Network:
         roles = Roles(self.num_tasks, self.roles.declared)
         roles.load_state_dict(state)
         known = {**self._in_model(), **self._by_name}
+        for path, parameter in self.model.named_parameters(remove_duplicate=False):
+            # Tied before or after the state was saved: as in `refresh`.
+            name, own = uncompiled(path), self._names.get(id(parameter))
+            if own is not None and name not in known and not roles.rename(name, own):
+                known[name] = torch.empty_like(parameter)
         missing = [name for name in roles.layout if name not in known]
         if missing:
             raise ValueError(
@@ -341,6 +371,7 @@ class Network:
         self.roles = roles
         self.rows = []
         self.sizes, self.places = {}, {}
+        self.regions = Regions(roles)
         self.untold = True
         self.agreement = Agreement(self.ranks, roles)
 
@@ -425,8 +456,8 @@ class Network:
         return seed if scale is None else seed * scale.to(seed)
 
     def reaches(self, task: int, parameter: Tensor) -> bool:
-        """Whether a gradient belongs to ``task``: a compiled model reports zeros, too, for parameters it doesn't reach."""
-        return not self.compiled or task in self.roles.tasks_of(self.name(parameter))
+        """Whether a gradient belongs to ``task``: a compiled model gives zeros, too, for parameters it doesn't reach."""
+        return not self.regions.zeros or self.regions.reached((task,), self.name(parameter))
 
     def gradients(self, parameters: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The gradients that are set, as real numbers that can be changed in place; of sparse ones their entries.
@@ -460,6 +491,7 @@ class Network:
         refuse_reentrant(found)
         self.warn_of_untrained(found.leaves)
         self.compiled = self.compiled or found.compiled
+        self.opaque = self.opaque or bool(found.opaque)
         self.recomputes = self.recomputes or is_recomputed(chunk.losses.values())
         if found.functions:
             self._functions = True
@@ -534,7 +566,8 @@ class Network:
             refuse_hidden([self.name(p) for p in new if id(p) not in everything])
             if not all(self._known_to_reach(tasks, p) for p in new):
                 for index, reached in leaves.items():
-                    self.roles.observe(index, [self.name(p) for p in self.parameters if id(p) in reached])
+                    own = [p for p in self.parameters if id(p) in reached and self.reaches(index, p)]
+                    self.roles.observe(index, map(self.name, own))
 
     def refuse_hidden(self, allowed: Sequence[Tensor] = (), losses: Iterable[Tensor] = ()) -> None:
         """Raise if ``.grad`` has been set by a backward that doesn't do so.

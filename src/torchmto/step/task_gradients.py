@@ -322,9 +322,9 @@ def _place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, grad
 def _find_place(parts: Parts, rows: Rows | ShardedRows, heads: Heads, task: int, reached: list[bool]) -> Place:
     """Where the gradients of a task belong that has ``reached`` these parameters; parameters may turn shared by that."""
     network, roles = parts.network, parts.network.roles
-    if not network.compiled and roles.observe(task, compress(network.names(), reached)) and not parts.several:
-        network.lay_out(rows, heads)
     mine = [there and network.reaches(task, p) for there, p in zip(reached, network.parameters, strict=True)]
+    if roles.observe(task, compress(network.names(), mine)) and not parts.several:
+        network.lay_out(rows, heads)
     shared = [there and id(p) in rows.position for there, p in zip(mine, network.parameters, strict=True)]
     others = [there and not known for there, known in zip(mine, shared, strict=True)]
     positions = [rows.position[id(p)] for p in compress(network.parameters, shared)]
@@ -445,11 +445,9 @@ def gradients_without_rows(parts: Parts, request: Request) -> TaskGradients:
 
 def _observe(network: Network, reached: Mapping[int, int], tasks: Collection[int]) -> None:
     """Learn from the graph which task reaches which parameter."""
-    if network.compiled:
-        return
     for task in tasks:
-        names = [network.name(p) for p in network.parameters if reached.get(id(p), 0) >> task & 1]
-        network.roles.observe(task, names)
+        own = [p for p in network.parameters if reached.get(id(p), 0) >> task & 1 and network.reaches(task, p)]
+        network.roles.observe(task, map(network.name, own))
 
 
 def combine_graphs(parts: Parts, gradients: TaskGradients, weights: Tensor | None) -> None:

@@ -228,8 +228,8 @@ def _backward(parts: Parts, chunk: Chunk, weights: _Weights, shares: Sequence[fl
         # FSDP averages over the ranks what is to be summed.
         inputs, size = None, weights.values.new_full((len(shares),), network.ranks.size)
         factors = size if factors is None else factors * size
-    elif network.compiled:
-        inputs = [p for p in network.parameters if any(network.reaches(index, p) for index in weights.indices)]
+    elif network.regions.zeros:
+        inputs = [p for p in network.parameters if network.regions.reached(weights.indices, network.name(p))]
     seeds = weights.values if factors is None else weights.values * factors
     before = network.without_gradient(weights.indices)
     with chunk.activated(), quiet(network.hooked()):
