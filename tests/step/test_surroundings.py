@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import pickle
 import warnings
 
@@ -145,6 +146,35 @@ def test_buffers_that_are_given_other_memory_are_undone(other, size):
         # Its second forward, after the step, leaves no trace.
         assert mt.step(counting).num_forward == 2
         assert torch.equal(model.often, torch.full((4,), float(step)))
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt()], ids=["memory", "interrupt"])
+@pytest.mark.parametrize("part", ["slices_of", "widest", "views_of", "_kinds"])
+def test_columns_that_are_half_laid_out_are_laid_out_anew(part, error, monkeypatch):
+    rows = importlib.import_module("torchmto.gradients.rows")
+    original = getattr(rows, part)
+
+    def failing(given, *more):
+        return throw(error) if len(given) else original(given, *more)
+
+    ends = []
+    for fails in (True, False):
+        model, _, mt = make("pcgrad", model=Toy(TASKS, dtype=torch.float32))
+        mt.step(closure(model, batch(TASKS, dtype=torch.float32)))
+        model.double()  # so there will be other columns for the same roles
+        losses = closure(model, batch(TASKS))
+        if fails:
+            monkeypatch.setattr(rows, part, failing)
+            with pytest.raises(type(error)):
+                mt.step(losses)
+            monkeypatch.undo()
+        mt.step(losses)
+        ends.append(flat(model))
+    assert torch.equal(*ends)
+
+
+def throw(error):
+    raise error
 
 
 def test_a_hook_that_fails_after_the_step_says_that_it_was_taken():

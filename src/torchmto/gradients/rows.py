@@ -104,14 +104,21 @@ class Columns(ABC):
 
     def _lay_out(self, parameters: list[Tensor]) -> None:
         """A new buffer with columns for these parameters."""
+        # Nothing known until all is: what an interrupt leaves half done the next step does anew.
+        self._kinds: list[tuple[object, ...]] | None = None
         parts = [real(local(parameter)) for parameter in parameters]
         self.parameters = parameters
         self.position = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.slices = slices_of(parts)
-        self._kinds = _kinds(parameters)
         width = -(-sum(part.numel() for part in parts) // self._share)
         device = parameters[0].device if parameters else torch.device("cpu")
         self._buffer = torch.empty(self._num_tasks, width, dtype=widest(parts), device=device)
+        self._make_views()
+        self._kinds = _kinds(parameters)
+
+    @abstractmethod
+    def _make_views(self) -> None:
+        """The views into a new buffer."""
 
     @property
     def matrix(self) -> Tensor:
@@ -160,10 +167,9 @@ class Rows(Columns):
         self._sent: list[Wait] = []
         super().__init__(num_tasks, ranks)
 
-    def _lay_out(self, parameters: list[Tensor]) -> None:
-        super()._lay_out(parameters)
+    def _make_views(self) -> None:
         self._combined: Tensor | None = None
-        parts = [local(parameter) for parameter in parameters]
+        parts = [local(parameter) for parameter in self.parameters]
         self._row_views = [views_of(row, parts) for row in self._buffer]
 
     def grow(self, parameters: Sequence[Tensor]) -> None:

@@ -32,11 +32,10 @@ class ShardedRows(Columns):
         super().begin()
         self._loaded = None
 
-    def _lay_out(self, parameters: list[Tensor]) -> None:
-        super()._lay_out(parameters)
+    def _make_views(self) -> None:
         width = self._buffer.shape[1]
         self._whole = self._buffer.new_zeros(width * self._ranks.size)
-        self._views = views_of(self._whole, parameters)
+        self._views = views_of(self._whole, self.parameters)
         self._own = self._whole[self._ranks.rank * width : (self._ranks.rank + 1) * width]
 
     def grow(self, parameters: Sequence[Tensor]) -> None:
