@@ -143,3 +143,37 @@ def test_nested_tensors_take_the_rows(where: str, layout: torch.layout, monkeypa
         assert multitask.step(closure).engine == "parameters"
         found.append([parameter.detach().clone() for parameter in net.parameters()])
     torch.testing.assert_close(found[1], found[0])
+
+
+class Noting(torch.autograd.Function):
+    """Keeps something under the name by which the nodes of leaves know them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.variable = "x"
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *given: Tensor) -> Tensor:
+        return 2 * given[0]
+
+
+@pytest.mark.parametrize("method", ["gd", "uw", "upgrad", "consmtl", "sequential"])
+@pytest.mark.parametrize("gradients", ["parameters", "layerwise"])
+def test_a_function_that_keeps_a_variable_is_no_leaf(gradients: str, method: str) -> None:
+    ends = []
+    for double in (Noting.apply, lambda x: 2 * x):
+        torch.manual_seed(0)
+        net = Net({"first": nn.Linear(8, 64)})
+        features, options = torch.randn(4, 8), {"gradients": gradients} if method in ("upgrad", "consmtl") else {}
+
+        def closure(_: tuple[str, ...], net: Net = net, double: Any = double, x: Tensor = features) -> Losses:
+            return net.losses(double(net.first(x).tanh()))
+
+        multitask = torchmto.MultiTask(
+            net, torch.optim.SGD(net.parameters(), 0.1), tasks=["a", "b"], method=method, **options
+        )
+        for _ in range(2):
+            multitask.step(closure)
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in net.parameters()]))
+    torch.testing.assert_close(*ends)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from torchmto.gradients.reach import can_be_called
+from torchmto.gradients.reach import can_be_called, leaf_of
 from torchmto.gradients.rows import products, wide_dtype
 from torchmto.gradients.torch_private import has_hooks, hooked, places, saved
 
@@ -249,7 +249,7 @@ def _parameter(
     """The parameter behind transpositions and conversions, if nothing else uses or hooks it; and these."""
     between: list[Node] = []
     while node is not None and uses[node] == 1:
-        leaf: Tensor | None = getattr(node, "variable", None)
+        leaf = leaf_of(node)
         if leaf is not None:
             # Hooks change gradients, and factors never form any.
             return None if has_hooks(leaf) else wanted.get(id(leaf)), between

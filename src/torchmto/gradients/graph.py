@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from torchmto.gradients.factors import Factor
-from torchmto.gradients.reach import Edges, can_be_called, edges_of, in_python, root_of
+from torchmto.gradients.reach import Edges, can_be_called, edges_of, in_python, leaf_of, root_of
 from torchmto.gradients.torch_private import native, number_of
 
 Edge = tuple[Node, int]
@@ -76,7 +76,7 @@ def read_graph(losses: Mapping[int, Tensor], stop: Collection[Node] = ()) -> Gra
     while ready:
         node = heapq.heappop(ready)[2]
         mask = masks[node]
-        leaf = None if following[node] else getattr(node, "variable", None)
+        leaf = None if following[node] else leaf_of(node)
         if leaf is not None:
             graph.leaves[node] = leaf
             graph.reached[id(leaf)] = mask

@@ -83,6 +83,12 @@ def root_of(loss: Tensor) -> tuple[Node | None, int]:
     return beyond(edge.node, edge.output_nr)
 
 
+def leaf_of(node: Node | None) -> Tensor | None:
+    """The leaf that a node adds gradients to; None for other nodes. A user's function may keep anything as ``ctx.variable``."""
+    leaf: Tensor | None = getattr(node, "variable", None)
+    return None if leaf is None or node is None or node.next_functions else leaf
+
+
 def edges_of(node: Node) -> list[tuple[Node | None, int]]:
     """Where a node's results go."""
     # Nearly all nodes are PyTorch's own, and this is asked of every one of them in every step of some engines.
@@ -107,7 +113,7 @@ def reach(roots: Edges) -> Reach:
     """Walk the autograd graph from nodes, each with the number of its output, down to its leaves."""
     found = Reach()
     for node, following in _walk(roots):
-        found.note(getattr(node, "variable", None))
+        found.note(leaf_of(node))
         name = node.name()
         if is_compiled(node):
             found.regions.append(node)
@@ -115,7 +121,7 @@ def reach(roots: Edges) -> Reach:
             found.reentrant = True
         elif name == converting():
             for below, _ in following:
-                found.note(getattr(below, "variable", None), places(node)[0].dtype)
+                found.note(leaf_of(below), places(node)[0].dtype)
         elif is_users(node):
             found.functions.append(node)
     return found
@@ -133,7 +139,7 @@ def in_python(node: Node) -> bool:
 
 def can_be_called(node: Node) -> bool:
     """Whether a node may be called outside of a backward: it is PyTorch's own, and no leaf that it leads to has hooks."""
-    leaves = (getattr(other, "variable", None) for other, _ in node.next_functions)
+    leaves = (leaf_of(other) for other, _ in node.next_functions)
     return native(node) and not any(leaf is not None and has_hooks(leaf) for leaf in leaves)
 
 
@@ -150,7 +156,7 @@ def read_by(losses: Iterable[Tensor]) -> list[list[GradientEdge]]:
     for walk in walks:
         read = dict.fromkeys(edge for node, following in walk.items() if uses[node] == 1 for edge in following)
         shared = [(node, output) for node, output in read if node is not None and uses[node] > 1]
-        every.append([GradientEdge(node, output) for node, output in shared if not hasattr(node, "variable")])
+        every.append([GradientEdge(node, output) for node, output in shared if leaf_of(node) is None])
     return every
 
 
@@ -186,7 +192,7 @@ def sight_of(loss: Tensor) -> Sight:
     if not opaque:
         return Sight(every, set(), set())
     walk = _walk([(loss.grad_fn, loss.output_nr)], set(opaque))
-    clear = {id(leaf) for node, _ in walk if (leaf := getattr(node, "variable", None)) is not None}
+    clear = {id(leaf) for node, _ in walk if (leaf := leaf_of(node)) is not None}
     return Sight(clear, every - clear, set(map(compiled_code, opaque)))
 
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from torchmto.gradients.backwards import ending_at
 from torchmto.gradients.engine import Piece
 from torchmto.gradients.factors import Factor
 from torchmto.gradients.finite import dense
 from torchmto.gradients.graph import Edge, Run
-from torchmto.gradients.reach import root_of
+from torchmto.gradients.reach import leaf_of, root_of
 from torchmto.gradients.rules import RULES
 from torchmto.gradients.stack import Stack, merge
 from torchmto.gradients.torch_private import has_hooks, places
@@ -74,8 +75,7 @@ class Walk:
             if not need or result is None:
                 continue
             assert following is not None, "what needs a cotangent is there"
-            # A function of the user's own may keep something under that name, too.
-            leaf = None if following.next_functions else getattr(following, "variable", None)
+            leaf = leaf_of(following)
             if leaf is None:
                 self._wait((following, number), result.like(places(following)[number]))
             else:
@@ -114,15 +114,10 @@ class Walk:
         inputs: list[Any] = [*run.leaves, *(GradientEdge(*edge) for edge in run.below)]
         if not arrived or not inputs:
             return
-        stops = [node.register_prehook(_stop) for node in {node for node, _ in run.below}] if run.stop else []
-        try:
-            with torch.enable_grad():
-                together = _together(arrived, inputs) if run.batched and not self.apart else None
-                self.apart |= run.batched and together is None
-                stacks = _one_after_the_other(arrived, inputs) if together is None else together
-        finally:
-            for stop in stops:
-                stop.remove()
+        with torch.enable_grad(), ending_at(node for node, _ in run.below if run.stop):
+            together = _together(arrived, inputs) if run.batched and not self.apart else None
+            self.apart |= run.batched and together is None
+            stacks = _one_after_the_other(arrived, inputs) if together is None else together
         for edge, stack in zip(run.below, stacks[len(run.leaves) :], strict=True):
             if stack is not None:
                 self._wait(edge, stack)
@@ -197,8 +192,3 @@ def _hooked(leaf: Tensor, stack: Stack) -> Stack:
     if not has_hooks(leaf):
         return stack
     return Stack(stack.rows, [torch.autograd.grad(leaf, leaf, part)[0] for part in stack.parts])
-
-
-def _stop(gradients: tuple[Tensor | None, ...]) -> Any:
-    """A hook before a node below a run: nothing goes further down in the run's backwards."""
-    return (None,) * len(gradients)
