@@ -151,7 +151,7 @@ def mixed(samples):
 
 
 def noisy(batch, tasks, keys):
-    noise = torch.randn_like(batch["input"]) + random.random() + float(np.random.rand())  # noqa: NPY002
+    noise = torch.randn_like(batch["input"]) + random.random() + float(np.random.rand())  # noqa: NPY002 - what users draw from
     return {"input": batch["input"] + noise, "targets": batch["targets"]}
 
 
@@ -186,10 +186,10 @@ def test_what_is_drawn_for_a_batch_depends_on_the_batch_alone(drawing):
     own = lab.Problem(**{**GOOD, **drawing, "train": drawing["train"]()})
     workers = (0,) if isinstance(own.train, Streamed) else (0, 2)
     torch.manual_seed(0)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002 - what users draw from
     whole = [batch["input"] for batch in own.loader("train", 4, seed=1).epoch(0)]
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002 - what users draw from
     assert len(whole) == 3
     for number in workers:
         torch.manual_seed(number + 5)

@@ -547,8 +547,8 @@ def test_buffers_that_a_compiled_backward_needs(method, kind, fresh_compiler):
         x, targets = batch(TASKS)
 
         def losses(tasks):
-            outputs = run(x)  # noqa: B023
-            return {t: (outputs[t] - targets[t]).square().mean() for t in tasks}  # noqa: B023
+            outputs = run(x)  # noqa: B023 - called at once
+            return {t: (outputs[t] - targets[t]).square().mean() for t in tasks}  # noqa: B023 - called at once
 
         hp = {"weights": [1.0] * len(TASKS)} if method == "constant" else {}
         mt = torchmto.MultiTask(run, optimizer, tasks=TASKS, method=torchmto.make_method(method, **hp))
@@ -859,13 +859,13 @@ def gramians_after(first):
         run = torch.compile(model) if compiled else model
 
         def losses(tasks):
-            out = run(x)  # noqa: B023
+            out = run(x)  # noqa: B023 - called at once
             return {t: (out[:, i] - i).square().mean() for i, t in enumerate(tasks)}
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
         def multi_task(method):
-            return torchmto.MultiTask(run, optimizer, tasks=("a", "b"), method=method)  # noqa: B023
+            return torchmto.MultiTask(run, optimizer, tasks=("a", "b"), method=method)  # noqa: B023 - called at once
 
         if first == "plain":
             sum(losses(("a", "b")).values()).backward()

@@ -98,9 +98,7 @@ class Representation(Engine):
                     loss, [*self._outputs, *heads], grad_outputs=seeds[task], retain_graph=True, allow_unused=True
                 )
                 by_task[task] = gradients[: len(self._outputs)]
-                for parameter, gradient in zip(heads, gradients[len(self._outputs) :], strict=True):
-                    if gradient is not None:
-                        wanted.take(task, parameter, plain(gradient))
+                _take(wanted, task, heads, gradients[len(self._outputs) :])
         self._take_below(wanted, by_task)
         reaching = [sum(gradient is not None for gradient in found) for found in zip(*by_task.values(), strict=True)]
         if len(losses) > 1 and max(reaching) < 2:
@@ -129,9 +127,7 @@ class Representation(Engine):
             if pairs:
                 outputs, cotangents = zip(*pairs, strict=True)
                 gradients = torch.autograd.grad(outputs, below, cotangents, retain_graph=True, allow_unused=True)
-                for parameter, gradient in zip(below, gradients, strict=True):
-                    if gradient is not None:
-                        wanted.take(task, parameter, plain(gradient))
+                _take(wanted, task, below, gradients)
 
     def backward(self, pieces: Sequence[Piece], shared: Sequence[Tensor]) -> int:
         """One backward of the features, from the weighted sum of their gradients."""
@@ -149,3 +145,10 @@ class Representation(Engine):
                 inputs=list(shared),
             )
         return 1
+
+
+def _take(wanted: Wanted, task: int, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Hand over a task's gradients of parameters that aren't shared, as far as there are any."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            wanted.take(task, parameter, plain(gradient))

@@ -508,7 +508,7 @@ class Problem:
             if isinstance(source, IterableDataset) or not (
                 hasattr(source, "__getitem__") and hasattr(source, "__len__")
             ):
-                size, whole = (None, _first_of) if ready else (batch_size, fetch.whole)
+                size, whole = (None, _first) if ready else (batch_size, fetch.whole)
                 return StreamLoader(source, size, whole, seed=own, drop_last=training, rank=rank, world_size=world_size)
             size = 1 if ready or isinstance(source, range) else batch_size
             plan = BatchPlan(
@@ -608,11 +608,7 @@ def _nothing(_: list[Any]) -> None:
     return None
 
 
-def _first(items: list[Any]) -> Any:
-    return items[0]
-
-
-def _first_of(items: list[Any], _: Tensor) -> Any:
+def _first(items: list[Any], _: object = None) -> Any:
     return items[0]
 
 

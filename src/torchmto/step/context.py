@@ -23,10 +23,10 @@ from torchmto.step.finite import (
 )
 from torchmto.step.forwards import forwards
 from torchmto.step.info import StepInfo
-from torchmto.step.losses import Losses, Sums, Weigh, empty_batch
+from torchmto.step.losses import Losses, Weigh, empty_batch
 from torchmto.step.network import Heads
 from torchmto.step.parts import Parts, Request
-from torchmto.step.reduction import agree, over_ranks, tell
+from torchmto.step.reduction import agree, over_ranks, summed
 from torchmto.step.task_gradients import (
     TaskGradients,
     combine_graphs,
@@ -137,10 +137,7 @@ class StepContext:
             engine.begin()
         parts.doing = "which tasks there are"
         parts.held = list(forwards(parts, self._request(None, None, 0), apart=True))
-        sums = Sums()
-        for chunk in parts.held:
-            sums.add(chunk)
-        return frozenset((tell(parts, sums)[0] if parts.several else sums).totals)
+        return frozenset(summed(parts, parts.held).totals)
 
     def gradients(
         self, tasks: Sequence[str] | None = None, *, forward: Sequence[str] | None = None, source: int = 0

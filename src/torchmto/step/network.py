@@ -650,12 +650,11 @@ class Network:
         for parameter, gradient in pairs:
             # As `dtype_of_gradient`: a call less for every parameter.
             kind = getattr(parameter, "grad_dtype", None) or parameter.dtype
-            kept = gradient.dtype == kind and gradient.device == parameter.device
-            if self.sharded or not kept or gradient.stride() != parameter.stride():
-                gradient = like(gradient, parameter)  # noqa: PLW2901
+            given = (gradient.dtype, gradient.device, gradient.stride())
+            fits = not self.sharded and given == (kind, parameter.device, parameter.stride())
             # A tensor of its own: `model.half()` and the like give the very tensor in `.grad` other memory, which a view that
             # serves the next step, too, must keep.
-            own = gradient.detach()
+            own = gradient.detach() if fits else like(gradient, parameter)
             parameter.grad = sharded_like(own, parameter) if self.sharded and is_sharded(parameter) else own
 
     def norm(self, gradients: Sequence[Tensor] | None = None) -> Tensor:

@@ -55,15 +55,20 @@ def check_same(parts: Parts, chunk: Chunk, num_micro_batches: int) -> None:
 
 def over_ranks(parts: Parts, chunks: Iterable[Chunk]) -> Losses:
     """The losses of this rank's forwards -> the losses of the step."""
-    chunks, several = list(chunks), parts.several
-    if len(chunks) == 1 and chunks[0].losses and not several:
+    chunks = list(chunks)
+    if len(chunks) == 1 and chunks[0].losses and not parts.several:
         (chunk,) = chunks
         if all(count == 1 for count in chunk.counts.values()):
             return _weighted(parts, tuple(chunk.losses), chunk.stacked.detach(), chunk.counts)
+    return average(parts, summed(parts, chunks))
+
+
+def summed(parts: Parts, chunks: Iterable[Chunk]) -> Sums:
+    """The losses of this rank's forwards -> their sums, over all ranks."""
     sums = Sums()
     for chunk in chunks:
         sums.add(chunk)
-    return average(parts, tell(parts, sums)[0] if several else sums)
+    return tell(parts, sums)[0] if parts.several else sums
 
 
 def average(parts: Parts, sums: Sums) -> Losses:

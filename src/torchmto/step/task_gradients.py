@@ -269,6 +269,7 @@ def _backwards(
         What failed, here or before, where the other ranks wait for rows all the same.
     """
     own = [index for index in turn if index in chunk.losses]
+    # Asked here, too: where nothing is recomputed every step would pay for a context.
     again = parts.network.buffers_as_before() if parts.network.recomputes else contextlib.nullcontext()
     with chunk.activated(), again:
         for index in turn:
