@@ -177,6 +177,7 @@ def test_bounds_can_be_lowered(name, bound):
         mt.step(linear(model, torch.zeros(2, 6, dtype=torch.float64) * model.theta, torch.tensor([-900.0, 2.0])))
 
 
+@pytest.mark.cpu
 @every
 def test_records_before_and_without_a_step(name):
     """A method used by itself names tasks by their numbers, and has nothing to tell before its first use."""

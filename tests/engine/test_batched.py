@@ -17,7 +17,7 @@ from toy import Toy, batch, closure, flat, make
 TASKS = ("a", "b", "c")
 NOT_BATCHED = {checkpointed, unknown, shapes, one_forward_per_task, *INTERLACED}
 """What is recomputed, functions of others, writing into views; and nothing that tasks share."""
-ALWAYS = Costs(node=0, call=1e30, task=0, formed=0, launch=1, batch=0)
+ALWAYS = Costs(node=0, call=1e30, task=0, formed=0, launch=1, batch=0, leaf=0)
 
 
 @pytest.fixture
@@ -33,10 +33,18 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call of `torch.autograd.grad` was batched."""
     noted: list[bool] = []
     original = torch.autograd.grad
+    inside = False
 
     def noting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        if inside:  # where there is a default device, PyTorch calls it by its name once more
+            return original(*args, **kwargs)
         noted.append(kwargs.get("is_grads_batched", False))
-        return original(*args, **kwargs)
+        inside = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            inside = False
 
     monkeypatch.setattr(torch.autograd, "grad", noting)
     return noted

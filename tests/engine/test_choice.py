@@ -230,17 +230,27 @@ def test_rows_for_ready_losses_micro_batches_small_networks_and_many_samples() -
     assert _made(small).step(lambda tasks: small.losses(torch.randn(64, 20), tasks)).engine == "parameters"
 
 
-@pytest.mark.parametrize(("num_tasks", "engine"), [(2, "parameters"), (20, "mixed")])
-def test_where_launches_cost_more_than_arithmetic_the_mix_is_for_many_tasks(
-    num_tasks: int, engine: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("layers", "num_tasks", "large", "engine"),
+    [
+        (5, 2, choice.LARGE, "parameters"),
+        (5, 20, choice.LARGE, "mixed"),
+        (16, 2, choice.LARGE, "parameters"),
+        (16, 8, choice.LARGE, "mixed"),
+        (16, 8, 1, "parameters"),
+    ],
+)
+def test_where_launches_cost_more_than_arithmetic_they_decide(
+    layers: int, num_tasks: int, large: int, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rule for GPUs, here on any device; measured on one (docs/speed.md)."""
     monkeypatch.undo()
     monkeypatch.setattr(choice, "CPU", choice.GPU)
-    trunk = nn.Sequential(*[layer for _ in range(5) for layer in (nn.Linear(512, 512), nn.ReLU())])
+    monkeypatch.setattr(choice, "LARGE", large)
+    trunk = nn.Sequential(*[layer for _ in range(layers) for layer in (nn.Linear(256, 256), nn.ReLU())])
     tasks = tuple(f"t{i}" for i in range(num_tasks))
-    heads = nn.ModuleDict({task: nn.Linear(512, 2) for task in tasks})
-    x = torch.randn(16, 512)
+    heads = nn.ModuleDict({task: nn.Linear(256, 2) for task in tasks})
+    x = torch.randn(16, 256)
 
     def losses(wanted: tuple[str, ...]) -> dict[str, Tensor]:
         features = trunk(x)

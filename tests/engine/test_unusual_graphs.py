@@ -118,7 +118,7 @@ def test_failed_steps_keep_no_graph(options: dict[str, Any]) -> None:
 def test_nested_tensors_take_the_rows(where: str, layout: torch.layout, monkeypatch: pytest.MonkeyPatch) -> None:
     """Although a walk down the graph would take less time."""
     for name in ("CPU", "GPU"):
-        monkeypatch.setattr(choice, name, choice.Costs(node=0, call=0, task=0, formed=1, launch=0, batch=0))
+        monkeypatch.setattr(choice, name, choice.Costs(node=0, call=0, task=0, formed=1, launch=0, batch=0, leaf=0))
     monkeypatch.setattr(choice, "LIVE", 0)
     found = []
     for gradients in ("parameters", "auto", "layerwise"):

@@ -291,7 +291,7 @@ def test_gradients_are_laid_out_as_fused_optimizers_take_them(engine, kind, monk
     """A fused kernel goes through parameter and gradient from beginning to end, whatever their strides say."""
     if engine in ("mixed", "batched"):
         call, launch = (0, 0) if engine == "mixed" else (1e30, 1)
-        monkeypatch.setattr(choice, "CPU", choice.Costs(0, call, 0, 0, launch, 0))
+        monkeypatch.setattr(choice, "CPU", choice.Costs(0, call, 0, 0, launch, 0, 0))
         monkeypatch.setattr(choice, "FEW", 0)
         monkeypatch.setattr(choice, "LIVE", 0)
 
@@ -311,7 +311,10 @@ def test_gradients_are_laid_out_as_fused_optimizers_take_them(engine, kind, monk
 
         return closure
 
-    for kind_of_optimizer in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad):
+    fused = [torch.optim.AdamW, torch.optim.SGD]
+    if torch.get_default_device().type == "cpu":
+        fused.append(torch.optim.Adagrad)
+    for kind_of_optimizer in fused:
         plain, model = built(), built()
         made, other = (kind_of_optimizer(m.parameters(), lr=0.01, fused=True) for m in (plain, model))
         summed = engine in ("weighted", "accumulated")

@@ -12,7 +12,7 @@ from torchmto.gradients.engine import Engine, Piece, Wanted, ratio
 from torchmto.gradients.factors import TURNING, Factor, find_factors
 from torchmto.gradients.finite import like
 from torchmto.gradients.graph import Graph, cut, read_graph
-from torchmto.gradients.layerwise import Formed, add_products, advance, no_products, sizes
+from torchmto.gradients.layerwise import Flat, Formed, add_products, advance, no_products, side_by_side, sizes
 from torchmto.gradients.reach import is_nested
 from torchmto.gradients.stack import Stack
 from torchmto.gradients.torch_private import (
@@ -41,6 +41,7 @@ class Costs(NamedTuple):
         formed: What it takes to launch one task's gradient of one parameter, its copy and its products: what the walk saves.
         launch: What it takes autograd to launch one node for one task: what a batched backward saves for all tasks but one.
         batch: What it takes to go through one task's own nodes before a batched backward.
+        leaf: What a batched backward takes longer for one parameter's gradients, which are copied next to each other.
     """
 
     node: float
@@ -49,14 +50,17 @@ class Costs(NamedTuple):
     formed: float
     launch: float
     batch: float
+    leaf: float
 
 
-CPU = Costs(node=5e5, call=2e6, task=4e6, formed=0, launch=0, batch=0)
+CPU = Costs(node=5e5, call=2e6, task=4e6, formed=0, launch=0, batch=0, leaf=0)
 """Of a processor, which multiplies while the same thread could run Python: there is little to save by fewer, larger calls."""
 
-GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9, launch=9e8, batch=1.2e10)
-"""Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers.
-`launch` and `batch` are estimates from another library's batched backward and from times on a processor."""
+GPU = Costs(node=5e8, call=1e10, task=0, formed=2e9, launch=1.5e9, batch=7e9, leaf=1e10)
+"""Of everything else: it multiplies a thousand times as fast, so the number of launches decides up to large layers."""
+
+LARGE = 2**20
+"""Elements of a cotangent from which on an operation takes longer than its launch, which then costs nothing."""
 
 LIVE = 3
 """How many cotangents as large as the largest there may be at a time."""
@@ -107,7 +111,7 @@ class Auto(Engine):
         self.graph = Graph()
         self.factors: dict[Node, Factor] = {}
         self._cotangents: list[tuple[Factor, Stack]] = []
-        self._formed: Formed = {}
+        self._flats: list[Flat] = []
         self._seeds: dict[int, Tensor | None] = {}
         self._batched = False
 
@@ -124,7 +128,8 @@ class Auto(Engine):
         # What each takes more than the rows.
         called = read + costs.call * len(nodes) + costs.task * num_tasks
         called -= sum(factor.gain + costs.formed * num_tasks for factor in factors.values())
-        batched = read + costs.batch * num_tasks - costs.launch * (num_tasks - 1) * len(nodes)
+        launched = sum(_width(node) < LARGE for node in nodes) if costs.launch else 0
+        batched = read + costs.batch * num_tasks + costs.leaf * len(shared) - costs.launch * (num_tasks - 1) * launched
         if min(called, batched) >= 0:
             return False
         if any(number_of(node) < self._nodes for node in graph.order):
@@ -147,12 +152,13 @@ class Auto(Engine):
 
     def gramian(self, wanted: Wanted) -> Tensor:
         """J Jᵀ of the tasks' gradients on the shared parameters: exact."""
-        product = no_products(wanted)
+        product, formed = no_products(wanted), Formed()
         walk = Walk(wanted.pieces[0], wanted.tasks, apart=self._apart)
         for segment in cut(self.graph, sizes(wanted, self.factors), self.factors, batched=self._batched):
-            self._cotangents += advance(walk, segment, wanted, product, self._formed)
+            self._cotangents += advance(walk, segment, wanted, product, formed)
         self._apart = walk.apart
-        add_products(product, self._formed.values())
+        self._flats = side_by_side(formed)
+        add_products(product, self._flats)
         self._seeds, self.graph = dict(wanted.pieces[0].seeds), Graph()
         return product
 
@@ -162,26 +168,32 @@ class Auto(Engine):
         weights = torch.stack([one.to(ratios[0].device) for one in ratios]).tolist()  # waits for the device once
         chosen: dict[tuple[tuple[int, ...], torch.dtype, torch.device], Tensor] = {}
 
-        def weighted(stack: Stack) -> Tensor:
-            values = stack.values
-            kind = stack.rows, values.dtype, values.device
+        def weighted(rows: tuple[int, ...], values: Tensor) -> Tensor:
+            kind = rows, values.dtype, values.device
             if kind not in chosen:
-                chosen[kind] = values.new_tensor([weights[row] for row in stack.rows])
+                chosen[kind] = values.new_tensor([weights[row] for row in rows])
             total: Tensor = torch.tensordot(chosen[kind], values, 1)
             return total
 
         with torch.no_grad():
-            for leaf, stack in self._formed.items():
-                leaf.grad = like(weighted(stack), leaf)
+            for flat in self._flats:
+                parts = torch.split(weighted(flat.rows, flat.values), [shape.numel() for _, shape in flat.leaves])
+                for (leaf, shape), part in zip(flat.leaves, parts, strict=True):
+                    leaf.grad = like(part.view(shape), leaf)
             for factor, stack in self._cotangents:
-                factor.leaf.grad = like(factor.combined(weighted(stack.wide)), factor.leaf)
+                factor.leaf.grad = like(factor.combined(weighted(stack.rows, stack.wide.values)), factor.leaf)
         self.forget()
         return 0
 
 
+def _width(node: Node) -> int:
+    """The elements of the largest of a node's cotangents."""
+    return max((math.prod(place.shape) for place in places(node)), default=0)
+
+
 def _room(nodes: Iterable[Node]) -> int:
     """What cotangents of one task are there at a time at most, in elements."""
-    return LIVE * max((math.prod(place.shape) for node in nodes for place in places(node)), default=0)
+    return LIVE * max(map(_width, nodes), default=0)
 
 
 def _parameters(graph: Graph) -> set[Node]:

@@ -234,6 +234,10 @@ class _Cut:
 
     def _trunk(self, nodes: Sequence[Node]) -> list[Run]:
         """Nodes that are called, one by one; what lies between, in runs of about the same number of parameters."""
+        if self._batched:
+            run = self._run(list(nodes))
+            run.batched = True
+            return [run]
         runs: list[Run] = []
         waiting: list[Node] = []
         boundary: set[Node] = set()
@@ -243,7 +247,6 @@ class _Cut:
             nonlocal size
             if waiting:
                 runs.extend(self._by_autograd(list(waiting)))
-                runs[-1].batched = self._batched
             waiting.clear()
             size = 0
 

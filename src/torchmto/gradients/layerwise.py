@@ -14,7 +14,8 @@ The weights of linear layers and convolutions with few samples, and embeddings, 
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -36,8 +37,26 @@ from torchmto.gradients.walk import Walk
 SMALL = 2**14
 """Elements up to which a parameter's gradients are copied next to others': many small products take longer."""
 
+SMALL_ELSEWHERE = 2**18
+"""The same on other devices, where a launch takes as long as copying many."""
+
 Formed = dict[Tensor, Stack]
 """Shared parameters -> the tasks' gradients that have arrived, summed, in float32 at least."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Gradients of some tasks for some parameters, next to each other.
+
+    Attributes:
+        rows: The tasks' rows in the Gramian.
+        leaves: The parameters, and the shape of a task's gradient of each.
+        values: [len(rows), elements of all parameters].
+    """
+
+    rows: tuple[int, ...]
+    leaves: Sequence[tuple[Tensor, torch.Size]]
+    values: Tensor
 
 
 class Layerwise(Engine):
@@ -123,7 +142,7 @@ class Layerwise(Engine):
                 failure, walks, plans = error, [], []
             leaves = groups[number] if number < len(groups) else []
             if self._ranks.size == 1:
-                add_products(product, [formed.pop(leaf) for leaf in leaves if leaf in formed])
+                add_products(product, side_by_side({leaf: formed.pop(leaf) for leaf in leaves if leaf in formed}))
             elif leaves:
                 with self._ranks.message():
                     self._receive(sent, product)
@@ -208,17 +227,27 @@ def advance(
     return factored
 
 
-def add_products(product: Tensor, stacks: Collection[Stack]) -> None:
-    """Add the inner products of gradients, of small ones next to each other."""
-    small: dict[tuple[tuple[int, ...], torch.dtype, torch.device], list[Tensor]] = {}
-    for stack in stacks:
-        values = stack.values.reshape(len(stack.rows), -1)
-        if values.shape[1] < SMALL:
-            small.setdefault((stack.rows, values.dtype, values.device), []).append(values)
-        else:
-            _add(product, stack.rows, products(values))
-    for (rows, _, _), parts in small.items():
-        _add(product, rows, products(torch.cat(parts, 1)))
+def side_by_side(formed: Mapping[Tensor, Stack]) -> list[Flat]:
+    """Gradients as matrices, those of small parameters in one."""
+    groups: dict[object, list[tuple[Tensor, Stack]]] = {}
+    for leaf, stack in formed.items():
+        values = stack.values
+        small = values[0].numel() < (SMALL if values.is_cpu else SMALL_ELSEWHERE)
+        kind = (stack.rows, values.dtype, values.device) if small else leaf
+        groups.setdefault(kind, []).append((leaf, stack))
+    found = []
+    for group in groups.values():
+        rows = group[0][1].rows
+        parts = [stack.values.reshape(len(rows), -1) for _, stack in group]
+        leaves = [(leaf, stack.values.shape[1:]) for leaf, stack in group]
+        found.append(Flat(rows, leaves, torch.cat(parts, 1) if len(parts) > 1 else parts[0]))
+    return found
+
+
+def add_products(product: Tensor, flats: Iterable[Flat]) -> None:
+    """Add the inner products of gradients."""
+    for flat in flats:
+        _add(product, flat.rows, products(flat.values))
 
 
 def _whole(leaves: Sequence[Tensor], formed: Formed, product: Tensor) -> Tensor:
