@@ -247,6 +247,21 @@ def test_what_is_finished_stays_while_a_method_is_added(tmp_path, monkeypatch, n
     assert list(whole.numbers["arms"]["a"]["methods"]) == ["gd", "pcgrad"]
 
 
+def test_an_arm_with_more_seeds_runs_only_those(tmp_path, monkeypatch, no_figures):
+    text = "study: comparison\nsummary: x\narms: {a: {methods: [gd, pcgrad], seeds: 1}, b: {methods: [gd]}}\n"
+    asked = []
+
+    def execute(job, problem, _):
+        return trained(job.config, job.config.data.tasks or problem.task_names, asked, wrong=lambda _: None)
+
+    monkeypatch.setattr(executors, "execute", execute)
+    found = reproduce(load_recipe(str(recipe(tmp_path, text))), tmp_path / "o", seeds=2, say=lambda _: None)
+    assert [len(found.numbers["arms"][arm]["methods"]["gd"]["delta_m"]["per_seed"]) for arm in "ab"] == [1, 2]
+    methods = [(method_label(config), config.seed) for config in asked if not is_single_task(config)]
+    assert methods == [("gd", 0), ("pcgrad", 0), ("gd", 1)]
+    assert len(asked) == len(methods) + 2 * 3
+
+
 TUNED = """
 study: comparison
 summary: toy

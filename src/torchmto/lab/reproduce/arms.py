@@ -188,11 +188,11 @@ def _open(context: Context, name: str, experiment: Experiment, others: list[_Gri
 def _take_over(grid: _Grid, other: _Grid) -> None:
     """Copy finished runs of the same configuration.
 
-    A multi-task run depends on its baselines too (they decide its epoch), so those must be the same, and there: where one
+    A multi-task run depends on its seed's baselines too (they decide its epoch), so those must be the same, and there: where one
     failed in tuning, another value stood in.
     """
-    same = all(run in other.singles and other.folder.file(run).exists() for run in grid.singles)
-    for run in grid.runs if same else grid.singles:
+    apart = {run.seed for run in grid.singles if not (run in other.singles and other.folder.file(run).exists())}
+    for run in [*grid.singles, *(run for run in grid.methods if run.seed not in apart)]:
         there, here = other.folder.file(run), grid.folder.file(run)
         if run in other.runs and there.exists() and not here.exists():
             write_bytes(here, there.read_bytes())
