@@ -233,7 +233,7 @@ def side_by_side(formed: Mapping[Tensor, Stack]) -> list[Flat]:
     for leaf, stack in formed.items():
         values = stack.values
         small = values[0].numel() < (SMALL if values.is_cpu else SMALL_ELSEWHERE)
-        kind = (stack.rows, values.dtype, values.device) if small else leaf
+        kind = (stack.rows, values.dtype, values.device) if small else id(leaf)
         groups.setdefault(kind, []).append((leaf, stack))
     found = []
     for group in groups.values():
