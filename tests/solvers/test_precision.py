@@ -90,6 +90,42 @@ def test_cagrad_stays_in_its_ball_and_serves_the_worst_off(kind, c):
             assert (exact @ update).min() >= (J @ expected).min() - 1e-2 * lengths.mean() * size
 
 
+def nearly_cancelling(num_tasks, left, seed, span=0.0):
+    """Rows of which one is the others' mean turned round, but for a part of size ``left``; their lengths over 10**±span."""
+    rng = np.random.default_rng(seed)
+    J = rng.normal(size=(num_tasks, 100))
+    J[-1] = left * rng.normal(size=100) - J[:-1].mean(axis=0)
+    return J * 10.0 ** rng.uniform(-span, span, size=(num_tasks, 1))
+
+
+@pytest.mark.parametrize("left", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize(("alpha", "span"), [(1.0, 0.0), (1.0, 2.0), (2.0, 0.0), (2.0, 2.0)])
+def test_a_bargain_that_is_there_is_found_whatever_the_last_bit(alpha, span, left):
+    for num_tasks, seed in ((2, 0), (2, 1), (3, 0), (3, 1), (5, 0), (5, 1)):
+        J = nearly_cancelling(num_tasks, left, seed, span)
+        lengths = []
+        for number in range(4):
+            noise = np.random.default_rng(number).normal(size=(num_tasks, num_tasks)) * 3e-16
+            solution = solvers.fair(J @ J.T * (1 + (noise + noise.T) / 2), alpha)
+            assert solution.converged
+            lengths.append(np.linalg.norm(solution.weights @ J))
+        assert max(lengths) <= 1.01 * min(lengths)
+
+
+@pytest.mark.parametrize("left", [3e-5, 1e-5, 3e-6, 1e-6, 3e-7])
+@pytest.mark.parametrize("c", [0.4, 0.5, 0.9])
+def test_cagrad_conflicts_with_none_where_it_need_not(c, left):
+    for num_tasks in (2, 3, 4, 8, 20):
+        for seed in range(8):
+            J = nearly_cancelling(num_tasks, left, seed)
+            mean = J.mean(axis=0)
+            size = np.linalg.norm(mean)
+            update = solvers.cagrad(J @ J.T, c).weights @ J
+            nearest = solvers.dual_cone(J @ J.T).weights @ J
+            if np.linalg.norm(nearest - mean) < c * size:
+                assert (J @ update / np.linalg.norm(J, axis=1)).min() >= -1e-4 * size
+
+
 @pytest.mark.parametrize("name", ["upgrad", "dualproj", "cagrad", "mgda"])
 def test_stationary_gradients_are_noticed(name):
     for num_tasks, width in ((2, 5), (3, 1000), (10, 50)):

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from torchmto.checks import check_number
 from torchmto.solvers.dual_cone import project_on_dual_cone
 from torchmto.solvers.solution import Array, Solution
-from torchmto.solvers.unit import factor, uniform, unit_gramian
+from torchmto.solvers.unit import EPS, factor, uniform, unit_gramian
 
 MAX_STEPS = 60
 """Newton steps of one run."""
@@ -16,6 +16,9 @@ MAX_TOTAL = 300
 
 RIDGE = 1e-6
 """Added to the diagonal of the cosines where the equation has no solution; at least the noise of their eigenvalues."""
+
+ROUNDED = 1e-3
+"""The largest residual that is put down to rounding errors."""
 
 
 def nash(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: float = 1e-8) -> Solution:
@@ -27,7 +30,7 @@ def nash(gramian: npt.ArrayLike, *, precision: float | None = None, tolerance: f
     Args:
         gramian: Inner products of the gradients, shape [K, K].
         precision: Machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: The residual up to which the solution counts as converged.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights; they scale with the inverse of the gradients. Residual as in :func:`fair`.
@@ -68,7 +71,7 @@ def fair(
         gramian: Inner products of the gradients, shape [K, K].
         alpha: Positive; 1 is proportional fairness, large values favour the worst-off task.
         precision: Machine precision of the gradients; by default that of the Gramian's type.
-        tolerance: The residual up to which the solution counts as converged.
+        tolerance: The residual up to which the solution counts as converged, where the precision allows as much.
 
     Returns:
         The weights. The residual is the largest relative error of :math:`(G w)_i = w_i^{-1/\alpha}`.
@@ -93,6 +96,10 @@ def fair(
     scale = np.exp(np.log(norms).mean())
     demand = (norms / scale) ** (power - 1.0)
     lengths, residual, iterations = _solve(cosines, demand, power)
+    # Where projections are what is left of gradients that nearly cancel, rounding errors keep the residual from being smaller.
+    left = np.maximum(np.abs(cosines @ lengths), np.finfo(np.float64).tiny)
+    cancelled = float((np.abs(cosines) @ lengths / left).max())
+    tolerance = max(tolerance, min(4 * len(lengths) * EPS * cancelled, ROUNDED))
     if residual > tolerance or _is_noise(lengths, cosines, unit.noise):
         for matrix in (cosines, cosines + max(RIDGE, unit.noise) * np.eye(len(cosines))):
             bargain, error, steps = _solve(matrix, np.ones_like(demand), 1.0)

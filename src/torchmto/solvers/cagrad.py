@@ -96,8 +96,9 @@ class _Ball:
             multipliers: Those of the nearest direction that conflicts with no task.
             bounded: Whether a zero gradient caps the level at 0.
         """
-        level = 0.0
-        if np.linalg.norm(self.columns @ multipliers) < self.radius:
+        level, nearest = 0.0, multipliers
+        inside = np.linalg.norm(self.columns @ nearest) < self.radius
+        if inside:
             upper = float(((self.projections + self.radius) / self.margins).min())
             above = None if bounded else self._reach(upper)
             if above is None:
@@ -116,6 +117,9 @@ class _Ball:
             multipliers, level = lower, level - decrease
         distance = float(np.linalg.norm(self.columns @ multipliers))
         multipliers = multipliers * (self.radius / distance)
+        if inside and (self.projections + self.columns.T @ (self.columns @ multipliers)).min() < 0:
+            # Rounding errors: a direction in the ball is known that conflicts with no task.
+            return nearest, self._residual(nearest, 0.0), step
         return multipliers, self._residual(multipliers), step
 
     def _reach(self, level: float) -> Array | None:

@@ -188,8 +188,8 @@ def _open(context: Context, name: str, experiment: Experiment, others: list[_Gri
 def _take_over(grid: _Grid, other: _Grid) -> None:
     """Copy finished runs of the same configuration.
 
-    A multi-task run depends on its seed's baselines too (they decide its epoch), so those must be the same, and there: where one
-    failed in tuning, another value stood in.
+    A multi-task run depends on its seed's baselines too (they decide its epoch), so those must be the same, and there: where
+    one failed in tuning, another value stood in.
     """
     apart = {run.seed for run in grid.singles if not (run in other.singles and other.folder.file(run).exists())}
     for run in [*grid.singles, *(run for run in grid.methods if run.seed not in apart)]:
