@@ -1,21 +1,7 @@
 """What every data set of the lab offers: tasks, samples with targets, and three splits.
 
-A *batch* is ``{"input": Tensor, "targets": {task name: Tensor}}``. Target tensors by the task's kind (``B``
-samples, ``C = task.channels``), and how a missing value looks:
-
-==================  =====================  ==================================  ====================
-kind                target                 a model's output                    missing
-==================  =====================  ==================================  ====================
-classification      int64 ``[B]``          logits ``[B, C]``                   -1
-binary              float32 ``[B, C]``     logits ``[B, C]``, yes/no each      NaN
-regression          float32 ``[B, C]``     ``[B, C]``                          NaN
-segmentation        int64 ``[B, H, W]``    logits ``[B, C, H, W]``             255
-depth               float32 ``[B,1,H,W]``  ``[B, 1, H, W]``                    not finite, or <= 0
-normals             float32 ``[B,3,H,W]``  ``[B, 3, H, W]``, any length        the zero vector
-edges, saliency     float32 ``[B,1,H,W]``  logits ``[B, 1, H, W]`` for 0 or 1  255
-map                 float32 ``[B,C,H,W]``  ``[B, C, H, W]``, regression        NaN
-own                 anything               anything                            a missing key
-==================  =====================  ==================================  ====================
+A *batch* is ``{"input": Tensor, "targets": {task name: Tensor}}``. Target tensors by the task's kind, and how a missing value
+looks, are in the table of docs/your-problem.md, *Kinds of tasks*.
 
 A task without a label for a sample (disjoint data sets, partial labels) has its kind's missing value there,
 so the tensors of a batch always have the full batch size.
@@ -61,7 +47,7 @@ class Task:
 
     Args:
         name: The key in ``targets``, in losses and in tables.
-        kind: What the target is; see the table in this module's docstring.
+        kind: What the target is: the table *Kinds of tasks* in docs/your-problem.md.
         channels: Number of outputs: classes, yes/no questions, or regressed numbers.
         extra: Anything a plot or a metric may want, such as ``{"classes": (...)}``; ``"loss"`` names a loss of the kind to
             use by default.
