@@ -1,7 +1,11 @@
 """Settings are checked before anything is loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from torchmto.lab.run.build import scheduler_of
 from torchmto.lab.run.config import (
@@ -14,6 +18,7 @@ from torchmto.lab.run.config import (
     changed_settings,
     config_of,
 )
+from torchmto.lab.run.folder import RunFolder, read_yaml
 from torchmto.lab.run.single import train
 from torchmto.methods import registry
 
@@ -70,6 +75,67 @@ def test_plain_values_round_trip():
     assert RunConfig.from_dict(config.as_dict()) == config
     with pytest.raises(ConfigError):
         RunConfig.from_dict({"epocs": 3})
+
+
+LIKE_NUMBERS = [
+    "12e3",
+    "1e3",
+    "023e763975073668",
+    "0892",
+    "0o17",
+    "0x1F",
+    ".5e3",
+    ".inf",
+    "1_000",
+    "1:30",
+    "yes",
+    "~",
+    "<<",
+]
+TEXTS = st.text() | st.sampled_from(LIKE_NUMBERS) | st.from_regex(r"[-+]?[0-9.]{1,3}e?[0-9_:]{0,3}", fullmatch=True)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(TEXTS, VALUES, max_size=4), st.lists(TEXTS, max_size=3), TEXTS)
+@example({text: text for text in LIKE_NUMBERS}, LIKE_NUMBERS, "023e763975073668")
+def test_written_settings_are_read_as_they_were(tmp_path_factory, options, tasks, source):
+    config = RunConfig(DataConfig(options=options, tasks=tasks), losses={"1e3": options}, source=source)
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(RunFolder.settings_text(config), encoding="utf-8")
+    assert read_yaml(path) == config.as_dict()
+    assert RunConfig.from_dict(read_yaml(path)) == config
+
+
+@pytest.mark.parametrize("source", ["023e763975073668", "0892000000000000", "1234567890123e45", "a48425bbfd4fc951"])
+def test_a_hash_that_was_written_without_quotes_is_one(tmp_path, source):
+    (tmp_path / "config.yaml").write_text(f"source: {source}\ncontent: null\n")
+    settings = RunConfig.from_dict(read_yaml(tmp_path / "config.yaml"))
+    assert settings == replace(RunConfig(), source=source, content=None)
+
+
+ONE_POINT_TWO = {
+    "1e-3": 0.001,
+    "010": 10,
+    "0o17": 15,
+    "0x1F": 31,
+    "-5": -5,
+    ".inf": float("inf"),
+    "True": True,
+    "~": None,
+    "": None,
+}
+ONE_POINT_TWO |= {text: text for text in ("yes", "On", "n", "1:30", "1_000", "2024-01-31", "0b1", "1e", ".", "+.e3")}
+
+
+@pytest.mark.parametrize(("text", "value"), ONE_POINT_TWO.items())
+def test_what_has_no_quotes_is_read_as_yaml_1_2_says(tmp_path, text, value):
+    (tmp_path / "c.yaml").write_text(f"a: {text}\n")
+    read = read_yaml(tmp_path / "c.yaml")["a"]
+    assert (read, type(read)) == (value, type(value))
 
 
 def test_which_changes_count():

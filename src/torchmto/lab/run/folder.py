@@ -95,7 +95,7 @@ class RunFolder:
     @staticmethod
     def settings_text(config: RunConfig) -> str:
         """Settings as ``config.yaml`` holds them, and ``--config`` reads them."""
-        text: str = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+        text: str = yaml.dump(config.as_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
         return text
 
     def read_settings(self, given: Mapping[str, Any] | None = None, *, changed_source: bool = False) -> RunConfig:
@@ -137,8 +137,38 @@ class KeyTwiceError(yaml.MarkedYAMLError):
     """A mapping has two values for a key, of which PyYAML would take the last without a word."""
 
 
+_PLAIN: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {
+    None: [  # whatever a text begins with
+        (f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"))
+        for kind, pattern in {
+            "null": "null|Null|NULL|~|",
+            "bool": "true|True|TRUE|false|False|FALSE",
+            "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+            "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+            "merge": "<<",
+        }.items()
+    ]
+}
+"""What isn't a text though it has no quotes: the core schema of YAML 1.2, and merge keys."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Gives quotes to the texts that `Loader` would take for something else."""
+
+    yaml_implicit_resolvers = _PLAIN
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """A text; line breaks that aren't a newline would be read as spaces if they weren't escaped."""
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+Dumper.add_representer(str, Dumper.represent_str)
+
+
 class Loader(yaml.SafeLoader):
-    """As YAML 1.2 reads numbers (1e-3 is one, too) and keys (each once)."""
+    """As YAML 1.2 reads what has no quotes (1e-3 is a number; yes, 1:30 and 1_000 are texts) and keys (each once)."""
+
+    yaml_implicit_resolvers = _PLAIN
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """A mapping.
@@ -155,10 +185,15 @@ class Loader(yaml.SafeLoader):
                 keys.add((key.tag, key.value))
         return node
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number: 010 is ten."""
+        text: str = self.construct_scalar(node)
+        return int(text, 0 if text.startswith(("0o", "0x")) else 10)
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
+HASHES = ("source", "content")
+"""Settings that are texts even if they look like numbers: there are files with one that has no quotes."""
 LARGEST_SETTINGS = 100_000
 """Values that a file of settings may have, aliases written out."""
 
@@ -171,10 +206,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=Loader)
+        loader = Loader(text)
+        node = loader.get_single_node()
         if node is not None and _size(node, {}, set()) > LARGEST_SETTINGS:
             raise ConfigError(f"`{path}` should hold settings. Found more than {LARGEST_SETTINGS} values.")
-        values = yaml.load(text, Loader=Loader)  # noqa: S506  a safe one
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.value in HASHES and value.tag.endswith((":int", ":float")):
+                value.tag = "tag:yaml.org,2002:str"
+        values = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise ConfigError(f"Can't read `{path}`: {error.strerror or error}.") from error
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
