@@ -77,6 +77,25 @@ def test_brackets_in_names_are_no_markup_and_control_characters_are_shown():
     assert all(part in text for part in ("a [b] ↑", "wpcgrad(priority=[bold])", "[red]", "No Δm for [x]", "0.1?"))
 
 
+def test_a_console_shows_texts_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    make_console().print("runs[/v2] [red] :fire:")
+    assert capsys.readouterr().out == "runs[/v2] [red] :fire:\n"
+
+
+def test_a_row_in_markdown_is_a_line():
+    table = Table("a\nb", ["method", "two\nlines | rmse ↓"], [["gd\r", "1.0"]], ["c\nd"])
+    assert table.markdown().splitlines() == [
+        "### a?b",
+        "",
+        "| method | two?lines \\| rmse ↓ |",
+        "| --- | ---: |",
+        "| gd? | 1.0 |",
+        "",
+        "c?d",
+    ]
+
+
 def test_without_colours_there_are_none(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     text = io.StringIO()

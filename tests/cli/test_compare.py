@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,14 @@ def test_the_same_command_again_does_nothing_twice(folder, capsys):
     assert {p: p.stat().st_mtime_ns for p in (folder / "runs").iterdir()} == runs
     assert (folder / "results.json").read_bytes() == results
     assert "single-task" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["runs[/v2]", "[v2]", ":fire:", "a\\"])
+def test_a_folders_name_is_no_markup(folder, tmp_path, name, capsys):
+    out = tmp_path / name
+    shutil.copytree(folder, out)
+    assert compare(out, "--methods", "gd,wpcgrad(mode=pairwise)", "--seeds", "2") == 0
+    assert f"{out}/results.json" in capsys.readouterr().out
 
 
 def test_a_file_has_the_verbs_own_options_too(tmp_path, capsys):

@@ -73,7 +73,7 @@ def _bench(args: Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.no_peers:
         for peer, reason in missing_peers().items():
-            console.print(f"{peer} isn't timed: {reason}", style="dim", markup=False)
+            console.print(f"{peer} isn't timed: {reason}", style="dim")
     measuring = {name: args[name] for name in ("repeats", "device", "clock")}
     settings = {"models": models, "tasks": tasks, "methods": names, **measuring}
     results: list[Measurement] = []

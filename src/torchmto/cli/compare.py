@@ -68,9 +68,7 @@ def run(args: Namespace) -> int:
     console = make_console(180)
     for table in rich_tables(result.results):
         console.print(table)
-    console.print(
-        f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s."
-    )
+    print(f"{args.out}/results.json, results.csv, results.md, plots/*.png written; {time.monotonic() - began:.0f} s.")
     return 0
 
 

@@ -19,11 +19,15 @@ BOUNDLESS = 10**6
 
 
 def make_console(file_width: int = BOUNDLESS) -> Console:
-    """A console on the standard output; what isn't a terminal is as wide as told, if the variable COLUMNS doesn't say."""
-    console = Console()
+    """A console on the standard output, which shows texts as they are: names and paths may look like rich's markup.
+
+    What isn't a terminal is as wide as told, if the variable COLUMNS doesn't say.
+    """
+    console = Console(markup=False, emoji=False)
     if console.is_terminal or console.is_jupyter:
         return console
-    return Console(width=shutil.get_terminal_size((file_width, 24)).columns)
+    console.width = shutil.get_terminal_size((file_width, 24)).columns
+    return console
 
 
 def visible(text: str) -> str:
@@ -58,8 +62,11 @@ class Table:
             | x | 1 |
         """
         lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        cells = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-        return "\n".join([*([f"### {self.title}", ""] if self.title else []), cells, *(f"{n}\n" for n in self.notes)])
+        cells = "".join(
+            "| " + " | ".join(visible(cell).replace("|", "\\|") for cell in line) + " |\n" for line in lines
+        )
+        title = [f"### {visible(self.title)}", ""] if self.title else []
+        return "\n".join([*title, cells, *(f"{visible(note)}\n" for note in self.notes)])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[table.Table | Text]:
         blank = [] if self.framed else [Text()]

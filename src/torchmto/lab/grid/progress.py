@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torchmto.lab.grid.experiment import Experiment, is_single_task, run_label
@@ -52,7 +51,7 @@ class ProgressBars(Watcher):
         self._bars: dict[str, TaskID] = {}
         self._done: dict[str, int] = {}
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
@@ -85,7 +84,7 @@ class ProgressBars(Watcher):
         )
 
     def _title(self) -> str:
-        return f"[bold]{self.finished} of {self.total} runs"
+        return f"{self.finished} of {self.total} runs"
 
     def advance(self, config: RunConfig, batches: int) -> None:
         """Move the run's bar and the grid's."""
@@ -93,7 +92,7 @@ class ProgressBars(Watcher):
         if batches <= self._done.get(key, 0):  # a report may be overtaken by the run's end
             return
         if key not in self._bars:
-            self._bars[key] = self._progress.add_task(escape(run_label(config)), total=self._batches)
+            self._bars[key] = self._progress.add_task(run_label(config), total=self._batches)
         self._progress.update(self._bars[key], completed=batches)
         new = batches - self._done.get(key, 0)
         self._done[key] = batches
@@ -107,6 +106,4 @@ class ProgressBars(Watcher):
         self.finished += 1
         self._progress.update(self._grid, description=self._title())
         if not self.console.is_terminal:
-            self.console.print(
-                f"{self.finished:>4} of {self.total}  {run_label(config)}  {result['seconds']:.1f} s", markup=False
-            )
+            self.console.print(f"{self.finished:>4} of {self.total}  {run_label(config)}  {result['seconds']:.1f} s")
