@@ -81,7 +81,7 @@ def comparison(
         },
     }
     # One method without an average change, as where a single-task value is 0.
-    results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model"}
+    results["methods"][methods[-1]] |= {"delta_m": None, "reason": "`offset` is 0 for the single-task model."}
     results["config"] |= {"data_options": {}, "data_seed": 0}
     write_json(folder / "config.json", "torchmto compare", 1, results["config"])
     by_method: dict[str, list[Any]] = {name: [] for name in methods}

@@ -375,7 +375,7 @@ function whyNoDelta(names) {
     const reason = method(name).reason ?? "there are no single-task values";
     reasons.set(reason, [...(reasons.get(reason) ?? []), name]);
   }
-  const text = [...reasons].map(([reason, list]) => `No Δm for ${list.join(", ")}: ${reason}.`).join(" ");
+  const text = [...reasons].map(([reason, list]) => `No Δm for ${list.join(", ")}: ${reason.replace(/\.?$/, ".")}`).join(" ");
   const advice = text.includes("among the folders")
     ? " Δm needs a single-task run of every task on the same data (torchmto train with one task in data.tasks), or a comparison on it: give their folders to torchmto report, too." : "";
   return text + advice;
