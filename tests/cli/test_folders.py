@@ -81,6 +81,14 @@ def test_exported_weights_can_be_evaluated(tmp_path, trained):
     assert tables[0] == tables[1]
 
 
+@pytest.mark.parametrize(("verb", "name"), [("evaluate", "run"), ("evaluate", "out"), ("predict", "out")])
+def test_a_file_says_which_run_is_meant(tmp_path, trained, verb, name, capsys):
+    (tmp_path / "c.yaml").write_text(f"{name}: {trained}\nsplit: validation\n")
+    assert main([verb, "--config", str(tmp_path / "c.yaml")]) == 0
+    assert "validation" in capsys.readouterr().out
+    assert main([verb, "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "none")]) == 2
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "environment.json", "metrics.csv"])
 def test_damaged_records_are_replaced_and_damaged_settings_named(tmp_path, trained, name, capsys):
     out = tmp_path / "run"

@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_null_in_a_file_is_an_option_that_isnt_given(verb, tmp_path):
 NOT_IN_A_FILE = {"help", "config"}
 
 
+@pytest.mark.parametrize(
+    "text", ["12e3", "1e-3", "010", "0x1F", "1:30", "Yes", "off", "1_000", "2024-01-31", "[1e3, no]"]
+)
+def test_a_flag_is_read_as_a_file_is(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"problem: {{use: 'farm.py:farm', tag: {text}}}\n")
+    parser = importlib.import_module("torchmto.cli.train").make_parser("train")
+    flag, file = (
+        parser.parse_args(words).settings["data"]["options"]["tag"]
+        for words in (["--problem", "farm.py:farm", "--problem.tag", text], ["--config", str(tmp_path / "c.yaml")])
+    )
+    assert (flag, type(flag)) == (file, type(file))
+
+
 CORE_ONLY = """
 import sys
 class Missing:
@@ -194,10 +208,40 @@ def test_a_pipe_that_nobody_reads_ends_every_verb_without_a_word(command, monkey
     assert capsys.readouterr().err == ""
 
 
-def test_a_training_whose_output_nobody_reads_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(single, "train", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
-    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 1
-    assert capsys.readouterr().err.endswith(f"Go on with: torchmto train --resume --out {tmp_path / 'run'}\n")
+@pytest.mark.parametrize("name", ["run", "-run", "a run"])
+def test_a_training_whose_output_nobody_reads_says_how_to_go_on(tmp_path, name, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train = Mock(side_effect=BrokenPipeError(32, "Broken pipe"))
+    monkeypatch.setattr(single, "train", train)
+    assert cli.main(["train", f"--out={name}"]) == 1
+    program, *words = shlex.split(capsys.readouterr().err.partition("Go on with: ")[2])
+    assert program == "torchmto"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.yaml").touch()
+    assert cli.main(words) == 1
+    assert train.call_args.args[1] == Path(name)
+    assert train.call_args.kwargs["resume"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "work"),
+    [
+        ("compare", "torchmto.lab.grid.plan.compare"),
+        ("reproduce theory", "torchmto.lab.reproduce.reproduce"),
+        ("diagnose", "torchmto.lab.diagnosis.runs.diagnose"),
+        ("bench", "torchmto.lab.bench.timing.measure_times"),
+        ("report .", "torchmto.lab.report.write_report"),
+    ],
+)
+def test_an_interrupt_promises_only_what_there_is(verb, work, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["torchmto", *verb.split()])
+    monkeypatch.setattr(work, Mock(side_effect=KeyboardInterrupt))
+    assert cli.main() == 130
+    error = capsys.readouterr().err
+    kept = verb in {"compare", "reproduce theory"}
+    assert ("what is finished is kept" in error, f"Go on with: torchmto {verb}\n" in error) == (kept, kept)
+    assert kept or error.endswith("Interrupted.\n")
 
 
 FULL = Path("/dev/full")

@@ -2,7 +2,7 @@
 
 The first line of a verb's docstring is its help. Only the module of the verb that was asked for is imported.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted by Ctrl-C or SIGTERM; a verb that can go on says how.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted and resumable",
+            "exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted (a verb that can go on says how)",
         ]
     )
 

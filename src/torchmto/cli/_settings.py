@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from jsonargparse import ArgumentParser, Namespace, set_loader
 from jsonargparse.typing import PositiveInt
 
 from torchmto.checks import nearest
@@ -38,12 +38,9 @@ def _value(text: str) -> Any:
         ConfigError: If it is a mapping that has a key twice.
     """
     try:
-        yaml.compose(text, Loader=Loader)
+        return yaml.load(text, Loader=Loader)  # noqa: S506  a safe one
     except KeyTwiceError as error:
         raise ConfigError(f"In `{text}` {error.problem}.") from error
-    except yaml.YAMLError:
-        pass  # jsonargparse says so
-    return get_loader("yaml")(text)
 
 
 set_loader(_YAML, _value, (yaml.YAMLError,))
@@ -110,7 +107,8 @@ class SettingsParser(Parser):
         """All arguments; in ``settings`` those of the Run that were given on the command line or in a file."""
         own = {name: value for name, value in from_file.items() if self._is_own(name)}
         from_file = {name: value for name, value in from_file.items() if name not in own}
-        parsed = super()._parsed(words, own)
+        words = [*_as_flags(own), *words]
+        parsed = super()._parsed(words, {})
         chosen = ArgumentParser.parse_args(self, words, defaults=False)
         flags = {name: value for name, value in chosen.as_dict().items() if name in _SETTINGS}
         parsed.settings = _merged(from_file, flags)
@@ -286,7 +284,7 @@ def reported(resume: str = "") -> Iterator[None]:
 
     Raises:
         UsageError: For settings, problems and folders that can't work.
-        KeyboardInterrupt: For a run that was interrupted and saved.
+        KeyboardInterrupt: For an interrupt, with what is said of it.
         SystemExit: For a file that can't be read or written, and where another process ended the run.
     """
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
@@ -310,7 +308,8 @@ def reported(resume: str = "") -> Iterator[None]:
         print(f"error: {error}{again}", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(str(error) or f"Interrupted; what is finished is kept.{again}") from error
+        kept = f"Interrupted; what is finished is kept.{again}" if again else ""
+        raise KeyboardInterrupt(str(error) or kept) from error
     except FailedRunsError as error:
         print(f"{error.frames}error: some runs failed; the others are kept.\n{error}", file=sys.stderr)
         raise SystemExit(1) from error

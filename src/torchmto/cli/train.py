@@ -41,7 +41,7 @@ def run(args: Namespace) -> int:
             return 0
         if args.out is None:
             raise UsageError("The option `--out DIR` is required.")
-    with reported(shlex.join([*_launcher(), "train", "--resume", "--out", str(args.out)])):
+    with reported(shlex.join([*_launcher(), "train", "--resume", f"--out={args.out}"])):
         results, _ = train(
             config,
             args.out,

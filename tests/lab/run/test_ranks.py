@@ -336,7 +336,7 @@ def test_torchrun_restarts_after_a_kill_and_saves_when_asked_to_stop(tmp_path):
         until(lambda: steps_done(out) >= resumed + 7, process, log)
         process.terminate()
         assert process.wait() != 0
-    assert "torchrun --nproc-per-node 2 -m torchmto train --resume --out" in log.read_text()
+    assert "torchrun --nproc-per-node 2 -m torchmto train --resume --out=" in log.read_text()
     straight = tmp_path / "straight"
     stopped = CheckpointFolder(out / "checkpoints").read_last()[1]
     assert resumed + 7 <= stopped["progress"]["step"]
@@ -371,7 +371,7 @@ def test_fabric_starts_the_processes_and_one_signal_stops_them(tmp_path):
         until(lambda: steps_done(out) >= 5, process, log)
         process.terminate()  # one of the two: the other hears of it from the first
         assert process.wait() == 130, log.read_text()
-    assert log.read_text().count("torchmto train --resume --out") == 1
+    assert log.read_text().count("torchmto train --resume --out=") == 1
     state = CheckpointFolder(out / "checkpoints").read_last()[1]
     assert len(state["random"]) == 2
     assert state["progress"]["step"] >= 5

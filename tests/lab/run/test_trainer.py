@@ -132,7 +132,7 @@ def test_new_process_from_the_command_line(tmp_path, monkeypatch, capsys):
         patch.setattr(Trainer, "_log_step", interrupt_at(8, signal.SIGINT))
         assert main(["train", *common, "--out", str(out)]) == 130
     message = capsys.readouterr().err
-    assert f"torchmto train --resume --out {out}" in message
+    assert f"torchmto train --resume --out={out}" in message
     assert main(["train", *common, "--out", str(out)]) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(["train", *common, "--out", str(out), "--resume", "--optimizer.lr", "0.5"]) == 2
