@@ -1,5 +1,6 @@
 """One battery for every registered method: what reaches the optimizer, and what becomes of a step that doesn't get there."""
 
+import copy
 import importlib
 import warnings
 
@@ -323,3 +324,55 @@ def test_tensor_hooks(name, engine):
     moved = weight.detach() - before
     assert not moved[:, 0].any()
     assert moved[:, 1:].any()
+
+
+# ---------------------------------------------------------------------- a layer frozen in mid run
+
+
+def memories(kept, parameters):
+    """The states with a column for every entry of the shared parameters, and those with one for every parameter."""
+    width = sum(p.numel() for p in parameters)
+    tensors = [entry for entry in kept["method_state"].values() if isinstance(entry, torch.Tensor) and entry.dim() == 2]
+    return [t for t in tensors if t.shape[1] == width], [t for t in tensors if t.shape[1] == len(parameters)]
+
+
+@pytest.mark.parametrize("how", ["frozen", "left"])
+@every
+def test_a_frozen_layer_has_no_say(name, how):
+    """What is remembered of it decides nothing while it isn't trained, and stays as it was until it is trained again."""
+    model = Toy(TASKS)
+    weight, bias = model.trunk[0].weight, model.trunk[0].bias
+    mt = start(name, model, parameters=[{"params": [weight]}, {"params": [bias, *model.heads.parameters()]}])
+    for seed in range(4):
+        mt.step(closure(model, batch(TASKS, seed=seed)))
+    optimizer = mt.network.optimizers.all[0]
+    group = optimizer.param_groups[0]
+    if how == "frozen":
+        weight.requires_grad_(requires_grad=False)
+    else:
+        optimizer.param_groups.remove(group)
+    before, shared = copy.deepcopy(model.state_dict()), [weight, bias]
+    place = mt.network.roles.layout.index("trunk.0.weight") if mt.network.roles.layout else 0
+    own = slice(0, weight.numel()) if place == 0 else slice(bias.numel(), None)
+    outcomes = []
+    for factor in (1.0, 1e3):
+        model.load_state_dict(before)
+        kept = mt.state_dict() if factor == 1 else kept
+        for memory in memories(kept, shared)[0]:
+            memory[:, own] *= factor
+        held = [[t.clone() for t in tensors] for tensors in memories(kept, shared)]
+        mt.load_state_dict(kept)
+        for seed in (5, 6):
+            mt.step(closure(model, batch(TASKS, seed=seed)))
+        outcomes.append(flat(model))
+        entries, counts = memories(mt.state_dict(), shared)
+        assert same([t[:, own] for t in entries], [t[:, own] for t in held[0]])
+        assert same([t[:, place] for t in counts], [t[:, place] for t in held[1]])
+    assert same(*outcomes)
+    assert same(weight.detach(), before["trunk.0.weight"])
+    if how == "frozen":
+        weight.requires_grad_(requires_grad=True)
+    else:
+        optimizer.param_groups.append(group)
+    mt.step(closure(model, batch(TASKS, seed=7)))
+    assert not same(weight.detach(), before["trunk.0.weight"])

@@ -38,6 +38,10 @@ class Rows:
         """One for every column."""
         return list(range(self.matrix.shape[1]))
 
+    @property
+    def trained(self) -> list[bool]:
+        return [True] * self.matrix.shape[1]
+
     def columns(self, parameter: int) -> slice:
         return slice(parameter, parameter + 1)
 

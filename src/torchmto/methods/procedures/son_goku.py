@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Procedure, Properties, hyper, register_method, states
-from torchmto.methods.combine.columns import averaged, fitted, pieces
+from torchmto.methods.combine.columns import averaged, fitted, spans
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
@@ -97,7 +97,7 @@ class SonGoku(Procedure):
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
         if self.num_steps % self.refresh_every == 0:
-            moved = (self._moved(gradients, piece) for piece in pieces(gradients.matrix.shape[1]))
+            moved = (self._moved(gradients, span) for span, _ in spans(gradients))
             start = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
             self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau, precision=gradients.precision)
             self.turn = 0
@@ -117,8 +117,8 @@ class SonGoku(Procedure):
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
         context.apply()
-        for piece in pieces(gradients.matrix.shape[1]):
-            self.tracked[:, piece] = self._moved(gradients, piece)
+        for span, _ in spans(gradients):
+            self.tracked[:, span] = self._moved(gradients, span)
         names = context.tasks
         return context.info(
             weights=weights,
