@@ -1,6 +1,7 @@
 """One battery for every registered method: what reaches the optimizer, and what becomes of a step that doesn't get there."""
 
 import copy
+import functools
 import importlib
 import warnings
 
@@ -324,6 +325,32 @@ def test_tensor_hooks(name, engine):
     moved = weight.detach() - before
     assert not moved[:, 0].any()
     assert moved[:, 1:].any()
+
+
+# ---------------------------------------------------------------------- the weighting "si" in front
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).family != "loss weighting"])
+def test_si_in_front_is_the_method_on_the_log_losses(name):
+    """Wherever it takes gradients, also where parameters are moved before."""
+    if method_class(name).properties.uses_losses:
+        pytest.skip("it sees other losses")
+    runs = []
+    for weights in (None, "si"):
+        model = Toy(TASKS)
+        mt = start(name, model, weights=weights)
+        if not getattr(mt.method, "only_weighs", True):
+            pytest.skip("its second derivatives take the weights in front as constants")
+
+        def losses(tasks, model=model, logs=weights is None, seed=0):
+            values = closure(model, batch(TASKS, seed=seed))(tasks)
+            # Positive, as some methods want losses.
+            return {task: loss.log() + 20 for task, loss in values.items()} if logs else values
+
+        for seed in range(3):
+            mt.step(functools.partial(losses, seed=seed))
+        runs.append(flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- a layer frozen in mid run

@@ -170,8 +170,8 @@ class StepContext:
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
 
-        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on), and keep the user's loss
-        weights of the step's first losses: the tasks that a weighting weighs against each other may come one by one there.
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on). Where the user's weighting
+        weighs tasks against each other, which may come one by one there, its weights of the step's first losses are kept.
 
         Args:
             shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
@@ -179,7 +179,7 @@ class StepContext:
         parts, weigh = self._parts, self._parts.weigh
         self.network.moved = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
         try:
-            if parts.first is not None and parts.first.factors is not None:
+            if not parts.weigh_apart and parts.first is not None and parts.first.factors is not None:
                 known = dict(zip(parts.first.indices, parts.first.factors.tolist(), strict=True))
                 parts.weigh = lambda values, indices: values.new_tensor([known[index] for index in indices])
             with parts.noise.extra(replay=False):

@@ -26,7 +26,7 @@ class ConsMTL(FairGrad):
     refused, and sharded ones; what PyTorch can't differentiate twice raises its error.
 
     Scale, fallbacks and ``scale="released"`` (times K, clipped to norm 1) as for ``fairgrad``; the representation's sum
-    takes w as it is solved for. No eps (1e-6 in the released clipping). Cost: K backwards, one more forward with the same
+    takes w as it is solved for, and weights in front of the losses as constants. No eps (1e-6 in the released clipping). Cost: K backwards, one more forward with the same
     noise, and 2 K backwards through the heads (K more for each further choice of results, where heads read different ones).
     Not random.
 
