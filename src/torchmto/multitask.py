@@ -545,6 +545,7 @@ class MultiTask:
                 self._undo(keep_buffers=context.overflowed)
             elif isinstance(self._weights, LossWeighting):
                 self._weights.after_step(context.unweighted(), context)
+                info = context.recounted(info)
         except SkippedError as skipped:
             if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=skipped.overflow)

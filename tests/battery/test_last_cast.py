@@ -327,7 +327,16 @@ def test_tensor_hooks(name, engine):
     assert moved[:, 1:].any()
 
 
-# ---------------------------------------------------------------------- the weighting "si" in front
+# ---------------------------------------------------------------------- weightings in front
+
+
+@every
+def test_forwards_of_a_weighting_in_front_are_counted(name):
+    model = Toy(TASKS)
+    mt = start(name, model, weights="famo")
+    inner, calls = closure(model, batch(TASKS)), []
+    info = mt.step(lambda tasks: calls.append(tasks) or inner(tasks))
+    assert info.num_forward == len(calls) == build(name, len(TASKS)).cost(len(TASKS)).num_forward + 1
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).family != "loss weighting"])

@@ -1,6 +1,7 @@
 """One step's work on a network: the facade that methods see."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -506,6 +507,10 @@ class StepContext:
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )
+
+    def recounted(self, info: StepInfo) -> StepInfo:
+        """A report with the passes that came after it."""
+        return dataclasses.replace(info, num_forward=self._parts.num_forward, num_backward=self._parts.num_backward)
 
 
 def _wrong_shape(what: str, about: str, given: object, length: int) -> ValueError:
