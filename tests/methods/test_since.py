@@ -290,6 +290,20 @@ def test_m_config_passes_over_tasks_without_labels(num_updates: int) -> None:
     assert toy.same(toy.state(mt), before)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_m_config_of_ready_losses_of_some_tasks(parts: int) -> None:
+    """Whose turn it is among those that are there, and one pass through each of them."""
+    runs = []
+    for ready in (True, False):
+        model, _, mt = toy.make("m_config")
+        for seed, only in enumerate([mt.tasks, ("b", "c"), ("c",), ("a", "b"), ("c",), mt.tasks]):
+            sources = [toy.closure(model, toy.batch(mt.tasks, seed=seed + 10 * part), only=only) for part in range(parts)]
+            info = mt.step([losses(mt.tasks) for losses in sources] if ready else sources)
+            assert info.num_forward == parts or not ready
+        runs.append(toy.flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=0)
+
+
 def test_m_config_of_tasks_that_agree_is_adam() -> None:
     """The second moment is that of the gradient behind the direction's momentum."""
     model, _, mt = toy.make(made("m_config", num_updates=None, betas=(0.9, 0.999)), ("a", "b"))

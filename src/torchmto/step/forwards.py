@@ -65,12 +65,16 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
 
 def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) -> Chunk:
     """Run one closure (or read ready losses) for the tasks ``names``."""
-    parts.num_forward += 1
     if isinstance(closure, Mapping):
         if id(closure) in parts.consumed:
             raise needs_closure("This method")
-        parts.consumed.add(id(closure))
-        return _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
+        chunk = _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
+        if chunk.losses:
+            # What holds none of these tasks can be asked for others.
+            parts.consumed.add(id(closure))
+            parts.num_forward += 1
+        return chunk
+    parts.num_forward += 1
     active = names[0] if len(names) == 1 else None
     network = parts.network
     before = None if grad or network.differentiates else random_state()

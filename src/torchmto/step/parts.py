@@ -78,7 +78,7 @@ class Parts:
         num_forward: Calls of closures so far.
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
-        consumed: The ``id`` of ready losses that were used.
+        consumed: The ``id`` of ready losses whose graph was asked for.
         held: Forwards that have been run already, for what comes next: to see which tasks there are, or by an engine that has
             left their gradients to the rows.
     """
