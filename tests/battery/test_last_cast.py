@@ -327,6 +327,33 @@ def test_tensor_hooks(name, engine):
     assert moved[:, 1:].any()
 
 
+# ---------------------------------------------------------------------- reused weights
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_a_resumed_run_records_what_the_whole_one_does(name):
+    """Also in steps that reuse the weights of one before the break."""
+    options = {**ROWS[name].options(len(TASKS)), "refresh_every": 3}
+    try:
+        torchmto.make_method(name, **options)
+    except TypeError:
+        pytest.skip("computes its weights in every step")
+    runs = []
+    for broken in (False, True):
+        model = Toy(TASKS)
+        records = []
+        for seed in range(6):
+            if seed == 0 or (broken and seed == 2):
+                kept = None if seed == 0 else mt.state_dict()
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+                mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=torchmto.make_method(name, **options))
+                if kept is not None:
+                    mt.load_state_dict(kept)
+            records.append(dict(mt.step(closure(model, batch(TASKS, seed=seed))).records))
+        runs.append((flat(model), records))
+    assert same(*runs)
+
+
 # ---------------------------------------------------------------------- weightings in front
 
 
