@@ -734,6 +734,20 @@ def test_consmtl_is_fairgrad_elsewhere() -> None:
     assert toy.same(toy.state(mt), before)
 
 
+def test_consmtl_says_that_micro_batches_differ_in_their_tasks() -> None:
+    """What tasks share is found in each; a batch that lacks a task altogether is another matter."""
+    model, _, mt = toy.make("consmtl")
+    first, second = (toy.closure(model, toy.batch(mt.tasks), only=only) for only in (("a",), ("b", "c")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step([second, second])
+    with pytest.warns(UserWarning, match="lacks tasks that others of this step have"):
+        mt.step([first, second])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step([first, second])
+
+
 def test_consmtl_within_groups() -> None:
     """Within a group it is what it is for these tasks alone."""
     groups = [["a", "c"], ["b", "d"]]

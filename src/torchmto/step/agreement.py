@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torchmto.checks import warn
 from torchmto.gradients.backwards import ending_at
 from torchmto.gradients.finite import plain
 from torchmto.gradients.reach import read_by
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_heads
-from torchmto.step.network import Heads
+from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
 from torchmto.step.task_gradients import TaskGradients, factors_of, hold, rescale_heads
 
@@ -46,6 +47,8 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
     if parts.network.compiled:
         raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
     losses = {task: loss for task, loss in chunk.losses.items() if task in weights}
+    if len(losses) < len(weights):
+        _warn_of_unlike(parts.network)
     alike: dict[frozenset[GradientEdge], tuple[list[GradientEdge], list[int]]] = {}
     for task, read in zip(losses, read_by(losses.values()), strict=True):
         if read:
@@ -70,6 +73,16 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
             for parameter, derivative in zip(heads, derivatives, strict=True):
                 if derivative is not None:
                     hold(found, task, parameter, plain(derivative))
+
+
+def _warn_of_unlike(network: Network) -> None:
+    """Say once that micro-batches differ in their tasks; with split norms each has one task, of which the method tells."""
+    if not network.split and "unlike" not in network.warned:
+        network.warned.add("unlike")
+        warn(
+            "A micro-batch, or a rank's batch, lacks tasks that others of this step have. Which results tasks share is found "
+            "in each by itself, so what heads learn to agree with isn't what it is in one batch. This warning isn't repeated."
+        )
 
 
 def _pulls(

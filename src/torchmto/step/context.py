@@ -171,8 +171,8 @@ class StepContext:
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
 
-        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on). Where the user's weighting
-        weighs tasks against each other, which may come one by one there, its weights of the step's first losses are kept.
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on). Where the user's
+        weighting weighs tasks against each other, which may come one by one there, its weights of the step's first losses stay.
 
         Args:
             shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
@@ -209,7 +209,8 @@ class StepContext:
         of the results that tasks share (each an input of its own, whatever it is computed from): the derivatives of
         :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being constant. One
         more forward, with the noise of the first, and two backwards per task down to these results; one more per task for
-        each further choice of results, where the tasks' own parts read different ones.
+        each further choice of results, where the tasks' own parts read different ones. Which results are shared is found in
+        every micro-batch by itself: where they differ in their tasks the result isn't that of one batch (a warning).
 
         Args:
             gradients: What :meth:`gradients` returned, combined already.

@@ -147,8 +147,8 @@ def _check_others(parts: Parts, result: Mapping[str, Any], asked: tuple[str, ...
     unknown = [name for name in result if name not in parts.tasks]
     if unknown:
         raise ValueError(unknown_task(unknown[0], parts.tasks, "among the losses"))
-    if not ready and not parts.network.warned_unasked:
-        parts.network.warned_unasked = True
+    if not ready and "unasked" not in parts.network.warned:
+        parts.network.warned.add("unasked")
         unasked = next(name for name in result if name not in asked)
         warn(
             f"The closure returned a loss for task `{unasked}`, which wasn't asked for; it is ignored. A closure gets the "

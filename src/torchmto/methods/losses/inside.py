@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = 8
-"""How many machine precisions of the larger number a difference of equal losses may be off: each is a few operations' result."""
+"""How many machine precisions of the larger one the difference of two losses may be off: few operations lead to each."""
 
 
 def inside(values: Tensor, good: Tensor) -> Tensor:

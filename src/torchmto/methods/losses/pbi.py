@@ -35,8 +35,8 @@ class PBI(LossWeighting):
     domain = Domain(
         "`reference`",
         attained=True,
-        corners="The penalty can give a loss below its share a negative weight: it may rise. A distance to the direction that may "
-        "be nothing but the losses' rounding errors is 0.",
+        corners="The penalty can give a loss below its share a negative weight: it may rise. A distance to the direction that "
+        "may be nothing but the losses' rounding errors is 0.",
     )
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
     theta: float = hyper.number(5.0, minimum=0, search=("log", 0.1, 10.0))

@@ -96,7 +96,8 @@ class SAMO(SharpnessAware):
                 seen = context.losses([context.tasks[task]])
                 changes.append(sign * (seen.raw if seen.factors is None else seen.raw * seen.factors.sign()))
         # Brought to a given length, nothing but its sign is left of the difference, and of the weights in front.
-        uphill = float((changes[0] + changes[1]).sign().nan_to_num()) if len(changes[0]) == len(changes[1]) == 1 else 0.0
+        there = len(changes[0]) == len(changes[1]) == 1
+        uphill = float((changes[0] + changes[1]).sign().nan_to_num()) if there else 0.0
         joint: Pairs = []
         for (parameter, gradient), (_, z) in zip(mean, noise, strict=True):
             length = gradient.norm() / z.norm().clamp_min(torch.finfo(z.dtype).tiny)
