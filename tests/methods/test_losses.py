@@ -198,7 +198,10 @@ def test_no_task_climbs_by_rounding_errors(name, size, level, seed, dtype):
 @pytest.mark.parametrize("reference", [0.0, -100.0, [-1.0, 0.5, 0.0]])
 def test_pbi_on_its_reference(preference, reference):
     """Where the losses lie on the preferred direction only the distance along it counts."""
-    method, direction = make("pbi", preference=preference, reference=reference), torch.tensor(preference, dtype=torch.float64)
+    method, direction = (
+        make("pbi", preference=preference, reference=reference),
+        torch.tensor(preference, dtype=torch.float64),
+    )
     for dtype in (torch.float32, torch.float64):
         for length in (0.3, 0.7, 1.1, 13.0):
             losses = (length * direction + torch.tensor(reference, dtype=torch.float64)).to(dtype)

@@ -297,7 +297,9 @@ def test_m_config_of_ready_losses_of_some_tasks(parts: int) -> None:
     for ready in (True, False):
         model, _, mt = toy.make("m_config")
         for seed, only in enumerate([mt.tasks, ("b", "c"), ("c",), ("a", "b"), ("c",), mt.tasks]):
-            sources = [toy.closure(model, toy.batch(mt.tasks, seed=seed + 10 * part), only=only) for part in range(parts)]
+            sources = [
+                toy.closure(model, toy.batch(mt.tasks, seed=seed + 10 * part), only=only) for part in range(parts)
+            ]
             info = mt.step([losses(mt.tasks) for losses in sources] if ready else sources)
             assert info.num_forward == parts or not ready
         runs.append(toy.flat(model))

@@ -44,11 +44,8 @@ def agreement(parts: Parts, request: Request, gradients: TaskGradients, weights:
 
 def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int, float], found: Heads) -> None:
     """Add what one forward brings."""
-    if parts.network.compiled:
-        raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
     losses = {task: loss for task, loss in chunk.losses.items() if task in weights}
-    if len(losses) < len(weights):
-        _warn_of_unlike(parts.network)
+    _check(parts.network, unlike=len(losses) < len(weights))
     alike: dict[frozenset[GradientEdge], tuple[list[GradientEdge], list[int]]] = {}
     for task, read in zip(losses, read_by(losses.values()), strict=True):
         if read:
@@ -75,9 +72,14 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
                     hold(found, task, parameter, plain(derivative))
 
 
-def _warn_of_unlike(network: Network) -> None:
-    """Say once that micro-batches differ in their tasks; with split norms each has one task, of which the method tells."""
-    if not network.split and "unlike" not in network.warned:
+def _check(network: Network, *, unlike: bool) -> None:
+    """Raise if the model is compiled; say once that micro-batches are ``unlike`` in their tasks.
+
+    With split norms each has one task alone, which a method knows before.
+    """
+    if network.compiled:
+        raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
+    if unlike and not network.split and "unlike" not in network.warned:
         network.warned.add("unlike")
         warn(
             "A micro-batch, or a rank's batch, lacks tasks that others of this step have. Which results tasks share is found "

@@ -55,11 +55,10 @@ def spans(gradients: TaskGradients, times: Tensor | None = None) -> Iterator[tup
     kinds = list(zip(gradients.trained, times.T.tolist(), strict=True))
     for (trained, _), run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         if trained:
-            first, *others = run
-            last = others[-1] if others else first
-            start, stop = (gradients.columns(gradients.parameters[place]) for place in (first, last))
-            for piece in pieces(stop.stop, start.start):
-                yield piece, times[:, first]
+            places = list(run)
+            first, last = (gradients.columns(gradients.parameters[place]) for place in (places[0], places[-1]))
+            for piece in pieces(last.stop, first.start):
+                yield piece, times[:, places[0]]
 
 
 @torch.no_grad()
@@ -77,7 +76,7 @@ def track_(rows: Iterable[Tensor], memory: Tensor, tasks: Sequence[int], shares:
 
 
 @torch.no_grad()
-def remember_(memory: Tensor, gradients: TaskGradients, places: Iterable[int]) -> None:
+def remember_(memory: Tensor, gradients: TaskGradients, places: Sequence[int]) -> None:
     """Write the rows ``places`` of J [k, P] over those of their tasks in a memory [K, P]."""
     for span, _ in spans(gradients):
         for place in places:
