@@ -178,6 +178,7 @@ class MultiTask:
         self._weights = self._check_weights(weights)
         weighting = [self.weights] if isinstance(self.weights, LossWeighting) else []
         self._methods: tuple[Method, ...] = (method, *weighting)
+        self._weighing = self._weigh()
         parts = [part for whole in self._methods for part in whole.parts()]
         twice = next((part for i, part in enumerate(parts) if any(part is other for other in parts[:i])), None)
         if twice is not None:
@@ -220,7 +221,6 @@ class MultiTask:
             first = method.generator.initial_seed()
             if seed is not None or self.weights.generator.initial_seed() == first:
                 self.weights.seed(derived_seed(first, "weights"))
-        self._weighing = self._weigh()
         bounded = any(part.domain.above or type(part).outside is not Method.outside for part in self._every)
         self._outside = [part.outside for part in self._methods] if bounded else []
 
@@ -284,7 +284,7 @@ class MultiTask:
                 where = where if network.engine is None else f'gradients="{network.engine.name}"'
                 raise ValueError(f"Method `{part.name}` doesn't work with {where}: it {reason}.")
         weights = self.weights
-        if isinstance(weights, LossWeighting) and not (weights.fixed or weights.separable) and self._method.one_by_one:
+        if isinstance(weights, LossWeighting) and not self._weighing[2] and self._method.one_by_one:
             warn(
                 f"Method `{self._method.name}` runs one task at a time, where weighting `{weights.name}` can't weigh it "
                 "against the others: that has no effect there. Weights by task have: `weights={'task': 0.5}`."
@@ -313,13 +313,13 @@ class MultiTask:
             check_number(f"weights[{name!r}]", value, minimum=0)
         return {name: float(weights.get(name, 1.0)) for name in self.tasks}
 
-    def _weigh(self) -> tuple[Weigh | None, bool]:
-        """The user's loss weights as a function, and whether they are fixed."""
+    def _weigh(self) -> tuple[Weigh | None, bool, bool]:
+        """The user's loss weights as a function, whether they are fixed, and whether a task's depends on it alone."""
         if self.weights is None:
-            return None, True
+            return None, True, True
         if isinstance(self.weights, LossWeighting):
-            return self.weights.loss_weights, self.weights.fixed
-        return self._factors, True
+            return self.weights.loss_weights, self.weights.fixed, self.weights.fixed or self.weights.separable
+        return self._factors, True, True
 
     def _factors(self, values: Tensor, indices: tuple[int, ...]) -> Tensor:
         # Read at every step: they are the user's to change.
@@ -545,6 +545,7 @@ class MultiTask:
                 self._undo(keep_buffers=context.overflowed)
             elif isinstance(self._weights, LossWeighting):
                 self._weights.after_step(context.unweighted(), context)
+                info = context.recounted(info)
         except SkippedError as skipped:
             if context.num_optimizer_steps == 0:
                 self._undo(keep_buffers=skipped.overflow)
@@ -607,12 +608,13 @@ class MultiTask:
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
-        weigh, weigh_fixed = self._weighing
+        weigh, weigh_fixed, weigh_apart = self._weighing
         return Parts(
             self.tasks,
             on_nonfinite=self.on_nonfinite,
             weigh=weigh,
             weigh_fixed=weigh_fixed,
+            weigh_apart=weigh_apart,
             outside=self._outside,
             repeats=any(part.needs_closure or part.needs_losses_after for part in self._every),
             same_noise=self.same_noise,

@@ -1,5 +1,7 @@
 """One battery for every registered method: what reaches the optimizer, and what becomes of a step that doesn't get there."""
 
+import copy
+import functools
 import importlib
 import warnings
 
@@ -323,3 +325,116 @@ def test_tensor_hooks(name, engine):
     moved = weight.detach() - before
     assert not moved[:, 0].any()
     assert moved[:, 1:].any()
+
+
+# ---------------------------------------------------------------------- reused weights
+
+
+@pytest.mark.parametrize("name", GRAMIAN)
+def test_a_resumed_run_records_what_the_whole_one_does(name):
+    """Also in steps that reuse the weights of one before the break."""
+    options = {**ROWS[name].options(len(TASKS)), "refresh_every": 3}
+    try:
+        torchmto.make_method(name, **options)
+    except TypeError:
+        pytest.skip("computes its weights in every step")
+    runs = []
+    for broken in (False, True):
+        model = Toy(TASKS)
+        records = []
+        kept = None
+        for seed in range(6):
+            if kept is None or (broken and seed == 2):
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+                mt = torchmto.MultiTask(model, optimizer, tasks=TASKS, method=torchmto.make_method(name, **options))
+                mt.load_state_dict(kept or mt.state_dict())
+            records.append(dict(mt.step(closure(model, batch(TASKS, seed=seed))).records))
+            kept = mt.state_dict()
+        runs.append((flat(model), records))
+    assert same(*runs)
+
+
+# ---------------------------------------------------------------------- weightings in front
+
+
+@every
+def test_forwards_of_a_weighting_in_front_are_counted(name):
+    model = Toy(TASKS)
+    mt = start(name, model, weights="famo")
+    inner, calls = closure(model, batch(TASKS)), []
+    info = mt.step(lambda tasks: calls.append(tasks) or inner(tasks))
+    assert info.num_forward == len(calls) == build(name, len(TASKS)).cost(len(TASKS)).num_forward + 1
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if method_class(n).family != "loss weighting"])
+def test_si_in_front_is_the_method_on_the_log_losses(name):
+    """Wherever it takes gradients, also where parameters are moved before."""
+    if method_class(name).properties.uses_losses:
+        pytest.skip("it sees other losses")
+    runs = []
+    for weights in (None, "si"):
+        model = Toy(TASKS)
+        mt = start(name, model, weights=weights)
+        if not getattr(mt.method, "only_weighs", True):
+            pytest.skip("its second derivatives take the weights in front as constants")
+
+        def losses(tasks, model=model, logs=weights is None, seed=0):
+            values = closure(model, batch(TASKS, seed=seed))(tasks)
+            # Positive, as some methods want losses.
+            return {task: loss.log() + 20 for task, loss in values.items()} if logs else values
+
+        for seed in range(3):
+            mt.step(functools.partial(losses, seed=seed))
+        runs.append(flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-7, atol=1e-9)
+
+
+# ---------------------------------------------------------------------- a layer frozen in mid run
+
+
+def memories(kept, parameters):
+    """The states with a column for every entry of the shared parameters, and those with one for every parameter."""
+    width = sum(p.numel() for p in parameters)
+    tensors = [entry for entry in kept["method_state"].values() if isinstance(entry, torch.Tensor) and entry.dim() == 2]
+    return [t for t in tensors if t.shape[1] == width], [t for t in tensors if t.shape[1] == len(parameters)]
+
+
+@pytest.mark.parametrize("how", ["frozen", "left"])
+@every
+def test_a_frozen_layer_has_no_say(name, how):
+    """What is remembered of it decides nothing while it isn't trained, and stays as it was until it is trained again."""
+    model = Toy(TASKS)
+    weight, bias = model.trunk[0].weight, model.trunk[0].bias
+    mt = start(name, model, parameters=[{"params": [weight]}, {"params": [bias, *model.heads.parameters()]}])
+    for seed in range(4):
+        mt.step(closure(model, batch(TASKS, seed=seed)))
+    optimizer = mt.network.optimizers.all[0]
+    group = optimizer.param_groups[0]
+    if how == "frozen":
+        weight.requires_grad_(requires_grad=False)
+    else:
+        optimizer.param_groups.remove(group)
+    before, shared = copy.deepcopy(model.state_dict()), [weight, bias]
+    place = mt.network.roles.layout.index("trunk.0.weight") if mt.network.roles.layout else 0
+    own = slice(0, weight.numel()) if place == 0 else slice(bias.numel(), None)
+    outcomes, kept = [], mt.state_dict()
+    for factor in (1.0, 1e3):
+        model.load_state_dict(before)
+        for memory in memories(kept, shared)[0]:
+            memory[:, own] *= factor
+        held = [[t.clone() for t in tensors] for tensors in memories(kept, shared)]
+        mt.load_state_dict(kept)
+        for seed in (5, 6):
+            mt.step(closure(model, batch(TASKS, seed=seed)))
+        outcomes.append(flat(model))
+        entries, counts = memories(mt.state_dict(), shared)
+        assert same([t[:, own] for t in entries], [t[:, own] for t in held[0]])
+        assert same([t[:, place] for t in counts], [t[:, place] for t in held[1]])
+    assert same(*outcomes)
+    assert same(weight.detach(), before["trunk.0.weight"])
+    if how == "frozen":
+        weight.requires_grad_(requires_grad=True)
+    else:
+        optimizer.param_groups.append(group)
+    mt.step(closure(model, batch(TASKS, seed=7)))
+    assert not same(weight.detach(), before["trunk.0.weight"])

@@ -38,6 +38,10 @@ class Rows:
         """One for every column."""
         return list(range(self.matrix.shape[1]))
 
+    @property
+    def trained(self) -> list[bool]:
+        return [True] * self.matrix.shape[1]
+
     def columns(self, parameter: int) -> slice:
         return slice(parameter, parameter + 1)
 
@@ -543,10 +547,34 @@ def test_son_goku_passes_over_absent_groups() -> None:
     method = torchmto.make_method("son_goku")
     model, _, mt = toy.make(method)
     mt.step(toy.closure(model, toy.batch(mt.tasks)))
-    method.groups, method.turn = [[0], [1], [2]], 1
+    method.groups = [[0], [1], [2]]
     info = mt.step(toy.closure(model, toy.batch(mt.tasks), only=("c",)))
     assert info.records["active"] == ["c"]
-    assert method.turn == 0
+    turns = [mt.step(toy.closure(model, toy.batch(mt.tasks))).records["active"] for _ in range(3)]
+    assert {"a", "b"} == {*turns[0], *turns[1]}
+    assert turns[2] == ["c"]
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2, 3, 50])
+def test_son_goku_lets_no_task_wait_for_more_steps_than_there_are_tasks(refresh_every: int) -> None:
+    """However often the groups are drawn anew, and whatever they are then: the task that waited longest is next."""
+    model, _, mt = toy.make(
+        torchmto.make_method("son_goku", beta=0.0, refresh_every=refresh_every), tasks=("a", "b", "c", "d")
+    )
+    inner = toy.closure(model, toy.batch(mt.tasks))
+    generator, waited = torch.Generator().manual_seed(refresh_every), dict.fromkeys(mt.tasks, 0)
+    for _ in range(40):
+        # Gradients that conflict, each step others.
+        signs = torch.randn(4, generator=generator, dtype=torch.float64)
+        common = 100 * model.trunk[0].bias
+
+        def losses(tasks: tuple[str, ...], signs: Tensor = signs, common: Tensor = common) -> dict[str, Tensor]:
+            own = inner(tasks)
+            return {t: own[t] + signs[mt.tasks.index(t)] * common.sum() for t in tasks}
+
+        active = mt.step(losses).records["active"]
+        waited = {task: 0 if task in active else steps + 1 for task, steps in waited.items()}
+        assert max(waited.values()) < 4
 
 
 def test_son_goku_resumes_bit_for_bit() -> None:

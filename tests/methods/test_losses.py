@@ -175,6 +175,44 @@ def test_declared_identity(name, loss):
         assert make(name).loss_weights(torch.tensor([loss])).item() == 1
 
 
+@pytest.mark.parametrize("name", WEIGHTINGS)
+@given(
+    size=st.integers(2, 40),
+    level=st.floats(0.1, 1e3),
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=25)
+def test_no_task_climbs_by_rounding_errors(name, size, level, seed, dtype):
+    """Losses that are equal but for these, as behind a weighting that makes them so: the weights are those of equal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    losses = torch.full((size,), level, dtype=dtype)
+    noise = torch.randint(-2, 3, (size,), generator=generator) * torch.finfo(dtype).eps / 2
+    exact, found = (make(name).loss_weights(values) for values in (losses, losses * (1 + noise)))
+    assert bool((found >= 0).all())
+    if "tchebycheff" not in name and name != "go4align":
+        torch.testing.assert_close(found, exact, rtol=100 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("preference", [[1.0, 2.0, 4.0], [0.1, 0.3, 0.7], [1.0, 1e-3, 7.0]])
+@pytest.mark.parametrize("reference", [0.0, -100.0, [-1.0, 0.5, 0.0]])
+def test_pbi_on_its_reference(preference, reference):
+    """Where the losses lie on the preferred direction only the distance along it counts."""
+    method, direction = (
+        make("pbi", preference=preference, reference=reference),
+        torch.tensor(preference, dtype=torch.float64),
+    )
+    for dtype in (torch.float32, torch.float64):
+        for length in (0.3, 0.7, 1.1, 13.0):
+            losses = (length * direction + torch.tensor(reference, dtype=torch.float64)).to(dtype)
+            torch.testing.assert_close(
+                method.loss_weights(losses), (direction / direction.norm()).to(dtype), rtol=1e-5, atol=0
+            )
+    small = torch.tensor([0.5, 1e-12])
+    weights = make("pbi", preference=[1.0, 1e-30]).loss_weights(small)
+    assert weights.tolist() == pytest.approx([1.0, 5.0]), "a small distance isn't a rounding error of a large loss"
+
+
 def test_pbi():
     losses = np.array([0.5, 2.0, 3.0])
     np.testing.assert_allclose(make("pbi").loss_weights(torch.tensor(losses)), pbi_weights(losses), rtol=1e-6)

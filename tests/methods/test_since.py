@@ -290,6 +290,22 @@ def test_m_config_passes_over_tasks_without_labels(num_updates: int) -> None:
     assert toy.same(toy.state(mt), before)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_m_config_of_ready_losses_of_some_tasks(parts: int) -> None:
+    """Whose turn it is among those that are there, and one pass through each of them."""
+    runs = []
+    for ready in (True, False):
+        model, _, mt = toy.make("m_config")
+        for seed, only in enumerate([mt.tasks, ("b", "c"), ("c",), ("a", "b"), ("c",), mt.tasks]):
+            sources = [
+                toy.closure(model, toy.batch(mt.tasks, seed=seed + 10 * part), only=only) for part in range(parts)
+            ]
+            info = mt.step([losses(mt.tasks) for losses in sources] if ready else sources)
+            assert info.num_forward == parts or not ready
+        runs.append(toy.flat(model))
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=0)
+
+
 def test_m_config_of_tasks_that_agree_is_adam() -> None:
     """The second moment is that of the gradient behind the direction's momentum."""
     model, _, mt = toy.make(made("m_config", num_updates=None, betas=(0.9, 0.999)), ("a", "b"))
@@ -718,6 +734,20 @@ def test_consmtl_is_fairgrad_elsewhere() -> None:
     with pytest.raises(ValueError, match="no second derivatives of compiled models"):
         mt.step(toy.closure(model, toy.batch(mt.tasks)))
     assert toy.same(toy.state(mt), before)
+
+
+def test_consmtl_says_that_micro_batches_differ_in_their_tasks() -> None:
+    """What tasks share is found in each; a batch that lacks a task altogether is another matter."""
+    model, _, mt = toy.make("consmtl")
+    first, second = (toy.closure(model, toy.batch(mt.tasks), only=only) for only in (("a",), ("b", "c")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step([second, second])
+    with pytest.warns(UserWarning, match="lacks tasks that others of this step have"):
+        mt.step([first, second])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mt.step([first, second])
 
 
 def test_consmtl_within_groups() -> None:

@@ -92,12 +92,16 @@ class Columns(ABC):
         num_tasks: K.
         ranks: The processes that sum their rows.
         share: How many of these hold a part of the columns each.
+
+    Attributes:
+        trained: The parameters that are trained now; shared ones that aren't keep their columns.
     """
 
     def __init__(self, num_tasks: int, ranks: Ranks, share: int = 1) -> None:
         self._num_tasks = num_tasks
         self._ranks = ranks
         self._share = share
+        self.trained: Sequence[Tensor] = []
         self.tasks: list[int] = []
         self._filled: set[int] = set()
         self._lay_out([])

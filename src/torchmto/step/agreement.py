@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torchmto.checks import warn
 from torchmto.gradients.backwards import ending_at
 from torchmto.gradients.finite import plain
 from torchmto.gradients.reach import read_by
 from torchmto.step.forwards import forwards
 from torchmto.step.losses import Chunk
 from torchmto.step.messages import sum_heads
-from torchmto.step.network import Heads
+from torchmto.step.network import Heads, Network
 from torchmto.step.parts import Parts, Request
 from torchmto.step.task_gradients import TaskGradients, factors_of, hold, rescale_heads
 
@@ -43,9 +44,8 @@ def agreement(parts: Parts, request: Request, gradients: TaskGradients, weights:
 
 def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int, float], found: Heads) -> None:
     """Add what one forward brings."""
-    if parts.network.compiled:
-        raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
     losses = {task: loss for task, loss in chunk.losses.items() if task in weights}
+    _check(parts.network, unlike=len(losses) < len(weights))
     alike: dict[frozenset[GradientEdge], tuple[list[GradientEdge], list[int]]] = {}
     for task, read in zip(losses, read_by(losses.values()), strict=True):
         if read:
@@ -70,6 +70,21 @@ def _add(parts: Parts, chunk: Chunk, gradients: TaskGradients, weights: dict[int
             for parameter, derivative in zip(heads, derivatives, strict=True):
                 if derivative is not None:
                     hold(found, task, parameter, plain(derivative))
+
+
+def _check(network: Network, *, unlike: bool) -> None:
+    """Raise if the model is compiled; say once that micro-batches are ``unlike`` in their tasks.
+
+    With split norms each has one task alone, which a method knows before.
+    """
+    if network.compiled:
+        raise ValueError("The model is compiled, and PyTorch has no second derivatives of compiled models.")
+    if unlike and not network.split and "unlike" not in network.warned:
+        network.warned.add("unlike")
+        warn(
+            "A micro-batch, or a rank's batch, lacks tasks that others of this step have. Which results tasks share is found "
+            "in each by itself, so what heads learn to agree with isn't what it is in one batch. This warning isn't repeated."
+        )
 
 
 def _pulls(

@@ -1,6 +1,7 @@
 """One step's work on a network: the facade that methods see."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -170,8 +171,8 @@ class StepContext:
     def moved(self, shifts: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
         """Inside, parameters are moved, and forwards leave the model's buffers as they were; afterwards all are back.
 
-        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on), and keep the user's loss
-        weights of the step's first losses: the tasks that a weighting weighs against each other may come one by one there.
+        Bit for bit, after an error too. Forwards inside draw new noise (unless ``same_noise`` is on). Where the user's
+        weighting weighs tasks against each other, which may come one by one there, its weights of the step's first losses stay.
 
         Args:
             shifts: Parameters, and what is added to each: a tensor of its shape, of pairs of reals for a complex one.
@@ -179,7 +180,7 @@ class StepContext:
         parts, weigh = self._parts, self._parts.weigh
         self.network.moved = [(parameter, parameter.detach().clone()) for parameter, _ in shifts]
         try:
-            if parts.first is not None and parts.first.factors is not None:
+            if not parts.weigh_apart and parts.first is not None and parts.first.factors is not None:
                 known = dict(zip(parts.first.indices, parts.first.factors.tolist(), strict=True))
                 parts.weigh = lambda values, indices: values.new_tensor([known[index] for index in indices])
             with parts.noise.extra(replay=False):
@@ -208,7 +209,8 @@ class StepContext:
         of the results that tasks share (each an input of its own, whatever it is computed from): the derivatives of
         :math:`\langle \delta_i, \sum_j w_j \delta_j \rangle` by the parameters of i's own part, the sum being constant. One
         more forward, with the noise of the first, and two backwards per task down to these results; one more per task for
-        each further choice of results, where the tasks' own parts read different ones.
+        each further choice of results, where the tasks' own parts read different ones. Which results are shared is found in
+        every micro-batch by itself: where they differ in their tasks the result isn't that of one batch (a warning).
 
         Args:
             gradients: What :meth:`gradients` returned, combined already.
@@ -506,6 +508,10 @@ class StepContext:
             gramian=None if gradients is None else gradients.gramian,
             precision=0.0 if gradients is None else gradients.precision,
         )
+
+    def recounted(self, info: StepInfo) -> StepInfo:
+        """A report with the passes that came after it."""
+        return dataclasses.replace(info, num_forward=self._parts.num_forward, num_backward=self._parts.num_backward)
 
 
 def _wrong_shape(what: str, about: str, given: object, length: int) -> ValueError:

@@ -65,12 +65,16 @@ def forwards(parts: Parts, request: Request, *, grad: bool = True, apart: bool =
 
 def _call(parts: Parts, closure: Source, names: tuple[str, ...], *, grad: bool) -> Chunk:
     """Run one closure (or read ready losses) for the tasks ``names``."""
-    parts.num_forward += 1
     if isinstance(closure, Mapping):
         if id(closure) in parts.consumed:
             raise needs_closure("This method")
-        parts.consumed.add(id(closure))
-        return _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
+        chunk = _parse(parts, closure, names, needs_graph=grad, active=None, ready=True)
+        if chunk.losses:
+            # What holds none of these tasks can be asked for others.
+            parts.consumed.add(id(closure))
+            parts.num_forward += 1
+        return chunk
+    parts.num_forward += 1
     active = names[0] if len(names) == 1 else None
     network = parts.network
     before = None if grad or network.differentiates else random_state()
@@ -143,8 +147,8 @@ def _check_others(parts: Parts, result: Mapping[str, Any], asked: tuple[str, ...
     unknown = [name for name in result if name not in parts.tasks]
     if unknown:
         raise ValueError(unknown_task(unknown[0], parts.tasks, "among the losses"))
-    if not ready and not parts.network.warned_unasked:
-        parts.network.warned_unasked = True
+    if not ready and "unasked" not in parts.network.warned:
+        parts.network.warned.add("unasked")
         unasked = next(name for name in result if name not in asked)
         warn(
             f"The closure returned a loss for task `{unasked}`, which wasn't asked for; it is ignored. A closure gets the "

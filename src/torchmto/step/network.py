@@ -160,7 +160,7 @@ class Network:
         self.compiled = False
         self.opaque = False
         self.recomputes = False
-        self.warned_unasked = False
+        self.warned: set[str] = set()
         self.differentiates = False
         self.sparse = sparse and ranks.size == 1
         self._warned_untrained = False

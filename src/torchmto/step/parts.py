@@ -56,6 +56,7 @@ class Parts:
         weigh: The user's loss weights, until they have been told of the step: a callable from losses and indices to factors
             [k]; None for 1.
         weigh_fixed: Whether these factors depend neither on the losses nor on which tasks are present.
+        weigh_apart: Whether no task's factor depends on another task's loss or presence.
         outside: Why a method can't take the losses that it sees: the step's method, then the loss weighting before it. Empty
             if they take any.
         repeats: Whether a step may run the model more than once, so that random states are kept.
@@ -77,7 +78,7 @@ class Parts:
         num_forward: Calls of closures so far.
         num_backward: Backward passes so far.
         engine: What has computed gradients of tasks: see :class:`~torchmto.StepInfo`.
-        consumed: The ``id`` of ready losses that were used.
+        consumed: The ``id`` of ready losses whose graph was asked for.
         held: Forwards that have been run already, for what comes next: to see which tasks there are, or by an engine that has
             left their gradients to the rows.
     """
@@ -86,6 +87,7 @@ class Parts:
     on_nonfinite: str
     weigh: Weigh | None
     weigh_fixed: bool
+    weigh_apart: bool
     outside: Sequence[Outside]
     repeats: bool
     same_noise: bool

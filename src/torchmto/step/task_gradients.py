@@ -66,6 +66,12 @@ class TaskGradients:
         """The shared parameters, in the order of their columns."""
         return self.rows.parameters
 
+    @property
+    def trained(self) -> list[bool]:
+        """Of each of these whether it is trained now; the columns of others are zero."""
+        trained = set(map(id, self.rows.trained))
+        return [id(parameter) in trained for parameter in self.parameters]
+
     def has(self, parameter: Tensor) -> bool:
         """Whether ``parameter`` is one of the shared parameters."""
         return id(parameter) in self.rows.position
@@ -173,6 +179,7 @@ def keep_rows(parts: Parts, request: Request) -> None:
 def _begun(parts: Parts, source: int) -> tuple[Rows | ShardedRows, Heads]:
     """The rows and heads of a batch, empty unless earlier calls have left some."""
     rows = parts.network.rows_of(source)
+    rows.trained = parts.network.parameters
     if parts.carried is None or source not in parts.carried:
         rows.begin()
     return rows, {} if parts.carried is None else parts.left_by_earlier_calls(source).heads

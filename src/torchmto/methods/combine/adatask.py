@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmto.gradients.rows import views_of
 from torchmto.methods import hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import counted, fitted, pieces, spans
+from torchmto.methods.combine.columns import counted, fitted, spans
 from torchmto.step import Network, TaskGradients
 
 
@@ -67,16 +67,15 @@ class AdaTask(AdamRule):
         self.ensure_setup(len(matrix))
         self.first = fitted(self.first, self.num_tasks, matrix)
         self.second = fitted(self.second, self.num_tasks, matrix)
-        times = counted(self.times, [], len(task_grads.parameters))
+        times = counted(self.times, [], task_grads.trained)
         if self._network is not None:
             self._take_over_heads(task_grads, self._network, times)
-        self.times = counted(times, task_grads.indices, len(task_grads.parameters))
+        self.times = counted(times, task_grads.indices, task_grads.trained)
         combined = torch.zeros_like(matrix[0])
-        for span, counts in spans(self.times, task_grads):
+        for span, counts in spans(task_grads, self.times):
             for row, task in zip(matrix, task_grads.indices, strict=True):
-                for piece in pieces(span.stop, span.start):
-                    moments = self.first[task, piece].clone(), self.second[task, piece].clone()
-                    combined[piece] += self._direction(*moments, row[piece], int(counts[task]))
+                moments = self.first[task, span].clone(), self.second[task, span].clone()
+                combined[span] += self._direction(*moments, row[span], int(counts[task]))
         if self.adam_heads and self._network is not None:
             self._turn_heads(task_grads, self._network)
         return combined
@@ -84,8 +83,9 @@ class AdaTask(AdamRule):
     @torch.no_grad()
     def remember(self, task_grads: TaskGradients) -> None:
         """Update the moments."""
-        for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
-            self._move(self.first[task], self.second[task], row)
+        for span, _ in spans(task_grads):
+            for row, task in zip(task_grads.matrix, task_grads.indices, strict=True):
+                self._move(self.first[task, span], self.second[task, span], row[span])
 
     def _move(self, first: Tensor, second: Tensor, gradient: Tensor) -> None:
         """Update two moments in place."""

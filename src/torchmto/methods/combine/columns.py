@@ -1,5 +1,6 @@
 """Memory of gradient rows across steps, and passes over their columns in pieces."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -22,36 +23,42 @@ def pieces(stop: int, start: int = 0) -> Iterator[slice]:
         yield slice(first, min(first + PIECE, stop))
 
 
-def counted(times: Tensor | int, tasks: Sequence[int], number: int) -> Tensor:
+def counted(times: Tensor | int, tasks: Sequence[int], trained: Sequence[bool]) -> Tensor:
     """Counts of steps for every task and shared parameter, [K, n], after one more of ``tasks``.
 
     A parameter that turns shared is counted from then on: its columns of a memory start at zero, so that a correction for the
-    start, or a rate that decays from there, has to start with them.
+    start, or a rate that decays from there, has to start with them. One that isn't trained isn't counted, as its columns of a
+    memory stay as they are.
 
     Example:
-        >>> counted(torch.tensor([[3], [2]]), [0], 2)
-        tensor([[4, 1],
-                [2, 0]])
+        >>> counted(torch.tensor([[3, 3], [2, 2]]), [0], [True, False, True])
+        tensor([[4, 3, 1],
+                [2, 2, 0]])
     """
-    known = torch.as_tensor(times)
+    known, number = torch.as_tensor(times), len(trained)
     if known.dim() < 2:
         # Older states count for every task alone.
         known = known.reshape(-1, 1).expand(-1, number)
     grown = known.new_zeros(len(known), number)
     shared = min(number, known.shape[1])
     grown[:, :shared] = known[:, :shared]
-    grown[list(tasks)] += 1
+    grown[list(tasks)] += torch.tensor(trained, dtype=grown.dtype)
     return grown
 
 
-def spans(times: Tensor, gradients: TaskGradients) -> Iterator[tuple[slice, Tensor]]:
-    """The columns whose counts [K, n] are the same, where they lie next to each other, and these counts [K]."""
-    number = times.shape[1]
-    changes = (times[:, 1:] != times[:, :-1]).any(0).nonzero().flatten().tolist()
-    starts = [0, *(change + 1 for change in changes)] if number else []
-    for first, end in zip(starts, [*starts[1:], number], strict=False):
-        columns = gradients.columns(gradients.parameters[first]), gradients.columns(gradients.parameters[end - 1])
-        yield slice(columns[0].start, columns[1].stop), times[:, first]
+def spans(gradients: TaskGradients, times: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """The columns of the parameters that are trained now, in pieces whose counts [K, n] are the same; and these counts [K].
+
+    What is remembered of the other columns stays as it is, and has no part in a step.
+    """
+    times = torch.zeros(0, len(gradients.parameters)) if times is None else times
+    kinds = list(zip(gradients.trained, times.T.tolist(), strict=True))
+    for (trained, _), run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
+        if trained:
+            places = list(run)
+            first, last = (gradients.columns(gradients.parameters[place]) for place in (places[0], places[-1]))
+            for piece in pieces(last.stop, first.start):
+                yield piece, times[:, places[0]]
 
 
 @torch.no_grad()
@@ -69,10 +76,11 @@ def track_(rows: Iterable[Tensor], memory: Tensor, tasks: Sequence[int], shares:
 
 
 @torch.no_grad()
-def remember_(memory: Tensor, rows: Iterable[Tensor], tasks: Sequence[int]) -> None:
-    """Write rows of J [k, P] over those of their tasks in a memory [K, P]."""
-    for row, task in zip(rows, tasks, strict=True):
-        memory[task].copy_(row)
+def remember_(memory: Tensor, gradients: TaskGradients, places: Sequence[int]) -> None:
+    """Write the rows ``places`` of J [k, P] over those of their tasks in a memory [K, P]."""
+    for span, _ in spans(gradients):
+        for place in places:
+            memory[gradients.indices[place], span] = gradients.matrix[place, span]
 
 
 @torch.no_grad()

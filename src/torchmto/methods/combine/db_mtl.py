@@ -5,7 +5,7 @@ from torch import Tensor
 
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Domain, GradientCombiner, Properties, hyper, register_method, states
-from torchmto.methods.combine.columns import fitted, remember_, track_
+from torchmto.methods.combine.columns import fitted, remember_, spans, track_
 from torchmto.step import TaskGradients
 
 
@@ -75,7 +75,8 @@ class DBMTL(GradientCombiner):
         matrix = task_grads.matrix
         pasts = [self.beta / int(self.times[task]) ** self.sigma for task in present]
         shares = [(beta, (1 - beta) * factor) for beta, factor in zip(pasts, inverse[moving].tolist(), strict=True)]
-        track_([matrix[place] for place in self._moving], self.tracked, present, shares)
+        for span, _ in spans(task_grads):
+            track_([matrix[place, span] for place in self._moving], self.tracked[:, span], present, shares)
         norms = gramian(matrix).diagonal()[self._moving].clamp_min(0).sqrt()
         ratios = norms.max() / norms
         weights = matrix.new_zeros(len(matrix))
@@ -84,5 +85,4 @@ class DBMTL(GradientCombiner):
 
     def remember(self, task_grads: TaskGradients) -> None:
         """Keep the tracked gradients."""
-        rows, tasks = task_grads.matrix, task_grads.indices
-        remember_(self.tracked, [rows[place] for place in self._moving], [tasks[place] for place in self._moving])
+        remember_(self.tracked, task_grads, self._moving)

@@ -9,7 +9,7 @@ from torchmto import solvers
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Domain, Properties, hyper, register_method, states
 from torchmto.methods.combine.adam_rule import AdamRule
-from torchmto.methods.combine.columns import averaged, counted, fitted, pieces, spans
+from torchmto.methods.combine.columns import averaged, counted, fitted, spans
 from torchmto.step import StepContext, TaskGradients
 from torchmto.step.finite import SkippedError
 from torchmto.step.losses import empty_batch
@@ -95,38 +95,33 @@ class MConFIG(AdamRule):
         self.ensure_setup(len(matrix))
         self.momenta = fitted(self.momenta, self.num_tasks, matrix)
         self.moment, self.last = fitted(self.moment, 1, matrix), fitted(self.last, 1, matrix)
-        number = len(task_grads.parameters)
-        self.times = counted(self.times, task_grads.indices, number)
-        self.num_steps = counted(self.num_steps, [0], number)
+        self.times = counted(self.times, task_grads.indices, task_grads.trained)
+        self.num_steps = counted(self.num_steps, [0], task_grads.trained)
         begun = self.times.any(1)
         begun[list(task_grads.indices)] = True
         seen = torch.nonzero(begun).flatten()
         own = torch.zeros(len(seen), len(seen), dtype=torch.float64)
         for span, counts in self._spans(task_grads):
-            products = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
-            for piece in pieces(span.stop, span.start):
-                products += gramian(self._momenta(task_grads, piece))
             corrections = self._corrections(counts[seen])
-            own += products[seen][:, seen] * torch.outer(corrections, corrections)
+            own += gramian(self._momenta(task_grads, span))[seen][:, seen] * torch.outer(corrections, corrections)
         solution = solvers.config(own.numpy(), precision=task_grads.precision)
         self.num_fallbacks += not solution.converged
-        direction = torch.empty_like(matrix[0])
-        update = torch.empty_like(direction)
+        direction = torch.zeros_like(matrix[0])
+        update = torch.zeros_like(direction)
         finite = torch.ones((), dtype=torch.bool, device=matrix.device)
         for span, counts in self._spans(task_grads):
             weights = torch.zeros(self.num_tasks, dtype=torch.float64)
             weights[seen] = torch.from_numpy(solution.weights) * self._corrections(counts[seen])
-            for piece in pieces(span.stop, span.start):
-                torch.mv(self._momenta(task_grads, piece).T, weights.to(matrix), out=direction[piece])
-                second = self._moments(direction, piece, counts)[1] / (1 - self.betas[1] ** int(counts[-1]))
-                finite &= second.isfinite().all()
-                torch.div(direction[piece], second.sqrt_().add_(EPS), out=update[piece])
+            torch.mv(self._momenta(task_grads, span).T, weights.to(matrix), out=direction[span])
+            second = self._moments(direction, span, counts)[1] / (1 - self.betas[1] ** int(counts[-1]))
+            finite &= second.isfinite().all()
+            torch.div(direction[span], second.sqrt_().add_(EPS), out=update[span])
         self._direction = direction
         if self._network is not None:
             # The momenta of tasks whose turn it isn't move what they reach, too.
             roles, moving = self._network.roles, set(seen.tolist())
-            names = roles.layout[: len(task_grads.parameters)]
-            task_grads.rows.fill(place for place, name in enumerate(names) if moving & roles.tasks_of(name))
+            layout = enumerate(zip(roles.layout, task_grads.trained, strict=False))
+            task_grads.rows.fill(i for i, (name, trained) in layout if trained and moving & roles.tasks_of(name))
         # A square that overflows would stay in the second moment, and its entry never move again.
         return update if bool(finite) else torch.full_like(update, torch.inf)
 
@@ -136,13 +131,12 @@ class MConFIG(AdamRule):
         direction, self._direction = self._direction, None
         assert direction is not None, "combine comes first"
         for span, counts in self._spans(task_grads):
-            for piece in pieces(span.stop, span.start):
-                self.momenta[:, piece] = self._momenta(task_grads, piece)
-                self.last[0, piece], self.moment[0, piece] = self._moments(direction, piece, counts)
+            self.momenta[:, span] = self._momenta(task_grads, span)
+            self.last[0, span], self.moment[0, span] = self._moments(direction, span, counts)
 
     def _spans(self, task_grads: TaskGradients) -> Iterator[tuple[slice, Tensor]]:
-        """Columns that lie next to each other and whose counts, [K + 1] with that of all steps, are the same."""
-        return spans(torch.cat([self.times, self.num_steps]), task_grads)
+        """Pieces of columns whose counts, [K + 1] with that of all steps, are the same."""
+        return spans(task_grads, torch.cat([self.times, self.num_steps]))
 
     def _corrections(self, counts: Tensor) -> Tensor:
         """What momenta are multiplied with for their start at 0, by their counts; those that haven't begun are 0."""

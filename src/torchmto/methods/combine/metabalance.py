@@ -1,5 +1,7 @@
 """MetaBalance: auxiliary gradients brought towards the length of the primary task's, parameter by parameter."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,19 +51,20 @@ class MetaBalance(GradientCombiner):
         matrix, present = task_grads.matrix, list(task_grads.indices)
         parts = [task_grads.columns(parameter) for parameter in task_grads.parameters]
         lengths = [matrix[:, part].norm(dim=1, keepdim=True) for part in parts]
-        factors = self._factors(torch.cat([matrix[:, :0], *lengths], dim=1), present)
+        factors = self._factors(torch.cat([matrix[:, :0], *lengths], dim=1), present, task_grads.trained)
         combined = torch.empty_like(matrix[0])
         for part, weights in zip(parts, factors.to(matrix).unbind(1), strict=True):
             torch.mv(matrix[:, part].T, weights, out=combined[part])
         return combined
 
-    def _factors(self, lengths: Tensor, present: list[int]) -> Tensor:
+    def _factors(self, lengths: Tensor, present: list[int], trained: Sequence[bool]) -> Tensor:
         """What each task's gradient [k, n] of every parameter is multiplied with. Moves the running means."""
         self.ensure_setup(max(present) + 1)
         new = lengths.shape[1] - self.lengths.shape[1]
         self.lengths = torch.nn.functional.pad(self.lengths, (0, new))
-        self.times = counted(self.times, present, lengths.shape[1])
-        self.lengths[present] += (1 - self.beta) * (lengths.to(self.lengths) - self.lengths[present])
+        self.times = counted(self.times, present, trained)
+        rates = (1 - self.beta) * torch.tensor(trained)
+        self.lengths[present] += rates * (lengths.to(self.lengths) - self.lengths[present])
         means = self.lengths / (1 - self.beta ** self.times.clamp_min(1).to(self.lengths))
         leader = means[self.primary.index]
         ratios = torch.where(means > 0, leader / means, 0.0)[present]

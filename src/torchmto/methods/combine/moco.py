@@ -73,8 +73,8 @@ class MoCo(GradientCombiner):
         present = list(task_grads.indices)
         self.tracked = fitted(self.tracked, self.num_tasks, matrix)
         self.num_steps += 1
-        self.times = counted(self.times, present, len(task_grads.parameters))
-        for span, counts in spans(self.times, task_grads):
+        self.times = counted(self.times, present, task_grads.trained)
+        for span, counts in spans(task_grads, self.times):
             rates = [self.beta / int(counts[task]) ** self.beta_sigma for task in present]
             shares_of_rows = [(1 - beta, beta * factor) for beta, factor in zip(rates, factors, strict=True)]
             track_(matrix[:, span], self.tracked[:, span], present, shares_of_rows)
@@ -93,7 +93,7 @@ class MoCo(GradientCombiner):
 
     def remember(self, task_grads: TaskGradients) -> None:
         """Keep the tracked gradients."""
-        remember_(self.tracked, task_grads.matrix, task_grads.indices)
+        remember_(self.tracked, task_grads, range(len(task_grads.indices)))
 
     def _factors(self, task_grads: TaskGradients) -> list[float]:
         """What each gradient is multiplied with before it is tracked."""

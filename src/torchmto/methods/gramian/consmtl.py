@@ -22,13 +22,15 @@ class ConsMTL(FairGrad):
 
     The representation is found in the graph: the results that several tasks share where a task's own part reads them (several
     scales are several inputs of a head, also where one is computed from another). Where heads are missing, or nothing but
-    parameters is shared, it is FairGrad; so with split norms, whose tasks have a forward each (a warning). Compiled models are
-    refused, and sharded ones; what PyTorch can't differentiate twice raises its error.
+    parameters is shared, it is FairGrad; so with split norms, whose tasks have a forward each (a warning). Micro-batches that
+    differ in their tasks are looked at one by one, so that the second terms aren't those of one batch (a warning): a task alone
+    in one has none there. Compiled models are refused, and sharded ones; what PyTorch can't differentiate twice raises its
+    error.
 
     Scale, fallbacks and ``scale="released"`` (times K, clipped to norm 1) as for ``fairgrad``; the representation's sum
-    takes w as it is solved for. No eps (1e-6 in the released clipping). Cost: K backwards, one more forward with the same
-    noise, and 2 K backwards through the heads (K more for each further choice of results, where heads read different ones).
-    Not random.
+    takes w as it is solved for, and weights in front of the losses as constants. No eps (1e-6 in the released clipping). Cost:
+    K backwards, one more forward with the same noise, and 2 K backwards through the heads (K more for each further choice of
+    results, where heads read different ones). Not random.
 
     Args:
         strength: :math:`\lambda`. Released: 1 for NYUv2, 50 for Cityscapes and CelebA, 1e-3 for QM9.

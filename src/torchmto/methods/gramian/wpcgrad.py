@@ -124,5 +124,6 @@ class WPCGrad(GramianWeighting):
         return self.accept(solvers.pcgrad(array, others.numpy()), gramian)
 
     def records(self) -> Mapping[str, Any]:
-        """The probabilities and, in mode "order", the order drawn."""
-        return {**self._drawn}
+        """The probabilities and, in mode "order", the order drawn; nothing in a step that reused its weights."""
+        drawn, self._drawn = self._drawn, {"probabilities": {}}
+        return drawn

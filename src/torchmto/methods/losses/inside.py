@@ -1,7 +1,10 @@
-"""Functions of losses that tell where they have no value."""
+"""Functions of losses that tell where they have no value, or no more of one than rounding errors."""
 
 import torch
 from torch import Tensor
+
+ROUNDINGS = 8
+"""How many machine precisions of the larger one the difference of two losses may be off: few operations lead to each."""
 
 
 def inside(values: Tensor, good: Tensor) -> Tensor:
@@ -16,3 +19,14 @@ def safe_log(losses: Tensor) -> Tensor:
     ascent.
     """
     return inside(losses, losses > 0).log()
+
+
+def beyond_rounding(differences: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Differences of numbers of these sizes; 0, also in the derivative, where they may be nothing but rounding errors.
+
+    Args:
+        differences: What has a kink at 0, on whose side the sign of a rounding error would decide.
+        sizes: Of each of them how large the numbers are that it is the difference of.
+        dtype: In which the numbers were rounded.
+    """
+    return torch.where(differences.abs() <= ROUNDINGS * torch.finfo(dtype).eps * sizes, 0.0, differences)

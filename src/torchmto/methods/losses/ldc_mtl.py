@@ -4,9 +4,15 @@ import torch
 from torch import Tensor
 
 from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method, states
-from torchmto.methods.losses.inside import inside, safe_log
+from torchmto.methods.losses.inside import beyond_rounding, inside, safe_log
 from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.step import Losses, StepContext
+
+
+def _gaps(weighted: Tensor, dtype: torch.dtype) -> Tensor:
+    """The differences of each loss to the one before, of losses rounded to ``dtype``."""
+    sizes = weighted.detach().abs()
+    return beyond_rounding(weighted.diff(), torch.maximum(sizes[1:], sizes[:-1]), dtype)
 
 
 @register_method("ldc_mtl")
@@ -74,8 +80,8 @@ class LDCMTL(LossWeighting):
         chosen = self.present(losses, indices)
         weights = self.logits.of(chosen).sigmoid().to(losses)
         normalised = self._normalised(losses, chosen)
-        weighted = weights * normalised
-        return (weights / weights.sum() * normalised).sum() + self.penalty * weighted.diff().abs().sum()
+        gaps = _gaps(weights * normalised, losses.dtype)
+        return (weights / weights.sum() * normalised).sum() + self.penalty * gaps.abs().sum()
 
     @torch.no_grad()
     def after_step(self, losses: Losses, context: StepContext) -> None:
@@ -83,7 +89,7 @@ class LDCMTL(LossWeighting):
         values = losses.values.to("cpu", torch.float64)
         normalised = self._normalised(values, losses.indices)
         weights = self.logits.of(losses.indices).sigmoid()
-        signs = (weights * normalised).diff().sign()
+        signs = _gaps(weights * normalised, losses.values.dtype).sign()
         # |a - b| of a task and the next one, and of the one before and it.
         zero = signs.new_zeros(1)
         slope = 1 / weights.sum() + self.penalty * (torch.cat([zero, signs]) - torch.cat([signs, zero]))

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torchmto.methods import Domain, Indices, LossWeighting, Properties, hyper, register_method
-from torchmto.methods.losses.inside import inside
+from torchmto.methods.losses.inside import beyond_rounding, inside
 from torchmto.methods.per_task import PerTask, Shares, TaskFloats
 
 
@@ -35,7 +35,8 @@ class PBI(LossWeighting):
     domain = Domain(
         "`reference`",
         attained=True,
-        corners="The penalty can give a loss below its share a negative weight: it may rise.",
+        corners="The penalty can give a loss below its share a negative weight: it may rise. A distance to the direction that "
+        "may be nothing but the losses' rounding errors is 0.",
     )
     preference: Shares = hyper.given(None, Shares, TaskFloats | None)
     theta: float = hyper.number(5.0, minimum=0, search=("log", 0.1, 10.0))
@@ -50,10 +51,12 @@ class PBI(LossWeighting):
         chosen = self.present(losses, indices)
         direction = self.preference.of(chosen)
         direction = (direction / torch.linalg.vector_norm(direction)).to(losses)
-        gap = losses - self.reference.of(chosen).to(losses)
-        gap = inside(gap, gap >= 0)
+        reference = self.reference.of(chosen).to(losses)
+        gap = inside(losses - reference, losses >= reference)
         along = (gap * direction).sum()
-        across = gap - along * direction
+        sizes = torch.maximum(losses.detach().abs(), reference.abs())
+        sizes = sizes + (sizes * direction).sum() * direction
+        across = beyond_rounding(gap - along * direction, sizes, losses.dtype)
         # Divided by its largest entry, whose square stays in range.
         largest = across.detach().abs().amax()
         largest = torch.where(largest > 0, largest, 1.0)

@@ -90,12 +90,14 @@ class SAMO(SharpnessAware):
         if self.alpha == 1 or not mean:
             return mean
         noise = [(parameter, self._normal(gradient)) for parameter, gradient in mean]
-        values = []
+        changes = []
         for sign in (1.0, -1.0):
             with context.moved([(parameter, sign * self.mu * z) for parameter, z in noise]):
-                values.append(context.losses([context.tasks[task]]).values)
-        # Brought to a given length, nothing but its sign is left of the difference.
-        uphill = float((values[0] - values[1]).sign().nan_to_num()) if len(values[0]) == len(values[1]) == 1 else 0.0
+                seen = context.losses([context.tasks[task]])
+                changes.append(sign * (seen.raw if seen.factors is None else seen.raw * seen.factors.sign()))
+        # Brought to a given length, nothing but its sign is left of the difference, and of the weights in front.
+        there = len(changes[0]) == len(changes[1]) == 1
+        uphill = float((changes[0] + changes[1]).sign().nan_to_num()) if there else 0.0
         joint: Pairs = []
         for (parameter, gradient), (_, z) in zip(mean, noise, strict=True):
             length = gradient.norm() / z.norm().clamp_min(torch.finfo(z.dtype).tiny)

@@ -1,11 +1,14 @@
 """SON-GOKU: conflicting tasks take turns, in groups from a colouring of the conflict graph."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torchmto.gradients.rows import gramian
 from torchmto.methods import Cost, Procedure, Properties, hyper, register_method, states
-from torchmto.methods.combine.columns import averaged, fitted, pieces
+from torchmto.methods.combine.columns import averaged, fitted, spans
 from torchmto.solvers.unit import rounding_error
 from torchmto.step import StepContext, StepInfo, TaskGradients
 
@@ -51,10 +54,10 @@ class SonGoku(Procedure):
 
     The tasks' gradients are tracked by :math:`\tilde g_i \leftarrow \beta \tilde g_i + (1 - \beta) g_i`. Every
     ``refresh_every`` steps (and in the first) a graph is drawn with an edge where :math:`-\cos(\tilde g_i, \tilde
-    g_j) > \tau`, and coloured greedily. The groups of one colour take turns, one per step: the update is the plain
+    g_j) > \tau`, and coloured greedily. The groups of one colour take turns, one per step, beginning with that of the task
+    that has waited longest: so none waits for more than K steps, however often the groups change. The update is the plain
     sum of the group's gradients; parameters that the group doesn't reach, or where its gradient is zero, have
-    ``.grad = None`` and don't move. A group none of whose tasks is in the batch is
-    passed over.
+    ``.grad = None`` and don't move. Tasks that aren't in the batch wait on.
 
     Read from the paper's abstract and summaries: interference, tracking, periodic greedy colouring and one group per
     step are the paper's; the defaults, the order of the turns and no warm-up are our choices. All K gradients are
@@ -76,10 +79,10 @@ class SonGoku(Procedure):
     beta: float = hyper.number(0.9, minimum=0, below=1, search=("linear", 0.5, 0.99))
     tau: float = hyper.number(0.0, minimum=0, maximum=1, search=("linear", 0.0, 0.5))
     refresh_every: int = hyper.integer(50, minimum=1)
-    # Tracked gradients, the groups and whose turn it is.
+    # Tracked gradients, the groups, and the step in which each task has had its last turn.
     tracked: Tensor = states.rows()
     groups: list[list[int]] = states.made(lambda *_: [])
-    turn: int = states.count()
+    turns: Tensor = states.each(0, torch.int64)
     num_steps: int = states.count()
 
     def cost(self, num_tasks: int) -> Cost:
@@ -90,6 +93,11 @@ class SonGoku(Procedure):
         """One step from one forward."""
         return ""
 
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a saved state; older ones only say which group is next, and all tasks begin anew."""
+        known = {name: value for name, value in state.items() if name != "turn"}
+        super().load_state_dict({"turns": torch.zeros(self.num_tasks, dtype=torch.int64), **known})
+
     def step(self, context: StepContext) -> StepInfo:
         """Track all gradients; update by those of one group."""
         gradients = context.gradients()
@@ -97,18 +105,18 @@ class SonGoku(Procedure):
         with torch.no_grad():
             self.tracked = fitted(self.tracked, self.num_tasks, gradients.matrix)
         if self.num_steps % self.refresh_every == 0:
-            moved = (self._moved(gradients, piece) for piece in pieces(gradients.matrix.shape[1]))
+            moved = (self._moved(gradients, span) for span, _ in spans(gradients))
             start = torch.zeros(self.num_tasks, self.num_tasks, dtype=torch.float64)
             self.groups = colour_conflicts(sum(map(gramian, moved), start), self.tau, precision=gradients.precision)
-            self.turn = 0
         self.num_steps += 1
-        while not set(self.groups[self.turn % len(self.groups)]) & set(present):
-            self.turn += 1
-        group = self.groups[self.turn % len(self.groups)]
-        self.turn = (self.turn + 1) % len(self.groups)
-        weights = torch.tensor([float(task in group) for task in present], dtype=torch.float64)
+        # By groups, as those that have waited alike go in their order.
+        waiting = [task for group in self.groups for task in group if task in present]
+        longest = min(waiting, key=lambda task: int(self.turns[task]))
+        active = next([task for task in present if task in group] for group in self.groups if longest in group)
+        self.turns[active] = self.num_steps
+        weights = torch.tensor([float(task in active) for task in present], dtype=torch.float64)
         for key, (parameter, held) in list(gradients.heads.items()):
-            gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in group})
+            gradients.heads[key] = (parameter, {task: g for task, g in held.items() if task in active})
         # Beside the rows, which are needed once more.
         vector = torch.mv(gradients.matrix.T, weights.to(gradients.matrix))
         context.combine(gradients, weights, vector=vector)
@@ -117,8 +125,8 @@ class SonGoku(Procedure):
             if parameter.grad is not None and not bool(parameter.grad.any()):
                 parameter.grad = None
         context.apply()
-        for piece in pieces(gradients.matrix.shape[1]):
-            self.tracked[:, piece] = self._moved(gradients, piece)
+        for span, _ in spans(gradients):
+            self.tracked[:, span] = self._moved(gradients, span)
         names = context.tasks
         return context.info(
             weights=weights,
@@ -126,7 +134,7 @@ class SonGoku(Procedure):
             gradients=gradients,
             records={
                 "groups": [[names[task] for task in entry] for entry in self.groups],
-                "active": [names[task] for task in group if task in present],
+                "active": [names[task] for task in active],
             },
         )
 
