@@ -5,6 +5,7 @@ import inspect
 import operator
 import traceback
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -200,6 +201,7 @@ class MultiTask:
             sparse=isinstance(method, LossWeighting),
         )
         self._met = False
+        self._told = (0, 0)
         self._stepping = False
         self._driven = False
         self._carried: dict[int, Carried] | None = None
@@ -528,8 +530,19 @@ class MultiTask:
             )
         if not self._met:
             # Before anything is told: messages of ranks with different tasks don't fit.
-            meet(self.network, self.tasks)
+            meet(self.network, self._settings())
             self._met = True
+
+    def _settings(self) -> dict[str, str]:
+        """What every rank has to be built with, in words -> as text; what may change is looked at in every step."""
+        network = self.network
+        engine = None if network.engine is None else network.engine.name
+        given = {"clip": self.clip, "on_nonfinite": self.on_nonfinite, "same_noise": self.same_noise}
+        given |= {"gradients": engine, "shard_gradients": network.shard_gradients}
+        settings = {"tasks": str(self.tasks)} | {f"`{name}`": str(value) for name, value in given.items()}
+        for part in self._every:
+            settings |= {f"`{name}` of method `{part.name}`": text for name, text in part.settings().items()}
+        return settings
 
     def _undo(self, *, keep_buffers: bool) -> None:
         self.network.undo(keep_buffers=keep_buffers)
@@ -607,7 +620,10 @@ class MultiTask:
         about = ""
         if network.ranks.size > 1:
             states = [f"{part.name} with random state {part.random_checksum():08x}" for part in self._methods]
+            if isinstance(self.weights, dict):
+                states.append(f"weights {list(self.weights.values())}")
             about = f"of {', '.join(asked)} on {len(sources)} batches with {network.fingerprint}, {', '.join(states)}"
+            about = f"{about}, told {self._told[0]} times ({self._told[1]:08x})"
         weigh, weigh_fixed, weigh_apart = self._weighing
         return Parts(
             self.tasks,
@@ -697,12 +713,19 @@ class MultiTask:
         with self._restoring():
             for part in self._methods:
                 part.report(values)
+        self._note(sorted(values.items()))
 
     def end_window(self) -> None:
         """Tell the method that an averaging window (usually an epoch) has ended. Used by dwa and wpcgrad."""
         with self._restoring():
             for part in self._methods:
                 part.end_window()
+        self._note("end_window")
+
+    def _note(self, told: object) -> None:
+        """Count what the method was told between steps, and what: on another rank it can't be told anything else."""
+        number, checksum = self._told
+        self._told = number + 1, zlib.crc32(repr(told).encode(), checksum)
 
     @contextlib.contextmanager
     def _restoring(self) -> Iterator[None]:
@@ -773,6 +796,7 @@ class MultiTask:
             if isinstance(error, Exception) and not isinstance(error, ValueError):
                 raise ValueError(f"The saved state's {loading} doesn't fit: {shown(error)}.") from error
             raise
+        self._note("load_state_dict")
 
 
 __all__ = ["MultiTask"]

@@ -32,6 +32,7 @@ class BufferSnapshot:
         current: dict[tuple[int, str], _KeptBuffer] = {}
         again: list[_KeptBuffer] = []
         empty: list[tuple[nn.Module, str, Tensor | None]] = []
+        ordinary: dict[Tensor, Tensor] = {}
         # Like `model.modules()`, but several times as fast; a reused module comes more than once.
         stack: list[nn.Module | None] = [self._model]
         while stack:
@@ -45,7 +46,14 @@ class BufferSnapshot:
                     continue
                 kept = self._kept.get((id(module), name))
                 if kept is None or not kept.fits(module, buffer):
-                    kept = _KeptBuffer(module, name, buffer)
+                    if buffer.is_inference():
+                        # It has no version counter, and nothing can be written to it outside of the mode.
+                        with torch.inference_mode(False):
+                            own = ordinary.setdefault(buffer, buffer.clone())
+                        buffers_of(module)[name] = own
+                    else:
+                        own = buffer
+                    kept = _KeptBuffer(module, name, own)
                 elif kept.may_have_changed():
                     again.append(kept)
                 current[id(module), name] = kept

@@ -469,6 +469,80 @@ def other_parameters(rank: int, size: int, group: Any) -> str:
     return _message(lambda: mt.step(closure(net, data(rank, 4, "all"), count=False)))
 
 
+def reordered(rank: int, size: int, group: Any, what: str, name: str) -> tuple[Tensor, list[str]]:
+    """Every rank lists the same parameters in another order, as a set of them does."""
+    net = build("toy")
+
+    def mixed(parameters: Any) -> list[Any]:
+        given = list(parameters)
+        return given[::-1] if rank else given
+
+    chosen = mixed(net.parameters()) if what == "optimizer" else list(net.parameters())
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in (chosen[:4], chosen[4:])] if what == "optimizers" else None
+    mt = torchmto.MultiTask(
+        net,
+        torch.optim.SGD(chosen, lr=0.1) if optimizers is None else mixed(optimizers),
+        tasks=TASKS,
+        method=name,
+        shared=mixed(net.trunk.parameters()) if what == "shared" else None,
+        process_group=group,
+    )
+    x, y, mask = data(0, 8, "all")
+    for _ in range(2):
+        mt.step(closure(net, split((x, y, mask), [8 // size] * size)[rank], count=False))
+    return flat(net), mt.state_dict()["roles"]["layout"]
+
+
+def differ(rank: int, size: int, group: Any) -> dict[str, str]:
+    """What the first rank is told, or holds, and the others aren't; and what happens in the next step."""
+    result = {}
+
+    def take(key: str, change: Any = None, *, before: Any = None, method: Any = "gd", **options: Any) -> None:
+        net = build("toy")
+        if before is not None:
+            before(net)
+        made = {"tasks": TASKS, "method": method, "process_group": group, **options}
+        mt = torchmto.MultiTask(net, torch.optim.SGD(net.parameters(), lr=0.1), **made)
+        good = closure(net, data(rank, 4, "all"), count=False)
+        if change is not None:
+            mt.step(good)
+            state = mt.state_dict()
+            change(mt, state)
+        result[key] = _message(lambda: mt.step(good))
+
+    def freeze(net: nn.Module) -> None:
+        net.heads["a"].requires_grad_(False)
+
+    def freeze_and_change(net: nn.Module) -> None:
+        freeze(net)
+        net.heads["a"].weight.data += rank
+
+    def freeze_elsewhere(mt: torchmto.MultiTask, state: Any) -> None:
+        mt.network.model.heads[TASKS[rank % 2]].requires_grad_(False)
+
+    def reordered_heads(net: nn.Module) -> None:
+        if rank:
+            net.heads = nn.ModuleDict(dict(reversed(list(net.heads.items()))))
+
+    take("alike", before=freeze, method=method_of("graddrop", {"leak": 0.5}), weights={"a": 2.0}, clip=1.0)
+    take("hyper-parameter", method=method_of("graddrop", {"leak": 0.5 * rank}))
+    take("by task", method=method_of("static", {"weights": {"a": 1.0 + rank, "b": 1.0, "c": 1.0}}))
+    take("clip", clip=1.0 + rank)
+    take("weights", weights={"a": 1.0 + rank})
+    take("weights later", lambda mt, _: mt.weights.update(a=2.0 + rank), weights={"a": 1.0})
+    take("report", lambda mt, _: rank or mt.report(dict.fromkeys(TASKS, 0.5)), method="dtp")
+    take("other report", lambda mt, _: mt.report(dict.fromkeys(TASKS, 0.1 + 0.5 * rank)), method="dtp")
+    take("window", lambda mt, _: rank or mt.end_window(), method="dwa")
+    take("state", lambda mt, state: rank or mt.load_state_dict(state), method="famo")
+    take(
+        "all told", lambda mt, state: (mt.report({"a": 0.1}), mt.end_window(), mt.load_state_dict(state)), method="dtp"
+    )
+    take("frozen", before=freeze_and_change)
+    take("other parameters", freeze_elsewhere)
+    take("order", before=reordered_heads)
+    return result
+
+
 def unlabelled(rank: int, size: int, group: Any, name: str) -> dict[str, Any]:
     """A model with batch norm; the last rank's second micro-batch has no labels, and another task than the others first."""
     torch.manual_seed(0)

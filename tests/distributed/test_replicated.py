@@ -236,6 +236,27 @@ def test_different_parameters_are_an_error_on_all_ranks(pool):
         assert "Found other values on rank 2 than on rank 0" in message
 
 
+@pytest.mark.parametrize("name", ["gd", "pcgrad", "graddrop"])
+@pytest.mark.parametrize("what", ["optimizer", "optimizers", "shared"])
+def test_ranks_that_list_parameters_in_another_order(pool, what, name):
+    expected, layout = cases.reordered(0, 1, None, what, name)
+    for parameters, found in pool.run(2, cases.reordered, what, name):
+        torch.testing.assert_close(parameters, expected, rtol=1e-9, atol=1e-9)
+        assert found == layout
+
+
+def test_what_only_some_ranks_are_told_is_an_error_on_all(pool):
+    for result in pool.run(2, cases.differ):
+        assert result.pop("alike") == result.pop("all told") == "nothing"
+        assert "same `leak` of method `graddrop`. Rank 0: 0.0. Rank 1: 0.5." in result.pop("hyper-parameter")
+        assert "same `weights` of method `static`. Rank 0: {'a': 1.0," in result.pop("by task")
+        assert "same `clip`. Rank 0: 1.0. Rank 1: 2.0." in result.pop("clip")
+        assert "Parameter `heads.a.weight` should be the same on all ranks" in result.pop("frozen")
+        assert "Found heads.c.weight on rank 1 where rank 0 has heads.a.weight." in result.pop("order")
+        for message in result.values():
+            assert message.startswith("ValueError: The ranks aren't taking the same step")
+
+
 def test_a_process_group_that_comes_after_the_multitask(monkeypatch):
     model, _, mt = make("gd")
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)

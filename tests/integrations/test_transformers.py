@@ -365,6 +365,20 @@ def test_misuse(tmp_path):
             trainer(tmp_path, model=model).train()
 
 
+def losses_by_hand(model, batches):
+    """An evaluation's losses: every task's mean over the batches, each of which counts by a part of its labels."""
+    totals = {task: [0.0, 0.0] for task in TASKS}
+    for chosen, part in batches:
+        with torch.no_grad():
+            losses = model(**PartialLabels(MISSING)([samples(10)[i] for i in chosen]))["losses"]
+        for task, (loss, labels) in losses.items():
+            if labels:
+                totals[task][0] += float(loss) * float(labels) * part
+                totals[task][1] += float(labels) * part
+    means = {f"eval_{task}_loss": total / labels for task, (total, labels) in totals.items()}
+    return means | {"eval_loss": sum(means.values())}
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each step is one on all micro-batches of both processes, clipped once; both hold the same model and evaluation."""
@@ -388,3 +402,9 @@ def test_two_processes(tmp_path):
     losses = [[value for key, value in sorted(rank["evaluation"].items()) if key.endswith("_loss")] for rank in ranks]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
+    # The last round's repeats: sample 0 after 8, in one batch, and then one of 1 and 2; or a batch of 0 and 1.
+    for count, last in ((9, ((8, 0), 0.5)), (10, ((8, 9), 1.0))):
+        expected = losses_by_hand(wanted, [*(((i, i + 1), 1.0) for i in range(0, 8, 2)), last])
+        for rank in ranks:
+            found = {key: value for key, value in rank["repeats"][count].items() if key.endswith("_loss")}
+            assert found == pytest.approx(expected)

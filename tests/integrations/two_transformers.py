@@ -15,4 +15,6 @@ if __name__ == "__main__":
     run = trainer(sys.argv[1], "cagrad", data=samples(16), save_strategy="epoch", **settings)
     run.train()
     result = {"model": run.model.state_dict(), "steps": run.state.global_step, "evaluation": run.evaluate()}
+    run.args.per_device_eval_batch_size = 2
+    result["repeats"] = {count: run.evaluate(samples(count)) for count in (9, 10)}
     torch.save(result, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -897,3 +897,23 @@ def test_a_graph_compiled_for_one_backward_never_serves_several(fresh_compiler, 
             torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-9)
         assert tags.cache_key_tag == "mine"
         assert functorch_config.donated_buffer
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_parameters_are_laid_out_in_the_models_order(shared):
+    """However the optimizer or `shared=` lists them, as sets do in every process; those outside the model come last."""
+    layouts = []
+    for turned in (False, True):
+        model = Toy(("a", "b", "c"))
+        outside = [nn.Parameter(torch.zeros((), dtype=torch.float64))]
+        given = [*model.parameters(), *outside]
+        optimizer = torch.optim.SGD(given[::-1] if turned else given, lr=0.1)
+        trunk = list(model.trunk.parameters())
+        options = {"shared": trunk[::-1] if turned else trunk} if shared else {}
+        mt = torchmto.MultiTask(model, optimizer, tasks=("a", "b", "c"), method="graddrop", seed=0, **options)
+        mt.step(closure(model, batch(("a", "b", "c"))))
+        *inside, last = mt.network.names()
+        assert inside == [name for name, _ in model.named_parameters()]
+        assert last.startswith("param_groups")
+        layouts.append((mt.state_dict()["roles"]["layout"], flat(model).tolist()))
+    assert layouts[0] == layouts[1]

@@ -17,6 +17,30 @@ from toy import Toy, batch, closure, flat, make, same, state
 TASKS = ("a", "b", "c")
 
 
+@pytest.mark.parametrize("size", [3, 200_000])
+def test_buffers_that_come_from_inference_mode_are_undone(size):
+    """As a validation leaves them that builds a cache anew; two modules may hold the same one."""
+    model, _, mt = make("gd")
+    with torch.inference_mode():
+        model.register_buffer("cache", torch.full((size,), 2.0))
+        model.trunk.register_buffer("cache", model.cache)
+    losses = closure(model, batch(("a", "b", "c")))
+
+    def fail(tasks):
+        model.cache.add_(1)
+        if fail.replaces:
+            with torch.inference_mode():
+                model.cache = torch.zeros(size)
+        raise OSError("no")
+
+    for fail.replaces in (False, True):
+        with pytest.raises(OSError, match="no"):
+            mt.step(fail)
+        assert torch.equal(model.cache, torch.full((size,), 2.0))
+        assert model.trunk.cache is model.cache
+        mt.step(losses)
+
+
 @pytest.mark.parametrize("name", ["gd", "uw", "pcgrad", "mgda", "sequential"])
 def test_autocast_around_a_step_reaches_the_closure_alone(name):
     ends = []

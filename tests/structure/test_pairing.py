@@ -4,6 +4,7 @@ import copy
 import logging
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import torchmto
 from torchmto.structure import active_task, find_norm_pairs, make_task_specific, record_dataflow, split_norms
-from torchmto.structure.dataflow import Node
+from torchmto.structure.dataflow import Node, trace_subtrees
 from torchmto.structure.pairing import PairSearch
 
 TASKS = ("a", "b")
@@ -814,3 +815,35 @@ def test_operations_that_mix_channels_are_known_by_name():
             ]
             missing += [name for entries in spoilt if entries[:, [0, 2, 3]].any() and not Node(name).mixes]
     assert sorted(set(missing)) == []
+
+
+def test_tracing_leaves_other_threads_alone():
+    """What others run meanwhile isn't traced, and others that trace wait, so that `nn.Module` is as before in the end."""
+    before, seen = nn.Module.__call__, []
+    entered, left = threading.Event(), threading.Event()
+    other = nn.Linear(2, 2)
+
+    class Second(nn.Module):
+        def forward(self, x):
+            entered.set()
+            left.wait(5)
+            return x
+
+    class First(nn.Module):
+        def forward(self, x):
+            run = threading.Thread(target=lambda: seen.append((other(torch.ones(1, 2)), other.weight)))
+            run.start()
+            run.join()
+            tracing.start()
+            entered.wait(0.2)
+            return self.layer(x)
+
+    first, second = First(), Second()
+    first.layer, second.layer = nn.Linear(2, 2), nn.Linear(2, 2)
+    tracing = threading.Thread(target=trace_subtrees, args=(second,))
+    assert trace_subtrees(first)
+    left.set()
+    tracing.join()
+    assert nn.Module.__call__ is before
+    assert isinstance(seen[0][0], torch.Tensor)
+    assert seen[0][1] is other.weight

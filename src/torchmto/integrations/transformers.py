@@ -295,9 +295,18 @@ class MultiTaskTrainer(Trainer):
         # Without a label a mean has no value.
         counted = {task: pair for task, pair in counted.items() if float(pair[1]) > 0}
         if self._evaluated is not None:
-            _add(self._evaluated, counted)
+            part = self._own_part(size)
+            _add(self._evaluated, {task: (loss, float(count) * part) for task, (loss, count) in counted.items()})
         total = sum((loss for loss, _ in counted.values()), torch.zeros((), device=self.args.device))
         return (total, outputs) if return_outputs else total
+
+    def _own_part(self, size: int) -> float:
+        """The part of a batch that no sample of is a repeat: with these accelerate fills up the processes' last round."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return 1.0
+        left: int = state.remainder - size * self.accelerator.process_index
+        return min(max(left, 0), size) / size
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -319,7 +328,11 @@ class MultiTaskTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """The Trainer's, with every task's loss over the whole set."""
+        """The Trainer's, with every task's loss over the whole set.
+
+        On several processes accelerate repeats samples to fill up the last round. A batch of repeats isn't counted; one that
+        ends with some counts by the others' number, with its own mean, as the Trainer's loss does. Whole rounds are exact.
+        """
         self._evaluated = {}
         try:
             output = super().evaluation_loop(

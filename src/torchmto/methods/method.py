@@ -10,6 +10,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pprint import pformat
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from torchmto.checks import shown, warn
 from torchmto.methods import hyper, states
-from torchmto.methods.per_task import ByTask, named
+from torchmto.methods.per_task import ByTask, PerTask, Primary, named
 from torchmto.solvers.solution import Array, Solution
 from torchmto.step import Losses, Network, StepContext, StepInfo, TaskGradients
 
@@ -268,6 +269,16 @@ class Method(ABC):
             return self.generator
         seed = int(torch.randint(2**62, (), generator=self.generator))
         return torch.Generator(device=device).manual_seed(seed)
+
+    def settings(self) -> dict[str, str]:
+        """The declared hyper-parameters that are plain values: name -> text that is the same in every process."""
+        known = states.declared(type(self), hyper.HyperParameter)
+        values = {parameter.name: getattr(self, attribute) for attribute, parameter in known.items()}
+        values = {
+            name: value.given if isinstance(value, PerTask | Primary) else value for name, value in values.items()
+        }
+        plain = (int, float, str, tuple, list, Mapping, type(None))
+        return {name: pformat(value) for name, value in values.items() if isinstance(value, plain)}
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""

@@ -29,6 +29,7 @@ and says no more, the others raise when its connection ends or by their time lim
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -45,6 +46,9 @@ from torchmto.gradients.sharded import ShardedRows
 from torchmto.gradients.torch_private import NormBase
 from torchmto.step.network import Heads, Network
 from torchmto.step.wrappers import wrappers_around
+
+BEGINNING = 2**18
+"""How many numbers of a frozen parameter are compared before the first step."""
 
 
 class RankFailedError(RuntimeError):
@@ -80,12 +84,16 @@ def tell(ranks: Ranks, num_tasks: int, device: torch.device, failure: BaseExcept
             Exchange(ranks, num_tasks, "")({}, {}, doing="", device=device, disagree=False, failure=failure)
 
 
-def meet(network: Network, tasks: tuple[str, ...]) -> None:
+def meet(network: Network, settings: Mapping[str, str]) -> None:
     """Before the first step: find wrappers that the model doesn't know of, and compare what the ranks begin with.
 
+    Args:
+        network: The model.
+        settings: What a rank was told, in words -> as text.
+
     Raises:
-        ValueError: If there is a wrapper that can't be driven, or the ranks don't have the same tasks (their messages would
-            have different sizes) or parameters.
+        ValueError: If there is a wrapper that can't be driven, or the ranks don't have the same settings (with other tasks
+            their messages would have different sizes) or parameters, in the same order.
     """
     ranks = network.ranks
     ranks.check_alone()
@@ -97,20 +105,36 @@ def meet(network: Network, tasks: tuple[str, ...]) -> None:
             raise ValueError(
                 "Parameter `process_group` should be that of the DistributedDataParallel around the model. Found another one."
             )
-    # Of sharded parameters, and others of classes of their own, every rank may hold something else.
-    own = {network.name(p): checksum(p) for p in network.parameters if type(p) in PLAIN}
-    everywhere = ranks.objects((tasks, own))
-    for rank, (others, sums) in enumerate(everywhere):
-        first, expected = everywhere[0]
-        if others != first:
-            raise ValueError(f"The ranks don't have the same tasks. Rank 0: {first}. Rank {rank}: {others}.")
-        differing = [name for name in expected if sums.get(name) != expected[name]]
+    own = {name: _mark(p) for name, p in network.everything().items()}
+    everywhere = ranks.objects((settings, own, network.roles.layout))
+    first, expected, shared = everywhere[0]
+    for rank, (others, sums, layout) in enumerate(everywhere):
+        # Other methods have other settings, which the first exchange tells of.
+        for what in (what for what in first if others.get(what, first[what]) != first[what]):
+            raise ValueError(
+                f"The ranks don't have the same {what}. Rank 0: {first[what]}. Rank {rank}: {others[what]}."
+            )
+        for one, other in (*itertools.zip_longest(expected, sums), *itertools.zip_longest(shared, layout)):
+            if one != other:
+                raise ValueError(
+                    "The ranks' models don't have the same parameters, or shared parameters, in the same order. "
+                    f"Found {other} on rank {rank} where rank 0 has {one}."
+                )
+        differing = [name for name in expected if sums[name] != expected[name]]
         if differing:
             raise ValueError(
                 f"Parameter `{differing[0]}` should be the same on all ranks before the first step. Found other values on rank "
                 f"{rank} than on rank 0 ({len(differing)} such in all). Wrap the model in DistributedDataParallel, which makes "
                 "them equal, or call `torch.manual_seed` with the same seed before it is built."
             )
+
+
+def _mark(parameter: Tensor) -> int:
+    """A number made from the bits of a parameter; of a frozen one, which may be large, from its beginning."""
+    # Of sharded parameters, and others of classes of their own, every rank may hold something else.
+    if type(parameter) not in PLAIN or parameter.is_meta or parameter.layout is not torch.strided:
+        return 0
+    return checksum(parameter if parameter.requires_grad else parameter.detach().flatten()[:BEGINNING])
 
 
 @dataclass(frozen=True)
@@ -194,7 +218,8 @@ class Exchange:
             everywhere = self._ranks.objects(here)
             other = next(rank for rank, text in enumerate(everywhere) if text != everywhere[0])
             raise ValueError(
-                "The ranks aren't taking the same step: they need the same tasks, method, state and seed. "
+                "The ranks aren't taking the same step: they need the same tasks, trained parameters, method, weights, state "
+                "and seed, and calls of report, end_window and load_state_dict. "
                 f"Rank 0: {everywhere[0]}. Rank {other}: {everywhere[other]}."
             )
         present = [index for index in range(count) if values[index] > 0]

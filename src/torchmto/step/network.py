@@ -16,7 +16,7 @@ from torchmto.checks import found, warn
 from torchmto.gradients.backwards import run_hooks
 from torchmto.gradients.engine import Engine
 from torchmto.gradients.finite import FEW, dtype_of_gradient, like, plain, real
-from torchmto.gradients.ranks import Ranks, is_sharded, local, sharded_like
+from torchmto.gradients.ranks import Ranks, fingerprint, is_sharded, local, sharded_like
 from torchmto.gradients.reach import (
     gradients_below,
     is_recomputed,
@@ -91,6 +91,7 @@ class Network:
         sparse: Leave the sparse gradients of ``nn.Embedding(sparse=True)`` sparse, where one process alone trains.
 
     Attributes:
+        parameters: Those that are trained now, in the model's order.
         sizes: Whether tasks get a backward each, and the tasks -> the sizes of the graphs that have been looked at; forgotten
             when other parameters are trained.
         counts: Tasks, and numbers of parameters that had a gradient of these, that have been looked at.
@@ -213,10 +214,15 @@ class Network:
                 f"Parameter `shared` should hold parameters that the optimizer trains. Found {len(unknown)} others, the "
                 f"first of shape {list(unknown[0].shape)}."
             )
-        names = list(dict.fromkeys(self._names[id(p)] for p in given))
-        if not names:
+        if not given:
             raise ValueError("Parameter `shared` should hold at least one parameter. Found none: no shared parameters.")
-        return names
+        chosen = set(map(id, given))
+        return [self._names[id(p)] for p in self._in_order(self._known) if id(p) in chosen]
+
+    def _in_order(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """In the model's order, which ranks have in common (an optimizer may have been given a set); others come last."""
+        places = {id(p): place for place, p in enumerate(self.model.parameters())}
+        return sorted(parameters, key=lambda p: places.get(id(p), len(places)))
 
     def refresh(self) -> bool:
         """Look up which parameters are trained now: groups may have been added, parameters frozen.
@@ -271,7 +277,8 @@ class Network:
             self._names, self._by_name, self._known, self._trained = names, by_name, everything, None
         trained = [p.requires_grad for p in everything]
         if trained != self._trained:
-            self.parameters = list(itertools.compress(everything, trained))
+            self.parameters = self._in_order(itertools.compress(everything, trained))
+            self._marked = fingerprint(self.names())
             self.sizes, self.places = {}, {}
             self._beyond = (-1, {})
             self.few = all(p.is_cpu and p.numel() <= FEW for p in self.parameters)
@@ -302,12 +309,16 @@ class Network:
         """The model's parameters by the names that they have uncompiled."""
         return {uncompiled(name): p for name, p in self.model.named_parameters()}
 
+    def everything(self) -> dict[str, Tensor]:
+        """The parameters of the model and of the optimizer by name, in the model's order."""
+        return {**self._in_model(), **{self.name(p): p for p in self._in_order(self._known)}}
+
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter of the optimizer: its name in the model, else its place in the optimizer."""
         return self._names[id(parameter)]
 
     def names(self) -> list[str]:
-        """The names of the parameters trained now, in the optimizer's order."""
+        """The names of the parameters trained now, in the order of :attr:`parameters`."""
         return [self._names[id(p)] for p in self.parameters]
 
     def note_precision(self, leaves: Mapping[int, float]) -> None:
@@ -424,7 +435,8 @@ class Network:
     @property
     def fingerprint(self) -> str:
         """What the ranks must have in common for their collectives to fit."""
-        return f"{len(self.parameters)} parameters, {self.agreement.columns} of them known to be shared"
+        trained = f"{len(self.parameters)} parameters ({self._marked:05x})"
+        return f"{trained}, {self.agreement.columns} of them known to be shared"
 
     def agree(self) -> None:
         """Share with all ranks which task reaches which parameter. Called by all ranks together."""

@@ -1,6 +1,7 @@
 """Which operations feed which: the graph in which conv, linear and norm layers are paired."""
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -121,8 +122,26 @@ def _mixes_channels(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
+    """Traces what its own thread runs: while it does, every thread's modules are called and read through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_opaque(m)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        own = threading.get_ident() == self._thread
+        return super().call_module(m, forward, args, kwargs) if own else forward(*args, **kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        own = threading.get_ident() == self._thread
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if own else attr_val
+
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Tracing changes `nn.Module` itself and puts back what it found there: never what another thread has put there."""
 
 
 def trace_subtrees(model: nn.Module) -> list[tuple[nn.Module, list[Node]]]:
@@ -166,7 +185,8 @@ def _trace(module: nn.Module) -> fx.Graph | None:
     }
     attributes = [(inner, dict(inner.__dict__)) for inner in module.modules()]
     try:
-        return _Tracer().trace(module, concrete_args=fixed)
+        with _ONE_AT_A_TIME:
+            return _Tracer().trace(module, concrete_args=fixed)
     except Exception:  # noqa: BLE001 - the module's own code runs on stand-ins: anything may come out of it
         return None
     finally:
