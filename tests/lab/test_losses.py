@@ -179,6 +179,19 @@ def test_errors():
         task_loss(task_of("depth"), "cosine")
     with pytest.raises(TypeError, match="delta"):
         task_loss(task_of("regression"), "huber", alpha=1)
+    for kind, loss, option, values in (
+        ("edges", "balanced_cross_entropy", "positive_weight", (95, 1, 0, -0.5)),
+        ("binary", "focal", "gamma", (-2, float("nan"))),
+        ("saliency", "focal", "alpha", (25, -1)),
+        ("depth", "huber", "delta", (0, -1)),
+        ("segmentation", "cross_entropy", "label_smoothing", (1.5, -0.5)),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=f"`{option}` should be a"):
+                task_loss(task_of(kind), loss, **{option: value})
+        with pytest.raises(TypeError, match=f"`{option}` should be a"):
+            task_loss(task_of(kind), loss, **{option: "x"})
+    assert task_loss(task_of("binary"), "focal", alpha=None, gamma=0)
     with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
         task_loss(task_of("classification"))(torch.zeros(3, 5), torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="task `t`"):

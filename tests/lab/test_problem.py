@@ -539,6 +539,14 @@ def test_parts_are_checked_when_a_problem_is_made(change, words):
         ),
         ({"losses": {"sum": nn.CrossEntropyLoss()}, "tasks": [KIND, lab.Task("sum", "own")]}, ["`primary['sum']`"]),
         ({"losses": {"kind": nn.L1Loss()}}, ["`model`", "losses", "must match"]),
+        (
+            {"model": lambda: Flat(kind=3, sum=1), "losses": {"sum": lambda o, t: (o - t.flatten()).square().mean()}},
+            ["`model`", "`sum` (regression)", "(4, 1)", "(4,)"],
+        ),
+        (
+            {"model": lambda: Outputs(kind=5, sum=1), "losses": {"kind": nn.CrossEntropyLoss()}},
+            ["`model`", "`kind` (classification)", "(4, 3)", "(4, 5)"],
+        ),
         ({"metrics": {"kind": {"acc": BinaryAccuracy()}}}, ["`metrics['kind']['acc']`", "(4, 3)", "same shape"]),
         (
             {"metrics": {"kind": {"acc": MulticlassAccuracy(3, average=None)}}},
@@ -573,6 +581,13 @@ class Outputs(nn.Module):
 
     def forward(self, x):
         return {name: head(x) for name, head in self.heads.items()}
+
+
+class Flat(Outputs):
+    """One number per sample where a row of one is asked for."""
+
+    def forward(self, x):
+        return {name: output.squeeze(1) for name, output in super().forward(x).items()}
 
 
 @pytest.mark.filterwarnings("ignore:The closure returned a loss")

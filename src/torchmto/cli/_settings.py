@@ -289,11 +289,10 @@ def reported(resume: str = "") -> Iterator[None]:
     """
     from torchmto import NonFiniteError  # noqa: PLC0415 - `--help` should be quick
     from torchmto.lab.grid.runner import FailedRunsError  # noqa: PLC0415
-    from torchmto.lab.run.build import from_here  # noqa: PLC0415
     from torchmto.lab.run.checkpoint import CheckpointError  # noqa: PLC0415
     from torchmto.lab.run.loop import Interrupted  # noqa: PLC0415
     from torchmto.lab.run.processes import is_follower, speaks  # noqa: PLC0415
-    from torchmto.lab.user_code import user_frames  # noqa: PLC0415
+    from torchmto.lab.user_code import from_here, user_frames  # noqa: PLC0415
     from torchmto.step import RankFailedError  # noqa: PLC0415
 
     again = f"\nGo on with: {resume}" if resume else ""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.checks import nearest
+from torchmto.checks import check_number, nearest
 from torchmto.lab.data.base import Task, positive
 
 Loss = tuple[Tensor, Tensor]
@@ -184,6 +184,16 @@ _CHOICES: dict[str, dict[str, LossFunction]] = {
 }
 
 
+_RANGES: dict[str, dict[str, float]] = {
+    "label_smoothing": {"minimum": 0, "maximum": 1},
+    "positive_weight": {"above": 0, "below": 1},
+    "gamma": {"minimum": 0},
+    "alpha": {"minimum": 0, "maximum": 1},
+    "delta": {"above": 0},
+}
+"""What the losses' options may be."""
+
+
 class TaskLoss:
     """One task's loss on a batch whose labels may be partly or wholly missing; see `task_loss`."""
 
@@ -213,18 +223,22 @@ class TaskLoss:
         """
         if isinstance(prediction, tuple):
             return _added(self, prediction, target, labelled)
-        labels = self.task.kind in {"classification", "segmentation"}
-        expected = (len(target), self.task.channels, *target.shape[1:]) if labels else tuple(target.shape)
-        shape = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
-        if shape != expected:
-            raise ValueError(
-                f"Parameter `prediction` of task `{self.task.name}` ({self.task.kind}) should have the shape "
-                f"{expected}. Found {shape}."
-            )
+        check_shape(self.task, prediction, target)
         valid = self.task.valid(target)
         if labelled is None:
             labelled = bool(valid.any())
         return self._function(prediction, target, valid, **self._options) if labelled else None
+
+
+def check_shape(task: Task, prediction: Any, target: Tensor) -> None:
+    """Raise ValueError if a prediction hasn't the shape that the task's kind asks for; a smaller one would be spread."""
+    labels = task.kind in {"classification", "segmentation"}
+    expected = (len(target), task.channels, *target.shape[1:]) if labels else tuple(target.shape)
+    shape = tuple(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
+    if shape != expected:
+        raise ValueError(
+            f"Parameter `prediction` of task `{task.name}` ({task.kind}) should have the shape {expected}. Found {shape}."
+        )
 
 
 class OwnLoss:
@@ -300,7 +314,7 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
         A `TaskLoss`.
 
     Raises:
-        ValueError: If the kind has no such loss.
+        ValueError: If the kind has no such loss, or an option is out of range.
         TypeError: If the loss has no such option.
 
     >>> regression = task_loss(Task("flow", "regression", 2))
@@ -320,10 +334,12 @@ def task_loss(task: Task, loss: str | None = None, **options: Any) -> TaskLoss:
             f"Found `loss = {name!r}`.{nearest(name, choices)}"
         )
     function = choices[name]
-    known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    known = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:
-            raise TypeError(f"The loss `{name}` has the options {known}. Found `{option} = {value!r}`.")
+            raise TypeError(f"The loss `{name}` has the options {[*known]}. Found `{option} = {value!r}`.")
+        if value is not known[option]:  # None, too, where that is the default
+            check_number(option, value, **_RANGES[option])
     return TaskLoss(task, function, options)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from torchmto.checks import nearest
+from torchmto.checks import nearest, warn
 from torchmto.lab.arguments import fitted
 from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, models
@@ -254,6 +254,18 @@ def model_named(name: str, options: Mapping[str, Any]) -> None:
         resolve(name, "model", anew=True)
 
 
+def _warn_of_other_statistics(problem: Problem, stated: tuple[tuple[float, ...], tuple[float, ...]] | None) -> None:
+    """Warn where inputs are normalised in another way than those that the weights were trained on."""
+    if stated is None or problem.mean is None or problem.std is None:
+        return
+    theirs, ours = (*stated[0], *stated[1]), (*problem.mean, *problem.std)
+    if len(theirs) != len(ours) or not all(abs(a - b) < 0.005 for a, b in zip(theirs, ours, strict=True)):
+        warn(
+            f"The model's weights are for inputs normalised by mean {stated[0]} and std {stated[1]}, as their folder says. "
+            f"Those of `{problem.name}` are by mean {problem.mean} and std {problem.std}."
+        )
+
+
 def build_network(
     problem: Problem, name: str | None, options: Mapping[str, Any], *, checkpointing: bool = False
 ) -> nn.Module:
@@ -274,7 +286,9 @@ def build_network(
     if chosen is None:
         raise part_error("model", "a function that builds the network, unless `model.name` names a ready one", "none")
     if isinstance(chosen, str) and chosen in models():
-        return build_model(chosen, problem.task_list, problem.shape, gradient_checkpointing=checkpointing, **options)
+        model = build_model(chosen, problem.task_list, problem.shape, gradient_checkpointing=checkpointing, **options)
+        _warn_of_other_statistics(problem, getattr(model.trunk, "statistics", None))
+        return model
     if checkpointing:
         raise ValueError("`model.gradient_checkpointing` is for the lab's ready models.")
     if isinstance(chosen, str):

@@ -27,5 +27,13 @@ def user_frames(error: BaseException) -> str:
     return "".join(lines)
 
 
+def from_here(error: BaseException) -> bool:
+    """Whether an error was raised by this package, not by a user's code that it called."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("torchmto")
+
+
 def _is_users(file: str) -> bool:
     return not file.startswith("<frozen") and Path(file).is_file() and not str(Path(file).resolve()).startswith(_OURS)

@@ -192,6 +192,11 @@ def test_a_sample_is_augmented_alike_in_any_batch():
     assert not torch.equal(other["input"], together["input"])
 
 
+def test_a_shift_that_targets_would_not_follow_is_refused():
+    with pytest.raises(ValueError, match=r"`shift` should be 0 with dense tasks \(segmentation"):
+        JointAugment(shift=2)(make_batch(), TASKS, sample_keys(0, 0, torch.arange(4)))
+
+
 def test_images_without_dense_targets_are_shifted():
     task = Task("label", "classification", 3)
     batch = Batch(input=torch.rand(8, 3, 6, 6), targets={"label": torch.arange(8) % 3})

@@ -40,7 +40,11 @@ def test_missing_values_aren_t_valid_and_labels_are(kind):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("a", "colour", 3), "`kind` should be one of"), (("a", "depth", 0), "`channels` should be an int >= 1")],
+    [
+        (("a", "colour", 3), "`kind` should be one of"),
+        (("a", "depth", 0), "`channels` should be an int >= 1"),
+        (("a", "segmentation", 256), "`channels` should be an int from 1 to 255"),
+    ],
 )
 def test_bad_tasks(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -59,8 +59,9 @@ def write_parquet(folder, train, test):
     return folder
 
 
-@pytest.fixture(scope="module", params=["folder", "archive", "parquet", "parquet in data", "npz"])
+@pytest.fixture(scope="module", params=["folder", "archive", "parquet", "parquet in data", "npz", "npz int64"])
 def layout(request, tmp_path_factory):
+    name, _, kind = request.param.partition(" ")
     root = tmp_path_factory.mktemp("cifar")
     train, test = make_images(), make_images(1)
     if request.param in {"folder", "archive"}:
@@ -69,10 +70,10 @@ def layout(request, tmp_path_factory):
             with tarfile.open(root / "c.tar.gz", "w:gz") as tar:
                 tar.add(path, "cifar-100-python")
             path = root / "c.tar.gz"
-    elif request.param == "npz":
+    elif name == "npz":
         path = root / "c.npz"
         x, fine, coarse = (np.concatenate(pair) for pair in zip(train, test, strict=True))
-        is_test = np.arange(len(x)) >= len(train[0])
+        is_test = (np.arange(len(x)) >= len(train[0])).astype(kind or bool)
         np.savez(path, x=x, fine=fine.astype(np.uint8), coarse=coarse.astype(np.uint8), is_test=is_test)
     else:
         write_parquet(root / "data", train, test)

@@ -52,8 +52,21 @@ def test_an_archive_is_unpacked_once(tmp_path):
     assert folder == tmp_path / "data.tgz.extracted"
     assert find_root(folder, "gt_sets") == folder / "root"
     assert find_root(folder, "nothing") is None
-    archive.write_bytes(b"")
+    (folder / "root" / "gt_sets" / "train.txt").unlink()
     assert extract(archive) == folder
+    assert not (folder / "root" / "gt_sets" / "train.txt").exists()
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_another_archive_is_not_what_was_unpacked(tmp_path, noted):
+    folder = extract(write_tar(tmp_path / "data.tgz", [(tarfile.TarInfo("a"), b"old")]))
+    if noted:
+        write_tar(tmp_path / "data.tgz", [(tarfile.TarInfo("a"), b"newer")])
+    else:
+        (folder / ".unpacked_from").unlink()
+    with pytest.raises(ValueError, match="Remove the folder"):
+        extract(tmp_path / "data.tgz")
+    assert (folder / "a").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", b"\x1f\x8b\x08\x00 broken"])

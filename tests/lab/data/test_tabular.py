@@ -61,6 +61,43 @@ def test_statistics_come_from_the_training_rows():
     assert np.isnan(new[2, 0])
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3, -1.7e9, 5.6e6])
+def test_columns_far_from_zero_keep_their_digits(tmp_path, offset):
+    """Readings, times and coordinates are standardised alike wherever they begin."""
+    rows = np.random.default_rng(0).normal(size=(200, 2))
+    (tmp_path / "a.csv").write_text("x,y\n" + "".join(f"{a + offset!r},{b + offset!r}\n" for a, b in rows.tolist()))
+    bundle = load_data(f"rf1:{tmp_path / 'a.csv'}", targets=1)
+    train = split_rows(200, 0)[0]
+    exact = (rows[train] - rows[train].mean(axis=0)) / rows[train].std(axis=0)
+    batch = bundle.train.batch(torch.arange(len(train)))
+    assert np.allclose(batch["input"][:, 0], exact[:, 0], atol=2e-6)
+    assert np.allclose(batch["targets"]["y"][:, 0], exact[:, 1], atol=2e-6)
+    assert bundle.tasks[0].extra["mean"] == pytest.approx(offset + rows[train, 1].mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["inf", "-inf", "1e999"])
+def test_infinite_cells_are_refused(tmp_path, cell):
+    (tmp_path / "a.csv").write_text(f"a,b,y\n1,2,3\n4,{cell},6\n7,8,9\n1,2,3\n")
+    with pytest.raises(ValueError, match=r"finite numbers. Found -?inf in `b`"):
+        load_data(f"rf1:{tmp_path / 'a.csv'}", targets=1)
+
+
+def test_tables_are_known_by_their_ending(tmp_path):
+    text = "a,y\n" + "".join(f"{i},{i}\n" for i in range(10))
+    for name in ("a.CSV", "b.txt"):
+        (tmp_path / name).write_text(text)
+    assert len(load_data(f"rf1:{tmp_path / 'a.CSV'}", targets=1).train) == 6
+    with pytest.raises(ValueError, match="which is none of these"):
+        load_data(f"rf1:{tmp_path / 'b.txt'}", targets=1)
+
+
+@pytest.mark.parametrize("names", ["y,y", "y (m),y [m]"])
+def test_targets_of_one_name_are_refused(tmp_path, names):
+    (tmp_path / "a.csv").write_text(f"a,{names}\n" + "".join(f"{i},{i},{i}\n" for i in range(10)))
+    with pytest.raises(ValueError, match="is there twice"):
+        load_data(f"rf1:{tmp_path / 'a.csv'}", targets=2)
+
+
 @pytest.mark.parametrize("count", [3, 4, 10, 101])
 def test_parts_of_rows(count):
     parts = split_rows(count, seed=1)

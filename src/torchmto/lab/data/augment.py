@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torchmto.checks import needed
+from torchmto.checks import found, needed
 from torchmto.lab.data.base import Batch, Task
 from torchmto.lab.data.loading import uniform
 
@@ -193,6 +193,9 @@ class JointAugment:
 
         Returns:
             A new batch.
+
+        Raises:
+            ValueError: If there is a shift, and a dense task, whose targets would stay where they are.
         """
         if self.flip:
             batch = hflip(batch, tasks, uniform(keys, 0) < self.flip)
@@ -201,6 +204,8 @@ class JointAugment:
             batch = zoom(batch, tasks, uniform(keys, 1, self.shrink, self.zoom), corner, self.fill)
         image = batch["input"]
         if self.shift:
+            if dense := [task.name for task in tasks if task.dense]:
+                raise ValueError(found("shift", f"0 with dense tasks ({', '.join(dense)})", self.shift))
             draws = [uniform(keys, draw, -self.shift, self.shift + 1).floor().long() for draw in (4, 5)]
             image = shift(image, torch.stack(draws, dim=1))
         if self.color:

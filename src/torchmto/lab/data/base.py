@@ -7,6 +7,7 @@ A task without a label for a sample (disjoint data sets, partial labels) has its
 so the tensors of a batch always have the full batch size.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,9 @@ class Task:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(found("name", "the non-empty name of a task", self.name))
         check_choice("kind", self.kind, (*KINDS, "own"))
-        check_integer("channels", self.channels, minimum=1)
+        # Of a segmentation the missing value is a number behind those of the classes.
+        most = self.missing if self.kind == "segmentation" else math.inf
+        check_integer("channels", self.channels, minimum=1, maximum=most)
 
     @property
     def missing(self) -> float:

@@ -78,7 +78,7 @@ def load(path: Path, seed: int = 0, *, validation: float = 0.1) -> Problem:
     if path.suffix == ".npz":
         x, fine, coarse, is_test = read_npz(path, ("x", "fine", "coarse", "is_test"))
         labels = fine.astype(np.int64), coarse.astype(np.int64)
-        train, test = ((x[part], labels[0][part], labels[1][part]) for part in (~is_test, is_test))
+        train, test = ((x[part], labels[0][part], labels[1][part]) for part in (is_test == 0, is_test != 0))
     elif path.is_dir() or tarfile.is_tarfile(path):
         train, test = _read_folder(extract(path) if path.is_file() else path)
     else:

@@ -20,6 +20,7 @@ from torchmto.lab.data.registry import require
 Sample = tuple[Tensor, dict[str, Tensor]]
 KEPT_BYTES = 2 << 30
 """How much of the files of a split is kept in memory."""
+_STAMP = ".unpacked_from"
 
 
 def load_array(path: Path, dataset: str) -> NDArray[Any]:
@@ -100,7 +101,7 @@ def check_names(names: Sequence[str], source: Path) -> list[str]:
 
 
 def extract(archive: Path) -> Path:
-    """Unpack a tar archive beside itself, once, into ``NAME.extracted``.
+    """Unpack a tar archive beside itself, once, into ``NAME.extracted``, where its size and time are noted.
 
     Only plain files and folders inside the target are written: no links, devices, absolute paths or ``..``.
     The folder appears under its name only when everything is unpacked.
@@ -112,10 +113,17 @@ def extract(archive: Path) -> Path:
         The folder with the contents.
 
     Raises:
-        ValueError: If the archive is damaged or holds anything else, or more than the disk has room for.
+        ValueError: If the archive is damaged or holds anything else, or more than the disk has room for; or if the folder
+            isn't noted to be this archive's.
     """
     target = archive.with_name(f"{archive.name}.extracted")
+    found = archive.stat()
+    stamp = f"{found.st_size} bytes, {found.st_mtime_ns} ns\n"
     if target.is_dir():
+        if not (target / _STAMP).is_file() or (target / _STAMP).read_text(encoding="utf-8") != stamp:
+            raise ValueError(
+                f"`{target}` isn't known to hold what `{archive}` does. Remove the folder, and it is unpacked anew."
+            )
         return target
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=f".{archive.name}.") as scratch:
         room = shutil.disk_usage(scratch).free
@@ -132,6 +140,7 @@ def extract(archive: Path) -> Path:
                     tar.extract(member, contents)
         except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"`{archive}` isn't a readable tar archive: {error}") from error
+        (contents / _STAMP).write_text(stamp, encoding="utf-8")
         contents.rename(target)
     return target
 

@@ -14,9 +14,9 @@ import scipy.io
 import torch
 from numpy.typing import NDArray
 
-from torchmto.checks import found
+from torchmto.checks import check_tasks, found
 from torchmto.lab.data.base import Task, TensorData
-from torchmto.lab.data.registry import register
+from torchmto.lab.data.registry import register, unknown_layout
 from torchmto.lab.problem import Problem
 
 FRACTIONS = (0.6, 0.15, 0.25)
@@ -25,7 +25,7 @@ _ATTRIBUTE = re.compile(r"@attribute\s+('(?:[^'\\]|\\.)*'|\"[^\"]*\"|\S+)\s+(\S+
 _TOKEN = re.compile(r"\[[^\]]*\]|Br|Cl|%\d\d|.")
 _MULAN = "https://github.com/tsoumakas/mulan (multi-target regression data sets)"
 _DEEPCHEM = "https://github.com/deepchem/deepchem (MoleculeNet)"
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 
 
 def split_rows(count: int, seed: int, fractions: Sequence[float] = FRACTIONS) -> list[NDArray[np.int64]]:
@@ -37,11 +37,13 @@ def split_rows(count: int, seed: int, fractions: Sequence[float] = FRACTIONS) ->
     return [np.sort(part) for part in np.split(order, [count - validation - test, count - test])]
 
 
-def standardize(values: Floats, train: NDArray[np.int64]) -> tuple[Floats, Floats, Floats]:
+def standardize(
+    values: Floats, train: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
     """Columns with mean 0 and standard deviation 1 over the training rows; NaN stays NaN.
 
     Args:
-        values: ``[N, D]``.
+        values: ``[N, D]``; in float64 where a column may be far from 0, as seconds since 1970 are.
         train: The training rows.
 
     Returns:
@@ -52,8 +54,8 @@ def standardize(values: Floats, train: NDArray[np.int64]) -> tuple[Floats, Float
     mean = np.where(known, values[train], 0).sum(axis=0, dtype=np.float64) / count
     variance = (np.where(known, values[train] - mean, 0) ** 2).sum(axis=0) / count
     std = np.sqrt(variance)
-    std = np.where(std > 1e-8 * np.maximum(np.abs(mean), 1), std, 1.0)
-    return ((values - mean) / std).astype(np.float32), mean.astype(np.float32), std.astype(np.float32)
+    std = np.where(std > 1e-12 * np.maximum(np.abs(mean), 1), std, 1.0)
+    return ((values - mean) / std).astype(np.float32), mean, std
 
 
 def _bundle(
@@ -65,6 +67,7 @@ def _bundle(
     citation: str,
 ) -> Problem:
     """A data set of vectors ``[N, D]`` with one column of ``targets`` ``[N, K]`` per task."""
+    check_tasks(task.name for task in tasks)
     stored, columns = torch.from_numpy(inputs), torch.from_numpy(np.ascontiguousarray(targets.T))[..., None]
 
     def part(rows: NDArray[np.int64]) -> TensorData:
@@ -76,7 +79,7 @@ def _bundle(
 
 
 def _open_text(path: Path) -> io.TextIOBase:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8", newline="")
     return path.open(encoding="utf-8", newline="")
 
@@ -104,7 +107,7 @@ def read_arff(path: Path) -> tuple[list[str], Floats]:
                     raise ValueError(f"`{path}` should have numeric attributes. Found {match[1]} of type {match[2]}.")
                 names.append(match[1].strip("'\""))
         rows = [line for line in file if line.strip() and not line.startswith("%")]
-    return names, _parse_numbers(rows, len(names), path)
+    return names, _parse_numbers(rows, names, path)
 
 
 def read_csv(path: Path) -> tuple[list[str], Floats]:
@@ -112,20 +115,26 @@ def read_csv(path: Path) -> tuple[list[str], Floats]:
     with _open_text(path) as file:
         names = next(csv.reader([file.readline()]), [])
         rows = [line for line in file if line.strip()]
-    return [name.strip() for name in names], _parse_numbers(rows, len(names), path)
+    names = [name.strip() for name in names]
+    return names, _parse_numbers(rows, names, path)
 
 
-def _parse_numbers(rows: list[str], columns: int, path: Path) -> Floats:
+def _parse_numbers(rows: list[str], names: Sequence[str], path: Path) -> Floats:
+    columns = len(names)
+
     def number(cell: str) -> float:
         cell = cell.strip()
         return np.nan if cell in {"?", ""} else float(cell)
 
     try:
-        values = np.array([[number(cell) for cell in row.split(",")] for row in rows], dtype=np.float32)
+        values = np.array([[number(cell) for cell in row.split(",")] for row in rows], dtype=np.float64)
     except ValueError as error:
         raise ValueError(f"`{path}` should hold rows of {columns} numbers: {error}") from error
     if values.ndim != 2 or values.shape[1] != columns or not columns:
         raise ValueError(f"`{path}` should hold rows of {columns} numbers. Found an array of shape {values.shape}.")
+    if len(infinite := np.argwhere(np.isinf(values))):
+        row, column = infinite[0]
+        raise ValueError(f"`{path}` should hold finite numbers. Found {values[row, column]} in `{names[column]}`.")
     return values
 
 
@@ -144,7 +153,7 @@ def load_rf1(path: Path, seed: int = 0, *, targets: int = 8) -> Problem:
     apart and alike.
 
     Args:
-        path: ``.arff`` or ``.csv``, also with ``.gz``.
+        path: ``.arff`` or ``.csv``, also with ``.gz``, in capitals or not.
         seed: Decides the split.
         targets: How many of the last columns are targets.
 
@@ -153,7 +162,11 @@ def load_rf1(path: Path, seed: int = 0, *, targets: int = 8) -> Problem:
 
     Source: Spyromitros-Xioufis, Tsoumakas, Groves and Vlahavas, Machine Learning 104, 2016.
     """
-    names, values = read_csv(path) if ".csv" in path.suffixes else read_arff(path)
+    readers = {".csv": read_csv, ".arff": read_arff}
+    known = [readers[suffix.lower()] for suffix in path.suffixes if suffix.lower() in readers]
+    if not known:
+        raise unknown_layout(path, "rf1")
+    names, values = known[-1](path)
     if not 1 <= targets < len(names):
         raise ValueError(f"Parameter `targets` should be in [1, {len(names)}). Found `targets = {targets}`.")
     parts = split_rows(len(values), seed)
@@ -190,8 +203,8 @@ def load_school(path: Path, seed: int = 0) -> Problem:
     """
     try:
         cells = scipy.io.loadmat(path, variable_names=("X", "Y"))
-        features = [np.asarray(cell, dtype=np.float32) for cell in cells["X"].ravel()]
-        scores = [np.asarray(cell, dtype=np.float32).reshape(-1) for cell in cells["Y"].ravel()]
+        features = [np.asarray(cell, dtype=np.float64) for cell in cells["X"].ravel()]
+        scores = [np.asarray(cell, dtype=np.float64).reshape(-1) for cell in cells["Y"].ravel()]
         inputs, score = np.concatenate(features), np.concatenate(scores)
         schools = np.repeat(np.arange(len(features)), [len(cell) for cell in features])
     except Exception as error:  # a damaged file can raise anything in SciPy
@@ -204,14 +217,14 @@ def load_school(path: Path, seed: int = 0) -> Problem:
         for piece, part in zip(pieces, split_rows(len(rows), seed + school), strict=True):
             piece.append(rows[part])
     parts = [np.concatenate(piece) for piece in pieces]
-    inputs, _, _ = standardize(inputs, parts[0])
-    score, mean, std = standardize(score[:, None], parts[0])
+    standard, _, _ = standardize(inputs, parts[0])
+    marks, mean, std = standardize(score[:, None], parts[0])
     targets = np.full((len(inputs), len(features)), np.nan, dtype=np.float32)
-    targets[np.arange(len(inputs)), schools] = score[:, 0]
+    targets[np.arange(len(inputs)), schools] = marks[:, 0]
     extra = {"mean": float(mean[0]), "std": float(std[0])}
     tasks = [Task(f"school_{school + 1}", "regression", 1, extra) for school in range(len(features))]
     citation = "Argyriou, Evgeniou and Pontil, Convex multi-task feature learning, Machine Learning, 2008"
-    return _bundle(tasks, inputs, targets, parts=parts, citation=citation)
+    return _bundle(tasks, standard, targets, parts=parts, citation=citation)
 
 
 def hashed_ngrams(smiles: Sequence[str], features: int, longest: int) -> Floats:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchmto.lab.data.base import Task
-from torchmto.lab.models.blocks import resize
+from torchmto.lab.models.blocks import fill, resize
 from torchmto.structure import active_task, has_split_norms, stacked
 
 Features = Any  # one tensor, or a tuple of feature maps from fine to coarse
@@ -18,9 +18,13 @@ class Trunk(nn.Module, ABC):
 
     Attributes:
         channels: Channels of the feature map, or of each map from fine to coarse.
+        multiple: The sides of the pictures that the maps show are filled up to multiples of it, right and below.
+        statistics: Mean and standard deviation of the inputs that its weights were trained on, where that is known.
     """
 
     channels: tuple[int, ...]
+    multiple: int = 1
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @abstractmethod
     def blocks(self) -> Iterator[nn.Module]:
@@ -116,4 +120,8 @@ class MultiTaskModel(nn.Module):
 
     def resized(self, task: str, output: Tensor, x: Tensor) -> Tensor:
         """A dense task's output at the height and width of ``x``."""
-        return resize(output, x) if task in self._dense else output
+        if task not in self._dense:
+            return output
+        filled = fill(x, getattr(self.trunk, "multiple", 1))
+        output = resize(output, filled)
+        return output if filled is x else output[..., : x.shape[-2], : x.shape[-1]]

@@ -14,6 +14,12 @@ def resize(x: Tensor, like: Tensor) -> Tensor:
     return functional.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def fill(x: Tensor, multiple: int) -> Tensor:
+    """``x`` with zeros right and below, so that its height and width are multiples of a number."""
+    below, right = (-side % multiple for side in x.shape[-2:])
+    return functional.pad(x, (0, right, 0, below)) if below or right else x
+
+
 def init_convs(module: nn.Module) -> None:
     """He initialisation of every convolution in ``module``, for the ReLUs that follow."""
     for child in module.modules():

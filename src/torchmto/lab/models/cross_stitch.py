@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchmto.checks import check_number
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.convnet import ConvNetTrunk, small_heads
@@ -74,6 +75,7 @@ def cross_stitch(
     """
     heads: dict[str, nn.Module]
     columns: list[MLPTrunk] | list[ConvNetTrunk]
+    check_number("own", own, minimum=0, maximum=1)
     if len(input_shape) == 3:
         channels, height, width = input_shape
         columns = [ConvNetTrunk(channels, (height, width), widths) for _ in tasks]

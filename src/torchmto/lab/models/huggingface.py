@@ -1,15 +1,16 @@
 """Backbones of Hugging Face transformers: built from a configuration or from local files, never downloaded."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchmto.checks import check_number, needed
+from torchmto.checks import check_integer, check_number, nearest, needed
 from torchmto.lab.models.base import Trunk
-from torchmto.lab.models.blocks import DropPath
-from torchmto.lab.models.weights import load_weights
+from torchmto.lab.models.blocks import DropPath, fill
+from torchmto.lab.models.weights import read_weights
 
 # name -> (model type, configuration)
 BACKBONES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,7 @@ class HuggingFaceTrunk(Trunk):
         super().__init__()
         self.backbone = backbone
         self.channels = tuple(backbone.channels)  # type: ignore[arg-type]
+        self.multiple = _multiple(backbone.config)
         for name, parameter in backbone.named_parameters():
             # What no feature map passes through: a norm that SwinBackbone leaves out, masks of pretraining.
             if name.startswith("swin.layernorm.") or name.endswith("mask_token"):
@@ -52,7 +54,7 @@ class HuggingFaceTrunk(Trunk):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """``[B, channels, H, W]`` to feature maps, fine to coarse."""
-        return tuple(self.backbone(x).feature_maps)
+        return tuple(self.backbone(fill(x, self.multiple)).feature_maps)
 
     def blocks(self) -> Iterator[nn.Module]:
         """The innermost repeated blocks."""
@@ -79,7 +81,7 @@ class ViTTrunk(Trunk):
             raise ValueError(f"A ViT should have a multiple of {STAGES} layers. Found `num_hidden_layers = {layers}`.")
         self.channels = (config.hidden_size,) * STAGES
         self.every = layers // STAGES
-        self.patch = config.patch_size
+        self.multiple = _multiple(config)
         size = config.image_size
         self.made_for = (size, size) if isinstance(size, int) else tuple(size)
         if drop_path:
@@ -92,7 +94,8 @@ class ViTTrunk(Trunk):
                     end.dropout = nn.Sequential(end.dropout, DropPath(drop_path * index / (layers - 1)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """``[B, channels, H, W]`` to four maps ``[B, hidden_size, H / patch, W / patch]``."""
+        """``[B, channels, H, W]`` to four maps ``[B, hidden_size, H / patch, W / patch]``, rounded up."""
+        x = fill(x, self.multiple)
         output = self.vit(
             pixel_values=x,
             output_hidden_states=True,
@@ -100,7 +103,7 @@ class ViTTrunk(Trunk):
         )
         after_layers = output.hidden_states[-self.every * STAGES :]
         inner = after_layers[self.every - 1 :: self.every][:-1]
-        height, width = x.shape[-2] // self.patch, x.shape[-1] // self.patch
+        height, width = x.shape[-2] // self.multiple, x.shape[-1] // self.multiple
 
         def as_map(tokens: Tensor) -> Tensor:
             patches = tokens[:, 1:]  # the first token is the class token
@@ -125,29 +128,19 @@ def named_backbone(
     Args:
         name: A key of `BACKBONES`.
         input_shape: ``(channels, H, W)``.
-        weights: A ``.safetensors`` file for this configuration, or a folder as Hugging Face lays it out, which then
-            also gives the configuration; random weights if None.
-        config: Entries that replace those of the configuration.
+        weights: A folder as Hugging Face lays it out, which then also gives the configuration, or a ``.safetensors``
+            file for this one; random weights if None.
+        config: Entries that replace those of the configuration; ``{"drop_path_rate": 0.0}`` turns off Swin's
+            stochastic depth, which is 0.1 by default.
 
     Returns:
         The trunk.
     """
-    transformers = needed("This model", "transformers")
-    if weights is not None and Path(weights).is_dir():
-        return local_backbone(input_shape, weights=weights, config=config)
     kind, entries = BACKBONES[name]
-    entries = {"num_channels": input_shape[0], **entries, **(config or {})}
+    entries = {"num_channels": input_shape[0], **entries}
     if kind == "swin":
-        entries.setdefault("image_size", tuple(input_shape[1:]))
-    if kind == "resnet":
-        entries.setdefault("embedding_size", 64)
-    settings = transformers.AutoConfig.for_model(
-        kind, **entries, out_features=[f"stage{i}" for i in range(1, STAGES + 1)]
-    )
-    backbone = transformers.AutoBackbone.from_config(settings)
-    if weights is not None:
-        load_weights(backbone, weights, prefixes=(f"{kind}.",))
-    return HuggingFaceTrunk(backbone)
+        entries["image_size"] = tuple(input_shape[1:])
+    return _backbone(weights, _settings(weights, config, kind, entries))
 
 
 def local_backbone(
@@ -160,29 +153,28 @@ def local_backbone(
     Args:
         _input_shape: Not used: the files decide.
         weights: A folder with ``config.json`` and ``model.safetensors``, or the name of a model in Hugging Face's cache
-            (``facebook/dinov2-small``). A ``timm_backbone`` needs timm.
+            (``facebook/dinov2-small``). A ``timm_backbone`` needs timm. Of its ``preprocessor_config.json`` nothing is
+            used; where that normalises otherwise than the problem, a run warns.
         config: Entries that replace those of ``config.json``, such as ``{"drop_path_rate": 0.15}`` of DINOv2, Swin, ConvNeXt.
 
     Raises:
         FileNotFoundError: If one of the files is missing.
     """
-    transformers = needed("This model", "transformers")
     folder = Path(weights) if Path(weights).is_dir() else _cached(str(weights))
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(
-                f"{folder / file} is missing. Save it with `model.save_pretrained({str(folder)!r})`."
-            )
-    settings = transformers.AutoConfig.from_pretrained(
-        str(folder), local_files_only=True, trust_remote_code=False, **(config or {})
-    )
+    return _backbone(folder, _settings(folder, config))
+
+
+def _backbone(weights: str | Path | None, settings: Any) -> HuggingFaceTrunk:
+    """The trunk of a configuration, with four stages."""
     if names := [name for name in getattr(settings, "stage_names", None) or () if name != "stem"]:
         settings.out_features = [names[i * len(names) // STAGES - 1] for i in range(1, STAGES + 1)]
-    # `AutoBackbone.from_pretrained` looks the folder's name up on the hub; the class it would choose doesn't.
-    chosen = type(transformers.AutoBackbone.from_config(settings))
-    return HuggingFaceTrunk(
-        chosen.from_pretrained(str(folder), config=settings, local_files_only=True, use_safetensors=True)
-    )
+    backbone = needed("This model", "transformers").AutoBackbone.from_config(settings)
+    if weights is None:
+        return HuggingFaceTrunk(backbone)
+    # `AutoBackbone.from_pretrained` looks the folder's name up on the hub; the class that it chose doesn't.
+    trunk = HuggingFaceTrunk(_loaded(type(backbone), weights, settings))
+    trunk.statistics = _statistics(weights)
+    return trunk
 
 
 def _cached(name: str) -> Path:
@@ -211,8 +203,8 @@ def vit(
 
     Args:
         name: A key of `VITS`.
-        input_shape: ``(channels, H, W)``, both sides multiples of ``patch``.
-        patch: Side of a patch in pixels.
+        input_shape: ``(channels, H, W)``.
+        patch: Side of a patch in pixels; a folder says its own.
         drop_path: Stochastic depth of the last layer, linear from 0 at the first, as in timm.
         weights: A folder as Hugging Face lays it out, which then also gives the configuration, or a
             ``.safetensors`` file for this one; random weights if None.
@@ -221,24 +213,89 @@ def vit(
     Returns:
         The trunk.
     """
-    transformers = needed("This model", "transformers")
+    kind = needed("This model", "transformers").ViTModel
     check_number("drop_path", drop_path, minimum=0, below=1)
-    channels, height, width = input_shape
-    if height % patch or width % patch:
-        raise ValueError(
-            f"A ViT's input should have sides that are multiples of `patch = {patch}`. Found {height} x {width}."
-        )
-    own = config or {}
+    check_integer("patch", patch, minimum=1)
+    channels, *sides = input_shape
+    filled = tuple(side + -side % patch for side in sides)
+    entries = {"num_channels": channels, "image_size": filled, "patch_size": patch, **VITS[name]}
+    settings = _settings(weights, config, "vit", entries)
+    if weights is None:
+        return ViTTrunk(kind(settings, add_pooling_layer=False), drop_path)
+    trunk = ViTTrunk(_loaded(kind, weights, settings, add_pooling_layer=False), drop_path)
+    trunk.statistics = _statistics(weights)
+    return trunk
+
+
+def _settings(
+    weights: str | Path | None,
+    config: Mapping[str, Any] | None,
+    kind: str | None = None,
+    entries: Mapping[str, Any] | None = None,
+) -> Any:
+    """The configuration of a folder, of the ``kind`` if one is asked for, or else of that kind, with entries replaced."""
+    auto = needed("This model", "transformers").AutoConfig
+    own = dict(config or {})
     if weights is not None and Path(weights).is_dir():
-        model = transformers.ViTModel.from_pretrained(
-            str(weights), add_pooling_layer=False, local_files_only=True, use_safetensors=True, **own
+        for file in ("config.json", "model.safetensors"):
+            if not (Path(weights) / file).is_file():
+                raise FileNotFoundError(
+                    f"{Path(weights) / file} is missing. Save it with `model.save_pretrained({str(weights)!r})`."
+                )
+        settings, unknown = auto.from_pretrained(
+            str(weights), local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **own
         )
-        return ViTTrunk(model, drop_path)
-    image = {"num_channels": channels, "image_size": (height, width), "patch_size": patch}
-    model = transformers.ViTModel(transformers.ViTConfig(**{**image, **VITS[name], **own}), add_pooling_layer=False)
-    if weights is not None:
-        load_weights(model, weights, prefixes=("vit.",))
-    return ViTTrunk(model, drop_path)
+        known = settings
+        if kind not in {None, settings.model_type}:
+            raise ValueError(
+                f"Parameter `weights` should be a folder of a {kind}. Found a {settings.model_type} in {weights}; the "
+                "model `backbone` takes any that transformers has a backbone of."
+            )
+    else:
+        settings, known = auto.for_model(kind, **{**(entries or {}), **own}), auto.for_model(kind)
+        unknown = {key: own[key] for key in own if not hasattr(known, key)}
+    for key in unknown:
+        should = f"entries of the configuration of a {settings.model_type}"
+        raise ValueError(f"Parameter `config` should hold {should}. Found `{key}`.{nearest(key, known.to_dict())}")
+    return settings
+
+
+def _loaded(kind: Any, weights: str | Path, settings: Any, **more: Any) -> Any:
+    """A model of a class with the weights of a folder or file, all of them, in single precision like the heads."""
+    folder = Path(weights).is_dir()
+    model, report = kind.from_pretrained(
+        str(weights) if folder else None,
+        config=settings,
+        state_dict=None if folder else read_weights(weights),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+        **more,
+    )
+    # What a backbone adds to the model that was pretrained: norms of the maps it gives.
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("hidden_states_norms."))
+    if missing:
+        raise ValueError(
+            f"{weights} doesn't fit the model: {len(missing)} keys are missing ({', '.join(missing[:3])})."
+        )
+    return model.float()
+
+
+def _statistics(weights: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation by which the folder's own preprocessing normalises pictures."""
+    file = Path(weights) / "preprocessor_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not stated.get("do_normalize", True) or not {"image_mean", "image_std"} <= set(stated):
+        return None
+    return tuple(stated["image_mean"]), tuple(stated["image_std"])
+
+
+def _multiple(config: Any) -> int:
+    """The side of the pixels behind one place of the coarsest map, where patches are cut out and a rest would be cut off."""
+    sides: Any = getattr(config, "patch_stride", None) or getattr(config, "patch_size", 1)
+    patch: int = sides if isinstance(sides, int) else max(sides)
+    halvings = max(len(getattr(config, "depths", ())) - 1, 0)
+    return patch << halvings
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:

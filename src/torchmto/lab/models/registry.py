@@ -1,14 +1,14 @@
 """Ready-made models by name."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from torchmto.checks import check_tasks, found, nearest
+from torchmto.checks import check_tasks, found, nearest, shown
 from torchmto.lab.data.base import Task
 from torchmto.lab.models.base import MultiTaskModel, Trunk
 from torchmto.lab.models.bev import bev
@@ -21,6 +21,7 @@ from torchmto.lab.models.hrnet import HRNetTrunk
 from torchmto.lab.models.huggingface import BACKBONES, VITS, local_backbone, named_backbone, vit
 from torchmto.lab.models.mlp import mlp
 from torchmto.lab.models.mtinet import MTINet
+from torchmto.lab.user_code import from_here
 from torchmto.structure import split_norms
 
 Builder = Callable[..., MultiTaskModel]
@@ -125,6 +126,10 @@ def check_options(name: str, options: Iterable[str]) -> None:
         raise TypeError(f"The model `{name}` has the options {', '.join(known)}. Found {', '.join(unknown)}.{hint}")
 
 
+def _unbuilt(name: str, options: Mapping[str, Any], why: str) -> str:
+    return f"The model `{name}` can't be built with {shown(options)}: {' '.join(why.split()).rstrip('.')}."
+
+
 def build_model(
     name: str,
     tasks: Sequence[Task],
@@ -154,7 +159,8 @@ def build_model(
     ==================================  ================================================================
 
     ``weights`` is a ``.safetensors`` file for the trunk, or for transformers' models a folder with ``config.json``
-    and ``model.safetensors``. Nothing is downloaded. ``config`` replaces entries of the Hugging Face configuration.
+    and ``model.safetensors``; it has to hold all of them. Nothing is downloaded. ``config`` replaces entries of the
+    Hugging Face configuration.
 
     Args:
         name: One of `models`.
@@ -179,7 +185,15 @@ def build_model(
     """
     check_options(name, options)
     names = check_tasks(task.name for task in tasks)
-    model = _BUILDERS[name](tuple(tasks), tuple(input_shape), **options)
+    try:
+        model = _BUILDERS[name](tuple(tasks), tuple(input_shape), **options)
+    except Exception as error:
+        said = isinstance(error, ImportError | FileNotFoundError | TypeError | ValueError) and from_here(error)
+        if said or isinstance(error, ImportError):
+            raise
+        raise ValueError(_unbuilt(name, options, f"{type(error).__name__} {error}")) from error
+    if empty := [key for key, parameter in model.named_parameters() if not parameter.numel()]:
+        raise ValueError(_unbuilt(name, options, f"`{empty[0]}` would be empty"))
     if task_norms:
         split_norms(model.trunk, names)
     if gradient_checkpointing:

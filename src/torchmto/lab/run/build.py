@@ -20,6 +20,7 @@ from torchmto.lab.references import build_network, load_problem
 from torchmto.lab.run.config import ConfigError, OptimizerConfig, RunConfig, settled
 from torchmto.lab.run.evaluation import Network, placed
 from torchmto.lab.specs import MethodSpec
+from torchmto.lab.user_code import from_here
 from torchmto.methods import method_class
 from torchmto.step.losses import Closure
 from torchmto.structure import split_norms
@@ -34,14 +35,6 @@ def as_settings() -> Iterator[None]:
         if isinstance(error, ConfigError | ProblemError) or not from_here(error):
             raise
         raise ConfigError(str(error)) from error
-
-
-def from_here(error: BaseException) -> bool:
-    """Whether an error was raised by this package, not by a user's code that it called."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("torchmto")
 
 
 def optimizer_of(config: OptimizerConfig, model: nn.Module, method: str) -> torch.optim.Optimizer:

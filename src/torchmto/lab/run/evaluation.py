@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from torchmto import MultiTask
 from torchmto.lab.data.base import Split, Task
-from torchmto.lab.losses import labelled_rows
+from torchmto.lab.losses import check_shape, labelled_rows
 from torchmto.lab.metrics import primary_metric, task_metrics
 from torchmto.lab.problem import Problem, part_error
 from torchmto.lab.user_code import user_frames
@@ -115,12 +115,16 @@ class Measures:
 
         Raises:
             ProblemError: If the network's output is no tensor, or own metrics don't take it.
+            ValueError: If it hasn't the shape that the kind's metrics are made for.
         """
         task, own = self.task, "metrics" in self.task.extra
         if task.kind != "own" and not isinstance(output, Tensor):
             should = f"a network whose output for `{task.name}` is a tensor in evaluation"
             raise part_error("model", should, type(output).__name__)
-        undefined = None if own or task.kind == "own" else output.isnan()
+        undefined = None
+        if not own and task.kind != "own":
+            check_shape(task, output, target)
+            undefined = output.isnan()
         self.seen.update(undefined, target)
         if undefined is not None:
             output = torch.where(undefined, 0.0, output)  # a metric may choke on NaN
