@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
@@ -148,16 +147,8 @@ def _told_apart(value: Any, within: tuple[int, ...] = ()) -> Any:
         return [inner(entry) for entry in value]
     if isinstance(value, set | frozenset):  # in another process in another order
         return sorted(map(inner, value), key=json.dumps)
-    if isinstance(value, bytes | bytearray):
-        return f"{len(value)} bytes {_hash(value)}"
-    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
-        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        return f"{value.dtype} {list(value.shape)} {_hash(data)}"
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # a file that is mapped isn't copied into memory
-        return f"{value.dtype} {list(value.shape)} {_hash(data)}"
-    if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
-        return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
+    if (data := _told_data(value)) is not None:
+        return data
     if isinstance(value, types.FunctionType):
         return _told_function(value, inner)
     text = repr(value)
@@ -172,6 +163,21 @@ def _told_apart(value: Any, within: tuple[int, ...] = ()) -> Any:
         return printed if printed == text else f"{printed} {uuid.uuid4().hex}"
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     return inner([kind, made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))]])
+
+
+def _told_data(value: Any) -> str | None:
+    """A hash of an array's values or a frame's; None of anything else."""
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes {_hash(value)}"
+    if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
+        flat = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {list(value.shape)} {_hash(flat.data)}"
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # a file that is mapped isn't copied into memory
+        return f"{value.dtype} {list(value.shape)} {_hash(data.data)}"
+    if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
+        return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
+    return None
 
 
 def _told_function(function: types.FunctionType, told: Callable[[Any], Any]) -> str:
@@ -192,7 +198,7 @@ _PRINTED = 1000
 """Characters of what an object prints that are kept to be read."""
 
 
-def _hash(data: bytes | bytearray | NDArray[Any]) -> str:
+def _hash(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -196,6 +196,36 @@ def test_a_path_is_known_by_its_content_however_it_is_written(tmp_path, monkeypa
     assert key("t.csv") == before["b,a,c"][0]
 
 
+def test_a_folder_in_options_may_grow_in_a_call_and_is_other_data_in_the_next(tmp_path, trained):
+    place = tmp_path / "place"
+    (place / "runs").mkdir(parents=True)
+    (tmp_path / "cached.py").write_text(
+        "import sys, pathlib\n"
+        f"sys.path.insert(0, {str(FARM.parent)!r})\n"
+        "import farm\n"
+        "def cached(root, cache=True):\n"
+        "    problem = farm.farm()\n"
+        "    class Cached(farm.Fields):\n"
+        "        def __getitem__(self, index):\n"
+        "            if cache:\n"
+        "                (pathlib.Path(root) / f'{int(index)}.npy').touch()\n"
+        "            return super().__getitem__(index)\n"
+        "    problem.train = Cached(48, 0)\n"
+        "    return problem\n"
+    )
+    data = {"data.options": {"root": str(place), "cache": False}}
+    reference = f"{tmp_path / 'cached.py'}:cached"
+    for _ in range(2):
+        lab.compare(reference, ["gd"], out=place / "runs" / "x", **data, **SETTINGS)
+    assert len(trained) == 3
+    data = {"data.options": {"root": str(place)}}
+    lab.compare(reference, ["gd"], out=tmp_path / "y", **data, **SETTINGS)
+    with pytest.raises(FolderError, match=r"begun with other data.*--changed-source"):
+        lab.compare(reference, ["gd"], out=tmp_path / "y", **data, **SETTINGS)
+    lab.compare(reference, ["gd"], out=tmp_path / "y", changed_source=True, **data, **SETTINGS)
+    assert len(trained) == 6
+
+
 def test_arguments_of_a_problem_from_python_count(tmp_path, trained):
     def made(*sizes, **more):
         return replace(load_problem(f"{FARM}:farm", {}), origin=Origin.of_caller())
@@ -256,7 +286,7 @@ def test_data_given_to_a_function_are_told_apart_by_all_their_values():
         assert key(function) != key(of_others)
     assert key(Rows(x).function()) == key(Rows(x).function())
     # Nothing tells what is in it: no folder takes it for what it was begun with.
-    for unknown in ((n for n in range(3)), Held((n for n in range(3))), Rows((n for n in range(3)))):
+    for unknown in ((n for n in range(3)), Held(n for n in range(3)), Rows(n for n in range(3))):
         assert key(unknown) != key(unknown)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,12 +154,14 @@ def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> di
         raise ConfigError(f"Unknown task `{unknown[0]}` in `losses`. The tasks are {', '.join(problem.task_names)}.")
     losses: dict[str, TaskLoss | OwnLoss] = {}
     modules = {name: loss for name, loss in problem.losses.items() if isinstance(loss, nn.Module)}
-    functions = {**problem.losses, **copy.deepcopy(modules)}
+    functions: dict[str, Callable[..., Any]] = {**problem.losses, **copy.deepcopy(modules)}
     with as_settings():
         for task in problem.task_list:
             own = functions.get(task.name)
             chosen = settings.get(task.name)
-            losses[task.name] = OwnLoss(task, own) if own is not None and chosen is None else task_loss(task, **(chosen or {}))
+            losses[task.name] = (
+                OwnLoss(task, own) if own is not None and chosen is None else task_loss(task, **(chosen or {}))
+            )
     return losses
 
 
