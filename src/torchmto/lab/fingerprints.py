@@ -12,15 +12,27 @@ from torchmto.lab.data.registry import datasets
 
 
 def by_content(value: Any) -> Any:
-    """A value with each path of something that is there replaced by its last name and what it holds."""
+    """A value with each path of something that is there replaced by its last name and, of a file, what it holds.
+
+    Of a folder not what is in it (`listed`), which may grow while it is used: caches beside the raw files, folders of runs.
+    """
     if isinstance(value, Mapping):
         return {key: by_content(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [by_content(entry) for entry in value]
     if isinstance(value, str) and _looks_like_path(Path(value)):
         held = _held(value)
-        return value if held is None else f"{Path(value).name} {held}"
+        return value if held is None else Path(value).name if _is_folder(value) else f"{Path(value).name} {held}"
     return value
+
+
+def listed(value: Any) -> str | None:
+    """The files of the folders that a value names, by their names and sizes; None where it names none."""
+    if isinstance(value, Mapping | list):
+        entries = value.values() if isinstance(value, Mapping) else value
+        return "+".join(filter(None, map(listed, entries))) or None
+    named = isinstance(value, str) and _looks_like_path(Path(value)) and _is_folder(value)
+    return _held(value) if named else None
 
 
 def content_of(reference: str) -> str | None:
@@ -37,6 +49,12 @@ def _held(place: str) -> str | None:
     return None
 
 
+def _is_folder(place: str) -> bool:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        return Path(place).expanduser().is_dir()
+    return False
+
+
 def _looks_like_path(path: Path) -> bool:
     """Whether a text may name a file: a word like "train" doesn't, though there may be such a folder, nor a sign like "/"."""
     return bool(path.name.strip(".")) and (len(path.parts) > 1 or bool(path.suffix))
@@ -44,9 +62,9 @@ def _looks_like_path(path: Path) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _fingerprint(path: Path, _changed: int) -> str:
-    """A hash of a file's content, or of a folder's names and sizes; of a large file, its size."""
+    """A hash of a file's content, or of the names and sizes of a folder's files; of a large file, its size."""
     if path.is_dir():
-        told: Any = sorted((entry.name, entry.stat().st_size if entry.is_file() else None) for entry in path.iterdir())
+        told: Any = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
         return hashlib.sha256(canonical(told).encode()).hexdigest()[:16]
     size = path.stat().st_size
     return f"{size} bytes" if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -251,7 +251,7 @@ class OwnLoss:
 
     def __init__(self, task: Task, function: Callable[..., Any]) -> None:
         self.task = task
-        self._function = function
+        self.function = function
         try:
             self._masked = "mask" in inspect.signature(function).parameters
         except ValueError:  # some built-in functions don't tell
@@ -270,7 +270,7 @@ class OwnLoss:
         if not (bool(rows.any()) if labelled is None else labelled):
             return None
         more = {"mask": valid[rows]} if self._masked else {}
-        value = self._function(prediction if own else prediction[rows], target[rows], **more)
+        value = self.function(prediction if own else prediction[rows], target[rows], **more)
         return value if isinstance(value, tuple) else (value, valid.sum())
 
 

@@ -7,6 +7,7 @@ have any shape: then nothing but these two looks at model and batches.
 
 import contextlib
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -16,16 +17,17 @@ import pickle
 import re
 import sys
 import types
+import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from torchmto.checks import shown, warn
@@ -130,34 +132,55 @@ def _cut(text: str) -> str:
     return f"{text[:_PRINTED]} {_hash(text.encode())}"
 
 
-def _told_apart(value: Any) -> Any:
-    """An argument as JSON knows it; of data a hash, of other objects what they print, without where they lie."""
+def _told_apart(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """An argument as JSON knows it; of data a hash, of other objects what a pickle of them would hold."""
     if isinstance(value, str | int | float | bool) or value is None:
         return value
-    if isinstance(value, Mapping):
-        return {str(key): _told_apart(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told_apart(entry) for entry in value]
     if isinstance(value, Path):
         return str(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _told_apart(getattr(value, entry.name)) for entry in fields(value)}
-    if isinstance(value, TensorDataset):
-        return _told_apart(value.tensors)
+    if id(value) in within:
+        return f"in itself, {len(within) - within.index(id(value))} up"
+    inner = functools.partial(_told_apart, within=(*within, id(value)))
+    if isinstance(value, Mapping):
+        return {str(key): inner(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [inner(entry) for entry in value]
+    if isinstance(value, set | frozenset):  # in another process in another order
+        return sorted(map(inner, value), key=json.dumps)
+    if (data := _told_data(value)) is not None:
+        return data
+    if isinstance(value, types.FunctionType):
+        return _told_function(value, inner)
+    text = repr(value)
+    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+    if isinstance(value, nn.Module):
+        own = [{n: v for n, v in vars(m).items() if n[0] != "_" and _is_plain(v)} for m in value.modules()]
+        return inner([str(type(value)), printed, value.state_dict(), own])
+    try:
+        made = value.__reduce_ex__(2)
+    except Exception:  # noqa: BLE001  what can't be pickled, a class for one, says so in many ways
+        # Where it prints where it lies nothing tells it from others: it is another one each time.
+        return printed if printed == text else f"{printed} {uuid.uuid4().hex}"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    return inner([kind, made if isinstance(made, str) else [*made[1:3], *map(list, filter(None, made[3:5]))]])
+
+
+def _told_data(value: Any) -> str | None:
+    """A hash of an array's values or a frame's; None of anything else."""
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes {_hash(value)}"
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
-        data = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
-        return f"{value.dtype} {list(value.shape)} {_hash(data.tobytes())}"
+        flat = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        return f"{value.dtype} {list(value.shape)} {_hash(flat.data)}"
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return f"{value.dtype} {list(value.shape)} {_hash(value.tobytes())}"
+        data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)  # a file that is mapped isn't copied into memory
+        return f"{value.dtype} {list(value.shape)} {_hash(data.data)}"
     if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in {"pandas", "polars", "pyarrow"}:
         return f"{type(value).__name__} {_hash(pickle.dumps(value))}"
-    if isinstance(value, types.FunctionType):
-        return _told_function(value)
-    printed = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-    return printed if len(printed) <= _PRINTED else _cut(printed)
+    return None
 
 
-def _told_function(function: types.FunctionType) -> str:
+def _told_function(function: types.FunctionType, told: Callable[[Any], Any]) -> str:
     """A function as its text and the values it goes by, so that ``lambda: Net(4)`` isn't ``lambda: Net(width)``."""
     try:
         text = inspect.getsource(function)
@@ -168,15 +191,14 @@ def _told_function(function: types.FunctionType) -> str:
     for name, cell in cells.items():
         with contextlib.suppress(ValueError):  # not set yet
             values[name] = cell.cell_contents
-    known = {name: _told_apart(value) if _is_plain(value) else type(value).__name__ for name, value in values.items()}
-    return f"{function.__qualname__} {_hash(json.dumps([text, known]).encode())}"
+    return f"{function.__qualname__} {_hash(json.dumps([text, told(values)]).encode())}"
 
 
 _PRINTED = 1000
 """Characters of what an object prints that are kept to be read."""
 
 
-def _hash(data: bytes) -> str:
+def _hash(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -24,6 +24,7 @@ from torchmto.lab.data.registry import dataset_info, datasets, load_data
 from torchmto.lab.models import build_model, models
 from torchmto.lab.models.registry import check_options
 from torchmto.lab.problem import NO_CALL, Origin, Problem, part_error, source_hash
+from torchmto.methods.registry import own_methods
 
 GROUP = "torchmto.problems"
 
@@ -115,6 +116,13 @@ def source_of(reference: str, options: Mapping[str, Any], what: str) -> str | No
     return None if file is None else source_hash(file)
 
 
+def method_sources(names: Iterable[str]) -> dict[str, str]:
+    """The hash of the file that defines a method, by name, of those from outside this package."""
+    own = own_methods()
+    files = {name: _file_of(own[name]) for name in names if name in own}
+    return {name: found for name, file in files.items() if file is not None and (found := source_hash(file))}
+
+
 _STANDARD = sys.stdlib_module_names | {*sys.builtin_module_names}
 _MADE = {"data": (Problem, "Problem"), "model": (nn.Module, "nn.Module", "MultiTaskModel")}
 """What this package's own functions may return, to be referred to."""
@@ -144,7 +152,7 @@ def _refused(reference: str, module: str) -> UnknownReferenceError:
 def _file_of(function: Any) -> Path | None:
     try:
         return Path(inspect.getsourcefile(function) or "")
-    except TypeError:
+    except (TypeError, OSError):  # built in, typed into an interpreter
         return None
 
 

@@ -86,6 +86,11 @@ def methods() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def own_methods() -> dict[str, type[Method]]:
+    """The registered classes from outside this package, by name: another process has to be told of them."""
+    return {name: _REGISTRY[name] for name in methods() if not _REGISTRY[name].__module__.startswith("torchmto.")}
+
+
 def method_class(name: str) -> type[Method]:
     """The class registered under ``name``.
 

@@ -1,9 +1,13 @@
 """A comparison goes on from its settings and finished runs alone: elsewhere, with the data elsewhere, and with more in it."""
 
 import copy
+import functools
 import json
 import linecache
+import random
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from torchmto import lab
 from torchmto.lab import memory
@@ -191,6 +196,36 @@ def test_a_path_is_known_by_its_content_however_it_is_written(tmp_path, monkeypa
     assert key("t.csv") == before["b,a,c"][0]
 
 
+def test_a_folder_in_options_may_grow_in_a_call_and_is_other_data_in_the_next(tmp_path, trained):
+    place = tmp_path / "place"
+    (place / "runs").mkdir(parents=True)
+    (tmp_path / "cached.py").write_text(
+        "import sys, pathlib\n"
+        f"sys.path.insert(0, {str(FARM.parent)!r})\n"
+        "import farm\n"
+        "def cached(root, cache=True):\n"
+        "    problem = farm.farm()\n"
+        "    class Cached(farm.Fields):\n"
+        "        def __getitem__(self, index):\n"
+        "            if cache:\n"
+        "                (pathlib.Path(root) / f'{int(index)}.npy').touch()\n"
+        "            return super().__getitem__(index)\n"
+        "    problem.train = Cached(48, 0)\n"
+        "    return problem\n"
+    )
+    data = {"data.options": {"root": str(place), "cache": False}}
+    reference = f"{tmp_path / 'cached.py'}:cached"
+    for _ in range(2):
+        lab.compare(reference, ["gd"], out=place / "runs" / "x", **data, **SETTINGS)
+    assert len(trained) == 3
+    data = {"data.options": {"root": str(place)}}
+    lab.compare(reference, ["gd"], out=tmp_path / "y", **data, **SETTINGS)
+    with pytest.raises(FolderError, match=r"begun with other data.*--changed-source"):
+        lab.compare(reference, ["gd"], out=tmp_path / "y", **data, **SETTINGS)
+    lab.compare(reference, ["gd"], out=tmp_path / "y", changed_source=True, **data, **SETTINGS)
+    assert len(trained) == 6
+
+
 def test_arguments_of_a_problem_from_python_count(tmp_path, trained):
     def made(*sizes, **more):
         return replace(load_problem(f"{FARM}:farm", {}), origin=Origin.of_caller())
@@ -227,9 +262,79 @@ def test_data_given_to_a_function_are_told_apart_by_all_their_values():
         (frame, pd.DataFrame({"x": y.tolist()})),
         (frame["x"], frame["x"] + y.float().numpy()),
         (set(range(5000)), set(range(5001))),
+        ({"a", "b"}, {"a", "c"}),
+        (x.float().to_sparse(), y.float().to_sparse()),
+        (Rows(x), Rows(y)),
+        (Subset(TensorDataset(x), [1, 2]), Subset(TensorDataset(x), [1, 3])),
+        (ConcatDataset([TensorDataset(x)]), ConcatDataset([TensorDataset(y)])),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9])), nn.CrossEntropyLoss(weight=torch.tensor([9.0, 1]))),
+        (nn.Linear(2, 2), nn.Linear(2, 2)),
+        (nn.LeakyReLU(), nn.ReLU()),
+        (nn.Sequential(Focal(0.25)), nn.Sequential(Focal(0.5))),
+        (random.Random(0), random.Random(1)),
+        (Held(Rows(x)), Held(Rows(y))),
+        (functools.partial(max, x), functools.partial(max, y)),
+        (Rows(x).first, Rows(y).first),
+        (Rows(x).first, Rows(x).__len__),
     ):
         assert key(first) == key(copy.deepcopy(first)) != key(second)
     assert key(torch.tensor(1.0)) != key(torch.tensor(2.0))
+    same = Rows(x)
+    same.self = [same]  # leads to itself
+    assert key(same) == key(copy.deepcopy(same)) != key(Rows(x))
+    for function, of_others in ((lambda: x, lambda: y), (Rows(x).function(), Rows(y).function())):
+        assert key(function) != key(of_others)
+    assert key(Rows(x).function()) == key(Rows(x).function())
+    # Nothing tells what is in it: no folder takes it for what it was begun with.
+    for unknown in ((n for n in range(3)), Held(n for n in range(3)), Rows(n for n in range(3))):
+        assert key(unknown) != key(unknown)
+
+
+class Rows(torch.utils.data.Dataset):
+    """A data set of one's own, which prints nothing of what it holds."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def first(self):
+        return self[0]
+
+    def function(self):
+        return lambda: self
+
+
+class Focal(nn.Module):
+    """A loss whose number is neither printed nor in its state."""
+
+    def __init__(self, alpha):
+        super().__init__()
+        self.alpha = alpha
+
+
+def test_data_in_an_object_of_ones_own_count_in_every_process(tmp_path):
+    """What a folder knows them by is the same in another process, also of classes that only a script has."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from torchmto.lab.problem import Origin\n"
+        "class Rows(torch.utils.data.Dataset):\n"
+        "    def __init__(self, seed):\n"
+        "        self.words, self.x = {'a', 'b', 'c', 'd'}, torch.full((4,), seed)\n"
+        "def made(data):\n"
+        "    return Origin.of_caller().arguments['data']\n"
+        "print(made(Rows(int(sys.argv[1]))))\n"
+    )
+    told = [
+        subprocess.run([sys.executable, script, seed], capture_output=True, text=True, check=True).stdout
+        for seed in ("0", "0", "1")
+    ]
+    assert told[0] == told[1] != told[2]
 
 
 def test_a_cell_of_a_notebook_is_known_by_its_text():

@@ -176,6 +176,45 @@ def test_a_script_without_a_guard_may_use_several_jobs(tmp_path):
     assert done.stdout.split() == ["3"]
 
 
+METHOD = (
+    "import torchmto\n"
+    "@torchmto.register_method('{0}')\n"
+    "class {0}(torchmto.LossWeighting):\n"
+    "    'Of a test. Source: none.'\n"
+    "    use, properties = 'x', torchmto.Properties(homogeneity=None)\n"
+    "    def objective(self, losses, indices=None):\n"
+    "        return {1} * losses.sum()\n"
+)
+
+
+def test_own_methods_are_known_wherever_they_are_defined_and_known_again(tmp_path):
+    """In another file, or in the script, whose edit is noticed by the problem, which comes from there, too."""
+    (tmp_path / "beside.py").write_text(METHOD.format("Beside", 2))
+    script = (
+        METHOD.format("Inside", 2) + "import sys\n"
+        f"sys.path.insert(0, {str(Path(FARM).parent)!r})\n"
+        "import beside, farm\n"
+        "from torchmto import lab\n"
+        "settings = {'seeds': 1, 'epochs': 1, 'batch_size': 16, 'out': 'x', 'progress': False}\n"
+        "print(len(lab.compare(farm.farm(), sys.argv[2:], jobs=int(sys.argv[1]), **settings).table()))\n"
+    )
+    (tmp_path / "study.py").write_text(script)
+
+    def study(*arguments):
+        command = [sys.executable, "study.py", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+        return done.stdout.split(), done.stderr
+
+    assert study("2", "gd", "Inside")[0] == ["4"]
+    assert study("2", "gd", "Inside", "Beside")[0] == ["5"]
+    assert study("1", "gd", "Inside", "Beside")[0] == ["5"]
+    (tmp_path / "beside.py").write_text(METHOD.format("Beside", 3))
+    told, said = study("1", "gd", "Inside", "Beside")
+    assert told == []
+    assert "begun with another version of the file that defines the method Beside" in said
+    assert "--changed-source" in said
+
+
 def test_failures_say_what_went_wrong_and_leave_the_others(tmp_path):
     with pytest.raises(FailedRunsError, match="gd, seed 0: "):
         run(tmp_path / "x", failing())

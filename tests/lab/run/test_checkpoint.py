@@ -182,11 +182,17 @@ def test_a_resumed_run_knows_its_best_again(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=9)
     for step in (1, 2, 3):
         folder.save(step, state(step), best=True)
-    progress = {"step": 2, "best_step": 1, "best_score": 0.5}
+    progress = {"step": 2, "best_step": 1, "best_score": 0.5, "history": [{}, {}]}
     assert len(folder.go_on_from(progress)) == 1
     assert read_checkpoint(folder.best)["progress"]["step"] == progress["best_step"] == 1
     folder.path(1).unlink()
     assert not folder.go_on_from(progress)
     folder.mark_best(folder.path(2))
-    assert "isn't there any more" in folder.go_on_from(progress)[0]
-    assert progress == {"step": 2, "best_step": -1, "best_score": None}
+    renamed, lost = folder.go_on_from(progress)
+    assert "isn't there any more" in lost
+    assert "of another step" in renamed
+    assert not folder.best.exists()
+    assert progress == {"step": 2, "best_step": -1, "best_score": None, "history": [{}, {}], "lost": 2}
+    folder.mark_best(folder.path(2))
+    assert "of another step" in folder.go_on_from({**progress, "step": 1, "lost": 0})[1]  # before the first validation
+    assert not folder.best.exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,13 +10,17 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from scripts import load_script
+from torchmto import lab
 from torchmto.cli import main
 from torchmto.lab.run.checkpoint import CheckpointError, CheckpointFolder, read_checkpoint
 from torchmto.lab.run.config import ConfigError, DataConfig, MethodConfig, ModelConfig, OptimizerConfig, RunConfig
 from torchmto.lab.run.folder import RunFolder
+from torchmto.lab.run.inference import evaluate_run
 from torchmto.lab.run.loop import Interrupted, Trainer
+from torchmto.lab.run.scores import Measure
 from torchmto.lab.run.single import train
 
 kill = load_script("benchmarks/kill_training.py")
@@ -292,6 +297,106 @@ def test_best_by_delta_m(tmp_path):
     assert results["score"] == pytest.approx(100 * sum(changes) / 3)
     with pytest.raises(ConfigError, match="none for `right`"):
         train(config(baseline={"left": 0.5}), tmp_path / "other")
+
+
+def test_a_best_epoch_whose_weights_are_gone_doesnt_count(tmp_path, monkeypatch):
+    def train_scored(scores, **more):
+        measure = property(lambda self: Measure("x", "x", lambda _: scores[self.progress.epoch]))
+        monkeypatch.setattr(Trainer, "_measure", measure)
+        return train(config(epochs=6, keep=3), tmp_path / "run", **more)
+
+    train_scored([0.0, 5.0, 1.0, 2.0, 4.0, 9.0])
+    checkpoints = CheckpointFolder(tmp_path / "run" / "checkpoints")
+    results, trainer = train_scored([None, None, None, None, 3.0, 1.0], checkpoint=checkpoints.path(24))
+    assert (results["selected_epoch"], results["best_step"], results["score"]) == (4, 30, 3.0)
+    assert results["validation"] == results["history"][4]["validation"]
+    state, exported = read_checkpoint(checkpoints.path(30))["model"], load_file(tmp_path / "run" / "model.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(value, state[name])
+    checkpoints.mark_best(checkpoints.path(36))
+    with pytest.raises(CheckpointError, match=r"isn't the best .*of step 30. Found that of step 36"):
+        trainer._finish()
+
+
+class Sampling(nn.Module):
+    """Draws in evaluation, too; a signal may come into one."""
+
+    forwards, signal_at = 0, -1
+
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(4, 8), nn.ModuleDict({name: nn.Linear(8, 1) for name in "ab"})
+
+    def forward(self, x):
+        features = self.trunk(x)
+        features = features + 0.3 * torch.randn_like(features) + 0.1 * random.random()
+        if not self.training:
+            Sampling.forwards += 1
+            if Sampling.forwards == Sampling.signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+class Running(nn.Module):
+    """A loss over its own running mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(1.0))
+
+    def forward(self, output, target):
+        loss = (output - target).square().mean()
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        return loss / self.mean
+
+
+def sampled(losses=None):
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    rows = [(row, {"a": row.sum().reshape(1), "b": row[:1] * row[1:2]}) for row in x]
+    tasks = [lab.Task(name, "regression", 1) for name in "ab"]
+    return lab.Problem(tasks, rows, rows[:32], rows[32:], model=Sampling, losses=losses or {})
+
+
+def ends_equal(first, second):
+    results = [json.loads((path / "results.json").read_text()) for path in (first, second)]
+    assert results[0]["test"] == results[1]["test"]
+    keys = ("losses", "validation", "score")
+    histories = [[{key: entry[key] for key in keys} for entry in result["history"]] for result in results]
+    assert histories[0] == histories[1]
+    weights = [load_file(path / "model.safetensors") for path in (first, second)]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("at", range(5, 8))
+def test_a_model_that_draws_in_evaluation_resumes_to_the_bit(tmp_path, monkeypatch, at):
+    monkeypatch.setattr(Sampling, "forwards", 0)
+    settings = RunConfig(data=DataConfig(f"{__file__}:sampled", batch_size=16), epochs=3, loggers=["csv"])
+    train(settings, tmp_path / "whole", problem=sampled())
+    monkeypatch.setattr(Sampling, "signal_at", Sampling.forwards + at)
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "run", problem=sampled())
+    results, _ = train(settings, tmp_path / "run", resume=True, problem=sampled())
+    ends_equal(tmp_path / "whole", tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    for split in ("validation", "test"):
+        assert evaluate_run(folder.read_settings(), folder, "best", split)["metrics"] == results[split]
+
+
+def test_a_loss_that_keeps_something_keeps_it_for_its_run_alone(tmp_path, monkeypatch):
+    shared = Running()
+    problem = sampled(losses={"a": shared, "b": shared})
+    settings = RunConfig(data=DataConfig(batch_size=16), epochs=2, loggers=["csv"])
+    _, trainer = train(settings, tmp_path / "first", problem=problem)
+    first, second = trainer.parts.loss_modules
+    assert first is second
+    assert first.mean != shared.mean == 1
+    train(settings, tmp_path / "second", problem=problem)
+    ends_equal(tmp_path / "first", tmp_path / "second")
+    monkeypatch.setattr(Trainer, "_log_step", interrupt_at(6))
+    with pytest.raises(Interrupted):
+        train(settings, tmp_path / "third", problem=problem)
+    train(settings, tmp_path / "third", resume=True, problem=problem)
+    ends_equal(tmp_path / "first", tmp_path / "third")
 
 
 def test_average_is_what_is_evaluated_and_exported(tmp_path):

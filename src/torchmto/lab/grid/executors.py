@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any, Self
@@ -30,6 +30,7 @@ from torchmto.lab.run.checkpoint import CheckpointFolder
 from torchmto.lab.run.config import MOST, ConfigError, RunConfig
 from torchmto.lab.run.loop import Trainer, is_state
 from torchmto.lab.user_code import user_frames
+from torchmto.methods.registry import own_methods, register_method
 
 EXECUTORS = ("local", "ray", "slurm")
 Advance = Callable[[str, int], None]
@@ -47,6 +48,7 @@ class Job:
         problem: The problem pickled by cloudpickle, where its reference doesn't lead to it.
         checkpoints: Where its checkpoints are and go, if it keeps any.
         place: The working folder and the folders to import from.
+        methods: Own methods' classes, each pickled by cloudpickle, by name.
     """
 
     key: str
@@ -55,6 +57,7 @@ class Job:
     problem: bytes | None = None
     checkpoints: Path | None = None
     place: tuple[str, tuple[str, ...]] = ("", ())
+    methods: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def execute(job: Job, problem: Problem | None = None, on_step: Callable[[int], N
     """
     try:
         _go(job.place)
+        _register(job.methods)
         if problem is None:
             problem = _unpickled(job.problem) if job.problem else loaded(job.config)
         return Outcome(_train(job, problem.only(job.config.data.tasks or ()), on_step))
@@ -153,9 +157,19 @@ def _go(place: tuple[str, tuple[str, ...]]) -> None:
         os.chdir(folder)
 
 
+def _register(methods: Mapping[str, bytes]) -> None:
+    """Make the methods known that the process that made the job knows."""
+    for name, cls in methods.items():
+        with contextlib.suppress(ImportError):  # of a file that the problem's reference leads to, which registers it
+            register_method(name)(pickle.loads(cls))  # noqa: S301  it comes from the process that started this one
+
+
 def here() -> tuple[str, tuple[str, ...]]:
     """The place that jobs made in this process are done at."""
     return os.getcwd(), tuple(sys.path)  # noqa: PTH109
+
+
+_UNPICKLABLE = (TypeError, pickle.PicklingError, AttributeError, RuntimeError)
 
 
 def pickled(problem: Problem) -> bytes | None:
@@ -170,7 +184,7 @@ def pickled(problem: Problem) -> bytes | None:
 
     try:
         data: bytes = cloudpickle.dumps(problem)
-    except (TypeError, pickle.PicklingError, AttributeError, RuntimeError) as error:
+    except _UNPICKLABLE as error:
         raise ValueError(
             f"The problem can't be sent to other processes ({error}). Give it by its reference (FILE.py:FUNCTION), or use "
             "one job."
@@ -286,8 +300,14 @@ _ATTEMPTS = 3
 
 
 def _sendable(jobs: Sequence[Job], problem: Problem) -> list[Job]:
+    import cloudpickle  # noqa: PLC0415
+
+    methods = {}
+    for name, cls in own_methods().items():
+        with contextlib.suppress(*_UNPICKLABLE):  # the jobs that need it say that they don't know it
+            methods[name] = cloudpickle.dumps(cls)
     data, place = pickled(problem), here()
-    return [replace(job, problem=data, place=place) for job in jobs]
+    return [replace(job, problem=data, place=place, methods=methods) for job in jobs]
 
 
 @contextlib.contextmanager

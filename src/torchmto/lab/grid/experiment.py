@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torchmto.checks import check_integer, check_tasks
+from torchmto.lab.fingerprints import listed
 from torchmto.lab.grid.identity import identity
 from torchmto.lab.metrics import task_metrics
 from torchmto.lab.problem import Problem
+from torchmto.lab.references import method_sources
 from torchmto.lab.run.build import Computer, build
 from torchmto.lab.run.config import FREE, MOST, MethodConfig, RunConfig, config_of
 from torchmto.lab.run.first_batch import check_first_batch
@@ -44,6 +46,10 @@ class Experiment:
         common, everything = identity(self.run), self.run.as_dict()
         del common["seed"], common["method"]["name"], common["method"]["options"]
         free = {name: everything[name] for name in sorted(FREE & set(everything))}
+        if own := method_sources([parse_method(method).name for method in self.methods]):
+            free["methods"] = own
+        options = (self.run.data.options, self.run.model.options)
+        free["content"] = "+".join(filter(None, (self.run.content, *map(listed, options)))) or None
         chosen = {"chosen": {name: dict(entry) for name, entry in self.chosen.items()}} if self.chosen else {}
         alone = {} if self.baselines else {"baselines": False}
         return {"methods": list(self.methods), "seeds": self.seeds, **alone, **common, **chosen, "free": free}

@@ -113,16 +113,20 @@ class GridFolder:
                 f"The folder {self.path} belongs to a comparison with other settings: {'; '.join(different)}. "
                 "It was left as it is; choose another one (--out, `out=`)."
             )
+        there, here = (values.get("free", {}) for values in (saved, settings))
+        known, methods = (values.get("methods", {}) for values in (there, here))
         if not self.changed_source:
-            there, here = (values.get("free", {}) for values in (saved, settings))
             what = f"The comparison in {self.path}"
             try:
+                for method in methods.keys() & known.keys():
+                    check_source(known[method], methods[method], what, f"the method {method}")
                 check_source(there.get("source"), here.get("source"), what)
                 check_content(there.get("content"), here.get("content"), what)
             except ConfigError as error:
                 raise FolderError(str(error)) from error
         if more:
-            write_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION, {**saved, **more})
+            free = {**there, "methods": {**methods, **known}}
+            write_json(self.path / "config.json", _EXPERIMENT, SCHEMA_VERSION, {**saved, **more, "free": free})
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from working in the folder.

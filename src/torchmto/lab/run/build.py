@@ -1,7 +1,8 @@
 """From settings to the parts of a Run: problem, network, method, optimizer, schedule."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,6 +141,8 @@ def device_of(name: str) -> torch.device:
 def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TaskLoss | OwnLoss]:
     """Each task's loss: the settings', the problem's own, or its kind's default.
 
+    Own ones that are modules are copies, which share what they shared: what they keep belongs to the Run.
+
     Raises:
         ConfigError: If a task, a loss or an option is unknown.
     """
@@ -150,11 +153,15 @@ def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> di
     if unknown := [name for name in settings if name not in problem.task_names]:
         raise ConfigError(f"Unknown task `{unknown[0]}` in `losses`. The tasks are {', '.join(problem.task_names)}.")
     losses: dict[str, TaskLoss | OwnLoss] = {}
+    modules = {name: loss for name, loss in problem.losses.items() if isinstance(loss, nn.Module)}
+    functions: dict[str, Callable[..., Any]] = {**problem.losses, **copy.deepcopy(modules)}
     with as_settings():
         for task in problem.task_list:
-            own = problem.losses.get(task.name)
+            own = functions.get(task.name)
             chosen = settings.get(task.name)
-            losses[task.name] = OwnLoss(task, own) if own and chosen is None else task_loss(task, **(chosen or {}))
+            losses[task.name] = (
+                OwnLoss(task, own) if own is not None and chosen is None else task_loss(task, **(chosen or {}))
+            )
     return losses
 
 
@@ -190,6 +197,12 @@ class Parts:
     def steps_per_epoch(self) -> int:
         """Steps of one epoch."""
         return len(self.loader) // self.config.accumulate
+
+    @property
+    def loss_modules(self) -> nn.ModuleList:
+        """Own losses that are modules, whose state is the Run's."""
+        functions = (loss.function for loss in self.losses.values() if isinstance(loss, OwnLoss))
+        return nn.ModuleList(function for function in functions if isinstance(function, nn.Module))
 
     def closure(self, step: Any) -> Closure:
         """The forward-only function of one micro-batch."""
@@ -396,4 +409,6 @@ def build(
         )
     scheduler = scheduler_of(config.optimizer, optimizer, steps_per_epoch, total_steps)
     network = Network(model, computer.autocast)
-    return Parts(config, problem, model, network, optimizer, scheduler, multitask, computer, losses, loader)
+    parts = Parts(config, problem, model, network, optimizer, scheduler, multitask, computer, losses, loader)
+    parts.loss_modules.to(computer.device)
+    return parts

@@ -100,6 +100,12 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def _set_aside(path: Path) -> Path:
+    aside = path.replace(path.with_suffix(".ckpt.old"))
+    path.unlink(missing_ok=True)  # which a rename between two names of one file leaves
+    return aside
+
+
 class CheckpointFolder:
     """The checkpoints of one run: the latest ones by step, and the best.
 
@@ -170,7 +176,7 @@ class CheckpointFolder:
     def set_aside_after(self, step: int) -> list[Path]:
         """Rename checkpoints after ``step``, from which a run won't go on, so that they aren't taken for its own."""
         later = [path for path in self.steps() if int(path.stem.removeprefix("step-")) > step]
-        return [path.replace(path.with_suffix(".ckpt.old")) for path in later]
+        return [_set_aside(path) for path in later]
 
     def newest(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         """The newest state that is whole and fits, or None; what comes before it is set aside."""
@@ -180,14 +186,14 @@ class CheckpointFolder:
                 if fits(state):
                     return state
             if path.exists():
-                path.replace(path.with_suffix(".ckpt.old"))
+                _set_aside(path)
         return None
 
     def go_on_from(self, progress: dict[str, Any]) -> list[str]:
         """Make the folder that of a run that goes on from a state.
 
         Later checkpoints are set aside, and ``best.ckpt`` is the one that the state's progress knows as the best. If that isn't
-        there any more, the progress forgets it.
+        there any more, the progress forgets it, and an epoch that comes is the best by the scores from then on.
 
         Args:
             progress: The state's; may be changed.
@@ -197,19 +203,18 @@ class CheckpointFolder:
         """
         told = [f"Renamed a checkpoint of a later step: {old}" for old in self.set_aside_after(progress["step"])]
         best = progress["best_step"]
-        if best < 0:
-            return told
-        if is_whole(self.path(best)):
+        if best >= 0 and is_whole(self.path(best)):
             self.mark_best(self.path(best))
             return told
-        with contextlib.suppress(CheckpointError, KeyError):
-            if read_checkpoint(self.best)["progress"]["step"] == best:
-                return told
-        progress |= {"best_step": -1, "best_score": None}
-        return [
-            *told,
-            "The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.",
-        ]
+        if self.best.exists():
+            with contextlib.suppress(CheckpointError, KeyError):
+                if read_checkpoint(self.best)["progress"]["step"] == best:
+                    return told
+            told.append(f"Renamed a best checkpoint of another step: {_set_aside(self.best)}")
+        if best >= 0:
+            progress |= {"best_step": -1, "best_score": None, "lost": len(progress["history"])}
+            told.append("The best checkpoint so far isn't there any more; the best of the epochs to come will be kept.")
+        return told
 
     def clean(self) -> None:
         """Remove what an interrupted write left behind."""

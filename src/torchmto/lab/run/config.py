@@ -514,7 +514,7 @@ def source_now(config: RunConfig) -> str | None:
     return "+".join(filter(None, (own, _model_source(config)))) or config.source
 
 
-def check_source(recorded: str | None, now: str | None, what: str) -> None:
+def check_source(recorded: str | None, now: str | None, what: str, defined: str = "its problem or model") -> None:
     """Whether the code that settings name is the code that something was begun with.
 
     Raises:
@@ -522,7 +522,7 @@ def check_source(recorded: str | None, now: str | None, what: str) -> None:
     """
     if recorded != now:
         raise ConfigError(
-            f"{what} was begun with another version of the file that defines its problem or model. Add --changed-source "
+            f"{what} was begun with another version of the file that defines {defined}. Add --changed-source "
             "(`changed_source=True`) to go on all the same, or choose another folder."
         )
 
@@ -531,10 +531,10 @@ def check_content(recorded: str | None, now: str | None, what: str) -> None:
     """Whether the data are those that something was begun with, as far as that is known.
 
     Raises:
-        ConfigError: If the data set's file holds something else.
+        ConfigError: If a file or folder of theirs holds something else.
     """
     if recorded and now and recorded != now:
         raise ConfigError(
-            f"{what} was begun with other data: the data set's file holds something else. Add --changed-source "
+            f"{what} was begun with other data: a file or folder of theirs holds something else. Add --changed-source "
             "(`changed_source=True`) to go on all the same, or choose another folder."
         )

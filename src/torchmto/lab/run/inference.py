@@ -19,7 +19,7 @@ from torchmto.lab.run.evaluation import evaluate, own_figures, placed
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.loop import load_weights_of, threads
 from torchmto.lab.run.pictures import draw_predictions, readable
-from torchmto.lab.run.random_state import seed_everything
+from torchmto.lab.run.random_state import random_state_of_evaluation, seed_everything
 from torchmto.structure import active_task
 
 
@@ -103,7 +103,7 @@ def evaluate_run(config: RunConfig, folder: RunFolder, weights: str, split: Spli
     parts, description = load_run(config, folder, weights)
     problem = parts.problem
     data, device = parts.config.data, parts.computer.device
-    with threads(config.threads):
+    with threads(config.threads), random_state_of_evaluation(parts.config.seed, 0, device):
         if problem.evaluate is not None:
             if split != "test":
                 raise ConfigError("`split` has no effect here: the problem brings its own `evaluate`. Leave it out.")

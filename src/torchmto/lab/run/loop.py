@@ -39,7 +39,13 @@ from torchmto.lab.run.evaluation import (
 from torchmto.lab.run.folder import RunFolder
 from torchmto.lab.run.logs import Logger, RecordLog, make_loggers, step_figures, told_by
 from torchmto.lab.run.processes import Processes
-from torchmto.lab.run.random_state import random_state, restore_random_state, seed_everything, seed_of_rank
+from torchmto.lab.run.random_state import (
+    random_state,
+    random_state_of_evaluation,
+    restore_random_state,
+    seed_everything,
+    seed_of_rank,
+)
 from torchmto.lab.run.scores import Measure, is_better, measure_of, needs_untrained
 from torchmto.lab.versions import versions
 
@@ -80,6 +86,7 @@ class Progress:
         best_step: The step it belongs to; -1 before the first.
         best_epoch: The number of its epoch.
         best_validation: Its validation metrics.
+        lost: Entries at the history's begin whose best one's weights aren't there any more, so that none of them counts.
         sums: Task -> sum and number of its losses since the last validation.
         conflicts: Sum and number of the steps' conflicts since then.
         history: One entry per validated epoch.
@@ -102,6 +109,7 @@ class Progress:
     best_step: int = -1
     best_epoch: int = -1
     best_validation: Metrics = field(default_factory=dict)
+    lost: int = 0
     sums: dict[str, list[float]] = field(default_factory=dict)
     conflicts: list[float] = field(default_factory=lambda: [0, 0])
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -228,6 +236,7 @@ class Trainer:
             "config": json.dumps(self.config.as_dict()),
             "progress": asdict(self.progress),
             "model": parts.model.state_dict(),
+            "losses": parts.loss_modules.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
             "scheduler": parts.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -241,6 +250,7 @@ class Trainer:
         parts = self.parts
         try:
             parts.model.load_state_dict(state["model"])
+            parts.loss_modules.load_state_dict(state.get("losses", {}))  # which there once was none of
             parts.optimizer.load_state_dict(state["optimizer"])
             parts.scheduler.load_state_dict(state["scheduler"])
             if parts.computer.scaler is not None:
@@ -431,7 +441,7 @@ class Trainer:
             primary = primary_values(validation, tasks)
             progress.validation, progress.score = validation, self._measure(primary)
             # An own `evaluate` has no split to choose by: the last epoch is what is reported.
-            earlier = [entry["score"] for entry in progress.history]
+            earlier = [entry["score"] for entry in progress.history[progress.lost :]]
             best = self.problem.evaluate is not None or is_better(progress.score, earlier)
             if best:
                 progress.best_score, progress.best_step, progress.best_epoch = progress.score, progress.step, epoch - 1
@@ -467,6 +477,10 @@ class Trainer:
 
     def evaluate(self, split: Split) -> Metrics:
         """All metrics on one split, of the averaged weights where there are such; the processes share the batches."""
+        with random_state_of_evaluation(self.config.seed, self.processes.rank, self.parts.computer.device):
+            return self._figures(split)
+
+    def _figures(self, split: Split) -> Metrics:
         processes, network = self.processes, self.parts.network
         if self.problem.evaluate is not None:
             figures = processes.first(lambda: own_figures(self._evaluated, self.problem))
@@ -500,7 +514,13 @@ class Trainer:
         """Load the best weights, evaluate them on the test split once, and give the results."""
         progress, checkpoints, tasks = self.progress, self.checkpoints, self.problem.task_list
         if checkpoints is not None:
-            load_weights_of(self.parts, self.processes.first(lambda: read_checkpoint(checkpoints.best)))
+            best = self.processes.first(lambda: read_checkpoint(checkpoints.best))
+            if best["progress"]["step"] != progress.best_step:
+                raise CheckpointError(
+                    f"`{checkpoints.best}` isn't the best checkpoint of this run, of step {progress.best_step}. Found that of "
+                    f"step {best['progress']['step']}."
+                )
+            load_weights_of(self.parts, best)
         else:
             assert self._kept is not None
             self.parts.model.load_state_dict(self._kept)

@@ -1,7 +1,8 @@
 """All random generators a run may draw from."""
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -49,3 +50,17 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+@contextlib.contextmanager
+def random_state_of_evaluation(seed: int, rank: int, device: torch.device) -> Iterator[None]:
+    """Generators that a Run's evaluations start from, the same ones each time, inside the block; as before after it.
+
+    So a model that draws in evaluation, too, gives the same figures again, and trains on alike however often it is evaluated.
+    """
+    before = random_state(device)
+    seed_everything(seed_of_rank(seed, rank, 0))
+    try:
+        yield
+    finally:
+        restore_random_state(before, device)
