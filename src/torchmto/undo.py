@@ -49,7 +49,9 @@ class BufferSnapshot:
                     if buffer.is_inference():
                         # It has no version counter, and nothing can be written to it outside of the mode.
                         with torch.inference_mode(False):
-                            own = ordinary.setdefault(buffer, buffer.clone())
+                            if buffer not in ordinary:
+                                ordinary[buffer] = buffer.clone()
+                        own = ordinary[buffer]
                         buffers_of(module)[name] = own
                     else:
                         own = buffer

@@ -517,6 +517,13 @@ def differ(rank: int, size: int, group: Any) -> dict[str, str]:
         freeze(net)
         net.heads["a"].weight.data += rank
 
+    def freeze_change_and_leave_alone(net: nn.Module) -> None:
+        freeze_and_change(net)
+        net._ddp_params_and_buffers_to_ignore = ["heads.a.weight", "heads.a.bias"]
+
+    def expanded(net: nn.Module) -> None:
+        net.fixed = nn.Parameter(torch.zeros(1).expand(4, 5), requires_grad=False)
+
     def freeze_elsewhere(mt: torchmto.MultiTask, state: Any) -> None:
         mt.network.model.heads[TASKS[rank % 2]].requires_grad_(False)
 
@@ -538,6 +545,10 @@ def differ(rank: int, size: int, group: Any) -> dict[str, str]:
         "all told", lambda mt, state: (mt.report({"a": 0.1}), mt.end_window(), mt.load_state_dict(state)), method="dtp"
     )
     take("frozen", before=freeze_and_change)
+    take("nobody hears it", lambda mt, _: (rank or mt.end_window(), mt.report({"a": 0.1 + rank})))
+    take("left alone", before=freeze_change_and_leave_alone)
+    take("numbers alike", weights={"a": 1.0 if rank else 1})
+    take("expanded", before=expanded)
     take("other parameters", freeze_elsewhere)
     take("order", before=reordered_heads)
     return result

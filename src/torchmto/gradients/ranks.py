@@ -137,7 +137,9 @@ class Ranks:
 
 def checksum(tensor: Tensor) -> int:
     """A number made from the bits of a tensor."""
-    return zlib.crc32(tensor.detach().resolve_conj().cpu().flatten().view(torch.uint8).numpy().data)
+    return zlib.crc32(
+        tensor.detach().resolve_conj().resolve_neg().cpu().flatten().contiguous().view(torch.uint8).numpy().data
+    )
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torchmto.lab.data.registry import datasets
 def by_content(value: Any) -> Any:
     """A value with each path of something that is there replaced by its last name and, of a file, what it holds.
 
-    Of a folder not what is in it (`listed`), which may grow while it is used: caches beside the raw files, folders of runs.
+    Of a folder not what is in it: that is told apart (`listed`), and may change on purpose.
     """
     if isinstance(value, Mapping):
         return {key: by_content(entry) for key, entry in value.items()}
@@ -27,12 +27,12 @@ def by_content(value: Any) -> Any:
 
 
 def listed(value: Any) -> str | None:
-    """The files of the folders that a value names, by their names and sizes; None where it names none."""
+    """The files of the folders that a value names, by their names and sizes, not their folders; None where it names none."""
     if isinstance(value, Mapping | list):
         entries = value.values() if isinstance(value, Mapping) else value
         return "+".join(filter(None, map(listed, entries))) or None
     named = isinstance(value, str) and _looks_like_path(Path(value)) and _is_folder(value)
-    return _held(value) if named else None
+    return _held(value, folders=False) if named else None
 
 
 def content_of(reference: str) -> str | None:
@@ -41,11 +41,11 @@ def content_of(reference: str) -> str | None:
     return _held(place) if place and head in datasets() else None
 
 
-def _held(place: str) -> str | None:
+def _held(place: str, *, folders: bool = True) -> str | None:
     """What the file or folder at a place holds; None if nothing is there."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):  # nothing there, no such home
         path = Path(place).expanduser()
-        return _fingerprint(path, path.stat().st_mtime_ns)
+        return _fingerprint(path, path.stat().st_mtime_ns, folders=folders)
     return None
 
 
@@ -61,10 +61,11 @@ def _looks_like_path(path: Path) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _fingerprint(path: Path, _changed: int) -> str:
-    """A hash of a file's content, or of the names and sizes of a folder's files; of a large file, its size."""
+def _fingerprint(path: Path, _changed: int, *, folders: bool) -> str:
+    """A hash of a file's content, of a large one its size; of a folder its names and sizes, with or without folders in it."""
     if path.is_dir():
-        told: Any = sorted((entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file())
+        entries = [(entry.name, entry.stat().st_size if entry.is_file() else None) for entry in path.iterdir()]
+        told: Any = sorted(entry for entry in entries if folders or entry[1] is not None)
         return hashlib.sha256(canonical(told).encode()).hexdigest()[:16]
     size = path.stat().st_size
     return f"{size} bytes" if size > _LARGE else hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
@@ -123,7 +124,10 @@ def _is_plain(value: Any) -> bool:
 
 def _told(value: Any) -> Any:
     """An argument as a file of settings holds it: what isn't plain in one short text that tells it from others."""
-    told = _told_apart(value)
+    try:
+        told = _told_apart(value, {})
+    except RecursionError:  # a long chain of objects: another one each time, as what can't be pickled
+        told = f"{type(value).__qualname__} {uuid.uuid4().hex}"
     text = "" if _is_plain(value) else json.dumps(told)
     return told if len(text) <= _PRINTED else _cut(text)
 
@@ -132,21 +136,27 @@ def _cut(text: str) -> str:
     return f"{text[:_PRINTED]} {_hash(text.encode())}"
 
 
-def _told_apart(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """An argument as JSON knows it; of data a hash, of other objects what a pickle of them would hold."""
+def _told_apart(value: Any, known: dict[int, tuple[int, Any]]) -> Any:
+    """An argument as JSON knows it; of data a hash, of other objects what a pickle of them would hold.
+
+    Args:
+        value: The argument, or what is in it.
+        known: The objects met so far, by ``id``: their numbers, and they themselves, so that nothing else gets that ``id``.
+    """
     if isinstance(value, str | int | float | bool) or value is None:
         return value
     if isinstance(value, Path):
         return str(value)
-    if id(value) in within:
-        return f"in itself, {len(within) - within.index(id(value))} up"
-    inner = functools.partial(_told_apart, within=(*within, id(value)))
+    if id(value) in known:
+        return f"object {known[id(value)][0]} again"
+    known[id(value)] = len(known), value
+    inner = functools.partial(_told_apart, known=known)
     if isinstance(value, Mapping):
-        return {str(key): inner(entry) for key, entry in value.items()}
+        return {key if isinstance(key, str) else json.dumps(inner(key)): inner(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [inner(entry) for entry in value]
     if isinstance(value, set | frozenset):  # in another process in another order
-        return sorted(map(inner, value), key=json.dumps)
+        return sorted((_told_apart(entry, dict(known)) for entry in value), key=json.dumps)
     if (data := _told_data(value)) is not None:
         return data
     if isinstance(value, types.FunctionType):
@@ -169,6 +179,8 @@ def _told_data(value: Any) -> str | None:
     """A hash of an array's values or a frame's; None of anything else."""
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes {_hash(value)}"
+    if isinstance(value, Tensor) and (value.is_meta or is_lazy(value)):
+        return f"{value.dtype} without values" + (f" {list(value.shape)}" if not is_lazy(value) else "")
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested:
         flat = value.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         return f"{value.dtype} {list(value.shape)} {_hash(flat.data)}"

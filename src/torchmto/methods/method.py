@@ -277,8 +277,7 @@ class Method(ABC):
         values = {
             name: value.given if isinstance(value, PerTask | Primary) else value for name, value in values.items()
         }
-        plain = (int, float, str, tuple, list, Mapping, type(None))
-        return {name: pformat(value) for name, value in values.items() if isinstance(value, plain)}
+        return {name: pformat(value) for name, value in values.items() if _is_plain(value)}
 
     def random_checksum(self) -> int:
         """A checksum of the random generators' states, inner methods included."""
@@ -477,6 +476,15 @@ def derived_seed(seed: int, name: str) -> int:
     With one seed for both their draws would be the same numbers.
     """
     return zlib.crc32(name.encode(), seed)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of numbers, texts and containers of these: it prints the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return value is None or isinstance(value, int | float | str)
 
 
 def copied(value: Any) -> Any:

@@ -97,9 +97,10 @@ def fair(
     demand = (norms / scale) ** (power - 1.0)
     lengths, residual, iterations = _solve(cosines, demand, power)
     # Where projections are what is left of gradients that nearly cancel, rounding errors keep the residual from being smaller.
-    left = np.maximum(np.abs(cosines @ lengths), np.finfo(np.float64).tiny)
-    cancelled = float((np.abs(cosines) @ lengths / left).max())
-    tolerance = max(tolerance, min(4 * len(lengths) * EPS * cancelled, ROUNDED))
+    whole, left = np.abs(cosines) @ lengths, np.abs(cosines @ lengths)
+    # The quotient that may overflow is turned round.
+    rounding = 4 * len(lengths) * EPS / max(float((left / whole).min()), EPS)
+    tolerance = max(tolerance, min(rounding, ROUNDED))
     if residual > tolerance or _is_noise(lengths, cosines, unit.noise):
         for matrix in (cosines, cosines + max(RIDGE, unit.noise) * np.eye(len(cosines))):
             bargain, error, steps = _solve(matrix, np.ones_like(demand), 1.0)

@@ -48,7 +48,7 @@ from torchmto.step.network import Heads, Network
 from torchmto.step.wrappers import wrappers_around
 
 BEGINNING = 2**18
-"""How many numbers of a frozen parameter are compared before the first step."""
+"""How many numbers of a parameter that isn't trained are compared before the first step."""
 
 
 class RankFailedError(RuntimeError):
@@ -105,7 +105,10 @@ def meet(network: Network, settings: Mapping[str, str]) -> None:
             raise ValueError(
                 "Parameter `process_group` should be that of the DistributedDataParallel around the model. Found another one."
             )
-    own = {name: _mark(p) for name, p in network.everything().items()}
+    trained = set(map(id, network.parameters))
+    # What DistributedDataParallel was told to leave to every rank.
+    apart = set(getattr(network.model, "_ddp_params_and_buffers_to_ignore", ()))
+    own = {n: _mark(p, whole=id(p) in trained) for n, p in network.everything().items() if n not in apart}
     everywhere = ranks.objects((settings, own, network.roles.layout))
     first, expected, shared = everywhere[0]
     for rank, (others, sums, layout) in enumerate(everywhere):
@@ -124,17 +127,18 @@ def meet(network: Network, settings: Mapping[str, str]) -> None:
         if differing:
             raise ValueError(
                 f"Parameter `{differing[0]}` should be the same on all ranks before the first step. Found other values on rank "
-                f"{rank} than on rank 0 ({len(differing)} such in all). Wrap the model in DistributedDataParallel, which makes "
-                "them equal, or call `torch.manual_seed` with the same seed before it is built."
+                f"{rank} than on rank 0 ({len(differing)} such in all). Call `torch.manual_seed` with the same seed before the "
+                "model is built, or wrap it in DistributedDataParallel, which makes all parameters equal but those that its "
+                "`_set_params_and_buffers_to_ignore_for_model` names; these may differ."
             )
 
 
-def _mark(parameter: Tensor) -> int:
-    """A number made from the bits of a parameter; of a frozen one, which may be large, from its beginning."""
+def _mark(parameter: Tensor, *, whole: bool) -> int:
+    """A number made from the bits of a parameter; of one that isn't trained, which may be large, from its beginning."""
     # Of sharded parameters, and others of classes of their own, every rank may hold something else.
     if type(parameter) not in PLAIN or parameter.is_meta or parameter.layout is not torch.strided:
         return 0
-    return checksum(parameter if parameter.requires_grad else parameter.detach().flatten()[:BEGINNING])
+    return checksum(parameter if whole else parameter.detach().flatten()[:BEGINNING])
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from torchmto import lab
 from torchmto.lab import memory
+from torchmto.lab.fingerprints import content_of
 from torchmto.lab.grid import FailedRunsError, FolderError, executors, outputs
 from torchmto.lab.grid.identity import contents, decided, identity, run_key
 from torchmto.lab.problem import Origin
@@ -335,6 +336,62 @@ def test_data_in_an_object_of_ones_own_count_in_every_process(tmp_path):
         for seed in ("0", "0", "1")
     ]
     assert told[0] == told[1] != told[2]
+
+
+class Place:
+    """An object that knows others."""
+
+    def __init__(self, height):
+        self.height, self.near = height, []
+
+
+@pytest.mark.timeout(60)
+def test_objects_that_know_each_other_are_told_once():
+    def made(data):
+        return json.dumps(Origin.of_caller().arguments)
+
+    def places(last):
+        found = [Place(height) for height in (*range(11), last)]
+        for place in found:
+            place.near = [other for other in found if other is not place]
+        return found
+
+    assert made(places(1)) == made(places(1)) != made(places(2))
+    assert made({Place(1): 0}) == made({Place(1): 0}) != made({Place(2): 0})
+    chain = places(0)[:1]
+    for height in range(2000):
+        chain.append(Place(height))
+        chain[-2].near = [chain[-1]]
+    assert made(chain[0]) != made(chain[0]), "too deep to be told from another one"
+    for without_values in (nn.LazyLinear(2), nn.Linear(2, 2, device="meta")):
+        assert made(without_values) == made(without_values)
+
+
+def test_a_loss_that_cannot_be_copied_is_named():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.file = sys.stdout
+
+        def forward(self, output, target):
+            return (output - target).square().mean()
+
+    problem = replace(load_problem(f"{FARM}:farm", {}), losses={"yield": Kept()}, origin=Origin.of_caller())
+    with pytest.raises(
+        ValueError, match=r"Part `losses \(yield\)` of the problem should be modules that can be copied"
+    ):
+        lab.fit(problem, method="gd", epochs=1, say=lambda _: None)
+
+
+def test_the_folders_of_a_data_set_count(tmp_path):
+    told = []
+    for names in (("train", "val"), ("train", "test")):
+        root = tmp_path / names[1]
+        for name in names:
+            (root / name).mkdir(parents=True)
+        told.append(content_of(f"cityscapes:{root}"))
+    assert None not in told
+    assert told[0] != told[1]
 
 
 def test_a_cell_of_a_notebook_is_known_by_its_text():

@@ -125,10 +125,12 @@ ONE_POINT_TWO = {
     "-5": -5,
     ".inf": float("inf"),
     "True": True,
+    "No": False,
+    "on": True,
     "~": None,
     "": None,
 }
-ONE_POINT_TWO |= {text: text for text in ("yes", "On", "n", "1:30", "1_000", "2024-01-31", "0b1", "1e", ".", "+.e3")}
+ONE_POINT_TWO |= {text: text for text in ("yEs", "n", "1:30", "1_000", "2024-01-31", "0b1", "1e", ".", "+.e3")}
 
 
 @pytest.mark.parametrize(("text", "value"), ONE_POINT_TWO.items())

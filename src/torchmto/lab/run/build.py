@@ -144,7 +144,7 @@ def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> di
     Own ones that are modules are copies, which share what they shared: what they keep belongs to the Run.
 
     Raises:
-        ConfigError: If a task, a loss or an option is unknown.
+        ConfigError: If a task, a loss or an option is unknown, or an own loss can't be copied.
     """
     if problem.closure is not None:
         if settings:
@@ -154,7 +154,12 @@ def losses_of(problem: Problem, settings: Mapping[str, Mapping[str, Any]]) -> di
         raise ConfigError(f"Unknown task `{unknown[0]}` in `losses`. The tasks are {', '.join(problem.task_names)}.")
     losses: dict[str, TaskLoss | OwnLoss] = {}
     modules = {name: loss for name, loss in problem.losses.items() if isinstance(loss, nn.Module)}
-    functions: dict[str, Callable[..., Any]] = {**problem.losses, **copy.deepcopy(modules)}
+    try:
+        functions: dict[str, Callable[..., Any]] = {**problem.losses, **copy.deepcopy(modules)}
+    except (TypeError, RuntimeError) as error:
+        raise part_error(
+            f"losses ({', '.join(modules)})", "modules that can be copied, one for each Run", error
+        ) from error
     with as_settings():
         for task in problem.task_list:
             own = functions.get(task.name)

@@ -142,14 +142,15 @@ _PLAIN: dict[str | None, list[tuple[str, re.Pattern[str]]]] = {
         (f"tag:yaml.org,2002:{kind}", re.compile(rf"(?:{pattern})\Z"))
         for kind, pattern in {
             "null": "null|Null|NULL|~|",
-            "bool": "true|True|TRUE|false|False|FALSE",
+            "bool": "true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF",
             "int": "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
             "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
             "merge": "<<",
         }.items()
     ]
 }
-"""What isn't a text though it has no quotes: the core schema of YAML 1.2, and merge keys."""
+"""What isn't a text though it has no quotes: the core schema of YAML 1.2, merge keys, and the yes and no of YAML 1.1, which
+as texts would both count as true."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -166,7 +167,7 @@ Dumper.add_representer(str, Dumper.represent_str)
 
 
 class Loader(yaml.SafeLoader):
-    """As YAML 1.2 reads what has no quotes (1e-3 is a number; yes, 1:30 and 1_000 are texts) and keys (each once)."""
+    """As YAML 1.2 reads what has no quotes (1e-3 is a number; 1:30 and 1_000 are texts) and keys (each once); no is false."""
 
     yaml_implicit_resolvers = _PLAIN
 

@@ -63,7 +63,7 @@ class MetaBalance(GradientCombiner):
         new = lengths.shape[1] - self.lengths.shape[1]
         self.lengths = torch.nn.functional.pad(self.lengths, (0, new))
         self.times = counted(self.times, present, trained)
-        rates = (1 - self.beta) * torch.tensor(trained)
+        rates = (1 - self.beta) * torch.tensor(trained, dtype=self.lengths.dtype)
         self.lengths[present] += rates * (lengths.to(self.lengths) - self.lengths[present])
         means = self.lengths / (1 - self.beta ** self.times.clamp_min(1).to(self.lengths))
         leader = means[self.primary.index]

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-ROUNDINGS = 8
-"""How many machine precisions of the larger one the difference of two losses may be off: few operations lead to each."""
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+"""How far the difference of two losses may be off relative to the larger one: few operations lead to each, in float32 as a
+rule, whatever the type that sums over ranks come in."""
 
 
 def inside(values: Tensor, good: Tensor) -> Tensor:
@@ -21,12 +22,11 @@ def safe_log(losses: Tensor) -> Tensor:
     return inside(losses, losses > 0).log()
 
 
-def beyond_rounding(differences: Tensor, sizes: Tensor, dtype: torch.dtype) -> Tensor:
+def beyond_rounding(differences: Tensor, sizes: Tensor) -> Tensor:
     """Differences of numbers of these sizes; 0, also in the derivative, where they may be nothing but rounding errors.
 
     Args:
         differences: What has a kink at 0, on whose side the sign of a rounding error would decide.
         sizes: Of each of them how large the numbers are that it is the difference of.
-        dtype: In which the numbers were rounded.
     """
-    return torch.where(differences.abs() <= ROUNDINGS * torch.finfo(dtype).eps * sizes, 0.0, differences)
+    return torch.where(differences.abs() <= ROUNDING * sizes, 0.0, differences)

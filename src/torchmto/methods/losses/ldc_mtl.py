@@ -9,10 +9,10 @@ from torchmto.methods.losses.learnable import LearnableScales
 from torchmto.step import Losses, StepContext
 
 
-def _gaps(weighted: Tensor, dtype: torch.dtype) -> Tensor:
-    """The differences of each loss to the one before, of losses rounded to ``dtype``."""
+def _gaps(weighted: Tensor) -> Tensor:
+    """The differences of each loss to the one before."""
     sizes = weighted.detach().abs()
-    return beyond_rounding(weighted.diff(), torch.maximum(sizes[1:], sizes[:-1]), dtype)
+    return beyond_rounding(weighted.diff(), torch.maximum(sizes[1:], sizes[:-1]))
 
 
 @register_method("ldc_mtl")
@@ -80,7 +80,7 @@ class LDCMTL(LossWeighting):
         chosen = self.present(losses, indices)
         weights = self.logits.of(chosen).sigmoid().to(losses)
         normalised = self._normalised(losses, chosen)
-        gaps = _gaps(weights * normalised, losses.dtype)
+        gaps = _gaps(weights * normalised)
         return (weights / weights.sum() * normalised).sum() + self.penalty * gaps.abs().sum()
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class LDCMTL(LossWeighting):
         values = losses.values.to("cpu", torch.float64)
         normalised = self._normalised(values, losses.indices)
         weights = self.logits.of(losses.indices).sigmoid()
-        signs = _gaps(weights * normalised, losses.values.dtype).sign()
+        signs = _gaps(weights * normalised).sign()
         # |a - b| of a task and the next one, and of the one before and it.
         zero = signs.new_zeros(1)
         slope = 1 / weights.sum() + self.penalty * (torch.cat([zero, signs]) - torch.cat([signs, zero]))

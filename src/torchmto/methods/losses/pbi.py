@@ -56,7 +56,7 @@ class PBI(LossWeighting):
         along = (gap * direction).sum()
         sizes = torch.maximum(losses.detach().abs(), reference.abs())
         sizes = sizes + (sizes * direction).sum() * direction
-        across = beyond_rounding(gap - along * direction, sizes, losses.dtype)
+        across = beyond_rounding(gap - along * direction, sizes)
         # Divided by its largest entry, whose square stays in range.
         largest = across.detach().abs().amax()
         largest = torch.where(largest > 0, largest, 1.0)
