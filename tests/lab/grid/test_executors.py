@@ -299,6 +299,17 @@ def test_outcomes_of_jobs_that_cannot_be_done():
         lab.compare("digits", executor=executors.Here(), jobs=2)
 
 
+def test_ray_leaves_sigterm_as_it_was(tmp_path):
+    """Its own answer, set natively, would end the process with a stack."""
+    pytest.importorskip("ray")
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with make_executor("ray", 1, tmp_path, None, usual=1), pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_an_array_job_asks_slurm_for_what_its_runs_need(tmp_path, monkeypatch, device):
     pytest.importorskip("submitit")

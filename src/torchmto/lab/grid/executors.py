@@ -367,6 +367,19 @@ class _Scheduled(Executor):
         """Wait a moment; handles of those that have ended, each with what gives its outcome, or raises if the job was lost."""
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """What SIGTERM does stays as it was: Ray makes it end the process with 1, in its native code with a stack."""
+    former = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as ended:
+        raise KeyboardInterrupt from ended
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if former is None else former)
+
+
 class Ray(_Scheduled):
     """Runs as tasks of Ray, which retries those whose worker is lost.
 
@@ -388,7 +401,8 @@ class Ray(_Scheduled):
             # A worker imports what this process imports.
             local = {} if self._address else {"num_cpus": self._most, "include_dashboard": False}
             os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-            self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
+            with _own_sigterm():
+                self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR", **local)
         return self
 
     def __exit__(self, *exception: object) -> None:
