@@ -268,6 +268,13 @@ def test_a_missing_name_is_an_error_where_it_is_used():
         torch_private.saved((torch.ones(1, requires_grad=True) * 2).grad_fn, "there")
 
 
+def test_what_ddp_is_told_to_leave_alone():
+    model = nn.Linear(2, 2)
+    assert torch_private.left_alone(model) == set()
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["weight"])
+    assert torch_private.left_alone(model) == {"weight"}
+
+
 RENAMED = [
     (torch_private._sink, torch.nn.parallel.distributed, "_DDPSink"),
     (torch_private.reentrant, torch.utils.checkpoint, "CheckpointFunction"),

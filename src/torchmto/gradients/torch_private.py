@@ -276,6 +276,11 @@ def is_sink(node: Node) -> bool:
     return isinstance(node, BackwardCFunction) and node.name().startswith(_sink())
 
 
+def left_alone(model: Any) -> frozenset[str]:
+    """The names of what ``DistributedDataParallel`` was told to leave to every rank."""
+    return frozenset(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+
+
 _COMPILER = "torch._functorch._aot_autograd.runtime_wrappers"
 
 

@@ -43,7 +43,7 @@ from torchmto.gradients.finite import dtype_of_gradient, real
 from torchmto.gradients.ranks import Ranks, all_equal, checksum, fingerprint, is_sharded, local
 from torchmto.gradients.rows import Rows
 from torchmto.gradients.sharded import ShardedRows
-from torchmto.gradients.torch_private import NormBase
+from torchmto.gradients.torch_private import NormBase, left_alone
 from torchmto.step.network import Heads, Network
 from torchmto.step.wrappers import wrappers_around
 
@@ -106,8 +106,7 @@ def meet(network: Network, settings: Mapping[str, str]) -> None:
                 "Parameter `process_group` should be that of the DistributedDataParallel around the model. Found another one."
             )
     trained = set(map(id, network.parameters))
-    # What DistributedDataParallel was told to leave to every rank.
-    apart = set(getattr(network.model, "_ddp_params_and_buffers_to_ignore", ()))
+    apart = left_alone(network.model)
     own = {n: _mark(p, whole=id(p) in trained) for n, p in network.everything().items() if n not in apart}
     everywhere = ranks.objects((settings, own, network.roles.layout))
     first, expected, shared = everywhere[0]
